@@ -1,0 +1,185 @@
+"""The text that the reference model is trained and tested on, made from word lists and a seed.
+
+Five tasks, each a list of `Span`s (text, loss weight), so that the trainer can weigh what is predictable against what is
+random:
+
+- `copying`: a random sequence of words, repeated (what makes induction appear);
+- `pairs`: "brave-lamp 48213" lines and questions about them;
+- `lines`: LongChat's line retrieval (Li et al. 2023), its wording kept;
+- `topics`: LongChat's topic retrieval, a conversation over several topics and a question about the first;
+- `stories`: ordinary sentences that state facts, and questions about the facts.
+
+A context and the questions about it never share a random state with another seed's, so a test on seeds that training did
+not use is held out.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from eval.reference.words import ADJECTIVES, JOBS, NAMES, NOUNS, PLACES, TOPIC_FIELDS, VERBS
+
+RANDOM_WEIGHT = 0.0
+"""Loss weight of text that nobody could predict: names of lines and their numbers on first sight."""
+TEXT_WEIGHT = 0.2
+"""Loss weight of ordinary, predictable text."""
+ANSWER_WEIGHT = 1.0
+"""Loss weight of answers: what the model is for."""
+
+LINES_HEADER = (
+    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
+    "'<REGISTER_CONTENT>' at the end of the line as a numerical value. Now the record start:\n\n"
+)
+TOPICS_HEADER = (
+    "Below is a record of our previous conversation on several topics. You are the ASSISTANT, and I am the USER. "
+    "At the end of the record, I will ask you to retrieve the first topic. Now the record start.\n"
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """`prompt` follows the context, `completion` is what the model should write, `answer` what is scored."""
+
+    prompt: str
+    completion: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A context and questions about it."""
+
+    task: str
+    context: list[Span]
+    questions: list[Question]
+
+    @property
+    def text(self) -> str:
+        return "".join(span.text for span in self.context)
+
+    def spans(self) -> list[Span]:
+        """The context followed by every question and its answer, for training."""
+        spans = list(self.context)
+        for question in self.questions:
+            spans += [Span(question.prompt, RANDOM_WEIGHT), Span(question.completion, ANSWER_WEIGHT)]
+        return spans
+
+
+def line_names(rng: random.Random, count: int) -> list[str]:
+    """`count` distinct "adjective-noun" names; nouns repeat only once all have been used."""
+    names: list[str] = []
+    while len(names) < count:
+        part = min(count - len(names), len(NOUNS))
+        nouns, adjectives = rng.sample(NOUNS, part), rng.choices(ADJECTIVES, k=part)
+        names += [f"{a}-{n}" for a, n in zip(adjectives, nouns, strict=True)]
+        names = list(dict.fromkeys(names))
+    return names
+
+
+def number(rng: random.Random) -> str:
+    return str(rng.randint(10000, 99999))
+
+
+def copying(rng: random.Random, words: int = 40) -> Document:
+    sequence = "".join(" " + rng.choice((*ADJECTIVES, *NOUNS, *VERBS, *"0123456789")) for _ in range(words))
+    context = [Span(sequence, RANDOM_WEIGHT)]
+    return Document("copying", context, [Question("\n", sequence, sequence)])
+
+
+def pairs(rng: random.Random, lines: int, questions: int) -> Document:
+    record = {name: number(rng) for name in line_names(rng, lines)}
+    context = [Span(f"{name}: <{value}>\n", RANDOM_WEIGHT) for name, value in record.items()]
+    asked = rng.choices(list(record), k=questions)
+    return Document("pairs", context, [Question(f"{n}:", f" <{record[n]}>\n", record[n]) for n in asked])
+
+
+def lines(rng: random.Random, lines: int, questions: int) -> Document:
+    record = {name: number(rng) for name in line_names(rng, lines)}
+    context = [Span(LINES_HEADER, RANDOM_WEIGHT)]
+    for name, value in record.items():
+        context += [
+            Span(f"line {name}", RANDOM_WEIGHT),
+            Span(": REGISTER_CONTENT is <", TEXT_WEIGHT),
+            Span(value, RANDOM_WEIGHT),
+            Span(">\n", TEXT_WEIGHT),
+        ]
+    asked = rng.choices(list(record), k=questions)
+    return Document("lines", context, [line_question(name, record[name]) for name in asked])
+
+
+def line_question(name: str, value: str) -> Question:
+    return Question(
+        f"Tell me what is the REGISTER_CONTENT in line {name}?\n", f"line {name}: REGISTER_CONTENT is <{value}>\n", value
+    )
+
+
+def topics(rng: random.Random, count: int, turns: int = 2) -> Document:
+    chosen = [f"the {f} of {a} {n}s" for f, a, n in zip(
+        rng.sample(TOPIC_FIELDS, count), rng.choices(ADJECTIVES, k=count), rng.sample(NOUNS, count), strict=True)]
+    context = [Span(TOPICS_HEADER, TEXT_WEIGHT)]
+    for topic in chosen:
+        context += [
+            Span("USER: I would like to discuss the topic of ", TEXT_WEIGHT),
+            Span(topic, RANDOM_WEIGHT),
+            Span(".\nASSISTANT: Sure, what about ", TEXT_WEIGHT),
+            Span(f"{topic}?\n", ANSWER_WEIGHT),
+        ]
+        for _ in range(turns):
+            context += [Span(f"USER: {sentence(rng)}\nASSISTANT: {sentence(rng)}\n", TEXT_WEIGHT)]
+    ordinals = ("first", "second", "third")[:count]
+    asked = [(o, chosen[i]) for i, o in enumerate(ordinals)]
+    rng.shuffle(asked)
+    return Document("topics", context, [
+        Question(f"What is the {o} topic we discussed?\n", f"The topic is {t}.\n", t) for o, t in asked])
+
+
+def sentence(rng: random.Random) -> str:
+    """One ordinary sentence."""
+    a, b = rng.sample(NAMES, 2)
+    adjective, other = rng.sample(ADJECTIVES, 2)
+    noun, thing = rng.sample(NOUNS, 2)
+    verb, again = rng.sample(VERBS, 2)
+    place = rng.choice(PLACES)
+    return rng.choice((
+        f"The {adjective} {noun} {verb} the {other} {thing} near the {place}.",
+        f"{a} {verb} a {noun} because {b} {again} the {thing}.",
+        f"When the {noun} was {adjective}, {a} went to the {place} with {b}.",
+        f"In the {place} there is a {adjective} {noun} and a {other} {thing}.",
+        f"I think that {a} {verb} the {thing}, but it was not {adjective}.",
+        f"Every morning {a} {verb} the {noun} before the {thing} came to the {place}.",
+        f"It was {adjective} in the {place}, so {a} {verb} the {noun} and {again} the {thing}.",
+        f"{a} said to {b} that the {noun} of the {place} is more {adjective} than the {thing}.",
+    ))
+
+
+def stories(rng: random.Random, people: int, questions: int, filler: int = 2) -> Document:
+    """Facts about people (where they live, what they do, what they keep), told among ordinary sentences."""
+    names = rng.sample(NAMES, people)
+    facts: list[tuple[Question, str]] = []
+    for name, place, thing in zip(names, rng.sample(PLACES, people), rng.sample(NOUNS, people), strict=True):
+        job, adjective = rng.choice(JOBS), rng.choice(ADJECTIVES)
+        facts += [
+            (Question(f"Question: Where does {name} live?\n", f"Answer: {name} lives in the {place}.\n", place),
+             f"{name} lives in the {place}."),
+            (Question(f"Question: What does {name} do?\n", f"Answer: {name} works as a {job}.\n", job),
+             f"{name} works as a {job}."),
+            (Question(f"Question: What does {name} keep?\n", f"Answer: {name} keeps a {adjective} {thing}.\n",
+                      f"{adjective} {thing}"), f"{name} keeps a {adjective} {thing}."),
+        ]
+    context: list[Span] = []
+    for _, fact in rng.sample(facts, len(facts)):
+        told = [fact] + [sentence(rng) for _ in range(rng.randint(0, filler))]
+        rng.shuffle(told)
+        context.append(Span(" ".join(told) + "\n", TEXT_WEIGHT))
+    return Document("stories", context, [q for q, _ in rng.choices(facts, k=questions)])
+
+
+def prose(rng: random.Random, sentences: int) -> Document:
+    return Document("prose", [Span(" ".join(sentence(rng) for _ in range(sentences)) + "\n", TEXT_WEIGHT)], [])

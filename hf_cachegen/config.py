@@ -1,0 +1,79 @@
+"""How a context is encoded: one frozen object, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from hf_cachegen.errors import ConfigError
+
+TransformName = Literal["delta", "identity"]
+CoderName = Literal["rans", "torchac"]
+MAX_CHUNK_TOKENS = 1 << 15
+"""Keeps token and column counts of a chunk within the stream's 32-bit positions."""
+
+
+@dataclass(frozen=True)
+class CacheGenConfig:
+    """The encoder's options. The defaults are the paper's where it gives one (CacheGen, SIGCOMM 2024, section 5).
+
+    transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor) or "identity"
+        (values less their channel's mean).
+    lossless: code the very bytes of bf16, fp16 or fp32 values; needs transform="identity" and gives one level.
+    levels: how many nested levels the artifact serves, 1 to 3; level 1 is the coarsest, `levels` the finest.
+    steps: step of the finest-but-one level in units of the channel's standard deviation, for the first, middle and last
+        third of the layers (paper: 0.5, 1, 1.5; the finest level is three times finer).
+    chunk_tokens: tokens per chunk, the unit of fetching and decoding.
+    group_tokens: tokens per group of the delta transform, its anchor included (paper: 10).
+    protect_first, protect_last: tokens at the two ends of the context that every level has at the finest step.
+    coder: "rans", or "torchac" (the paper's arithmetic coder; needs the extra of that name).
+    prob_bits: precision of the coder's probabilities, 10 to 12 bits.
+    measure: decode while encoding and write the relative error of each layer at each level into the report.
+
+    Raises ConfigError for a value out of range.
+    """
+
+    transform: TransformName = "delta"
+    lossless: bool = False
+    levels: int = 3
+    steps: tuple[float, float, float] = (0.5, 1.0, 1.5)
+    chunk_tokens: int = 512
+    group_tokens: int = 10
+    protect_first: int = 4
+    protect_last: int = 64
+    coder: CoderName = "rans"
+    prob_bits: int = 11
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        if self.transform not in ("delta", "identity"):
+            raise ConfigError(f"transform must be 'delta' or 'identity', got {self.transform!r}")
+        if self.coder not in ("rans", "torchac"):
+            raise ConfigError(f"coder must be 'rans' or 'torchac', got {self.coder!r}")
+        if not isinstance(self.steps, tuple) or len(self.steps) != 3 or not all(0.001 <= s <= 100 for s in self.steps):
+            raise ConfigError(f"steps must be three numbers from 0.001 to 100, got {self.steps!r}")
+        self._require_range("levels", 1, 3)
+        self._require_range("chunk_tokens", 1, MAX_CHUNK_TOKENS)
+        self._require_range("group_tokens", 2, 1024)
+        self._require_range("protect_first", 0, MAX_CHUNK_TOKENS)
+        self._require_range("protect_last", 0, MAX_CHUNK_TOKENS)
+        self._require_range("prob_bits", 10, 12)
+        if self.lossless and self.transform != "identity":
+            raise ConfigError("lossless=True needs transform='identity'")
+
+    def _require_range(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {**asdict(self), "steps": list(self.steps)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CacheGenConfig:
+        """The inverse of `to_dict`; unknown names raise ConfigError."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown options {unknown}")
+        return cls(**{**values, **({"steps": tuple(values["steps"])} if "steps" in values else {})})
