@@ -1,0 +1,98 @@
+# Everything a checkout needs: `make demo` and `make test` set up their own virtual environment first.
+#
+#   make demo          answer questions about a long context from a compressed cache
+#   make test          lint, types and tests                 make test-slow     the long tests as well
+#   make lint          ruff and mypy alone                   make test-oldest   against the oldest supported releases
+#   make clean         remove what was built                 make distclean     and the environments
+#
+#   PYTHON=python3.12  the interpreter (3.10 to 3.13); the first suitable one otherwise
+#   TORCH_INDEX=URL    where torch comes from; on Linux without a GPU https://download.pytorch.org/whl/cpu saves gigabytes
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SUITABLE := import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	if $$p -c '$(SUITABLE)' 2>/dev/null; then echo $$p; break; fi; done)
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+TORCH_INDEX ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+# Two processes of one thread each: the tests need no more than two cores.
+PYTEST := -m pytest -n 2 --dist worksteal
+
+TORCH := $(shell grep -m 1 '^torch==' requirements-dev.txt)
+OLDEST_TORCH := torch==2.8.0
+OLDEST_TRANSFORMERS := transformers==5.17.*
+NATIVE := $(shell find cuda_ext -type f 2>/dev/null)
+# Without isolation the build uses the pinned setuptools; without dependencies pip cannot replace a pinned package.
+PACKAGE := --no-build-isolation --no-deps --editable .
+
+.PHONY: demo test test-slow test-oldest lint setup clean distclean
+
+demo: setup
+	@$(VENV)/bin/hf-cachegen demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.package
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+setup: $(VENV)/.package
+
+# Stamps: each step is done again only when what it depends on is newer.
+$(VENV)/.created $(OLDEST)/.created:
+	@if ! $(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null; then \
+		echo "needs Python 3.10 to 3.13 with venv; name one by 'make PYTHON=...'" >&2; exit 1; fi
+	@echo "== $(@D): a virtual environment of $(PYTHON)"
+	@$(PYTHON) -m venv $(@D)
+	@touch $@
+
+$(VENV)/.torch: requirements-dev.txt | $(VENV)/.created
+	@echo "== $(TORCH), first, so that nothing else chooses another"
+	@if [ -n "$(TORCH_INDEX)" ]; then $(VENV)/bin/python -m pip install $(TORCH) --index-url $(TORCH_INDEX); \
+	else $(VENV)/bin/python -m pip install $(TORCH) \
+		|| $(VENV)/bin/python -m pip install $(TORCH) --index-url $(CPU_INDEX); fi
+	@touch $@
+
+$(VENV)/.requirements: $(VENV)/.torch
+	@echo "== the other packages of requirements-dev.txt"
+	@$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.requirements pyproject.toml $(wildcard setup.py) $(NATIVE)
+	@echo "== hf_cachegen and its native library"
+	@$(VENV)/bin/python -m pip install --quiet $(PACKAGE)
+	@touch $@
+
+# The oldest torch comes from the CPU index alone (elsewhere it brings CUDA); where that is out of reach, today's pin serves.
+$(OLDEST)/.requirements: requirements-dev.txt | $(OLDEST)/.created
+	@echo "== $(OLDEST_TORCH), $(OLDEST_TRANSFORMERS)"
+	@$(OLDEST)/bin/python -m pip install --retries 0 --timeout 15 $(OLDEST_TORCH) --index-url $(CPU_INDEX) \
+		|| $(OLDEST)/bin/python -m pip install $(TORCH)
+	@grep -vE '^(torch|transformers|tokenizers|huggingface-hub)==' requirements-dev.txt > $(@D)/requirements.txt
+	@$(OLDEST)/bin/python -m pip install --quiet "$(OLDEST_TRANSFORMERS)" -r $(@D)/requirements.txt
+	@touch $@
+
+$(OLDEST)/.package: $(OLDEST)/.requirements pyproject.toml $(wildcard setup.py) $(NATIVE)
+	@$(OLDEST)/bin/python -m pip install --quiet $(PACKAGE)
+	@touch $@
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.package $(OLDEST)/.package
+	find hf_cachegen -name '*.so' -delete -o -name '*.dylib' -delete
+	find hf_cachegen eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(OLDEST)

@@ -1,0 +1,55 @@
+"""KV caches of Transformers models as small files, and a `generate()` that reads them back (CacheGen, SIGCOMM 2024).
+
+The public names are imported when they are first used: `import hf_cachegen` itself imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_cachegen import errors
+
+if TYPE_CHECKING:
+    from hf_cachegen.artifact import EncodedContext, decode_kv, encode_kv
+    from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.config import CacheGenConfig
+    from hf_cachegen.generation import attach, detach, generate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheGenCache",
+    "CacheGenConfig",
+    "EncodedContext",
+    "__version__",
+    "attach",
+    "decode_kv",
+    "detach",
+    "encode_kv",
+    "errors",
+    "generate",
+]
+
+_HOMES = {
+    "CacheGenCache": "hf_cachegen.cache",
+    "CacheGenConfig": "hf_cachegen.config",
+    "EncodedContext": "hf_cachegen.artifact",
+    "attach": "hf_cachegen.generation",
+    "decode_kv": "hf_cachegen.artifact",
+    "detach": "hf_cachegen.generation",
+    "encode_kv": "hf_cachegen.artifact",
+    "generate": "hf_cachegen.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_cachegen' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
