@@ -57,7 +57,7 @@ STAGES = (
     Stage(1536, {"lines": 0.7, "topics": 0.1, "stories": 0.15, "prose": 0.05}, lines=72),
     Stage(2048, {"lines": 0.65, "topics": 0.15, "stories": 0.15, "prose": 0.05}, lines=96),
 )
-ADVANCE_AT = 0.9
+ADVANCE_AT = 0.85
 """Share of right line digits, first sight of the answer, at which the next stage begins."""
 
 

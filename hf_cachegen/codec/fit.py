@@ -1,0 +1,114 @@
+"""Side information learnt from the context itself: steps, means and table entries, in two passes over its chunks.
+
+The first pass measures each channel's spread (of the values, or of their differences to the decoded anchor), from which its steps
+follow as in CacheGen, section 5.2: 0.5, 1 and 1.5 standard deviations in the first, middle and last third of the layers (first layers
+matter more). The second counts symbols and picks for every column the cheapest table of the codebook. Protected tokens do not count
+towards the spread where there are others: a first token's values can be a hundred times the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec import quantize, transform
+from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.tables import (
+    DIGIT_CONTEXTS,
+    DIGIT_SYMBOLS,
+    DIGIT_ZERO,
+    VALUE_SYMBOLS,
+    ZERO_INDEX,
+    digit_histograms,
+    value_histograms,
+)
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import TensorError
+
+Chunks = Callable[[], Iterator[tuple[Tensor, Span]]]
+"""Yields (rows [tokens, columns], span) of every chunk, anew at each call."""
+LARGEST_MEAN = 127
+"""Means are int8 multiples of the coarsest step."""
+SMALLEST_STEP = 2.0**-60
+"""For channels that never change; far below any step in use and far above bfloat16's smallest."""
+
+
+def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
+    """The codec of one context, and the bits of each part's columns under its tables, float64 [levels, columns].
+
+    Raises TensorError for values that are not finite.
+    """
+    steps, means = _steps(*_spread(chunks, columns, config), columns, config)
+    none = torch.zeros(len(columns), dtype=torch.uint8)
+    codec = LossyCodec(columns, config, Side(steps, means, none, none, none.expand(config.levels - 1, -1)))
+    side, bits = _with_entries(chunks, codec)
+    return LossyCodec(columns, config, side), bits
+
+
+class _Moments:
+    """Sums in float64, so that the order of addition does not show in the bfloat16 that comes of them."""
+
+    def __init__(self, columns: int):
+        self.count, self.total, self.squares = 0, *torch.zeros(2, columns, dtype=torch.float64)
+
+    def add(self, y: Tensor) -> None:
+        y = y.double()
+        self.count += len(y)
+        self.total += y.sum(0).cpu()
+        self.squares += y.square().sum(0).cpu()
+
+
+def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of what is quantised, float64 [columns]; delta's differences have mean zero by fiat."""
+    every, ordinary = _Moments(len(columns)), _Moments(len(columns))
+    for rows, span in chunks():
+        _require_finite(rows, columns)
+        y, _ = transform.forward(rows.float(), columns.vectors.to(rows.device), config)
+        every.add(y)
+        ordinary.add(y[~span.protected(config).to(y.device)])
+    seen = ordinary if ordinary.count >= 2 else every
+    count = max(1, seen.count)
+    mean = torch.zeros_like(seen.total) if config.transform == "delta" else seen.total / count
+    return mean, (seen.squares / count - mean.square()).clamp_min(0).sqrt()
+
+
+def _require_finite(rows: Tensor, columns: Columns) -> None:
+    damaged = ~torch.isfinite(rows)
+    if bool(damaged.any()):
+        vector = int(columns.vectors[int(damaged.any(0).int().argmax())])
+        name = ("keys", "values")[vector % 2]
+        raise TensorError(f"the {name} of layer {vector // 2} are not all finite; only lossless=True keeps such values")
+
+
+def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
+    """(finest steps bfloat16, means int8), [columns]."""
+    coarsest = quantize.step_factor(1, config.levels)
+    step = deviation * torch.tensor(config.steps, dtype=torch.float64)[columns.thirds] / quantize.RATIO
+    floor = mean.abs() / ((LARGEST_MEAN - 1) * coarsest)  # so that the mean fits its byte
+    steps = torch.maximum(step, floor).clamp_min(SMALLEST_STEP).to(torch.bfloat16)
+    means = (mean / (steps.double() * coarsest)).round().clamp(-LARGEST_MEAN, LARGEST_MEAN)
+    return steps, means.to(torch.int8)
+
+
+def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
+    """The codec's side information with the cheapest table of every column, and the bits [levels, columns]."""
+    columns, levels = len(codec.columns), codec.config.levels
+    anchors, base = torch.zeros(2, columns, VALUE_SYMBOLS, dtype=torch.int64)
+    digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int64)
+    for rows, _ in chunks():
+        symbols = codec.symbols(rows)
+        base += value_histograms(symbols.base + ZERO_INDEX)
+        if symbols.anchors is not None:
+            anchors += value_histograms(symbols.anchors.symbols + ZERO_INDEX)
+        coarser = symbols.base
+        for part, digit in zip(digits, symbols.digits, strict=True):
+            part += digit_histograms(digit + DIGIT_ZERO, quantize.contexts(coarser))
+            coarser = quantize.refine(coarser, digit)
+    anchor_entries, anchor_bits = codec.values.choose(anchors)
+    base_entries, base_bits = codec.values.choose(base)
+    refined = [codec.digits.choose(part) for part in digits]
+    entries = torch.stack([e for e, _ in refined]) if refined else torch.empty(0, columns, dtype=torch.uint8)
+    side = Side(codec.side.steps, codec.side.means, anchor_entries, base_entries, entries)
+    return side, torch.stack([anchor_bits + base_bits, *(bits for _, bits in refined)])

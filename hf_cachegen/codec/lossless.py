@@ -1,0 +1,102 @@
+"""Bit-exact coding of bf16, fp16 and fp32 values by planes of bytes.
+
+A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane 0 the most
+significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane, channel) is a column
+of its own; the tables are learnt from the context by clustering its columns' histograms, and travel in the side information:
+
+    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x columns]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec import section
+from hf_cachegen.codec.chunk import Columns, Span
+from hf_cachegen.codec.fit import Chunks
+from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, Codebook, learn, value_histograms
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import CorruptError
+
+TABLES_PER_PLANE = 16
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def to_planes(rows: Tensor) -> Tensor:
+    """rows [tokens, columns] to bytes, int32 [tokens, planes x columns]."""
+    bits = rows.contiguous().view(_INTEGERS[rows.dtype]).to(torch.int64)
+    width = 8 * rows.dtype.itemsize
+    bits &= (1 << width) - 1
+    rotated = (bits << 1 | bits >> (width - 1)) & ((1 << width) - 1)
+    return torch.cat([(rotated >> shift & 0xFF).to(torch.int32) for shift in range(width - 8, -1, -8)], 1)
+
+
+def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_planes`."""
+    width = 8 * dtype.itemsize
+    rotated = torch.zeros(planes.shape[0], planes.shape[1] // dtype.itemsize, dtype=torch.int64)
+    for plane in planes.to(torch.int64).chunk(dtype.itemsize, 1):
+        rotated = rotated << 8 | plane
+    bits = (rotated >> 1 | (rotated & 1) << (width - 1)) & ((1 << width) - 1)
+    signed = torch.where(bits >= 1 << (width - 1), bits - (1 << width), bits)
+    return signed.to(_INTEGERS[dtype]).view(dtype)
+
+
+class LosslessCodec:
+    """Encodes and decodes the chunks of one artifact, bit by bit; it has one level."""
+
+    def __init__(self, dtype: torch.dtype, config: CacheGenConfig, book: Codebook, entries: Tensor):
+        self.dtype, self.config, self.book, self.entries = dtype, config, book, entries
+
+    parts = 1
+
+    @classmethod
+    def fit(
+        cls, chunks: Chunks, columns: Columns, config: CacheGenConfig, dtype: torch.dtype
+    ) -> tuple[LosslessCodec, Tensor]:
+        """The codec of one context, and the bits of its columns under its tables, float64 [1, columns]."""
+        counts = torch.zeros(len(columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int64)
+        for rows, _ in chunks():
+            counts += value_histograms(to_planes(rows.cpu()))
+        rows_of = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in counts.chunk(dtype.itemsize)]
+        book = Codebook(torch.cat(rows_of), config.prob_bits, 1)
+        entries, bits = book.choose(counts)
+        return cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True)
+
+    def side_bytes(self) -> bytes:
+        frequencies = self.book.tables.frequencies.to(torch.int16)  # at most 4096
+        return bytes([len(frequencies) - 1]) + frequencies.numpy().tobytes() + self.entries.numpy().tobytes()
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes | memoryview, columns: Columns, config: CacheGenConfig, dtype: torch.dtype
+    ) -> LosslessCodec:
+        """Raises TruncatedError or CorruptError for bytes that no encoder writes."""
+        cursor = Cursor(data)
+        tables = cursor.take(1)[0] + 1
+        frequencies = cursor.tensor(tables * VALUE_SYMBOLS, torch.int16).reshape(tables, VALUE_SYMBOLS)
+        entries = cursor.tensor(len(columns) * dtype.itemsize, torch.uint8)
+        cursor.finish()
+        if bool((frequencies < 0).any()) or bool((frequencies.sum(1) != 1 << config.prob_bits).any()):
+            raise CorruptError("the side information has a table whose frequencies do not add up")
+        if bool((entries >= tables).any()):
+            raise CorruptError("the side information names a table that it does not have")
+        return cls(dtype, config, Codebook(frequencies, config.prob_bits, 1), entries)
+
+    def encode(self, rows: Tensor, span: Span) -> list[bytes]:
+        """rows [tokens, columns] of the codec's dtype to the bytes of the one part."""
+        return [section.encode(to_planes(rows.cpu()), self.book, self.entries, coder=self.config.coder)]
+
+    def decode(self, parts: Sequence[bytes | memoryview], span: Span) -> Tensor:
+        """The inverse of `encode`."""
+        cursor = Cursor(parts[0])
+        planes = section.decode(cursor, span.tokens, self.book, self.entries, coder=self.config.coder)
+        cursor.finish()
+        return from_planes(planes & 0xFF, self.dtype)
+
+    def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
+        return [rows]

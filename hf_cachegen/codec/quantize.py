@@ -1,0 +1,48 @@
+"""Nested uniform quantisation: one fine symbol, read at any of its levels.
+
+A value y is rounded once, at the finest step: f = round(y / step). Level l of n sees f at a step 3^(n - l) times coarser.
+Because boundaries of a mid-tread quantiser of step 3s are boundaries of the one of step s, the coarse symbol is a function
+of the fine one, c = floor((f + 1) / 3), and what is missing is one digit in {-1, 0, 1}: f = 3c + d. So a base of coarse
+symbols and one ternary refinement a level cost together what the fine symbols alone would (CacheGen, section 5.3, has one
+stream per level instead).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RATIO = 3
+"""Steps of adjacent levels differ by this factor; odd, so that the levels nest."""
+LARGEST_SYMBOL = 2**30
+"""Fine symbols are int32; a larger one says that a column's step is absurd for its values."""
+
+
+def fine_symbols(y: Tensor, step: Tensor) -> Tensor:
+    """round(y / step) as int32, clamped to +-LARGEST_SYMBOL. y float32 [tokens, columns], step float32 [columns]."""
+    return (y / step).round_().clamp_(-LARGEST_SYMBOL, LARGEST_SYMBOL).to(torch.int32)
+
+
+def split(fine: Tensor, levels: int) -> tuple[Tensor, list[Tensor]]:
+    """Fine symbols to (base symbols, digits of each refinement, coarse to fine); all int32 of one shape."""
+    digits = []
+    for _ in range(levels - 1):
+        coarse = torch.div(fine + 1, RATIO, rounding_mode="floor")
+        digits.append(fine - RATIO * coarse)
+        fine = coarse
+    return fine, digits[::-1]
+
+
+def refine(symbols: Tensor, digits: Tensor) -> Tensor:
+    """Symbols one level finer."""
+    return RATIO * symbols + digits
+
+
+def contexts(symbols: Tensor) -> Tensor:
+    """What a refinement's table depends on: 0 where the coarser symbol is zero, 1 positive, 2 negative. uint8."""
+    return (symbols > 0).to(torch.uint8) + 2 * (symbols < 0).to(torch.uint8)
+
+
+def step_factor(level: int, levels: int) -> int:
+    """Step of `level` in units of the finest step."""
+    return int(RATIO ** (levels - level))
