@@ -21,6 +21,7 @@ import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import xxhash
@@ -120,10 +121,14 @@ class Manifest:
 
     def segment(self, file: str, name: str) -> Segment:
         """The segment of that name; raises ManifestError where there is none."""
-        for segment in self.files[file].segments if file in self.files else ():
-            if segment.name == name:
-                return segment
-        raise ManifestError(f"{MANIFEST_FILE} lists no segment {name!r} in {file!r}")
+        try:
+            return self._index[file, name]
+        except KeyError:
+            raise ManifestError(f"{MANIFEST_FILE} lists no segment {name!r} in {file!r}") from None
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str], Segment]:
+        return {(segment.file, segment.name): segment for segment in self.segments}
 
 
 def chunk_name(index: int) -> str:
@@ -153,6 +158,11 @@ def files_at(files: Collection[str], level: int) -> list[str]:
 def nbytes_at(sizes: Mapping[str, int], level: int | None = None) -> int:
     """Bytes that a loader of `level` must fetch, the manifest included; None: all files, what a user stores."""
     return sum(sizes.values()) if level is None else sum(sizes[name] for name in files_at(sizes, level))
+
+
+def check_file_name(name: Any) -> None:
+    """Raises ManifestError for what cannot be a file of an artifact: paths, other suffixes, capitals."""
+    _text(name, _FILE_NAME, "files")
 
 
 def is_own_file(name: str) -> bool:
@@ -300,7 +310,7 @@ def _chunks(table: list[Any], limits: Limits) -> tuple[tuple[int, int], ...]:
 def _files(table: dict[str, Any], limits: Limits) -> dict[str, FileEntry]:
     files, total = {}, 0
     for name, value in table.items():
-        _text(name, _FILE_NAME, "files")
+        check_file_name(name)
         members = _Members(f"files[{name}]", value)
         rows = members.take("segments", list)
         total += len(rows)

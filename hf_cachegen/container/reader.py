@@ -66,7 +66,6 @@ class Reader:
         """The segment's bytes. Raises TruncatedError, CorruptError, or ManifestError for a file that is not there."""
         if segment.file not in self._checked:
             self._check_file(segment.file)
-            self._checked.add(segment.file)
         return self._range(segment.file, segment.offset, segment.length, segment.xxh3, f"segment {segment.name}")
 
     def input_ids(self) -> list[int] | None:
@@ -113,6 +112,7 @@ class Reader:
         if size > entry.size:
             raise CorruptError(f"{name} has {size} bytes, expected {entry.size}; fetch the artifact again")
         self._range(name, 0, entry.header_bytes, entry.header_xxh3, "the header")
+        self._checked.add(name)
 
     def _range(self, file: str, offset: int, length: int, xxh3: str, what: str) -> bytes:
         data = self.store.read(file, offset, length)

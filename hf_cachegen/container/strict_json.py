@@ -12,6 +12,8 @@ from typing import Any
 
 MAX_INTEGER_DIGITS = 19
 """A signed 64-bit integer has at most 19 digits; no count of this format needs more."""
+MAX_DEPTH = 32
+"""Levels of nesting, far fewer than Python's stack takes, so that whatever was read can also be shown and written."""
 
 
 def loads(data: bytes) -> Any:
@@ -29,12 +31,23 @@ def loads(data: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _check_depth(value)
     return value
 
 
 def dumps(value: Any) -> str:
     """The one spelling of `value`: sorted keys, no spaces. Raises TypeError or ValueError for what JSON cannot hold."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
+        level = [child for children in inner for child in children]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from hf_cachegen.container.manifest import (
     MANIFEST_FILE,
     Limits,
     Manifest,
+    check_file_name,
     digest,
     dumps,
     is_own_file,
@@ -92,7 +93,8 @@ class ArtifactWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for spool in self._spools.values():
-            spool.close()
+            with contextlib.suppress(OSError):  # on a full disk the rest of its buffer, which nobody needs any more
+                spool.close()
         try:
             for name in os.listdir(self._directory):
                 partial = _PARTIAL.fullmatch(name)
@@ -105,6 +107,7 @@ class ArtifactWriter:
     def add(self, file: str, name: str, data: bytes | memoryview) -> None:
         """Appends the segment `name` to `file`; files may be filled in any order, and in turns."""
         if file not in self._spools:
+            check_file_name(file)
             self._refuse_existing(file)
             self._segments[file] = []
             self._spools[file] = self._create(file)
@@ -133,7 +136,7 @@ class ArtifactWriter:
         return manifest
 
     def _swap(self) -> None:
-        if MANIFEST_FILE in self._old:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(MANIFEST_FILE, dir_fd=self._directory)
             os.fsync(self._directory)
         for file in self._segments:
@@ -141,23 +144,31 @@ class ArtifactWriter:
         os.fsync(self._directory)
         self._rename(MANIFEST_FILE)
         os.fsync(self._directory)
-        for file in self._old - self._segments.keys() - {MANIFEST_FILE}:
-            os.unlink(file, dir_fd=self._directory)
+        for file in self._old - self._segments.keys():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file, dir_fd=self._directory)
         for made in self._made:
             _sync_directory(made.parent)
-        self._made = []
+        self._made, self._segments = [], {}
 
     def _take_stock(self) -> set[str]:
-        """The old artifact's files; what a killed writer left of its temporary files is removed."""
-        old = set()
+        """The data files that the old artifact, if there is a readable one, calls its own.
+
+        What a killed writer left of its temporary files is removed.
+        """
         for name in os.listdir(self._directory):
             partial = _PARTIAL.fullmatch(name)
             if partial and is_own_file(partial[1]):
                 os.unlink(name, dir_fd=self._directory)
-            if is_own_file(name):
-                self._refuse_existing(name)
-                old.add(name)
-        return old
+        self._refuse_existing(MANIFEST_FILE)
+        try:
+            # O_NONBLOCK: a pipe of that name must not be waited for.
+            manifest = os.open(MANIFEST_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
+            with os.fdopen(manifest, "rb") as file:
+                old = loads(file.read(self._limits.max_header_bytes + 1), self._limits)
+        except (OSError, ArtifactError):
+            return set()
+        return {name for name in old.files if is_own_file(name)}
 
     def _refuse_existing(self, name: str) -> None:
         try:

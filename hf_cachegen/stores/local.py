@@ -21,8 +21,8 @@ class LocalStore:
     """
 
     def __init__(self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> None:
-        self.directory = Path(directory)
-        self._root = os.path.realpath(directory if within is None else within)
+        self.directory = Path(os.path.abspath(directory))
+        self._root = os.path.realpath(self.directory if within is None else within)
 
     def size(self, name: str) -> int:
         """Length of the file in bytes."""
