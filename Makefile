@@ -68,12 +68,12 @@ $(VENV)/.torch: requirements-dev.txt | $(VENV)/.created
 
 $(VENV)/.requirements: $(VENV)/.torch
 	@echo "== the other packages of requirements-dev.txt"
-	@$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	@$(VENV)/bin/python -m pip install -qq -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.requirements pyproject.toml $(wildcard setup.py) $(NATIVE)
 	@echo "== hf_cachegen and its native library"
-	@$(VENV)/bin/python -m pip install --quiet $(PACKAGE)
+	@$(VENV)/bin/python -m pip install -qq $(PACKAGE)
 	@touch $@
 
 # The oldest torch comes from the CPU index alone (elsewhere it brings CUDA); where that is out of reach, today's pin serves.
@@ -82,11 +82,11 @@ $(OLDEST)/.requirements: requirements-dev.txt | $(OLDEST)/.created
 	@$(OLDEST)/bin/python -m pip install --retries 0 --timeout 15 $(OLDEST_TORCH) --index-url $(CPU_INDEX) \
 		|| $(OLDEST)/bin/python -m pip install $(TORCH)
 	@grep -vE '^(torch|transformers|tokenizers|huggingface-hub)==' requirements-dev.txt > $(@D)/requirements.txt
-	@$(OLDEST)/bin/python -m pip install --quiet "$(OLDEST_TRANSFORMERS)" -r $(@D)/requirements.txt
+	@$(OLDEST)/bin/python -m pip install -qq "$(OLDEST_TRANSFORMERS)" -r $(@D)/requirements.txt
 	@touch $@
 
 $(OLDEST)/.package: $(OLDEST)/.requirements pyproject.toml $(wildcard setup.py) $(NATIVE)
-	@$(OLDEST)/bin/python -m pip install --quiet $(PACKAGE)
+	@$(OLDEST)/bin/python -m pip install -qq $(PACKAGE)
 	@touch $@
 
 clean:

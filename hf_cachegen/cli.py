@@ -1,0 +1,222 @@
+"""The command line, `hf-cachegen`: a context becomes an artifact, an artifact answers questions.
+
+Results go to stdout, progress and errors to stderr; with --json stdout is one JSON object. Commands import torch and
+transformers only when they need them, so that `inspect`, `verify` and `--help` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+import hf_cachegen
+from hf_cachegen.cli_errors import EXIT_CODES, PROGRAM, ErrorGroup
+from hf_cachegen.cli_models import load_model, token_ids
+from hf_cachegen.cli_options import (
+    artifact_argument,
+    dtype_option,
+    encoder_config,
+    encoder_options,
+    model_options,
+    output_options,
+    sampling_arguments,
+    sampling_options,
+)
+from hf_cachegen.cli_views import describe, plot, size_text, tables
+from hf_cachegen.container import Reader
+from hf_cachegen.errors import MissingExtraError
+from hf_cachegen.stores.local import LocalStore
+
+EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+
+
+@click.group(cls=ErrorGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(hf_cachegen.__version__, prog_name=PROGRAM)
+def main() -> None:
+    """KV caches of Transformers models as small files."""
+
+
+@main.command(short_help="Write the compressed cache of a text.")
+@click.argument("text", type=click.File("r", encoding="utf-8"))
+@click.option("--model", required=True, help="Folder or Hub id of a causal language model.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact into.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@model_options
+@dtype_option
+@encoder_options
+@output_options
+@click.pass_context
+def encode(
+    context: click.Context, /, text: Any, model: str, out: Path, overwrite: bool, revision: str | None, device: str | None,
+    dtype: str, as_json: bool, debug: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Prefill TEXT (a file, or - for stdin) with a model and write the compressed cache."""
+    config = encoder_config(options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT)
+    document = text.read()
+    if not document.strip():
+        raise click.UsageError(f"{text.name} has no text", context)
+    with _step("loading the model", as_json):
+        loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
+    import torch
+
+    from hf_cachegen.cache import CacheGenCache
+
+    input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
+    start = time.perf_counter()
+    with _step(f"prefilling {input_ids.shape[1]:,} tokens", as_json):
+        cache = CacheGenCache.from_context(loaded, input_ids, config, tokenizer=tokenizer)
+    prefilled = time.perf_counter()
+    with _step("encoding", as_json):
+        cache.save_pretrained(out, overwrite=overwrite)
+    encoded = time.perf_counter()
+    found = describe(Reader(LocalStore(out)))
+    seconds = {"prefill": prefilled - start, "encode": encoded - prefilled}
+    if as_json:
+        _print_json({"artifact": str(out), **found, "seconds": seconds})
+        return
+    sizes = f"{size_text(found['exact_bytes'])} -> {size_text(found['bytes'])}"
+    times = f"prefill {seconds['prefill']:.1f} s, encode {seconds['encode']:.1f} s"
+    click.echo(f"{out}: {found['tokens']:,} tokens, {sizes} ({times})")
+    for row in found["levels"]:
+        size, bits = size_text(row["bytes"]), row["bits_per_element"]
+        click.echo(f"  level {row['level']}: {size}, {row['ratio']:.1f}x, {bits:.2f} bits per element")
+
+
+@main.command(short_help="Answer a question from a compressed cache.")
+@artifact_argument
+@click.option("--model", required=True, help="The model that the artifact was made with.")
+@click.option("--prompt", required=True, help="The question, appended to the cached context; - reads stdin.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="At most.")
+@click.option("--level", type=click.IntRange(min=1), help="Level to load, 1 the coarsest.  [default: the finest]")
+@sampling_options
+@model_options
+@output_options
+def generate(
+    artifact: Path, model: str, prompt: str, max_new_tokens: int, level: int | None, revision: str | None,
+    device: str | None, as_json: bool, debug: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Answer a question about the context of ARTIFACT, token by token on stdout."""
+    arguments = sampling_arguments(options)
+    question = sys.stdin.read() if prompt == "-" else prompt
+    # The cached dtype is the one to run in; reading it also finds a missing artifact before the model is loaded.
+    dtype = describe(Reader(LocalStore(artifact)))["dtype"]
+    with _step("loading the model", as_json):
+        loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
+    import torch
+    from transformers import TextStreamer
+
+    from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.generation import generate as generate_from_cache
+
+    start = time.perf_counter()
+    with _step("loading the cache", as_json):
+        cache = CacheGenCache.from_pretrained(artifact, model=loaded, level=level, tokenizer=tokenizer)
+    ready = time.perf_counter()
+    context_ids = cache.input_ids.to(loaded.device).reshape(1, -1)
+    asked = torch.tensor([token_ids(tokenizer, question, start=False)], dtype=context_ids.dtype, device=loaded.device)
+    prompt_ids = torch.cat([context_ids, asked], dim=1)
+    if options["seed"] is not None:
+        torch.manual_seed(options["seed"])
+    if not as_json and options["num_beams"] == 1:
+        arguments["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if tokenizer.pad_token_id is None:
+        arguments["pad_token_id"] = tokenizer.eos_token_id
+    output = generate_from_cache(loaded, prompt_ids, cache=cache, max_new_tokens=max_new_tokens, **arguments)
+    answer = output[0, prompt_ids.shape[1] :]
+    answer_text = tokenizer.decode(answer, skip_special_tokens=True)
+    if as_json:
+        seconds = {"load": ready - start, "generate": time.perf_counter() - ready}
+        counts = {"context_tokens": context_ids.shape[1], "question_tokens": asked.shape[1], "new_tokens": len(answer)}
+        _print_json({"text": answer_text, **counts, "seconds": seconds})
+    elif "streamer" not in arguments:
+        click.echo(answer_text)
+
+
+@main.command(short_help="Show what an artifact holds.")
+@artifact_argument
+@click.option("--plot", "target", type=click.Path(path_type=Path), help="Draw bits and errors by layer, too.")
+@output_options
+def inspect(artifact: Path, target: Path | None, as_json: bool, debug: bool) -> None:
+    """Show what ARTIFACT holds: geometry, levels, sizes, bits and errors by layer, fingerprint."""
+    found = describe(Reader(LocalStore(artifact)))
+    if target is not None:
+        if target.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise click.BadParameter(f"expected a .png, .pdf or .svg file, got {target}", param_hint="'--plot'")
+        plot(found, target)
+    if as_json:
+        _print_json({"artifact": str(artifact), **found, "plot": None if target is None else str(target)})
+    else:
+        Console().print(tables(found, str(artifact)))
+
+
+@main.command(short_help="Check every byte of an artifact.")
+@artifact_argument
+@click.option("--model", help="Check the fingerprint against this model and its tokenizer, too.")
+@model_options
+@output_options
+def verify(
+    artifact: Path, model: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool
+) -> None:
+    """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model."""
+    reader = Reader(LocalStore(artifact))
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as progress:
+        task = progress.add_task("verifying", total=None)
+        checked = reader.verify(progress=lambda done, total: progress.update(task, completed=done, total=total))
+    if model is not None:
+        with _step("loading the model", as_json):
+            dtype = describe(reader)["dtype"]
+            loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
+        from hf_cachegen import fingerprint
+
+        fingerprint.check(reader.manifest.fingerprint, loaded, tokenizer)
+    if as_json:
+        _print_json({"artifact": str(artifact), "sound": True, "bytes": checked, "model": model})
+    else:
+        belongs = "" if model is None else f", made with {model}"
+        click.echo(f"{artifact}: sound, {checked:,} bytes in {len(reader.sizes)} files{belongs}")
+
+
+@main.command(short_help="Answer questions from compressed caches, beside the exact one.")
+@output_options
+def demo(as_json: bool, debug: bool) -> None:
+    """Answer questions about a long context from compressed caches, beside the exact one (needs the checkout)."""
+    checkout = Path(hf_cachegen.__file__).resolve().parent.parent
+    if not (checkout / "eval" / "demo.py").is_file():
+        raise MissingExtraError(
+            f"the demo is part of the repository, not of the package, and {checkout} has no eval/demo.py: clone the "
+            "repository and run 'make demo' there"
+        )
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    from eval.demo import run_demo
+
+    click.get_current_context().exit(run_demo(Console(), as_json))
+
+
+@contextmanager
+def _step(what: str, quiet: bool) -> Iterator[None]:
+    """Says on stderr what is going on, while it is."""
+    if quiet:
+        yield
+        return
+    with Console(stderr=True).status(what):
+        yield
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

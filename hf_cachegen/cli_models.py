@@ -1,0 +1,59 @@
+"""What the command line knows of models: loading one with its tokenizer, quietly, on a device, in a dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def load_model(name: str, *, revision: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """The causal language model `name` (a folder or a Hub id) and its tokenizer.
+
+    dtype: "auto" is that of the checkpoint. device: None is CUDA where there is one, else the CPU.
+    Raises click.BadParameter where there is no such model, dtype or device.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    place = _device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise click.BadParameter(
+            f"cannot load {name!r}: {reason[0] if reason else type(error).__name__}", param_hint="'--model'"
+        ) from error
+    return model.to(place).eval(), tokenizer
+
+
+def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:
+    """The ids of `text`; `start` adds what the tokenizer puts before a text (BOS), which a question must not have.
+
+    What it would put behind the text (EOS) is left out, since more text follows.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=start)["input_ids"]
+    if start and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or ""):
+        ids = ids[:-1]
+    return ids
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise click.BadParameter(f"there is no device {name!r} here", param_hint="'--device'") from error
+    return device

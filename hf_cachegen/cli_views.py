@@ -1,0 +1,200 @@
+"""What `inspect` shows of an artifact: plain values for --json, tables for people, a plot.
+
+Everything here comes out of a manifest, a stranger's file: numbers are checked before they are used, and text is shown
+without the control characters that a terminal would obey.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from hf_cachegen.container import Reader
+from hf_cachegen.errors import ManifestError
+from hf_cachegen.geometry import Geometry
+
+MAX_ROWS = 128
+"""Layers that a table shows; --json has all."""
+PLOT_INCHES = (9.0, 6.0)
+PLOT_DPI = 120
+
+
+def describe(reader: Reader) -> dict[str, Any]:
+    """Everything that the manifest says, and what follows from it, as plain values."""
+    manifest = reader.manifest
+    geometry = Geometry.from_dict(manifest.geometry)
+    levels = []
+    for level in range(1, manifest.levels + 1):
+        size = reader.nbytes_at(level)
+        levels.append({
+            "level": level,
+            "bytes": size,
+            "ratio": geometry.nbytes / size,
+            "bits_per_element": 8 * size / geometry.elements,
+        })  # fmt: skip
+    return {
+        "format_version": manifest.format_version,
+        "writer": manifest.writer,
+        "tokens": geometry.tokens,
+        "batch": geometry.batch,
+        "dtype": geometry.dtype,
+        "exact_bytes": geometry.nbytes,
+        "bytes": reader.nbytes_at(),
+        "chunks": len(manifest.chunks),
+        "levels": levels,
+        "files": dict(sorted(reader.sizes.items())),
+        "layers": _layers(manifest.report, geometry, manifest.levels),
+        "codec": manifest.codec,
+        "fingerprint": manifest.fingerprint,
+        "extra": manifest.extra,
+    }
+
+
+def _layers(report: dict[str, Any], geometry: Geometry, levels: int) -> list[dict[str, Any]]:
+    """Geometry of each layer beside what the report measured there: bits and errors by level, for K and V."""
+    rows = report.get("layers")
+    if rows is None:
+        return [layer.to_dict() for layer in geometry.layers]
+    if not isinstance(rows, list) or len(rows) != len(geometry.layers):
+        raise ManifestError(f"report.layers must be a list of {len(geometry.layers)} objects, one for each layer")
+    result = []
+    for index, (layer, row) in enumerate(zip(geometry.layers, rows, strict=True)):
+        measured = {name: _numbers(row, name, index, levels) for name in ("k_bits", "v_bits", "k_error", "v_error")}
+        result.append({**layer.to_dict(), **{name: values for name, values in measured.items() if values is not None}})
+    return result
+
+
+def _numbers(row: Any, name: str, index: int, levels: int) -> list[float] | None:
+    values = row.get(name) if isinstance(row, dict) else None
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != levels or not all(_is_number(value) for value in values):
+        raise ManifestError(f"report.layers[{index}].{name} must be a list of {levels} numbers, got {values!r:.80}")
+    return [float(value) for value in values]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def plain(value: Any) -> str:
+    """A stranger's value on one line, without control characters and without rich's markup."""
+    text = value if isinstance(value, str) else str(value)
+    return escape("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text))
+
+
+def size_text(count: float) -> str:
+    """Bytes as people read them: 1,234 bytes is 1.2 kB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def tables(found: dict[str, Any], title: str) -> RenderableType:
+    """The result of `describe` for a terminal."""
+    return Group(_facts(found, title), _level_table(found), _layer_table(found), *_notes(found))
+
+
+def _facts(found: dict[str, Any], title: str) -> Table:
+    table = Table(title=plain(title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rows = f" x {found['batch']} rows" if found["batch"] > 1 else ""
+    table.add_row("context", f"{found['tokens']:,} tokens{rows}, {found['dtype']}, {found['chunks']} chunks")
+    table.add_row("exact cache", size_text(found["exact_bytes"]))
+    table.add_row("artifact", f"{size_text(found['bytes'])} in {len(found['files'])} files")
+    table.add_row("format", f"{found['format_version']}, written by {plain(found['writer'] or 'an unnamed writer')}")
+    for name, value in sorted(found["codec"].items()):
+        table.add_row(plain(name), plain(_short(value)))
+    for name, value in sorted((found["fingerprint"] or {"": "none"}).items()):
+        table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value)))
+    return table
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _level_table(found: dict[str, Any]) -> Table:
+    table = Table(title="what each level fetches", title_justify="left")
+    for name in ("level", "bytes", "ratio", "bits per element"):
+        table.add_column(name, justify="right")
+    for row in found["levels"]:
+        size, bits = size_text(row["bytes"]), row["bits_per_element"]
+        table.add_row(str(row["level"]), size, f"{row['ratio']:.1f}x", f"{bits:.2f}")
+    return table
+
+
+def _layer_table(found: dict[str, Any]) -> Table:
+    layers = found["layers"]
+    table = Table(title="layers: bits per element and relative error, level 1 / finest", title_justify="left")
+    for name in ("layer", "kind", "K", "V", "K bits", "V bits", "K error", "V error"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for index, row in enumerate(layers[:MAX_ROWS]):
+        kind = f"{row['kind']} {row['window']}" if row.get("window") else row["kind"]
+        table.add_row(
+            str(index), kind, f"{row['heads']}x{row['k_dim']}", f"{row['v_heads']}x{row['v_dim']}",
+            _ends(row.get("k_bits"), "{:.2f}"), _ends(row.get("v_bits"), "{:.2f}"),
+            _ends(row.get("k_error"), "{:.1%}"), _ends(row.get("v_error"), "{:.1%}"),
+        )  # fmt: skip
+    if len(layers) > MAX_ROWS:
+        table.caption = f"and {len(layers) - MAX_ROWS} more (--json has all)"
+    return table
+
+
+def _ends(values: list[float] | None, form: str) -> str:
+    if not values:
+        return "-"
+    shown = values if len(values) == 1 else (values[0], values[-1])
+    return " / ".join(form.format(value) for value in shown)
+
+
+def _notes(found: dict[str, Any]) -> list[str]:
+    if all("k_error" in layer for layer in found["layers"]):
+        return ["errors are relative L2 errors of the decoded keys and values, measured when encoding"]
+    return ["errors were not measured when encoding (--no-measure)"]
+
+
+def plot(found: dict[str, Any], target: Path) -> None:
+    """Writes a picture of bits per element and relative errors by layer; its format follows the name's suffix.
+
+    Raises ManifestError where the artifact's report has nothing to draw.
+    """
+    layers = found["layers"]
+    panels = [
+        (label, name)
+        for label, name in (("bits per element", "bits"), ("relative L2 error", "error"))
+        if all(f"k_{name}" in layer and f"v_{name}" in layer for layer in layers)
+    ]
+    if not panels:
+        raise ManifestError("the artifact's report has no bits or errors by layer: there is nothing to plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=PLOT_INCHES, dpi=PLOT_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+    for axes, (label, name) in zip(grid[:, 0], panels, strict=True):
+        for level in found["levels"]:
+            position = level["level"] - 1
+            for side, style in (("k", "o-"), ("v", "s--")):
+                values = [layer[f"{side}_{name}"][position] for layer in layers]
+                label_text = f"{side.upper()}, level {position + 1}"
+                axes.plot(values, style, color=f"C{position}", markersize=4, label=label_text)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    figure.suptitle(f"{found['tokens']:,} tokens, {size_text(found['bytes'])} of {size_text(found['exact_bytes'])}")
+    figure.savefig(target)

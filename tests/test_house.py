@@ -1,0 +1,160 @@
+"""The rules of the house (CONTRIBUTING.md), held against the source text."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hf_cachegen
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_cachegen"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+FLOORS = (
+    ("errors",),
+    ("config", "geometry"),
+    ("native",),
+    ("codec", "container"),
+    ("stores", "layout", "fingerprint", "prefix"),
+    ("artifact",),
+    ("cache",),
+    ("generation",),
+    ("cli",),
+)
+"""From the ground up. A module imports from lower floors and from its own package, never from a neighbour."""
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+ONLY_IN = {
+    "transformers": {"layout", "fingerprint", "cache", "generation", "cli"},
+    "huggingface_hub": {"stores", "cache"},
+    "fsspec": {"stores"},
+    "matplotlib": {"cli"},
+    "click": {"cli"},
+    "rich": {"cli"},
+}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+
+PUBLIC_NAMES = {
+    "CacheGenCache",
+    "CacheGenConfig",
+    "EncodedContext",
+    "__version__",
+    "attach",
+    "decode_kv",
+    "detach",
+    "encode_kv",
+    "errors",
+    "generate",
+}
+
+
+def home(path: Path) -> str:
+    """The name by which FLOORS knows the module: its package or its own name; cli_views belongs to cli."""
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "cli" if name.startswith("cli_") else name
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all imported modules, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p != PACKAGE / "__init__.py"], ids=ids)
+def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
+    own = home(path)
+    assert own in FLOOR_OF, f"give {own!r} a place in FLOORS"
+    for name in imports(parse(path)):
+        parts = name.split(".")
+        if parts[0] != "hf_cachegen" or len(parts) == 1:
+            continue
+        if parts[1] in vars(hf_cachegen) and parts[1] not in FLOOR_OF:
+            continue  # a name of the package itself, such as __version__
+        target = home(PACKAGE / parts[1])
+        assert target == own or FLOOR_OF[target] < FLOOR_OF[own], f"{own} stands below or beside {target}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_a_library_is_imported_only_where_it_belongs(path: Path) -> None:
+    found = {name.split(".")[0] for name in imports(parse(path))}
+    for library, homes in ONLY_IN.items():
+        assert library not in found or home(path) in homes, f"{library} belongs in {sorted(homes)}"
+    assert not found & FORBIDDEN_MODULES
+    if home(path) == "container":
+        assert not found & {"torch", "numpy", "transformers"}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if home(p) == "cli"], ids=ids)
+def test_the_command_line_imports_heavy_libraries_in_functions_only(path: Path) -> None:
+    top = ast.Module([node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    heavy = {"torch", "transformers", "matplotlib", "numpy"}
+    assert not {name.split(".")[0] for name in imports(top)} & heavy
+    assert not any(name.startswith(("hf_cachegen.cache", "hf_cachegen.artifact", "hf_cachegen.generation"))
+                   for name in imports(top))  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_nothing_is_unpickled_and_nothing_asserted(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: raise a typed error"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "torch.save"), f"line {node.lineno}: {called} pickles"
+        if isinstance(node, ast.keyword) and node.arg in ("weights_only", "allow_pickle", "trust_remote_code"):
+            assert ast.unparse(node.value) == ("True" if node.arg == "weights_only" else "False")
+
+
+def test_files_are_short() -> None:
+    folders = [ROOT / name for name in ("hf_cachegen", "cuda_ext", "eval", "tests", "benchmarks", "examples")]
+    files = [ROOT / "setup.py", *(f for folder in folders for f in folder.rglob("*"))]
+    code = [f for f in files if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and f.is_file()]
+    lengths = {ids(f): len(f.read_text(encoding="utf-8").splitlines()) for f in code}
+    assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
+
+
+def test_public_names() -> None:
+    assert set(hf_cachegen.__all__) == PUBLIC_NAMES
+    assert len(hf_cachegen.__all__) == len(PUBLIC_NAMES)
+    assert set(dir(hf_cachegen)) >= PUBLIC_NAMES
+    for name in PUBLIC_NAMES:
+        assert getattr(hf_cachegen, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        hf_cachegen.nothing_of_this_name  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["import hf_cachegen", "import hf_cachegen.cli", "import hf_cachegen.container"])
+def test_importing_is_cheap(statement: str) -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'huggingface_hub'}"
+    code = f"import sys; {statement}; found = {heavy} & set(sys.modules); sys.exit(str(found) if found else 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_versions_and_dependencies_agree() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == hf_cachegen.__version__
+    assert f"## {hf_cachegen.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    used = {name.split(".")[0] for path in SOURCES for name in imports(parse(path))}
+    declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
+    checkout = {"hf_cachegen", "eval"}
+    assert used - set(sys.stdlib_module_names) - checkout <= declared | {"torchac"}
