@@ -1,0 +1,161 @@
+"""Symbols to streams and back: the one door to the entropy coders.
+
+A *section* is a matrix of symbol indices uint8 [tokens, columns]. It is coded as *tiles* of up to TILE_COLUMNS adjacent columns
+and all tokens; each tile is a stream of its own. Every column has one table, or three, of which `contexts` picks one per symbol.
+Which coder runs is no part of the format: the native one and `rans_reference.py` (where the format is spelt out) give the same
+bytes.
+
+Errors: ConfigError and TensorError for arguments that cannot be coded; TruncatedError and CorruptError for streams that no
+encoder wrote. Hostile streams, table ids and contexts end in one of these, never in undefined behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_cachegen import native
+from hf_cachegen.codec import rans_reference, torchac_coder
+from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
+
+Backend = Literal["native", "reference"]
+TILE_COLUMNS = rans_reference.TILE_COLUMNS
+MAX_TABLES = 256
+"""A table id is one byte."""
+MAX_SYMBOLS = 256
+"""A symbol is one byte."""
+MAX_FREQUENCY = 4095
+"""The decoder's table entry has 12 bits for a frequency."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Integer frequencies that coders share; compared by identity, because coders keep what they derive from one.
+
+    frequencies: integers [n_tables, n_symbols], kept as int32; each row sums to 2^prob_bits, none is above MAX_FREQUENCY.
+    prob_bits: 10 to 12.
+    """
+
+    frequencies: Tensor
+    prob_bits: int
+
+    def __post_init__(self) -> None:
+        if self.prob_bits not in (10, 11, 12):
+            raise ConfigError(f"prob_bits must be 10, 11 or 12, got {self.prob_bits!r}")
+        shape, dtype = tuple(self.frequencies.shape), self.frequencies.dtype
+        if dtype not in (torch.uint16, torch.int32, torch.int64):
+            raise TensorError(f"frequencies must be uint16, int32 or int64, got {dtype}")
+        if len(shape) != 2 or not (1 <= shape[0] <= MAX_TABLES and 1 <= shape[1] <= MAX_SYMBOLS):
+            raise TensorError(f"frequencies must be [1 to {MAX_TABLES} tables, 1 to {MAX_SYMBOLS} symbols], got {shape}")
+        frequencies = self.frequencies.detach().to("cpu", torch.int64)
+        if int(frequencies.min()) < 0 or int(frequencies.max()) > MAX_FREQUENCY:
+            raise TensorError(f"frequencies must lie in 0..{MAX_FREQUENCY}, got {frequencies.min()}..{frequencies.max()}")
+        wrong = (frequencies.sum(1) != 1 << self.prob_bits).nonzero().flatten().tolist()
+        if wrong:
+            total = int(frequencies[wrong[0]].sum())
+            raise TensorError(f"table {wrong[0]} sums to {total}, not to 2^{self.prob_bits}")
+        object.__setattr__(self, "frequencies", frequencies.to(torch.int32))
+
+    @cached_property
+    def native(self) -> Tensor:
+        """What the native coder looks up: opaque uint8 [bytes], built once."""
+        return native.build_tables(self.frequencies, self.prob_bits)
+
+
+def tile_count(columns: int) -> int:
+    """Tiles of a section that has tokens; one without tokens has no tiles."""
+    return -(-columns // TILE_COLUMNS)
+
+
+def encode(
+    symbols: Tensor,
+    tables: Tables,
+    table_ids: Tensor,
+    contexts: Tensor | None = None,
+    coder: str = "rans",
+    backend: Backend | None = None,
+) -> list[bytes]:
+    """One stream per tile.
+
+    symbols: uint8 [tokens, columns]. table_ids: uint8 [columns, 1 or 3]. contexts: uint8 [tokens, columns] in {0, 1, 2},
+    given if and only if there are three ids. backend: None takes the best there is; a name forces it.
+    """
+    if symbols.dim() != 2:
+        raise TensorError(f"symbols must be [tokens, columns], got {tuple(symbols.shape)}")
+    _require_bytes("symbols", symbols, (symbols.shape[0], symbols.shape[1]))
+    _check_side(symbols.shape[0], symbols.shape[1], table_ids, contexts)
+    if symbols.numel() == 0:
+        return []
+    if _choose(coder, backend) == "native":
+        packed, sizes = torch.ops.cachegen.encode(symbols, tables.native, table_ids, contexts)
+        data, ends = packed.numpy().tobytes(), sizes.cumsum(0).tolist()
+        return [data[start:end] for start, end in zip([0, *ends[:-1]], ends)]
+    arrays = (symbols.numpy(), tables.frequencies.numpy(), tables.prob_bits, table_ids.numpy())
+    slow = torchac_coder if coder == "torchac" else rans_reference
+    return slow.encode(*arrays, None if contexts is None else contexts.numpy())
+
+
+def decode(
+    streams: bytes | bytearray | memoryview,
+    tile_bytes: Sequence[int],
+    tokens: int,
+    tables: Tables,
+    table_ids: Tensor,
+    contexts: Tensor | None = None,
+    coder: str = "rans",
+    backend: Backend | None = None,
+) -> Tensor:
+    """The inverse of `encode`: uint8 [tokens, columns], from streams back to back and the size of each."""
+    if tokens < 0:
+        raise TensorError(f"tokens must be at least 0, got {tokens}")
+    columns = table_ids.shape[0] if table_ids.dim() else 0
+    _check_side(tokens, columns, table_ids, contexts)
+    tiles = tile_count(columns) if tokens else 0
+    if len(tile_bytes) != tiles or any(size < 0 for size in tile_bytes):
+        raise CorruptError(f"{tiles} tiles of {columns} columns need as many sizes, got {list(tile_bytes)[:8]}")
+    data = memoryview(streams).cast("B")
+    if sum(tile_bytes) > len(data):
+        raise TruncatedError(f"streams of {sum(tile_bytes)} bytes expected, {len(data)} found")
+    if sum(tile_bytes) < len(data):
+        raise CorruptError(f"streams of {sum(tile_bytes)} bytes expected, {len(data)} found")
+    if tokens == 0 or columns == 0:
+        return torch.empty(tokens, columns, dtype=torch.uint8)
+    if _choose(coder, backend) == "native":
+        packed = torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+        sizes = torch.tensor(list(tile_bytes), dtype=torch.int64)
+        decoded: Tensor = torch.ops.cachegen.decode(packed, sizes, tables.native, table_ids, contexts, tokens)
+        return decoded
+    side = (tables.frequencies.numpy(), tables.prob_bits, table_ids.numpy(), None if contexts is None else contexts.numpy())
+    slow = torchac_coder if coder == "torchac" else rans_reference
+    return torch.from_numpy(slow.decode(data, list(tile_bytes), tokens, *side))
+
+
+def _choose(coder: str, backend: str | None) -> str:
+    if coder not in ("rans", "torchac"):
+        raise ConfigError(f"coder must be 'rans' or 'torchac', got {coder!r}")
+    if backend not in (None, "native", "reference"):
+        raise ConfigError(f"backend must be None, 'native' or 'reference', got {backend!r}")
+    if coder == "torchac":
+        return "torchac"
+    return backend or ("native" if native.available() else "reference")
+
+
+def _check_side(tokens: int, columns: int, table_ids: Tensor, contexts: Tensor | None) -> None:
+    if table_ids.dim() != 2 or table_ids.shape[1] not in (1, 3):
+        raise TensorError(f"table_ids must be [columns, 1 or 3], got {tuple(table_ids.shape)}")
+    _require_bytes("table_ids", table_ids, (columns, table_ids.shape[1]))
+    if (contexts is not None) != (table_ids.shape[1] == 3):
+        raise TensorError("contexts are given if and only if every column has three table ids")
+    if contexts is not None:
+        _require_bytes("contexts", contexts, (tokens, columns))
+
+
+def _require_bytes(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise TensorError(f"{name} must be uint8 {list(shape)} on the CPU, got {found}")
