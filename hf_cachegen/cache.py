@@ -1,0 +1,276 @@
+"""CacheGenCache: the KV cache of one context, with what it belongs to; made once, saved small, used by many generations.
+
+It is read-only. A stock cache grows while a model generates, so that a second use of it starts from another text; here every
+`hf_cachegen.generate` gets a stock cache of its own, and a CacheGenCache passed straight to a model raises.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from hf_cachegen.artifact import Artifact, EncodedContext, Encoder, write
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, ReadOnlyCacheError, TensorError, WrongDtypeError
+from hf_cachegen.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.layout import (
+    KVTensors,
+    build_dynamic,
+    capture,
+    dtype_name,
+    layer_devices,
+    positions_change,
+    require_model,
+)
+from hf_cachegen.prefix import Reuse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Tokens = Tensor | Sequence[int]
+
+PREFILL_CHUNK_TOKENS = 4096
+"""Tokens per forward pass of a prefill: bounds the memory of activations, at full speed on any device."""
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache is and what it cost. Sizes in bytes, times in seconds; None where it does not apply.
+
+    exact_bytes: keys and values in the model's dtype; loaded_bytes: what a loader of `level` fetches, everything counted;
+    encoding: the artifact's own report (bits per element and relative error of each layer at each level).
+    """
+
+    context_tokens: int
+    exact_bytes: int
+    loaded_bytes: int | None = None
+    level: int | None = None
+    prefill_seconds: float | None = None
+    load_seconds: float | None = None
+    encoding: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """exact_bytes / loaded_bytes."""
+        return None if self.loaded_bytes is None else self.exact_bytes / self.loaded_bytes
+
+
+def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ReadOnlyCacheError(
+        "a CacheGenCache is read-only, since many generations share it: call hf_cachegen.generate(model, input_ids, cache=cache), "
+        "or hf_cachegen.attach(model) and model.generate(input_ids, cache=cache), or take a copy with cache.to_dynamic()"
+    )
+
+
+class _ReadOnlyLayer(DynamicLayer):
+    """A filled layer that refuses to change; the cache's own methods all go through its layers'."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        super().lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    lazy_initialization = update = crop = reset = reorder_cache = offload = prefetch = _refuse
+    batch_repeat_interleave = batch_select_indices = _refuse
+
+
+class CacheGenCache(DynamicCache):
+    """The KV cache of one context of one model. Make one by `from_context`, `from_cache` or `from_pretrained`.
+
+    kv: the keys and values, all tokens of all layers; input_ids: the context [1, tokens], on the CPU; fingerprint: what
+    model, dtype and tokenizer it belongs to; report: a CacheReport.
+    """
+
+    def __init__(
+        self,
+        kv: KVTensors,
+        input_ids: Tensor,
+        fingerprint: Fingerprint,
+        report: CacheReport,
+        *,
+        config: CacheGenConfig | None = None,
+        source: str | None = None,
+    ):
+        super().__init__()
+        if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
+            raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
+        self.kv, self.input_ids, self.fingerprint, self.report = kv, input_ids, fingerprint, report
+        self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values)]
+        self._config, self._source = config, source
+
+    update = early_initialization = update_conv_state = update_recurrent_state = _refuse
+
+    def __repr__(self) -> str:
+        geometry = self.kv.geometry
+        return f"CacheGenCache({geometry.tokens} tokens, {len(geometry.layers)} layers, {geometry.dtype})"
+
+    @classmethod
+    @torch.no_grad()
+    def from_context(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tokens,
+        config: CacheGenConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    ) -> CacheGenCache:
+        """Run `model` over a context ([tokens] or [1, tokens]) and keep its exact keys and values.
+
+        config: how `save_pretrained` will encode them. tokenizer: if given, its hash goes into the fingerprint.
+        Raises UnsupportedModelError, UnsupportedLayerError, TensorError, WrongDtypeError.
+        """
+        if prefill_chunk_tokens < 1:
+            raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
+        require_model(model)
+        ids = _one_row(input_ids)
+        start = time.perf_counter()
+        if positions_change(model.config, 1, ids.shape[1]):
+            # The rotation depends on the whole length, so the context must be seen at once.
+            prefill_chunk_tokens = ids.shape[1]
+        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        # Without a config it keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
+        past = DynamicCache()
+        for chunk in ids.to(model.device).split(prefill_chunk_tokens, dim=1):
+            model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
+        kv = _checked(capture(past, model.config), model, ids)
+        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+        report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
+        return cls(kv, ids, fingerprint, report, config=config)
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Cache,
+        input_ids: Tokens,
+        model: PreTrainedModel,
+        config: CacheGenConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> CacheGenCache:
+        """Wrap a cache that `model` filled with `input_ids`. Its tensors are copied: the cache may go on growing.
+
+        That the tokens are those of the cache cannot be seen from it; their number, dtype and shapes are checked.
+        Raises UnsupportedModelError, UnsupportedLayerError, TensorError, WrongDtypeError.
+        """
+        require_model(model)
+        ids = _one_row(input_ids)
+        kv = _checked(capture(cache, model.config), model, ids)
+        kv = KVTensors(*(tuple(tensor.detach().clone() for tensor in side) for side in (kv.keys, kv.values)), kv.geometry)
+        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+        return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel | None = None,
+        level: int | None = None,
+        device: torch.device | str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> CacheGenCache:
+        """Load an artifact at `level` (default: the finest), each layer to its device of `model`, else to `device`.
+
+        With a model the fingerprint is checked before anything is decoded; `generate` checks it again in any case.
+        Raises MismatchError, ArtifactError (see hf_cachegen.errors).
+        """
+        start = time.perf_counter()
+        artifact = Artifact(path)
+        if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
+            raise ManifestError(
+                f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode them with "
+                "hf_cachegen.artifact.Artifact(path).decode()"
+            )
+        fingerprint = Fingerprint.from_dict(artifact.fingerprint)
+        if hash_tokens(stored) != fingerprint.tokens:
+            raise CorruptError(f"{path}: the stored tokens are not those of the fingerprint")
+        if artifact.geometry.batch != 1:
+            raise ManifestError(f"{path} holds {artifact.geometry.batch} rows; a context is one row")
+        places = None
+        if model is not None:
+            require_model(model)
+            fingerprint.check(model, tokenizer)
+            places = layer_devices(model, len(artifact.geometry.layers))
+        if device is None and places is not None and len(set(places)) == 1:
+            device = places[0]
+        keys, values = artifact.decode(level, device)
+        kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
+        level = artifact.levels if level is None else level
+        report = CacheReport(
+            context_tokens=kv.geometry.tokens,
+            exact_bytes=kv.geometry.nbytes,
+            loaded_bytes=artifact.nbytes_at(level),
+            level=level,
+            load_seconds=time.perf_counter() - start,
+            encoding=artifact.report,
+        )
+        kv = kv if device is not None or places is None else kv.to(places)
+        return cls(kv, torch.tensor([stored]), fingerprint, report, config=artifact.config, source=os.fspath(path))
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], config: CacheGenConfig | None = None, *, overwrite: bool = False
+    ) -> None:
+        """Encode into `directory`; a cache that was loaded from an artifact copies that one, so that nothing is lost twice.
+
+        config: default the one given to `from_context`, else CacheGenConfig(). Raises ArtifactExistsError, ConfigError.
+        """
+        source: Encoder | EncodedContext
+        if self._source is not None:
+            if config is not None and config != self._config:
+                raise ConfigError(f"this cache was decoded from {self._source}; encoding it anew would lose twice")
+            source = Artifact(self._source).read()
+        else:
+            layers = list(self.kv.geometry.layers)
+            source = Encoder(self.kv.keys, self.kv.values, config or self._config or CacheGenConfig(), layers=layers)
+        write(
+            source,
+            directory,
+            input_ids=self.input_ids[0].tolist(),
+            fingerprint=self.fingerprint.to_dict(),
+            overwrite=overwrite,
+        )
+        if self._source is None:
+            self.report = replace(self.report, encoding=Artifact(directory).report)
+
+    def to_dynamic(self) -> DynamicCache:
+        """A stock DynamicCache with copies of the keys and values, to do with as you like (sliding layers keep their window)."""
+        reuse = Reuse(pads=(0,), columns=self.kv.geometry.tokens, whole=True)
+        copies = (tuple(tensor.clone() for tensor in side) for side in (self.kv.keys, self.kv.values))
+        kv = KVTensors(*copies, self.kv.geometry)
+        return build_dynamic(kv, reuse, 1, [keys.device for keys in kv.keys])
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Raises MismatchError unless this cache is `model`'s."""
+        require_model(model)
+        self.fingerprint.check(model, tokenizer)
+
+
+def _one_row(input_ids: Tokens) -> Tensor:
+    ids = torch.as_tensor(input_ids).detach().cpu()
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
+        raise TensorError(f"a context is one row of token ids, [tokens] or [1, tokens]; got {list(ids.shape)} {ids.dtype}")
+    return ids.long()
+
+
+def _checked(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
+    if kv.geometry.tokens != ids.shape[1]:
+        raise TensorError(
+            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks the last "
+            "token of the sequence: pass sequences[:, :-1]"
+        )
+    if kv.geometry.dtype != dtype_name(model.dtype):
+        raise WrongDtypeError(
+            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)} (autocast?): they must be one"
+        )
+    return kv

@@ -1,0 +1,230 @@
+"""Transformers caches <-> plain keys and values: the one file that knows cache layer types.
+
+`capture` takes a filled cache apart; `build_dynamic` and `build_static` make a fresh stock cache for ONE generation, because
+generating changes the cache it is given. Built layers are views of the captured tensors: stock layers grow by
+concatenation and never write into them. The captured tensors hold every token, also of sliding layers, so that a cache can
+be cut to any prefix; a built sliding layer keeps the last window - 1 tokens and its cumulative length, as the stock one does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+from hf_cachegen.errors import TensorError, UnsupportedLayerError, UnsupportedModelError
+from hf_cachegen.geometry import Geometry, LayerGeometry, LayerKind
+from hf_cachegen.prefix import Reuse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class KVTensors:
+    """All keys and values of a context. For layer i: keys [1, heads, tokens, k_dim], values [1, v_heads, tokens, v_dim].
+
+    Raises TensorError where the tensors contradict the geometry.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        geometry = self.geometry
+        if not len(self.keys) == len(self.values) == len(geometry.layers):
+            raise TensorError(
+                f"expected keys and values of {len(geometry.layers)} layers, got {len(self.keys)} and {len(self.values)}"
+            )
+        for index, (layer, keys, values) in enumerate(zip(geometry.layers, self.keys, self.values)):
+            rows = (geometry.batch, geometry.tokens)
+            _require(index, "keys", keys, (rows[0], layer.heads, rows[1], layer.k_dim), geometry.dtype)
+            _require(index, "values", values, (rows[0], layer.v_heads, rows[1], layer.v_dim), geometry.dtype)
+
+    def to(self, devices: Sequence[torch.device]) -> KVTensors:
+        """Layer i on devices[i]; no copy of a layer that is there already."""
+        keys = tuple(tensor.to(device) for tensor, device in zip(self.keys, devices))
+        values = tuple(tensor.to(device) for tensor, device in zip(self.values, devices))
+        return KVTensors(keys, values, self.geometry)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def require_model(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError, or UnsupportedLayerError, for a model whose cache cannot be kept and reused."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+        raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
+    layer_kinds(model.config)
+    stateful = bool(getattr(model, "_is_stateful", False))
+    if stateful or "past_key_values" not in inspect.signature(_base(model).forward).parameters:
+        raise UnsupportedModelError(f"{name} keeps a recurrent state, or no key-value cache that can be cut to a prefix")
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
+    """(kind, window) of every layer that `config` describes, as the stock DynamicCache would build it.
+
+    Raises UnsupportedLayerError, which names the first layer of another kind.
+    """
+    latent = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+    kinds: list[tuple[LayerKind, int | None]] = []
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as error:
+        raise UnsupportedLayerError(f"{config.model_type!r} has a layer of an unknown kind, {error}") from error
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            kinds.append(("sliding", int(layer.sliding_window)))
+        elif type(layer) is DynamicLayer:
+            kinds.append(("mla" if latent else "full", None))
+        else:
+            raise UnsupportedLayerError(
+                f"layer {index} of {config.model_type!r} is a {type(layer).__name__}; this version handles full attention, "
+                "sliding windows and latent attention (MLA)"
+            )
+    return kinds
+
+
+def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:
+    """The keys and values of a filled cache of one row, all tokens of every layer; views, not copies.
+
+    Raises UnsupportedLayerError for a layer of another kind, TensorError for a cache that is empty, has several rows or
+    layers of different length, or whose sliding layers have dropped tokens already.
+    """
+    kinds = layer_kinds(config)
+    layers = getattr(cache, "layers", [])
+    if len(layers) != len(kinds):
+        raise TensorError(f"the model has {len(kinds)} cache layers, this {type(cache).__name__} has {len(layers)}")
+    pairs = [_all_tokens(index, layer) for index, layer in enumerate(layers)]
+    first = pairs[0][0]
+    if first.shape[0] != 1:
+        raise TensorError(f"a context is one row; this cache has {first.shape[0]} (keep one row of each layer's tensors)")
+    geometry = Geometry(
+        layers=tuple(_geometry(kind, window, *pair) for (kind, window), pair in zip(kinds, pairs)),
+        tokens=int(first.shape[2]),
+        batch=1,
+        dtype=dtype_name(first.dtype),
+    )
+    return KVTensors(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs), geometry)
+
+
+def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device]) -> DynamicCache:
+    """A stock DynamicCache which holds the first `reuse.columns` columns of a batch, every row `repeats` times.
+
+    Row r holds the context from column reuse.pads[r] on; what stands before it is zeros that the attention mask hides.
+    """
+    cache = DynamicCache()
+    # Without a config the stock cache would append full layers as they come; these are all there is.
+    cache.layer_class_to_replicate = None
+    for layer, keys, values, device in zip(kv.geometry.layers, kv.keys, kv.values, devices):
+        stock = DynamicLayer() if layer.window is None else DynamicSlidingWindowLayer(sliding_window=layer.window)
+        first = 0 if layer.window is None else max(0, reuse.columns - (layer.window - 1))
+        rows = _columns(keys, first, reuse, repeats, device), _columns(values, first, reuse, repeats, device)
+        stock.lazy_initialization(*rows)
+        stock.keys, stock.values = rows
+        if layer.window is not None:
+            stock.cumulative_length = reuse.columns
+        cache.layers.append(stock)
+    return cache
+
+
+def build_static(
+    kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device], config: PreTrainedConfig, length: int
+) -> StaticCache:
+    """Like `build_dynamic`, as a StaticCache with room for `length` tokens."""
+    cache = StaticCache(config=config, max_cache_len=length)
+    for stock, keys, values, device in zip(cache.layers, kv.keys, kv.values, devices):
+        stock.update(_columns(keys, 0, reuse, repeats, device), _columns(values, 0, reuse, repeats, device))
+    return cache
+
+
+def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
+    """Where each decoder layer computes: accelerate's execution device where it placed the model, else its weights'."""
+    base = _base(model)
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return [_device(layer, base.device) for layer in module]
+    return [base.device] * layers
+
+
+def positions_change(config: PreTrainedConfig, context: int, prompt: int) -> bool:
+    """Whether keys of a `context` tokens long are rotated otherwise than those of a `prompt` that begins with it.
+
+    Two kinds of rope depend on the length of the whole sequence: "longrope" has one set of frequencies up to the original
+    length and another above it; "dynamic" stretches its frequencies with every token above it.
+    """
+    text = config.get_text_config(decoder=True)
+    parameters: Any = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        kind = rope.get("rope_type")
+        original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        original = original or getattr(text, "max_position_embeddings", None) or 0
+        if kind == "dynamic" and prompt > original:
+            return True
+        if kind == "longrope" and context <= original < prompt:
+            return True
+    return False
+
+
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _device(layer: nn.Module, otherwise: torch.device) -> torch.device:
+    for module in layer.modules():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return next((p.device for p in layer.parameters() if p.device.type != "meta"), otherwise)
+
+
+def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
+        raise UnsupportedLayerError(f"layer {index} of the cache is a {type(layer).__name__}, which cannot be captured")
+    tokens = int(layer.get_seq_length())
+    if tokens == 0:
+        raise TensorError(f"layer {index} of the cache is empty")
+    held = int(layer.keys.shape[2])
+    if held < tokens:
+        raise TensorError(
+            f"layer {index} has kept {held} of {tokens} tokens: its sliding window was cut, and a prefix cannot be rebuilt "
+            "from it; prefill with a config-less transformers.DynamicCache(), or use CacheGenCache.from_context"
+        )
+    return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+
+
+def _geometry(kind: LayerKind, window: int | None, keys: Tensor, values: Tensor) -> LayerGeometry:
+    return LayerGeometry(kind, keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], window)
+
+
+def _require(index: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: str) -> None:
+    if tuple(tensor.shape) != shape or dtype_name(tensor.dtype) != dtype:
+        raise TensorError(
+            f"layer {index}: expected {name} {list(shape)} {dtype}, got {list(tensor.shape)} {dtype_name(tensor.dtype)}"
+        )
+
+
+def _columns(tensor: Tensor, first: int, reuse: Reuse, repeats: int, device: torch.device) -> Tensor:
+    """[1, heads, tokens, dim] -> [rows * repeats, heads, reuse.columns - first, dim]; a view where no row is padded."""
+    tensor = tensor.to(device)
+    if not any(reuse.pads):
+        return tensor[:, :, first : reuse.columns].expand(len(reuse.pads) * repeats, -1, -1, -1)
+    _, heads, _, dim = tensor.shape
+    rows = tensor.new_zeros(len(reuse.pads), heads, reuse.columns - first, dim)
+    for row, pads in enumerate(reuse.pads):
+        start = max(first, pads)
+        rows[row, :, start - first :] = tensor[0, :, start - pads : max(0, reuse.columns - pads)]
+    return rows.repeat_interleave(repeats, dim=0)
