@@ -5,6 +5,8 @@ significant. Exponents of a channel are much alike and compress; the lowest plan
 of its own; the tables are learnt from the context by clustering its columns' histograms, and travel in the side information:
 
     u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x columns]
+
+Table 0 is that of "always zero", whose columns are not coded.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from hf_cachegen.codec import section
 from hf_cachegen.codec.chunk import Columns, Span
 from hf_cachegen.codec.fit import Chunks
 from hf_cachegen.codec.section import Cursor
-from hf_cachegen.codec.tables import VALUE_SYMBOLS, Codebook, learn, value_histograms
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn, value_histograms
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError
 
@@ -62,8 +64,10 @@ class LosslessCodec:
         counts = torch.zeros(len(columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int64)
         for rows, _ in chunks():
             counts += value_histograms(to_planes(rows.cpu()))
-        rows_of = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in counts.chunk(dtype.itemsize)]
-        book = Codebook(torch.cat(rows_of), config.prob_bits, 1)
+        never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int64)
+        never[0, ZERO_INDEX] = 1  # entry 0 means "not coded": as everywhere, it is the table of "always zero"
+        learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]
+        book = Codebook(torch.cat(learnt), config.prob_bits, 1)
         entries, bits = book.choose(counts)
         return cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True)
 
@@ -96,7 +100,7 @@ class LosslessCodec:
         cursor = Cursor(parts[0])
         planes = section.decode(cursor, span.tokens, self.book, self.entries, coder=self.config.coder)
         cursor.finish()
-        return from_planes(planes & 0xFF, self.dtype)
+        return from_planes(planes, self.dtype)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         return [rows]
