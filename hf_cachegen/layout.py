@@ -60,6 +60,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def require_model(model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError, or UnsupportedLayerError, for a model whose cache cannot be kept and reused."""
     name = type(model).__name__
@@ -69,7 +74,7 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
     layer_kinds(model.config)
     stateful = bool(getattr(model, "_is_stateful", False))
-    if stateful or "past_key_values" not in inspect.signature(_base(model).forward).parameters:
+    if stateful or "past_key_values" not in inspect.signature(base_model(model).forward).parameters:
         raise UnsupportedModelError(f"{name} keeps a recurrent state, or no key-value cache that can be cut to a prefix")
 
 
@@ -152,7 +157,7 @@ def build_static(
 
 def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     """Where each decoder layer computes: accelerate's execution device where it placed the model, else its weights'."""
-    base = _base(model)
+    base = base_model(model)
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return [_device(layer, base.device) for layer in module]
@@ -160,7 +165,7 @@ def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
 
 
 def positions_change(config: PreTrainedConfig, context: int, prompt: int) -> bool:
-    """Whether keys of a `context` tokens long are rotated otherwise than those of a `prompt` that begins with it.
+    """Whether a context of so many tokens is rotated otherwise than the same tokens in a prompt of another length.
 
     Two kinds of rope depend on the length of the whole sequence: "longrope" has one set of frequencies up to the original
     length and another above it; "dynamic" stretches its frequencies with every token above it.
@@ -172,15 +177,11 @@ def positions_change(config: PreTrainedConfig, context: int, prompt: int) -> boo
         kind = rope.get("rope_type")
         original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
         original = original or getattr(text, "max_position_embeddings", None) or 0
-        if kind == "dynamic" and prompt > original:
+        if kind == "dynamic" and max(context, prompt) > original:
             return True
-        if kind == "longrope" and context <= original < prompt:
+        if kind == "longrope" and (context > original) != (prompt > original):
             return True
     return False
-
-
-def _base(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _device(layer: nn.Module, otherwise: torch.device) -> torch.device:
@@ -227,4 +228,4 @@ def _columns(tensor: Tensor, first: int, reuse: Reuse, repeats: int, device: tor
     for row, pads in enumerate(reuse.pads):
         start = max(first, pads)
         rows[row, :, start - first :] = tensor[0, :, start - pads : max(0, reuse.columns - pads)]
-    return rows.repeat_interleave(repeats, dim=0)
+    return rows if repeats == 1 else rows.repeat_interleave(repeats, dim=0)
