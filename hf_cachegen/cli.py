@@ -34,13 +34,13 @@ from hf_cachegen.cli_options import (
 )
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import Reader
-from hf_cachegen.errors import MissingExtraError
+from hf_cachegen.errors import MissingExtraError, WrongModelError
 from hf_cachegen.stores.local import LocalStore
 
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-@click.group(cls=ErrorGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(PROGRAM, cls=ErrorGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(hf_cachegen.__version__, prog_name=PROGRAM)
 def main() -> None:
     """KV caches of Transformers models as small files."""
@@ -57,8 +57,8 @@ def main() -> None:
 @output_options
 @click.pass_context
 def encode(
-    context: click.Context, /, text: Any, model: str, out: Path, overwrite: bool, revision: str | None, device: str | None,
-    dtype: str, as_json: bool, debug: bool, **options: Any,
+    context: click.Context, /, text: Any, model: str, out: Path, overwrite: bool, revision: str | None,
+    device: str | None, dtype: str, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prefill TEXT (a file, or - for stdin) with a model and write the compressed cache."""
     config = encoder_config(options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT)
@@ -122,13 +122,15 @@ def generate(
     with _step("loading the cache", as_json):
         cache = CacheGenCache.from_pretrained(artifact, model=loaded, level=level, tokenizer=tokenizer)
     ready = time.perf_counter()
-    context_ids = cache.input_ids.to(loaded.device).reshape(1, -1)
-    asked = torch.tensor([token_ids(tokenizer, question, start=False)], dtype=context_ids.dtype, device=loaded.device)
+    context_ids = cache.input_ids.to(loaded.device)
+    asked = torch.tensor([token_ids(tokenizer, question, start=False)], dtype=torch.long, device=loaded.device)
     prompt_ids = torch.cat([context_ids, asked], dim=1)
     if options["seed"] is not None:
         torch.manual_seed(options["seed"])
     if not as_json and options["num_beams"] == 1:
         arguments["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    # Without it the stock generate would take a pad token within the text for padding.
+    arguments["attention_mask"] = torch.ones_like(prompt_ids)
     if tokenizer.pad_token_id is None:
         arguments["pad_token_id"] = tokenizer.eos_token_id
     output = generate_from_cache(loaded, prompt_ids, cache=cache, max_new_tokens=max_new_tokens, **arguments)
@@ -170,16 +172,19 @@ def verify(
     """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model."""
     reader = Reader(LocalStore(artifact))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
         checked = reader.verify(progress=lambda done, total: progress.update(task, completed=done, total=total))
     if model is not None:
         with _step("loading the model", as_json):
             dtype = describe(reader)["dtype"]
             loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
-        from hf_cachegen import fingerprint
+        from hf_cachegen.fingerprint import Fingerprint
 
-        fingerprint.check(reader.manifest.fingerprint, loaded, tokenizer)
+        if reader.manifest.fingerprint is None:
+            raise WrongModelError(f"{artifact} has no fingerprint: nothing says which model it was made with")
+        Fingerprint.from_dict(reader.manifest.fingerprint).check(loaded, tokenizer)
     if as_json:
         _print_json({"artifact": str(artifact), "sound": True, "bytes": checked, "model": model})
     else:

@@ -44,6 +44,14 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
 """The first class that fits decides; all other errors are UNEXPECTED."""
 
 
+class _EndOfFile(Exception):
+    """Carries an EOFError past click."""
+
+    def __init__(self, error: EOFError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def exit_code(error: Exception) -> int:
     """The exit code that this error ends with."""
     return next((code for kind, code in _CODE_OF if isinstance(error, kind)), UNEXPECTED)
@@ -51,6 +59,13 @@ def exit_code(error: Exception) -> int:
 
 class ErrorGroup(click.Group):
     """A group of commands whose every error ends in one line, or one JSON object, and a documented exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, which would take a TruncatedError (an EOFError) for the end of the user's input."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise _EndOfFile(error) from error
 
     def main(
         self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any
@@ -63,6 +78,8 @@ class ErrorGroup(click.Group):
         except NoArgsIsHelpError as error:
             error.show()
             code = USAGE
+        except _EndOfFile as error:
+            code = report(error.error, arguments)
         except (click.Abort, KeyboardInterrupt):
             click.echo(f"{PROGRAM}: interrupted", err=True)
             code = INTERRUPTED

@@ -63,7 +63,7 @@ sampling_options = _all(
     click.option("--sample/--greedy", default=False, show_default=True, help="Draw tokens, or take the likeliest."),
     click.option("--temperature", type=float, help="With --sample: above 1 is more random, below 1 less."),
     click.option("--top-k", type=int, help="With --sample: draw from the k likeliest tokens."),
-    click.option("--top-p", type=float, help="With --sample: draw from the likeliest tokens of this probability in all."),
+    click.option("--top-p", type=float, help="With --sample: draw from the likeliest tokens of this total share."),
     click.option("--seed", type=int, help="With --sample: makes the draw repeatable."),
     click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="Beams of the search."),
 )

@@ -1,0 +1,198 @@
+"""encode, generate and verify --model: from a text to an answer, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cachegen import cli_errors
+from tests.cli_support import run, run_json, save_model, text
+
+CONTEXT_TOKENS = 120
+QUESTION = text(5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "context.txt"
+    path.write_text(text(CONTEXT_TOKENS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory: pytest.TempPathFactory, model: Path, document: Path) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "lossless"
+    done = run("encode", document, "--model", model, "--out", folder, "--lossless", "--chunk-tokens", 50)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def reference_answer(model: Path, document: Path, **options: object) -> str:
+    """What the stock model answers without any cache of ours."""
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    words = f"{document.read_text(encoding='utf-8')} {QUESTION}"
+    ids = tokenizer(words, return_tensors="pt")["input_ids"]
+    output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options)
+    answer: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return answer
+
+
+def ask(artifact: Path, model: Path, *options: object) -> tuple[object, ...]:
+    return ("generate", artifact, "--model", model, "--prompt", QUESTION, "--max-new-tokens", 12, *options)
+
+
+def test_encode_reports_what_it_wrote(tmp_path: Path, model: Path, document: Path) -> None:
+    folder = tmp_path / "context"
+    found = run_json("encode", document, "--model", model, "--out", folder, "--protect-last", 8)
+    assert found["artifact"] == str(folder)
+    assert found["tokens"] == CONTEXT_TOKENS
+    assert found["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert set(found["seconds"]) == {"prefill", "encode"}
+    assert found["fingerprint"]["tokenizer"] is not None
+    assert {**run_json("inspect", folder), "artifact": str(folder)}["levels"] == found["levels"]
+
+
+def test_encode_from_stdin_and_twice_gives_the_same_bytes(tmp_path: Path, model: Path, document: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("encode", document, "--model", model, "--out", first).exit_code == 0
+    done = run("encode", "-", "--model", model, "--out", second, stdin=document.read_text(encoding="utf-8"))
+    assert done.exit_code == 0
+    assert f"{CONTEXT_TOKENS} tokens" in done.stdout
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
+
+
+def test_encode_overwrites_only_when_told_to(tmp_path: Path, model: Path, document: Path) -> None:
+    command = ("encode", document, "--model", model, "--out", tmp_path / "context")
+    assert run(*command).exit_code == 0
+    assert run_json(*command, code=cli_errors.USAGE)["error"]["type"] == "ArtifactExistsError"
+    assert run(*command, "--levels", 1, "--overwrite").exit_code == 0
+    assert len(run_json("inspect", tmp_path / "context")["levels"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--levels", 4], "levels"),
+        (["--lossless", "--transform", "delta"], "transform"),
+        (["--steps", 1, 2, 0], "steps"),
+        (["--dtype", "float8"], "--dtype"),
+        (["--device", "abacus"], "--device"),
+        (["--steps", 1, 2], "--steps"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else value,
+)
+def test_encode_refuses_wrong_options(
+    tmp_path: Path, model: Path, document: Path, options: list[object], named: str
+) -> None:
+    found = run_json("encode", document, "--model", model, "--out", tmp_path / "o", *options, code=cli_errors.USAGE)
+    assert named in found["error"]["message"]
+    assert not (tmp_path / "o").exists()
+
+
+def test_encode_needs_a_text_and_a_model(tmp_path: Path, model: Path) -> None:
+    empty = run("encode", "-", "--model", model, "--out", tmp_path / "o", stdin=" \n")
+    assert (empty.exit_code, "no text" in empty.stderr) == (cli_errors.USAGE, True)
+    absent = run("encode", "-", "--model", tmp_path / "none", "--out", tmp_path / "o", stdin="w1")
+    assert (absent.exit_code, "cannot load" in absent.stderr) == (cli_errors.USAGE, True)
+
+
+def test_generate_streams_the_answer_of_the_exact_model(lossless: Path, model: Path, document: Path) -> None:
+    done = run(*ask(lossless, model))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == reference_answer(model, document, do_sample=False)
+
+
+def test_generate_as_json(lossless: Path, model: Path, document: Path) -> None:
+    found = run_json(*ask(lossless, model))
+    assert found["text"] == reference_answer(model, document, do_sample=False)
+    assert (found["context_tokens"], found["question_tokens"]) == (CONTEXT_TOKENS, 5)
+    assert 0 < found["new_tokens"] <= 12
+    assert set(found["seconds"]) == {"load", "generate"}
+
+
+def test_generate_with_beams(lossless: Path, model: Path, document: Path) -> None:
+    done = run(*ask(lossless, model, "--num-beams", 3))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == reference_answer(model, document, do_sample=False, num_beams=3)
+
+
+def test_generate_reads_the_question_from_stdin(lossless: Path, model: Path) -> None:
+    command = ("generate", lossless, "--model", model, "--max-new-tokens", 12)
+    piped, given = run(*command, "--prompt", "-", stdin=QUESTION), run(*command, "--prompt", QUESTION)
+    assert (piped.exit_code, given.exit_code) == (0, 0)
+    assert piped.stdout == given.stdout
+
+
+def test_sampling_is_repeatable(lossless: Path, model: Path) -> None:
+    command = ask(lossless, model, "--sample", "--seed", 5, "--temperature", 2.0, "--top-k", 50, "--top-p", 0.99)
+    assert run_json(*command)["text"] == run_json(*command)["text"]
+    other = ask(lossless, model, "--sample", "--seed", 6, "--temperature", 2.0)
+    assert run_json(*command)["text"] != run_json(*other)["text"]
+
+
+@pytest.mark.parametrize("option", [("--temperature", 0.5), ("--top-k", 5), ("--top-p", 0.5), ("--seed", 1)])
+def test_sampling_options_need_sample(lossless: Path, model: Path, option: tuple[object, ...]) -> None:
+    done = run(*ask(lossless, model, *option))
+    assert done.exit_code == cli_errors.USAGE
+    assert f"{option[0]} needs --sample" in done.stderr
+
+
+def test_generate_refuses_a_level_that_is_not_there(lossless: Path, model: Path) -> None:
+    found = run_json(*ask(lossless, model, "--level", 3), code=cli_errors.USAGE)
+    assert found["error"]["type"] == "LevelError"
+
+
+def test_generate_at_a_coarser_level(tmp_path: Path, model: Path, document: Path) -> None:
+    assert run("encode", document, "--model", model, "--out", tmp_path / "context").exit_code == 0
+    for level in (1, 2, 3):
+        assert run_json(*ask(tmp_path / "context", model, "--level", level))["new_tokens"] > 0
+
+
+def test_other_weights_are_a_mismatch(tmp_path: Path, lossless: Path) -> None:
+    other = save_model(tmp_path / "other", seed=1)
+    assert run_json(*ask(lossless, other), code=cli_errors.MISMATCH)["error"]["type"] == "WrongWeightsError"
+    found = run_json("verify", lossless, "--model", other, code=cli_errors.MISMATCH)
+    assert found["error"]["type"] == "WrongWeightsError"
+
+
+def test_another_architecture_is_a_mismatch(tmp_path: Path, lossless: Path) -> None:
+    other = save_model(tmp_path / "other", "qwen3")
+    found = run_json("verify", lossless, "--model", other, code=cli_errors.MISMATCH)
+    assert found["error"]["type"] == "WrongModelError"
+
+
+def test_another_tokenizer_is_a_mismatch(tmp_path: Path, lossless: Path) -> None:
+    other = save_model(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(other)
+    assert run_json(*ask(lossless, other), code=cli_errors.MISMATCH)["error"]["type"] == "WrongTokenizerError"
+
+
+def test_an_unsupported_model_is_named(tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", "mamba")
+    found = run_json(
+        "encode", "-", "--model", other, "--out", tmp_path / "o", code=cli_errors.UNSUPPORTED, stdin=text(9)
+    )
+    assert found["error"]["type"] in ("UnsupportedModelError", "UnsupportedLayerError")
+
+
+def test_verify_with_the_model(lossless: Path, model: Path) -> None:
+    assert run_json("verify", lossless, "--model", model)["model"] == str(model)
+    assert f"made with {model}" in run("verify", lossless, "--model", model).stdout
+
+
+def test_an_artifact_without_a_fingerprint_belongs_to_no_model(tmp_path: Path, model: Path) -> None:
+    from hf_cachegen import artifact, encode_kv
+
+    artifact.write(encode_kv([torch.zeros(1, 1, 9, 8)], [torch.ones(1, 1, 9, 8)]), tmp_path / "bare")
+    found = run_json("verify", tmp_path / "bare", "--model", model, code=cli_errors.MISMATCH)
+    assert "no fingerprint" in found["error"]["message"]
