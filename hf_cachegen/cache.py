@@ -1,7 +1,9 @@
-"""CacheGenCache: the KV cache of one context, with what it belongs to; made once, saved small, used by many generations.
+"""CacheGenCache: the KV cache of one context, with what it belongs to; made once, saved small, used by many
+generations.
 
-It is read-only. A stock cache grows while a model generates, so that a second use of it starts from another text; here every
-`hf_cachegen.generate` gets a stock cache of its own, and a CacheGenCache passed straight to a model raises.
+It is read-only. A stock cache grows while a model generates, so that a second use of it starts from another text;
+here every `hf_cachegen.generate` gets a stock cache of its own, and a CacheGenCache passed straight to a model
+raises.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_cachegen.artifact import Artifact, EncodedContext, Encoder, write
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, ReadOnlyCacheError, TensorError, WrongDtypeError
+from hf_cachegen.errors import (
+    ConfigError,
+    CorruptError,
+    ManifestError,
+    ReadOnlyCacheError,
+    TensorError,
+    WrongDtypeError,
+)
 from hf_cachegen.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.layout import (
     KVTensors,
@@ -46,8 +55,8 @@ PREFILL_CHUNK_TOKENS = 4096
 class CacheReport:
     """What a cache is and what it cost. Sizes in bytes, times in seconds; None where it does not apply.
 
-    exact_bytes: keys and values in the model's dtype; loaded_bytes: what a loader of `level` fetches, everything counted;
-    encoding: the artifact's own report (bits per element and relative error of each layer at each level).
+    exact_bytes: keys and values in the model's dtype; loaded_bytes: what a loader of `level` fetches, everything
+    counted; encoding: the artifact's own report (bits per element and relative error of each layer at each level).
     """
 
     context_tokens: int
@@ -66,8 +75,9 @@ class CacheReport:
 
 def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise ReadOnlyCacheError(
-        "a CacheGenCache is read-only, since many generations share it: call hf_cachegen.generate(model, input_ids, cache=cache), "
-        "or hf_cachegen.attach(model) and model.generate(input_ids, cache=cache), or take a copy with cache.to_dynamic()"
+        "a CacheGenCache is read-only, since many generations share it: call hf_cachegen.generate(model, input_ids, "
+        "cache=cache), or hf_cachegen.attach(model) and model.generate(input_ids, cache=cache), or take a copy with "
+        "cache.to_dynamic()"
     )
 
 
@@ -104,7 +114,7 @@ class CacheGenCache(DynamicCache):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self.report = kv, input_ids, fingerprint, report
-        self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values)]
+        self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values, strict=True)]
         self._config, self._source = config, source
 
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
@@ -165,7 +175,9 @@ class CacheGenCache(DynamicCache):
         require_model(model)
         ids = _one_row(input_ids)
         kv = _checked(capture(cache, model.config), model, ids)
-        kv = KVTensors(*(tuple(tensor.detach().clone() for tensor in side) for side in (kv.keys, kv.values)), kv.geometry)
+        kv = KVTensors(
+            *(tuple(tensor.detach().clone() for tensor in side) for side in (kv.keys, kv.values)), kv.geometry
+        )
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
         return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config)
 
@@ -188,8 +200,8 @@ class CacheGenCache(DynamicCache):
         artifact = Artifact(path)
         if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
             raise ManifestError(
-                f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode them with "
-                "hf_cachegen.artifact.Artifact(path).decode()"
+                f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode them "
+                "with hf_cachegen.artifact.Artifact(path).decode()"
             )
         fingerprint = Fingerprint.from_dict(artifact.fingerprint)
         if hash_tokens(stored) != fingerprint.tokens:
@@ -220,7 +232,8 @@ class CacheGenCache(DynamicCache):
     def save_pretrained(
         self, directory: str | os.PathLike[str], config: CacheGenConfig | None = None, *, overwrite: bool = False
     ) -> None:
-        """Encode into `directory`; a cache that was loaded from an artifact copies that one, so that nothing is lost twice.
+        """Encode into `directory`; a cache that was loaded from an artifact copies that one, so that nothing is lost
+        twice.
 
         config: default the one given to `from_context`, else CacheGenConfig(). Raises ArtifactExistsError, ConfigError.
         """
@@ -243,7 +256,9 @@ class CacheGenCache(DynamicCache):
             self.report = replace(self.report, encoding=Artifact(directory).report)
 
     def to_dynamic(self) -> DynamicCache:
-        """A stock DynamicCache with copies of the keys and values, to do with as you like (sliding layers keep their window)."""
+        """A stock DynamicCache with copies of the keys and values, to do with as you like (sliding layers keep their
+        window).
+        """
         reuse = Reuse(pads=(0,), columns=self.kv.geometry.tokens, whole=True)
         copies = (tuple(tensor.clone() for tensor in side) for side in (self.kv.keys, self.kv.values))
         kv = KVTensors(*copies, self.kv.geometry)
@@ -259,18 +274,20 @@ def _one_row(input_ids: Tokens) -> Tensor:
     ids = torch.as_tensor(input_ids).detach().cpu()
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
-        raise TensorError(f"a context is one row of token ids, [tokens] or [1, tokens]; got {list(ids.shape)} {ids.dtype}")
+        raise TensorError(
+            f"a context is one row of token ids, [tokens] or [1, tokens]; got {list(ids.shape)} {ids.dtype}"
+        )
     return ids.long()
 
 
 def _checked(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
     if kv.geometry.tokens != ids.shape[1]:
         raise TensorError(
-            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks the last "
-            "token of the sequence: pass sequences[:, :-1]"
+            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks the "
+            "last token of the sequence: pass sequences[:, :-1]"
         )
     if kv.geometry.dtype != dtype_name(model.dtype):
         raise WrongDtypeError(
-            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)} (autocast?): they must be one"
+            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)} (autocast?): make them one"
         )
     return kv

@@ -1,8 +1,9 @@
-"""What a cache belongs to: a cache reused with anything else gives fluent, wrong answers, so it is checked before every use.
+"""What a cache belongs to: a cache reused with anything else gives fluent, wrong answers, so it is checked before
+every use.
 
-A Fingerprint holds the model's configuration field by field (rope included), hashes of a few values of every weight, of the
-tokenizer and of the tokens, the dtype and the active adapters. Names and revisions are kept for messages only: the same
-weights in another folder are the same model.
+A Fingerprint holds the model's configuration field by field (rope included), hashes of a few values of every weight,
+of the tokenizer and of the tokens, the dtype and the active adapters. Names and revisions are kept for messages only:
+the same weights in another folder are the same model.
 """
 
 from __future__ import annotations
@@ -32,9 +33,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VOLATILE = frozenset(
-    "_name_or_path _commit_hash _attn_implementation _experts_implementation transformers_version dtype torch_dtype "
-    "use_cache architectures auto_map id2label label2id return_dict output_attentions output_hidden_states "
-    "gradient_checkpointing chunk_size_feed_forward problem_type pad_token_id bos_token_id eos_token_id sep_token_id".split()
+    [
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation",
+        "_experts_implementation",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "architectures",
+        "auto_map",
+        "id2label",
+        "label2id",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "gradient_checkpointing",
+        "chunk_size_feed_forward",
+        "problem_type",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+    ]
 )
 """Configuration keys that change no key or value. (The dtype is compared by itself.)"""
 PROBES = 64
@@ -42,7 +64,10 @@ PROBES = 64
 MAX_FIELD = 160
 """Characters of a configuration value kept as text; a longer one is kept by its hash."""
 MAX_CONFIG_FIELDS = 4096
-PROBE_TEXT = "The quick brown fox: 12,345.67 \u00e9\u00df\u6f22\u5b57\n\n\tdef f(x):  return x_1 != 'y'  \U0001f600 </s> <|endoftext|>"
+PROBE_TEXT = (
+    "The quick brown fox: 12,345.67 \u00e9\u00df\u6f22\u5b57\n\n\tdef f(x):  return x_1 != 'y'  \U0001f600 </s> <|eot|>"
+)
+"""Letters, digits, punctuation, white space, several scripts and marks that look special: where tokenizers differ."""
 
 _offloaded: WeakKeyDictionary[nn.Module, dict[str, bytes]] = WeakKeyDictionary()
 
@@ -80,7 +105,8 @@ class Fingerprint:
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises WrongModelError, WrongDtypeError, WrongWeightsError or WrongTokenizerError if the cache is not this
-        model's. The tokenizer is compared where both sides have one."""
+        model's. The tokenizer is compared where both sides have one.
+        """
         self._check_config(model)
         if (dtype := dtype_name(model.dtype)) != self.dtype:
             raise WrongDtypeError(
@@ -89,17 +115,17 @@ class Fingerprint:
             )
         if (adapters := _adapters(model)) != self.adapters:
             raise WrongWeightsError(
-                f"the cache was made with active adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
+                f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)} active"
             )
         if _weights(model) != self.weights:
             raise WrongWeightsError(
-                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} has the "
-                "same configuration but other weights"
+                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} has "
+                "the same configuration but other weights"
             )
         if tokenizer is not None and self.tokenizer is not None and _tokenizer(tokenizer) != self.tokenizer:
             raise WrongTokenizerError(
-                f"the cache was made with another tokenizer or chat template than {tokenizer.name_or_path!r}: its tokens may "
-                "not be those of the same text"
+                f"the cache was made with another tokenizer or chat template than {tokenizer.name_or_path!r}: its tokens "
+                "may not be those of the same text"
             )
 
     def _check_config(self, model: PreTrainedModel) -> None:
@@ -115,7 +141,8 @@ class Fingerprint:
             shown = "; ".join(f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in wrong[:4])
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise WrongModelError(
-                f"the cache was made by {self.model_id or 'a model'!r}; {self._name(model)} is configured otherwise: {shown}{more}"
+                f"the cache was made by {self.model_id or 'a model'!r}; {self._name(model)} is configured otherwise: "
+                f"{shown}{more}"
             )
 
     @staticmethod
@@ -165,7 +192,9 @@ def _text(value: Any) -> str:
 
 
 def _weights(model: PreTrainedModel) -> str:
-    """SHA-256 of names, shapes, dtypes and PROBES evenly spaced values of every weight; one transfer per device and dtype."""
+    """SHA-256 of names, shapes, dtypes and PROBES evenly spaced values of every weight; one transfer per device and
+    dtype.
+    """
     tensors, raw = dict(_persistent(model)), {}
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -175,7 +204,7 @@ def _weights(model: PreTrainedModel) -> str:
             groups.setdefault((tensor.device, tensor.dtype), {})[name] = _probe(tensor)
     for probes in groups.values():
         values = torch.cat(list(probes.values())).cpu().split([len(probe) for probe in probes.values()])
-        raw.update(zip(probes, map(_bytes, values)))
+        raw.update(zip(probes, map(_bytes, values), strict=True))
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode() + raw[name])
@@ -203,8 +232,9 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _offloaded_probe(model: nn.Module, name: str) -> bytes:
-    """The probe of a weight that accelerate keeps on the CPU or on disk. Remembered, because a read costs the whole weight
-    and accelerate never writes an offloaded weight back."""
+    """The probe of a weight that accelerate keeps on the CPU or on disk. Remembered, because a read costs the whole
+    weight and accelerate never writes an offloaded weight back.
+    """
     known = _offloaded.setdefault(model, {})
     if name not in known:
         path, _, local = name.rpartition(".")
@@ -220,7 +250,9 @@ def _offloaded_probe(model: nn.Module, name: str) -> bytes:
 
 
 def _adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that take part in the forward pass, from PEFT's tuner layers (read without importing PEFT)."""
+    """Names of the adapters that take part in the forward pass, from PEFT's tuner layers (read without importing
+    PEFT).
+    """
     active: set[str] = set()
     for module in model.modules():
         if hasattr(module, "merged_adapters") and not getattr(module, "disable_adapters", False):

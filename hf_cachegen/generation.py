@@ -1,9 +1,10 @@
 """generate(): model.generate() that starts from a cached context, right in every decoding mode.
 
-The stock generate is called with the whole prompt, its whole mask and a fresh stock cache of the part that is known. Given
-all three it feeds just the rest, so positions, logits processors, stopping criteria, streamers and the result are those of a
-call without a cache. Assisted decoding alone feeds everything again, and does so on a twin of the model that leaves out what
-the cache holds. What cannot start from a cache is refused by name; a prompt that differs from the context is computed.
+The stock generate is called with the whole prompt, its whole mask and a fresh stock cache of the part that is known.
+Given all three it feeds just the rest, so positions, logits processors, stopping criteria, streamers and the result
+are those of a call without a cache. Assisted decoding alone feeds everything again, and does so on a twin of the
+model that leaves out what the cache holds. What cannot start from a cache is refused by name; a prompt that differs
+from the context is computed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ STRATEGIES = (
     GenerationMode.ASSISTED_GENERATION,
 )
 MODEL_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "logits_to_keep", "return_dict", "use_cache")
-"""Inputs of the model's forward pass that a text prompt may come with; any other may change what the cache should hold."""
+"""Inputs of the model's forward pass that a text prompt may come with; any other may change what the cache should
+hold."""
 DEFAULT_NEW_TOKENS = 20
 """What the stock generate adds where no length is set."""
 
@@ -55,14 +57,16 @@ def generate(
     on_mismatch: OnMismatch = "recompute",
     **kwargs: Any,
 ) -> Any:
-    """What `model.generate(input_ids, *args, **kwargs)` returns, computed from `cache` (a cache, or an artifact's path).
+    """What `model.generate(input_ids, *args, **kwargs)` returns, computed from `cache` (a cache, or an artifact's
+    path).
 
-    input_ids [rows, tokens]: whole prompts, the context included, as for a call without a cache; rows of different length
-    are left-padded as usual, with their attention_mask. on_mismatch: where a prompt does not begin with the whole context,
-    "recompute" reuses the longest common prefix and computes the rest, "error" raises PromptMismatchError.
+    input_ids [rows, tokens]: whole prompts, the context included, as for a call without a cache; rows of different
+    length are left-padded as usual, with their attention_mask. on_mismatch: where a prompt does not begin with the
+    whole context, "recompute" reuses the longest common prefix and computes the rest, "error" raises
+    PromptMismatchError.
 
-    Raises MismatchError where the cache is another model's, UnsupportedModelError for a way of generating that cannot start
-    from a cache, and whatever the stock generate raises.
+    Raises MismatchError where the cache is another model's, UnsupportedModelError for a way of generating that cannot
+    start from a cache, and whatever the stock generate raises.
     """
     if on_mismatch not in ("recompute", "error"):
         raise ConfigError(f"on_mismatch must be 'recompute' or 'error', got {on_mismatch!r}")
@@ -98,7 +102,9 @@ def generate(
     else:
         call["past_key_values"] = build_dynamic(cache.kv, reuse, repeats, devices)
     # The stock generate refuses these settings beside a cache; they have been obeyed.
-    call |= {name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None}
+    call |= {
+        name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None
+    }
     call["attention_mask"] = mask
     return (_twin(model).generate if mode is GenerationMode.ASSISTED_GENERATION else stock)(**call)
 
@@ -119,7 +125,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Attached:
-    """The `generate` of an attached model: an object rather than a closure, so that models can be copied and pickled."""
+    """The `generate` of an attached model: an object rather than a closure, so that models can be copied and
+    pickled.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.own, self.stock = model, model.__dict__.get("generate"), model.generate
@@ -143,7 +151,7 @@ def _arguments(input_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str
     """All arguments by name, the prompt as "inputs"."""
     if len(args) > len(POSITIONAL) - 1:
         raise TypeError(f"generate takes at most {len(POSITIONAL)} positional arguments after the model")
-    call = {**dict(zip(POSITIONAL[1:], args)), **kwargs}
+    call = {**dict(zip(POSITIONAL[1:], args, strict=False)), **kwargs}
     if len(call) < len(args) + len(kwargs):
         raise TypeError(f"arguments given twice: {sorted(set(POSITIONAL[1 : len(args) + 1]) & set(kwargs))}")
     given = [ids for ids in (input_ids, call.pop("input_ids", None), call.pop("inputs", None)) if ids is not None]
@@ -162,14 +170,15 @@ def _require_supported(
     assisted = mode is GenerationMode.ASSISTED_GENERATION
     refusals = {
         "past_key_values beside cache=: pass one of them": inputs.get("past_key_values") is not None,
-        "inputs_embeds: pass input_ids, which can be compared with the context": inputs.get("inputs_embeds") is not None,
+        "inputs_embeds: pass input_ids, which can be compared with the context": inputs.get("inputs_embeds")
+        is not None,
         "no input_ids: pass the whole prompt, the context included": call["inputs"] is None,
         "use_cache=False": settings.use_cache is False,
         "custom_generate": call.get("custom_generate") is not None,
         f"the strategy {mode.value}": mode not in STRATEGIES,
         "token_healing, which rewrites the prompt": bool(settings.token_healing),
         "use_mtp, which drafts from hidden states of the context": bool(getattr(settings, "use_mtp", None)),
-        f"speculation_type={getattr(settings, 'speculation_type', None)!r}, which drafts from hidden states of the context": (
+        "speculation_type, which drafts from hidden states of the context": (
             getattr(settings, "speculation_type", None) is not None
         ),
         "output_attentions or output_hidden_states: a cache has none of its context": bool(
@@ -199,7 +208,9 @@ def _mask(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, input
     if positions is not None:
         usual = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
         if positions.shape[-1] != usual.shape[-1] or bool(((positions != usual) & (mask != 0)).any()):
-            raise UnsupportedModelError("position_ids other than those of the attention mask do not fit a cached context")
+            raise UnsupportedModelError(
+                "position_ids other than those of the attention mask do not fit a cached context"
+            )
     return mask
 
 
@@ -212,8 +223,8 @@ def _longest(settings: GenerationConfig, prompt: int) -> int:
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """A second object over the same weights, whose inputs leave out what the cache holds.
 
-    The first step of assisted decoding feeds the whole prompt whatever the cache holds, and nothing but the whole prompt will
-    do for its candidates. The model itself is not touched, so other threads may use it.
+    The first step of assisted decoding feeds the whole prompt whatever the cache holds, and nothing but the whole
+    prompt will do for its candidates. The model itself is not touched, so other threads may use it.
     """
     model = base_model(model)
     prepare = model.prepare_inputs_for_generation
@@ -224,9 +235,7 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
     ) -> Any:
         if next_sequence_length is None and past_key_values is not None and (held := past_key_values.get_seq_length()):
             next_sequence_length = input_ids.shape[1] - held
-        return prepare(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
-        )
+        return prepare(input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs)
 
     twin = object.__new__(type(model))
     twin.__dict__.update(model.__dict__)

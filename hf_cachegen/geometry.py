@@ -45,7 +45,9 @@ class LayerGeometry:
         for name, ceiling in (("heads", MAX_HEADS), ("k_dim", MAX_DIM), ("v_heads", MAX_HEADS), ("v_dim", MAX_DIM)):
             _require_count(name, getattr(self, name), ceiling)
         if (self.window is not None) != (self.kind == "sliding"):
-            raise TensorError(f"a layer has a window exactly when it is sliding, got {self.kind!r} with {self.window!r}")
+            raise TensorError(
+                f"a layer has a window exactly when it is sliding, got {self.kind!r} with {self.window!r}"
+            )
         if self.window is not None:
             _require_count("window", self.window, MAX_TOKENS)
 

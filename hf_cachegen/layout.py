@@ -1,9 +1,10 @@
 """Transformers caches <-> plain keys and values: the one file that knows cache layer types.
 
-`capture` takes a filled cache apart; `build_dynamic` and `build_static` make a fresh stock cache for ONE generation, because
-generating changes the cache it is given. Built layers are views of the captured tensors: stock layers grow by
-concatenation and never write into them. The captured tensors hold every token, also of sliding layers, so that a cache can
-be cut to any prefix; a built sliding layer keeps the last window - 1 tokens and its cumulative length, as the stock one does.
+`capture` takes a filled cache apart; `build_dynamic` and `build_static` make a fresh stock cache for ONE generation,
+because generating changes the cache it is given. Built layers are views of the captured tensors: stock layers grow by
+concatenation and never write into them. The captured tensors hold every token, also of sliding layers, so that a
+cache can be cut to any prefix; a built sliding layer keeps the last window - 1 tokens and its cumulative length, as
+the stock one does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from hf_cachegen.errors import TensorError, UnsupportedLayerError, UnsupportedModelError
 from hf_cachegen.geometry import Geometry, LayerGeometry, LayerKind
@@ -28,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVTensors:
-    """All keys and values of a context. For layer i: keys [1, heads, tokens, k_dim], values [1, v_heads, tokens, v_dim].
+    """All keys and values of a context. For layer i: keys [1, heads, tokens, k_dim], values [1, v_heads, tokens,
+    v_dim].
 
     Raises TensorError where the tensors contradict the geometry.
     """
@@ -41,17 +49,17 @@ class KVTensors:
         geometry = self.geometry
         if not len(self.keys) == len(self.values) == len(geometry.layers):
             raise TensorError(
-                f"expected keys and values of {len(geometry.layers)} layers, got {len(self.keys)} and {len(self.values)}"
+                f"{len(self.keys)} keys and {len(self.values)} values for {len(geometry.layers)} layers of geometry"
             )
-        for index, (layer, keys, values) in enumerate(zip(geometry.layers, self.keys, self.values)):
+        for index, (layer, keys, values) in enumerate(zip(geometry.layers, self.keys, self.values, strict=True)):
             rows = (geometry.batch, geometry.tokens)
             _require(index, "keys", keys, (rows[0], layer.heads, rows[1], layer.k_dim), geometry.dtype)
             _require(index, "values", values, (rows[0], layer.v_heads, rows[1], layer.v_dim), geometry.dtype)
 
     def to(self, devices: Sequence[torch.device]) -> KVTensors:
         """Layer i on devices[i]; no copy of a layer that is there already."""
-        keys = tuple(tensor.to(device) for tensor, device in zip(self.keys, devices))
-        values = tuple(tensor.to(device) for tensor, device in zip(self.values, devices))
+        keys = tuple(tensor.to(device) for tensor, device in zip(self.keys, devices, strict=True))
+        values = tuple(tensor.to(device) for tensor, device in zip(self.values, devices, strict=True))
         return KVTensors(keys, values, self.geometry)
 
 
@@ -75,7 +83,9 @@ def require_model(model: PreTrainedModel) -> None:
     layer_kinds(model.config)
     stateful = bool(getattr(model, "_is_stateful", False))
     if stateful or "past_key_values" not in inspect.signature(base_model(model).forward).parameters:
-        raise UnsupportedModelError(f"{name} keeps a recurrent state, or no key-value cache that can be cut to a prefix")
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state, or no key-value cache that can be cut to a prefix"
+        )
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
@@ -96,8 +106,8 @@ def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
             kinds.append(("mla" if latent else "full", None))
         else:
             raise UnsupportedLayerError(
-                f"layer {index} of {config.model_type!r} is a {type(layer).__name__}; this version handles full attention, "
-                "sliding windows and latent attention (MLA)"
+                f"layer {index} of {config.model_type!r} is a {type(layer).__name__}; this version handles full "
+                "attention, sliding windows and latent attention (MLA)"
             )
     return kinds
 
@@ -115,9 +125,11 @@ def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:
     pairs = [_all_tokens(index, layer) for index, layer in enumerate(layers)]
     first = pairs[0][0]
     if first.shape[0] != 1:
-        raise TensorError(f"a context is one row; this cache has {first.shape[0]} (keep one row of each layer's tensors)")
+        raise TensorError(
+            f"a context is one row; this cache has {first.shape[0]} (keep one row of each layer's tensors)"
+        )
     geometry = Geometry(
-        layers=tuple(_geometry(kind, window, *pair) for (kind, window), pair in zip(kinds, pairs)),
+        layers=tuple(_geometry(kind, window, *pair) for (kind, window), pair in zip(kinds, pairs, strict=True)),
         tokens=int(first.shape[2]),
         batch=1,
         dtype=dtype_name(first.dtype),
@@ -133,7 +145,7 @@ def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[t
     cache = DynamicCache()
     # Without a config the stock cache would append full layers as they come; these are all there is.
     cache.layer_class_to_replicate = None
-    for layer, keys, values, device in zip(kv.geometry.layers, kv.keys, kv.values, devices):
+    for layer, keys, values, device in zip(kv.geometry.layers, kv.keys, kv.values, devices, strict=True):
         stock = DynamicLayer() if layer.window is None else DynamicSlidingWindowLayer(sliding_window=layer.window)
         first = 0 if layer.window is None else max(0, reuse.columns - (layer.window - 1))
         rows = _columns(keys, first, reuse, repeats, device), _columns(values, first, reuse, repeats, device)
@@ -150,7 +162,7 @@ def build_static(
 ) -> StaticCache:
     """Like `build_dynamic`, as a StaticCache with room for `length` tokens."""
     cache = StaticCache(config=config, max_cache_len=length)
-    for stock, keys, values, device in zip(cache.layers, kv.keys, kv.values, devices):
+    for stock, keys, values, device in zip(cache.layers, kv.keys, kv.values, devices, strict=True):
         stock.update(_columns(keys, 0, reuse, repeats, device), _columns(values, 0, reuse, repeats, device))
     return cache
 
@@ -167,15 +179,17 @@ def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
 def positions_change(config: PreTrainedConfig, context: int, prompt: int) -> bool:
     """Whether a context of so many tokens is rotated otherwise than the same tokens in a prompt of another length.
 
-    Two kinds of rope depend on the length of the whole sequence: "longrope" has one set of frequencies up to the original
-    length and another above it; "dynamic" stretches its frequencies with every token above it.
+    Two kinds of rope depend on the length of the whole sequence: "longrope" has one set of frequencies up to the
+    original length and another above it; "dynamic" stretches its frequencies with every token above it.
     """
     text = config.get_text_config(decoder=True)
     parameters: Any = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in nested or [parameters]:
         kind = rope.get("rope_type")
-        original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
         original = original or getattr(text, "max_position_embeddings", None) or 0
         if kind == "dynamic" and max(context, prompt) > original:
             return True
@@ -201,7 +215,7 @@ def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
     held = int(layer.keys.shape[2])
     if held < tokens:
         raise TensorError(
-            f"layer {index} has kept {held} of {tokens} tokens: its sliding window was cut, and a prefix cannot be rebuilt "
+            f"layer {index} has kept {held} of {tokens} tokens: its sliding window was cut, and no prefix can be rebuilt "
             "from it; prefill with a config-less transformers.DynamicCache(), or use CacheGenCache.from_context"
         )
     return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]

@@ -1,10 +1,11 @@
 """How much of a batch of prompts a cached context covers.
 
-Nothing of a prompt is moved: a cache is laid out in the prompt's own columns. Row r begins with pads[r] masked columns (what
-a tokenizer's left-padding put there), and the context follows; the cached part of every row ends at the same column, since a
-cache is rectangular. A row with more pads has its last tokens of the context computed once more, in columns that a batch
-computes anyway. So positions, masks, sliding windows, logits processors and the result are those of a call without a cache.
-(Pads between context and question would do for full attention only: a sliding window counts columns, pads included.)
+Nothing of a prompt is moved: a cache is laid out in the prompt's own columns. Row r begins with pads[r] masked
+columns (what a tokenizer's left-padding put there), and the context follows; the cached part of every row ends at the
+same column, since a cache is rectangular. A row with more pads has its last tokens of the context computed once more,
+in columns that a batch computes anyway. So positions, masks, sliding windows, logits processors and the result are
+those of a call without a cache. (Pads between context and question would do for full attention only: a sliding window
+counts columns, pads included.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from hf_cachegen.errors import TensorError
 @dataclass(frozen=True)
 class Reuse:
     """pads: masked columns before each row's first token; columns: how many leading columns of all rows are cached;
-    whole: whether every row begins with the whole context."""
+    whole: whether every row begins with the whole context.
+    """
 
     pads: tuple[int, ...]
     columns: int
@@ -41,7 +43,7 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
         )
     context = context.cpu()
     pads, ends, whole = [], [], True
-    for ids, mask in zip(input_ids.cpu(), attention_mask.cpu() != 0):
+    for ids, mask in zip(input_ids.cpu(), attention_mask.cpu() != 0, strict=True):
         pad = _leading(~mask)
         tokens = ids[pad : pad + _leading(mask[pad:])]
         size = min(len(tokens), len(context))
