@@ -174,10 +174,7 @@ class CacheGenCache(DynamicCache):
         """
         require_model(model)
         ids = _one_row(input_ids)
-        kv = _checked(capture(cache, model.config), model, ids)
-        kv = KVTensors(
-            *(tuple(tensor.detach().clone() for tensor in side) for side in (kv.keys, kv.values)), kv.geometry
-        )
+        kv = _checked(capture(cache, model.config), model, ids).clone()
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
         return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config)
 
@@ -200,8 +197,8 @@ class CacheGenCache(DynamicCache):
         artifact = Artifact(path)
         if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
             raise ManifestError(
-                f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode them "
-                "with hf_cachegen.artifact.Artifact(path).decode()"
+                f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
+                "them with hf_cachegen.artifact.Artifact(path).decode()"
             )
         fingerprint = Fingerprint.from_dict(artifact.fingerprint)
         if hash_tokens(stored) != fingerprint.tokens:
@@ -260,9 +257,7 @@ class CacheGenCache(DynamicCache):
         window).
         """
         reuse = Reuse(pads=(0,), columns=self.kv.geometry.tokens, whole=True)
-        copies = (tuple(tensor.clone() for tensor in side) for side in (self.kv.keys, self.kv.values))
-        kv = KVTensors(*copies, self.kv.geometry)
-        return build_dynamic(kv, reuse, 1, [keys.device for keys in kv.keys])
+        return build_dynamic(self.kv.clone(), reuse, 1, [keys.device for keys in self.kv.keys])
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises MismatchError unless this cache is `model`'s."""
@@ -283,8 +278,8 @@ def _one_row(input_ids: Tokens) -> Tensor:
 def _checked(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
     if kv.geometry.tokens != ids.shape[1]:
         raise TensorError(
-            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks the "
-            "last token of the sequence: pass sequences[:, :-1]"
+            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks "
+            "the last token of the sequence: pass sequences[:, :-1]"
         )
     if kv.geometry.dtype != dtype_name(model.dtype):
         raise WrongDtypeError(

@@ -115,17 +115,17 @@ class Fingerprint:
             )
         if (adapters := _adapters(model)) != self.adapters:
             raise WrongWeightsError(
-                f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)} active"
+                f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
             )
         if _weights(model) != self.weights:
             raise WrongWeightsError(
-                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} has "
-                "the same configuration but other weights"
+                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} "
+                "has the same configuration but other weights"
             )
         if tokenizer is not None and self.tokenizer is not None and _tokenizer(tokenizer) != self.tokenizer:
             raise WrongTokenizerError(
-                f"the cache was made with another tokenizer or chat template than {tokenizer.name_or_path!r}: its tokens "
-                "may not be those of the same text"
+                f"the cache was made with another tokenizer or chat template than {tokenizer.name_or_path!r}: its "
+                "tokens may not be those of the same text"
             )
 
     def _check_config(self, model: PreTrainedModel) -> None:
@@ -158,7 +158,7 @@ class Fingerprint:
         """The inverse of `to_dict`, for untrusted JSON; unknown keys are ignored. Raises ManifestError."""
         if not isinstance(values, dict):
             raise ManifestError(f"fingerprint must be an object, got {type(values).__name__}")
-        known = {field.name: values.get(field.name) for field in fields(cls)}
+        known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
         texts = [known[name] for name in ("model_id", "weights", "dtype", "tokens", "transformers")]
         optional = [known[name] for name in ("commit", "tokenizer") if known[name] is not None]
         config, adapters = known["config"], known["adapters"]
@@ -256,7 +256,8 @@ def _adapters(model: nn.Module) -> tuple[str, ...]:
     active: set[str] = set()
     for module in model.modules():
         if hasattr(module, "merged_adapters") and not getattr(module, "disable_adapters", False):
-            active.update(module.active_adapters)
+            names: Any = module.active_adapters
+            active.update(names)
     return tuple(sorted(active))
 
 

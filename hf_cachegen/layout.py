@@ -62,6 +62,11 @@ class KVTensors:
         values = tuple(tensor.to(device) for tensor, device in zip(self.values, devices, strict=True))
         return KVTensors(keys, values, self.geometry)
 
+    def clone(self) -> KVTensors:
+        """The same numbers in memory of their own."""
+        keys = tuple(tensor.detach().clone() for tensor in self.keys)
+        return KVTensors(keys, tuple(tensor.detach().clone() for tensor in self.values), self.geometry)
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> "bfloat16"."""
@@ -215,8 +220,8 @@ def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
     held = int(layer.keys.shape[2])
     if held < tokens:
         raise TensorError(
-            f"layer {index} has kept {held} of {tokens} tokens: its sliding window was cut, and no prefix can be rebuilt "
-            "from it; prefill with a config-less transformers.DynamicCache(), or use CacheGenCache.from_context"
+            f"layer {index} has kept {held} of {tokens} tokens: its sliding window was cut, and no prefix can be "
+            "rebuilt from it; prefill with a config-less transformers.DynamicCache(), or use CacheGenCache.from_context"
         )
     return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
 
