@@ -28,8 +28,10 @@ TORCH := $(shell grep -m 1 '^torch==' requirements-dev.txt)
 OLDEST_TORCH := torch==2.8.0
 OLDEST_TRANSFORMERS := transformers==5.17.*
 NATIVE := $(shell find cuda_ext -type f 2>/dev/null)
-# Without isolation the build uses the pinned setuptools; without dependencies pip cannot replace a pinned package.
-PACKAGE := --no-build-isolation --no-deps --editable .
+# The library is built by itself, since pip would hide what the compiler says (without one the package still works, slowly).
+# Without isolation pip uses the pinned setuptools; without dependencies it cannot replace a pinned package.
+INSTALL_WITH = $(1)/bin/python setup.py --quiet build_ext --inplace && \
+	$(1)/bin/python -m pip install -qq --no-build-isolation --no-deps --editable .
 
 .PHONY: demo test test-slow test-oldest lint setup clean distclean
 
@@ -71,9 +73,9 @@ $(VENV)/.requirements: $(VENV)/.torch
 	@$(VENV)/bin/python -m pip install -qq -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.requirements pyproject.toml $(wildcard setup.py) $(NATIVE)
+$(VENV)/.package: $(VENV)/.requirements pyproject.toml setup.py $(NATIVE)
 	@echo "== hf_cachegen and its native library"
-	@$(VENV)/bin/python -m pip install -qq $(PACKAGE)
+	@$(call INSTALL_WITH,$(VENV))
 	@touch $@
 
 # The oldest torch comes from the CPU index alone (elsewhere it brings CUDA); where that is out of reach, today's pin serves.
@@ -85,8 +87,8 @@ $(OLDEST)/.requirements: requirements-dev.txt | $(OLDEST)/.created
 	@$(OLDEST)/bin/python -m pip install -qq "$(OLDEST_TRANSFORMERS)" -r $(@D)/requirements.txt
 	@touch $@
 
-$(OLDEST)/.package: $(OLDEST)/.requirements pyproject.toml $(wildcard setup.py) $(NATIVE)
-	@$(OLDEST)/bin/python -m pip install -qq $(PACKAGE)
+$(OLDEST)/.package: $(OLDEST)/.requirements pyproject.toml setup.py $(NATIVE)
+	@$(call INSTALL_WITH,$(OLDEST))
 	@touch $@
 
 clean:

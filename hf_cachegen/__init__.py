@@ -1,6 +1,6 @@
 """KV caches of Transformers models as small files, and a `generate()` that reads them back (CacheGen, SIGCOMM 2024).
 
-The public names are imported when they are first used: `import hf_cachegen` itself imports neither torch nor transformers.
+The public names are imported when they are first used: `import hf_cachegen` imports neither torch nor transformers.
 """
 
 from __future__ import annotations
