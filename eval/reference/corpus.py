@@ -24,8 +24,10 @@ RANDOM_WEIGHT = 0.0
 """Loss weight of text that nobody could predict: names of lines and their numbers on first sight."""
 TEXT_WEIGHT = 0.2
 """Loss weight of ordinary, predictable text."""
-ANSWER_WEIGHT = 1.0
-"""Loss weight of answers: what the model is for."""
+ANSWER_WEIGHT = 0.5
+"""Loss weight of the words of an answer."""
+FIRST_WEIGHT = 4.0
+"""Loss weight of the first token of what is scored: it alone needs retrieval, the others follow by copying."""
 
 LINES_HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -68,7 +70,14 @@ class Document:
         """The context followed by every question and its answer, for training."""
         spans = list(self.context)
         for question in self.questions:
-            spans += [Span(question.prompt, RANDOM_WEIGHT), Span(question.completion, ANSWER_WEIGHT)]
+            at = question.completion.rindex(question.answer)
+            first = at + (question.completion[at] == " ")  # a token begins with its space, the answer's weight with the token
+            spans += [
+                Span(question.prompt, RANDOM_WEIGHT),
+                Span(question.completion[:first], ANSWER_WEIGHT),
+                Span(question.completion[first : first + 1], FIRST_WEIGHT),
+                Span(question.completion[first + 1 :], ANSWER_WEIGHT),
+            ]
         return spans
 
 
@@ -94,10 +103,18 @@ def copying(rng: random.Random, words: int = 40) -> Document:
 
 
 def pairs(rng: random.Random, lines: int, questions: int) -> Document:
-    record = {name: number(rng) for name in line_names(rng, lines)}
-    context = [Span(f"{name}: <{value}>\n", RANDOM_WEIGHT) for name, value in record.items()]
-    asked = rng.choices(list(record), k=questions)
-    return Document("pairs", context, [Question(f"{n}:", f" <{record[n]}>\n", record[n]) for n in asked])
+    """One way of writing a line for each document, from the simplest (name, space, value) to nearly the full form."""
+    before, after = rng.choice(((" ", ""), (": ", ""), (": <", ">"), (" is <", ">"), (": REGISTER_CONTENT is <", ">")))
+    names = rng.sample(NOUNS, lines) if rng.random() < 0.4 else line_names(rng, lines)
+    digits = rng.random() < 0.4
+    record = {name: number(rng) if digits else rng.choice((*ADJECTIVES, *NOUNS)) for name in names}
+    context = [Span(f"{name}{before}{value}{after}\n", RANDOM_WEIGHT) for name, value in record.items()]
+    space = before == " " or before == ": "
+    questions_asked = []
+    for name in rng.choices(names, k=questions):
+        value = f" {record[name]}" if space else record[name]
+        questions_asked.append(Question(f"{name}{before.rstrip(' ')}", f"{value}{after}\n", value))
+    return Document("pairs", context, questions_asked)
 
 
 def lines(rng: random.Random, lines: int, questions: int) -> Document:

@@ -35,7 +35,7 @@ BATCH_TOKENS = 8192
 DECAY_FROM = 0.75
 """Fraction of the time after which the learning rate falls to zero."""
 WARMUP_STEPS = 50
-MATRIX_LR, EMBEDDING_LR = 4e-3, 4e-3
+MATRIX_LR, EMBEDDING_LR = 3e-3, 3e-3
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Stage:
 
 
 STAGES = (
-    Stage(128, {"copying": 0.7, "pairs": 0.3}, lines=4),
-    Stage(256, {"copying": 0.2, "pairs": 0.5, "lines": 0.3}, lines=5),
-    Stage(256, {"pairs": 0.2, "lines": 0.6, "stories": 0.1, "prose": 0.1}, lines=8),
-    Stage(512, {"pairs": 0.1, "lines": 0.6, "topics": 0.1, "stories": 0.1, "prose": 0.1}, lines=16),
+    Stage(128, {"copying": 0.2, "pairs": 0.8}, lines=4),
+    Stage(128, {"copying": 0.1, "pairs": 0.9}, lines=8),
+    Stage(256, {"pairs": 0.5, "lines": 0.5}, lines=8),
+    Stage(512, {"pairs": 0.2, "lines": 0.5, "topics": 0.1, "stories": 0.1, "prose": 0.1}, lines=16),
     Stage(512, {"lines": 0.7, "topics": 0.1, "stories": 0.15, "prose": 0.05}, lines=22),
     Stage(1024, {"lines": 0.7, "topics": 0.1, "stories": 0.15, "prose": 0.05}, lines=40),
     Stage(1536, {"lines": 0.7, "topics": 0.1, "stories": 0.15, "prose": 0.05}, lines=72),
     Stage(2048, {"lines": 0.65, "topics": 0.15, "stories": 0.15, "prose": 0.05}, lines=96),
 )
 ADVANCE_AT = 0.85
-"""Share of right line digits, first sight of the answer, at which the next stage begins."""
+"""Share of right first tokens of line answers at which the next stage begins."""
 
 
 def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
@@ -92,7 +92,7 @@ def document(task: str, rng: random.Random, tokens: int, lines: int) -> corpus.D
     if task == "copying":
         return corpus.copying(rng, tokens // 2 - 4)
     if task == "pairs":
-        return corpus.pairs(rng, count, max(3, (tokens - 12 * count) // 12))
+        return corpus.pairs(rng, count, 2 * count)
     if task == "lines":
         return corpus.lines(rng, count, max(3, (tokens - 60 - 17 * count) // 30))
     if task == "topics":
@@ -109,32 +109,31 @@ class Batch:
 
     input_ids: torch.Tensor
     weights: torch.Tensor
-    digits: torch.Tensor
-    """[rows, tokens] bool: answer digits of the line task, what the curriculum watches."""
+    watched: torch.Tensor
+    """[rows, tokens] bool: first tokens of the line tasks' answers, what the curriculum watches."""
 
 
 def make_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Batch:
     rows = BATCH_TOKENS // stage.tokens
     ids: list[list[int]] = [[] for _ in range(rows)]
     weights: list[list[float]] = [[] for _ in range(rows)]
-    digits: list[list[bool]] = [[] for _ in range(rows)]
-    digit_ids = {tokenizer.convert_tokens_to_ids(d) for d in "0123456789"}
+    firsts: list[list[bool]] = [[] for _ in range(rows)]
     for row in range(rows):
         task = rng.choices(list(stage.shares), weights=list(stage.shares.values()))[0]
         watched = task in ("lines", "pairs")
-        while len(ids[row]) < stage.tokens and not (watched and ids[row]):
+        while len(ids[row]) < stage.tokens:
             spans = document(task, rng, stage.tokens, stage.lines).spans()
             per_char = [span.weight for span in spans for _ in span.text]
             encoded = tokenizer.backend_tokenizer.encode("".join(span.text for span in spans))
-            per_token = [per_char[begin] for begin, _ in encoded.offsets]
+            per_token = [max(per_char[begin:end]) for begin, end in encoded.offsets]
             ids[row] += encoded.ids
             weights[row] += per_token
-            digits[row] += [watched and w == corpus.ANSWER_WEIGHT and i in digit_ids for i, w in zip(encoded.ids, per_token, strict=True)]
+            firsts[row] += [watched and w == corpus.FIRST_WEIGHT for w in per_token]
         padding = stage.tokens - len(ids[row])
-        for values in (ids[row], weights[row], digits[row]):
+        for values in (ids[row], weights[row], firsts[row]):
             values += [0] * padding
             del values[stage.tokens:]
-    return Batch(torch.tensor(ids), torch.tensor(weights), torch.tensor(digits, dtype=torch.bool))
+    return Batch(torch.tensor(ids), torch.tensor(weights), torch.tensor(firsts, dtype=torch.bool))
 
 
 def learning_rate(elapsed: float, step: int) -> float:
@@ -186,7 +185,7 @@ class Trainer:
         self.rng.setstate((version, tuple(internal), gauss))
 
     def train_step(self) -> tuple[float, float]:
-        """Returns (loss in nats per weighted token, share of line digits predicted right)."""
+        """Returns (loss in nats per weighted token, share of first answer tokens predicted right)."""
         stage = STAGES[self.stage]
         if self.seconds / 60 / self.minutes > DECAY_FROM - 0.1 and self.stage < len(STAGES) - 1:
             stage = replace(STAGES[-2], lines=max(stage.lines, 56))  # the time is nearly up: learn what remains at full form
@@ -208,8 +207,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        digits = batch.digits[:, 1:][kept]
-        right = (logits.argmax(-1) == targets)[digits].float().mean().item() if digits.any() else math.nan
+        watched = batch.watched[:, 1:][kept]
+        right = (logits.argmax(-1) == targets)[watched].float().mean().item() if watched.any() else math.nan
         if stage is STAGES[self.stage] and not math.isnan(right):
             self.recent.append(right)
             if len(self.recent) == self.recent.maxlen and sum(self.recent) / len(self.recent) > ADVANCE_AT:
@@ -232,10 +231,10 @@ class Trainer:
                 bar.update(round(self.seconds) - bar.n)
                 if self.step % 10 == 0:
                     mean = sum(self.recent) / max(1, len(self.recent))
-                    bar.set_postfix(step=self.step, stage=self.stage, loss=f"{loss:.3f}", digits=f"{mean:.2f}",
+                    bar.set_postfix(step=self.step, stage=self.stage, loss=f"{loss:.3f}", right=f"{mean:.2f}",
                                     rate=f"{BATCH_TOKENS / spent:.0f} tok/s")
                     log.write(json.dumps({"step": self.step, "stage": self.stage, "seconds": round(self.seconds), "loss": loss,
-                                          "digits": right, "tokens": self.tokens}) + "\n")
+                                          "right": right, "tokens": self.tokens}) + "\n")
                     log.flush()
                 if time.monotonic() - saved > 180:
                     self.save()

@@ -60,11 +60,11 @@ class Columns:
 class Side:
     """The side information of one artifact; every tensor is [columns] (refine_entries [levels - 1, columns]).
 
-    steps bfloat16, the finest step; means int8, in coarsest steps (zero for delta); table entries uint8 of the shipped
-    codebooks (anchor_entries zero for identity).
+    step_codes uint8 give the finest steps (`quantize.steps_of`); means int16, in 1/16 of the coarsest step (zero
+    for delta); table entries uint8 of the shipped codebooks (anchor_entries zero for identity).
     """
 
-    steps: Tensor
+    step_codes: Tensor
     means: Tensor
     anchor_entries: Tensor
     base_entries: Tensor
@@ -72,26 +72,24 @@ class Side:
 
     def to_bytes(self, config: CacheGenConfig) -> bytes:
         own = self.anchor_entries if config.transform == "delta" else self.means
-        parts = (self.steps.view(torch.int16), own, self.base_entries, self.refine_entries)
+        parts = (self.step_codes, own, self.base_entries, self.refine_entries)
         return b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, columns: int, config: CacheGenConfig) -> Side:
         """Raises TruncatedError or CorruptError for bytes that no encoder writes."""
-        cursor = Cursor(data)
-        steps, own, base = (cursor.tensor(columns, dtype) for dtype in (torch.bfloat16, torch.int8, torch.uint8))
+        cursor, delta = Cursor(data), config.transform == "delta"
+        steps = cursor.tensor(columns, torch.uint8)
+        means = torch.zeros(columns, dtype=torch.int16) if delta else cursor.tensor(columns, torch.int16)
+        anchors = cursor.tensor(columns, torch.uint8) if delta else torch.zeros(columns, dtype=torch.uint8)
+        base = cursor.tensor(columns, torch.uint8)
         refine = cursor.tensor(columns * (config.levels - 1), torch.uint8).reshape(config.levels - 1, columns)
         cursor.finish()
-        nothing = torch.zeros_like(own)
-        means, anchors = (nothing, own) if config.transform == "delta" else (own, nothing)
-        side = cls(steps, means, anchors.view(torch.uint8), base, refine)
         values, digits = shipped_codebooks(config.prob_bits)
-        for entries, book in ((side.anchor_entries, values), (base, values), (refine, digits)):
+        for entries, book in ((anchors, values), (base, values), (refine, digits)):
             if bool((entries >= book.entries).any()):
                 raise CorruptError("the side information names a table that the codebook does not have")
-        if not bool((torch.isfinite(steps) & (steps > 0)).all()):
-            raise CorruptError("the side information has a step that is not a positive number")
-        return side
+        return cls(steps, means, anchors, base, refine)
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,8 @@ class LossyCodec:
     def __init__(self, columns: Columns, config: CacheGenConfig, side: Side):
         self.columns, self.config, self.side = columns, config, side
         self.values, self.digits = shipped_codebooks(config.prob_bits)
-        self.steps = side.steps.float()
-        self.means = side.means.float() * self.steps * quantize.step_factor(1, config.levels)
+        self.steps = quantize.steps_of(side.step_codes)
+        self.means = side.means.float() * (self.steps * (quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP))
 
     @property
     def parts(self) -> int:

@@ -29,10 +29,8 @@ from hf_cachegen.errors import TensorError
 
 Chunks = Callable[[], Iterator[tuple[Tensor, Span]]]
 """Yields (rows [tokens, columns], span) of every chunk, anew at each call."""
-LARGEST_MEAN = 127
-"""Means are int8 multiples of the coarsest step."""
-SMALLEST_STEP = 2.0**-60
-"""For channels that never change; far below any step in use and far above bfloat16's smallest."""
+SMALLEST_STEP = 2.0**-40
+"""For channels that never change."""
 
 
 def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
@@ -40,15 +38,15 @@ def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[Lossy
 
     Raises TensorError for values that are not finite.
     """
-    steps, means = _steps(*_spread(chunks, columns, config), columns, config)
+    codes, means = _steps(*_spread(chunks, columns, config), columns, config)
     none = torch.zeros(len(columns), dtype=torch.uint8)
-    codec = LossyCodec(columns, config, Side(steps, means, none, none, none.expand(config.levels - 1, -1)))
+    codec = LossyCodec(columns, config, Side(codes, means, none, none, none.expand(config.levels - 1, -1)))
     side, bits = _with_entries(chunks, codec)
     return LossyCodec(columns, config, side), bits
 
 
 class _Moments:
-    """Sums in float64, so that the order of addition does not show in the bfloat16 that comes of them."""
+    """Sums in float64, so that the order of addition does not show in the few bits that are kept of them."""
 
     def __init__(self, columns: int):
         self.count, self.total, self.squares = 0, *torch.zeros(2, columns, dtype=torch.float64)
@@ -82,14 +80,16 @@ def _require_finite(rows: Tensor, columns: Columns) -> None:
         raise TensorError(f"the {name} of layer {vector // 2} are not all finite; only lossless=True keeps such values")
 
 
-def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
-    """(finest steps bfloat16, means int8), [columns]."""
-    coarsest = quantize.step_factor(1, config.levels)
+def _steps(
+    mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig
+) -> tuple[Tensor, Tensor]:
+    """(step codes uint8, means int16), [columns]."""
+    unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
     step = deviation * torch.tensor(config.steps, dtype=torch.float64)[columns.thirds] / quantize.RATIO
-    floor = mean.abs() / ((LARGEST_MEAN - 1) * coarsest)  # so that the mean fits its byte
-    steps = torch.maximum(step, floor).clamp_min(SMALLEST_STEP).to(torch.bfloat16)
-    means = (mean / (steps.double() * coarsest)).round().clamp(-LARGEST_MEAN, LARGEST_MEAN)
-    return steps, means.to(torch.int8)
+    floor = mean.abs() / (0.9 * quantize.LARGEST_MEAN * unit)  # so that the mean fits its bytes, whatever its step is rounded to
+    codes = quantize.step_codes(torch.maximum(step, floor).clamp_min(SMALLEST_STEP))
+    means = (mean / (quantize.steps_of(codes).double() * unit)).round()
+    return codes, means.clamp(-quantize.LARGEST_MEAN, quantize.LARGEST_MEAN).to(torch.int16)
 
 
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
@@ -110,5 +110,5 @@ def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
     base_entries, base_bits = codec.values.choose(base)
     refined = [codec.digits.choose(part) for part in digits]
     entries = torch.stack([e for e, _ in refined]) if refined else torch.empty(0, columns, dtype=torch.uint8)
-    side = Side(codec.side.steps, codec.side.means, anchor_entries, base_entries, entries)
+    side = Side(codec.side.step_codes, codec.side.means, anchor_entries, base_entries, entries)
     return side, torch.stack([anchor_bits + base_bits, *(bits for _, bits in refined)])

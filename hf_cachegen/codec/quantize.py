@@ -12,6 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STEPS_PER_OCTAVE = 4
+UNIT_CODE = 160
+"""A step is one byte, code -> 2^((code - 160) / 4): from 2^-40, far below any cache's spread, to 2^23."""
+MEANS_PER_STEP = 16
+"""A mean is an int16 multiple of this part of the coarsest step."""
+LARGEST_MEAN = 2**15 - 1
+
 RATIO = 3
 """Steps of adjacent levels differ by this factor; odd, so that the levels nest."""
 LARGEST_SYMBOL = 2**30
@@ -46,3 +53,15 @@ def contexts(symbols: Tensor) -> Tensor:
 def step_factor(level: int, levels: int) -> int:
     """Step of `level` in units of the finest step."""
     return int(RATIO ** (levels - level))
+
+
+def step_codes(steps: Tensor) -> Tensor:
+    """The codes nearest to these steps, float64 and positive; uint8. Steps beyond the grid get the nearest end of it."""
+    return ((steps.log2() * STEPS_PER_OCTAVE).round() + UNIT_CODE).clamp(0, 255).to(torch.uint8)
+
+
+def steps_of(codes: Tensor) -> Tensor:
+    """The steps, float32, the same on every machine: exact powers of two times one of four constants."""
+    quarters = codes.to(torch.int64) - UNIT_CODE
+    fraction = torch.tensor([2.0 ** (i / STEPS_PER_OCTAVE) for i in range(STEPS_PER_OCTAVE)])
+    return torch.ldexp(fraction[quarters % STEPS_PER_OCTAVE], quarters.div(STEPS_PER_OCTAVE, rounding_mode="floor"))

@@ -1,0 +1,306 @@
+"""Transforms, quantiser and tables: what each stage promises, and that the whole keeps its promises together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_samples import same, sample_kv
+
+from hf_cachegen.artifact import Encoder, decode_kv, encode_kv
+from hf_cachegen.codec import quantize, rans, tables, transform
+from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import CacheGenError, ConfigError, CorruptError, LevelError, TensorError, TruncatedError
+
+LOSSY = [CacheGenConfig(chunk_tokens=64, transform=name) for name in ("delta", "identity")]
+IDS = [config.transform for config in LOSSY]
+
+
+@given(st.lists(st.integers(-(2**24), 2**24), min_size=1, max_size=50), st.integers(1, 3))
+def test_levels_nest(values: list[int], levels: int) -> None:
+    fine = torch.tensor([values], dtype=torch.int32)
+    base, digits = quantize.split(fine, levels)
+    assert all(int(d.abs().max()) <= 1 for d in digits)
+    for done, digit in enumerate(digits):
+        exact = fine.double() / 3 ** (levels - 1 - done)
+        assert torch.equal(base.double(), exact.round())  # each level is what rounding at its own step gives
+        base = quantize.refine(base, digit)
+    assert torch.equal(base, fine)
+
+
+@given(st.lists(st.integers(0, 1 << 20), min_size=2, max_size=256).filter(any), st.sampled_from([10, 11, 12]))
+def test_normalised_frequencies_add_up(weights: list[int], prob_bits: int) -> None:
+    freq = tables.normalise(weights, prob_bits)
+    assert sum(freq) == 1 << prob_bits
+    assert max(freq) <= 4095
+    used = [i for i, f in enumerate(freq) if f]
+    assert used == list(range(used[0], used[-1] + 1))
+    common = [i for i, w in enumerate(weights) if w * 1024 >= sum(weights)]
+    assert set(common) <= set(used)
+
+
+def test_normalise_refuses_an_empty_histogram() -> None:
+    with pytest.raises(ValueError, match="at least one count"):
+        tables.normalise([0, 0, 0], 11)
+
+
+@pytest.mark.parametrize("prob_bits", [10, 11, 12])
+def test_shipped_codebooks_fit_one_byte(prob_bits: int) -> None:
+    values, digits = tables.shipped_codebooks(prob_bits)
+    assert values.entries <= 256
+    assert 3 * digits.entries <= 256
+    assert values.tables.frequencies[0].nonzero().flatten().tolist()[0] in (127, 128)
+    mirrored = digits.tables.frequencies.reshape(-1, 3, 3)
+    assert int((mirrored[:, 1] - mirrored[:, 2].flip(1)).abs().max()) <= 2  # ties are rounded from the left
+
+
+def test_the_cheapest_table_is_chosen() -> None:
+    values, _ = tables.shipped_codebooks(11)
+    never = torch.zeros(1, 256, dtype=torch.int64)
+    never[0, 128] = 1000
+    wide = torch.ones(1, 256, dtype=torch.int64)
+    entries, bits = values.choose(torch.cat([never, wide]))
+    assert entries.tolist() == [0, 1]
+    assert bits.tolist() == [0.0, 8 * 256.0]
+
+
+@given(st.integers(1, 40), st.integers(2, 12))
+@settings(max_examples=30, deadline=None)
+def test_delta_inverts(tokens: int, group: int) -> None:
+    config = CacheGenConfig(group_tokens=group)
+    vectors = torch.tensor([0, 0, 0, 1, 1])
+    rows = torch.randn(tokens, 5) * torch.tensor([1e-3, 1, 50, 1, 1])
+    y, anchors = transform.forward(rows, vectors, config)
+    assert anchors is not None
+    assert len(anchors.symbols) == transform.anchor_count(tokens, config)
+    back = transform.inverse(y.clone(), anchors, vectors, tokens, config)
+    others = transform.coded_positions(tokens, config)
+    torch.testing.assert_close(back[others], rows[others], rtol=1e-5, atol=1e-5)
+    error = (back - rows)[::group].abs()
+    assert bool((error <= anchors.scales.float()[:, vectors] * 0.501).all())
+
+
+def test_anchor_scale_never_clips() -> None:
+    rows = torch.tensor([[1.0, -300.0], [0.0, 0.0], [1e-30, 1e30]])
+    anchors = transform.quantise_anchors(rows, torch.tensor([0, 0]))
+    assert int(anchors.symbols.abs().max()) <= transform.ANCHOR_PEAK
+    assert bool((anchors.scales.float() * 127 >= rows.abs().amax(1, keepdim=True)).all())
+
+
+@pytest.mark.parametrize("config", LOSSY, ids=IDS)
+def test_every_level_keeps_its_step(config: CacheGenConfig) -> None:
+    keys, values = sample_kv(dtype=torch.float32)
+    encoder = Encoder(keys, values, config)
+    assert isinstance(encoder.codec, LossyCodec)
+    for (rows, span), parts in zip(encoder._rows(), encoder.chunks(), strict=True):
+        coded = transform.coded_positions(span.tokens, config)
+        protected = span.protected(config)
+        for level in (1, 2, 3):
+            decoded = encoder.codec.decode(parts[:level], span)
+            error = (decoded - rows).abs()[coded]
+            finest = encoder.codec.steps * 0.51 + 1e-4 * rows.abs().max()
+            assert bool((error[protected] <= finest).all())
+            assert bool((error[~protected] <= finest * 3 ** (3 - level)).all())
+
+
+@pytest.mark.parametrize("config", LOSSY, ids=IDS)
+def test_approximations_are_what_is_decoded(config: CacheGenConfig) -> None:
+    encoder = Encoder(*sample_kv(), config)
+    for (rows, span), parts in zip(encoder._rows(), encoder.chunks(), strict=True):
+        for level, expected in enumerate(encoder.codec.approximations(rows, span), 1):
+            assert torch.equal(encoder.codec.decode(parts[:level], span), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_lossless_keeps_every_bit(dtype: torch.dtype) -> None:
+    keys, values = sample_kv(dtype=dtype)
+    strange = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), torch.finfo(dtype).tiny / 2], dtype=dtype)
+    keys[1][0, 0, 7, :6] = strange
+    values[2][0, 1, :6, 3] = -strange
+    config = CacheGenConfig(transform="identity", lossless=True, chunk_tokens=64)
+    encoded = encode_kv(keys, values, config)
+    assert encoded.levels == 1
+    decoded = decode_kv(encoded)
+    assert same(decoded[0], keys)
+    assert same(decoded[1], values)
+    assert encoded.nbytes < sum(x.nbytes for x in (*keys, *values)) * 1.1
+
+
+SHAPES = {
+    "one token": {"tokens": 1},
+    "fewer tokens than are protected": {"tokens": 30},
+    "exactly one chunk": {"tokens": 64},
+    "one token more than a chunk": {"tokens": 65},
+    "batch of three": {"batch": 3, "tokens": 70},
+    "K and V of different width": {"dim": 24, "v_dim": 8},
+    "more columns than a tile": {"heads": 5, "dim": 40, "layers": 1},
+    "fp32": {"dtype": torch.float32},
+    "fp16": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("config", LOSSY, ids=IDS)
+def test_round_trip(config: CacheGenConfig, shape: dict[str, object]) -> None:
+    keys, values = sample_kv(**shape)  # type: ignore[arg-type]
+    encoded = encode_kv(keys, values, config)
+    errors = []
+    for level in (1, 2, 3):
+        decoded = decode_kv(encoded, level)
+        for found, exact in zip((*decoded[0], *decoded[1]), (*keys, *values), strict=True):
+            assert found.shape == exact.shape
+            assert found.dtype == exact.dtype
+        errors.append(sum((a.double() - b.double()).square().sum() for a, b in zip(decoded[0], keys, strict=True)))
+    assert errors[0] >= errors[1] >= errors[2]
+    energy = sum((x.double() - x.double().mean(2, keepdim=True)).square().sum() for x in keys)
+    assert errors[2] <= 0.07 * energy + 1e-3 * sum(x.double().square().sum() for x in keys)
+
+
+@pytest.mark.parametrize("config", LOSSY, ids=IDS)
+def test_channels_that_never_change(config: CacheGenConfig) -> None:
+    keys, values = sample_kv(layers=2, tokens=80)
+    keys[0][..., 3] = 7.0
+    keys[0][..., 4] = 0.0
+    values[1].zero_()
+    decoded = decode_kv(encode_kv(keys, values, config))
+    assert torch.equal(decoded[1][1], values[1])
+    assert torch.equal(decoded[0][0][..., 4], keys[0][..., 4])
+    torch.testing.assert_close(decoded[0][0][..., 3], keys[0][..., 3], rtol=0.05, atol=0.2)  # as exact as the anchors
+
+
+@pytest.mark.parametrize("config", LOSSY, ids=IDS)
+def test_the_same_tensors_give_the_same_bytes(config: CacheGenConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = sample_kv()
+    first = encode_kv(keys, values, config)
+    assert encode_kv([k.clone() for k in keys], values, config) == first
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert encode_kv(keys, values, config) == first
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(rans.native, "available", lambda: False)  # the reference coder
+    assert encode_kv(keys, values, config) == first
+    assert same(decode_kv(first)[0], decode_kv(encode_kv(keys, values, config))[0])
+
+
+@pytest.mark.parametrize("config", LOSSY, ids=IDS)
+def test_side_information_is_six_bytes_a_column(config: CacheGenConfig) -> None:
+    encoder = Encoder(*sample_kv(), config)
+    assert len(encoder.codec.side_bytes()) <= 6 * len(encoder.columns)
+
+
+def test_nested_levels_cost_what_the_finest_would() -> None:
+    keys, values = sample_kv(tokens=2000, heads=4, dim=32)
+    config = CacheGenConfig(transform="identity", chunk_tokens=1000)
+    alone = encode_kv(keys, values, replace(config, levels=1))
+    nested = encode_kv(keys, values, config)
+    assert nested.nbytes <= 1.02 * alone.nbytes
+
+
+def test_layer_thirds_have_the_papers_steps() -> None:
+    keys, values = sample_kv(layers=6, dtype=torch.float32)
+    config = CacheGenConfig(transform="identity", protect_first=0, protect_last=0)
+    encoder = Encoder(keys, values, config)
+    assert isinstance(encoder.codec, LossyCodec)
+    rows = torch.cat([rows for rows, _ in encoder._rows()])
+    ratio = encoder.codec.steps / rows.std(0, unbiased=False)
+    for vector in range(12):
+        expected = (0.5, 1.0, 1.5)[vector // 2 // 2] / 3
+        torch.testing.assert_close(ratio[encoder.columns.vectors == vector].mean().item(), expected, rtol=0.05, atol=0)
+
+
+def test_report_counts_every_byte() -> None:
+    encoded = encode_kv(*sample_kv(), LOSSY[0])
+    total = len(encoded.side) + sum(len(data) for part in encoded.parts for data in part)
+    assert encoded.report["bytes_per_level"][-1] == total
+    assert total < encoded.nbytes
+    assert [encoded.nbytes_at(level) for level in (1, 2, 3)] == sorted(encoded.nbytes_at(level) for level in (1, 2, 3))
+    assert encoded.nbytes_at(3) == encoded.nbytes
+    for layer in encoded.report["layers"]:
+        assert layer["k_error"] == sorted(layer["k_error"], reverse=True)
+        assert layer["v_bits"] == sorted(layer["v_bits"])
+
+
+def wrong_tensors() -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    keys, values = sample_kv(layers=2, tokens=20)
+    nan, infinite = [k.clone() for k in keys], [v.clone() for v in values]
+    nan[1][0, 0, 5, 5] = float("nan")
+    infinite[0][0, 0, 19, 0] = float("inf")
+    return {
+        "no layers": ([], []),
+        "fewer values than keys": (keys, values[:1]),
+        "three dimensions": ([k[0] for k in keys], [v[0] for v in values]),
+        "lengths differ": (keys, [values[0], values[1][:, :, :10]]),
+        "batches differ": (keys, [values[0], values[1].expand(2, -1, -1, -1)]),
+        "dtypes differ": (keys, [v.float() for v in values]),
+        "integers": ([k.int() for k in keys], [v.int() for v in values]),
+        "fp64": ([k.double() for k in keys], [v.double() for v in values]),
+        "not a number": (nan, values),
+        "infinite": (keys, infinite),
+        "no tokens": ([k[:, :, :0] for k in keys], [v[:, :, :0] for v in values]),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_tensors())
+def test_wrong_tensors_are_refused(name: str) -> None:
+    with pytest.raises(TensorError):
+        encode_kv(*wrong_tensors()[name])
+
+
+@pytest.mark.parametrize("level", [0, 4, -1, True, 1.5, "2"])
+def test_wrong_levels_are_refused(level: object) -> None:
+    encoded = encode_kv(*sample_kv(tokens=20))
+    with pytest.raises(LevelError):
+        decode_kv(encoded, level)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transform": "wavelet"}, {"coder": "zip"}, {"levels": 0}, {"levels": 4}, {"levels": True}, {"steps": (1, 2)},
+        {"steps": (0, 1, 1)}, {"steps": (1, float("nan"), 1)}, {"chunk_tokens": 0}, {"group_tokens": 1}, {"protect_last": -1},
+        {"prob_bits": 9}, {"prob_bits": 13}, {"lossless": True, "transform": "delta"}, {"chunk_tokens": 1 << 20},
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        CacheGenConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", LOSSY, ids=IDS)
+def test_damaged_parts_end_in_a_typed_error_or_in_numbers(config: CacheGenConfig) -> None:
+    """Below the checksums: whatever the bytes, decoding ends, within its memory, in a typed error or in some tensors."""
+    encoded = encode_kv(*sample_kv(layers=1, tokens=40), config)
+    generator = torch.Generator().manual_seed(1)
+    refused = 0
+    for trial in range(300):
+        part, data = trial % 3, bytearray(encoded.parts[trial % 3][0])
+        if trial % 4 == 3:
+            del data[int(torch.randint(len(data), (), generator=generator)) :]
+        else:
+            data[int(torch.randint(len(data), (), generator=generator))] ^= 1 << int(torch.randint(8, (), generator=generator))
+        parts = tuple((bytes(data),) if p == part else encoded.parts[p] for p in range(3))
+        try:
+            decode_kv(replace(encoded, parts=parts))
+        except CacheGenError:
+            refused += 1
+    assert refused > 200
+
+
+def test_damaged_side_information_is_refused() -> None:
+    encoded = encode_kv(*sample_kv(layers=1, tokens=40))
+    columns = len(encoded.side) // 5
+    for side in (
+        encoded.side[:-1],
+        encoded.side + b"\0",
+        encoded.side[:-1] + b"\xff",  # a refinement table that is not there
+        encoded.side[:columns] + b"\xff" + encoded.side[columns + 1 :],  # an anchor table that is not there
+        b"",
+    ):
+        with pytest.raises((CorruptError, TruncatedError)):
+            decode_kv(replace(encoded, side=side))
