@@ -37,6 +37,7 @@ from hf_cachegen.layout import (
     capture,
     dtype_name,
     layer_devices,
+    layer_kinds,
     positions_change,
     require_model,
 )
@@ -118,6 +119,8 @@ class CacheGenCache(DynamicCache):
         self._config, self._source = config, source
 
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
+    # The first thing that a forward pass asks for: some prompts would fail, less clearly, before they come to update.
+    get_mask_sizes = _refuse
 
     def __repr__(self) -> str:
         geometry = self.kv.geometry
@@ -150,7 +153,8 @@ class CacheGenCache(DynamicCache):
         options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         # Without a config it keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
         past = DynamicCache()
-        for chunk in ids.to(model.device).split(prefill_chunk_tokens, dim=1):
+        device = layer_devices(model, len(layer_kinds(model.config)))[0]
+        for chunk in ids.to(device).split(prefill_chunk_tokens, dim=1):
             model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
         kv = _checked(capture(past, model.config), model, ids)
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)

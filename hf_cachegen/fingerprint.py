@@ -239,13 +239,14 @@ def _offloaded_probe(model: nn.Module, name: str) -> bytes:
     if name not in known:
         path, _, local = name.rpartition(".")
         hook = getattr(model.get_submodule(path), "_hf_hook", None)
-        for inner in getattr(hook, "hooks", (hook,)):
-            weights = getattr(inner, "weights_map", None)
-            if weights is not None and local in list(weights):
-                known[name] = _bytes(_probe(weights[local].detach().cpu()))
-                break
-        else:
-            raise UnsupportedModelError(f"weight {name!r} is on the meta device and accelerate holds no value of it")
+        maps = (getattr(inner, "weights_map", None) for inner in getattr(hook, "hooks", (hook,)))
+        try:
+            weight = next(weights for weights in maps if weights is not None)[local]
+        except (StopIteration, KeyError) as error:
+            raise UnsupportedModelError(
+                f"weight {name!r} is on the meta device and accelerate holds no value of it"
+            ) from error
+        known[name] = _bytes(_probe(weight.detach().cpu()))
     return known[name]
 
 

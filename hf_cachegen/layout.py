@@ -175,10 +175,12 @@ def build_static(
 def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     """Where each decoder layer computes: accelerate's execution device where it placed the model, else its weights'."""
     base = base_model(model)
+    # A model that accelerate offloads says that it is on the meta device; its inputs may come from anywhere.
+    device = base.device if base.device.type != "meta" else torch.device("cpu")
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return [_device(layer, base.device) for layer in module]
-    return [base.device] * layers
+            return [_device(layer, device) for layer in module]
+    return [device] * layers
 
 
 def positions_change(config: PreTrainedConfig, context: int, prompt: int) -> bool:

@@ -1,0 +1,175 @@
+"""A cache is refused by every model but its own, with an error that says what differs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+
+from hf_cachegen.errors import (
+    ManifestError,
+    UnsupportedModelError,
+    WrongDtypeError,
+    WrongModelError,
+    WrongTokenizerError,
+    WrongWeightsError,
+)
+from hf_cachegen.fingerprint import Fingerprint, hash_tokens
+from tests import tiny_models
+
+
+class Tokenizer:
+    """As much of a tokenizer as a fingerprint looks at."""
+
+    name_or_path = "tiny"
+
+    def __init__(self, template: str = "{{ x }}", cut: int = 10) -> None:
+        self.special_tokens_map = {"eos_token": "</s>"}
+        self.chat_template = template
+        self.cut = cut
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0, "b": 1}
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 2 for letter in text[: self.cut]]}
+
+
+@pytest.fixture(name="of_llama")
+def _of_llama() -> Fingerprint:
+    return Fingerprint.of(tiny_models.shared("llama"), [1, 2, 3], Tokenizer())  # type: ignore[arg-type]
+
+
+def test_the_same_model_passes(of_llama: Fingerprint) -> None:
+    of_llama.check(tiny_models.shared("llama"))
+    of_llama.check(tiny_models.make("llama"))
+
+
+def test_it_survives_its_dictionary(of_llama: Fingerprint) -> None:
+    assert Fingerprint.from_dict(of_llama.to_dict()) == of_llama
+    assert of_llama.tokens == hash_tokens([1, 2, 3])
+
+
+def test_names_and_run_time_settings_do_not_matter(of_llama: Fingerprint) -> None:
+    model = tiny_models.make("llama")
+    model.config._name_or_path = "somewhere/else"
+    model.config.use_cache = False
+    model.config.pad_token_id = 7
+    of_llama.check(model)
+
+
+def test_another_architecture_is_the_wrong_model(of_llama: Fingerprint) -> None:
+    with pytest.raises(WrongModelError, match="model_type: expected \"llama\", got \"qwen3\""):
+        of_llama.check(tiny_models.shared("qwen3"))
+
+
+def test_another_rope_is_the_wrong_model(of_llama: Fingerprint) -> None:
+    model = tiny_models.make("llama")
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5000.0}
+    with pytest.raises(WrongModelError, match="rope_parameters"):
+        of_llama.check(model)
+
+
+def test_another_release_may_have_more_defaults(of_llama: Fingerprint) -> None:
+    older = {name: value for name, value in of_llama.config.items() if name != "mlp_bias"}
+    with pytest.raises(WrongModelError, match="mlp_bias: expected None, got false"):
+        Fingerprint.from_dict({**of_llama.to_dict(), "config": older}).check(tiny_models.shared("llama"))
+    values = {**of_llama.to_dict(), "config": older, "transformers": "5.17.0"}
+    Fingerprint.from_dict(values).check(tiny_models.shared("llama"))
+
+
+def test_another_dtype(of_llama: Fingerprint) -> None:
+    with pytest.raises(WrongDtypeError, match="made in float32, this LlamaForCausalLM .* runs in bfloat16"):
+        of_llama.check(tiny_models.make("llama").bfloat16())
+
+
+def test_other_weights(of_llama: Fingerprint) -> None:
+    with pytest.raises(WrongWeightsError, match="other weights"):
+        of_llama.check(tiny_models.make("llama", seed=1))
+
+
+@pytest.mark.parametrize("weight", ["model.layers.3.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_change_of_any_one_weight(of_llama: Fingerprint, weight: str) -> None:
+    model = tiny_models.make("llama")
+    with torch.no_grad():
+        model.get_parameter(weight).mul_(1.01)
+    with pytest.raises(WrongWeightsError):
+        of_llama.check(model)
+
+
+def test_a_persistent_buffer_counts_and_another_does_not(of_llama: Fingerprint) -> None:
+    model = tiny_models.make("llama")
+    model.register_buffer("scratch", torch.ones(3), persistent=False)
+    of_llama.check(model)
+    model.register_buffer("bias", torch.ones(3))
+    with pytest.raises(WrongWeightsError):
+        of_llama.check(model)
+
+
+def test_an_active_adapter(of_llama: Fingerprint) -> None:
+    model = tiny_models.make("llama")
+    layer: Any = model.model.layers[0].self_attn.q_proj
+    layer.merged_adapters, layer.disable_adapters, layer.active_adapters = [], False, ["french"]
+    with pytest.raises(WrongWeightsError, match=r"adapters \[\], .* has \['french'\]"):
+        of_llama.check(model)
+    layer.disable_adapters = True
+    of_llama.check(model)
+
+
+def test_another_tokenizer(of_llama: Fingerprint) -> None:
+    model = tiny_models.shared("llama")
+    of_llama.check(model, Tokenizer())  # type: ignore[arg-type]
+    for other in (Tokenizer(template="{{ y }}"), Tokenizer(cut=9)):
+        with pytest.raises(WrongTokenizerError, match="another tokenizer or chat template than 'tiny'"):
+            of_llama.check(model, other)  # type: ignore[arg-type]
+
+
+def test_offloading_changes_nothing(of_llama: Fingerprint) -> None:
+    model = accelerate.cpu_offload(tiny_models.make("llama"), execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    of_llama.check(model)
+    other = accelerate.cpu_offload(tiny_models.make("llama", seed=1), execution_device=torch.device("cpu"))
+    with pytest.raises(WrongWeightsError):
+        of_llama.check(other)
+
+
+def test_weights_that_are_nowhere_are_refused(of_llama: Fingerprint) -> None:
+    with pytest.raises(UnsupportedModelError, match="on the meta device"):
+        of_llama.check(tiny_models.make("llama").to("meta"))
+
+
+def test_many_parameters_cost_one_transfer_per_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = SimpleNamespace(transfers=0)
+    stock = torch.Tensor.cpu
+
+    def cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        count.transfers += 1
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    Fingerprint.of(tiny_models.shared("llama"), [1])
+    assert count.transfers == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"config": []},
+        {"config": {"a": 1}},
+        {"config": {str(i): "x" for i in range(5000)}},
+        {"adapters": "french"},
+        {"adapters": [1]},
+        {"weights": None},
+        {"dtype": 7},
+        {"commit": 7},
+        {"tokenizer": []},
+    ],
+)
+def test_hostile_fingerprints_are_refused(of_llama: Fingerprint, damage: dict[str, Any]) -> None:
+    with pytest.raises(ManifestError):
+        Fingerprint.from_dict({**of_llama.to_dict(), **damage})
+    with pytest.raises(ManifestError):
+        Fingerprint.from_dict([damage])
