@@ -1,7 +1,7 @@
 """Builds the native coder, a plain shared library without Python or torch in it, where there is a C++ compiler.
 
-Without one, or when it fails, the package still installs and works on the reference coder. CXX and CXXFLAGS are honoured. All
-else about the package stands in pyproject.toml.
+Without one, or when it fails, the package still installs and works on the reference coder. CXX and CXXFLAGS are
+honoured. All else about the package stands in pyproject.toml.
 """
 
 from __future__ import annotations

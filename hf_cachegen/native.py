@@ -1,14 +1,15 @@
 """The compiled coder: finds its library, checks it, and gives its functions as torch custom ops.
 
 Twists:
-1. The library is optional. `available()` says whether there is one, and logs once, as a warning, when there is none: the coder's
-   reference then does the same, slowly.
-2. The library knows no torch: ctypes hands it addresses and sizes (the contract is cuda_ext/include/cachegen.h), and lets go of
-   the interpreter's lock meanwhile.
-3. The ops check whatever could take the library outside a buffer, so they are safe to call directly:
+1. The library is optional. `available()` says whether there is one, and logs a warning, once, when there is none: the
+   coder's reference then does the same, slowly.
+2. The library knows no torch: ctypes hands it addresses and sizes (the contract is cuda_ext/include/cachegen.h), and
+   lets go of the interpreter's lock meanwhile.
+3. The ops check whatever could take the library outside a buffer, so they are safe to call directly. Shapes and dtypes
+   are those of codec/rans.py, with `tables` from build_tables, streams uint8 [bytes] and tile_bytes int64 [tiles]:
 
-       torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?) -> (streams uint8 [bytes], tile_bytes int64 [tiles])
-       torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens) -> symbols uint8 [tokens, columns]
+       torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?) -> (streams, tile_bytes)
+       torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens) -> symbols
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def load(path: Path) -> ctypes.CDLL:
 def _library() -> ctypes.CDLL | None:
     if not LIBRARY.exists():
         _log.warning(
-            "hf_cachegen was installed without its compiled coder (%s is missing): the reference coder stands in, hundreds of "
-            "times slower. Install a C++ compiler and reinstall the package.",
+            "hf_cachegen was installed without its compiled coder (%s is missing): the reference coder stands in, "
+            "hundreds of times slower. Install a C++ compiler and reinstall the package.",
             LIBRARY.name,
         )
         return None
@@ -140,8 +141,9 @@ def build_tables(frequencies: Tensor, prob_bits: int) -> Tensor:
     library = _need_library()
     n_tables, n_symbols = frequencies.shape
     rows = frequencies.to(torch.int32).to(torch.uint16).contiguous()
-    memory = torch.empty(library.cg_tables_bytes(n_tables, n_symbols, prob_bits), dtype=torch.uint8)
-    _require_ok(library.cg_tables_build(rows.data_ptr(), n_tables, n_symbols, prob_bits, memory.data_ptr(), len(memory)))
+    size = library.cg_tables_bytes(n_tables, n_symbols, prob_bits)
+    memory = torch.empty(size, dtype=torch.uint8)
+    _require_ok(library.cg_tables_build(rows.data_ptr(), n_tables, n_symbols, prob_bits, memory.data_ptr(), size))
     return memory
 
 
@@ -152,10 +154,12 @@ def _require_ok(status: int) -> None:
 
 def _section(tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int) -> tuple[_Section, list[Tensor]]:
     """The C view of a section, and the tensors that must outlive it."""
-    shape = (tokens, table_ids.shape[0])
     for name, tensor, dims in (("tables", tables, 1), ("table_ids", table_ids, 2), ("contexts", contexts, 2)):
         if tensor is not None and (tensor.dtype != torch.uint8 or tensor.dim() != dims):
             raise TensorError(f"{name} must be uint8 with {dims} dimensions, got {tensor.dtype} {list(tensor.shape)}")
+    shape = (tokens, table_ids.shape[0])
+    if tokens < 0:
+        raise TensorError(f"tokens must be at least 0, got {tokens}")
     if contexts is not None and tuple(contexts.shape) != shape:
         raise TensorError(f"contexts must be {list(shape)}, got {list(contexts.shape)}")
     tables, table_ids = tables.contiguous(), table_ids.contiguous()
@@ -172,11 +176,13 @@ def _section(tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens:
 def encode(symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None) -> tuple[Tensor, Tensor]:
     """symbols uint8 [tokens, columns] to (streams back to back, bytes of each). Raises TensorError, NativeError."""
     library = _need_library()
-    if symbols.dtype != torch.uint8 or symbols.dim() != 2 or symbols.shape[1] != table_ids.shape[0]:
-        raise TensorError(f"symbols must be uint8 [tokens, {table_ids.shape[0]}], got {symbols.dtype} {list(symbols.shape)}")
+    if symbols.dtype != torch.uint8 or symbols.dim() != 2:
+        raise TensorError(f"symbols must be uint8 [tokens, columns], got {symbols.dtype} {list(symbols.shape)}")
     symbols = symbols.contiguous()
     tokens, columns = symbols.shape
     section, kept = _section(tables, table_ids, contexts, tokens)
+    if section.columns != columns:
+        raise TensorError(f"symbols of {columns} columns need as many table ids, got {section.columns}")
     tiles = _tiles(tokens, columns)
     slot_bytes = library.cg_slot_bytes(tokens)
     slots = torch.empty(tiles * slot_bytes, dtype=torch.uint8)  # mostly never touched, so never in memory
@@ -215,14 +221,15 @@ def _(symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | Non
 def decode(
     streams: Tensor, tile_bytes: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int
 ) -> Tensor:
-    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError, CorruptError, TensorError, NativeError."""
+    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError, CorruptError, TensorError."""
     library = _need_library()
     if streams.dtype != torch.uint8 or streams.dim() != 1 or tile_bytes.dtype != torch.int64 or tile_bytes.dim() != 1:
         raise TensorError("streams must be uint8 [bytes] and tile_bytes int64 [tiles]")
     section, kept = _section(tables, table_ids, contexts, tokens)
     tiles = _tiles(tokens, table_ids.shape[0])
     if len(tile_bytes) != tiles or not bool(((tile_bytes >= 0) & (tile_bytes <= streams.numel())).all()):
-        raise CorruptError(f"{tiles} tiles need as many sizes of at most {streams.numel()} bytes, got {tile_bytes.tolist()[:8]}")
+        found = tile_bytes[:8].tolist()
+        raise CorruptError(f"{tiles} tiles need as many sizes, of 0 to {streams.numel()} bytes, got {found}")
     offsets = torch.zeros(tiles + 1, dtype=torch.int64)
     torch.cumsum(tile_bytes, 0, out=offsets[1:])
     if int(offsets[-1]) > streams.numel():

@@ -2,11 +2,12 @@
 //
 // Twists:
 // 1. put() runs over the symbols backwards, take() forwards; each undoes the other.
-// 2. A state in range stays in range whatever words follow, and needs at most one word per symbol: with x >= 2^15 and f >= 1,
-//    f * (x >> p) + slot - start >= 2^(15 - p) >= 8, and 8 << 16 > 2^15. So a decoder checks initial states, and no others.
-// 3. The encoder divides by multiplying: floor(x / f) = x * ceil(2^(31 + s) / f) >> (31 + s), s = ceil(log2 f), exact for
-//    x < 2^31 (Alverson 1991, as in ryg_rans). f = 1 has no such reciprocal; with 2^32 - 1 the quotient is x - 1, and the bias
-//    makes up for it.
+// 2. A state in range stays in range whatever words follow, and needs at most one word per symbol: with x >= 2^15 and
+//    f >= 1, f * (x >> p) + slot - start >= 2^(15 - p) >= 8, and 8 << 16 > 2^15. So a decoder checks initial states,
+//    and no others.
+// 3. The encoder divides by multiplying: floor(x / f) = x * ceil(2^(31 + s) / f) >> (31 + s), s = ceil(log2 f), exact
+//    for x < 2^31 (Alverson 1991, as in ryg_rans). f = 1 has no such reciprocal; with 2^32 - 1 the quotient is x - 1,
+//    and the bias makes up for it.
 #pragma once
 
 #include <stdint.h>

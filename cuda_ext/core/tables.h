@@ -2,7 +2,8 @@
 //
 //     TablesHeader; SlotEntry[n_tables << prob_bits]; SymbolEntry[n_tables * 256]
 //
-// Twist: the encoder's rows always have 256 entries, so that every byte names one; symbols without a frequency have limit 0.
+// Twist: the encoder's rows always have 256 entries, so that every byte names one; a symbol without a frequency has
+// limit 0.
 #pragma once
 
 #include <stdint.h>

@@ -1,7 +1,7 @@
 // Who owns which column of a tile.
 //
-// Twist: a lane owns ADJACENT columns (per_lane of them), so that its outputs of one token are one store. The last lane may own
-// fewer, so at the c-th step of a token the lanes that take part are the first `active(c)` ones.
+// Twist: a lane owns ADJACENT columns (per_lane of them), so that its outputs of one token are one store. The last lane
+// may own fewer, so at the c-th step of a token the lanes that take part are the first `active(c)` ones.
 #pragma once
 
 #include <stdint.h>
@@ -12,10 +12,10 @@
 namespace cachegen {
 
 constexpr uint32_t kTileColumns = CG_TILE_COLUMNS;
-constexpr uint32_t kLanes = 32;         // one warp
-constexpr uint32_t kStateBytes = 4;     // of a lane's initial state at the head of a stream
+constexpr uint32_t kLanes = 32;      // one warp
+constexpr uint32_t kStateBytes = 4;  // of a lane's initial state, at the head of a stream
 constexpr uint32_t kWordBytes = 2;
-constexpr uint32_t kContexts = 3;       // ids of a column whose symbols have contexts
+constexpr uint32_t kContexts = 3;  // ids of a column whose symbols have contexts
 
 struct Tile {
   uint64_t first_column;

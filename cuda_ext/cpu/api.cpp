@@ -31,8 +31,8 @@ uint64_t cg_tables_bytes(uint32_t n_tables, uint32_t n_symbols, uint32_t prob_bi
 
 uint64_t cg_slot_bytes(uint64_t tokens) noexcept { return tokens <= CG_MAX_TOKENS ? slot_bytes(tokens) : 0; }
 
-int32_t cg_tables_build(const uint16_t* frequencies, uint32_t n_tables, uint32_t n_symbols, uint32_t prob_bits, void* memory,
-                        uint64_t memory_bytes) noexcept {
+int32_t cg_tables_build(const uint16_t* frequencies, uint32_t n_tables, uint32_t n_symbols, uint32_t prob_bits,
+                        void* memory, uint64_t memory_bytes) noexcept {
   const uint64_t bytes = cg_tables_bytes(n_tables, n_symbols, prob_bits);
   if (bytes == 0 || bytes != memory_bytes || frequencies == nullptr || memory == nullptr) return CG_BAD_ARGUMENT;
   if (uintptr_t(memory) % kTablesAlignment != 0) return CG_BAD_ARGUMENT;
@@ -54,8 +54,8 @@ int32_t cg_tables_build(const uint16_t* frequencies, uint32_t n_tables, uint32_t
   return CG_OK;
 }
 
-int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint8_t* slots, uint64_t slots_bytes, uint64_t* tile_bytes,
-                  int32_t* tile_status, uint32_t threads, void* queue) noexcept {
+int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint8_t* slots, uint64_t slots_bytes,
+                  uint64_t* tile_bytes, int32_t* tile_status, uint32_t threads, void* queue) noexcept {
   Tables tables;
   if (const int32_t status = open_section(section, symbols, queue, &tables)) return status;
   const uint64_t tiles = tile_count(section->tokens, section->columns), stride = slot_bytes(section->tokens);

@@ -1,7 +1,7 @@
 // Twists:
-// 1. A token takes at most one word per column. While so many are left nothing is checked; the last tokens are checked word by
-//    word.
-// 2. A word past the end reads as 0 and the cursor goes on without being followed: damage is told at the end, not on the way.
+// 1. A token takes at most one word per column. While so many are left nothing is checked; the last tokens are checked
+//    word by word.
+// 2. A word past the end reads as 0: damage is noted on the way, and told at the end.
 #include "../core/state.h"
 #include "tile_coder.h"
 
@@ -25,7 +25,7 @@ inline uint32_t next_state(uint32_t x, Reader& words) {
     words.at += kWordBytes;
     return refill(x, load_word(words.at - kWordBytes));
   }
-  const uint32_t filled = refill(x, load_word(words.at));  // without a branch: one in eight or so is taken, at random
+  const uint32_t filled = refill(x, load_word(words.at));  // without a branch, which would be taken at random
   const bool low = x < kMinState;
   words.at += low ? kWordBytes : 0;
   return low ? filled : x;

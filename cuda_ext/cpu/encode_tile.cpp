@@ -1,4 +1,4 @@
-// Twist: everything runs backwards (tokens, columns, lanes, and the write position), so that the decoder reads forwards.
+// Twist: everything runs backwards (tokens, columns, lanes, the write position), so that the decoder reads forwards.
 #include "../core/state.h"
 #include "tile_coder.h"
 
@@ -21,7 +21,7 @@ uint8_t* encode_tokens(const cg_section& section, const Tables& tables, const Ti
         const uint32_t which = kIds == 1 ? column : column * kIds + section.contexts[row + column];
         const SymbolEntry& entry = rows[which][symbols[row + column]];
         uint32_t x = state[lane];
-        // A word is always stored, and kept only if the state must give it: at most one per symbol, so the slot holds it.
+        // A word is always stored, and kept only if the state must give it. At most one per symbol: the slot holds it.
         const bool full = x >= entry.limit;
         store_word(write - kWordBytes, x);
         write -= full ? kWordBytes : 0;

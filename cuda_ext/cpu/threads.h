@@ -1,7 +1,7 @@
 // Tiles over threads: each takes the next tile, so that uneven ones balance.
 //
-// Twist: threads live for one call. A pool would not survive fork(), which data loaders use; starting a thread takes some 20 us,
-// which kSymbolsPerThread makes small.
+// Twist: threads live for one call. A pool would not survive fork(), which data loaders use; starting a thread takes
+// some 20 us, which kSymbolsPerThread makes small.
 #pragma once
 
 #include <stdint.h>

@@ -1,12 +1,12 @@
 """Symbols to streams and back: the one door to the entropy coders.
 
-A *section* is a matrix of symbol indices uint8 [tokens, columns]. It is coded as *tiles* of up to TILE_COLUMNS adjacent columns
-and all tokens; each tile is a stream of its own. Every column has one table, or three, of which `contexts` picks one per symbol.
-Which coder runs is no part of the format: the native one and `rans_reference.py` (where the format is spelt out) give the same
-bytes.
+A *section* is a matrix of symbol indices uint8 [tokens, columns]. It is coded as *tiles* of up to TILE_COLUMNS adjacent
+columns and all tokens; each tile is a stream of its own. Every column has one table, or three, of which `contexts`
+picks one per symbol. Which implementation runs is no part of the format: the native coder and `rans_reference.py` (where
+a stream is spelt out) give the same bytes.
 
-Errors: ConfigError and TensorError for arguments that cannot be coded; TruncatedError and CorruptError for streams that no
-encoder wrote. Hostile streams, table ids and contexts end in one of these, never in undefined behaviour.
+Errors: ConfigError and TensorError for arguments that cannot be coded; TruncatedError and CorruptError for streams that
+no encoder wrote. Hostile streams, table ids and contexts end in one of these, never in undefined behaviour.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from hf_cachegen.codec import rans_reference, torchac_coder
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
 Backend = Literal["native", "reference"]
+_SLOW: dict[str, Any] = {"reference": rans_reference, "torchac": torchac_coder}
 TILE_COLUMNS = rans_reference.TILE_COLUMNS
 MAX_TABLES = 256
 """A table id is one byte."""
@@ -37,8 +39,10 @@ MAX_FREQUENCY = 4095
 class Tables:
     """Integer frequencies that coders share; compared by identity, because coders keep what they derive from one.
 
-    frequencies: integers [n_tables, n_symbols], kept as int32; each row sums to 2^prob_bits, none is above MAX_FREQUENCY.
+    frequencies: integers [n_tables, n_symbols], kept as int32; a row sums to 2^prob_bits, none is above MAX_FREQUENCY.
     prob_bits: 10 to 12.
+
+    Raises ConfigError or TensorError for others.
     """
 
     frequencies: Tensor
@@ -51,10 +55,12 @@ class Tables:
         if dtype not in (torch.uint16, torch.int32, torch.int64):
             raise TensorError(f"frequencies must be uint16, int32 or int64, got {dtype}")
         if len(shape) != 2 or not (1 <= shape[0] <= MAX_TABLES and 1 <= shape[1] <= MAX_SYMBOLS):
-            raise TensorError(f"frequencies must be [1 to {MAX_TABLES} tables, 1 to {MAX_SYMBOLS} symbols], got {shape}")
+            wanted = f"1 to {MAX_TABLES} tables, 1 to {MAX_SYMBOLS} symbols"
+            raise TensorError(f"frequencies must be [{wanted}], got {list(shape)}")
         frequencies = self.frequencies.detach().to("cpu", torch.int64)
-        if int(frequencies.min()) < 0 or int(frequencies.max()) > MAX_FREQUENCY:
-            raise TensorError(f"frequencies must lie in 0..{MAX_FREQUENCY}, got {frequencies.min()}..{frequencies.max()}")
+        least, most = int(frequencies.min()), int(frequencies.max())
+        if least < 0 or most > MAX_FREQUENCY:
+            raise TensorError(f"frequencies must lie in 0..{MAX_FREQUENCY}, got {least}..{most}")
         wrong = (frequencies.sum(1) != 1 << self.prob_bits).nonzero().flatten().tolist()
         if wrong:
             total = int(frequencies[wrong[0]].sum())
@@ -82,8 +88,11 @@ def encode(
 ) -> list[bytes]:
     """One stream per tile.
 
-    symbols: uint8 [tokens, columns]. table_ids: uint8 [columns, 1 or 3]. contexts: uint8 [tokens, columns] in {0, 1, 2},
-    given if and only if there are three ids. backend: None takes the best there is; a name forces it.
+    symbols: uint8 [tokens, columns]. table_ids: uint8 [columns, 1 or 3]. contexts: uint8 [tokens, columns], 0 to 2,
+    given if and only if there are three ids. coder: "rans" or "torchac". backend: None takes the best implementation of
+    rans; a name forces it.
+
+    Raises TensorError for a symbol that has no frequency in its table.
     """
     if symbols.dim() != 2:
         raise TensorError(f"symbols must be [tokens, columns], got {tuple(symbols.shape)}")
@@ -91,13 +100,11 @@ def encode(
     _check_side(symbols.shape[0], symbols.shape[1], table_ids, contexts)
     if symbols.numel() == 0:
         return []
-    if _choose(coder, backend) == "native":
+    chosen = _choose(coder, backend)
+    if chosen == "native":
         packed, sizes = torch.ops.cachegen.encode(symbols, tables.native, table_ids, contexts)
-        data, ends = packed.numpy().tobytes(), sizes.cumsum(0).tolist()
-        return [data[start:end] for start, end in zip([0, *ends[:-1]], ends)]
-    arrays = (symbols.numpy(), tables.frequencies.numpy(), tables.prob_bits, table_ids.numpy())
-    slow = torchac_coder if coder == "torchac" else rans_reference
-    return slow.encode(*arrays, None if contexts is None else contexts.numpy())
+        return [stream.tobytes() for stream in _cut(memoryview(packed.numpy()), sizes.tolist())]
+    return _SLOW[chosen].encode(symbols.numpy(), _side(tables, table_ids, contexts))
 
 
 def decode(
@@ -125,14 +132,22 @@ def decode(
         raise CorruptError(f"streams of {sum(tile_bytes)} bytes expected, {len(data)} found")
     if tokens == 0 or columns == 0:
         return torch.empty(tokens, columns, dtype=torch.uint8)
-    if _choose(coder, backend) == "native":
-        packed = torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+    chosen = _choose(coder, backend)
+    if chosen == "native":
+        packed = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)]
         sizes = torch.tensor(list(tile_bytes), dtype=torch.int64)
         decoded: Tensor = torch.ops.cachegen.decode(packed, sizes, tables.native, table_ids, contexts, tokens)
         return decoded
-    side = (tables.frequencies.numpy(), tables.prob_bits, table_ids.numpy(), None if contexts is None else contexts.numpy())
-    slow = torchac_coder if coder == "torchac" else rans_reference
-    return torch.from_numpy(slow.decode(data, list(tile_bytes), tokens, *side))
+    return torch.from_numpy(_SLOW[chosen].decode(_cut(data, tile_bytes), tokens, _side(tables, table_ids, contexts)))
+
+
+def _cut(data: memoryview, sizes: Sequence[int]) -> list[memoryview]:
+    return [data[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def _side(tables: Tables, table_ids: Tensor, contexts: Tensor | None) -> rans_reference.Side:
+    chosen = None if contexts is None else contexts.numpy()
+    return rans_reference.Side(tables.frequencies.numpy(), tables.prob_bits, table_ids.numpy(), chosen)
 
 
 def _choose(coder: str, backend: str | None) -> str:
@@ -141,7 +156,7 @@ def _choose(coder: str, backend: str | None) -> str:
     if backend not in (None, "native", "reference"):
         raise ConfigError(f"backend must be None, 'native' or 'reference', got {backend!r}")
     if coder == "torchac":
-        return "torchac"
+        return coder
     return backend or ("native" if native.available() else "reference")
 
 

@@ -1,24 +1,25 @@
-"""The rANS coder, slow and readable: what the stream is, in numpy. The native coder gives the same bytes.
+"""The rANS coder, slow and readable: what a stream is, in numpy. The native coder gives the same bytes.
 
 Twists:
 1. The encoder runs backwards, last symbol first, so that the decoder reads forwards.
-2. A tile of w columns has up to 32 lanes, each one 32-bit state in [2^15, 2^31). Lane l owns the per_lane = ceil(w / 32)
-   columns from l * per_lane on (the last lane maybe fewer), so that a lane's cost of about 24 bits is shared by all of them.
-3. The lanes share one sequence of 16-bit words: after each step (token t, c-th column of every lane), the lanes whose state
-   fell below 2^15 take one word each, in lane order.
-4. The encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, was given other bytes:
-   an integrity check for nothing.
-5. States stay in their range whatever the words are, if the first states are; that is all a decoder must check on the way.
+2. A tile of w columns has up to 32 lanes, each one 32-bit state in [2^15, 2^31). Lane l owns the per_lane =
+   ceil(w / 32) columns from l * per_lane on (the last lane maybe fewer): they share the 24 bits that a state costs.
+3. The lanes share one sequence of 16-bit words: after each step (token t, the c-th column of every lane that has one),
+   the lanes whose state fell below 2^15 take one word each, in lane order.
+4. The encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, was given other
+   bytes: a check that costs nothing. It is no checksum: a flipped bit in a lane's last word may make another valid
+   stream (one in some thousands), so whoever stores streams adds one.
+5. States stay in range whatever the words are, if the first ones are: a decoder checks nothing else on its way.
 
     stream = u32 state[lanes]; u16 word[...]        little-endian
 
-Everything here works on all tiles of one width at once: arrays are [tile, lane].
+All tiles of one width are coded at once: arrays are [tile, lane].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,173 +29,157 @@ from hf_cachegen.native import TileStatus, check_decoded, check_encoded
 TILE_COLUMNS = 256
 LANES = 32
 WORD_BITS = 16
+STATE_BITS = 31
 MIN_STATE = 1 << 15
-MAX_STATE = 1 << 31
 
 Array = NDArray[Any]
 
 
-class _Tiles:
-    """Adjacent tiles of one width: who owns which column, and every column's tables."""
+class Side(NamedTuple):
+    """What both directions need beside the symbols; shapes as in `rans.encode`, and checked there."""
 
-    def __init__(self, first_tile: int, count: int, width: int, frequencies: Array, table_ids: Array):
-        self.tiles = slice(first_tile, first_tile + count)
-        self.columns = slice(first_tile * TILE_COLUMNS, first_tile * TILE_COLUMNS + count * width)
+    frequencies: Array
+    prob_bits: int
+    table_ids: Array
+    contexts: Array | None
+
+
+class _Tiles:
+    """Adjacent tiles of one width: which lane owns which column, every symbol's table, and what became of each tile."""
+
+    def __init__(self, side: Side, first_column: int, count: int, width: int):
+        self.columns = slice(first_column, first_column + count * width)
         self.shape = (count, width)
         self.per_lane = -(-width // LANES)
         self.lanes = -(-width // self.per_lane)
-        self.ids = table_ids[self.columns].astype(np.int64).reshape(count, width, -1)
-        self.bad_ids = (self.ids >= len(frequencies)).any(axis=(1, 2))
-        self.ids[self.bad_ids] = 0
+        self.head_bytes = 4 * self.lanes
+        self.status = np.zeros(count, dtype=np.int32)
+        self.ids = side.table_ids[self.columns].astype(np.int64).reshape(count, width, -1)
+        self.contexts = None if side.contexts is None else self.split(side.contexts)
+        if self.contexts is not None:
+            bad = (self.contexts > 2).any(axis=(0, 2))
+            self.fail(bad, TileStatus.BAD_CONTEXT)
+            self.contexts[:, bad] = 0
+        bad = (self.ids >= len(side.frequencies)).any(axis=(1, 2))
+        self.fail(bad, TileStatus.BAD_TABLE_ID)
+        self.ids[bad] = 0
+
+    def fail(self, tiles: Array, status: TileStatus) -> None:
+        """The first failure of a tile stands."""
+        self.status[tiles & (self.status == TileStatus.OK)] = status
 
     def split(self, matrix: Array) -> Array:
         """[tokens, all columns] to [tokens, tile, width]."""
         return matrix[:, self.columns].astype(np.int64).reshape(len(matrix), *self.shape)
 
-    def lane_columns(self, c: int) -> Array:
-        """The c-th column of every lane that has one: the lanes are the first ones."""
+    def step(self, t: int, c: int) -> tuple[slice, Array, Array]:
+        """The lanes that have a c-th column, those columns, and the tables [tile, lane] of their symbols of token t."""
         columns = np.arange(self.lanes) * self.per_lane + c
-        return columns[columns < self.shape[1]]
-
-    def tables(self, columns: Array, contexts: Array | None) -> Array:
-        """[tile, lane]: the table of each symbol of a step; contexts [tile, width] of its token."""
+        columns = columns[columns < self.shape[1]]
         ids = self.ids[:, columns]
-        if contexts is None:
-            return ids[:, :, 0]
-        return np.take_along_axis(ids, contexts[:, columns, None], axis=2)[:, :, 0]
+        chosen = 0 if self.contexts is None else self.contexts[t][:, columns, None]
+        table = np.take_along_axis(ids, np.broadcast_to(chosen, (*ids.shape[:2], 1)), axis=2)[:, :, 0]
+        return slice(len(columns)), columns, table
 
 
-def _by_width(columns: int, frequencies: Array, table_ids: Array) -> Iterator[_Tiles]:
-    whole, rest = divmod(columns, TILE_COLUMNS)
+def _by_width(side: Side) -> Iterator[_Tiles]:
+    whole, rest = divmod(len(side.table_ids), TILE_COLUMNS)
     if whole:
-        yield _Tiles(0, whole, TILE_COLUMNS, frequencies, table_ids)
+        yield _Tiles(side, 0, whole, TILE_COLUMNS)
     if rest:
-        yield _Tiles(whole, 1, rest, frequencies, table_ids)
+        yield _Tiles(side, whole * TILE_COLUMNS, 1, rest)
 
 
-def _split_contexts(group: _Tiles, contexts: Array | None, status: Array) -> Array | None:
-    if contexts is None:
-        return None
-    split = group.split(contexts)
-    bad = (split > 2).any(axis=(0, 2))
-    status[group.tiles][bad] = TileStatus.BAD_CONTEXT
-    split[:, bad] = 0
-    return split
-
-
-def encode(symbols: Array, frequencies: Array, prob_bits: int, table_ids: Array, contexts: Array | None) -> list[bytes]:
-    """Arguments as in `rans.encode`, checked there, as arrays."""
-    frequencies = frequencies.astype(np.int64)
+def encode(symbols: Array, side: Side) -> list[bytes]:
+    """uint8 [tokens, columns] to one stream per tile. Raises TensorError for what cannot be encoded."""
+    n_tables, n_symbols = side.frequencies.shape
+    frequencies = np.zeros((n_tables, 256), dtype=np.int64)  # a symbol beyond a table has no frequency there
+    frequencies[:, :n_symbols] = side.frequencies
     starts = frequencies.cumsum(1) - frequencies
-    # Symbols beyond a table have no frequency there.
-    frequencies, starts = (np.pad(a, ((0, 0), (0, 256 - a.shape[1]))) for a in (frequencies, starts))
-    status = np.zeros(-(-symbols.shape[1] // TILE_COLUMNS), dtype=np.int32)
-    streams: list[bytes] = []
-    for group in _by_width(symbols.shape[1], frequencies, table_ids):
-        streams += _encode_tiles(group, symbols, frequencies, starts, prob_bits, contexts, status)
-    check_encoded(status)
-    return streams
+    groups = list(_by_width(side))
+    streams = [_encode_tiles(group, symbols, frequencies, starts, side.prob_bits) for group in groups]
+    check_encoded(np.concatenate([group.status for group in groups]))
+    return [stream for group in streams for stream in group]
 
 
-def _encode_tiles(
-    group: _Tiles, symbols: Array, frequencies: Array, starts: Array, prob_bits: int, contexts: Array | None, status: Array
-) -> list[bytes]:
-    tokens, count = len(symbols), group.shape[0]
-    state = np.full((count, group.lanes), MIN_STATE)
-    words = np.zeros((tokens, group.per_lane, count, group.lanes), dtype="<u2")
+def _encode_tiles(tiles: _Tiles, symbols: Array, frequencies: Array, starts: Array, prob_bits: int) -> list[bytes]:
+    tokens, count = len(symbols), tiles.shape[0]
+    split = tiles.split(symbols)
+    state = np.full((count, tiles.lanes), MIN_STATE)
+    words = np.zeros((count, tokens, tiles.per_lane, tiles.lanes), dtype="<u2")
     given = np.zeros(words.shape, dtype=bool)
-    split, ctx = group.split(symbols), _split_contexts(group, contexts, status)
     for t in reversed(range(tokens)):
-        for c in reversed(range(group.per_lane)):
-            columns = group.lane_columns(c)
-            active = slice(0, len(columns))
-            table = group.tables(columns, ctx[t] if ctx is not None else None)
-            f, start = (a[table, split[t][:, columns]] for a in (frequencies, starts))
-            status[group.tiles][(f == 0).any(1)] = TileStatus.BAD_SYMBOL
+        for c in reversed(range(tiles.per_lane)):
+            lanes, columns, table = tiles.step(t, c)
+            f, start = (array[table, split[t][:, columns]] for array in (frequencies, starts))
+            tiles.fail((f == 0).any(1), TileStatus.BAD_SYMBOL)
             f = np.maximum(f, 1)
-            x = state[:, active]
-            full = x >= f << (31 - prob_bits)
-            given[t, c, :, active] = full
-            words[t, c, :, active] = x & 0xFFFF
+            x = state[:, lanes]
+            full = x >= f << (STATE_BITS - prob_bits)
+            given[:, t, c, lanes] = full
+            words[:, t, c, lanes] = x & 0xFFFF
             x = np.where(full, x >> WORD_BITS, x)
-            state[:, active] = (x // f << prob_bits) + x % f + start
-    status[group.tiles][group.bad_ids] = TileStatus.BAD_TABLE_ID
+            state[:, lanes] = (x // f << prob_bits) + x % f + start
     heads = state.astype("<u4")
-    return [heads[i].tobytes() + words[:, :, i][given[:, :, i]].tobytes() for i in range(count)]
+    return [heads[i].tobytes() + words[i][given[i]].tobytes() for i in range(count)]
 
 
-def decode(
-    streams: memoryview,
-    tile_bytes: Sequence[int],
-    tokens: int,
-    frequencies: Array,
-    prob_bits: int,
-    table_ids: Array,
-    contexts: Array | None,
-) -> Array:
-    """Arguments as in `rans.decode`, checked there, as arrays. Returns uint8 [tokens, columns]."""
-    frequencies = frequencies.astype(np.int64)
+def decode(streams: Sequence[memoryview], tokens: int, side: Side) -> Array:
+    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError or CorruptError."""
+    frequencies = side.frequencies.astype(np.int64)
     starts = frequencies.cumsum(1) - frequencies
     symbol_of = np.stack([np.repeat(np.arange(len(row)), row) for row in frequencies])  # [table, slot]
-    status = np.zeros(len(tile_bytes), dtype=np.int32)
-    symbols = np.empty((tokens, len(table_ids)), dtype=np.uint8)
-    ends = np.cumsum(tile_bytes)
-    for group in _by_width(len(table_ids), frequencies, table_ids):
-        parts = [streams[end - size : end] for end, size in zip(ends[group.tiles], tile_bytes[group.tiles])]
-        out = _decode_tiles(group, parts, tokens, frequencies, starts, symbol_of, prob_bits, contexts, status)
-        symbols[:, group.columns] = out.reshape(tokens, -1)
+    symbols = np.empty((tokens, len(side.table_ids)), dtype=np.uint8)
+    status: list[int] = []
+    for tiles in _by_width(side):
+        mine = streams[len(status) : len(status) + tiles.shape[0]]
+        decoded = _decode_tiles(tiles, mine, tokens, frequencies, starts, symbol_of, side.prob_bits)
+        symbols[:, tiles.columns] = decoded.reshape(tokens, -1)
+        status += tiles.status.tolist()
     check_decoded(status)
     return symbols
 
 
+def _heads_and_words(tiles: _Tiles, streams: Sequence[memoryview]) -> tuple[Array, list[Array]]:
+    """Initial states [tile, lane] and each tile's words; those of a tile that fails here are made up, and harmless."""
+    size = np.array([len(stream) for stream in streams])
+    tiles.fail(size < tiles.head_bytes, TileStatus.TRUNCATED)
+    tiles.fail(size % 2 != 0, TileStatus.CORRUPT)
+    sound = [s if ok else bytes(tiles.head_bytes) for s, ok in zip(streams, tiles.status == 0, strict=True)]
+    state = np.stack([np.frombuffer(s[: tiles.head_bytes], dtype="<u4").astype(np.int64) for s in sound])
+    outside = ((state < MIN_STATE) | (state >= 1 << STATE_BITS)).any(1)
+    tiles.fail(outside, TileStatus.CORRUPT)
+    state[outside] = MIN_STATE
+    return state, [np.frombuffer(s[tiles.head_bytes :], dtype="<u2") for s in sound]
+
+
 def _decode_tiles(
-    group: _Tiles,
-    parts: list[memoryview],
+    tiles: _Tiles,
+    streams: Sequence[memoryview],
     tokens: int,
     frequencies: Array,
     starts: Array,
     symbol_of: Array,
     prob_bits: int,
-    contexts: Array | None,
-    status: Array,
 ) -> Array:
-    out = np.empty((tokens, *group.shape), dtype=np.uint8)
-    mine = status[group.tiles]  # a view
-    ctx = _split_contexts(group, contexts, status)
-    mine[group.bad_ids] = TileStatus.BAD_TABLE_ID
-    head = 4 * group.lanes
-    for i, part in enumerate(parts):
-        if mine[i] == TileStatus.OK and len(part) < head:
-            mine[i] = TileStatus.TRUNCATED
-        elif mine[i] == TileStatus.OK and len(part) % 2:
-            mine[i] = TileStatus.CORRUPT
-    sound = [part if ok else bytes(head) for part, ok in zip(parts, mine == TileStatus.OK)]
-    state = np.stack([np.frombuffer(part[:head], dtype="<u4").astype(np.int64) for part in sound])
-    in_range = ((state >= MIN_STATE) & (state < MAX_STATE)).all(1)
-    mine[(mine == TileStatus.OK) & ~in_range] = TileStatus.CORRUPT
-    state[~in_range] = MIN_STATE
-    words = np.concatenate([np.frombuffer(part[head:], dtype="<u2") for part in sound] + [np.zeros(1, "<u2")]).astype(np.int64)
-    end = np.cumsum([(len(part) - head) // 2 for part in sound])
-    cursor = end - [(len(part) - head) // 2 for part in sound]
-    short = np.zeros(len(parts), dtype=bool)
+    state, per_tile = _heads_and_words(tiles, streams)
+    words = np.concatenate([*per_tile, np.zeros(1, "<u2")]).astype(np.int64)  # the last one stands for all past an end
+    end = np.cumsum([len(w) for w in per_tile])
+    cursor = end - [len(w) for w in per_tile]
+    symbols = np.empty((tokens, *tiles.shape), dtype=np.uint8)
     for t in range(tokens):
-        for c in range(group.per_lane):
-            columns = group.lane_columns(c)
-            active = slice(0, len(columns))
-            table = group.tables(columns, ctx[t] if ctx is not None else None)
-            x = state[:, active]
+        for c in range(tiles.per_lane):
+            lanes, columns, table = tiles.step(t, c)
+            x = state[:, lanes]
             slot = x & ((1 << prob_bits) - 1)
             symbol = symbol_of[table, slot]
             x = frequencies[table, symbol] * (x >> prob_bits) + slot - starts[table, symbol]
             low = x < MIN_STATE
             at = cursor[:, None] + low.cumsum(1) - 1
-            inside = at < end[:, None]
-            word = words[np.where(low & inside, at, -1)]  # past the end a word is 0
-            state[:, active] = np.where(low, x << WORD_BITS | word, x)
+            word = words[np.where(low & (at < end[:, None]), at, -1)]
+            state[:, lanes] = np.where(low, x << WORD_BITS | word, x)
             cursor = cursor + low.sum(1)
-            short |= cursor > end
-            out[t][:, columns] = symbol
-    finished = (state == MIN_STATE).all(1) & (cursor == end)
-    mine[(mine == TileStatus.OK) & short] = TileStatus.TRUNCATED
-    mine[(mine == TileStatus.OK) & ~finished] = TileStatus.CORRUPT
-    return out
+            symbols[t][:, columns] = symbol
+    tiles.fail(cursor > end, TileStatus.TRUNCATED)
+    tiles.fail((state != MIN_STATE).any(1) | (cursor != end), TileStatus.CORRUPT)
+    return symbols

@@ -1,0 +1,297 @@
+"""The compiled library: how it is built and found, its C ABI, its torch ops, and hostile bytes under the sanitizers."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_cachegen import native
+from hf_cachegen.codec import rans
+from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
+from hf_cachegen.native import TileStatus
+from tests.coder_support import Section, draw_section, laplace_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(map(str, (ROOT / "cuda_ext" / "cpu").glob("*.cpp")))
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+STRICT = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror", "-pthread"]
+FUZZ_SECONDS = 8
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+needs_native = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
+
+
+@pytest.fixture
+def library_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Lets a test point the package at another library; the true one is loaded again afterwards."""
+    native._library.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    native._library.cache_clear()
+
+
+def sample(contexts: int = 1) -> Section:
+    return draw_section(11, 20, 300, laplace_tables([0.7, 2.0], 11), contexts)
+
+
+# Finding it.
+
+
+def test_without_a_library_the_reference_stands_in_and_says_so_once(
+    library_at: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library_at.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
+    section = sample()
+    with caplog.at_level(logging.WARNING, logger="hf_cachegen"):
+        assert torch.equal(section.decode(section.encode()), section.symbols)
+    assert len([r for r in caplog.records if "reference coder stands in" in r.getMessage()]) == 1
+    with pytest.raises(NativeError, match="missing"):
+        section.encode(backend="native")
+
+
+def test_a_damaged_library_is_an_error(library_at: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "_cpu.so"
+    library.write_bytes(b"not a library")
+    library_at.setattr(native, "LIBRARY", library)
+    with pytest.raises(NativeError, match="cannot be loaded"):
+        sample().encode()
+
+
+@needs_native
+def test_a_library_of_another_abi_is_an_error(library_at: pytest.MonkeyPatch) -> None:
+    library_at.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    with pytest.raises(NativeError, match="ABI version"):
+        native.available()
+
+
+# Building it.
+
+
+@needs_compiler
+def test_the_sources_compile_without_warnings(tmp_path: Path) -> None:
+    command = [str(COMPILER), *STRICT, "-O1", "-fPIC", "-shared", *SOURCES, "-o", str(tmp_path / "strict.so")]
+    subprocess.run(command, check=True)
+    native.load(tmp_path / "strict.so")
+
+
+@needs_compiler
+def test_the_header_is_plain_c(tmp_path: Path) -> None:
+    header = str(ROOT / "cuda_ext" / "include" / "cachegen.h")
+    command = [
+        str(COMPILER),
+        "-x",
+        "c",
+        "-std=c99",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        "-fsyntax-only",
+        header,
+    ]
+    subprocess.run(command, check=True)
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, check=False, text=True, capture_output=True)
+
+
+@needs_compiler
+def test_setup_builds_a_library_and_builds_it_again_only_when_it_is_stale(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    library = tmp_path / "hf_cachegen" / "_cpu.so"
+    assert build(tmp_path).returncode == 0
+    native.load(library)
+    built = library.stat().st_mtime_ns
+    assert build(tmp_path).returncode == 0
+    assert library.stat().st_mtime_ns == built
+    os.utime(library, (0, 0))
+    assert build(tmp_path).returncode == 0
+    assert library.stat().st_mtime_ns >= built
+
+
+def test_setup_without_a_compiler_succeeds_with_a_notice(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    done = build(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
+    assert done.returncode == 0
+    assert "reference coder stands in" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+# The C ABI.
+
+
+@needs_native
+def test_constants_are_those_of_the_header() -> None:
+    header = (ROOT / "cuda_ext" / "include" / "cachegen.h").read_text()
+    assert f"#define CG_ABI_VERSION {native.ABI_VERSION}\n" in header
+    assert f"#define CG_TILE_COLUMNS {rans.TILE_COLUMNS} " in header
+    assert native._TILE_COLUMNS == rans.TILE_COLUMNS
+    for status in TileStatus:
+        assert f"CG_{status.name} = {status.value}" in header
+
+
+@needs_native
+def test_tables_memory_is_position_independent() -> None:
+    section = sample()
+    streams = section.encode()
+    copied = torch.empty(len(section.tables.native) + 64, dtype=torch.uint8)[64:]
+    copied.copy_(section.tables.native)
+    packed = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
+    sizes = torch.tensor([len(stream) for stream in streams])
+    assert torch.equal(torch.ops.cachegen.decode(packed, sizes, copied, section.table_ids, None, 20), section.symbols)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "sizes", [(0, 1, 11), (257, 1, 11), (1, 0, 11), (1, 257, 11), (1, 1, 9), (1, 1, 13), (2**32 - 1, 1, 11)]
+)
+def test_impossible_tables_have_no_size(sizes: tuple[int, int, int]) -> None:
+    assert native._need_library().cg_tables_bytes(*sizes) == 0
+
+
+@needs_native
+def test_frequencies_are_checked_by_the_library_too() -> None:
+    for row in ([1000, 23], [1025, 0], [65535, 1], [4096, 0]):
+        with pytest.raises(NativeError, match="BAD_FREQUENCIES"):
+            native.build_tables(torch.tensor([row]), 12 if row[0] == 4096 else 10)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", 2**31 + 1),
+        ("columns", 2**31 + 1),
+        ("tokens", 19),
+        ("ids_per_column", 2),
+        ("ids_per_column", 3),
+        ("table_ids", None),
+        ("tables", None),
+        ("tables_bytes", 16),
+    ],
+)
+def test_a_section_that_contradicts_itself_is_refused(field: str, value: int | None) -> None:
+    library, section = native._need_library(), sample()
+    view, kept = native._section(section.tables.native, section.table_ids, None, 20)
+    slot_bytes = library.cg_slot_bytes(20)
+    slots = torch.empty(2 * slot_bytes, dtype=torch.uint8)
+    sizes, statuses = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.int32)
+
+    def encode(queue: int | None = None) -> int:
+        outputs = (slots.data_ptr(), len(slots), sizes.data_ptr(), statuses.data_ptr())
+        return library.cg_encode(ctypes.byref(view), section.symbols.data_ptr(), *outputs, 1, queue)
+
+    assert encode() == TileStatus.OK
+    assert encode(queue=1) == TileStatus.BAD_ARGUMENT
+    setattr(view, field, value)
+    assert encode() in (TileStatus.BAD_ARGUMENT, TileStatus.BAD_TABLES)
+    del kept
+
+
+@needs_native
+def test_offsets_are_checked() -> None:
+    library, section = native._need_library(), sample()
+    data = torch.frombuffer(bytearray(b"".join(section.encode())), dtype=torch.uint8)
+    view, kept = native._section(section.tables.native, section.table_ids, None, 20)
+    out, statuses = torch.empty(20, 300, dtype=torch.uint8), torch.empty(2, dtype=torch.int32)
+    for offsets in ([0, 200, len(data) + 1], [0, 200, 100], [-1, 0, 0]):
+        where = torch.tensor(offsets)
+        arguments = (data.data_ptr(), len(data), where.data_ptr(), out.data_ptr(), statuses.data_ptr(), 1, None)
+        assert library.cg_decode(ctypes.byref(view), *arguments) == TileStatus.BAD_ARGUMENT
+    del kept
+
+
+@needs_compiler
+def test_hostile_streams_under_the_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "fuzz_decode"
+    driver = str(ROOT / "tests" / "native" / "fuzz_decode.cpp")
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    command = [str(COMPILER), *STRICT, "-O1", "-g", *sanitizers, driver, *SOURCES, "-o", str(program)]
+    compiled = subprocess.run(command, check=False, text=True, capture_output=True)
+    if compiled.returncode and "cannot find" in compiled.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert compiled.returncode == 0, compiled.stderr
+    # Its own process: it must not inherit a preloaded allocator.
+    variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        [str(program), str(FUZZ_SECONDS), "1"], check=False, text=True, capture_output=True, env=variables
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 1000
+
+
+# Threads and torch.
+
+
+@needs_native
+def test_threads_change_nothing() -> None:
+    section = draw_section(4, 200, 3000, laplace_tables([0.7, 2.0], 11), 3)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        streams = section.encode()
+        torch.set_num_threads(4)
+        assert section.encode() == streams
+        assert torch.equal(section.decode(streams), section.symbols)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("contexts", [1, 3])
+def test_ops_pass_opcheck(contexts: int) -> None:
+    section = sample(contexts)
+    book = section.tables.native
+    torch.library.opcheck(torch.ops.cachegen.encode, (section.symbols, book, section.table_ids, section.contexts))
+    packed, sizes = torch.ops.cachegen.encode(section.symbols, book, section.table_ids, section.contexts)
+    torch.library.opcheck(torch.ops.cachegen.decode, (packed, sizes, book, section.table_ids, section.contexts, 20))
+
+
+@needs_native
+def test_decode_compiles_without_a_graph_break() -> None:
+    section = sample()
+    book = section.tables.native
+    packed, sizes = torch.ops.cachegen.encode(section.symbols, book, section.table_ids, None)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def values(packed: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        symbols = torch.ops.cachegen.decode(packed, sizes, book, section.table_ids, None, 20)
+        return symbols.to(torch.float32) - 16
+
+    assert torch.equal(values(packed, sizes), section.symbols.float() - 16)
+
+
+@needs_native
+def test_ops_called_directly_check_their_arguments() -> None:
+    section = sample()
+    book, ids = section.tables.native, section.table_ids
+    packed, sizes = torch.ops.cachegen.encode(section.symbols, book, ids, None)
+    decode, encode = torch.ops.cachegen.decode, torch.ops.cachegen.encode
+    for wrong in (section.symbols.int(), section.symbols[:, 1:], section.symbols[0]):
+        with pytest.raises(TensorError):
+            encode(wrong, book, ids, None)
+    for wrong_sizes in (sizes[:1], -sizes, sizes + packed.numel()):
+        with pytest.raises(CorruptError):
+            decode(packed, wrong_sizes, book, ids, None, 20)
+    with pytest.raises(TruncatedError):
+        decode(packed[:-2], sizes, book, ids, None, 20)
+    with pytest.raises(TensorError):
+        decode(packed, sizes, book, ids[:, 0], None, 20)
+    with pytest.raises(TensorError):
+        decode(packed, sizes, book, ids, None, -1)
+    with pytest.raises(TensorError):
+        decode(packed, sizes, book, ids, section.symbols[1:], 20)
+    with pytest.raises(NativeError, match="BAD_TABLES"):
+        decode(packed, sizes, book[16:], ids, None, 20)
