@@ -2,8 +2,8 @@
 
 A *section* is a matrix of symbol indices uint8 [tokens, columns]. It is coded as *tiles* of up to TILE_COLUMNS adjacent
 columns and all tokens; each tile is a stream of its own. Every column has one table, or three, of which `contexts`
-picks one per symbol. Which implementation runs is no part of the format: the native coder and `rans_reference.py` (where
-a stream is spelt out) give the same bytes.
+picks one per symbol. Which implementation runs is no part of the format: the native coder and `rans_reference.py`
+(where a stream is spelt out) give the same bytes.
 
 Errors: ConfigError and TensorError for arguments that cannot be coded; TruncatedError and CorruptError for streams that
 no encoder wrote. Hostile streams, table ids and contexts end in one of these, never in undefined behaviour.

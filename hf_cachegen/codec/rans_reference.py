@@ -64,7 +64,7 @@ class _Tiles:
         self.fail(bad, TileStatus.BAD_TABLE_ID)
         self.ids[bad] = 0
 
-    def fail(self, tiles: Array, status: TileStatus) -> None:
+    def fail(self, tiles: Array | np.bool_, status: TileStatus) -> None:
         """The first failure of a tile stands."""
         self.status[tiles & (self.status == TileStatus.OK)] = status
 
