@@ -45,6 +45,7 @@ test-slow: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.package
+	@$(OLDEST)/bin/python -c "import torch, transformers as t; print('== torch', torch.__version__, 'transformers', t.__version__)"
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: setup
