@@ -3,9 +3,8 @@
     python -m hf_cachegen.codec.codebook        # writes codebook.safetensors beside this file
 
 Densities exp(-|x / s|^shape) of shapes 0.7 (heavy tails), 1 (Laplace), 1.4 and 2 (Gauss), their standard deviations on a grid of
-ratio 2^(1/4) in units of the step: a column's best entry is within 1 % of its own histogram. Weights are integers of 24 bits;
-`tables.normalise` turns them into frequencies at the precision in use. The file is part of format version 1: an artifact's
-table ids refer to it.
+ratio 2^(1/4) in units of the step. The file holds the frequencies at each precision of the coder, `values-11` [tables, 256] and
+`digits-11` [3 x entries, 3] and so on; it is part of format version 1, since an artifact's table ids refer to it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+
+from hf_cachegen.codec.tables import normalise
 
 WEIGHT_TOTAL = 1 << 24
 VALUE_SHAPES, VALUE_SCALES = (0.7, 1.0, 1.4, 2.0), [0.125 * 2 ** (k / 4) for k in range(35)]
@@ -58,9 +59,18 @@ def digit_rows() -> list[list[int]]:
     return rows
 
 
+def codebooks() -> dict[str, torch.Tensor]:
+    """int16 frequencies of every table at every precision."""
+    rows = {"values": value_rows(), "digits": digit_rows()}
+    return {
+        f"{name}-{bits}": torch.tensor([normalise(row, bits) for row in table], dtype=torch.int16)
+        for name, table in rows.items()
+        for bits in (10, 11, 12)
+    }
+
+
 def main() -> None:
-    tensors = {"values": torch.tensor(value_rows(), dtype=torch.int32), "digits": torch.tensor(digit_rows(), dtype=torch.int32)}
-    save_file(tensors, Path(__file__).with_name("codebook.safetensors"))
+    save_file(codebooks(), Path(__file__).with_name("codebook.safetensors"))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_cachegen.codec.rans import Tables
@@ -77,16 +79,20 @@ class Codebook:
         self.zero = ZERO_INDEX if contexts == 1 else DIGIT_ZERO
         self.entries = frequencies.shape[0] // contexts
         used = frequencies > 0
-        symbols = frequencies.shape[1]
         self.low = used.int().argmax(1)
-        self.high = symbols - 1 - used.flip(1).int().argmax(1)
-        index = torch.arange(symbols)
-        inside = torch.minimum(torch.maximum(index[None], self.low[:, None]), self.high[:, None])
+        self.high = frequencies.shape[1] - 1 - used.flip(1).int().argmax(1)
+
+    @cached_property
+    def cost(self) -> Tensor:
+        """What each symbol costs, float64 [entries, contexts * symbols], in whole COST_SCALEths of a bit: exact in any order of
+        summation. A symbol outside the support costs its neighbour inside and an exception."""
+        frequencies, prob_bits = self.tables.frequencies, self.tables.prob_bits
         bits = [[prob_bits - math.log2(f) if f else 0.0 for f in row] for row in frequencies.tolist()]
         cost = (torch.tensor(bits, dtype=torch.float64) * COST_SCALE).round()
-        cost = cost.gather(1, inside) + (index[None] != inside) * float(EXCEPTION_BITS * COST_SCALE)
-        self.cost = cost.reshape(self.entries, contexts * symbols)
-        """float64 [entries, contexts * symbols], whole numbers: exact in any order of summation."""
+        index = torch.arange(frequencies.shape[1])[None]
+        inside = torch.minimum(torch.maximum(index, self.low[:, None]), self.high[:, None])
+        cost = cost.gather(1, inside) + (index != inside) * float(EXCEPTION_BITS * COST_SCALE)
+        return cost.reshape(self.entries, -1)
 
     def choose(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
         """The cheapest entry of every column, uint8 [columns], and what it costs in bits, float64 [columns].
@@ -138,14 +144,7 @@ def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> 
 
 @lru_cache(maxsize=8)
 def shipped_codebooks(prob_bits: int) -> tuple[Codebook, Codebook]:
-    """(value tables, digit tables) of the package at this precision; the weights are in `codebook.safetensors`."""
-    from pathlib import Path
-
-    from safetensors.torch import load_file
-
-    weights = load_file(Path(__file__).with_name("codebook.safetensors"))
-
-    def tables(name: str) -> Tensor:
-        return torch.tensor([normalise(row, prob_bits) for row in weights[name].tolist()], dtype=torch.int32)
-
-    return Codebook(tables("values"), prob_bits, 1), Codebook(tables("digits"), prob_bits, DIGIT_CONTEXTS)
+    """(value tables, digit tables) of the package at this precision; `codebook.py` made the file."""
+    shipped = load_file(Path(__file__).with_name("codebook.safetensors"))
+    values, digits = shipped[f"values-{prob_bits}"], shipped[f"digits-{prob_bits}"]
+    return Codebook(values, prob_bits, 1), Codebook(digits, prob_bits, DIGIT_CONTEXTS)

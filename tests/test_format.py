@@ -1,0 +1,110 @@
+"""The format is frozen: artifacts of version 1, written once, are read for ever, and written to the same bytes; the page that
+describes it says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_cachegen.artifact import Artifact, Encoder, write
+from hf_cachegen.codec import codebook, quantize, rans, tables, transform
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.container import FORMAT_VERSION, Limits
+
+GOLDEN = Path(__file__).with_name("golden") / "version-1"
+PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+CASES = {
+    "delta": CacheGenConfig(chunk_tokens=32, protect_last=8),
+    "identity": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
+    "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
+}
+
+
+def golden_kv() -> tuple[list[Tensor], list[Tensor]]:
+    """Two layers, 50 tokens, from integers alone: the same on every machine and in every release of torch."""
+    numbers = np.arange(2 * 2 * 2 * 50 * 12, dtype=np.uint64)
+    for _ in range(3):
+        numbers = numbers * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+        numbers ^= numbers >> np.uint64(29)
+    noise = (numbers >> np.uint64(48)).astype(np.int64) - 32768
+    x = torch.from_numpy(noise).reshape(2, 2, 1, 2, 50, 12).float() / 32768
+    x = x.cumsum(4) * torch.tensor([2.0 ** (c % 5 - 2) for c in range(12)]) + torch.arange(12) / 2 - 3
+    x = x.bfloat16()
+    return list(x[0]), list(x[1])
+
+
+def digest(tensors: list[Tensor]) -> str:
+    return xxhash.xxh3_128_hexdigest(b"".join(t.contiguous().view(torch.int16).numpy().tobytes() for t in tensors))
+
+
+def write_golden(directory: Path, config: CacheGenConfig) -> None:
+    write(Encoder(*golden_kv(), config), directory, input_ids=list(range(50)), fingerprint={"model": "golden"})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_old_artifacts_are_read(name: str) -> None:
+    """Each level's digest was written beside the artifact when it was made."""
+    artifact = Artifact(GOLDEN / name)
+    expected = (GOLDEN / f"{name}.digests").read_text().split()
+    assert artifact.reader.verify() == artifact.nbytes_at()
+    for level, line in enumerate(expected, 1):
+        keys, values = artifact.decode(level)
+        assert digest([*keys, *values]) == line
+    assert len(expected) == artifact.levels
+    assert artifact.input_ids == list(range(50))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_todays_encoder_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
+    write_golden(tmp_path / name, CASES[name])
+    for file in sorted((GOLDEN / name).iterdir()):
+        if file.name != "cachegen.json":  # names its writer, whose version moves on
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_codebook_file_is_what_its_program_makes() -> None:
+    stored = load_file(Path(tables.__file__).with_name("codebook.safetensors"))
+    made = codebook.codebooks()
+    assert stored.keys() == made.keys()
+    for name, frequencies in stored.items():
+        assert int((frequencies - made[name]).abs().max()) <= 1  # the last bit of exp() is the machine's own
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value"),
+    [
+        (r"s = 2\^\(\(code - (\d+)\) / 4\)", quantize.UNIT_CODE),
+        (r"code - 160\) / (\d+)\)", quantize.STEPS_PER_OCTAVE),
+        (r"x s x 3\^\(n - 1\) / (\d+)\.", quantize.MEANS_PER_STEP),
+        (r"at a step (\d) times|coarse = floor\(\(f \+ 1\) / (\d)\)", quantize.RATIO),
+        (r"tiles of (\d+) columns", rans.TILE_COLUMNS),
+        (r"value \+ (\d+) for symbols", tables.ZERO_INDEX),
+        (r"digit \+ (\d+)\. *\n|digit \+ (\d+)\b", tables.DIGIT_ZERO),
+        (r"symbols -(\d+)\.\.\d+, scales bfloat16", transform.ANCHOR_PEAK),
+        (r"value tables over (\d+) indices", tables.VALUE_SYMBOLS),
+        (r"digit tables over (\d+),", tables.DIGIT_SYMBOLS),
+        (r"\| `format_version` \| (\d+) \|", FORMAT_VERSION),
+        (r"at most (\d+) MiB", Limits().max_header_bytes >> 20),
+        (r"`codebook` \(`([\w-]+)`\)", tables.SHIPPED_CODEBOOK),
+        (r"With 3\s+levels that is (\d) bytes a column", 6),
+    ],
+)
+def test_the_page_says_what_the_code_does(pattern: str, value: int | str) -> None:
+    found = re.search(pattern, PAGE)
+    assert found is not None, pattern
+    assert str(value) in found.groups()
+
+
+if __name__ == "__main__":  # python tests/test_format.py: once for each format version
+    for case, config in CASES.items():
+        write_golden(GOLDEN / case, config)
+        artifact = Artifact(GOLDEN / case)
+        lines = [digest([x for side in artifact.decode(level) for x in side]) for level in range(1, artifact.levels + 1)]
+        (GOLDEN / f"{case}.digests").write_text("\n".join(lines) + "\n")
