@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -112,19 +113,20 @@ def _facts(found: dict[str, Any], title: str) -> Table:
     table.add_row("artifact", f"{size_text(found['bytes'])} in {len(found['files'])} files")
     table.add_row("format", f"{found['format_version']}, written by {plain(found['writer'] or 'an unnamed writer')}")
     for name, value in sorted(found["codec"].items()):
-        table.add_row(plain(name), plain(_short(value)))
+        table.add_row(f"codec {plain(name)}", plain(_short(value, 400)))
     for name, value in sorted((found["fingerprint"] or {"": "none"}).items()):
-        table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value)))
+        if value:
+            table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value, 80)))
     return table
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def _short(value: Any, most: int) -> str:
+    text = ", ".join(f"{name}={inner}" for name, inner in value.items()) if isinstance(value, dict) else str(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _level_table(found: dict[str, Any]) -> Table:
-    table = Table(title="what each level fetches", title_justify="left")
+    table = Table(title="what each level fetches", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("level", "bytes", "ratio", "bits per element"):
         table.add_column(name, justify="right")
     for row in found["levels"]:
@@ -135,26 +137,27 @@ def _level_table(found: dict[str, Any]) -> Table:
 
 def _layer_table(found: dict[str, Any]) -> Table:
     layers = found["layers"]
-    table = Table(title="layers: bits per element and relative error, level 1 / finest", title_justify="left")
-    for name in ("layer", "kind", "K", "V", "K bits", "V bits", "K error", "V error"):
+    title = "layers: bits per element and relative error, level 1/finest"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("layer", "kind", "K", "V", "K bits", "V bits", "K error %", "V error %"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for index, row in enumerate(layers[:MAX_ROWS]):
         kind = f"{row['kind']} {row['window']}" if row.get("window") else row["kind"]
         table.add_row(
             str(index), kind, f"{row['heads']}x{row['k_dim']}", f"{row['v_heads']}x{row['v_dim']}",
             _ends(row.get("k_bits"), "{:.2f}"), _ends(row.get("v_bits"), "{:.2f}"),
-            _ends(row.get("k_error"), "{:.1%}"), _ends(row.get("v_error"), "{:.1%}"),
+            _ends(row.get("k_error"), "{:.1f}", 100), _ends(row.get("v_error"), "{:.1f}", 100),
         )  # fmt: skip
     if len(layers) > MAX_ROWS:
         table.caption = f"and {len(layers) - MAX_ROWS} more (--json has all)"
     return table
 
 
-def _ends(values: list[float] | None, form: str) -> str:
+def _ends(values: list[float] | None, form: str, unit: float = 1) -> str:
     if not values:
         return "-"
     shown = values if len(values) == 1 else (values[0], values[-1])
-    return " / ".join(form.format(value) for value in shown)
+    return "/".join(form.format(value * unit) for value in shown)
 
 
 def _notes(found: dict[str, Any]) -> list[str]:

@@ -65,7 +65,7 @@ def test_inspect_tells_everything_as_json(folder: Path) -> None:
 def test_inspect_shows_tables(folder: Path) -> None:
     done = run("inspect", folder)
     assert done.exit_code == 0
-    for shown in ("90 tokens", "what each level fetches", "K error", "2x8", "fingerprint", "relative L2 errors"):
+    for shown in ("90 tokens", "what each level fetches", "K error %", "2x8", "fingerprint", "relative L2 errors"):
         assert shown in done.stdout
 
 

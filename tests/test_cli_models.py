@@ -131,6 +131,11 @@ def test_generate_reads_the_question_from_stdin(lossless: Path, model: Path) -> 
     assert piped.stdout == given.stdout
 
 
+def test_an_empty_question_continues_the_context(lossless: Path, model: Path) -> None:
+    found = run_json("generate", lossless, "--model", model, "--prompt", "", "--max-new-tokens", 3)
+    assert (found["question_tokens"], 0 < found["new_tokens"] <= 3) == (0, True)
+
+
 def test_sampling_is_repeatable(lossless: Path, model: Path) -> None:
     command = ask(lossless, model, "--sample", "--seed", 5, "--temperature", 2.0, "--top-k", 50, "--top-p", 0.99)
     assert run_json(*command)["text"] == run_json(*command)["text"]
