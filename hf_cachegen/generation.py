@@ -132,8 +132,8 @@ class _Attached:
     def __init__(self, model: PreTrainedModel):
         self.model, self.own, self.stock = model, model.__dict__.get("generate"), model.generate
 
-    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        return generate(self.model, inputs, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return generate(self.model, *args, **kwargs)
 
     def undo(self, model: PreTrainedModel) -> None:
         if self.own is None:

@@ -71,7 +71,9 @@ def test_a_long_context_is_prefilled_in_chunks(name: str, monkeypatch: pytest.Mo
     model = tiny_models.make(name)
     whole = CacheGenCache.from_context(model, CONTEXT)
     lengths: list[int] = []
-    model.register_forward_pre_hook(lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     chunked = CacheGenCache.from_context(model, CONTEXT, prefill_chunk_tokens=13)
     assert lengths == [13, 13, 13, 1]
     for left, right in zip((*whole.kv.keys, *whole.kv.values), (*chunked.kv.keys, *chunked.kv.values), strict=True):
@@ -168,7 +170,7 @@ def test_to_dynamic_is_a_stock_cache_of_its_own(name: str) -> None:
 
 
 def test_copies_and_pickles_are_caches(cache: CacheGenCache) -> None:
-    for other in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):  # noqa: S301
+    for other in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert type(other) is CacheGenCache
         assert same(other, cache)
         with pytest.raises(ReadOnlyCacheError):
