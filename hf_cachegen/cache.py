@@ -228,7 +228,9 @@ class CacheGenCache(DynamicCache):
             encoding=artifact.report,
         )
         kv = kv if device is not None or places is None else kv.to(places)
-        return cls(kv, torch.tensor([stored]), fingerprint, report, config=artifact.config, source=os.fspath(path))
+        return cls(
+            kv, torch.tensor([stored]), fingerprint, report, config=artifact.config, source=os.path.abspath(path)
+        )
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], config: CacheGenConfig | None = None, *, overwrite: bool = False
@@ -242,7 +244,10 @@ class CacheGenCache(DynamicCache):
         if self._source is not None:
             if config is not None and config != self._config:
                 raise ConfigError(f"this cache was decoded from {self._source}; encoding it anew would lose twice")
-            source = Artifact(self._source).read()
+            artifact = Artifact(self._source)
+            if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self._config):
+                raise ConfigError(f"{self._source} is no longer the artifact that this cache was loaded from")
+            source = artifact.read()
         else:
             layers = list(self.kv.geometry.layers)
             source = Encoder(self.kv.keys, self.kv.values, config or self._config or CacheGenConfig(), layers=layers)

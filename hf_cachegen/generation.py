@@ -57,8 +57,7 @@ def generate(
     on_mismatch: OnMismatch = "recompute",
     **kwargs: Any,
 ) -> Any:
-    """What `model.generate(input_ids, *args, **kwargs)` returns, computed from `cache` (a cache, or an artifact's
-    path).
+    """What `model.generate(input_ids, *args, **kwargs)` returns, computed from `cache`: a cache, or an artifact's path.
 
     input_ids [rows, tokens]: whole prompts, the context included, as for a call without a cache; rows of different
     length are left-padded as usual, with their attention_mask. on_mismatch: where a prompt does not begin with the
@@ -154,7 +153,7 @@ def _arguments(input_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str
     call = {**dict(zip(POSITIONAL[1:], args, strict=False)), **kwargs}
     if len(call) < len(args) + len(kwargs):
         raise TypeError(f"arguments given twice: {sorted(set(POSITIONAL[1 : len(args) + 1]) & set(kwargs))}")
-    given = [ids for ids in (input_ids, call.pop("input_ids", None), call.pop("inputs", None)) if ids is not None]
+    given = [ids for ids in (input_ids, call.pop("inputs", None)) if ids is not None]
     if len(given) > 1:
         raise TypeError("the prompt is given twice: pass either inputs or input_ids")
     return {"inputs": given[0] if given else None, **call}

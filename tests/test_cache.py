@@ -220,6 +220,11 @@ def test_saving_a_loaded_cache_copies_the_artifact(cache: CacheGenCache, tmp_pat
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     with pytest.raises(ConfigError, match="would lose twice"):
         coarse.save_pretrained(tmp_path / "c", LOSSLESS)
+    CacheGenCache.from_context(tiny_models.shared("llama"), CONTEXT.flip(1)).save_pretrained(
+        tmp_path / "a", overwrite=True
+    )
+    with pytest.raises(ConfigError, match="is no longer the artifact"):
+        coarse.save_pretrained(tmp_path / "c")
 
 
 def test_saving_does_not_overwrite_unasked(cache: CacheGenCache, tmp_path: Path) -> None:
