@@ -70,8 +70,7 @@ class Document:
         """The context followed by every question and its answer, for training."""
         spans = list(self.context)
         for question in self.questions:
-            at = question.completion.rindex(question.answer)
-            first = at + (question.completion[at] == " ")  # a token begins with its space, the answer's weight with the token
+            first = question.completion.rindex(question.answer)
             spans += [
                 Span(question.prompt, RANDOM_WEIGHT),
                 Span(question.completion[:first], ANSWER_WEIGHT),
@@ -103,18 +102,17 @@ def copying(rng: random.Random, words: int = 40) -> Document:
 
 
 def pairs(rng: random.Random, lines: int, questions: int) -> Document:
-    """One way of writing a line for each document, from the simplest (name, space, value) to nearly the full form."""
-    before, after = rng.choice(((" ", ""), (": ", ""), (": <", ">"), (" is <", ">"), (": REGISTER_CONTENT is <", ">")))
-    names = rng.sample(NOUNS, lines) if rng.random() < 0.4 else line_names(rng, lines)
-    digits = rng.random() < 0.4
-    record = {name: number(rng) if digits else rng.choice((*ADJECTIVES, *NOUNS)) for name in names}
+    """Lines in one of four forms for each document, from the simplest (name, space, value) to the full one."""
+    before, after = rng.choice(((" ", ""), (": ", ""), (" is <", ">"), (": REGISTER_CONTENT is <", ">")))
+    names = rng.sample(NOUNS, lines) if rng.random() < 0.3 else line_names(rng, lines)
+    digits = rng.random() < 0.5
+    record = {name: number(rng) if digits else rng.choice((*VERBS, *PLACES, *JOBS)) for name in names}
     context = [Span(f"{name}{before}{value}{after}\n", RANDOM_WEIGHT) for name, value in record.items()]
-    space = before == " " or before == ": "
-    questions_asked = []
+    asked = []
     for name in rng.choices(names, k=questions):
-        value = f" {record[name]}" if space else record[name]
-        questions_asked.append(Question(f"{name}{before.rstrip(' ')}", f"{value}{after}\n", value))
-    return Document("pairs", context, questions_asked)
+        space = "" if after else " "  # a token begins with its space
+        asked.append(Question(name + before.rstrip(" "), f"{space}{record[name]}{after}\n", record[name]))
+    return Document("pairs", context, asked)
 
 
 def lines(rng: random.Random, lines: int, questions: int) -> Document:
