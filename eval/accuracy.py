@@ -1,10 +1,11 @@
-"""Retrieval accuracy and fidelity against size, on the reference model: exact cache, uniform quantisation, each transform and level.
+"""Retrieval accuracy and fidelity against size, on the reference model: exact cache, uniform quantisation, each
+transform and level.
 
     python -m eval.accuracy --contexts 16 --lines 64 --questions 8
 
-Every codec answers the same questions from the same contexts. Columns: bits per element with everything counted, exact match of
-the retrieved number, share of answers that equal the exact cache's word for word, and KL divergence (nats per token, exact
-against lossy) of the next-token distribution over the questions and their right answers.
+Every codec answers the same questions from the same contexts. Columns: bits per element with everything counted, exact
+match of the retrieved number, share of answers that equal the exact cache's word for word, and KL divergence (nats per
+token, exact against lossy) of the next-token distribution over the questions and their right answers.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def evaluate(model, tokenizer, codecs: Sequence[Codec], contexts: int, lines: in
                 row.bits_per_element += bits / contexts
                 right = [scorers.line_retrieval(o, q.answer) for o, q in zip(outputs, document.questions, strict=True)]
                 row.exact_match += sum(right) / len(right) / contexts
-                row.same_answer += sum(a == b for a, b in zip(outputs, reference[0], strict=True)) / len(right) / contexts
+                row.same_answer += (
+                    sum(a == b for a, b in zip(outputs, reference[0], strict=True)) / len(right) / contexts
+                )
                 row.kl += sum(map(kl, reference[1], logs)) / len(logs) / contexts
     return list(rows.values())
 
@@ -137,7 +140,12 @@ def table(rows: Sequence[Row], exact_bits: float) -> Table:
     for row in rows:
         share = f"{row.bits_per_element / exact_bits:.1%}"
         view.add_row(
-            row.codec, f"{row.bits_per_element:.2f}", share, f"{row.exact_match:.3f}", f"{row.same_answer:.3f}", f"{row.kl:.5f}"
+            row.codec,
+            f"{row.bits_per_element:.2f}",
+            share,
+            f"{row.exact_match:.3f}",
+            f"{row.same_answer:.3f}",
+            f"{row.kl:.5f}",
         )
     return view
 
@@ -150,7 +158,9 @@ def table(rows: Sequence[Row], exact_bits: float) -> Table:
 @click.option("--questions", default=8, show_default=True, help="questions about each record")
 @click.option("--chunk-tokens", default=512, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="write the rows as JSON")
-def main(model: str, dtype: str, contexts: int, lines: int, questions: int, chunk_tokens: int, out: Path | None) -> None:
+def main(
+    model: str, dtype: str, contexts: int, lines: int, questions: int, chunk_tokens: int, out: Path | None
+) -> None:
     """Accuracy and fidelity against size."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,7 +1,7 @@
 """`make demo` and `hf-cachegen demo`: a real model answers questions about long contexts from compressed caches.
 
-One process reads the contexts, answers from the exact cache and saves artifacts; a fresh process loads them, at every level, and
-answers the same questions. The table puts both side by side.
+One process reads the contexts, answers from the exact cache and saves artifacts; a fresh process loads them, at every
+level, and answers the same questions. The table puts both side by side.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def share_right(document: Any, outputs: list[str]) -> float:
 
 
 def encode(folder: Path) -> dict[str, Any]:
-    """First process: prefill, answer from the exact cache, save. Sizes in bytes and times in seconds, summed over contexts."""
+    """First process: prefill, answer from the exact cache, save. Sizes in bytes and times in seconds, summed over
+    contexts.
+    """
     from eval.accuracy import answers
     from hf_cachegen import CacheGenCache
 
@@ -58,7 +60,9 @@ def encode(folder: Path) -> dict[str, Any]:
         document, prompts = prompts_of(tokenizer, index)
         ids = tokenizer(document.text).input_ids
         if index == 0:
-            CacheGenCache.from_context(model, ids)  # the first pass through a model is slower than the rest: not counted
+            CacheGenCache.from_context(
+                model, ids
+            )  # the first pass through a model is slower than the rest: not counted
         cache = CacheGenCache.from_context(model, ids)
         outputs = answers(model, tokenizer, cache, prompts)
         start = time.perf_counter()
@@ -107,7 +111,9 @@ def run_demo(console: Console, json_output: bool) -> int:
         exact = in_fresh_process("encode", Path(name))
         rows = in_fresh_process("answer", Path(name))
     for row in rows:
-        row["same"] = sum(a == b for a, b in zip(row.pop("outputs"), exact["outputs"], strict=True)) / len(exact["outputs"])
+        row["same"] = sum(a == b for a, b in zip(row.pop("outputs"), exact["outputs"], strict=True)) / len(
+            exact["outputs"]
+        )
     del exact["outputs"]
     if json_output:
         console.print_json(json.dumps({"exact": exact, "levels": rows}))
@@ -124,7 +130,14 @@ def show(console: Console, exact: dict[str, Any], rows: list[dict[str, Any]]) ->
         return f"{1000 * total / CONTEXTS:.0f} ms"
 
     size = exact["exact_bytes"]
-    view.add_row("exact, by prefill", f"{size // CONTEXTS:,}", "1.0", seconds(exact["prefill_seconds"]), f"{exact['right']:.1%}", "")
+    view.add_row(
+        "exact, by prefill",
+        f"{size // CONTEXTS:,}",
+        "1.0",
+        seconds(exact["prefill_seconds"]),
+        f"{exact['right']:.1%}",
+        "",
+    )
     for row in rows:
         view.add_row(
             f"level {row['level']}, loaded from disk", f"{row['bytes'] // CONTEXTS:,}", f"{size / row['bytes']:.1f}",

@@ -1,6 +1,8 @@
-"""Uniform quantisation of a KV cache, the baseline of CacheGen's evaluation: n bits a value, a scale and an offset per vector.
+"""Uniform quantisation of a KV cache, the baseline of CacheGen's evaluation: n bits a value, a scale and an offset per
+vector.
 
-A vector is one token's head (head_dim values); scale and offset are float16, so a value costs bits + 32 / head_dim in all.
+A vector is one token's head (head_dim values); scale and offset are float16, so a value costs bits + 32 / head_dim in
+all.
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from hf_cachegen import errors
 
 if TYPE_CHECKING:
-    from hf_cachegen.artifact import EncodedContext, decode_kv, encode_kv
     from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.calibration import learn_profile
     from hf_cachegen.config import CacheGenConfig
+    from hf_cachegen.encoding import EncodedContext, decode_kv, encode_kv
     from hf_cachegen.generation import attach, detach, generate
+    from hf_cachegen.profile import Profile
 
 __version__ = "0.1.0"
 
@@ -22,6 +24,7 @@ __all__ = [
     "CacheGenCache",
     "CacheGenConfig",
     "EncodedContext",
+    "Profile",
     "__version__",
     "attach",
     "decode_kv",
@@ -29,17 +32,20 @@ __all__ = [
     "encode_kv",
     "errors",
     "generate",
+    "learn_profile",
 ]
 
 _HOMES = {
     "CacheGenCache": "hf_cachegen.cache",
     "CacheGenConfig": "hf_cachegen.config",
-    "EncodedContext": "hf_cachegen.artifact",
+    "EncodedContext": "hf_cachegen.encoding",
+    "Profile": "hf_cachegen.profile",
     "attach": "hf_cachegen.generation",
-    "decode_kv": "hf_cachegen.artifact",
+    "decode_kv": "hf_cachegen.encoding",
     "detach": "hf_cachegen.generation",
-    "encode_kv": "hf_cachegen.artifact",
+    "encode_kv": "hf_cachegen.encoding",
     "generate": "hf_cachegen.generation",
+    "learn_profile": "hf_cachegen.calibration",
 }
 
 

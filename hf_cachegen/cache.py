@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_cachegen.artifact import Artifact, EncodedContext, Encoder, write
+from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import (
     ConfigError,
     CorruptError,
     ManifestError,
+    ProfileError,
     ReadOnlyCacheError,
     TensorError,
     WrongDtypeError,
@@ -42,11 +45,13 @@ from hf_cachegen.layout import (
     require_model,
 )
 from hf_cachegen.prefix import Reuse
+from hf_cachegen.profile import Profile, find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Tokens = Tensor | Sequence[int]
+    ProfileLike = Profile | str | os.PathLike[str] | None
 
 PREFILL_CHUNK_TOKENS = 4096
 """Tokens per forward pass of a prefill: bounds the memory of activations, at full speed on any device."""
@@ -109,6 +114,7 @@ class CacheGenCache(DynamicCache):
         report: CacheReport,
         *,
         config: CacheGenConfig | None = None,
+        profile: Profile | None = None,
         source: str | None = None,
     ):
         super().__init__()
@@ -116,7 +122,7 @@ class CacheGenCache(DynamicCache):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self.report = kv, input_ids, fingerprint, report
         self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values, strict=True)]
-        self._config, self._source = config, source
+        self._config, self._profile, self._source = config, profile, source
 
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
     # The first thing that a forward pass asks for: some prompts would fail, less clearly, before they come to update.
@@ -133,18 +139,23 @@ class CacheGenCache(DynamicCache):
         model: PreTrainedModel,
         input_ids: Tokens,
         config: CacheGenConfig | None = None,
+        profile: ProfileLike = "auto",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        progress: bool = False,
     ) -> CacheGenCache:
         """Run `model` over a context ([tokens] or [1, tokens]) and keep its exact keys and values.
 
-        config: how `save_pretrained` will encode them. tokenizer: if given, its hash goes into the fingerprint.
-        Raises UnsupportedModelError, UnsupportedLayerError, TensorError, WrongDtypeError.
+        config: how `save_pretrained` will encode them (default: klt where there is a profile, else delta). profile: the
+        model's Profile, its path, "auto" (the one in the model's folder, if there is one) or None. tokenizer: if given,
+        its hash goes into the fingerprint. Raises UnsupportedModelError, UnsupportedLayerError, TensorError,
+        WrongDtypeError, ProfileError, WrongModelError (another model's profile).
         """
         if prefill_chunk_tokens < 1:
             raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
         require_model(model)
+        found = _profile(profile, model)
         ids = _one_row(input_ids)
         start = time.perf_counter()
         if positions_change(model.config, 1, ids.shape[1]):
@@ -154,12 +165,13 @@ class CacheGenCache(DynamicCache):
         # Without a config it keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
         past = DynamicCache()
         device = layer_devices(model, len(layer_kinds(model.config)))[0]
-        for chunk in ids.to(device).split(prefill_chunk_tokens, dim=1):
+        chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
+        for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
             model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
         kv = _checked(capture(past, model.config), model, ids)
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
         report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
-        return cls(kv, ids, fingerprint, report, config=config)
+        return cls(kv, ids, fingerprint, report, config=config, profile=found)
 
     @classmethod
     def from_cache(
@@ -168,19 +180,21 @@ class CacheGenCache(DynamicCache):
         input_ids: Tokens,
         model: PreTrainedModel,
         config: CacheGenConfig | None = None,
+        profile: ProfileLike = "auto",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> CacheGenCache:
         """Wrap a cache that `model` filled with `input_ids`. Its tensors are copied: the cache may go on growing.
 
         That the tokens are those of the cache cannot be seen from it; their number, dtype and shapes are checked.
-        Raises UnsupportedModelError, UnsupportedLayerError, TensorError, WrongDtypeError.
+        Other arguments and errors as for `from_context`.
         """
         require_model(model)
+        found = _profile(profile, model)
         ids = _one_row(input_ids)
         kv = _checked(capture(cache, model.config), model, ids).clone()
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
-        return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config)
+        return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config, profile=found)
 
     @classmethod
     def from_pretrained(
@@ -189,16 +203,20 @@ class CacheGenCache(DynamicCache):
         model: PreTrainedModel | None = None,
         level: int | None = None,
         device: torch.device | str | None = None,
+        profile: ProfileLike = "auto",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        progress: bool = False,
     ) -> CacheGenCache:
         """Load an artifact at `level` (default: the finest), each layer to its device of `model`, else to `device`.
 
         With a model the fingerprint is checked before anything is decoded; `generate` checks it again in any case.
-        Raises MismatchError, ArtifactError (see hf_cachegen.errors).
+        profile: for an artifact that needs one, as for `from_context`; one beside the artifact is found too.
+        Raises MismatchError, ArtifactError, ProfileError (see hf_cachegen.errors).
         """
         start = time.perf_counter()
-        artifact = Artifact(path)
+        folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
+        artifact = Artifact(path, profile=find(profile, folder))
         if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
             raise ManifestError(
                 f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
@@ -216,7 +234,7 @@ class CacheGenCache(DynamicCache):
             places = layer_devices(model, len(artifact.geometry.layers))
         if device is None and places is not None and len(set(places)) == 1:
             device = places[0]
-        keys, values = artifact.decode(level, device)
+        keys, values = artifact.decode(level, device, progress=progress)
         kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
         level = artifact.levels if level is None else level
         report = CacheReport(
@@ -229,28 +247,41 @@ class CacheGenCache(DynamicCache):
         )
         kv = kv if device is not None or places is None else kv.to(places)
         return cls(
-            kv, torch.tensor([stored]), fingerprint, report, config=artifact.config, source=os.path.abspath(path)
+            kv,
+            torch.tensor([stored]),
+            fingerprint,
+            report,
+            config=artifact.config,
+            profile=artifact.profile(),
+            source=os.path.abspath(path),
         )
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], config: CacheGenConfig | None = None, *, overwrite: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        config: CacheGenConfig | None = None,
+        *,
+        overwrite: bool = False,
+        progress: bool = False,
     ) -> None:
         """Encode into `directory`; a cache that was loaded from an artifact copies that one, so that nothing is lost
         twice.
 
-        config: default the one given to `from_context`, else CacheGenConfig(). Raises ArtifactExistsError, ConfigError.
+        config: default the one given to `from_context`, else klt where there is a profile, else CacheGenConfig().
+        Raises ArtifactExistsError, ConfigError.
         """
         source: Encoder | EncodedContext
         if self._source is not None:
             if config is not None and config != self._config:
                 raise ConfigError(f"this cache was decoded from {self._source}; encoding it anew would lose twice")
-            artifact = Artifact(self._source)
+            artifact = Artifact(self._source, profile=self._profile)
             if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self._config):
                 raise ConfigError(f"{self._source} is no longer the artifact that this cache was loaded from")
             source = artifact.read()
         else:
             layers = list(self.kv.geometry.layers)
-            source = Encoder(self.kv.keys, self.kv.values, config or self._config or CacheGenConfig(), layers=layers)
+            kv, config = self.kv, config or self._config
+            source = Encoder(kv.keys, kv.values, config, self._profile, layers=layers, progress=progress)
         write(
             source,
             directory,
@@ -272,6 +303,17 @@ class CacheGenCache(DynamicCache):
         """Raises MismatchError unless this cache is `model`'s."""
         require_model(model)
         self.fingerprint.check(model, tokenizer)
+
+
+def _profile(profile: ProfileLike, model: PreTrainedModel) -> Profile | None:
+    """The profile to use for `model`, checked to be its own."""
+    found = find(profile, str(getattr(model.config, "_name_or_path", "")))
+    if found is not None:
+        try:
+            Fingerprint.from_dict(found.about.get("fingerprint")).check_config(model)
+        except ManifestError as error:
+            raise ProfileError(f"this profile does not say whose it is: {error}") from error
+    return found
 
 
 def _one_row(input_ids: Tokens) -> Tensor:

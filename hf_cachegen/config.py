@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hf_cachegen.errors import ConfigError
 
-TransformName = Literal["delta", "identity"]
+TransformName = Literal["delta", "identity", "klt"]
 CoderName = Literal["rans", "torchac"]
 MAX_CHUNK_TOKENS = 1 << 15
 """Keeps token and column counts of a chunk within the stream's 32-bit positions."""
@@ -18,7 +18,8 @@ class CacheGenConfig:
     """The encoder's options. The defaults are the paper's where it gives one (CacheGen, SIGCOMM 2024, section 5).
 
     transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor) or "identity"
-        (values less their channel's mean).
+        (values less their channel's mean) or "klt" (coefficients in the basis of the model's Profile; needs one, and
+        takes its steps and tables).
     lossless: code the very bytes of bf16, fp16 or fp32 values; needs transform="identity" and gives one level.
     levels: how many nested levels the artifact serves, 1 to 3; level 1 is the coarsest, `levels` the finest.
     steps: step of the finest-but-one level in units of the channel's standard deviation, for the first, middle and last
@@ -46,8 +47,8 @@ class CacheGenConfig:
     measure: bool = True
 
     def __post_init__(self) -> None:
-        if self.transform not in ("delta", "identity"):
-            raise ConfigError(f"transform must be 'delta' or 'identity', got {self.transform!r}")
+        if self.transform not in get_args(TransformName):
+            raise ConfigError(f"transform must be one of {get_args(TransformName)}, got {self.transform!r}")
         if self.coder not in ("rans", "torchac"):
             raise ConfigError(f"coder must be 'rans' or 'torchac', got {self.coder!r}")
         if not isinstance(self.steps, tuple) or len(self.steps) != 3 or not all(0.001 <= s <= 100 for s in self.steps):

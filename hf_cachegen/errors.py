@@ -6,6 +6,7 @@
     ├── UnsupportedLayerError (NotImplementedError)   a cache layer kind that this version does not handle
     ├── UnsupportedModelError (NotImplementedError)   a model or call that cannot reuse a cache (encoder-decoder, ...)
     ├── ReadOnlyCacheError (TypeError)         something tried to write into a CacheGenCache
+    ├── ProfileError (ValueError)              a profile that is missing, damaged, or of another model
     ├── NativeError (RuntimeError)             a compiled library is damaged or failed
     ├── MissingExtraError (ImportError)        an optional package is not installed
     ├── ArtifactError                          the files of an artifact
@@ -17,6 +18,12 @@
     │   ├── TruncatedError (EOFError)          a file or a stream ends too early
     │   ├── CorruptError (ValueError)          bytes that are not what was written (checksum, coder's own check)
     │   └── LevelError (ValueError)            a level that the artifact does not have
+    ├── StoreError (OSError)                   a place on the network that cannot be reached, or fails
+    │   ├── StoreAccessError (PermissionError) the place refuses: no token, a wrong one, no right
+    │   ├── StoreTimeoutError (TimeoutError)   no answer, or too slow a one, in every attempt
+    │   ├── RangeError                         a server that does not serve byte ranges rightly
+    │   ├── ChangedError                       the files changed while they were read
+    │   └── ConflictError                      somebody else pushed to the same place at the same time
     └── MismatchError                          a sound cache that belongs to something else
         ├── WrongModelError                    another architecture or configuration
         ├── WrongWeightsError                  the same configuration with other weights, or another adapter
@@ -52,6 +59,10 @@ class UnsupportedModelError(CacheGenError, NotImplementedError):
 
 class ReadOnlyCacheError(CacheGenError, TypeError):
     """Something tried to write into a CacheGenCache."""
+
+
+class ProfileError(CacheGenError, ValueError):
+    """A profile is missing, damaged, or of another model."""
 
 
 class NativeError(CacheGenError, RuntimeError):
@@ -96,6 +107,30 @@ class CorruptError(ArtifactError, ValueError):
 
 class LevelError(ArtifactError, ValueError):
     """A level that the artifact does not have."""
+
+
+class StoreError(CacheGenError, OSError):
+    """A place on the network cannot be reached, or fails in every attempt."""
+
+
+class StoreAccessError(StoreError, PermissionError):
+    """The place refuses: there is no token, a wrong one, or one without the right."""
+
+
+class StoreTimeoutError(StoreError, TimeoutError):
+    """No answer within the time limit, or too slow a one, in every attempt."""
+
+
+class RangeError(StoreError):
+    """The server does not serve byte ranges rightly: it ignores them, compresses them, or sends other ones."""
+
+
+class ChangedError(StoreError):
+    """The files changed while they were being read: begin again."""
+
+
+class ConflictError(StoreError):
+    """Somebody else pushed to the same place in the meantime."""
 
 
 class MismatchError(CacheGenError):

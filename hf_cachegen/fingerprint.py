@@ -107,7 +107,7 @@ class Fingerprint:
         """Raises WrongModelError, WrongDtypeError, WrongWeightsError or WrongTokenizerError if the cache is not this
         model's. The tokenizer is compared where both sides have one.
         """
-        self._check_config(model)
+        self.check_config(model)
         if (dtype := dtype_name(model.dtype)) != self.dtype:
             raise WrongDtypeError(
                 f"the cache was made in {self.dtype}, {self._name(model)} runs in {dtype}: load the model with "
@@ -128,7 +128,8 @@ class Fingerprint:
                 "tokens may not be those of the same text"
             )
 
-    def _check_config(self, model: PreTrainedModel) -> None:
+    def check_config(self, model: PreTrainedModel) -> None:
+        """Raises WrongModelError if the model is configured otherwise."""
         expected, got = self.config, _config(model)
         if expected == got:
             return

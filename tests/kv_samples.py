@@ -1,4 +1,6 @@
-"""Small KV caches that look like real ones: channels of different scale and offset, neighbouring tokens alike, a wild first token."""
+"""Small KV caches that look like real ones: channels of different scale and offset, neighbouring tokens alike, a wild
+first token.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def sample_kv(
 
     def one(width: int) -> Tensor:
         shape = (batch, heads, tokens, width)
-        slow = torch.randn(batch, heads, tokens // 5 + 1, width, generator=generator).repeat_interleave(5, 2)[:, :, :tokens]
+        slow = torch.randn(batch, heads, tokens // 5 + 1, width, generator=generator).repeat_interleave(5, 2)[
+            :, :, :tokens
+        ]
         x = slow + 0.3 * torch.randn(shape, generator=generator)
         x = x * torch.rand(1, heads, 1, width, generator=generator).mul(3).exp() * 0.1
         x = x + 2 * torch.randn(1, heads, 1, width, generator=generator)
@@ -28,4 +32,7 @@ def sample_kv(
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     """Bit for bit, NaNs included."""
     bits = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-    return all(x.dtype == y.dtype and torch.equal(x.view(bits[x.dtype]), y.view(bits[y.dtype])) for x, y in zip(a, b, strict=True))
+    return all(
+        x.dtype == y.dtype and torch.equal(x.view(bits[x.dtype]), y.view(bits[y.dtype]))
+        for x, y in zip(a, b, strict=True)
+    )

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from kv_samples import same, sample_kv
 
-from hf_cachegen.artifact import Artifact, Encoder, decode_kv, encode_kv, write
+from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Limits, manifest
+from hf_cachegen.encoding import Encoder, decode_kv, encode_kv
 from hf_cachegen.errors import (
     ArtifactError,
     ArtifactExistsError,
@@ -243,9 +244,13 @@ print(before, encoding, peak() - before)
 
 
 def test_memory_is_the_tensors_and_one_chunk(tmp_path: Path) -> None:
-    """A cache of 64 MiB (its tensors 32 MiB, shared by K and V): encoding adds far less; decoding only its own tensors."""
+    """A cache of 64 MiB (its tensors 32 MiB, shared by K and V): encoding adds far less; decoding only its own
+    tensors.
+    """
     command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     _, encoding, both = map(int, done.stdout.split())
     assert encoding < 24
     assert both < 64 + 24

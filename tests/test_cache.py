@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_cachegen.artifact import Artifact, encode_kv, write
+from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import same, sample_kv
 
-from hf_cachegen.artifact import Encoder, decode_kv, encode_kv
 from hf_cachegen.codec import quantize, rans, tables, transform
 from hf_cachegen.codec.chunk import LossyCodec
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.encoding import Encoder, decode_kv, encode_kv
 from hf_cachegen.errors import CacheGenError, ConfigError, CorruptError, LevelError, TensorError, TruncatedError
 
 LOSSY = [CacheGenConfig(chunk_tokens=64, transform=name) for name in ("delta", "identity")]

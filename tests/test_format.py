@@ -1,5 +1,6 @@
-"""The format is frozen: artifacts of version 1, written once, are read for ever, and written to the same bytes; the page that
-describes it says what the code does."""
+"""The format is frozen: artifacts of version 1, written once, are read for ever, and written to the same bytes; the
+page that describes it says what the code does.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_cachegen.artifact import Artifact, Encoder, write
+from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.codec import codebook, quantize, rans, tables, transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import FORMAT_VERSION, Limits
+from hf_cachegen.encoding import Encoder
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -106,5 +108,7 @@ if __name__ == "__main__":  # python tests/test_format.py: once for each format 
     for case, config in CASES.items():
         write_golden(GOLDEN / case, config)
         artifact = Artifact(GOLDEN / case)
-        lines = [digest([x for side in artifact.decode(level) for x in side]) for level in range(1, artifact.levels + 1)]
+        lines = [
+            digest([x for side in artifact.decode(level) for x in side]) for level in range(1, artifact.levels + 1)
+        ]
         (GOLDEN / f"{case}.digests").write_text("\n".join(lines) + "\n")

@@ -20,12 +20,15 @@ MAX_LINES = 400
 FLOORS = (
     ("errors",),
     ("config", "geometry"),
+    ("profile",),
     ("native",),
     ("codec", "container"),
     ("stores", "prefix"),
     ("layout",),
     ("fingerprint",),
+    ("encoding",),
     ("artifact",),
+    ("calibration",),
     ("cache",),
     ("generation",),
     ("cli",),
@@ -34,7 +37,7 @@ FLOORS = (
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 ONLY_IN = {
-    "transformers": {"layout", "fingerprint", "cache", "generation", "cli"},
+    "transformers": {"calibration", "layout", "fingerprint", "cache", "generation", "cli"},
     "huggingface_hub": {"stores", "cache"},
     "fsspec": {"stores"},
     "matplotlib": {"cli"},
@@ -47,6 +50,7 @@ PUBLIC_NAMES = {
     "CacheGenCache",
     "CacheGenConfig",
     "EncodedContext",
+    "Profile",
     "__version__",
     "attach",
     "decode_kv",
@@ -54,6 +58,7 @@ PUBLIC_NAMES = {
     "encode_kv",
     "errors",
     "generate",
+    "learn_profile",
 }
 
 

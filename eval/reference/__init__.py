@@ -1,4 +1,6 @@
-"""The reference model: small enough to be committed, good enough to measure caches by. `train.py` made it, `corpus.py` its text."""
+"""The reference model: small enough to be committed, good enough to measure caches by. `train.py` made it, `corpus.py`
+its text.
+"""
 
 from __future__ import annotations
 

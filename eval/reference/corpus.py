@@ -1,7 +1,7 @@
 """The text that the reference model is trained and tested on, made from word lists and a seed.
 
-Five tasks, each a list of `Span`s (text, loss weight), so that the trainer can weigh what is predictable against what is
-random:
+Five tasks, each a list of `Span`s (text, loss weight), so that the trainer can weigh what is predictable against what
+is random:
 
 - `copying`: a random sequence of words, repeated (what makes induction appear);
 - `pairs`: "brave-lamp 48213" lines and questions about them;
@@ -9,8 +9,8 @@ random:
 - `topics`: LongChat's topic retrieval, a conversation over several topics and a question about the first;
 - `stories`: ordinary sentences that state facts, and questions about the facts.
 
-A context and the questions about it never share a random state with another seed's, so a test on seeds that training did
-not use is held out.
+A context and the questions about it never share a random state with another seed's, so a test on seeds that training
+did not use is held out.
 """
 
 from __future__ import annotations
@@ -131,13 +131,19 @@ def lines(rng: random.Random, lines: int, questions: int) -> Document:
 
 def line_question(name: str, value: str) -> Question:
     return Question(
-        f"Tell me what is the REGISTER_CONTENT in line {name}?\n", f"line {name}: REGISTER_CONTENT is <{value}>\n", value
+        f"Tell me what is the REGISTER_CONTENT in line {name}?\n",
+        f"line {name}: REGISTER_CONTENT is <{value}>\n",
+        value,
     )
 
 
 def topics(rng: random.Random, count: int, turns: int = 2) -> Document:
-    chosen = [f"the {f} of {a} {n}s" for f, a, n in zip(
-        rng.sample(TOPIC_FIELDS, count), rng.choices(ADJECTIVES, k=count), rng.sample(NOUNS, count), strict=True)]
+    chosen = [
+        f"the {f} of {a} {n}s"
+        for f, a, n in zip(
+            rng.sample(TOPIC_FIELDS, count), rng.choices(ADJECTIVES, k=count), rng.sample(NOUNS, count), strict=True
+        )
+    ]
     context = [Span(TOPICS_HEADER, TEXT_WEIGHT)]
     for topic in chosen:
         context += [
@@ -151,8 +157,11 @@ def topics(rng: random.Random, count: int, turns: int = 2) -> Document:
     ordinals = ("first", "second", "third")[:count]
     asked = [(o, chosen[i]) for i, o in enumerate(ordinals)]
     rng.shuffle(asked)
-    return Document("topics", context, [
-        Question(f"What is the {o} topic we discussed?\n", f"The topic is {t}.\n", t) for o, t in asked])
+    return Document(
+        "topics",
+        context,
+        [Question(f"What is the {o} topic we discussed?\n", f"The topic is {t}.\n", t) for o, t in asked],
+    )
 
 
 def sentence(rng: random.Random) -> str:
@@ -162,16 +171,18 @@ def sentence(rng: random.Random) -> str:
     noun, thing = rng.sample(NOUNS, 2)
     verb, again = rng.sample(VERBS, 2)
     place = rng.choice(PLACES)
-    return rng.choice((
-        f"The {adjective} {noun} {verb} the {other} {thing} near the {place}.",
-        f"{a} {verb} a {noun} because {b} {again} the {thing}.",
-        f"When the {noun} was {adjective}, {a} went to the {place} with {b}.",
-        f"In the {place} there is a {adjective} {noun} and a {other} {thing}.",
-        f"I think that {a} {verb} the {thing}, but it was not {adjective}.",
-        f"Every morning {a} {verb} the {noun} before the {thing} came to the {place}.",
-        f"It was {adjective} in the {place}, so {a} {verb} the {noun} and {again} the {thing}.",
-        f"{a} said to {b} that the {noun} of the {place} is more {adjective} than the {thing}.",
-    ))
+    return rng.choice(
+        (
+            f"The {adjective} {noun} {verb} the {other} {thing} near the {place}.",
+            f"{a} {verb} a {noun} because {b} {again} the {thing}.",
+            f"When the {noun} was {adjective}, {a} went to the {place} with {b}.",
+            f"In the {place} there is a {adjective} {noun} and a {other} {thing}.",
+            f"I think that {a} {verb} the {thing}, but it was not {adjective}.",
+            f"Every morning {a} {verb} the {noun} before the {thing} came to the {place}.",
+            f"It was {adjective} in the {place}, so {a} {verb} the {noun} and {again} the {thing}.",
+            f"{a} said to {b} that the {noun} of the {place} is more {adjective} than the {thing}.",
+        )
+    )
 
 
 def stories(rng: random.Random, people: int, questions: int, filler: int = 2) -> Document:
@@ -181,12 +192,22 @@ def stories(rng: random.Random, people: int, questions: int, filler: int = 2) ->
     for name, place, thing in zip(names, rng.sample(PLACES, people), rng.sample(NOUNS, people), strict=True):
         job, adjective = rng.choice(JOBS), rng.choice(ADJECTIVES)
         facts += [
-            (Question(f"Question: Where does {name} live?\n", f"Answer: {name} lives in the {place}.\n", place),
-             f"{name} lives in the {place}."),
-            (Question(f"Question: What does {name} do?\n", f"Answer: {name} works as a {job}.\n", job),
-             f"{name} works as a {job}."),
-            (Question(f"Question: What does {name} keep?\n", f"Answer: {name} keeps a {adjective} {thing}.\n",
-                      f"{adjective} {thing}"), f"{name} keeps a {adjective} {thing}."),
+            (
+                Question(f"Question: Where does {name} live?\n", f"Answer: {name} lives in the {place}.\n", place),
+                f"{name} lives in the {place}.",
+            ),
+            (
+                Question(f"Question: What does {name} do?\n", f"Answer: {name} works as a {job}.\n", job),
+                f"{name} works as a {job}.",
+            ),
+            (
+                Question(
+                    f"Question: What does {name} keep?\n",
+                    f"Answer: {name} keeps a {adjective} {thing}.\n",
+                    f"{adjective} {thing}",
+                ),
+                f"{name} keeps a {adjective} {thing}.",
+            ),
         ]
     context: list[Span] = []
     for _, fact in rng.sample(facts, len(facts)):

@@ -2,10 +2,11 @@
 
     python -m eval.reference.train --out runs/reference --minutes 100
 
-A Llama-shaped model (6 layers, 4 query heads over 2 KV heads of 64, rope) and a byte-level BPE tokenizer whose merges make
-every word of the corpus one token. The curriculum is what makes it learn retrieval in minutes: copying repeated random
-words until induction appears, then "name: number" lines, then the full form, with the number of lines growing each time
-the answers come out right. The last quarter of the time lowers the learning rate to zero on the full mixture.
+A Llama-shaped model (6 layers, 4 query heads over 2 KV heads of 64, rope) and a byte-level BPE tokenizer whose merges
+make every word of the corpus one token. The curriculum is what makes it learn retrieval in minutes: copying repeated
+random words until induction appears, then "name: number" lines, then the full form, with the number of lines growing
+each time the answers come out right. The last quarter of the time lowers the learning rate to zero on the full
+mixture.
 
 A checkpoint is written every few minutes; the same command goes on from it after an interruption.
 """
@@ -64,7 +65,9 @@ ADVANCE_AT = 0.85
 
 
 def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text round-trips), numbers in groups of up to three digits, every word of the lists one token."""
+    """Byte-level BPE (any text round-trips), numbers in groups of up to three digits, every word of the lists one
+    token.
+    """
     tokenizer = Tokenizer(models.BPE())
     groups = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([groups, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -74,20 +77,44 @@ def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     numbers = [*(f"{n:02}" for n in range(100)), *(f"{n:03}" for n in range(1000))]
     texts = [" ".join(words), "\n".join(words), "\n".join(numbers)] * 400
     texts += [document(task, rng, 512, 8).text for task in ("lines", "topics", "stories", "prose") for _ in range(150)]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(PHRASES), special_tokens=["<pad>", "<bos>", "<eos>"],
-                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(PHRASES),
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-                                   clean_up_tokenization_spaces=False, model_max_length=4096)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.03))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.03,
+        )
+    )
 
 
 def document(task: str, rng: random.Random, tokens: int, lines: int) -> corpus.Document:
@@ -136,7 +163,7 @@ def make_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Ran
         padding = stage.tokens - len(ids[row])
         for values in (ids[row], weights[row], firsts[row]):
             values += [0] * padding
-            del values[stage.tokens:]
+            del values[stage.tokens :]
     return Batch(torch.tensor(ids), torch.tensor(weights), torch.tensor(firsts, dtype=torch.bool))
 
 
@@ -161,7 +188,9 @@ class Trainer:
             torch.optim.AdamW(others, lr=EMBEDDING_LR, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.base_rates = [MATRIX_LR, EMBEDDING_LR]
-        self.body = torch.compile(self.model.model, dynamic=False)  # fused elementwise work: 1.6 times the steps a second
+        self.body = torch.compile(
+            self.model.model, dynamic=False
+        )  # fused elementwise work: 1.6 times the steps a second
 
     @property
     def checkpoint(self) -> Path:
@@ -169,9 +198,12 @@ class Trainer:
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                 "progress": {"step": self.step, "stage": self.stage, "seconds": self.seconds, "tokens": self.tokens},
-                 "rng": self.rng.getstate()}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "progress": {"step": self.step, "stage": self.stage, "seconds": self.seconds, "tokens": self.tokens},
+            "rng": self.rng.getstate(),
+        }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.checkpoint)
@@ -192,7 +224,9 @@ class Trainer:
         """Returns (loss in nats per weighted token, share of first answer tokens predicted right)."""
         stage = STAGES[self.stage]
         if self.seconds / 60 / self.minutes > DECAY_FROM - 0.1 and self.stage < len(STAGES) - 1:
-            stage = replace(STAGES[-2], lines=max(stage.lines, 120))  # the time is nearly up: learn what remains at full form
+            stage = replace(
+                STAGES[-2], lines=max(stage.lines, 120)
+            )  # the time is nearly up: learn what remains at full form
         elif self.stage > 2 and self.rng.random() < 0.3:  # short sequences cost less and keep what was learnt
             stage = STAGES[self.rng.randrange(2, self.stage)]
         batch = make_batch(stage, self.tokenizer, self.rng)
@@ -235,10 +269,26 @@ class Trainer:
                 bar.update(round(self.seconds) - bar.n)
                 if self.step % 10 == 0:
                     mean = sum(self.recent) / max(1, len(self.recent))
-                    bar.set_postfix(step=self.step, stage=self.stage, loss=f"{loss:.3f}", right=f"{mean:.2f}",
-                                    rate=f"{BATCH_TOKENS / spent:.0f} tok/s")
-                    log.write(json.dumps({"step": self.step, "stage": self.stage, "seconds": round(self.seconds), "loss": loss,
-                                          "right": right, "tokens": self.tokens}) + "\n")
+                    bar.set_postfix(
+                        step=self.step,
+                        stage=self.stage,
+                        loss=f"{loss:.3f}",
+                        right=f"{mean:.2f}",
+                        rate=f"{BATCH_TOKENS / spent:.0f} tok/s",
+                    )
+                    log.write(
+                        json.dumps(
+                            {
+                                "step": self.step,
+                                "stage": self.stage,
+                                "seconds": round(self.seconds),
+                                "loss": loss,
+                                "right": right,
+                                "tokens": self.tokens,
+                            }
+                        )
+                        + "\n"
+                    )
                     log.flush()
                 if time.monotonic() - saved > 180:
                     self.save()
@@ -249,7 +299,12 @@ class Trainer:
         """bf16 safetensors, tokenizer and training record."""
         self.model.to(torch.bfloat16).save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        record = {"steps": self.step, "tokens": self.tokens, "minutes": round(self.seconds / 60, 1), "stage": self.stage}
+        record = {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "minutes": round(self.seconds / 60, 1),
+            "stage": self.stage,
+        }
         (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

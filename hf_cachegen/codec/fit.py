@@ -62,7 +62,7 @@ def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[T
     """(mean, standard deviation) of what is quantised, float64 [columns]; delta's differences have mean zero by fiat."""
     every, ordinary = _Moments(len(columns)), _Moments(len(columns))
     for rows, span in chunks():
-        _require_finite(rows, columns)
+        require_finite(rows, columns)
         y, _ = transform.forward(rows.float(), columns.vectors.to(rows.device), config)
         every.add(y)
         ordinary.add(y[~span.protected(config).to(y.device)])
@@ -72,7 +72,8 @@ def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[T
     return mean, (seen.squares / count - mean.square()).clamp_min(0).sqrt()
 
 
-def _require_finite(rows: Tensor, columns: Columns) -> None:
+def require_finite(rows: Tensor, columns: Columns) -> None:
+    """Raises TensorError for rows [tokens, columns] that are not all finite."""
     damaged = ~torch.isfinite(rows)
     if bool(damaged.any()):
         vector = int(columns.vectors[int(damaged.any(0).int().argmax())])

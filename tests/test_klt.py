@@ -1,0 +1,216 @@
+"""Profiles and the klt transform: what is learnt, that it is undone exactly, and that only the right profile is used.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
+from hf_cachegen.artifact import Artifact
+from hf_cachegen.calibration import Sample, divergence, find_rotary, prefill
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.errors import ConfigError, ProfileError, TensorError, UnsupportedFormatError, WrongModelError
+from hf_cachegen.geometry import Geometry
+from hf_cachegen.profile import PROFILE_FILE, Rotary
+from tests.tiny_models import VOCABULARY, make
+
+CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
+
+
+def samples(count: int = 10, seed: int = 0) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randint(3, VOCABULARY, (1, 60), generator=generator),
+            torch.randint(3, VOCABULARY, (1, 12), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return make("llama")
+
+
+@pytest.fixture(scope="module")
+def profile(model) -> Profile:
+    return learn_profile(model, samples(), config=CONFIG, target_kl=0.001)
+
+
+def test_the_rotation_is_found_and_undone(model) -> None:
+    rotary = find_rotary(model)
+    assert rotary.style == "half"
+    keys, _, _ = prefill(model, torch.full((1, 20), 9))
+    rows = keys[0][0].transpose(0, 1)
+    undone = rotary.apply(rows, torch.arange(20), -1)
+    torch.testing.assert_close(undone, undone[:1].expand_as(undone), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(rotary.apply(undone, torch.arange(20), 1), rows, rtol=1e-4, atol=1e-5)
+
+
+def test_models_without_a_known_rotation_keep_their_keys() -> None:
+    for name in ("deepseek", "gemma3"):  # a latent for a key; two rotations in one model
+        assert find_rotary(make(name)).style == "none"
+
+
+def test_a_partial_rotation_is_found() -> None:
+    model = make("gpt_neox")
+    rotary = find_rotary(model)
+    assert rotary.style == "half"
+    _, _, layers = prefill(model, torch.full((1, 20), 9))
+    assert 2 * len(rotary.inv_freq) < layers[0].k_dim
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+def test_rotations_invert(style) -> None:
+    rotary = Rotary(style, torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64), scaling=1.3)
+    x = torch.randn(50, 2, 8)
+    back = rotary.apply(rotary.apply(x, torch.arange(50) + 1000, 1), torch.arange(50) + 1000, -1)
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-5)
+    assert torch.equal(rotary.apply(x, torch.arange(50), -1)[..., 6:], x[..., 6:])
+
+
+def test_coefficients_invert(model, profile: Profile) -> None:
+    whole = learn_profile(model, samples(), config=replace(CONFIG, levels=1), target_kl=1e-4)  # every component is kept
+    keys, values, layers = prefill(model, samples()[0][0])
+    codec = KltCodec(Geometry(layers, tokens=60, batch=1, dtype="float32"), replace(CONFIG, levels=1), whole)
+    pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
+    rows = torch.cat([x[0].transpose(0, 1).flatten(1) for x in pairs], 1)
+    span = Span(100, 60, 300)
+    back = codec.rows(codec.coefficients(rows, span), span)
+    assert (back - rows).norm() < 0.003 * rows.norm()  # the basis is kept in float16
+
+
+def test_levels_meet_their_targets(model, profile: Profile) -> None:
+    found = divergence(model, profile, samples(6, seed=1), CONFIG)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < 0.003
+    measured = profile.about["measured"]
+    assert measured[-1]["kl"] <= 0.001
+    assert [m["bits_per_element"] for m in measured] == sorted(m["bits_per_element"] for m in measured)
+
+
+def test_round_trip_at_every_level(model, profile: Profile) -> None:
+    keys, values, _ = prefill(model, samples()[0][0])
+    encoded = encode_kv(keys, values, CONFIG, profile)
+    assert len(encoded.side) == 16
+    errors = []
+    for level in (1, 2, 3):
+        decoded = decode_kv(encoded, level)
+        errors.append(sum(float((a - b).square().sum()) for a, b in zip(decoded[1], values, strict=True)))
+    assert errors == sorted(errors, reverse=True)
+    assert encode_kv(keys, values, CONFIG, profile) == encoded
+    assert encode_kv(keys, values, None, profile).config.transform == "klt"
+
+
+def test_files_bring_it_back(profile: Profile, tmp_path: Path) -> None:
+    path = profile.save(tmp_path)
+    assert path.name == PROFILE_FILE
+    for place in (path, tmp_path):
+        loaded = Profile.load(place)
+        assert loaded.digest == profile.digest
+        assert loaded.about == profile.about
+    with pytest.raises(ProfileError):
+        Profile.load(tmp_path / "nowhere")
+
+
+def test_an_artifact_needs_its_own_profile(model, profile: Profile, tmp_path: Path) -> None:
+    ids = samples()[1][0]
+    cache = CacheGenCache.from_context(model, ids, CONFIG, profile)
+    cache.save_pretrained(tmp_path / "a")
+    loaded = CacheGenCache.from_pretrained(tmp_path / "a", model, profile=profile)
+    assert loaded.kv.geometry == cache.kv.geometry
+    with pytest.raises(ProfileError, match=profile.digest):
+        CacheGenCache.from_pretrained(tmp_path / "a", model)
+    other = replace(profile, step_code=profile.step_code + 1)
+    with pytest.raises(ProfileError, match=other.digest):
+        CacheGenCache.from_pretrained(tmp_path / "a", model, profile=other)
+    profile.save(tmp_path / "a")  # beside the artifact it is found
+    CacheGenCache.from_pretrained(tmp_path / "a", model).save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "base.safetensors").read_bytes() == (tmp_path / "a" / "base.safetensors").read_bytes()
+    assert Artifact(tmp_path / "a").manifest.required == ("klt",)
+
+
+def test_readers_that_do_not_know_klt_refuse_it(model, profile: Profile, tmp_path: Path) -> None:
+    from hf_cachegen.container.manifest import loads
+
+    CacheGenCache.from_context(model, samples()[1][0], CONFIG, profile).save_pretrained(tmp_path / "a")
+    with pytest.raises(UnsupportedFormatError):
+        loads((tmp_path / "a" / "cachegen.json").read_bytes(), features=())
+
+
+def test_another_models_profile_is_refused(profile: Profile) -> None:
+    with pytest.raises(WrongModelError):
+        CacheGenCache.from_context(make("qwen3"), samples()[0][0], CONFIG, profile)
+    keys, values, _ = prefill(make("gpt_neox"), samples()[0][0])
+    with pytest.raises(ProfileError):
+        encode_kv(keys, values, CONFIG, profile)
+
+
+def test_what_klt_cannot_do_is_refused(model, profile: Profile) -> None:
+    keys, values, _ = prefill(model, samples()[0][0])
+    with pytest.raises(ConfigError, match="profile"):
+        encode_kv(keys, values, CONFIG)
+    with pytest.raises(ConfigError, match="row"):
+        encode_kv([k.expand(2, -1, -1, -1) for k in keys], [v.expand(2, -1, -1, -1) for v in values], CONFIG, profile)
+    with pytest.raises(ConfigError, match="levels"):
+        encode_kv(keys, values, replace(CONFIG, levels=2), profile)
+    keys[0][0, 0, 3, 3] = float("nan")
+    with pytest.raises(TensorError):
+        encode_kv(keys, values, CONFIG, profile)
+
+
+def test_learning_needs_samples_and_sane_options(model) -> None:
+    with pytest.raises(ConfigError):
+        learn_profile(model, samples(3))
+    with pytest.raises(ConfigError):
+        learn_profile(model, samples(), floor=0)
+    with pytest.raises(ConfigError):
+        learn_profile(model, samples(), target_kl=-1)
+
+
+def test_learning_is_deterministic(model, profile: Profile) -> None:
+    assert learn_profile(model, samples(), config=CONFIG, target_kl=0.001).digest == profile.digest
+
+
+def damaged(profile: Profile) -> dict[str, bytes]:
+    data = profile.to_bytes()
+    tensors = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    described = json.loads(header["cachegen_profile"])
+
+    def again(changed_tensors=None, **changes) -> bytes:
+        return save({**tensors, **(changed_tensors or {})}, {"cachegen_profile": json.dumps({**described, **changes})})
+
+    return {
+        "nothing": b"",
+        "no safetensors": b"hello, world, this is not a profile",
+        "cut short": data[:-1],
+        "no metadata": save(tensors),
+        "later version": again(version=2),
+        "groups overlap": again(groups=[[0, 0, 1]] * len(described["groups"])),
+        "groups out of range": again(groups=[[0, 0, 1 << 40]] * len(described["groups"])),
+        "fewer layers": again(layers=described["layers"][:-1]),
+        "no such rotation": again(rotary={"style": "spiral", "scaling": 1.0}),
+        "step out of range": again(step_code=300),
+        "means of another width": again({"means": tensors["means"][:-1].clone()}),
+        "not finite": again({"means": tensors["means"] * float("nan")}),
+        "entries of another number": again({"base_entries": tensors["base_entries"][:-1].clone()}),
+        "basis of another shape": again({"synthesis-0": tensors["synthesis-0"][:, :-1].clone()}),
+    }
+
+
+def test_damaged_profiles_are_refused(profile: Profile) -> None:
+    for name, data in damaged(profile).items():
+        try:
+            Profile.from_bytes(data)
+        except ProfileError:
+            continue
+        pytest.fail(f"{name} was accepted")
