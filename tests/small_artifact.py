@@ -34,7 +34,7 @@ class MemoryStore:
             raise ArtifactNotFoundError(name)
         return len(self.files[name])
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         return self.files[name][offset : offset + length]
 
 

@@ -139,7 +139,7 @@ class WrongServer(MemoryStore):
         super().__init__(files)
         self.whole = whole
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         return self.files[name] if self.whole else b""
 
 

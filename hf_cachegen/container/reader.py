@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Collection
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol, runtime_checkable
 
 from hf_cachegen.container.manifest import (
     DEFAULT_LIMITS,
@@ -36,8 +36,20 @@ class Store(Protocol):
         """Length of the file in bytes."""
         ...
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        """Exactly that range; TruncatedError where the file ends before it."""
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
+        """Exactly that range; TruncatedError where the file ends before it.
+
+        xxh3: what the range should hash to, for stores that keep or refetch ranges; the reader checks it anyway.
+        """
+        ...
+
+
+@runtime_checkable
+class PrefetchingStore(Store, Protocol):
+    """A store that fetches ahead of its reader."""
+
+    def prefetch(self, segments: Iterable[Segment]) -> None:
+        """These segments will be read, in this order."""
         ...
 
 
@@ -67,6 +79,11 @@ class Reader:
         if segment.file not in self._checked:
             self._check_file(segment.file)
         return self._range(segment.file, segment.offset, segment.length, segment.xxh3, f"segment {segment.name}")
+
+    def prefetch(self, segments: Iterable[Segment]) -> None:
+        """Tells the store, if it cares, which segments will be read next, in which order."""
+        if isinstance(self.store, PrefetchingStore):
+            self.store.prefetch(segments)
 
     def input_ids(self) -> list[int] | None:
         """The context's token ids; None where the artifact holds none."""
@@ -115,7 +132,7 @@ class Reader:
         self._checked.add(name)
 
     def _range(self, file: str, offset: int, length: int, xxh3: str, what: str) -> bytes:
-        data = self.store.read(file, offset, length)
+        data = self.store.read(file, offset, length, xxh3)
         if len(data) < length:
             raise TruncatedError(f"{file}: {what} has {len(data)} bytes, expected {length}; fetch the artifact again")
         if len(data) > length or digest(data) != xxh3:

@@ -32,7 +32,7 @@ class LocalStore:
         finally:
             os.close(file)
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         """Exactly `length` bytes from `offset`; TruncatedError, before memory is taken, where the file ends sooner."""
         with os.fdopen(self._open(name), "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,0 +1,106 @@
+"""Byte ranges of any filesystem that fsspec knows: s3://, gs://, az://, sftp://, memory://, file:// and many more.
+
+fsspec shows no headers, so what can be proved here is less than over HTTP: the length of a range, and, after a range
+turned out short or wrong, whether the file is still the one that was opened. The checksums prove the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+import fsspec.asyn
+from fsspec.exceptions import FSTimeoutError
+
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    ChangedError,
+    ConfigError,
+    MissingExtraError,
+    RangeError,
+    StoreAccessError,
+    StoreError,
+    StoreTimeoutError,
+)
+from hf_cachegen.stores.http import shown
+from hf_cachegen.stores.retry import Again, Patience, persist
+
+_MARKS = ("VersionId", "generation", "ETag", "etag", "mtime", "LastModified", "created")
+"""What filesystems call that which changes with the content, the most telling first."""
+
+
+class FilesystemFiles:
+    """Files under an fsspec URL. storage_options: what fsspec passes to the filesystem (credentials, endpoints).
+
+    Threads may share it. Raises MissingExtraError where the filesystem's package is not installed, ConfigError for an
+    unknown scheme, and then ArtifactNotFoundError and StoreError.
+    """
+
+    def __init__(
+        self, url: str, storage_options: Mapping[str, Any] | None = None, patience: Patience | None = None
+    ) -> None:
+        self.place = shown(url)
+        self.patience = patience or Patience()
+        try:
+            self._files, self._root = fsspec.url_to_fs(url, **{"use_listings_cache": False, **(storage_options or {})})
+        except ImportError as error:
+            raise MissingExtraError(f"{self.place}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.place}: {error}") from error
+        self._one_at_a_time = threading.Lock()
+        self._seen: dict[str, tuple[int, str]] = {}
+
+    def open(self, name: str) -> tuple[int, bytes]:
+        """The file's size; nothing of it is read yet."""
+        identity = persist(self.patience, lambda: self._identity(name))
+        self._expect(name, identity)
+        return identity[0], b""
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly that range of a file that was opened."""
+        return persist(self.patience, lambda: self._read(name, offset, length)) if length else b""
+
+    def _read(self, name: str, offset: int, length: int) -> bytes:
+        path = f"{self._root.rstrip('/')}/{name}"
+        seconds = self.patience.seconds_for(length)
+        data = self._call(name, seconds, "cat_file", path, start=offset, end=offset + length)
+        if len(data) > length:
+            raise RangeError(f"{self.place}/{name}: {len(data)} bytes came for a range of {length}")
+        if len(data) < length:
+            self._expect(name, self._identity(name))
+            raise Again(StoreError(f"{self.place}/{name}: {len(data)} bytes came for a range of {length}"))
+        return bytes(data)
+
+    def _expect(self, name: str, identity: tuple[int, str]) -> None:
+        before = self._seen.setdefault(name, identity)
+        if before != identity:
+            raise ChangedError(f"{self.place}/{name} changed while it was being read: {before} became {identity}")
+
+    def _identity(self, name: str) -> tuple[int, str]:
+        """(size, whatever the filesystem has that changes with the content)."""
+        info = self._call(name, self.patience.timeout, "info", f"{self._root.rstrip('/')}/{name}")
+        if info.get("type") == "directory" or type(info.get("size")) is not int:
+            raise StoreError(f"{self.place}/{name} is not a regular file")
+        marks = (info.get(key) for key in _MARKS)
+        return info["size"], str(next((mark for mark in marks if mark is not None), ""))
+
+    def _call(self, name: str, seconds: float, method: str, *args: Any, **options: Any) -> Any:
+        """Calls a method of the filesystem, within the time, and gives its failures their names."""
+        place = f"{self.place}/{name}"
+        try:
+            if self._files.async_impl:
+                coroutine = getattr(self._files, f"_{method}")
+                return fsspec.asyn.sync(self._files.loop, coroutine, *args, timeout=seconds, **options)
+            with self._one_at_a_time:  # of the others only few may be shared by threads
+                return getattr(self._files, method)(*args, **options)
+        except FileNotFoundError as error:
+            raise ArtifactNotFoundError(f"there is no {place}") from error
+        except PermissionError as error:
+            raise StoreAccessError(f"{place}: {error}; pass credentials with the right to read it") from error
+        except (FSTimeoutError, TimeoutError, asyncio.TimeoutError) as error:
+            raise Again(StoreTimeoutError(f"{place}: no answer in time, in every attempt")) from error
+        except Exception as error:  # each filesystem raises its own kinds
+            raise Again(StoreError(f"{place}: {type(error).__name__}: {error}, in every attempt")) from error

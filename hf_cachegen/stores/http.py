@@ -1,0 +1,213 @@
+"""Byte ranges over HTTP, each proved to be the range that was asked for.
+
+General HTTP libraries hand out whatever body a server sends. Here a range counts only as a 206 whose Content-Range
+names exactly the bytes asked for, uncompressed, of the same size and ETag as the file's first response; a body that
+breaks off is continued from the byte where it broke. The standard library's client serves: it honours proxies from the
+environment and needs no event loop. Headers that the user gives (tokens) go to the first host alone, never along a
+redirect to another one.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import re
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from email.message import Message
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    ChangedError,
+    RangeError,
+    StoreAccessError,
+    StoreError,
+    StoreTimeoutError,
+)
+from hf_cachegen.stores.retry import Again, Patience, persist
+
+HEAD_BYTES = 1 << 16
+"""Asked for when a file is opened: most manifests and all headers fit, so they need no request of their own."""
+_PIECE_BYTES = 1 << 18
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+_UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})")
+_PASSING = frozenset([408, 425, 429, 500, 502, 503, 504])
+"""Statuses that another attempt may mend."""
+
+
+def shown(url: str) -> str:
+    """The URL as messages show it: without credentials, and without the query, which may be a signature."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+class HttpFiles:
+    """Files behind URLs. url_of: a file's URL by its name. headers: sent to that host, and to no other.
+
+    Threads may share it. Raises ArtifactNotFoundError and StoreError (see hf_cachegen.errors).
+    """
+
+    def __init__(
+        self,
+        url_of: Callable[[str], str],
+        headers: Mapping[str, str] | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self.url_of = url_of
+        self.patience = patience or Patience()
+        self._headers = dict(headers or {})
+        self._opener = urllib.request.build_opener(_Redirects())
+        self._seen: dict[str, tuple[int, str]] = {}
+
+    def open(self, name: str) -> tuple[int, bytes]:
+        """The file's size, and its first HEAD_BYTES (all of a shorter file)."""
+
+        def attempt() -> tuple[int, bytes]:
+            data = bytearray()
+            size = self._receive(name, 0, HEAD_BYTES, data, whole=False)
+            return size, bytes(data)
+
+        return persist(self.patience, attempt)
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly that range of a file that was opened."""
+        data = bytearray()
+        if length:
+            persist(self.patience, lambda: self._receive(name, offset + len(data), length - len(data), data))
+        return bytes(data)
+
+    def _receive(self, name: str, offset: int, length: int, data: bytearray, *, whole: bool = True) -> int:
+        """One attempt: appends to `data` what comes of the range, and returns the file's size."""
+        url = self.url_of(name)
+        place = shown(url)
+        deadline = time.monotonic() + self.patience.seconds_for(length)
+        request = urllib.request.Request(url)
+        request.add_header("Range", f"bytes={offset}-{offset + length - 1}")
+        request.add_header("Accept-Encoding", "identity")
+        for header, value in self._headers.items():
+            request.add_unredirected_header(header, value)
+        try:
+            with self._opener.open(request, timeout=self.patience.timeout) as response:
+                size, expected = self._check(name, place, response, offset, length, whole)
+                self._body(response, expected, data, deadline, place)
+                return size
+        except urllib.error.HTTPError as error:
+            with error:
+                if not whole and offset == 0 and _is_empty(error):
+                    return 0
+                raise self._refusal(name, place, error) from error
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise _broken(place, error) from error
+
+    def _check(
+        self, name: str, place: str, response: Any, offset: int, length: int, whole: bool
+    ) -> tuple[int, int]:
+        """(size of the file, bytes that the body must have), from the headers of a good response."""
+        headers = response.headers
+        if (coding := headers.get("Content-Encoding", "identity").lower()) != "identity":
+            raise RangeError(f"{place} came {coding}-compressed though uncompressed was asked for; turn that off there")
+        if response.status == 200 and headers.get("Content-Length") == "0" and not whole:
+            return 0, 0
+        if response.status != 206:
+            raise RangeError(
+                f"{place}: the server ignores byte ranges (status {response.status} instead of 206); download the "
+                "files, or serve them with one that knows ranges (nginx, an object store, the Hub)"
+            )
+        found = headers.get("Content-Range", "")
+        match = _CONTENT_RANGE.fullmatch(found)
+        first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
+        wanted = offset + length - 1
+        if first != offset or last != (wanted if whole else min(wanted, size - 1)) or last >= size:
+            raise RangeError(f"{place}: asked for bytes {offset}-{wanted}, the server sent {found!r:.60}")
+        expected = last - first + 1
+        if (announced := headers.get("Content-Length")) is not None and announced.strip() != str(expected):
+            raise RangeError(f"{place}: {announced!r:.20} bytes announced for a range of {expected}")
+        identity = (size, headers.get("ETag") or headers.get("Last-Modified") or "")
+        if self._seen.setdefault(name, identity) != identity:
+            raise ChangedError(f"{place} changed while it was being read: {self._seen[name]} became {identity}")
+        return size, expected
+
+    def _body(self, response: Any, expected: int, data: bytearray, deadline: float, place: str) -> None:
+        left = expected
+        while left:
+            piece = response.read1(min(left, _PIECE_BYTES))
+            if not piece:
+                raise Again(StoreError(f"{place}: the connection ended {left} bytes early, in every attempt"))
+            data += piece
+            left -= len(piece)
+            if left and time.monotonic() > deadline:
+                raise Again(StoreTimeoutError(f"{place}: too slow, {left} of {expected} bytes are missing"))
+
+    def _refusal(self, name: str, place: str, error: urllib.error.HTTPError) -> Exception:
+        """What a status of 300 or more means."""
+        code, headers = error.code, error.headers
+        said = headers.get("X-Error-Message") or error.reason or ""
+        text = f"{place}: {code} {''.join(c for c in str(said) if c.isprintable())[:200]}".rstrip()
+        if code in (401, 403):
+            return StoreAccessError(f"{text}; pass a token (or headers) with the right to read it")
+        if code in (404, 410):
+            return ArtifactNotFoundError(f"there is no {place} ({code})")
+        if code == 412:
+            return ChangedError(f"{text}; it changed while it was being read")
+        if code == 416:
+            match = _UNSATISFIED.fullmatch(headers.get("Content-Range", ""))
+            before = self._seen.get(name)
+            if match and before and int(match[1]) != before[0]:
+                return ChangedError(f"{place} changed while it was being read: {before[0]} bytes became {match[1]}")
+            return RangeError(f"{text}; the server refuses a range that the file has")
+        if code in _PASSING:
+            return Again(StoreError(f"{text}, in every attempt; try again later"), _retry_after(headers))
+        return StoreError(text)
+
+
+def _is_empty(error: urllib.error.HTTPError) -> bool:
+    """Whether this refuses a range because the file has no bytes."""
+    match = _UNSATISFIED.fullmatch(error.headers.get("Content-Range", ""))
+    return error.code == 416 and match is not None and int(match[1]) == 0
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects between http and https alone, never down from https, and leaves tokens behind elsewhere."""
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
+            raise StoreError(f"{shown(req.full_url)} redirects to {shown(newurl)}, which is less safe: not followed")
+        request = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
+        if request is not None and (old.scheme, old.netloc) == (new.scheme, new.netloc):
+            request.unredirected_hdrs.update(
+                {k: v for k, v in req.unredirected_hdrs.items() if k not in ("Host", "Connection")}
+            )
+        return request
+
+
+def _broken(place: str, error: Exception) -> Exception:
+    """What an exception of the connection means; many are wrapped in an URLError."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return StoreError(f"{place}: the server's certificate is not valid: {cause.verify_message}")
+    if isinstance(cause, TimeoutError):
+        return Again(StoreTimeoutError(f"{place}: no answer in time, in every attempt"))
+    return Again(StoreError(f"{place}: {type(cause).__name__}: {cause}, in every attempt"))
+
+
+def _retry_after(headers: Message) -> float | None:
+    """Seconds that the server asks to wait, given as such or as a date; None where it says nothing of use."""
+    value = (headers.get("Retry-After") or "").strip()
+    if re.fullmatch(r"\d{1,9}", value):
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,317 @@
+"""Ranges over HTTP: whatever a server does, the bytes are right or the error is typed, in bounded time."""
+
+from __future__ import annotations
+
+import email.utils
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_cachegen.container import Reader
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    ChangedError,
+    ConfigError,
+    CorruptError,
+    LimitError,
+    ManifestError,
+    RangeError,
+    StoreAccessError,
+    StoreError,
+    StoreTimeoutError,
+    TruncatedError,
+)
+from hf_cachegen.stores.http import HEAD_BYTES
+from hf_cachegen.stores.remote import RemoteStore, open_files
+from hf_cachegen.stores.retry import Patience
+from tests import http_server as faults
+from tests.http_server import Fault, Server, running
+from tests.small_artifact import contents, write
+
+IMPATIENT = Patience(attempts=3, timeout=0.3, backoff=0.01, min_bytes_per_second=1 << 20)
+DATA = bytes(range(256)) * 1024
+"""Longer than what comes with opening a file."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running(Server()) as found:
+        found.files["data"] = DATA
+        yield found
+
+
+def store_of(server: Server, folder: str = "", **options: object) -> RemoteStore:
+    return RemoteStore(open_files(f"{server.url}/{folder}", **{"patience": IMPATIENT, **options}))
+
+
+def artifact_on(server: Server, tmp_path: Path) -> list[tuple[str, bytes]]:
+    """Puts a small artifact under context/ and returns its segments as a local reader gives them."""
+    write(tmp_path / "context")
+    server.files.update({f"context/{name}": data for name, data in contents(tmp_path / "context").items()})
+    return [(s.name, server.files[f"context/{s.file}"][s.offset : s.offset + s.length]) for s in segments(server)]
+
+
+def segments(server: Server) -> list:
+    return list(Reader(store_of(server, "context")).manifest.segments)
+
+
+def test_ranges(server: Server) -> None:
+    store = store_of(server)
+    assert store.size("data") == len(DATA)
+    for offset, length in ((0, 10), (100, 5), (HEAD_BYTES - 3, 6), (len(DATA) - 1, 1), (len(DATA), 0), (0, len(DATA))):
+        assert store.read("data", offset, length) == DATA[offset : offset + length]
+
+
+@pytest.mark.parametrize("size", [0, 1, HEAD_BYTES - 1, HEAD_BYTES, HEAD_BYTES + 1])
+def test_files_of_any_size(server: Server, size: int) -> None:
+    server.files["data"] = DATA[:size]
+    store = store_of(server)
+    assert (store.size("data"), store.read("data", 0, size)) == (size, DATA[:size])
+
+
+def test_a_small_file_takes_one_request(server: Server) -> None:
+    server.files["data"] = b"0123456789"
+    store = store_of(server)
+    assert [store.size("data"), store.read("data", 0, 5), store.read("data", 5, 5)] == [10, b"01234", b"56789"]
+    assert len(server.requests) == 1
+
+
+def test_what_is_sent(server: Server) -> None:
+    store_of(server, headers={"Authorization": "Bearer secret", "User-Agent": "test/1"}).size("data")
+    _, headers = server.requests[0]
+    assert (headers["Authorization"], headers["User-Agent"]) == ("Bearer secret", "test/1")
+    assert (headers["Range"], headers["Accept-Encoding"]) == (f"bytes=0-{HEAD_BYTES - 1}", "identity")
+
+
+def test_an_artifact(server: Server, tmp_path: Path) -> None:
+    expected = artifact_on(server, tmp_path)
+    reader = Reader(store_of(server, "context"))
+    reader.prefetch(reader.manifest.segments)
+    assert [(segment.name, reader.read(segment)) for segment in reader.manifest.segments] == expected
+    assert reader.verify() == sum(map(len, contents(tmp_path / "context").values()))
+
+
+def test_a_query_stays_behind_the_path(server: Server) -> None:
+    store = RemoteStore(open_files(f"{server.url}/?signature=abc", patience=IMPATIENT))
+    assert store.size("data") == len(DATA)
+    server.always = faults.status(418)
+    with pytest.raises(StoreError) as caught:
+        store.read("data", HEAD_BYTES, 1)
+    assert "abc" not in str(caught.value)
+
+
+PASSING: dict[str, Fault] = {
+    "408": faults.status(408),
+    "429": faults.status(429),
+    "429 now": faults.status(429, Retry_After="0"),
+    "500": faults.status(500),
+    "502": faults.status(502),
+    "503": faults.status(503),
+    "504": faults.status(504),
+    "cut at once": faults.cut(0),
+    "cut in the middle": faults.cut(0.5),
+    "cut without a length": faults.cut_without_length,
+    "reset at once": faults.reset_at_once,
+    "reset in the middle": faults.reset_in_body,
+    "no HTTP": faults.no_http,
+    "silent": faults.silent(0.5),
+    "stalls in the body": faults.stall_in_body(0.5),
+}
+"""Faults that another attempt mends."""
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
+def test_a_passing_fault_is_mended(server: Server, fault: Fault) -> None:
+    store = store_of(server)
+    assert store.size("data") == len(DATA)
+    server.faults = [fault, fault]
+    assert store.read("data", HEAD_BYTES, 10_000) == DATA[HEAD_BYTES : HEAD_BYTES + 10_000]
+    assert not server.faults
+
+
+LASTING: dict[str, tuple[Fault, type[Exception], str]] = {
+    "ignores ranges": (faults.ignore_range, RangeError, "ignores byte ranges"),
+    "no Content-Range": (faults.with_headers(Content_Range=None), RangeError, "sent ''"),
+    "another range": (faults.other_range, RangeError, "sent 'bytes 1-"),
+    "a strange Content-Range": (faults.with_headers(Content_Range="lines 1-2/3"), RangeError, "lines 1-2/3"),
+    "a huge Content-Range": (faults.with_headers(Content_Range=f"bytes 0-9/{'9' * 99}"), RangeError, "sent"),
+    "size unknown": (faults.with_headers(Content_Range="bytes 70000-70099/*"), RangeError, "sent"),
+    "wrong Content-Length": (faults.with_headers(Content_Length="3"), RangeError, "'3' bytes announced"),
+    "gzip": (faults.with_headers(Content_Encoding="gzip"), RangeError, "gzip-compressed"),
+    "another ETag": (faults.with_headers(ETag='"other"'), ChangedError, "changed while"),
+    "no ETag any more": (faults.with_headers(ETag=None), ChangedError, "changed while"),
+    "another size": (faults.with_headers(Content_Range="bytes 70000-70099/70100"), ChangedError, "changed while"),
+    "401": (faults.status(401), StoreAccessError, "token"),
+    "403": (faults.status(403, X_Error_Message="gated: ask first"), StoreAccessError, "gated: ask first"),
+    "404": (faults.status(404), ArtifactNotFoundError, "no http"),
+    "410": (faults.status(410), ArtifactNotFoundError, "no http"),
+    "412": (faults.status(412), ChangedError, "412"),
+    "416": (faults.status(416), RangeError, "416"),
+    "416, now shorter": (faults.status(416, Content_Range="bytes */7"), ChangedError, "became 7"),
+    "418": (faults.status(418), StoreError, "418"),
+    "501": (faults.status(501), StoreError, "501"),
+    "500 always": (faults.status(500), StoreError, "500 .* in every attempt"),
+    "429 for an hour": (faults.status(429, Retry_After="3600"), StoreError, "429"),
+    "cut always": (faults.cut(0), StoreError, "bytes early, in every attempt"),
+    "reset always": (faults.reset_at_once, StoreError, "in every attempt"),
+    "no HTTP": (faults.no_http, StoreError, "in every attempt"),
+    "silent always": (faults.silent(0.5), StoreTimeoutError, "no answer in time"),
+    "stalls always": (faults.stall_in_body(0.5), StoreTimeoutError, "no answer in time"),
+    "trickles": (faults.trickle(0.05), StoreTimeoutError, "too slow"),
+    "redirects for ever": (faults.status(302, Location="/data"), StoreError, "302"),
+    "redirects to a file": (faults.status(302, Location="file:///etc/passwd"), StoreError, "not followed|302"),
+}
+"""Faults that stay: how they end, and what the message says."""
+
+
+@pytest.mark.parametrize(("fault", "error", "message"), LASTING.values(), ids=LASTING.keys())
+def test_a_lasting_fault_is_a_typed_error(
+    server: Server, fault: Fault, error: type[Exception], message: str
+) -> None:
+    store = store_of(server)
+    assert store.size("data") == len(DATA)
+    server.always = fault
+    start = time.monotonic()
+    with pytest.raises(error, match=message):
+        store.read("data", 70_000, 100)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("fault", [faults.ignore_range, faults.with_headers(Content_Encoding="br"), faults.status(416)])
+def test_a_server_that_cannot_serve_ranges_is_found_out_when_opening(server: Server, fault: Fault) -> None:
+    server.always = fault
+    with pytest.raises(RangeError):
+        store_of(server).size("data")
+
+
+def test_what_came_before_a_cut_is_not_fetched_again(server: Server) -> None:
+    store = store_of(server)
+    store.size("data")
+    server.faults = [faults.cut(0.5), faults.reset_at_once]
+    assert store.read("data", 100_000, 1000) == DATA[100_000:101_000]
+    asked = [headers["Range"] for _, headers in server.requests[1:]]
+    assert asked == ["bytes=100000-100999", "bytes=100500-100999", "bytes=100500-100999"]
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_retry_after_is_honoured(server: Server, kind: str) -> None:
+    store = store_of(server)
+    store.size("data")
+    asked = "1" if kind == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
+    server.faults = [faults.status(503, Retry_After=asked)]
+    start = time.monotonic()
+    assert store.read("data", HEAD_BYTES, 1) == DATA[HEAD_BYTES : HEAD_BYTES + 1]
+    assert 0.9 < time.monotonic() - start < 4
+
+
+def test_nobody_listens(server: Server) -> None:
+    url = server.url
+    server.server_close()
+    with pytest.raises(StoreError, match="ConnectionRefusedError"):
+        RemoteStore(open_files(url, patience=IMPATIENT)).size("data")
+
+
+def test_a_host_that_is_not_there() -> None:
+    with pytest.raises(StoreError, match="in every attempt"):
+        RemoteStore(open_files("http://nowhere.invalid", patience=IMPATIENT)).size("data")
+
+
+def test_a_redirect_is_followed_and_keeps_the_token_at_home(server: Server) -> None:
+    with running(Server()) as other:
+        other.files["elsewhere"] = DATA
+        store = store_of(server, headers={"Authorization": "Bearer secret"})
+        server.faults = [faults.status(307, Location="/data"), faults.status(302, Location=f"{other.url}/elsewhere")]
+        assert store.size("data") == len(DATA)
+        assert [headers["Authorization"] for _, headers in server.requests] == ["Bearer secret"] * 2
+        (_, headers), *_ = other.requests
+        assert headers["Authorization"] is None
+        assert headers["Range"] == f"bytes=0-{HEAD_BYTES - 1}"
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_every_kind_of_redirect(server: Server, code: int) -> None:
+    server.faults = [faults.status(code, Location="/data")]
+    assert store_of(server).size("data") == len(DATA)
+
+
+def test_a_flipped_bit_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    expected = artifact_on(server, tmp_path)
+    reader = Reader(store_of(server, "context"))
+    server.faults = [faults.flip]  # comes with the file's first bytes, its header
+    assert [(segment.name, reader.read(segment)) for segment in reader.manifest.segments] == expected
+
+
+def test_a_bit_that_stays_flipped_is_an_error(server: Server, tmp_path: Path) -> None:
+    artifact_on(server, tmp_path)
+    reader = Reader(store_of(server, "context"))
+    server.always = faults.flip
+    with pytest.raises(CorruptError, match="not what was written"):
+        reader.read(reader.manifest.segments[0])
+
+
+def test_a_damaged_manifest(server: Server, tmp_path: Path) -> None:
+    artifact_on(server, tmp_path)
+    server.always = faults.flip
+    with pytest.raises(ManifestError, match="damaged"):
+        Reader(store_of(server, "context"))
+
+
+def test_files_that_are_replaced_in_mid_read(server: Server) -> None:
+    store = store_of(server)
+    store.read("data", 70_000, 100)
+    server.files["data"] = DATA[::-1]
+    with pytest.raises(ChangedError, match="changed while"):
+        store.read("data", 70_000, 100)
+
+
+def test_another_artifact_after_the_manifest(server: Server, tmp_path: Path) -> None:
+    artifact_on(server, tmp_path)
+    reader = Reader(store_of(server, "context"))
+    first = reader.manifest.segments[0]
+    server.files[f"context/{first.file}"] = b"x" * len(server.files[f"context/{first.file}"])
+    with pytest.raises(CorruptError, match="not what was written"):
+        reader.read(first)
+
+
+def test_a_manifest_as_large_as_a_disk(server: Server) -> None:
+    server.files["context/cachegen.json"] = b" " * HEAD_BYTES
+    server.always = faults.with_headers(Content_Range=f"bytes 0-{HEAD_BYTES - 1}/{1 << 40}")
+    with pytest.raises(LimitError, match="the limit is"):
+        Reader(store_of(server, "context"))
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 300_000), (300_000, 1), (-1, 2), (0, -1), (0, 1 << 62)])
+def test_a_range_beyond_the_file(server: Server, offset: int, length: int) -> None:
+    with pytest.raises(TruncatedError, match="has 262144 bytes"):
+        store_of(server).read("data", offset, length)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../data", "a/b", "/etc/passwd", "data\0", "Data", "a?b", "a" * 65])
+def test_what_is_no_file_name(server: Server, name: str) -> None:
+    with pytest.raises(CorruptError, match="not the name"):
+        store_of(server).size(name)
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("data", {}),
+        ("nothing://x", {}),
+        ("https://me:secret@host/x", {}),
+        ("https://host/x", {"storage_options": {"key": 1}}),
+        ("memory://x", {"headers": {"a": "b"}}),
+    ],
+)
+def test_urls_that_cannot_be(url: str, options: dict) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_files(url, **options)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"attempts": 0}, {"timeout": 0}, {"backoff": -1}, {"min_bytes_per_second": 0}])
+def test_impossible_patience(wrong: dict) -> None:
+    with pytest.raises(ConfigError):
+        Patience(**wrong)
