@@ -23,7 +23,8 @@
     │   ├── StoreTimeoutError (TimeoutError)   no answer, or too slow a one, in every attempt
     │   ├── RangeError                         a server that does not serve byte ranges rightly
     │   ├── ChangedError                       the files changed while they were read
-    │   └── ConflictError                      somebody else pushed to the same place at the same time
+    │   ├── ConflictError                      somebody else pushed to the same place at the same time
+    │   └── OfflineError (FileNotFoundError)   only the local cache may be used, and it lacks what is needed
     └── MismatchError                          a sound cache that belongs to something else
         ├── WrongModelError                    another architecture or configuration
         ├── WrongWeightsError                  the same configuration with other weights, or another adapter
@@ -131,6 +132,10 @@ class ChangedError(StoreError):
 
 class ConflictError(StoreError):
     """Somebody else pushed to the same place in the meantime."""
+
+
+class OfflineError(StoreError, FileNotFoundError):
+    """Only the local cache may be used, and it lacks what is needed."""
 
 
 class MismatchError(CacheGenError):
