@@ -1,7 +1,7 @@
 """Retrieval accuracy and fidelity against size, on the reference model: exact cache, uniform quantisation, each
 transform and level.
 
-    python -m eval.accuracy --contexts 16 --lines 64 --questions 8
+    python -m eval.accuracy --contexts 16 --lines 128 --questions 8
 
 Every codec answers the same questions from the same contexts. Columns: bits per element with everything counted, exact
 match of the retrieved number, share of answers that equal the exact cache's word for word, and KL divergence (nats per
@@ -154,7 +154,7 @@ def table(rows: Sequence[Row], exact_bits: float) -> Table:
 @click.option("--model", default=str(MODEL_PATH), show_default="the reference model")
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]))
 @click.option("--contexts", default=16, show_default=True)
-@click.option("--lines", default=64, show_default=True, help="lines of each record, 17 tokens each")
+@click.option("--lines", default=128, show_default=True, help="lines of each record, 8 tokens each")
 @click.option("--questions", default=8, show_default=True, help="questions about each record")
 @click.option("--chunk-tokens", default=512, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="write the rows as JSON")

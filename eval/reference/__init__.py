@@ -1,5 +1,6 @@
-"""The reference model: small enough to be committed, good enough to measure caches by. `train.py` made it, `corpus.py`
-its text.
+"""The reference model: small enough to be committed, good enough to measure caches by.
+
+`train.py` made it, `corpus.py` its text.
 """
 
 from __future__ import annotations
@@ -10,12 +11,26 @@ from pathlib import Path
 from eval.reference import corpus
 
 MODEL_PATH = Path(__file__).with_name("model")
-"""Weights (bf16 safetensors), tokenizer and training record."""
+"""Weights (bf16 safetensors), tokenizer, training record and the model's profile."""
 HELD_OUT_SEED = 1 << 40
 """Seeds from here on are for tests: training draws everything from one small seed."""
+CALIBRATION_SEED = 1 << 41
+"""Seeds from here on are for learning profiles."""
+TASKS = ("lines", "topics", "stories")
+LINE_TOKENS = 8
+"""Tokens of a line of the record; its heading takes about 60."""
 
 
 def held_out_lines(index: int, lines: int, questions: int) -> corpus.Document:
     """The `index`-th test document of the line retrieval task."""
-    rng = random.Random(HELD_OUT_SEED + index)
-    return corpus.lines(rng, lines, questions)
+    return corpus.lines(random.Random(HELD_OUT_SEED + index), lines, questions)
+
+
+def document(task: str, seed: int, tokens: int) -> corpus.Document:
+    """A document whose context has about `tokens` tokens, with questions about it."""
+    rng = random.Random(seed)
+    if task == "lines":
+        return corpus.lines(rng, max(2, (tokens - 60) // LINE_TOKENS), 8)
+    if task == "topics":
+        return corpus.topics(rng, max(1, min(24, tokens // 110)), turns=2)
+    return corpus.stories(rng, max(2, min(70, tokens // 85)), 12)

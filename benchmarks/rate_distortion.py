@@ -1,0 +1,210 @@
+"""Bits per element against divergence, for every codec, on the reference model.
+
+    python benchmarks/rate_distortion.py --out docs/results/rate_distortion
+
+Every codec codes the same contexts of three tasks at several rates. Bits count everything a user would store (for klt
+the profile, which is one file for a model whatever the number of contexts, is stated beside and not added). Divergence
+is KL, exact against decoded cache, in nats per token of the questions and right answers that follow. The profile is
+learnt from documents that the test does not contain; `--leave-out TASK` keeps a whole task from it. Writes a table
+(Markdown), the points (JSON) and the plot (PNG, SVG).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import uniform
+from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, document
+from eval.released import released
+from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
+from hf_cachegen.calibration import Sample, continuation_logits, prefill
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+KV = tuple[Sequence[Tensor], Sequence[Tensor]]
+Point = tuple[float, KV]
+"""Bits per element, and what is decoded."""
+SCALES = (0.35, 0.6, 1.0, 1.7, 3.0)
+"""Factors on the steps of the transforms that need no profile."""
+PCA_FLOOR = 99.0
+"""With this floor all sensitivities are alike, and klt is plain PCA."""
+
+
+def sample(tokenizer: Any, task: str, seed: int, tokens: int) -> Sample:
+    """(context, questions with their right answers) as token ids [1, tokens]."""
+    made = document(task, seed, tokens)
+    after = "".join(question.prompt + question.completion for question in made.questions)
+    context: Tensor = tokenizer(made.text, return_tensors="pt").input_ids
+    return context, tokenizer(after, return_tensors="pt").input_ids
+
+
+def learnt(model: Any, samples: Sequence[Sample], **options: Any) -> list[Profile]:
+    """Profiles of the same basis at three finest steps, for a longer curve."""
+    return [learn_profile(model, samples, target_kl=target, **options) for target in (0.01, 0.001, 0.0002)]
+
+
+def by_steps(transform: str) -> Callable[[KV], list[Point]]:
+    """delta or identity at several steps, every level of each."""
+
+    def codec(kv: KV) -> list[Point]:
+        points = []
+        for scale in SCALES:
+            steps = tuple(scale * step for step in (0.5, 1.0, 1.5))
+            config = CacheGenConfig(transform=transform, steps=steps, measure=False)  # type: ignore[arg-type]
+            points += levels_of(kv, config, None)
+        return points
+
+    return codec
+
+
+def by_profiles(profiles: Sequence[Profile]) -> Callable[[KV], list[Point]]:
+    """klt with each of these profiles, every level of each."""
+    config = CacheGenConfig(transform="klt", measure=False)
+    return lambda kv: [point for profile in profiles for point in levels_of(kv, config, profile)]
+
+
+def levels_of(kv: KV, config: CacheGenConfig, profile: Profile | None) -> list[Point]:
+    """Every level of one encoding."""
+    encoded = encode_kv(*kv, config, profile)
+    elements = encoded.geometry.elements
+    return [
+        (8 * encoded.nbytes_at(level) / elements, decode_kv(encoded, level)) for level in range(1, encoded.levels + 1)
+    ]
+
+
+def by_bits(kv: KV) -> list[Point]:
+    """Uniform quantisation at several widths."""
+    width = kv[0][0].shape[-1]
+    return [
+        (
+            uniform.bits_per_element(bits, width),
+            ([uniform.quantise(x, bits) for x in kv[0]], [uniform.quantise(x, bits) for x in kv[1]]),
+        )
+        for bits in (8, 6, 5, 4, 3, 2)
+    ]
+
+
+def as_released(kv: KV) -> list[Point]:
+    """The released code's bins (the third point), and more and fewer."""
+    return [released(kv, factor) for factor in (4.0, 2.0, 1.0, 0.5)]
+
+
+Curve = dict[str, list[list[float]]]
+"""Task to its points [bits per element, KL], means over the contexts, in the codec's own order of points."""
+
+
+@torch.no_grad()
+def curves(
+    model: Any, codecs: dict[str, Callable[[KV], list[Point]]], tests: dict[str, list[Sample]]
+) -> dict[str, Curve]:
+    """Every codec on every test context."""
+    found: dict[str, Curve] = {name: defaultdict(list) for name in codecs}
+    work = [(task, s) for task, samples in tests.items() for s in samples]
+    for task, (context, continuation) in tqdm(work, "contexts"):
+        keys, values, _ = prefill(model, context)
+        exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
+        for name, codec in codecs.items():
+            for index, (bits, kv) in enumerate(codec((keys, values))):
+                lossy = continuation_logits(model, *kv, continuation).log_softmax(-1)
+                kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
+                points = found[name][task]
+                if index == len(points):
+                    points.append([0.0, 0.0])
+                points[index][0] += bits / len(tests[task])
+                points[index][1] += kl / len(tests[task])
+    return found
+
+
+def bits_at(points: Sequence[Sequence[float]], kl: float) -> float:
+    """Bits at this divergence: between the points of the lower hull, straight in log KL; NaN beyond them."""
+    hull: list[Sequence[float]] = []
+    for bits, found in sorted(points):
+        if not hull or found < hull[-1][1]:
+            hull.append((bits, found))
+    for (low, more), (high, less) in pairwise(hull):
+        if less <= kl <= more:
+            share = (math.log(more) - math.log(kl)) / (math.log(more) - math.log(less))
+            return low + share * (high - low)
+    return math.nan
+
+
+def table(found: dict[str, Curve], targets: dict[str, float]) -> str:
+    """Bits per element of each codec at each task's target divergence."""
+    lines = ["| codec | " + " | ".join(f"{task}, KL {kl:.4f}" for task, kl in targets.items()) + " | mean | to klt |"]
+    lines.append("|---" * (len(targets) + 3) + "|")
+    rows = {name: [bits_at(curve[task], kl) for task, kl in targets.items()] for name, curve in found.items()}
+    best = sum(rows["klt"]) / len(targets)
+    for name, bits in rows.items():
+        mean = sum(bits) / len(bits)
+        cells = " | ".join("-" if math.isnan(b) else f"{b:.2f}" for b in (*bits, mean))
+        lines.append(f"| {name} | {cells} | {'-' if math.isnan(mean) else f'{mean / best:.1f}'} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, Curve], out: Path) -> None:
+    """One panel a task; PNG and SVG."""
+    tasks = list(next(iter(found.values())))
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4), sharey=True)
+    for axis, task in zip(axes, tasks, strict=True):
+        for name, curve in found.items():
+            points = sorted(curve[task])
+            axis.plot([p[0] for p in points], [max(p[1], 1e-7) for p in points], marker="o", markersize=3, label=name)
+        axis.set(title=task, xlabel="bits per element, everything counted", yscale="log", xlim=(0, 9), ylim=(1e-5, 10))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("KL, nats per token")
+    axes[-1].legend(fontsize=8)
+    figure.tight_layout()
+    for suffix in (".png", ".svg"):
+        figure.savefig(out.with_suffix(suffix), dpi=110)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="path of the results, without suffix")
+@click.option("--contexts", default=4, show_default=True, help="test contexts of each task")
+@click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about")
+@click.option("--samples", default=20, show_default=True, help="samples of each task that the profile is learnt from")
+@click.option("--leave-out", type=click.Choice(TASKS), help="a task that the profile does not see")
+def main(out: Path, contexts: int, tokens: int, samples: int, leave_out: str | None) -> None:
+    """Bits per element against divergence."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    seen = [task for task in TASKS if task != leave_out]
+    mix = [sample(tokenizer, task, CALIBRATION_SEED + n, tokens) for n in range(samples) for task in seen]
+    tests = {task: [sample(tokenizer, task, HELD_OUT_SEED + n, tokens) for n in range(contexts)] for task in TASKS}
+    codecs = {
+        "uniform": by_bits,
+        "CacheGen as released": as_released,
+        "delta": by_steps("delta"),
+        "identity": by_steps("identity"),
+        "PCA per layer": by_profiles(learnt(model, mix, floor=PCA_FLOOR, group_layers=1, undo_rotation=False)),
+        "klt per layer, keys as cached": by_profiles(learnt(model, mix, group_layers=1, undo_rotation=False)),
+        "klt per layer": by_profiles(learnt(model, mix, group_layers=1)),
+        "klt": by_profiles(learnt(model, mix)),
+    }
+    found = curves(model, codecs, tests)
+    targets = {task: found["CacheGen as released"][task][2][1] for task in TASKS}
+    text = table(found, targets)
+    print(text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(text)
+    out.with_suffix(".json").write_text(json.dumps({"targets": targets, "curves": found}, indent=1) + "\n")
+    plot(found, out)
+
+
+if __name__ == "__main__":
+    main()
