@@ -1,4 +1,4 @@
-"""The compiled coder: finds its library, checks it, and gives its functions as torch custom ops.
+"""The compiled code: finds its library, checks it, and gives the coder's functions as torch custom ops.
 
 Twists:
 1. The library is optional. `available()` says whether there is one, and logs a warning, once, when there is none: the
@@ -8,14 +8,18 @@ Twists:
 3. The ops check whatever could take the library outside a buffer, so they are safe to call directly. Shapes and dtypes
    are those of codec/rans.py, with `tables` from build_tables, streams uint8 [bytes] and tile_bytes int64 [tiles]:
 
-       torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?) -> (streams, tile_bytes)
-       torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens) -> symbols
+       torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?, isa=0) -> (streams, tile_bytes)
+       torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens, isa=0) -> symbols
+
+4. The instruction set is chosen when a function is called: the best that the machine has, or the one that the environment
+   variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Iterable
 from enum import IntEnum
 from functools import lru_cache
@@ -26,11 +30,20 @@ from torch import Tensor
 
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """CG_ABI_VERSION of the header that this file was written for."""
 LIBRARY = Path(__file__).with_name("_cpu.so")
 _TILE_COLUMNS = 256
 _log = logging.getLogger(__name__)
+
+
+class Isa(IntEnum):
+    """enum cg_isa: instruction sets of the CPU."""
+
+    BEST = 0
+    SCALAR = 1
+    AVX2 = 2
+    AVX512 = 3
 
 
 class TileStatus(IntEnum):
@@ -85,15 +98,41 @@ class _Section(ctypes.Structure):
     ]
 
 
+class _Run(ctypes.Structure):
+    """struct cg_run."""
+
+    _fields_ = [("threads", ctypes.c_uint32), ("isa", ctypes.c_uint32), ("queue", ctypes.c_void_p)]
+
+
+class Chunk(ctypes.Structure):
+    """struct cg_chunk; the addresses are those of tensors that must outlive it."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_uint64),
+        ("columns", ctypes.c_uint64),
+        ("group_tokens", ctypes.c_uint64),
+        ("anchors", ctypes.c_void_p),
+        ("means", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("dtype", ctypes.c_uint32),
+    ]
+
+
 _POINTER, _U32, _U64, _STATUS = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
 _PROTOTYPES = {
     "cg_abi_version": (_U32, []),
     "cg_tables_bytes": (_U64, [_U32, _U32, _U32]),
     "cg_tables_build": (_STATUS, [_POINTER, _U32, _U32, _U32, _POINTER, _U64]),
     "cg_slot_bytes": (_U64, [_U64]),
-    "cg_encode": (_STATUS, [_POINTER, _POINTER, _POINTER, _U64, _POINTER, _POINTER, _U32, _POINTER]),
+    "cg_isa_available": (_STATUS, [_U32]),
+    "cg_encode": (_STATUS, [_POINTER, _POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER]),
     "cg_pack": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _U64, _POINTER]),
-    "cg_decode": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _U32, _POINTER]),
+    "cg_decode": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_moments": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER]),
+    "cg_quantise": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_restore": (_STATUS, [_POINTER, _U64, _U64, _POINTER, _POINTER, _U32, _POINTER, _POINTER]),
+    "cg_contexts": (_STATUS, [_POINTER, ctypes.c_uint8, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_count": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _U32, _POINTER, _POINTER]),
 }
 
 
@@ -136,6 +175,31 @@ def _need_library() -> ctypes.CDLL:
     return library
 
 
+def available_isas() -> list[Isa]:
+    """The instruction sets that can be asked for on this machine, slowest first; none without a library."""
+    library = _library()
+    return [isa for isa in Isa if isa and library is not None and library.cg_isa_available(isa)]
+
+
+def _run(isa: int = Isa.BEST) -> _Run:
+    name = os.environ.get("CACHEGEN_CPU")
+    if name and isa == Isa.BEST:
+        if name.upper() not in Isa.__members__:
+            raise NativeError(f"CACHEGEN_CPU must be scalar, avx2 or avx512, got {name!r}")
+        isa = Isa[name.upper()]
+    if not _need_library().cg_isa_available(isa):
+        raise NativeError(f"this machine, or the compiled library, has no {Isa(isa).name.lower()} back-end")
+    return _Run(torch.get_num_threads(), isa, None)
+
+
+def call(name: str, *arguments: object) -> None:
+    """Calls a function of the passes over values (cachegen.h); its last argument, `run`, is added here. Tensors and
+    structures are passed by address; the caller vouches for their shapes."""
+    addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in addresses]
+    _require_ok(getattr(_need_library(), name)(*pointers, ctypes.byref(_run())))
+
+
 def build_tables(frequencies: Tensor, prob_bits: int) -> Tensor:
     """Integers [n_tables, n_symbols], each row summing to 2^prob_bits, to the coder's opaque memory: uint8 [bytes]."""
     library = _need_library()
@@ -173,9 +237,11 @@ def _section(tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens:
 
 
 @torch.library.custom_op("cachegen::encode", mutates_args=(), device_types="cpu")
-def encode(symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None) -> tuple[Tensor, Tensor]:
+def encode(
+    symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, isa: int = 0
+) -> tuple[Tensor, Tensor]:
     """symbols uint8 [tokens, columns] to (streams back to back, bytes of each). Raises TensorError, NativeError."""
-    library = _need_library()
+    library, run = _need_library(), _run(isa)
     if symbols.dtype != torch.uint8 or symbols.dim() != 2:
         raise TensorError(f"symbols must be uint8 [tokens, columns], got {symbols.dtype} {list(symbols.shape)}")
     symbols = symbols.contiguous()
@@ -195,8 +261,7 @@ def encode(symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor 
             slots.numel(),
             tile_bytes.data_ptr(),
             statuses.data_ptr(),
-            torch.get_num_threads(),
-            None,
+            ctypes.byref(run),
         )
     )
     del kept
@@ -204,14 +269,16 @@ def encode(symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor 
     streams = torch.empty(int(tile_bytes.sum()), dtype=torch.uint8)
     _require_ok(
         library.cg_pack(
-            slots.data_ptr(), slot_bytes, tile_bytes.data_ptr(), tiles, streams.data_ptr(), streams.numel(), None
+            slots.data_ptr(), slot_bytes, tile_bytes.data_ptr(), tiles, streams.data_ptr(), streams.numel(), ctypes.byref(run)
         )
     )
     return streams, tile_bytes
 
 
 @encode.register_fake
-def _(symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, isa: int = 0
+) -> tuple[Tensor, Tensor]:
     tiles = _tiles(symbols.shape[0], symbols.shape[1])
     streams = symbols.new_empty(torch.library.get_ctx().new_dynamic_size())
     return streams, symbols.new_empty(tiles, dtype=torch.int64)
@@ -219,10 +286,16 @@ def _(symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | Non
 
 @torch.library.custom_op("cachegen::decode", mutates_args=(), device_types="cpu")
 def decode(
-    streams: Tensor, tile_bytes: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int
+    streams: Tensor,
+    tile_bytes: Tensor,
+    tables: Tensor,
+    table_ids: Tensor,
+    contexts: Tensor | None,
+    tokens: int,
+    isa: int = 0,
 ) -> Tensor:
     """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError, CorruptError, TensorError."""
-    library = _need_library()
+    library, run = _need_library(), _run(isa)
     if streams.dtype != torch.uint8 or streams.dim() != 1 or tile_bytes.dtype != torch.int64 or tile_bytes.dim() != 1:
         raise TensorError("streams must be uint8 [bytes] and tile_bytes int64 [tiles]")
     section, kept = _section(tables, table_ids, contexts, tokens)
@@ -245,8 +318,7 @@ def decode(
             offsets.data_ptr(),
             symbols.data_ptr(),
             statuses.data_ptr(),
-            torch.get_num_threads(),
-            None,
+            ctypes.byref(run),
         )
     )
     del kept
@@ -256,7 +328,13 @@ def decode(
 
 @decode.register_fake
 def _(
-    streams: Tensor, tile_bytes: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int
+    streams: Tensor,
+    tile_bytes: Tensor,
+    tables: Tensor,
+    table_ids: Tensor,
+    contexts: Tensor | None,
+    tokens: int,
+    isa: int = 0,
 ) -> Tensor:
     return streams.new_empty(tokens, table_ids.shape[0])
 

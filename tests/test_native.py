@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(map(str, (ROOT / "cuda_ext" / "cpu").glob("*.cpp")))
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 STRICT = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror", "-pthread"]
-FUZZ_SECONDS = 8
+STRICT += ["-ffp-contract=off"]
+HOSTILE_STREAMS = 100_000
+"""Through every back-end."""
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_native = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
@@ -138,8 +140,8 @@ def test_constants_are_those_of_the_header() -> None:
     assert f"#define CG_ABI_VERSION {native.ABI_VERSION}\n" in header
     assert f"#define CG_TILE_COLUMNS {rans.TILE_COLUMNS} " in header
     assert native._TILE_COLUMNS == rans.TILE_COLUMNS
-    for status in TileStatus:
-        assert f"CG_{status.name} = {status.value}" in header
+    for name in (*TileStatus, *native.Isa):
+        assert f"CG_{name.name} = {name.value}" in header
 
 
 @needs_native
@@ -189,12 +191,14 @@ def test_a_section_that_contradicts_itself_is_refused(field: str, value: int | N
     slots = torch.empty(2 * slot_bytes, dtype=torch.uint8)
     sizes, statuses = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.int32)
 
-    def encode(queue: int | None = None) -> int:
+    def encode(queue: int | None = None, isa: int = 0) -> int:
         outputs = (slots.data_ptr(), len(slots), sizes.data_ptr(), statuses.data_ptr())
-        return library.cg_encode(ctypes.byref(view), section.symbols.data_ptr(), *outputs, 1, queue)
+        run = native._Run(1, isa, queue)
+        return library.cg_encode(ctypes.byref(view), section.symbols.data_ptr(), *outputs, ctypes.byref(run))
 
     assert encode() == TileStatus.OK
     assert encode(queue=1) == TileStatus.BAD_ARGUMENT
+    assert encode(isa=4) == TileStatus.BAD_ARGUMENT
     setattr(view, field, value)
     assert encode() in (TileStatus.BAD_ARGUMENT, TileStatus.BAD_TABLES)
     del kept
@@ -208,8 +212,9 @@ def test_offsets_are_checked() -> None:
     out, statuses = torch.empty(20, 300, dtype=torch.uint8), torch.empty(2, dtype=torch.int32)
     for offsets in ([0, 200, len(data) + 1], [0, 200, 100], [-1, 0, 0]):
         where = torch.tensor(offsets)
-        arguments = (data.data_ptr(), len(data), where.data_ptr(), out.data_ptr(), statuses.data_ptr(), 1, None)
-        assert library.cg_decode(ctypes.byref(view), *arguments) == TileStatus.BAD_ARGUMENT
+        arguments = (data.data_ptr(), len(data), where.data_ptr(), out.data_ptr(), statuses.data_ptr())
+        run = native._Run(1, 0, None)
+        assert library.cg_decode(ctypes.byref(view), *arguments, ctypes.byref(run)) == TileStatus.BAD_ARGUMENT
     del kept
 
 
@@ -226,10 +231,32 @@ def test_hostile_streams_under_the_sanitizers(tmp_path: Path) -> None:
     # Its own process: it must not inherit a preloaded allocator.
     variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(
-        [str(program), str(FUZZ_SECONDS), "1"], check=False, text=True, capture_output=True, env=variables
+        [str(program), str(HOSTILE_STREAMS), "1"], check=False, text=True, capture_output=True, env=variables
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 1000
+    assert int(done.stdout.split()[0]) >= HOSTILE_STREAMS
+    assert int(done.stdout.split()[3]) == len(native.available_isas())
+
+
+# Instruction sets.
+
+
+@needs_native
+def test_the_environment_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.available_isas()[0] == native.Isa.SCALAR
+    section = sample()
+    streams = section.encode()
+    for isa in native.available_isas():
+        monkeypatch.setenv("CACHEGEN_CPU", isa.name.lower())
+        assert native._run().isa == isa
+        assert section.encode() == streams
+    for isa in {*native.Isa} - {native.Isa.BEST, *native.available_isas()}:
+        monkeypatch.setenv("CACHEGEN_CPU", isa.name.lower())
+        with pytest.raises(NativeError, match="has no"):
+            section.encode()
+    monkeypatch.setenv("CACHEGEN_CPU", "mmx")
+    with pytest.raises(NativeError, match="CACHEGEN_CPU must be"):
+        section.encode()
 
 
 # Threads and torch.

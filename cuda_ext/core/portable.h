@@ -1,8 +1,13 @@
-// What lets the same inline functions be compiled for the host and for a device.
+// What lets the same functions be compiled for the host and for a device.
+//
+// Twist: on the host they are always inlined. Files that are compiled for different instruction sets share them, and a
+// copy out of line would be one for all: the linker's choice, maybe one that this machine cannot execute.
 #pragma once
 
 #if defined(__CUDACC__)
 #define CACHEGEN_HD __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define CACHEGEN_HD __forceinline
 #else
-#define CACHEGEN_HD inline
+#define CACHEGEN_HD __attribute__((always_inline)) inline
 #endif

@@ -1,17 +1,17 @@
-// The C ABI on the CPU: arguments are checked here, once, and nowhere below.
+// The coder's part of the C ABI on the CPU: arguments are checked here, once, and nowhere below.
 #include <string.h>
 
 #include "../core/tables.h"
 #include "../core/tile.h"
+#include "backend.h"
 #include "threads.h"
-#include "tile_coder.h"
 
 using namespace cachegen;
 
 namespace {
 
-int32_t open_section(const cg_section* section, const void* symbols, const void* queue, Tables* tables) {
-  if (section == nullptr || queue != nullptr) return CG_BAD_ARGUMENT;
+int32_t open_section(const cg_section* section, const void* symbols, Tables* tables) {
+  if (section == nullptr) return CG_BAD_ARGUMENT;
   if (section->tokens > CG_MAX_TOKENS || section->columns > CG_MAX_COLUMNS) return CG_BAD_ARGUMENT;
   if (section->ids_per_column != 1 && section->ids_per_column != kContexts) return CG_BAD_ARGUMENT;
   if (tile_count(section->tokens, section->columns) > 0) {
@@ -24,6 +24,8 @@ int32_t open_section(const cg_section* section, const void* symbols, const void*
 }  // namespace
 
 uint32_t cg_abi_version(void) noexcept { return CG_ABI_VERSION; }
+
+int32_t cg_isa_available(uint32_t isa) noexcept { return backend_of(isa) != nullptr; }
 
 uint64_t cg_tables_bytes(uint32_t n_tables, uint32_t n_symbols, uint32_t prob_bits) noexcept {
   return n_symbols - 1 < kMaxSymbols ? tables_bytes(n_tables, prob_bits) : 0;
@@ -55,23 +57,25 @@ int32_t cg_tables_build(const uint16_t* frequencies, uint32_t n_tables, uint32_t
 }
 
 int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint8_t* slots, uint64_t slots_bytes,
-                  uint64_t* tile_bytes, int32_t* tile_status, uint32_t threads, void* queue) noexcept {
+                  uint64_t* tile_bytes, int32_t* tile_status, const cg_run* run) noexcept {
   Tables tables;
-  if (const int32_t status = open_section(section, symbols, queue, &tables)) return status;
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr) return CG_BAD_ARGUMENT;
+  if (const int32_t status = open_section(section, symbols, &tables)) return status;
   const uint64_t tiles = tile_count(section->tokens, section->columns), stride = slot_bytes(section->tokens);
   if (tiles == 0) return CG_OK;
   if (slots == nullptr || tile_bytes == nullptr || tile_status == nullptr) return CG_BAD_ARGUMENT;
   if (slots_bytes % stride != 0 || slots_bytes / stride != tiles) return CG_BAD_ARGUMENT;
-  for_each_tile(tiles, section->tokens * section->columns, threads, [&](uint64_t i) {
+  for_each(tiles, section->tokens * section->columns, run->threads, [&](uint64_t i) {
     const Tile tile = tile_at(i, section->columns);
-    tile_status[i] = encode_tile(*section, tables, tile, symbols, slots + (i + 1) * stride, &tile_bytes[i]);
+    tile_status[i] = backend->encode_tile(*section, tables, tile, symbols, slots + (i + 1) * stride, &tile_bytes[i]);
   });
   return CG_OK;
 }
 
 int32_t cg_pack(const uint8_t* slots, uint64_t slot_bytes, const uint64_t* tile_bytes, uint64_t tiles, uint8_t* streams,
-                uint64_t streams_bytes, void* queue) noexcept {
-  if (queue != nullptr || (tiles > 0 && (slots == nullptr || tile_bytes == nullptr))) return CG_BAD_ARGUMENT;
+                uint64_t streams_bytes, const cg_run* run) noexcept {
+  if (backend_for(run) == nullptr || (tiles > 0 && (slots == nullptr || tile_bytes == nullptr))) return CG_BAD_ARGUMENT;
   if (streams_bytes > 0 && streams == nullptr) return CG_BAD_ARGUMENT;
   for (uint64_t i = 0; i < tiles; i++) {
     if (tile_bytes[i] > slot_bytes || tile_bytes[i] > streams_bytes) return CG_BAD_ARGUMENT;
@@ -83,18 +87,25 @@ int32_t cg_pack(const uint8_t* slots, uint64_t slot_bytes, const uint64_t* tile_
 }
 
 int32_t cg_decode(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes, const uint64_t* offsets,
-                  uint8_t* symbols, int32_t* tile_status, uint32_t threads, void* queue) noexcept {
+                  uint8_t* symbols, int32_t* tile_status, const cg_run* run) noexcept {
   Tables tables;
-  if (const int32_t status = open_section(section, symbols, queue, &tables)) return status;
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr) return CG_BAD_ARGUMENT;
+  if (const int32_t status = open_section(section, symbols, &tables)) return status;
   const uint64_t tiles = tile_count(section->tokens, section->columns);
   if (tiles == 0) return CG_OK;
   if (offsets == nullptr || tile_status == nullptr || (streams == nullptr && streams_bytes > 0)) return CG_BAD_ARGUMENT;
   for (uint64_t i = 0; i < tiles; i++)
     if (offsets[i] > offsets[i + 1]) return CG_BAD_ARGUMENT;
   if (offsets[tiles] > streams_bytes) return CG_BAD_ARGUMENT;
-  for_each_tile(tiles, section->tokens * section->columns, threads, [&](uint64_t i) {
-    const Tile tile = tile_at(i, section->columns);
-    tile_status[i] = decode_tile(*section, tables, tile, streams + offsets[i], streams + offsets[i + 1], symbols);
+  const uint64_t batches = (tiles + backend->batch - 1) / backend->batch;
+  for_each(batches, section->tokens * section->columns, run->threads, [&](uint64_t i) {
+    DecodeJob jobs[kMaxBatch];
+    uint32_t count = 0;
+    for (uint64_t tile = i * backend->batch; tile < tiles && count < backend->batch; tile++)
+      jobs[count++] = {tile_at(tile, section->columns), streams + offsets[tile], streams + offsets[tile + 1],
+                       &tile_status[tile]};
+    backend->decode_tiles(*section, tables, jobs, count, symbols);
   });
   return CG_OK;
 }

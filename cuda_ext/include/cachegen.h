@@ -1,15 +1,16 @@
-/* The C ABI of the native coder: the whole contract. Two libraries have it, one for the CPU and one for CUDA.
+/* The C ABI of the native code: the whole contract. Two libraries have it, one for the CPU and one for CUDA.
  *
  * Twists:
  * 1. A return value speaks of the arguments alone. What is found in the data (bytes, ids, contexts, symbols) is
  *    reported tile by tile in `tile_status`, so that a device can report it without a synchronisation.
  * 2. Memory is the caller's, always: no function keeps a pointer or returns memory of its own.
- * 3. `queue` is a CUDA stream. On the CPU it must be NULL and everything is done on return. On CUDA all pointers that
- *    are not marked [host] are device memory, and results are valid once the queue has been waited for.
+ * 3. `run` says how. Its queue is a CUDA stream; on the CPU it must be NULL and everything is done on return. On CUDA all
+ *    pointers that are not marked [host] are device memory, and results are valid once the queue has been waited for.
  * 4. A stream's length is not known before it is written, backwards: the encoder fills the END of a slot of the
  *    worst-case size, one slot per tile, and cg_pack then puts the streams back to back.
  *
- * What a stream is, is spelt out in hf_cachegen/codec/rans_reference.py: every back-end writes the same bytes.
+ * What a stream is, is spelt out in hf_cachegen/codec/rans_reference.py, and the passes over values in codec/passes.py:
+ * every back-end gives the same bytes.
  *
  * No input makes a function read or write outside the buffers it is given. All may be called from several threads at
  * once.
@@ -34,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised by any change of this file that an older caller cannot bear. */
-#define CG_ABI_VERSION 1
+#define CG_ABI_VERSION 2
 
 #define CG_TILE_COLUMNS 256 /* of the widest tile */
 /* With these, products of sizes stay within 64 bits. */
@@ -54,6 +55,21 @@ enum cg_status {
   CG_BAD_SYMBOL = 8       /* to be encoded: a symbol without a frequency in its table */
 };
 
+/* Instruction sets of the CPU. */
+enum cg_isa {
+  CG_BEST = 0, /* the last of the following that this machine has */
+  CG_SCALAR = 1,
+  CG_AVX2 = 2,
+  CG_AVX512 = 3
+};
+
+/* How to run: every function that takes one reads it before it returns. */
+typedef struct cg_run { /* [host] */
+  uint32_t threads;     /* at most so many, 0 counts as 1; ignored by CUDA */
+  uint32_t isa;         /* of enum cg_isa, an available one; ignored by CUDA */
+  void* queue;
+} cg_run;
+
 /* A matrix of symbols [tokens, columns], row-major, that is coded as ceil(columns / 256) tiles of all tokens each.
  * Every tile is 256 columns wide but the last, which has the rest. Without tokens there are no tiles. */
 typedef struct cg_section {
@@ -67,6 +83,9 @@ typedef struct cg_section {
 } cg_section;
 
 CG_API uint32_t cg_abi_version(void) CG_NOEXCEPT;
+
+/* Whether this library and this machine have an instruction set: 0 or 1. */
+CG_API int32_t cg_isa_available(uint32_t isa) CG_NOEXCEPT;
 
 /* Bytes that cg_tables_build writes. 0 for n_tables or n_symbols outside 1..256, or prob_bits outside 10..12. */
 CG_API uint64_t cg_tables_bytes(uint32_t n_tables, uint32_t n_symbols, uint32_t prob_bits) CG_NOEXCEPT;
@@ -83,23 +102,69 @@ CG_API uint64_t cg_slot_bytes(uint64_t tokens) CG_NOEXCEPT;
 
 /* Encodes symbols [tokens, columns]. Tile i's stream is the last tile_bytes[i] bytes of slot i; slots holds exactly
  * tiles * cg_slot_bytes(tokens) bytes. tile_bytes and tile_status have an entry per tile; tile_status[i] is CG_OK, or
- * CG_BAD_TABLE_ID, CG_BAD_CONTEXT or CG_BAD_SYMBOL and then tile_bytes[i] is 0. threads: at most so many (0 counts as
- * 1; ignored by CUDA). Returns CG_OK, CG_BAD_ARGUMENT or CG_BAD_TABLES. */
+ * CG_BAD_TABLE_ID, CG_BAD_CONTEXT or CG_BAD_SYMBOL and then tile_bytes[i] is 0. Returns CG_OK, CG_BAD_ARGUMENT or CG_BAD_TABLES. */
 CG_API int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint8_t* slots, uint64_t slots_bytes,
-                         uint64_t* tile_bytes, int32_t* tile_status, uint32_t threads, void* queue) CG_NOEXCEPT;
+                         uint64_t* tile_bytes, int32_t* tile_status, const cg_run* run) CG_NOEXCEPT;
 
 /* Copies the streams of `tiles` slots back to back. streams_bytes is the sum of tile_bytes. Values that disagree, with
  * each other or with slot_bytes, give CG_BAD_ARGUMENT on the CPU, and are cut off on CUDA. */
 CG_API int32_t cg_pack(const uint8_t* slots, uint64_t slot_bytes, const uint64_t* tile_bytes, uint64_t tiles,
-                       uint8_t* streams, uint64_t streams_bytes, void* queue) CG_NOEXCEPT;
+                       uint8_t* streams, uint64_t streams_bytes, const cg_run* run) CG_NOEXCEPT;
 
 /* Decodes into symbols [tokens, columns]. Tile i's stream is streams[offsets[i] .. offsets[i + 1]); offsets [host] has
  * tiles + 1 entries, never falls and ends at or before streams_bytes. tile_status[i] is CG_OK, CG_TRUNCATED,
  * CG_CORRUPT, CG_BAD_TABLE_ID or CG_BAD_CONTEXT; where it is not CG_OK the tile's symbols mean nothing and may be
- * unwritten. threads as above. Returns CG_OK, CG_BAD_ARGUMENT or CG_BAD_TABLES. */
+ * unwritten. Returns CG_OK, CG_BAD_ARGUMENT or CG_BAD_TABLES. */
 CG_API int32_t cg_decode(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes,
-                         const uint64_t* offsets, uint8_t* symbols, int32_t* tile_status, uint32_t threads,
-                         void* queue) CG_NOEXCEPT;
+                         const uint64_t* offsets, uint8_t* symbols, int32_t* tile_status,
+                         const cg_run* run) CG_NOEXCEPT;
+
+/* Types of values; 16-bit ones are rounded to nearest, ties to even. */
+enum cg_dtype { CG_FLOAT32 = 0, CG_BFLOAT16 = 1, CG_FLOAT16 = 2 };
+
+/* A chunk's values [tokens, columns], row-major, and the scale on which they are symbols. The first of every
+ * group_tokens rows is an anchor, the others are coded; with group_tokens 0 there are no anchors. "Coded rows [first,
+ * last)" counts coded rows alone. Arithmetic is float32, in the order that is written here. */
+typedef struct cg_chunk {
+  uint64_t tokens;
+  uint64_t columns;
+  uint64_t group_tokens; /* 0, or 2 and above */
+  const float* anchors;  /* decoded: [ceil(tokens / group_tokens), columns]; NULL without anchors */
+  const float* means;    /* [columns] */
+  const float* steps;    /* [columns] */
+  uint32_t dtype;        /* of the values, of enum cg_dtype */
+} cg_chunk;
+
+/* Adds to total and squares [columns] the sums of y and y * y over coded rows [first, last), y = value - anchor. */
+CG_API int32_t cg_moments(const cg_chunk* chunk, const void* values, uint64_t first, uint64_t last, double* total,
+                          double* squares, const cg_run* run) CG_NOEXCEPT;
+
+/* All coded rows to symbols. fine = round((value - anchor - mean) / step), ties to even; coarse = floor((fine + 1) / 3)
+ * and digit = fine - 3 coarse, as often as there are digits (0 to 2). base [coded rows, columns] takes the coarsest + 128
+ * and digits [n_digits, coded rows, columns], the coarsest first, takes digit + 1; contexts, of the same shape, the sign
+ * of the coarser symbol: 0 zero, 1 positive, 2 negative.
+ * wide [ceil(columns / CG_BLOCK_COLUMNS), coded rows] takes 1 where a base symbol of that block of a row fits no byte:
+ * then nothing of that block holds, else 0. */
+#define CG_BLOCK_COLUMNS 1024
+#define CG_MAX_DIGITS 2
+CG_API int32_t cg_quantise(const cg_chunk* chunk, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
+                           uint8_t* contexts, uint8_t* wide, const cg_run* run) CG_NOEXCEPT;
+
+/* The inverse, for coded rows [first, last): value = symbol * step + mean + anchor, symbol = base - 128 refined by
+ * 3 symbol + digit - 1 for each digit, coarsest first. base, and every one of the n_digits matrices that digits [host]
+ * points to, is [last - first, columns]. Writes these rows of values, and no others. */
+CG_API int32_t cg_restore(const cg_chunk* chunk, uint64_t first, uint64_t last, const uint8_t* base,
+                          const uint8_t* const* digits, uint32_t n_digits, void* values, const cg_run* run) CG_NOEXCEPT;
+
+/* Contexts of `count` digits from the coarser symbols: where `coarser` (NULL: nowhere) is not 0 that, else 1 for a
+ * symbol above zero, 2 for one below, 0 for zero. */
+CG_API int32_t cg_contexts(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count,
+                           uint8_t* contexts, const cg_run* run) CG_NOEXCEPT;
+
+/* Adds to counts [columns, bins] how often each symbol occurs in each column of symbols [tokens, columns]. With contexts
+ * (of that shape, else NULL) the bin is 3 * context + symbol and bins is 9. Bins beyond the last count as the last. */
+CG_API int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns,
+                        uint32_t bins, int64_t* counts, const cg_run* run) CG_NOEXCEPT;
 
 #ifdef __cplusplus
 }

@@ -24,7 +24,9 @@ from hf_cachegen import native
 from hf_cachegen.codec import rans_reference, torchac_coder
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
-Backend = Literal["native", "reference"]
+Backend = Literal["native", "scalar", "avx2", "avx512", "reference"]
+"""The compiled coder at its best or on one instruction set (see native.py), or the readable one."""
+_ISAS = {"native": native.Isa.BEST, **{isa.name.lower(): isa for isa in native.Isa if isa}}
 _SLOW: dict[str, Any] = {"reference": rans_reference, "torchac": torchac_coder}
 TILE_COLUMNS = rans_reference.TILE_COLUMNS
 MAX_TABLES = 256
@@ -101,8 +103,8 @@ def encode(
     if symbols.numel() == 0:
         return []
     chosen = _choose(coder, backend)
-    if chosen == "native":
-        packed, sizes = torch.ops.cachegen.encode(symbols, tables.native, table_ids, contexts)
+    if chosen in _ISAS:
+        packed, sizes = torch.ops.cachegen.encode(symbols, tables.native, table_ids, contexts, _ISAS[chosen])
         return [stream.tobytes() for stream in _cut(memoryview(packed.numpy()), sizes.tolist())]
     return _SLOW[chosen].encode(symbols.numpy(), _side(tables, table_ids, contexts))
 
@@ -133,10 +135,11 @@ def decode(
     if tokens == 0 or columns == 0:
         return torch.empty(tokens, columns, dtype=torch.uint8)
     chosen = _choose(coder, backend)
-    if chosen == "native":
+    if chosen in _ISAS:
         packed = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)]
         sizes = torch.tensor(list(tile_bytes), dtype=torch.int64)
-        decoded: Tensor = torch.ops.cachegen.decode(packed, sizes, tables.native, table_ids, contexts, tokens)
+        isa = _ISAS[chosen]
+        decoded: Tensor = torch.ops.cachegen.decode(packed, sizes, tables.native, table_ids, contexts, tokens, isa)
         return decoded
     return torch.from_numpy(_SLOW[chosen].decode(_cut(data, tile_bytes), tokens, _side(tables, table_ids, contexts)))
 
@@ -153,8 +156,8 @@ def _side(tables: Tables, table_ids: Tensor, contexts: Tensor | None) -> rans_re
 def _choose(coder: str, backend: str | None) -> str:
     if coder not in ("rans", "torchac"):
         raise ConfigError(f"coder must be 'rans' or 'torchac', got {coder!r}")
-    if backend not in (None, "native", "reference"):
-        raise ConfigError(f"backend must be None, 'native' or 'reference', got {backend!r}")
+    if backend not in (None, "reference", *_ISAS):
+        raise ConfigError(f"backend must be None, 'reference' or one of {list(_ISAS)}, got {backend!r}")
     if coder == "torchac":
         return coder
     return backend or ("native" if native.available() else "reference")

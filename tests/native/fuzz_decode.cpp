@@ -1,9 +1,11 @@
-// Hostile bytes through the C ABI, under AddressSanitizer and UBSan: fuzz_decode SECONDS SEED
+// Hostile bytes through the C ABI, under AddressSanitizer and UBSan: fuzz_decode STREAMS SEED
 //
-// Twist: every buffer is its own allocation of the exact size, so that a read or write one byte outside of it is seen.
-// Prints the number of streams, and exits with 1 at the first round trip that fails.
+// Twists:
+// 1. Every buffer is its own allocation of the exact size, so that a read or write one byte outside of it is seen.
+// 2. Every stream goes through every back-end of the machine; all must encode to the same bytes, and find the same symbols
+//    or the same fault.
+// Prints the number of streams and of back-ends, and exits with 1 where two back-ends, or a round trip, differ.
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -31,6 +33,14 @@ struct Buffer {  // exactly `size` elements, aligned for the tables
   std::unique_ptr<T[]> data;
   T* get() const { return data.get(); }
 };
+
+std::vector<cg_run> runs() {
+  std::vector<cg_run> found;
+  for (uint32_t isa = CG_SCALAR; isa <= CG_AVX512; isa++)
+    if (cg_isa_available(isa)) found.push_back({1 + isa % 2, isa, nullptr});
+  return found;
+}
+const std::vector<cg_run> kRuns = runs();
 
 std::vector<uint16_t> random_tables(uint32_t n_tables, uint32_t n_symbols, uint32_t prob_bits) {
   std::vector<uint16_t> rows;
@@ -61,7 +71,7 @@ void draw(Sample& s) {
   const std::vector<uint16_t> rows = random_tables(n_tables, n_symbols, prob_bits);
   s.tables = std::make_unique<Buffer<uint8_t>>(cg_tables_bytes(n_tables, n_symbols, prob_bits));
   if (cg_tables_build(rows.data(), n_tables, n_symbols, prob_bits, s.tables->get(), s.tables->size)) fail("tables");
-  const uint64_t tokens = below(30), columns = below(below(2) ? 600 : 40), n_ids = below(2) ? 1 : 3;
+  const uint64_t tokens = below(30), columns = below(4) ? below(800) : below(40), n_ids = below(2) ? 1 : 3;
   s.ids.resize(columns * n_ids);
   s.contexts.resize(n_ids == 3 ? tokens * columns : 0);
   s.symbols.resize(tokens * columns);
@@ -97,18 +107,22 @@ void encode(Sample& s) {
   const uint64_t tiles = tiles_of(s), slot = cg_slot_bytes(s.section.tokens);
   Side side(s);
   const auto symbols = exact(s.symbols);
-  Buffer<uint8_t> slots(tiles * slot);
   Buffer<uint64_t> sizes(tiles);
   Buffer<int32_t> status(tiles);
-  if (cg_encode(&side.section, symbols->get(), slots.get(), slots.size, sizes.get(), status.get(), 2, nullptr))
-    fail("encode");
-  s.offsets.assign(1, 0);
-  for (uint64_t i = 0; i < tiles; i++) {
-    if (status.get()[i]) fail("a tile was not encoded");
-    s.offsets.push_back(s.offsets.back() + sizes.get()[i]);
+  for (const cg_run& run : kRuns) {
+    Buffer<uint8_t> slots(tiles * slot);
+    if (cg_encode(&side.section, symbols->get(), slots.get(), slots.size, sizes.get(), status.get(), &run))
+      fail("encode");
+    s.offsets.assign(1, 0);
+    for (uint64_t i = 0; i < tiles; i++) {
+      if (status.get()[i]) fail("a tile was not encoded");
+      s.offsets.push_back(s.offsets.back() + sizes.get()[i]);
+    }
+    std::vector<uint8_t> streams(s.offsets.back());
+    if (cg_pack(slots.get(), slot, sizes.get(), tiles, streams.data(), streams.size(), &run)) fail("pack");
+    if (&run != &kRuns[0] && streams != s.streams) fail("two back-ends encode differently");
+    s.streams = streams;
   }
-  s.streams.resize(s.offsets.back());
-  if (cg_pack(slots.get(), slot, sizes.get(), tiles, s.streams.data(), s.streams.size(), nullptr)) fail("pack");
 }
 
 // True if every tile is decoded, to `symbols`.
@@ -116,14 +130,23 @@ bool decode(Sample& s, std::vector<uint8_t>* symbols) {
   Side side(s);
   const auto streams = exact(s.streams);
   const auto offsets = exact(s.offsets);
-  Buffer<uint8_t> out(s.symbols.size());
-  Buffer<int32_t> status(tiles_of(s));
-  if (cg_decode(&side.section, streams->get(), streams->size, offsets->get(), out.get(), status.get(), 1, nullptr))
-    return false;
-  for (uint64_t i = 0; i < status.size; i++)
-    if (status.get()[i]) return false;
-  symbols->assign(out.get(), out.get() + out.size);
-  return true;
+  const uint64_t tiles = tiles_of(s), columns = s.section.columns;
+  std::vector<int32_t> found(tiles + 1), first;
+  for (const cg_run& run : kRuns) {
+    Buffer<uint8_t> out(s.symbols.size());
+    Buffer<int32_t> status(tiles);
+    found[tiles] =
+        cg_decode(&side.section, streams->get(), streams->size, offsets->get(), out.get(), status.get(), &run);
+    for (uint64_t i = 0; i < tiles; i++) found[i] = found[tiles] ? 0 : status.get()[i];
+    if (&run == &kRuns[0]) {
+      first = found;
+      symbols->assign(out.get(), out.get() + out.size);
+    }
+    if (found != first) fail("two back-ends find different faults");
+    for (uint64_t i = 0; i < out.size && !found[tiles]; i++)
+      if (!found[i % columns / 256] && out.get()[i] != (*symbols)[i]) fail("two back-ends decode differently");
+  }
+  return std::count(found.begin(), found.end(), 0) == ptrdiff_t(found.size());
 }
 
 void damage(std::vector<uint8_t>& bytes) {
@@ -155,11 +178,10 @@ void mutate(Sample& s) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
+  const uint64_t wanted = argc > 1 ? uint64_t(std::atoll(argv[1])) : 10000;
   chance.seed(argc > 2 ? uint64_t(std::atoll(argv[2])) : 1);
-  const auto begin = std::chrono::steady_clock::now();
   uint64_t streams = 0, decoded = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
+  while (streams < wanted) {
     Sample sample;
     draw(sample);
     encode(sample);
@@ -175,5 +197,6 @@ int main(int argc, char** argv) {
       streams += tiles_of(hostile);
     }
   }
-  std::printf("%.0f hostile streams, %.0f sections decoded\n", double(streams), double(decoded));
+  std::printf("%.0f hostile streams, %.0f back-ends, %.0f sections decoded\n", double(streams), double(kRuns.size()),
+              double(decoded));
 }

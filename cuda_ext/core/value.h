@@ -1,0 +1,62 @@
+// Values of a cache and their 16-bit types, without a branch, so that compilers vectorise loops over them.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "portable.h"
+
+namespace cachegen {
+
+CACHEGEN_HD uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+CACHEGEN_HD float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+struct Float32 {
+  using Stored = float;
+  static CACHEGEN_HD float load(float x) { return x; }
+  static CACHEGEN_HD float store(float x) { return x; }
+};
+
+struct Bfloat16 {
+  using Stored = uint16_t;
+  static CACHEGEN_HD float load(uint16_t x) { return float_of(uint32_t(x) << 16); }
+  static CACHEGEN_HD uint16_t store(float x) {
+    const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return uint16_t(x != x ? 0x7fc0 : rounded);
+  }
+};
+
+// Exact in both directions: multiplication by powers of two denormalises and rounds as fp16 would (Maratyszcza's FP16).
+struct Float16 {
+  using Stored = uint16_t;
+  static CACHEGEN_HD float load(uint16_t x) {
+    const uint32_t wide = uint32_t(x) << 16, twice = wide + wide;
+    const float normal = float_of((twice >> 4) + (0xe0u << 23)) * 0x1p-112f;
+    const float subnormal = float_of((twice >> 17) | (126u << 23)) - 0.5f;
+    return float_of((wide & 0x80000000) | bits_of(twice < (1u << 27) ? subnormal : normal));
+  }
+  static CACHEGEN_HD uint16_t store(float x) {
+    const uint32_t wide = bits_of(x), sign = wide & 0x80000000, twice = wide + wide;
+    const float magnitude = float_of(wide & 0x7fffffff) * 0x1p+112f * 0x1p-110f;
+    const uint32_t exponent = twice & 0xff000000, bias = exponent < 0x71000000 ? 0x71000000 : exponent;
+    const uint32_t bits = bits_of(float_of((bias >> 1) + 0x07800000) + magnitude);
+    const uint32_t half = (bits >> 13 & 0x7c00) + (bits & 0x0fff);
+    return uint16_t(sign >> 16 | (twice > 0xff000000 ? 0x7e00 : half));
+  }
+};
+
+// To the nearest integer, ties to even, for |x| < 2^22.
+CACHEGEN_HD float rounded(float x) {
+  constexpr float kMagic = 12582912;  // 1.5 x 2^23: around it floats are the integers
+  return x + kMagic - kMagic;
+}
+
+}  // namespace cachegen

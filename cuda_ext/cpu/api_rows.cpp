@@ -1,0 +1,104 @@
+// The C ABI of the passes over a chunk's values, on the CPU: arguments are checked here; blocks of columns run in threads.
+#include <algorithm>
+
+#include "backend.h"
+#include "threads.h"
+
+using namespace cachegen;
+
+namespace {
+
+// For how many columns counts are made at a time: those fit a core's first cache.
+constexpr uint64_t kCounters = 1 << 14;
+
+bool is_chunk(const cg_chunk* chunk, const void* values) {
+  if (chunk == nullptr || chunk->tokens > CG_MAX_TOKENS || chunk->columns > CG_MAX_COLUMNS) return false;
+  if (chunk->dtype > CG_FLOAT16 || chunk->group_tokens == 1) return false;
+  if (chunk->tokens == 0 || chunk->columns == 0) return true;
+  if ((chunk->anchors == nullptr) != (chunk->group_tokens == 0)) return false;
+  return values != nullptr && chunk->means != nullptr && chunk->steps != nullptr;
+}
+
+template <class Work>
+void for_each_block(const cg_chunk& chunk, uint64_t rows, uint32_t threads, const Work& work) {
+  if (rows == 0) return;
+  const uint64_t blocks = (chunk.columns + CG_BLOCK_COLUMNS - 1) / CG_BLOCK_COLUMNS;
+  for_each(blocks, rows * chunk.columns, threads, [&](uint64_t i) {
+    const uint64_t column = i * CG_BLOCK_COLUMNS;
+    work(Block{&chunk, column, std::min<uint64_t>(CG_BLOCK_COLUMNS, chunk.columns - column)});
+  });
+}
+
+}  // namespace
+
+int32_t cg_moments(const cg_chunk* chunk, const void* values, uint64_t first, uint64_t last, double* total,
+                   double* squares, const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || !is_chunk(chunk, values) || first > last || last > coded_rows(*chunk)) return CG_BAD_ARGUMENT;
+  if (chunk->columns > 0 && (total == nullptr || squares == nullptr)) return CG_BAD_ARGUMENT;
+  for_each_block(*chunk, last - first, run->threads,
+                 [&](const Block& block) { backend->moments(block, values, first, last, total, squares); });
+  return CG_OK;
+}
+
+int32_t cg_quantise(const cg_chunk* chunk, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
+                    uint8_t* contexts, uint8_t* wide, const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || !is_chunk(chunk, values) || n_digits > CG_MAX_DIGITS) return CG_BAD_ARGUMENT;
+  const uint64_t rows = coded_rows(*chunk);
+  if (rows == 0 || chunk->columns == 0) return CG_OK;
+  if (base == nullptr || wide == nullptr) return CG_BAD_ARGUMENT;
+  if (n_digits > 0 && (digits == nullptr || contexts == nullptr)) return CG_BAD_ARGUMENT;
+  for_each_block(*chunk, rows, run->threads, [&](const Block& block) {
+    backend->quantise(block, values, n_digits, base, digits, contexts, wide);
+  });
+  return CG_OK;
+}
+
+int32_t cg_restore(const cg_chunk* chunk, uint64_t first, uint64_t last, const uint8_t* base,
+                   const uint8_t* const* digits, uint32_t n_digits, void* values, const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || !is_chunk(chunk, values) || n_digits > CG_MAX_DIGITS) return CG_BAD_ARGUMENT;
+  if (first > last || last > coded_rows(*chunk)) return CG_BAD_ARGUMENT;
+  if (first == last || chunk->columns == 0) return CG_OK;
+  if (base == nullptr || (n_digits > 0 && digits == nullptr)) return CG_BAD_ARGUMENT;
+  for (uint32_t k = 0; k < n_digits; k++)
+    if (digits[k] == nullptr) return CG_BAD_ARGUMENT;
+  for_each_block(*chunk, last - first, run->threads,
+                 [&](const Block& block) { backend->restore(block, first, last, base, digits, n_digits, values); });
+  return CG_OK;
+}
+
+int32_t cg_contexts(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count, uint8_t* contexts,
+                    const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || (count > 0 && (symbols == nullptr || contexts == nullptr))) return CG_BAD_ARGUMENT;
+  const uint64_t pieces = (count + kSymbolsPerThread - 1) / kSymbolsPerThread;
+  for_each(pieces, count, run->threads, [&](uint64_t i) {
+    const uint64_t at = i * kSymbolsPerThread, n = std::min(kSymbolsPerThread, count - at);
+    backend->contexts(symbols + at, zero, coarser ? coarser + at : coarser, n, contexts + at);
+  });
+  return CG_OK;
+}
+
+int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns, uint32_t bins,
+                 int64_t* counts, const cg_run* run) noexcept {
+  if (backend_for(run) == nullptr || tokens > CG_MAX_TOKENS || columns > CG_MAX_COLUMNS) return CG_BAD_ARGUMENT;
+  if (bins - 1 >= kMaxSymbols) return CG_BAD_ARGUMENT;
+  if (tokens == 0 || columns == 0) return CG_OK;
+  if (symbols == nullptr || counts == nullptr) return CG_BAD_ARGUMENT;
+  const uint64_t width = std::min<uint64_t>(CG_BLOCK_COLUMNS, kCounters / bins);
+  for_each((columns + width - 1) / width, tokens * columns, run->threads, [&](uint64_t i) {
+    uint32_t seen[kCounters] = {};
+    const uint64_t first = i * width, n = std::min(width, columns - first);
+    for (uint64_t t = 0; t < tokens; t++) {
+      const uint8_t *row = symbols + t * columns + first, *context = contexts ? contexts + t * columns + first : contexts;
+      for (uint64_t c = 0; c < n; c++) {
+        const uint32_t bin = context ? 3u * context[c] + row[c] : row[c];
+        seen[c * bins + (bin < bins ? bin : bins - 1)]++;
+      }
+    }
+    for (uint64_t k = 0; k < n * bins; k++) counts[first * bins + k] += seen[k];
+  });
+  return CG_OK;
+}

@@ -1,0 +1,93 @@
+// AVX-512 (F, BW, DQ, VL): 16 lanes a vector.
+#include "backend.h"
+
+#if CACHEGEN_X86
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own intrinsics, GCC bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include "rows.h"
+#include "vector_tiles.h"
+
+namespace cachegen {
+namespace {
+
+struct Avx512 {
+  using Int = __m512i;
+  static constexpr uint32_t kWidth = 16;
+
+  static CACHEGEN_HD Int all(uint32_t x) { return _mm512_set1_epi32(int32_t(x)); }
+  static CACHEGEN_HD Int load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static CACHEGEN_HD void store(uint32_t* p, Int x) { _mm512_storeu_si512(p, x); }
+  static CACHEGEN_HD Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static CACHEGEN_HD Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static CACHEGEN_HD Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  static CACHEGEN_HD Int both(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static CACHEGEN_HD Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
+  static CACHEGEN_HD Int left(Int x, uint32_t bits) { return _mm512_slli_epi32(x, bits); }
+  static CACHEGEN_HD Int right(Int x, uint32_t bits) { return _mm512_srli_epi32(x, bits); }
+  static CACHEGEN_HD Int left_by(Int x, Int bits) { return _mm512_sllv_epi32(x, bits); }
+  static CACHEGEN_HD Int right_by(Int x, Int bits) { return _mm512_srlv_epi32(x, bits); }
+  static CACHEGEN_HD Int gather(const uint32_t* p, Int i) { return _mm512_i32gather_epi32(i, p, 4); }
+  static CACHEGEN_HD Int gather8(const uint32_t* p, Int i) { return _mm512_i32gather_epi32(i, p, 8); }
+  static CACHEGEN_HD Int where_bit(Int x, uint32_t bit, Int yes, Int no) {
+    return _mm512_mask_mov_epi32(no, _mm512_test_epi32_mask(x, all(1u << bit)), yes);
+  }
+  static CACHEGEN_HD Int is_zero(Int x) { return _mm512_maskz_mov_epi32(_mm512_testn_epi32_mask(x, x), all(1)); }
+  static CACHEGEN_HD bool any(Int x) { return _mm512_test_epi32_mask(x, x) != 0; }
+
+  static CACHEGEN_HD Int multiply_high(Int a, Int b) {
+    const Int even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
+    const Int odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+    return _mm512_mask_mov_epi32(even, 0xaaaa, odd);
+  }
+
+  // 8 bytes a lane, as two vectors of their halves.
+  static CACHEGEN_HD void load_halves(const uint8_t* p, Int& low, Int& high) {
+    const Int a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
+    const Int even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    low = _mm512_permutex2var_epi32(a, even, b);
+    high = _mm512_permutex2var_epi32(a, add(even, all(1)), b);
+  }
+  static CACHEGEN_HD void store_halves(uint8_t* p, Int low, Int high) {
+    const Int first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi32(low, first, high));
+    _mm512_storeu_si512(p + 64, _mm512_permutex2var_epi32(low, add(first, all(8)), high));
+  }
+
+  // States below kMinState take the next words, in lane order.
+  static CACHEGEN_HD Int refill(Int x, const uint8_t*& at) {
+    const __mmask16 low = _mm512_cmplt_epu32_mask(x, all(kMinState));
+    const Int words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    at += kWordBytes * unsigned(__builtin_popcount(low));
+    return _mm512_mask_or_epi32(x, low, left(x, kWordBits), _mm512_maskz_expand_epi32(low, words));
+  }
+
+  // States from `limit` on give a word, in lane order, to the memory below `write`.
+  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& write) {
+    const __mmask16 full = _mm512_cmpge_epu32_mask(x, limit);
+    const uint32_t count = unsigned(__builtin_popcount(full));
+    const Int lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Int uppermost = _mm512_permutexvar_epi32(add(lanes, all(count)), _mm512_maskz_compress_epi32(full, x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(write - kWidth * kWordBytes), _mm512_cvtepi32_epi16(uppermost));
+    write -= kWordBytes * count;
+    return _mm512_mask_srli_epi32(x, full, x, kWordBits);
+  }
+};
+
+}  // namespace
+
+const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2, encode_tile<Avx512>, moments, quantise, restore, contexts};
+
+}  // namespace cachegen
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

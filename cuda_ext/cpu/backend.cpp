@@ -1,0 +1,33 @@
+#include "backend.h"
+
+namespace cachegen {
+namespace {
+
+#if CACHEGEN_X86
+bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+}  // namespace
+
+const Backend* backend_of(uint32_t isa) {
+  switch (isa) {
+    case CG_BEST:
+#if CACHEGEN_X86
+      return has_avx512() ? &kAvx512 : has_avx2() ? &kAvx2 : &kScalar;
+    case CG_AVX2: return has_avx2() ? &kAvx2 : nullptr;
+    case CG_AVX512: return has_avx512() ? &kAvx512 : nullptr;
+#endif
+    case CG_SCALAR: return &kScalar;
+    default: return nullptr;
+  }
+}
+
+const Backend* backend_for(const cg_run* run) {
+  return run == nullptr || run->queue != nullptr ? nullptr : backend_of(run->isa);
+}
+
+}  // namespace cachegen

@@ -1,0 +1,65 @@
+// What is compiled once for every instruction set, and how one is chosen at run time.
+#pragma once
+
+#include <stdint.h>
+
+#include "../core/tables.h"
+#include "../core/tile.h"
+
+namespace cachegen {
+
+// A tile to decode: its stream is [stream, end), and `status` takes a value of cg_status.
+struct DecodeJob {
+  Tile tile;
+  const uint8_t* stream;
+  const uint8_t* end;
+  int32_t* status;
+};
+
+// Part of a chunk's coded rows: columns [column, column + columns), at most CG_BLOCK_COLUMNS.
+struct Block {
+  const cg_chunk* chunk;
+  uint64_t column, columns;
+};
+
+struct Backend {
+  // Decodes up to `batch` tiles, side by side where that hides latency, into symbols [tokens, columns].
+  void (*decode_tiles)(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
+                       uint8_t* symbols);
+  uint32_t batch;
+  // Writes the stream so that it ends at slot_end, after at most slot_bytes(tokens). Returns a value of cg_status.
+  int32_t (*encode_tile)(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
+                         uint8_t* slot_end, uint64_t* stream_bytes);
+  // The functions of the ABI, for one block.
+  void (*moments)(const Block& block, const void* values, uint64_t first, uint64_t last, double* total, double* squares);
+  void (*quantise)(const Block& block, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
+                   uint8_t* contexts, uint8_t* wide);
+  void (*restore)(const Block& block, uint64_t first, uint64_t last, const uint8_t* base, const uint8_t* const* digits,
+                  uint32_t n_digits, void* values);
+  void (*contexts)(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count, uint8_t* contexts);
+};
+
+constexpr uint32_t kMaxBatch = 2;
+
+extern const Backend kScalar;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CACHEGEN_X86 1
+extern const Backend kAvx2, kAvx512;
+#endif
+
+// nullptr for an instruction set that this machine has not.
+const Backend* backend_of(uint32_t isa);
+// nullptr too for a run that is none of the CPU's.
+const Backend* backend_for(const cg_run* run);
+
+CACHEGEN_HD uint64_t coded_rows(const cg_chunk& chunk) {
+  const uint64_t group = chunk.group_tokens;
+  return group == 0 ? chunk.tokens : chunk.tokens - (chunk.tokens + group - 1) / group;
+}
+
+// Tiles of any width, one symbol at a time; the vector back-ends leave narrow tiles to these.
+void decode_scalar(const cg_section& section, const Tables& tables, const DecodeJob& job, uint8_t* symbols);
+int32_t encode_scalar(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
+                      uint8_t* slot_end, uint64_t* stream_bytes);
+
+}  // namespace cachegen

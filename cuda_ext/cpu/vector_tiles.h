@@ -1,0 +1,187 @@
+// Whole tiles (256 columns, 8 to a lane) with vectors, for any V: an instruction set's vectors of V::kWidth lanes.
+//
+// Twists:
+// 1. The dependence from state to state is longer than what a core needs to issue it, so kTiles tiles run side by side.
+// 2. A lane's 8 symbols of a token are 8 adjacent bytes: two 32-bit halves, filled byte by byte as columns are decoded.
+// 3. The encoder's words of one step go to memory from the top down. A vector of them is stored whole, its valid words
+//    uppermost; what lies below is written over later, and the slot is large enough for it.
+#pragma once
+
+#include "tile_decoder.h"
+
+namespace cachegen {
+namespace {
+
+constexpr uint32_t kPerLane = kTileColumns / kLanes;
+static_assert(kPerLane == 8, "a lane's symbols of a token are two 32-bit halves");
+
+inline bool is_whole(const Tile& tile) { return tile.width == kTileColumns; }
+
+// What every lane looks up at its c-th column, by context: ids[c][context][lane], scaled to offsets.
+struct alignas(64) Bases {
+  uint32_t of[kPerLane][kContexts][kLanes];
+
+  Bases(const cg_section& section, const Tile& tile, uint32_t scale_bits) {
+    const uint64_t n = section.ids_per_column;
+    const uint8_t* ids = section.table_ids + tile.first_column * n;
+    for (uint32_t lane = 0; lane < kLanes; lane++)
+      for (uint32_t c = 0; c < kPerLane; c++)
+        for (uint32_t k = 0; k < n; k++) of[c][k][lane] = uint32_t(ids[(lane * kPerLane + c) * n + k]) << scale_bits;
+  }
+};
+
+// One token's bytes of a tile, 8 to a lane: half[0] the first four columns of every lane.
+template <class V>
+struct TokenBytes {
+  static constexpr uint32_t kGroups = kLanes / V::kWidth;
+  typename V::Int half[2][kGroups];
+
+  CACHEGEN_HD void load(const uint8_t* row) {
+    for (uint32_t g = 0; g < kGroups; g++) V::load_halves(row + g * V::kWidth * kPerLane, half[0][g], half[1][g]);
+  }
+  CACHEGEN_HD void store(uint8_t* row) const {
+    for (uint32_t g = 0; g < kGroups; g++) V::store_halves(row + g * V::kWidth * kPerLane, half[0][g], half[1][g]);
+  }
+};
+
+// The offsets of group g at column c, by the context of every lane.
+template <class V, uint32_t kIds>
+CACHEGEN_HD typename V::Int base_of(const Bases& bases, const TokenBytes<V>& contexts, uint32_t c, uint32_t g) {
+  const auto& of = bases.of[c];
+  const typename V::Int zero = V::load(of[0] + g * V::kWidth);
+  if (kIds == 1) return zero;
+  const typename V::Int which = contexts.half[c / 4][g];
+  const typename V::Int positive = V::where_bit(which, 8 * (c % 4), V::load(of[1] + g * V::kWidth), zero);
+  return V::where_bit(which, 8 * (c % 4) + 1, V::load(of[2] + g * V::kWidth), positive);
+}
+
+template <class V, uint32_t kIds, uint32_t kTiles>
+void decode_whole(const cg_section& section, const Tables& tables, const Tile* const* tiles,
+                  TileDecoder* const* decoders, uint8_t* symbols) {
+  constexpr uint32_t kGroups = kLanes / V::kWidth;
+  using Int = typename V::Int;
+  const Bases bases[] = {Bases(section, *tiles[0], tables.prob_bits),
+                         Bases(section, *tiles[kTiles - 1], tables.prob_bits)};
+  const Int slot_mask = V::all((1u << tables.prob_bits) - 1), frequency_mask = V::all(0xfff), byte = V::all(0xff);
+  const Int prob_bits = V::all(tables.prob_bits);
+  Int x[kTiles][kGroups];
+  for (uint32_t i = 0; i < kTiles; i++)
+    for (uint32_t g = 0; g < kGroups; g++) x[i][g] = V::load(decoders[i]->state + g * V::kWidth);
+  for (uint64_t t = 0; t < section.tokens; t++) {
+    const uint8_t* at[kTiles];
+    TokenBytes<V> contexts[kTiles], out[kTiles];
+    for (uint32_t i = 0; i < kTiles; i++) {
+      decoders[i]->reserve();
+      at[i] = decoders[i]->at;
+      if (kIds > 1) contexts[i].load(section.contexts + t * section.columns + tiles[i]->first_column);
+    }
+#pragma GCC unroll 8
+    for (uint32_t c = 0; c < kPerLane; c++) {
+#pragma GCC unroll 8
+      for (uint32_t i = 0; i < kTiles; i++)
+#pragma GCC unroll 8
+        for (uint32_t g = 0; g < kGroups; g++) {
+          const Int slot = V::add(V::both(x[i][g], slot_mask), base_of<V, kIds>(bases[i], contexts[i], c, g));
+          const Int entry = V::gather(tables.slots, slot);
+          const Int symbol = V::left(V::both(entry, byte), 8 * (c % 4));
+          Int& half = out[i].half[c / 4][g];
+          half = c % 4 == 0 ? symbol : V::either(half, symbol);
+          const Int frequency = V::both(V::right(entry, 8), frequency_mask);
+          x[i][g] = V::add(V::multiply(frequency, V::right_by(x[i][g], prob_bits)), V::right(entry, 20));
+        }
+#pragma GCC unroll 8
+      for (uint32_t i = 0; i < kTiles; i++)
+#pragma GCC unroll 8
+        for (uint32_t g = 0; g < kGroups; g++) x[i][g] = V::refill(x[i][g], at[i]);
+    }
+    for (uint32_t i = 0; i < kTiles; i++) {
+      decoders[i]->at = at[i];
+      out[i].store(symbols + t * section.columns + tiles[i]->first_column);
+    }
+  }
+  for (uint32_t i = 0; i < kTiles; i++)
+    for (uint32_t g = 0; g < kGroups; g++) V::store(decoders[i]->state + g * V::kWidth, x[i][g]);
+}
+
+// Narrow tiles go to the scalar code; whole ones wait for company, the last maybe in vain.
+template <class V, uint32_t kTiles>
+void decode_tiles(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
+                  uint8_t* symbols) {
+  TileDecoder decoders[kTiles];
+  TileDecoder* ready[kTiles] = {};
+  const DecodeJob* mine[kTiles] = {};
+  const Tile* tiles[kTiles] = {};
+  uint32_t n = 0;
+  const bool contexts = section.ids_per_column > 1;
+  for (uint32_t i = 0; i < count; i++) {
+    if (!is_whole(jobs[i].tile)) {
+      decode_scalar(section, tables, jobs[i], symbols);
+    } else if ((*jobs[i].status = decoders[n].begin(section, tables, jobs[i])) == CG_OK) {
+      ready[n] = &decoders[n];
+      mine[n] = &jobs[i];
+      tiles[n++] = &jobs[i].tile;
+    }
+  }
+  if (n == kTiles)
+    (contexts ? decode_whole<V, kContexts, kTiles> : decode_whole<V, 1, kTiles>)(section, tables, tiles, ready, symbols);
+  else
+    for (uint32_t i = 0; i < n; i++)
+      (contexts ? decode_whole<V, kContexts, 1> : decode_whole<V, 1, 1>)(section, tables, tiles + i, ready + i, symbols);
+  for (uint32_t i = 0; i < n; i++) *mine[i]->status = decoders[i].finish(mine[i]->tile);
+}
+
+// put() for a vector; `bad` takes what is nonzero where a symbol has no frequency.
+template <class V, uint32_t kIds>
+uint8_t* encode_whole(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
+                      uint8_t* write, uint32_t* state) {
+  constexpr uint32_t kGroups = kLanes / V::kWidth;
+  using Int = typename V::Int;
+  constexpr uint32_t kEntryUnits = sizeof(SymbolEntry) / 8;  // a gather scales by 8 at most
+  const Bases bases(section, tile, 9);
+  static_assert(kMaxSymbols * kEntryUnits == 1 << 9, "a table's entries, in the gather's units");
+  const Int byte = V::all(0xff), low_half = V::all(0xffff), total = V::all(1u << tables.prob_bits);
+  const uint32_t limit_shift = kStateBits - tables.prob_bits;
+  const Int limit_bits = V::all(limit_shift);
+  const uint32_t* entries = reinterpret_cast<const uint32_t*>(tables.symbols);
+  Int x[kGroups], bad = V::all(0);
+  for (uint32_t g = 0; g < kGroups; g++) x[g] = V::all(kMinState);
+  for (uint64_t t = section.tokens; t-- > 0;) {
+    const uint64_t row = t * section.columns + tile.first_column;
+    TokenBytes<V> in, contexts;
+    in.load(symbols + row);
+    if (kIds > 1) contexts.load(section.contexts + row);
+#pragma GCC unroll 32
+    for (uint32_t step = 0; step < kPerLane * kGroups; step++) {
+      const uint32_t c = kPerLane - 1 - step / kGroups, g = kGroups - 1 - step % kGroups;
+      const Int symbol = V::both(V::right(in.half[c / 4][g], 8 * (c % 4)), byte);
+      const Int entry = V::add(V::left(symbol, 1), base_of<V, kIds>(bases, contexts, c, g));
+      const Int reciprocal = V::gather8(entries, entry), bias = V::gather8(entries + 1, entry);
+      const Int packed = V::gather8(entries + 3, entry);  // complement, shift
+      const Int complement = V::both(packed, low_half), shift = V::right(packed, 16);
+      bad = V::either(bad, V::is_zero(reciprocal));
+      x[g] = V::give(x[g], V::left_by(V::subtract(total, complement), limit_bits), write);
+      const Int quotient = V::right_by(V::multiply_high(x[g], reciprocal), shift);
+      x[g] = V::add(V::add(x[g], bias), V::multiply(quotient, complement));
+    }
+  }
+  for (uint32_t g = 0; g < kGroups; g++) V::store(state + g * V::kWidth, x[g]);
+  return V::any(bad) ? nullptr : write;
+}
+
+template <class V>
+int32_t encode_tile(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
+                    uint8_t* slot_end, uint64_t* stream_bytes) {
+  if (!is_whole(tile)) return encode_scalar(section, tables, tile, symbols, slot_end, stream_bytes);
+  *stream_bytes = 0;
+  if (const int32_t status = check_tile(section, tables, tile)) return status;
+  uint32_t state[kLanes];
+  const auto encode = section.ids_per_column == 1 ? encode_whole<V, 1> : encode_whole<V, kContexts>;
+  uint8_t* write = encode(section, tables, tile, symbols, slot_end, state);
+  if (write == nullptr) return CG_BAD_SYMBOL;
+  for (uint32_t lane = kLanes; lane-- > 0;) store_state(write -= kStateBytes, state[lane]);
+  *stream_bytes = uint64_t(slot_end - write);
+  return CG_OK;
+}
+
+}  // namespace
+}  // namespace cachegen
