@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_cachegen import __version__
 from hf_cachegen.codec import fit, tables
 from hf_cachegen.codec.chunk import Codec, Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.klt import KltCodec
@@ -26,7 +27,7 @@ from hf_cachegen.profile import Profile
 
 SIDE = "side"
 """Name of the segment with the side information, the first of the base file."""
-WRITER = "hf_cachegen 0.1.0"
+WRITER = f"hf_cachegen {__version__}"
 
 
 @dataclass(frozen=True)

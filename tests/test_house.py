@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_cachegen
+from hf_cachegen import encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_cachegen"
@@ -161,6 +162,9 @@ def test_versions_and_dependencies_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == hf_cachegen.__version__
     assert f"## {hf_cachegen.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"hf_cachegen {hf_cachegen.__version__}" == encoding.WRITER
+    repeated = [path for path in SOURCES if project["version"] in path.read_text(encoding="utf-8")]
+    assert repeated == [PACKAGE / "__init__.py"], "the package says its version once"
     used = {name.split(".")[0] for path in SOURCES for name in imports(parse(path))}
     declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
     checkout = {"hf_cachegen", "eval"}
