@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import uniform
-from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, document
+from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from eval.released import released
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
 from hf_cachegen.calibration import Sample, continuation_logits, prefill
@@ -42,14 +42,6 @@ SCALES = (0.35, 0.6, 1.0, 1.7, 3.0)
 """Factors on the steps of the transforms that need no profile."""
 PCA_FLOOR = 99.0
 """With this floor all sensitivities are alike, and klt is plain PCA."""
-
-
-def sample(tokenizer: Any, task: str, seed: int, tokens: int) -> Sample:
-    """(context, questions with their right answers) as token ids [1, tokens]."""
-    made = document(task, seed, tokens)
-    after = "".join(question.prompt + question.completion for question in made.questions)
-    context: Tensor = tokenizer(made.text, return_tensors="pt").input_ids
-    return context, tokenizer(after, return_tensors="pt").input_ids
 
 
 def learnt(model: Any, samples: Sequence[Sample], **options: Any) -> list[Profile]:

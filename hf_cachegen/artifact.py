@@ -168,6 +168,9 @@ def _config(codec: dict[str, Any]) -> CacheGenConfig:
     if not isinstance(codec.get("config"), dict):
         raise ManifestError("codec.config must be an object")
     try:
-        return CacheGenConfig.from_dict(codec["config"])
+        config = CacheGenConfig.from_dict(codec["config"])
     except (ConfigError, TypeError) as error:
         raise ManifestError(f"codec.config: {error}") from error
+    if config.transform == "auto":
+        raise ManifestError("codec.config: an artifact names the transform that made it, not 'auto'")
+    return config

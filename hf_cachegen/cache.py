@@ -147,9 +147,9 @@ class CacheGenCache(DynamicCache):
     ) -> CacheGenCache:
         """Run `model` over a context ([tokens] or [1, tokens]) and keep its exact keys and values.
 
-        config: how `save_pretrained` will encode them (default: klt where there is a profile, else delta). profile: the
-        model's Profile, its path, "auto" (the one in the model's folder, if there is one) or None. tokenizer: if given,
-        its hash goes into the fingerprint. Raises UnsupportedModelError, UnsupportedLayerError, TensorError,
+        config: how `save_pretrained` will encode them (default: CacheGenConfig()). profile: the model's Profile, its
+        path, "auto" (the one in the model's folder, if there is one) or None. tokenizer: if given, its hash goes into
+        the fingerprint. Raises UnsupportedModelError, UnsupportedLayerError, TensorError,
         WrongDtypeError, ProfileError, WrongModelError (another model's profile).
         """
         if prefill_chunk_tokens < 1:
@@ -267,7 +267,7 @@ class CacheGenCache(DynamicCache):
         """Encode into `directory`; a cache that was loaded from an artifact copies that one, so that nothing is lost
         twice.
 
-        config: default the one given to `from_context`, else klt where there is a profile, else CacheGenConfig().
+        config: default the one given to `from_context`, else CacheGenConfig().
         Raises ArtifactExistsError, ConfigError.
         """
         source: Encoder | EncodedContext

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from hf_cachegen.errors import ConfigError
 
-TransformName = Literal["delta", "identity", "klt"]
+TransformName = Literal["auto", "delta", "identity", "klt"]
 CoderName = Literal["rans", "torchac"]
 MAX_CHUNK_TOKENS = 1 << 15
 """Keeps token and column counts of a chunk within the stream's 32-bit positions."""
@@ -17,10 +17,10 @@ MAX_CHUNK_TOKENS = 1 << 15
 class CacheGenConfig:
     """The encoder's options. The defaults are the paper's where it gives one (CacheGen, SIGCOMM 2024, section 5).
 
-    transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor) or "identity"
-        (values less their channel's mean) or "klt" (coefficients in the basis of the model's Profile; needs one, and
-        takes its steps and tables).
-    lossless: code the very bytes of bf16, fp16 or fp32 values; needs transform="identity" and gives one level.
+    transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor), "identity" (values
+        less their channel's mean), "klt" (coefficients in the basis of the model's Profile; needs one, and takes its
+        steps and tables) or "auto": klt where there is a profile, else the one of the others that codes smaller.
+    lossless: code the very bytes of bf16, fp16 or fp32 values; gives one level.
     levels: how many nested levels the artifact serves, 1 to 3; level 1 is the coarsest, `levels` the finest.
     steps: step of the finest-but-one level in units of the channel's standard deviation, for the first, middle and last
         third of the layers (paper: 0.5, 1, 1.5; the finest level is three times finer).
@@ -34,7 +34,7 @@ class CacheGenConfig:
     Raises ConfigError for a value out of range.
     """
 
-    transform: TransformName = "delta"
+    transform: TransformName = "auto"
     lossless: bool = False
     levels: int = 3
     steps: tuple[float, float, float] = (0.5, 1.0, 1.5)
@@ -59,8 +59,8 @@ class CacheGenConfig:
         self._require_range("protect_first", 0, MAX_CHUNK_TOKENS)
         self._require_range("protect_last", 0, MAX_CHUNK_TOKENS)
         self._require_range("prob_bits", 10, 12)
-        if self.lossless and self.transform != "identity":
-            raise ConfigError("lossless=True needs transform='identity'")
+        if self.lossless and self.transform not in ("auto", "identity"):
+            raise ConfigError(f"lossless=True codes the values themselves, without transform={self.transform!r}")
 
     def _require_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)

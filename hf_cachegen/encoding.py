@@ -7,7 +7,7 @@ after the other, `decode_chunks` takes them in the same way, so memory holds the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from hf_cachegen.codec import fit, tables
 from hf_cachegen.codec.chunk import Codec, Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.lossless import LosslessCodec
-from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.config import CacheGenConfig, TransformName
 from hf_cachegen.container import BASE_FILE, Manifest, artifact_sizes, chunk_name, nbytes_at, refine_file
 from hf_cachegen.errors import ConfigError, LevelError, ProfileError, TensorError
 from hf_cachegen.geometry import Geometry, LayerGeometry
@@ -70,10 +70,9 @@ class Encoder:
     """Encodes one context: checks and measures it when made, then gives its chunks one by one.
 
     keys[i] [batch, heads, tokens, k_dim] and values[i] [batch, v_heads, tokens, v_dim] of layer i: one dtype
-    (bfloat16, float16 or float32), any devices. config: default klt where there is a profile, else CacheGenConfig().
-    layers: their geometry where they are not all of kind "full". Raises TensorError for tensors that do not fit
-    together or are not finite (lossless keeps those), ConfigError for klt without a profile, ProfileError for another
-    model's.
+    (bfloat16, float16 or float32), any devices. config: default CacheGenConfig(). layers: their geometry where they
+    are not all of kind "full". Raises TensorError for tensors that do not fit together or are not finite (lossless
+    keeps those), ConfigError for klt without a profile, ProfileError for another model's.
     """
 
     def __init__(
@@ -86,12 +85,14 @@ class Encoder:
         layers: Sequence[LayerGeometry] | None = None,
         progress: bool = False,
     ):
-        self.config = config or CacheGenConfig(transform="klt" if profile else "delta")
-        self.profile = profile if self.config.transform == "klt" else None
+        self.config = config or CacheGenConfig()
         self.geometry = _geometry(keys, values, layers)
         self.keys, self.values, self.progress = keys, values, progress
         self.columns = _columns(self.geometry)
         self.spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
+        if self.config.transform == "auto":
+            self.config = replace(self.config, transform=self._best_transform(profile))
+        self.profile = profile if self.config.transform == "klt" else None
         self.codec: Codec
         self._bits: Tensor | None = None
         if self.config.transform == "klt":
@@ -105,6 +106,27 @@ class Encoder:
         vectors = 2 * len(self.geometry.layers)
         self._errors = torch.zeros(self.codec.parts, vectors, dtype=torch.float64)
         self._energy = torch.zeros(vectors, dtype=torch.float64)
+
+    def _best_transform(self, profile: Profile | None) -> TransformName:
+        """klt where there is a profile; else what codes two chunks of the context smaller at equal steps: a step twice
+        as fine costs a bit a value, so bits + log2(step) compares what two transforms cost at their own steps.
+        """
+        if self.config.lossless:
+            return "identity"
+        if profile is not None:
+            return "klt"
+        tried = sorted({0, len(self.spans) // 2})
+        tokens = sum(self.spans[index].tokens for index in tried)
+
+        def rows() -> Iterator[tuple[Tensor, Span]]:
+            return ((_gather(self.keys, self.values, self.spans[index]), self.spans[index]) for index in tried)
+
+        cost: dict[TransformName, float] = {}
+        names: tuple[TransformName, ...] = ("delta", "identity")
+        for name in names:
+            codec, bits = fit.fit(rows, self.columns, replace(self.config, transform=name))
+            cost[name] = float(bits.sum() + tokens * codec.steps.log2().sum())
+        return min(names, key=cost.__getitem__)
 
     def _require_finite(self) -> None:
         for rows, _ in self._rows():

@@ -29,7 +29,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.geometry import LayerGeometry
 
-CONFIG = CacheGenConfig(chunk_tokens=32)
+CONFIG = CacheGenConfig(transform="delta", chunk_tokens=32)
 CONFIGS = [CONFIG, replace(CONFIG, transform="identity"), replace(CONFIG, transform="identity", lossless=True)]
 IDS = ["delta", "identity", "lossless"]
 
@@ -141,6 +141,7 @@ def test_limits_come_before_memory(tmp_path: Path) -> None:
 HOSTILE: dict[str, dict[str, Any]] = {
     "another codebook": {"codec": {"codebook": "other"}},
     "no options": {"codec": {"config": None}},
+    "no transform named": {"codec": {"config": {"transform": "auto"}}},
     "unknown option": {"codec": {"config": {"surprise": 1}}},
     "option out of range": {"codec": {"config": {"chunk_tokens": 0}}},
     "steps of another type": {"codec": {"config": {"steps": 3}}},

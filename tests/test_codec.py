@@ -71,7 +71,7 @@ def test_the_cheapest_table_is_chosen() -> None:
 @given(st.integers(1, 40), st.integers(2, 12))
 @settings(max_examples=30, deadline=None)
 def test_delta_inverts(tokens: int, group: int) -> None:
-    config = CacheGenConfig(group_tokens=group)
+    config = CacheGenConfig(transform="delta", group_tokens=group)
     vectors = torch.tensor([0, 0, 0, 1, 1])
     rows = torch.randn(tokens, 5) * torch.tensor([1e-3, 1, 50, 1, 1])
     y, anchors = transform.forward(rows, vectors, config)
@@ -118,7 +118,9 @@ def test_approximations_are_what_is_decoded(config: CacheGenConfig) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_lossless_keeps_every_bit(dtype: torch.dtype) -> None:
     keys, values = sample_kv(dtype=dtype)
-    strange = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), torch.finfo(dtype).tiny / 2], dtype=dtype)
+    strange = torch.tensor(
+        [0.0, -0.0, float("inf"), float("-inf"), float("nan"), torch.finfo(dtype).tiny / 2], dtype=dtype
+    )
     keys[1][0, 0, 7, :6] = strange
     values[2][0, 1, :6, 3] = -strange
     config = CacheGenConfig(transform="identity", lossless=True, chunk_tokens=64)
@@ -214,6 +216,17 @@ def test_layer_thirds_have_the_papers_steps() -> None:
         torch.testing.assert_close(ratio[encoder.columns.vectors == vector].mean().item(), expected, rtol=0.05, atol=0)
 
 
+def test_auto_takes_what_codes_smaller() -> None:
+    """Neighbouring tokens alike: differences are small. All tokens for themselves: differences are larger than values.
+    """
+    still = [x.cumsum(2) for x in torch.randn(4, 1, 2, 400, 16)]
+    noise = list(torch.randn(4, 1, 2, 400, 16))
+    assert encode_kv(still[:2], still[2:]).config.transform == "delta"
+    assert encode_kv(noise[:2], noise[2:]).config.transform == "identity"
+    lossless = encode_kv(noise[:2], noise[2:], CacheGenConfig(lossless=True))
+    assert (lossless.config.transform, lossless.config.lossless) == ("identity", True)
+
+
 def test_report_counts_every_byte() -> None:
     encoded = encode_kv(*sample_kv(), LOSSY[0])
     total = len(encoded.side) + sum(len(data) for part in encoded.parts for data in part)
@@ -274,7 +287,8 @@ def test_wrong_options_are_refused(options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
 def test_damaged_parts_end_in_a_typed_error_or_in_numbers(config: CacheGenConfig) -> None:
-    """Below the checksums: whatever the bytes, decoding ends, within its memory, in a typed error or in some tensors."""
+    """Below the checksums: whatever the bytes, decoding ends, within its memory, in a typed error or in some tensors.
+    """
     encoded = encode_kv(*sample_kv(layers=1, tokens=40), config)
     generator = torch.Generator().manual_seed(1)
     refused = 0
@@ -283,7 +297,9 @@ def test_damaged_parts_end_in_a_typed_error_or_in_numbers(config: CacheGenConfig
         if trial % 4 == 3:
             del data[int(torch.randint(len(data), (), generator=generator)) :]
         else:
-            data[int(torch.randint(len(data), (), generator=generator))] ^= 1 << int(torch.randint(8, (), generator=generator))
+            data[int(torch.randint(len(data), (), generator=generator))] ^= 1 << int(
+                torch.randint(8, (), generator=generator)
+            )
         parts = tuple((bytes(data),) if p == part else encoded.parts[p] for p in range(3))
         try:
             decode_kv(replace(encoded, parts=parts))
@@ -293,7 +309,7 @@ def test_damaged_parts_end_in_a_typed_error_or_in_numbers(config: CacheGenConfig
 
 
 def test_damaged_side_information_is_refused() -> None:
-    encoded = encode_kv(*sample_kv(layers=1, tokens=40))
+    encoded = encode_kv(*sample_kv(layers=1, tokens=40), LOSSY[0])
     columns = len(encoded.side) // 5
     for side in (
         encoded.side[:-1],

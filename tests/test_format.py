@@ -23,7 +23,7 @@ from hf_cachegen.encoding import Encoder
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
 CASES = {
-    "delta": CacheGenConfig(chunk_tokens=32, protect_last=8),
+    "delta": CacheGenConfig(transform="delta", chunk_tokens=32, protect_last=8),
     "identity": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
 }

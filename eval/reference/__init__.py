@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from eval.reference import corpus
 
@@ -34,3 +37,11 @@ def document(task: str, seed: int, tokens: int) -> corpus.Document:
     if task == "topics":
         return corpus.topics(rng, max(1, min(24, tokens // 110)), turns=2)
     return corpus.stories(rng, max(2, min(70, tokens // 85)), 12)
+
+
+def sample(tokenizer: Any, task: str, seed: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """(context, its questions with their right answers) as token ids [1, tokens]."""
+    made = document(task, seed, tokens)
+    after = "".join(question.prompt + question.completion for question in made.questions)
+    context: Tensor = tokenizer(made.text, return_tensors="pt").input_ids
+    return context, tokenizer(after, return_tensors="pt").input_ids

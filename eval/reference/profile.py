@@ -1,0 +1,39 @@
+"""Learn the reference model's profile, from documents that no test uses.
+
+python -m eval.reference.profile --samples 40
+
+Contexts of several lengths and all three tasks, each followed by its questions and right answers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.reference import CALIBRATION_SEED, MODEL_PATH, TASKS, sample
+from hf_cachegen import learn_profile
+
+LENGTHS = (400, 800, 1200, 1600)
+"""Tokens of the contexts, about; taken in turn."""
+
+
+@click.command()
+@click.option("--samples", default=40, show_default=True, help="of each task")
+@click.option("--out", type=click.Path(path_type=Path), default=MODEL_PATH, show_default="the model's folder")
+def main(samples: int, out: Path) -> None:
+    """Learn and save the reference model's profile."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    lengths = [LENGTHS[n % len(LENGTHS)] for n in range(samples)]
+    mixed = [sample(tokenizer, t, CALIBRATION_SEED + n, length) for n, length in enumerate(lengths) for t in TASKS]
+    model.config.name_or_path = "eval/reference/model"  # what the profile says it is of: not where the checkout lies
+    profile = learn_profile(model, mixed, progress=True)
+    place = profile.save(out)
+    print(f"{place}: {place.stat().st_size} bytes, {profile.about['measured']}")
+
+
+if __name__ == "__main__":
+    main()
