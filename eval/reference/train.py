@@ -58,7 +58,7 @@ STAGES = (
     Stage(512, {"lines": 0.7, "topics": 0.1, "stories": 0.15, "prose": 0.05}, lines=44),
     Stage(1024, {"lines": 0.7, "topics": 0.1, "stories": 0.15, "prose": 0.05}, lines=90),
     Stage(1536, {"lines": 0.7, "topics": 0.1, "stories": 0.15, "prose": 0.05}, lines=150),
-    Stage(2048, {"lines": 0.65, "topics": 0.15, "stories": 0.15, "prose": 0.05}, lines=200),
+    Stage(2048, {"lines": 0.55, "topics": 0.1, "stories": 0.3, "prose": 0.05}, lines=200),
 )
 ADVANCE_AT = 0.85
 """Share of right first tokens of line answers at which the next stage begins."""
