@@ -6,11 +6,8 @@ transformers only when they need them, so that `inspect`, `verify` and `--help` 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +18,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import hf_cachegen
 from hf_cachegen.cli_errors import EXIT_CODES, PROGRAM, ErrorGroup
-from hf_cachegen.cli_models import load_model, token_ids
+from hf_cachegen.cli_models import load_model, required_profile, token_ids
 from hf_cachegen.cli_options import (
     artifact_argument,
+    decoding_profile_option,
     dtype_option,
-    encoder_config,
     encoder_options,
+    encoder_settings,
+    encoding_profile_option,
     model_options,
     output_options,
     sampling_arguments,
     sampling_options,
 )
+from hf_cachegen.cli_output import bars, print_json, step
+from hf_cachegen.cli_profile import learn
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import Reader
 from hf_cachegen.errors import MissingExtraError, WrongModelError
@@ -53,19 +54,23 @@ def main() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @model_options
 @dtype_option
+@encoding_profile_option
 @encoder_options
 @output_options
 @click.pass_context
 def encode(
     context: click.Context, /, text: Any, model: str, out: Path, overwrite: bool, revision: str | None,
-    device: str | None, dtype: str, as_json: bool, debug: bool, **options: Any,
+    device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prefill TEXT (a file, or - for stdin) with a model and write the compressed cache."""
-    config = encoder_config(options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT)
     document = text.read()
     if not document.strip():
         raise click.UsageError(f"{text.name} has no text", context)
-    with _step("loading the model", as_json):
+    # Found before the model is loaded: what is wrong with them shall not take minutes to be said.
+    config, found_profile = encoder_settings(
+        options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT, profile, model
+    )
+    with step("loading the model", as_json):
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
     import torch
 
@@ -73,16 +78,16 @@ def encode(
 
     input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
     start = time.perf_counter()
-    with _step(f"prefilling {input_ids.shape[1]:,} tokens", as_json):
-        cache = CacheGenCache.from_context(loaded, input_ids, config, tokenizer=tokenizer)
+    cache = CacheGenCache.from_context(
+        loaded, input_ids, config, found_profile, tokenizer=tokenizer, progress=bars(as_json)
+    )
     prefilled = time.perf_counter()
-    with _step("encoding", as_json):
-        cache.save_pretrained(out, overwrite=overwrite)
+    cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
     encoded = time.perf_counter()
     found = describe(Reader(LocalStore(out)))
     seconds = {"prefill": prefilled - start, "encode": encoded - prefilled}
     if as_json:
-        _print_json({"artifact": str(out), **found, "seconds": seconds})
+        print_json({"artifact": str(out), **found, "seconds": seconds})
         return
     sizes = f"{size_text(found['exact_bytes'])} -> {size_text(found['bytes'])}"
     times = f"prefill {seconds['prefill']:.1f} s, encode {seconds['encode']:.1f} s"
@@ -99,18 +104,20 @@ def encode(
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="At most.")
 @click.option("--level", type=click.IntRange(min=1), help="Level to load, 1 the coarsest.  [default: the finest]")
 @sampling_options
+@decoding_profile_option
 @model_options
 @output_options
 def generate(
-    artifact: Path, model: str, prompt: str, max_new_tokens: int, level: int | None, revision: str | None,
-    device: str | None, as_json: bool, debug: bool, **options: Any,
+    artifact: Path, model: str, prompt: str, max_new_tokens: int, level: int | None, profile: str,
+    revision: str | None, device: str | None, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT, token by token on stdout."""
     arguments = sampling_arguments(options)
     question = sys.stdin.read() if prompt == "-" else prompt
     # The cached dtype is the one to run in; reading it also finds a missing artifact before the model is loaded.
     dtype = describe(Reader(LocalStore(artifact)))["dtype"]
-    with _step("loading the model", as_json):
+    required = required_profile(artifact, profile, model)
+    with step("loading the model", as_json):
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
     import torch
     from transformers import TextStreamer
@@ -119,8 +126,9 @@ def generate(
     from hf_cachegen.generation import generate as generate_from_cache
 
     start = time.perf_counter()
-    with _step("loading the cache", as_json):
-        cache = CacheGenCache.from_pretrained(artifact, model=loaded, level=level, tokenizer=tokenizer)
+    cache = CacheGenCache.from_pretrained(
+        artifact, loaded, level, profile=required, tokenizer=tokenizer, progress=bars(as_json)
+    )
     ready = time.perf_counter()
     context_ids = cache.input_ids.to(loaded.device)
     asked = torch.tensor([token_ids(tokenizer, question, start=False)], dtype=torch.long, device=loaded.device)
@@ -139,7 +147,7 @@ def generate(
     if as_json:
         seconds = {"load": ready - start, "generate": time.perf_counter() - ready}
         counts = {"context_tokens": context_ids.shape[1], "question_tokens": asked.shape[1], "new_tokens": len(answer)}
-        _print_json({"text": answer_text, **counts, "seconds": seconds})
+        print_json({"text": answer_text, **counts, "seconds": seconds})
     elif "streamer" not in arguments:
         click.echo(answer_text)
 
@@ -156,7 +164,7 @@ def inspect(artifact: Path, target: Path | None, as_json: bool, debug: bool) -> 
             raise click.BadParameter(f"expected a .png, .pdf or .svg file, got {target}", param_hint="'--plot'")
         plot(found, target)
     if as_json:
-        _print_json({"artifact": str(artifact), **found, "plot": None if target is None else str(target)})
+        print_json({"artifact": str(artifact), **found, "plot": None if target is None else str(target)})
     else:
         Console().print(tables(found, str(artifact)))
 
@@ -164,20 +172,28 @@ def inspect(artifact: Path, target: Path | None, as_json: bool, debug: bool) -> 
 @main.command(short_help="Check every byte of an artifact.")
 @artifact_argument
 @click.option("--model", help="Check the fingerprint against this model and its tokenizer, too.")
+@decoding_profile_option
 @model_options
 @output_options
 def verify(
-    artifact: Path, model: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool
-) -> None:
-    """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model."""
+    artifact: Path, model: str | None, profile: str, revision: str | None, device: str | None, as_json: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model.
+
+    With --model or --profile FILE, also that the profile which it needs is there.
+    """
     reader = Reader(LocalStore(artifact))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
         checked = reader.verify(progress=lambda done, total: progress.update(task, completed=done, total=total))
+    required = None
+    if model is not None or profile not in ("auto", "none"):
+        required = required_profile(artifact, profile, model or "")
     if model is not None:
-        with _step("loading the model", as_json):
+        with step("loading the model", as_json):
             dtype = describe(reader)["dtype"]
             loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
         from hf_cachegen.fingerprint import Fingerprint
@@ -185,11 +201,13 @@ def verify(
         if reader.manifest.fingerprint is None:
             raise WrongModelError(f"{artifact} has no fingerprint: nothing says which model it was made with")
         Fingerprint.from_dict(reader.manifest.fingerprint).check(loaded, tokenizer)
+    digest = None if required is None else required.digest
     if as_json:
-        _print_json({"artifact": str(artifact), "sound": True, "bytes": checked, "model": model})
+        print_json({"artifact": str(artifact), "sound": True, "bytes": checked, "model": model, "profile": digest})
     else:
         belongs = "" if model is None else f", made with {model}"
-        click.echo(f"{artifact}: sound, {checked:,} bytes in {len(reader.sizes)} files{belongs}")
+        needs = "" if digest is None else f", with profile {digest}"
+        click.echo(f"{artifact}: sound, {checked:,} bytes in {len(reader.sizes)} files{belongs}{needs}")
 
 
 @main.command(short_help="Answer questions from compressed caches, beside the exact one.")
@@ -209,18 +227,7 @@ def demo(as_json: bool, debug: bool) -> None:
     click.get_current_context().exit(run_demo(Console(), as_json))
 
 
-@contextmanager
-def _step(what: str, quiet: bool) -> Iterator[None]:
-    """Says on stderr what is going on, while it is."""
-    if quiet:
-        yield
-        return
-    with Console(stderr=True).status(what):
-        yield
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=2))
+main.add_command(learn)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,19 @@ from click.exceptions import NoArgsIsHelpError
 from hf_cachegen import errors
 
 PROGRAM = "hf-cachegen"
-UNEXPECTED, USAGE, ARTIFACT, MISMATCH, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 4, 5, 130
+UNEXPECTED, USAGE, ARTIFACT, MISMATCH, UNSUPPORTED, PROFILE, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
 
 EXIT_CODES = {
     0: "done",
     UNEXPECTED: "any other failure",
-    USAGE: "a wrong option, a model that cannot be loaded, a level that is not there, an output that exists",
+    USAGE: (
+        "a wrong option, options that do not go together, a model that cannot be loaded, a level that is not there, "
+        "an output that exists"
+    ),
     ARTIFACT: "the artifact is not there, damaged or above the limits",
     MISMATCH: "a sound artifact of another model, dtype, tokenizer or prompt",
     UNSUPPORTED: "a kind of model or layer or a format that this version does not support, a missing package",
+    PROFILE: "the profile that is needed is not there, damaged or another one, or cannot be learnt",
     INTERRUPTED: "interrupted from the keyboard",
 }
 
@@ -37,6 +41,7 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
     (errors.LevelError, USAGE),
     (errors.ArtifactExistsError, USAGE),
     (errors.ConfigError, USAGE),
+    (errors.ProfileError, PROFILE),
     (errors.ArtifactError, ARTIFACT),
     (errors.MismatchError, MISMATCH),
     (click.UsageError, USAGE),

@@ -1,10 +1,14 @@
-"""What the command line knows of models: loading one with its tokenizer, quietly, on a device, in a dtype."""
+"""What the command line knows of models: loading one with its tokenizer, quietly; the profile that goes with it."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from hf_cachegen.profile import Profile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -44,6 +48,24 @@ def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:
     if start and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or ""):
         ids = ids[:-1]
     return ids
+
+
+def find_profile(choice: str, model: str) -> Profile | None:
+    """The profile that --profile means for `model`: "auto", "none" or a path. Raises ProfileError."""
+    from hf_cachegen.profile import find
+
+    return find(None if choice == "none" else choice, model)
+
+
+def required_profile(artifact: Path, choice: str, model: str) -> Profile | None:
+    """The profile that decoding `artifact` takes, None where it takes none; see `find_profile`. Raises ProfileError
+    where it is missing or another one.
+    """
+    from hf_cachegen.artifact import Artifact
+
+    if Artifact(artifact).profile_digest is None:
+        return None
+    return Artifact(artifact, profile=find_profile(choice, model)).profile()
 
 
 def _device(name: str | None) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from hf_cachegen.cli_models import DTYPES
+from hf_cachegen.cli_models import DTYPES, find_profile
 from hf_cachegen.config import CacheGenConfig, CoderName, TransformName
+
+if TYPE_CHECKING:
+    from hf_cachegen.profile import Profile
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _DEFAULT = CacheGenConfig()
@@ -46,7 +49,10 @@ dtype_option = click.option(
 )
 
 encoder_options = _all(
-    _encoder("--transform", "What is done before quantising.", type=click.Choice(get_args(TransformName))),
+    _encoder(
+        "--transform", "What is done before quantising; auto: klt where there is a profile, else what codes smaller.",
+        type=click.Choice(get_args(TransformName)),
+    ),
     _encoder("--lossless", "Bit-exact, in one level; implies --transform identity.", is_flag=True),
     _encoder("--levels", "How many levels the artifact serves, 1 to 3.", type=int),
     _encoder("--steps", "Quantiser steps for the first, middle and last third of the layers.", type=float, nargs=3),
@@ -57,6 +63,28 @@ encoder_options = _all(
     _encoder("--coder", "Entropy coder.", type=click.Choice(get_args(CoderName))),
     _encoder("--prob-bits", "Precision of the coder's probabilities, 10 to 12 bits.", type=int),
     _encoder("--measure/--no-measure", "Write the relative error of each layer into the report."),
+)  # fmt: skip
+
+learning_options = _all(
+    click.option("--target-kl", type=float, default=0.001, show_default=True,
+                 help="Divergence of the finest level, in nats per token of a continuation."),
+    click.option("--floor", type=float, default=0.5, show_default=True,
+                 help="Least sensitivity, in units of the mean: what keeps errors that no sample minds small."),
+    click.option("--group-layers", type=click.IntRange(min=1), help="Layers with a joint basis.  [default: by width]"),
+    click.option("--undo-rotation/--no-undo-rotation", default=True, show_default=True,
+                 help="Turn keys back to position 0 before anything else, where the model's rotation is known."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the draws."),
+)  # fmt: skip
+
+
+def _profile_option(help_text: str) -> Callable[[Function], Function]:
+    return click.option("--profile", default="auto", show_default=True, metavar="auto|none|FILE", help=help_text)
+
+
+encoding_profile_option = _profile_option("The model's profile: auto takes the one in the model's folder, if any.")
+decoding_profile_option = _profile_option(
+    "The profile, for an artifact that needs one: auto looks in the model's folder, then beside the artifact; none, "
+    "beside the artifact alone."
 )
 
 sampling_options = _all(
@@ -69,12 +97,34 @@ sampling_options = _all(
 )
 
 
-def encoder_config(options: dict[str, Any], given: Callable[[str], bool]) -> CacheGenConfig:
-    """The configuration that the options ask for; `given` says whether the user named an option. Raises ConfigError."""
+def encoder_settings(
+    options: dict[str, Any], given: Callable[[str], bool], profile: str, model: str
+) -> tuple[CacheGenConfig, Profile | None]:
+    """The configuration that the options ask for, and the profile, where it takes one.
+
+    given: says whether the user named an option; profile: the value of --profile. Raises ConfigError, ProfileError, and
+    UsageError for a configuration and a profile that do not go together.
+    """
+    wanted = not options["lossless"] and options["transform"] in ("auto", "klt")
+    if not wanted and profile not in ("auto", "none"):
+        raise click.UsageError("--profile FILE is for --transform klt", click.get_current_context())
+    found = find_profile(profile, model) if wanted else None
+    implied: dict[str, Any] = {}
     if options["lossless"]:
         implied = {"transform": "identity", "levels": 1}
-        options = {**options, **{name: value for name, value in implied.items() if not given(name)}}
-    return CacheGenConfig(**options)
+    elif found is not None:
+        implied = {"transform": "klt", "levels": found.levels}
+    config = CacheGenConfig(**{**options, **{name: value for name, value in implied.items() if not given(name)}})
+    if config.transform == "klt" and found is None:
+        raise click.UsageError(
+            "--transform klt needs a profile of the model: learn one with 'hf-cachegen profile', or give --profile",
+            click.get_current_context(),
+        )
+    if found is not None and config.levels != found.levels:
+        raise click.UsageError(
+            f"--levels {config.levels}: the profile has {found.levels} levels", click.get_current_context()
+        )
+    return config, found
 
 
 def sampling_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -51,9 +51,18 @@ def describe(reader: Reader) -> dict[str, Any]:
         "files": dict(sorted(reader.sizes.items())),
         "layers": _layers(manifest.report, geometry, manifest.levels),
         "codec": manifest.codec,
+        "profile": _profile(manifest.codec),
         "fingerprint": manifest.fingerprint,
         "extra": manifest.extra,
     }
+
+
+def _profile(codec: dict[str, Any]) -> dict[str, str | None] | None:
+    """Digest and model of the profile that decoding needs, None where it needs none."""
+    named = codec.get("profile")
+    if not isinstance(named, dict):
+        return None
+    return {name: value if isinstance(value := named.get(name), str) else None for name in ("digest", "model")}
 
 
 def _layers(report: dict[str, Any], geometry: Geometry, levels: int) -> list[dict[str, Any]]:
@@ -113,7 +122,11 @@ def _facts(found: dict[str, Any], title: str) -> Table:
     table.add_row("artifact", f"{size_text(found['bytes'])} in {len(found['files'])} files")
     table.add_row("format", f"{found['format_version']}, written by {plain(found['writer'] or 'an unnamed writer')}")
     for name, value in sorted(found["codec"].items()):
-        table.add_row(f"codec {plain(name)}", plain(_short(value, 400)))
+        if name != "profile":
+            table.add_row(f"codec {plain(name)}", plain(_short(value, 400)))
+    if (profile := found["profile"]) is not None:
+        shown = f"{profile['digest'] or 'of no digest'}, of model {profile['model'] or 'unknown'}"
+        table.add_row("profile", plain(_short(shown, 200)))
     for name, value in sorted((found["fingerprint"] or {"": "none"}).items()):
         if value:
             table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value, 80)))
@@ -161,9 +174,12 @@ def _ends(values: list[float] | None, form: str, unit: float = 1) -> str:
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
+    notes = ["errors were not measured when encoding (--no-measure)"]
     if all("k_error" in layer for layer in found["layers"]):
-        return ["errors are relative L2 errors of the decoded keys and values, measured when encoding"]
-    return ["errors were not measured when encoding (--no-measure)"]
+        notes = ["errors are relative L2 errors of the decoded keys and values, measured when encoding"]
+    if found["profile"] is not None:
+        notes.append("the profile is kept once for its model and counts in no artifact's size")
+    return notes
 
 
 def plot(found: dict[str, Any], target: Path) -> None:
