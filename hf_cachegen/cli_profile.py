@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hf_cachegen.cli_models import load_model
-from hf_cachegen.cli_options import dtype_option, learning_options, model_options, output_options
+from hf_cachegen.cli_options import learning_dtype_option, learning_options, model_options, output_options
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_samples import draw, from_rows, from_text
 from hf_cachegen.cli_views import size_text
@@ -36,7 +36,7 @@ from hf_cachegen.errors import ArtifactExistsError
               help="At most so many samples, drawn evenly from the files.")  # fmt: skip
 @learning_options
 @model_options
-@dtype_option
+@learning_dtype_option
 @output_options
 def learn(
     model: str, texts: tuple[Any, ...], rows: Any, out: Path | None, overwrite: bool, context_tokens: int,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cachegen import Profile, cli_errors, learn_profile
 from hf_cachegen.cli_options import learning_options
@@ -85,14 +86,17 @@ def test_profile_reports_what_it_learnt(tmp_path: Path, model: Path, long_text: 
 
 
 def test_profile_goes_into_the_models_own_folder_and_is_used_from_there(own: Path, long_text: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(own).to(torch.bfloat16).save_pretrained(own)
     done = run("profile", "--model", own, "--text", long_text, *LEARN)
     assert done.exit_code == 0, done.output
     learnt = Profile.load(own)
+    assert learnt.about["fingerprint"]["dtype"] == "float32"  # where its divergence is not the rounding's
     for shown in (learnt.digest, "10 samples", "components kept", "level 3: KL 0.000", "bits per element"):
         assert shown in done.stdout
     folder = own.parent / "context"
     assert encode(own, folder).exit_code == 0
-    assert run_json("inspect", folder)["codec"]["config"]["transform"] == "klt"
+    found = run_json("inspect", folder)
+    assert (found["dtype"], found["codec"]["config"]["transform"]) == ("bfloat16", "klt")
     assert run_json(*ask(folder, own))["new_tokens"] > 0
     assert run_json("verify", folder, "--model", own)["profile"] == learnt.digest
     assert encode(own, folder, "--profile", "none", "--overwrite").exit_code == 0
