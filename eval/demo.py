@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-CONTEXTS, LINES, QUESTIONS = 6, 128, 8
+CONTEXTS, LINES, QUESTIONS = 4, 128, 8
 """Records of 128 lines (about 1,080 tokens), 8 questions about each."""
 TRANSFORMS = ("klt", "delta")
 LEVELS = (3, 2, 1)
@@ -27,8 +27,11 @@ def load() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from transformers.utils import logging
+
     from eval.reference import MODEL_PATH
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.bfloat16)
     return model, AutoTokenizer.from_pretrained(MODEL_PATH)
 

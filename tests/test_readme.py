@@ -1,0 +1,40 @@
+"""What README shows is what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_ten_lines_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = re.search(r"## Ten lines\n\n```python\n(.*?)```\n```\n(.*?)```", README, re.S)
+    assert found is not None
+    code, shown = found.groups()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval").symlink_to(ROOT / "eval")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue().strip() == shown.strip()
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_name_files_that_are_there() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for module in re.findall(r"python -m (eval[\w.]*)", page.read_text()):
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+        for script in re.findall(r"python (benchmarks/\w+\.py)", page.read_text()):
+            assert (ROOT / script).exists(), script
