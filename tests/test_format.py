@@ -18,6 +18,8 @@ from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.codec import codebook, quantize, rans, tables, transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import FORMAT_VERSION, Limits
+from hf_cachegen.geometry import LayerGeometry
+from hf_cachegen.profile import PROFILE_FILE, Group, Profile, Rotary
 from hf_cachegen.encoding import Encoder
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
@@ -25,6 +27,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
 CASES = {
     "delta": CacheGenConfig(transform="delta", chunk_tokens=32, protect_last=8),
     "identity": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
+    "klt": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
 }
 
@@ -42,17 +45,38 @@ def golden_kv() -> tuple[list[Tensor], list[Tensor]]:
     return list(x[0]), list(x[1])
 
 
+def golden_profile() -> Profile:
+    """A profile of the golden cache's two layers whose products have no rounding: no rotation, a basis of ones and
+    quarters.
+    """
+    layer = LayerGeometry("full", 2, 12, 2, 12)
+    mixing = torch.eye(48) + torch.eye(48).flip(0) / 4
+    group = [Group(kind, 0, 2, torch.eye(12).expand(4, 12, 12) * (1 + kind), mixing[:40]) for kind in (0, 1)]
+    components = torch.arange(80)
+    return Profile(
+        layers=(layer, layer),
+        rotary=Rotary("none", torch.empty(0, dtype=torch.float64)),
+        means=torch.arange(96).float() / 16 - 3,
+        groups=tuple(group),
+        step_code=148,
+        base_entries=(components % 30 + 30).to(torch.uint8),
+        refine_entries=torch.stack([components % 20 + 5, components % 15 + 10]).to(torch.uint8),
+        about={"model": "golden"},
+    )
+
+
 def digest(tensors: list[Tensor]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(t.contiguous().view(torch.int16).numpy().tobytes() for t in tensors))
 
 
 def write_golden(directory: Path, config: CacheGenConfig) -> None:
-    write(Encoder(*golden_kv(), config), directory, input_ids=list(range(50)), fingerprint={"model": "golden"})
+    profile = golden_profile() if config.transform == "klt" else None
+    write(Encoder(*golden_kv(), config, profile), directory, input_ids=list(range(50)), fingerprint={"model": "golden"})
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_old_artifacts_are_read(name: str) -> None:
-    """Each level's digest was written beside the artifact when it was made."""
+    """Each level's digest was written beside the artifact when it was made; klt's profile lies beside it too."""
     artifact = Artifact(GOLDEN / name)
     expected = (GOLDEN / f"{name}.digests").read_text().split()
     assert artifact.reader.verify() == artifact.nbytes_at()
@@ -67,8 +91,13 @@ def test_old_artifacts_are_read(name: str) -> None:
 def test_todays_encoder_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
     write_golden(tmp_path / name, CASES[name])
     for file in sorted((GOLDEN / name).iterdir()):
-        if file.name != "cachegen.json":  # names its writer, whose version moves on
+        if file.name not in ("cachegen.json", PROFILE_FILE):  # the manifest names its writer, whose version moves on
             assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_profile_is_written_to_the_same_bytes() -> None:
+    assert golden_profile().to_bytes() == (GOLDEN / "klt" / PROFILE_FILE).read_bytes()
+    assert Profile.load(GOLDEN / "klt").digest == golden_profile().digest
 
 
 def test_the_codebook_file_is_what_its_program_makes() -> None:
@@ -106,7 +135,11 @@ def test_the_page_says_what_the_code_does(pattern: str, value: int | str) -> Non
 
 if __name__ == "__main__":  # python tests/test_format.py: once for each format version
     for case, config in CASES.items():
+        if (GOLDEN / case).exists():
+            continue
         write_golden(GOLDEN / case, config)
+        if config.transform == "klt":
+            golden_profile().save(GOLDEN / case)
         artifact = Artifact(GOLDEN / case)
         lines = [
             digest([x for side in artifact.decode(level) for x in side]) for level in range(1, artifact.levels + 1)
