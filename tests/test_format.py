@@ -18,9 +18,9 @@ from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.codec import codebook, quantize, rans, tables, transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import FORMAT_VERSION, Limits
+from hf_cachegen.encoding import Encoder
 from hf_cachegen.geometry import LayerGeometry
 from hf_cachegen.profile import PROFILE_FILE, Group, Profile, Rotary
-from hf_cachegen.encoding import Encoder
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
