@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from hf_cachegen.container import (
     Limits,
     Manifest,
     Reader,
+    Segment,
+    Store,
     chunk_name,
     pack_input_ids,
     refine_file,
@@ -69,7 +70,7 @@ def write(
 
 
 class Artifact:
-    """An artifact in a local directory; opening reads its manifest alone.
+    """An artifact in a folder, or behind any other store (hf_cachegen.stores); opening reads its manifest alone.
 
     profile: that of the klt transform; default the one beside the artifact, if there is one.
 
@@ -77,9 +78,12 @@ class Artifact:
     CorruptError too.
     """
 
-    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None, profile: Profile | None = None):
-        self.path, self._profile = path, profile
-        self.reader = Reader(LocalStore(path), limits or Limits())
+    def __init__(
+        self, place: str | os.PathLike[str] | Store, limits: Limits | None = None, profile: Profile | None = None
+    ):
+        self.store = LocalStore(place) if isinstance(place, str | os.PathLike) else place
+        self._profile = profile
+        self.reader = Reader(self.store, limits or Limits())
         manifest = self.manifest = self.reader.manifest
         self.geometry = Geometry.from_dict(manifest.geometry)
         self.config = _config(manifest.codec)
@@ -109,15 +113,23 @@ class Artifact:
         """Bytes that a loader of `level` fetches, everything counted; None: all that is stored."""
         return self.reader.nbytes_at(level)
 
-    def _parts(self, chunk: int, level: int) -> list[bytes]:
+    def _chunk(self, chunk: int, level: int) -> list[Segment]:
         files = [BASE_FILE, *(refine_file(number) for number in range(1, level))]
-        return [self.reader.read(self.manifest.segment(file, chunk_name(chunk))) for file in files]
+        return [self.manifest.segment(file, chunk_name(chunk)) for file in files]
+
+    def _parts(self, chunk: int, level: int) -> list[bytes]:
+        return [self.reader.read(segment) for segment in self._chunk(chunk, level)]
+
+    def _prefetch(self, level: int) -> None:
+        chunks = (segment for index in range(len(self.manifest.chunks)) for segment in self._chunk(index, level))
+        self.reader.prefetch([self.manifest.segment(BASE_FILE, SIDE), *chunks])
 
     def _side(self) -> bytes:
         return self.reader.read(self.manifest.segment(BASE_FILE, SIDE))
 
     def read(self) -> EncodedContext:
         """Everything, verified, in memory."""
+        self._prefetch(self.levels)
         chunks = [self._parts(chunk, self.levels) for chunk in range(len(self.manifest.chunks))]
         parts = tuple(zip(*chunks, strict=True))
         return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, self.profile())
@@ -138,13 +150,13 @@ class Artifact:
         digest = self.profile_digest
         if digest is None:
             return None
-        beside = Path(self.path) / PROFILE_FILE
-        profile = self._profile or (Profile.load(beside) if beside.is_file() else None)
+        beside = self.store.directory / PROFILE_FILE if isinstance(self.store, LocalStore) else None
+        profile = self._profile or (Profile.load(beside) if beside and beside.is_file() else None)
         about = str(self.manifest.codec["profile"].get("model"))
         if profile is None:
             raise ProfileError(
-                f"this artifact needs profile {digest} of model {about!r:.200}: pass it as profile=, or put it at "
-                f"{beside}"
+                f"this artifact needs profile {digest} of model {about!r:.200}: pass it as profile="
+                + (f", or put it at {beside}" if beside else "")
             )
         if profile.digest != digest:
             raise ProfileError(
@@ -157,7 +169,9 @@ class Artifact:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(keys, values) at `level` (default: the finest), read, verified and decoded chunk by chunk."""
         level = checked_level(level, self.levels)
-        codec = codec_of(self.geometry, self.config, self._side(), self.profile())
+        profile = self.profile()
+        self._prefetch(level)
+        codec = codec_of(self.geometry, self.config, self._side(), profile)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
         return decode_chunks(codec, self.geometry, spans, lambda c: self._parts(c, level), device, progress)
 

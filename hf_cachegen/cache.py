@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -22,7 +24,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.card import card
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.container import Limits, Reader, Store
 from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import (
     ConfigError,
@@ -46,6 +50,7 @@ from hf_cachegen.layout import (
 )
 from hf_cachegen.prefix import Reuse
 from hf_cachegen.profile import Profile, find
+from hf_cachegen.stores import Access, LocalStore, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +120,7 @@ class CacheGenCache(DynamicCache):
         *,
         config: CacheGenConfig | None = None,
         profile: Profile | None = None,
-        source: str | None = None,
+        source: Store | None = None,
     ):
         super().__init__()
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
@@ -207,16 +212,21 @@ class CacheGenCache(DynamicCache):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: bool = False,
+        limits: Limits | None = None,
+        **access: Any,
     ) -> CacheGenCache:
         """Load an artifact at `level` (default: the finest), each layer to its device of `model`, else to `device`.
 
         With a model the fingerprint is checked before anything is decoded; `generate` checks it again in any case.
-        profile: for an artifact that needs one, as for `from_context`; one beside the artifact is found too.
-        Raises MismatchError, ArtifactError, ProfileError (see hf_cachegen.errors).
+        path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
+        profile: for an artifact that needs one, as for `from_context`; one in the artifact's folder is found too.
+        limits: how large an artifact may claim to be. access: revision, token, cache_dir, local_files_only,
+        force_download, subfolder and repo_type as in Transformers, and the other fields of hf_cachegen.stores.Access.
+        Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
         """
         start = time.perf_counter()
         folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
-        artifact = Artifact(path, profile=find(profile, folder))
+        artifact = Artifact(open_store(path, Access(**access), limits), limits, find(profile, folder))
         if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
             raise ManifestError(
                 f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
@@ -253,7 +263,7 @@ class CacheGenCache(DynamicCache):
             report,
             config=artifact.config,
             profile=artifact.profile(),
-            source=os.path.abspath(path),
+            source=artifact.store,
         )
 
     def save_pretrained(
@@ -291,6 +301,38 @@ class CacheGenCache(DynamicCache):
         )
         if self._source is None:
             self.report = replace(self.report, encoding=Artifact(directory).report)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        config: CacheGenConfig | None = None,
+        *,
+        description: str = "",
+        private: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        repo_type: str = "dataset",
+        commit_message: str = "Upload a KV cache",
+        create_pr: bool = False,
+    ) -> str:
+        """Encode as `save_pretrained` does and put the artifact, with a card, into a repository on the Hub, in one
+        commit; the repository is made if need be. Returns the URL of the commit.
+
+        description: what the context is, for the card. A KV cache reveals its text: think before private=False.
+        Raises ConfigError, ConflictError and other StoreErrors.
+        """
+        from hf_cachegen.stores import hub
+
+        place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
+        with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
+            self.save_pretrained(folder, config)
+            text = card(Reader(LocalStore(folder)), repo_id, subfolder=subfolder, description=description)
+            pushed = hub.push(
+                Path(folder), place, text, token=token, private=private, commit_message=commit_message,
+                create_pr=create_pr,
+            )  # fmt: skip
+        return pushed.url
 
     def to_dynamic(self) -> DynamicCache:
         """A stock DynamicCache with copies of the keys and values, to do with as you like (sliding layers keep their

@@ -24,7 +24,7 @@ FLOORS = (
     ("profile",),
     ("native",),
     ("codec", "container"),
-    ("stores", "prefix"),
+    ("stores", "prefix", "card"),
     ("layout",),
     ("fingerprint",),
     ("encoding",),

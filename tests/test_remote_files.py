@@ -244,4 +244,4 @@ def test_a_prefetch_leaves_out_what_the_file_has_not(moody: RemoteStore) -> None
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"ahead_bytes": 0}])
 def test_impossible_options(moody: RemoteStore, wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
-        RemoteStore(moody.files, **wrong)
+        RemoteStore(moody.files, "here", **wrong)

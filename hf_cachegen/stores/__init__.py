@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.places import Access, open_store
+from hf_cachegen.stores.remote import RemoteStore
+from hf_cachegen.stores.retry import Patience
+from hf_cachegen.stores.segment_cache import SegmentCache
 
-__all__ = ["LocalStore"]
+__all__ = ["Access", "LocalStore", "Patience", "RemoteStore", "SegmentCache", "open_store"]

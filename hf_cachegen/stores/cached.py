@@ -38,6 +38,9 @@ class CachedStore:
         if not anew and (version is not None or store is None):
             self._kept = self._sound(cache.noted(origin, self._note))
 
+    def __str__(self) -> str:
+        return self.origin
+
     def size(self, name: str) -> int:
         """Length of the file in bytes; as its manifest says, once its header was fetched and proved."""
         if name == MANIFEST_FILE and self._kept is not None:

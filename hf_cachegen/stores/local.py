@@ -24,6 +24,9 @@ class LocalStore:
         self.directory = Path(os.path.abspath(directory))
         self._root = os.path.realpath(self.directory if within is None else within)
 
+    def __str__(self) -> str:
+        return str(self.directory)
+
     def size(self, name: str) -> int:
         """Length of the file in bytes."""
         file = self._open(name)

@@ -71,6 +71,8 @@ class Prefetcher:
                         self._held -= request.nbytes
                         request.future = None
                 self._send()
+                if not self._parts:
+                    self._pool.shutdown(wait=False)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:

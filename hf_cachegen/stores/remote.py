@@ -37,16 +37,24 @@ class Files(Protocol):
 
 
 class RemoteStore:
-    """Files of any kind of place as a store. Threads may share it; `close` ends what `prefetch` began."""
+    """Files of any kind of place as a store; `place` is its name. Threads may share it; `close` ends what `prefetch`
+    began.
+    """
 
-    def __init__(self, files: Files, threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES) -> None:
+    def __init__(
+        self, files: Files, place: str = "", threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES
+    ) -> None:
         if threads < 1 or ahead_bytes < 1:
             raise ConfigError(f"threads and ahead_bytes must be above 0, got {threads} and {ahead_bytes}")
         self.files = files
+        self.place = place
         self._threads, self._ahead_bytes = threads, ahead_bytes
         self._opened: dict[str, tuple[int, bytes]] = {}
         self._prefetcher: Prefetcher | None = None
         self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return self.place
 
     def size(self, name: str) -> int:
         """Length of the file in bytes."""

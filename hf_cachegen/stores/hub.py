@@ -1,0 +1,283 @@
+"""Artifacts on the Hugging Face Hub: where they are, ranges of their files, and pushing in one commit.
+
+A revision is resolved to a commit before anything is read, so that all files of one load are of one state. Reading goes
+by ranges from the Hub's own addresses (its client would take whole files, and does not check what it takes); everything
+else is the Hub's client, with the user's token, endpoint and offline mode. The client's network errors are of a library
+that it may exchange, so whatever is not its own is taken for a failed connection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers
+
+import hf_cachegen
+from hf_cachegen.container import MANIFEST_FILE, Reader
+from hf_cachegen.container.manifest import is_own_file
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    CacheGenError,
+    ConfigError,
+    ConflictError,
+    OfflineError,
+    StoreAccessError,
+    StoreError,
+)
+from hf_cachegen.stores.http import HttpFiles
+from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.retry import Patience
+
+REPO_TYPES = ("dataset", "model", "space")
+DEFAULT_REVISION = "main"
+CARD = "README.md"
+CARD_MARK = "<!-- written by hf_cachegen; remove this line to keep your own text -->"
+"""Only a card with this line is ever replaced."""
+PUSH_ATTEMPTS = 4
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_URL = re.compile(
+    r"hf://(?:(?P<kind>datasets|spaces|models)/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.*))?"
+)
+_FOLDER = re.compile(r"(?!\.{1,2}(?:/|$))[^/\\\0]+(?:/(?!\.{1,2}(?:/|$))[^/\\\0]+)*")
+Token = str | bool | None
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """A folder of a repository at a revision (branch, tag or commit). Raises ConfigError for what cannot be one."""
+
+    repo_id: str
+    repo_type: str = "dataset"
+    subfolder: str | None = None
+    revision: str = DEFAULT_REVISION
+
+    def __post_init__(self) -> None:
+        try:
+            huggingface_hub.utils.validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise ConfigError(f"{self.repo_id!r:.200} is not the name of a repository: {error}") from error
+        if self.repo_type not in REPO_TYPES:
+            raise ConfigError(f"repo_type must be one of {REPO_TYPES}, got {self.repo_type!r}")
+        if self.subfolder is not None and not _FOLDER.fullmatch(self.subfolder):
+            raise ConfigError(f"subfolder must be a path within the repository, such as 'a/b', got {self.subfolder!r}")
+        if not self.revision or "\0" in self.revision:
+            raise ConfigError(f"revision must name a branch, tag or commit, got {self.revision!r}")
+
+    @classmethod
+    def from_url(cls, url: str) -> HubPlace:
+        """From hf://[datasets/|models/|spaces/]user/name[@revision][/folder]; without a kind it is a dataset."""
+        match = _URL.fullmatch(url)
+        if match is None:
+            raise ConfigError(f"expected hf://datasets/user/name[@revision][/folder], got {url!r:.200}")
+        kind = (match["kind"] or "datasets").removesuffix("s")
+        folder = (match["folder"] or "").strip("/") or None
+        return cls(match["repo"], kind, folder, unquote(match["revision"] or DEFAULT_REVISION))
+
+    @property
+    def origin(self) -> str:
+        """The repository and folder, without the revision: what a cache files it under."""
+        return f"hf://{self.repo_type}s/{self.repo_id}" + (f"/{self.subfolder}" if self.subfolder else "")
+
+    def __str__(self) -> str:
+        return f"{self.origin} at {self.revision}"
+
+    def path(self, name: str) -> str:
+        """A file's path in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """url: of the commit, or of the pull request; commit: its id."""
+
+    url: str
+    commit: str
+
+
+def is_offline() -> bool:
+    """Whether the user's environment forbids the Hub (HF_HUB_OFFLINE)."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def is_commit(revision: str) -> bool:
+    """Whether this is a whole commit id, which never comes to mean something else."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def resolve(place: HubPlace, token: Token = None, patience: Patience | None = None) -> str:
+    """The commit that the place's revision means now. Raises ArtifactNotFoundError, StoreError."""
+    if is_commit(place.revision):
+        return place.revision
+    with _named(f"{place}"):
+        timeout = (patience or Patience()).timeout
+        info = _api(token).repo_info(place.repo_id, revision=place.revision, repo_type=place.repo_type, timeout=timeout)
+    if not is_commit(str(info.sha)):
+        raise StoreError(f"{place}: the Hub named no commit")
+    return str(info.sha)
+
+
+def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patience | None = None) -> HttpFiles:
+    """The files of the place at that commit."""
+    if is_offline():
+        raise OfflineError(f"{place}: offline mode is on (HF_HUB_OFFLINE)")
+    with _named(f"{place}"):
+        headers = build_hf_headers(token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__)
+
+    def url_of(name: str) -> str:
+        return hf_hub_url(
+            place.repo_id, name, subfolder=place.subfolder, repo_type=place.repo_type, revision=commit,
+            endpoint=constants.ENDPOINT,
+        )  # fmt: skip
+
+    return HttpFiles(url_of, headers, patience)
+
+
+def find_artifacts(place: HubPlace, token: Token = None) -> list[tuple[HubPlace, int]]:
+    """All artifacts at or below the place, each with the bytes of its files."""
+    with _named(f"{place}"):
+        entries = _api(token).list_repo_tree(
+            place.repo_id, place.subfolder, recursive=True, revision=place.revision, repo_type=place.repo_type
+        )
+        sizes = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    found = []
+    for path in sorted(sizes):
+        folder, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
+        if name == MANIFEST_FILE:
+            own = [p for p in sizes if str(PurePosixPath(p).parent) == folder and is_own_file(PurePosixPath(p).name)]
+            subfolder = None if folder == "." else folder
+            inner = HubPlace(place.repo_id, place.repo_type, subfolder, place.revision)
+            found.append((inner, sum(sizes[p] for p in own)))
+    return found
+
+
+def push(
+    directory: Path,
+    place: HubPlace,
+    card: str,
+    *,
+    token: Token = None,
+    private: bool = True,
+    commit_message: str = "Upload a KV cache",
+    create_pr: bool = False,
+) -> Pushed:
+    """Puts the artifact in `directory` into a repository, which is made if need be, in one commit.
+
+    What an earlier artifact had and this one has not is removed in the same commit; a card of somebody else's making
+    stays. If others commit meanwhile, it is tried again on top, unless they changed this very artifact: ConflictError.
+    Raises ConfigError where `private` is asked for and the repository is public; ArtifactError, StoreError.
+    """
+    reader = Reader(LocalStore(directory))
+    reader.verify()
+    names = sorted(reader.sizes)
+    api = _api(token)
+    with _named(f"{place}"):
+        api.create_repo(place.repo_id, private=private, repo_type=place.repo_type, exist_ok=True)
+        if private and not api.repo_info(place.repo_id, repo_type=place.repo_type).private:
+            raise ConfigError(
+                f"{place.repo_id} is public, and a cache reveals its text; if you mean it, pass private=False"
+            )
+        if place.revision != DEFAULT_REVISION and not create_pr and not is_commit(place.revision):
+            api.create_branch(place.repo_id, branch=place.revision, repo_type=place.repo_type, exist_ok=True)
+        before: dict[str, str] | None = None
+        for attempt in range(1, PUSH_ATTEMPTS + 1):
+            head = api.repo_info(place.repo_id, revision=place.revision, repo_type=place.repo_type).sha
+            there = _own_files(api, place, head)
+            if before is not None and there != before:
+                raise ConflictError(f"{place}: somebody else changed this artifact meanwhile; look, then push again")
+            before = there
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                CommitOperationAdd(place.path(name), str(directory / name)) for name in names
+            ]
+            operations += [CommitOperationDelete(place.path(name)) for name in sorted(set(there) - set(names))]
+            if _may_write_card(place, head, token):
+                operations.append(CommitOperationAdd(place.path(CARD), f"{card}\n{CARD_MARK}\n".encode()))
+            try:
+                info = api.create_commit(
+                    place.repo_id, operations, commit_message=commit_message, repo_type=place.repo_type,
+                    revision=place.revision, create_pr=create_pr, parent_commit=head,
+                )  # fmt: skip
+                return Pushed(str(info.pr_url or info.commit_url), str(info.oid))
+            except HfHubHTTPError as error:
+                if _status(error) not in (409, 412):
+                    raise
+                if attempt == PUSH_ATTEMPTS:
+                    raise ConflictError(f"{place}: others committed during each of {attempt} attempts") from error
+    raise RuntimeError("unreachable: the last attempt returns or raises")
+
+
+def _own_files(api: HfApi, place: HubPlace, commit: str) -> dict[str, str]:
+    """Name and content hash of an artifact's files that are in the place."""
+    try:
+        entries = list(
+            api.list_repo_tree(place.repo_id, place.subfolder, revision=commit, repo_type=place.repo_type)
+        )
+    except EntryNotFoundError:
+        return {}
+    files = {PurePosixPath(entry.path).name: str(entry.blob_id) for entry in entries if hasattr(entry, "blob_id")}
+    return {name: blob for name, blob in files.items() if is_own_file(name)}
+
+
+def _may_write_card(place: HubPlace, commit: str, token: Token) -> bool:
+    try:
+        _, text = open_hub(place, commit, token).open(CARD)
+    except ArtifactNotFoundError:
+        return True
+    return CARD_MARK.encode() in text
+
+
+def _api(token: Token) -> HfApi:
+    if is_offline():
+        raise OfflineError("offline mode is on (HF_HUB_OFFLINE), and this needs the Hub")
+    return HfApi(
+        endpoint=constants.ENDPOINT, token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__
+    )
+
+
+def _status(error: HfHubHTTPError) -> int:
+    return int(getattr(error.response, "status_code", 0))
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Gives what the Hub's client raises its name here."""
+    try:
+        yield
+    except CacheGenError:
+        raise
+    except HFValidationError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise OfflineError(f"{where}: offline mode is on (HF_HUB_OFFLINE)") from error
+    except (GatedRepoError, LocalTokenNotFoundError) as error:
+        raise StoreAccessError(f"{where}: {_text(error)}") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        raise ArtifactNotFoundError(
+            f"there is no {where} (a private one needs a token with the right to read it): {_text(error)}"
+        ) from error
+    except HfHubHTTPError as error:
+        refused = _status(error) in (401, 403)
+        raise (StoreAccessError if refused else StoreError)(f"{where}: {_text(error)}") from error
+    except Exception as error:
+        raise StoreError(f"{where}: {type(error).__name__}: {_text(error)}") from error
+
+
+def _text(error: Exception) -> str:
+    """The first line that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

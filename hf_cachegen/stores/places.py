@@ -1,0 +1,123 @@
+"""From the name of a place to a store: a folder, a URL, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hf_cachegen.container import Limits, Store
+from hf_cachegen.errors import ConfigError, OfflineError
+from hf_cachegen.stores.cached import CachedStore
+from hf_cachegen.stores.http import shown
+from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
+from hf_cachegen.stores.retry import Patience
+from hf_cachegen.stores.segment_cache import SegmentCache
+
+_REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+_UNCACHED = ("file", "memory")
+"""Schemes that are no farther than the cache."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How to reach an artifact; the first seven have the names and meanings of Transformers.
+
+    revision: branch, tag or commit of a repository (default: main). token: for the Hub; default the one logged in with.
+    cache_dir: where verified segments are kept. local_files_only: only from there, without network.
+    force_download: fetch everything again. subfolder: where in the repository or below the URL. repo_type: of the Hub.
+    headers: for http(s) URLs. storage_options: for other URLs, passed to fsspec. patience: time limits and attempts.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str | None = None
+    repo_type: str = "dataset"
+    headers: Mapping[str, str] | None = None
+    storage_options: Mapping[str, Any] | None = None
+    patience: Patience | None = None
+
+
+def open_store(
+    place: str | os.PathLike[str], access: Access | None = None, limits: Limits | None = None
+) -> Store:
+    """The store of the artifact at `place`: a folder that exists, a URL (hf:// too), or a repository ("user/name").
+
+    A path object is always a folder. Raises ConfigError, ArtifactNotFoundError, StoreError.
+    """
+    access = access or Access()
+    if access.local_files_only and access.force_download:
+        raise ConfigError("local_files_only and force_download contradict each other")
+    if isinstance(place, str) and is_url(place):
+        return _hub(place, access, limits) if place.startswith("hf://") else _url(place, access, limits)
+    if isinstance(place, str) and not os.path.exists(place) and _REPO_ID.fullmatch(place):
+        return _hub(place, access, limits)
+    return LocalStore(Path(place, access.subfolder or ""))
+
+
+def _url(url: str, access: Access, limits: Limits | None) -> Store:
+    if access.revision is not None:
+        raise ConfigError(f"a revision is for repositories on the Hub; {shown(url)} has none")
+    if access.subfolder:
+        before, mark, query = url.partition("?")
+        url = f"{before.rstrip('/')}/{access.subfolder}{mark}{query}"
+    name = shown(url)
+    files = open_files(
+        url, headers=access.headers, storage_options=access.storage_options, patience=access.patience
+    )
+    if url.startswith(tuple(f"{scheme}:" for scheme in _UNCACHED)):
+        return RemoteStore(files, name)
+    query = urlsplit(url).query
+    origin = f"{name}?{hashlib.sha256(query.encode()).hexdigest()[:16]}" if query else name
+    store = None if access.local_files_only else RemoteStore(files, name)
+    return CachedStore(store, SegmentCache(access.cache_dir), origin, anew=access.force_download, limits=limits)
+
+
+def _hub(name: str, access: Access, limits: Limits | None) -> Store:
+    from hf_cachegen.stores import hub  # the Hub's client is slow to import, and local artifacts do not need it
+
+    if access.headers or access.storage_options:
+        raise ConfigError(f"headers and storage_options are for URLs; {name} on the Hub takes a token")
+    place = hub_place(name, access)
+    cache = SegmentCache(access.cache_dir)
+    key = f"commit of {place.revision}"
+    if access.local_files_only or hub.is_offline():
+        commit = place.revision
+        if not hub.is_commit(commit):
+            noted = cache.noted(place.origin, key)
+            commit = noted.decode("ascii", "replace") if noted else ""
+        if not hub.is_commit(commit):
+            raise OfflineError(
+                f"{place} is not in the cache at {cache.directory}; load it once without local_files_only (and not in "
+                "offline mode)"
+            )
+        return CachedStore(None, cache, place.origin, commit, limits=limits)
+    commit = hub.resolve(place, access.token, access.patience)
+    cache.note(place.origin, key, commit.encode())
+    store = RemoteStore(hub.open_hub(place, commit, access.token, access.patience), f"{place}")
+    return CachedStore(store, cache, place.origin, commit, anew=access.force_download, limits=limits)
+
+
+def hub_place(name: str, access: Access) -> Any:
+    """The HubPlace that a repository's name or an hf:// URL means, together with the options."""
+    from hf_cachegen.stores.hub import DEFAULT_REVISION, HubPlace
+
+    if not name.startswith("hf://"):
+        return HubPlace(name, access.repo_type, access.subfolder, access.revision or DEFAULT_REVISION)
+    place = HubPlace.from_url(name)
+    if access.revision is not None and place.revision not in (DEFAULT_REVISION, access.revision):
+        raise ConfigError(f"two revisions: {place.revision} in the URL, {access.revision} as revision=")
+    if access.subfolder is not None and place.subfolder is not None:
+        raise ConfigError(f"two folders: {place.subfolder} in the URL, {access.subfolder} as subfolder=")
+    return HubPlace(
+        place.repo_id, place.repo_type, place.subfolder or access.subfolder, access.revision or place.revision
+    )

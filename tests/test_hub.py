@@ -1,0 +1,295 @@
+"""Pushing to and reading from a Hub on loopback, with the real huggingface_hub client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+import hf_cachegen
+from hf_cachegen.container import Reader, write_artifact
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    CacheGenError,
+    ConfigError,
+    ConflictError,
+    CorruptError,
+    OfflineError,
+    StoreAccessError,
+    StoreError,
+)
+from hf_cachegen.stores import hub
+from hf_cachegen.stores.hub import HubPlace, Pushed
+from hf_cachegen.stores.remote import RemoteStore
+from hf_cachegen.stores.retry import Patience
+from tests import http_server as faults
+from tests.http_server import Server, running
+from tests.hub_server import HubServer, Repo
+from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, write
+
+# The Hub's client uploads in a way that its HTTP library wants changed.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+IMPATIENT = Patience(attempts=2, timeout=1, backoff=0.01)
+PLACE = HubPlace("user/context")
+TEXT = "---\ntags: [kv-cache]\n---\n# A context\n"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with running(HubServer()) as found:
+        assert isinstance(found, HubServer)
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + urlsplit(template).path)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+        yield found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "context")
+    return tmp_path / "context"
+
+
+def push(folder: Path, place: HubPlace = PLACE, **options: object) -> Pushed:
+    return hub.push(folder, place, TEXT, **{"token": "owner", **options})
+
+
+def repo_of(server: HubServer, place: HubPlace = PLACE) -> Repo:
+    return server.repos[f"{place.repo_type}s/{place.repo_id}"]
+
+
+def reader(place: HubPlace = PLACE, token: str | None = "owner") -> Reader:
+    commit = hub.resolve(place, token, IMPATIENT)
+    return Reader(RemoteStore(hub.open_hub(place, commit, token, IMPATIENT)))
+
+
+def test_push_and_read_back(server: HubServer, folder: Path) -> None:
+    pushed = push(folder)
+    repo = repo_of(server)
+    assert repo.private
+    assert set(repo.files) == {*FILES, ".gitattributes", "README.md"}
+    assert {name: repo.files[name] for name in FILES} == contents(folder)
+    assert (pushed.commit, len(repo.commits)) == (repo.branches["main"], 2)
+    assert pushed.url.endswith(f"/commit/{pushed.commit}")
+    assert server.lfs
+    assert reader().verify() == sum(map(len, contents(folder).values()))
+
+
+def test_the_user_agent(server: HubServer, folder: Path) -> None:
+    push(folder)
+    reader()
+    assert all(f"hf_cachegen/{hf_cachegen.__version__}" in agent for agent in server.agents), server.agents
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        HubPlace("user/context", "model"),
+        HubPlace("user/context", subfolder="a b/c"),
+        HubPlace("user/context", revision="other/branch"),
+    ],
+    ids=str,
+)
+def test_other_places(server: HubServer, folder: Path, place: HubPlace) -> None:
+    push(folder, place)
+    assert reader(place).verify()
+    paths = set(repo_of(server, place).commits[repo_of(server, place).branches[place.revision]][1])
+    assert {place.path(name) for name in (*FILES, "README.md")} <= paths
+
+
+def test_a_revision_is_a_commit_for_the_whole_load(server: HubServer, folder: Path) -> None:
+    push(folder)
+    first = reader()
+    repo_of(server).commit(dict.fromkeys(FILES, b"other"), "meanwhile")
+    assert first.verify()
+    with pytest.raises(CacheGenError):
+        reader()
+    commit = next(oid for oid, (_, files, _) in repo_of(server).commits.items() if "cachegen.json" in files)
+    server.calls.clear()
+    pinned = HubPlace("user/context", revision=commit)
+    assert reader(pinned).verify()
+    assert not [call for call in server.calls if "/api/" in call]
+
+
+def test_a_second_push_replaces_the_first_in_one_commit(server: HubServer, folder: Path, tmp_path: Path) -> None:
+    push(folder)
+    repo_of(server).commit({**repo_of(server).files, "notes.txt": b"mine"}, "a note")
+    write_artifact(tmp_path / "less", MANIFEST, [row for row in SEGMENTS if not row[0].startswith("refine")])
+    before = len(repo_of(server).commits)
+    push(tmp_path / "less", commit_message="Only the base")
+    repo = repo_of(server)
+    assert len(repo.commits) == before + 1
+    assert repo.commits[repo.branches["main"]][2] == "Only the base"
+    assert set(repo.files) == {*contents(tmp_path / "less"), ".gitattributes", "README.md", "notes.txt"}
+    assert reader().verify()
+
+
+def test_the_same_again_is_no_commit_of_other_files(server: HubServer, folder: Path) -> None:
+    push(folder)
+    uploads = [call for call in server.calls if call.startswith("PUT")]
+    push(folder)
+    assert [call for call in server.calls if call.startswith("PUT")] == uploads
+
+
+def test_somebody_elses_card_stays(server: HubServer, folder: Path) -> None:
+    push(folder)
+    assert repo_of(server).files["README.md"].startswith(TEXT.encode())
+    repo_of(server).commit({**repo_of(server).files, "README.md": b"my own words"}, "a card")
+    push(folder)
+    assert repo_of(server).files["README.md"] == b"my own words"
+
+
+def test_others_commit_meanwhile(server: HubServer, folder: Path) -> None:
+    push(folder)
+    repo = repo_of(server)
+    server.before_commit = [lambda: repo.commit({**repo.files, "notes.txt": b"theirs"}, "meanwhile") and None] * 2
+    push(folder, commit_message="mine")
+    assert repo.files["notes.txt"] == b"theirs"
+    assert [message for _, _, message in repo.commits.values()][-2:] == ["meanwhile", "mine"]
+
+
+def test_others_push_the_same_artifact_meanwhile(server: HubServer, folder: Path) -> None:
+    push(folder)
+    repo = repo_of(server)
+    server.before_commit = [lambda: repo.commit({**repo.files, "base.safetensors": b"theirs"}, "meanwhile") and None]
+    with pytest.raises(ConflictError, match="somebody else"):
+        push(folder)
+    assert repo.files["base.safetensors"] == b"theirs"
+
+
+def test_others_commit_all_the_time(server: HubServer, folder: Path) -> None:
+    push(folder)
+    repo = repo_of(server)
+    numbers = iter(range(99))
+    server.before_commit = [
+        lambda: repo.commit({**repo.files, "notes.txt": b"%d" % next(numbers)}, "meanwhile") and None
+    ] * 99
+    with pytest.raises(ConflictError, match="each of 4 attempts"):
+        push(folder)
+
+
+def test_a_pull_request(server: HubServer, folder: Path) -> None:
+    push(folder)
+    head = repo_of(server).branches["main"]
+    pushed = push(folder, create_pr=True, commit_message="please")
+    assert pushed.url.endswith("/discussions/1")
+    assert repo_of(server).branches["main"] == head
+
+
+def test_a_public_repository_is_asked_about(server: HubServer, folder: Path) -> None:
+    push(folder, private=False)
+    assert not repo_of(server).private
+    with pytest.raises(ConfigError, match="private=False"):
+        push(folder)
+    assert reader(token=None).verify()
+
+
+def test_a_damaged_artifact_is_not_pushed(server: HubServer, folder: Path) -> None:
+    data = (folder / "base.safetensors").read_bytes()
+    (folder / "base.safetensors").write_bytes(data[:-1] + b"x")
+    with pytest.raises(CorruptError):
+        push(folder)
+    assert not server.calls
+
+
+def test_who_may_read_and_write(server: HubServer, folder: Path) -> None:
+    with pytest.raises(StoreAccessError):
+        push(folder, token="reader")
+    push(folder)
+    assert reader(token="reader").verify()
+    with pytest.raises(StoreAccessError):
+        push(folder, token="reader")
+    for token in (None, "stranger"):
+        with pytest.raises(ArtifactNotFoundError, match="private one needs a token"):
+            reader(token=token)
+    with pytest.raises(StoreAccessError, match="token"):
+        hub.open_hub(PLACE, "main", None, IMPATIENT).open("cachegen.json")
+
+
+def test_what_is_not_there(server: HubServer, folder: Path) -> None:
+    push(folder)
+    for place in (HubPlace("user/nothing"), HubPlace("user/context", revision="nothing")):
+        with pytest.raises(ArtifactNotFoundError, match="nothing"):
+            reader(place)
+    with pytest.raises(ArtifactNotFoundError, match=r"sub/cachegen.json"):
+        reader(HubPlace("user/context", subfolder="sub"))
+
+
+def test_listing(server: HubServer, folder: Path) -> None:
+    size = sum(map(len, contents(folder).values()))
+    push(folder)
+    for subfolder in ("b", "a/c"):
+        push(folder, HubPlace("user/context", subfolder=subfolder))
+    found = [(place.subfolder, nbytes) for place, nbytes in hub.find_artifacts(PLACE, "owner")]
+    assert found == [("a/c", size), ("b", size), (None, size)]
+    assert hub.find_artifacts(HubPlace("user/context", subfolder="a"), "owner")[0][0].subfolder == "a/c"
+
+
+def test_offline(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for act in (lambda: push(folder), reader, lambda: hub.open_hub(PLACE, "main"), lambda: hub.find_artifacts(PLACE)):
+        with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
+            act()
+    assert not server.calls
+
+
+def test_the_hub_is_down(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(Server()) as other:
+        monkeypatch.setattr(constants, "ENDPOINT", other.url)
+    for act in (lambda: hub.resolve(PLACE, "owner", IMPATIENT), lambda: push(folder)):
+        with pytest.raises(StoreError, match=r"hf://datasets/user/context at main: .*refused"):
+            act()
+
+
+def test_faults_between_us_and_the_hub(server: HubServer, folder: Path) -> None:
+    push(folder)
+    found = reader()
+    server.faults = [faults.reset_in_body, None, faults.status(503), None, faults.cut(0.3)]
+    assert found.verify()
+    server.always = faults.status(500)
+    with pytest.raises(StoreError, match="500"):
+        reader()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"repo_id": "no//name"},
+        {"repo_id": "a/b/c"},
+        {"repo_id": "user/x", "repo_type": "bucket"},
+        {"repo_id": "user/x", "subfolder": "../up"},
+        {"repo_id": "user/x", "subfolder": "/etc"},
+        {"repo_id": "user/x", "subfolder": "a/./b"},
+        {"repo_id": "user/x", "subfolder": "a\0b"},
+        {"repo_id": "user/x", "revision": ""},
+    ],
+)
+def test_what_is_no_place(place: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        HubPlace(**place)
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("hf://datasets/user/name", HubPlace("user/name")),
+        ("hf://user/name", HubPlace("user/name")),
+        ("hf://models/user/name@v1/a/b", HubPlace("user/name", "model", "a/b", "v1")),
+        ("hf://datasets/user/name@refs%2Fpr%2F1/", HubPlace("user/name", revision="refs/pr/1")),
+        ("hf://user", None),
+        ("hf://datasets/user/name/../other", None),
+    ],
+)
+def test_urls(url: str, place: HubPlace | None) -> None:
+    if place is None:
+        with pytest.raises(ConfigError):
+            HubPlace.from_url(url)
+    else:
+        assert HubPlace.from_url(url) == place
