@@ -21,10 +21,11 @@ from hf_cachegen.errors import (
     StoreAccessError,
     StoreError,
 )
-from hf_cachegen.stores import hub
+from hf_cachegen.stores import Access, hub
 from hf_cachegen.stores.hub import HubPlace, Pushed
 from hf_cachegen.stores.remote import RemoteStore
 from hf_cachegen.stores.retry import Patience
+from hf_cachegen.stores.survey import Found, find_artifacts
 from tests import http_server as faults
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, Repo
@@ -227,14 +228,14 @@ def test_listing(server: HubServer, folder: Path) -> None:
     push(folder)
     for subfolder in ("b", "a/c"):
         push(folder, HubPlace("user/context", subfolder=subfolder))
-    found = [(place.subfolder, nbytes) for place, nbytes in hub.find_artifacts(PLACE, "owner")]
-    assert found == [("a/c", size), ("b", size), (None, size)]
-    assert hub.find_artifacts(HubPlace("user/context", subfolder="a"), "owner")[0][0].subfolder == "a/c"
+    found = find_artifacts("user/context", Access(token="owner"))
+    assert found == [Found("", size), Found("a/c", size), Found("b", size)]
+    assert find_artifacts("user/context", Access(token="owner", subfolder="a")) == [Found("c", size)]
 
 
 def test_offline(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for act in (lambda: push(folder), reader, lambda: hub.open_hub(PLACE, "main"), lambda: hub.find_artifacts(PLACE)):
+    for act in (lambda: push(folder), reader, lambda: hub.open_hub(PLACE, "main"), lambda: hub.find_files(PLACE)):
         with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
             act()
     assert not server.calls

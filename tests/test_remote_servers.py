@@ -1,4 +1,4 @@
-"""Artifacts on servers that others wrote: nginx, and an S3 server through s3fs. Skipped where they are not installed."""
+"""Artifacts on servers that others wrote: nginx, and S3 through s3fs. Skipped where they are not installed."""
 
 from __future__ import annotations
 

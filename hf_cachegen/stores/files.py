@@ -63,6 +63,16 @@ class FilesystemFiles:
         """Exactly that range of a file that was opened."""
         return persist(self.patience, lambda: self._read(name, offset, length)) if length else b""
 
+    def mark(self, name: str) -> str:
+        """What tells that an opened file was changed; empty where the filesystem says nothing."""
+        return self._seen[name][1]
+
+    def find(self) -> dict[str, int]:
+        """All files at or below the place: path relative to it, and size."""
+        found = persist(self.patience, lambda: self._call("", self.patience.timeout, "find", self._root, detail=True))
+        root = self._root.strip("/")
+        return {path.strip("/").removeprefix(root).strip("/"): info["size"] for path, info in found.items()}
+
     def _read(self, name: str, offset: int, length: int) -> bytes:
         path = f"{self._root.rstrip('/')}/{name}"
         seconds = self.patience.seconds_for(length)

@@ -81,6 +81,10 @@ class HttpFiles:
             persist(self.patience, lambda: self._receive(name, offset + len(data), length - len(data), data))
         return bytes(data)
 
+    def mark(self, name: str) -> str:
+        """What tells that an opened file was changed (its ETag or date); empty where the server says nothing."""
+        return self._seen[name][1]
+
     def _receive(self, name: str, offset: int, length: int, data: bytearray, *, whole: bool = True) -> int:
         """One attempt: appends to `data` what comes of the range, and returns the file's size."""
         url = self.url_of(name)

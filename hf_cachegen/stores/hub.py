@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 
 import hf_cachegen
-from hf_cachegen.container import MANIFEST_FILE, Reader
+from hf_cachegen.container import Reader
 from hf_cachegen.container.manifest import is_own_file
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
@@ -149,22 +149,15 @@ def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patien
     return HttpFiles(url_of, headers, patience)
 
 
-def find_artifacts(place: HubPlace, token: Token = None) -> list[tuple[HubPlace, int]]:
-    """All artifacts at or below the place, each with the bytes of its files."""
+def find_files(place: HubPlace, token: Token = None) -> dict[str, int]:
+    """All files at or below the place: path relative to it, and size."""
     with _named(f"{place}"):
         entries = _api(token).list_repo_tree(
             place.repo_id, place.subfolder, recursive=True, revision=place.revision, repo_type=place.repo_type
         )
-        sizes = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
-    found = []
-    for path in sorted(sizes):
-        folder, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
-        if name == MANIFEST_FILE:
-            own = [p for p in sizes if str(PurePosixPath(p).parent) == folder and is_own_file(PurePosixPath(p).name)]
-            subfolder = None if folder == "." else folder
-            inner = HubPlace(place.repo_id, place.repo_type, subfolder, place.revision)
-            found.append((inner, sum(sizes[p] for p in own)))
-    return found
+        sizes = {str(entry.path): int(entry.size) for entry in entries if hasattr(entry, "blob_id")}
+    prefix = f"{place.subfolder}/" if place.subfolder else ""
+    return {path.removeprefix(prefix): size for path, size in sizes.items()}
 
 
 def push(

@@ -57,11 +57,18 @@ def open_store(
     access = access or Access()
     if access.local_files_only and access.force_download:
         raise ConfigError("local_files_only and force_download contradict each other")
+    if is_repository(place):
+        return _hub(str(place), access, limits)
     if isinstance(place, str) and is_url(place):
-        return _hub(place, access, limits) if place.startswith("hf://") else _url(place, access, limits)
-    if isinstance(place, str) and not os.path.exists(place) and _REPO_ID.fullmatch(place):
-        return _hub(place, access, limits)
+        return _url(place, access, limits)
     return LocalStore(Path(place, access.subfolder or ""))
+
+
+def is_repository(place: str | os.PathLike[str]) -> bool:
+    """Whether this names a repository on the Hub: an hf:// URL, or "user/name" where there is no such folder."""
+    if not isinstance(place, str):
+        return False
+    return place.startswith("hf://") or (_REPO_ID.fullmatch(place) is not None and not os.path.exists(place))
 
 
 def _url(url: str, access: Access, limits: Limits | None) -> Store:

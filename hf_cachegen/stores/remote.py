@@ -25,7 +25,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)")
 
 
 class Files(Protocol):
-    """What a kind of place must know; both raise ArtifactNotFoundError and StoreError, and threads may share them."""
+    """What a kind of place must know; all raise ArtifactNotFoundError and StoreError, and threads may share them."""
 
     def open(self, name: str) -> tuple[int, bytes]:
         """The file's size, and as many of its first bytes as came with it."""
@@ -33,6 +33,11 @@ class Files(Protocol):
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Exactly that range of a file that was opened."""
+        ...
+
+
+    def mark(self, name: str) -> str:
+        """What tells that an opened file was changed; empty where nothing does."""
         ...
 
 

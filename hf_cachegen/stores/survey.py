@@ -1,0 +1,171 @@
+"""Looking at places: which artifacts are there, a whole copy of one, and whether a server does what loading needs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, ArtifactWriter, Limits, Reader, Segment
+from hf_cachegen.container.manifest import is_own_file
+from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError
+from hf_cachegen.stores.cached import CachedStore
+from hf_cachegen.stores.files import FilesystemFiles
+from hf_cachegen.stores.http import shown
+from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
+from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
+
+CHECK_BYTES = 64 << 20
+"""At most so much is fetched to measure how fast a place is."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """folder: relative to the place, "" for itself; nbytes: of all files of the artifact."""
+
+    folder: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a server was asked for; passed: None where it is advice."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def find_artifacts(place: str, access: Access | None = None) -> list[Found]:
+    """The artifacts at or below a folder, a repository or an fsspec URL, in alphabetical order.
+
+    Raises ConfigError for http(s), which cannot list; ArtifactNotFoundError, StoreError.
+    """
+    access = access or Access()
+    if is_repository(place):
+        from hf_cachegen.stores import hub
+
+        files = hub.find_files(hub_place(place, access), access.token)
+    elif is_url(place):
+        source = open_files(place, storage_options=access.storage_options, patience=access.patience)
+        if not isinstance(source, FilesystemFiles):
+            raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(place)}")
+        files = source.find()
+    else:
+        if not os.path.isdir(place):
+            raise ArtifactNotFoundError(f"there is no folder {place}")
+        files = {
+            os.path.relpath(os.path.join(folder, name), place): os.path.getsize(os.path.join(folder, name))
+            for folder, _, names in os.walk(place)
+            for name in names
+            if is_own_file(name)
+        }
+    sizes: dict[str, int] = {}
+    for path, size in files.items():
+        folder = str(PurePosixPath(path).parent)
+        if is_own_file(PurePosixPath(path).name):
+            sizes[folder] = sizes.get(folder, 0) + size
+    whole = [folder for folder in sizes if str(PurePosixPath(folder, MANIFEST_FILE)) in files]
+    return [Found("" if folder == "." else folder, sizes[folder]) for folder in sorted(whole)]
+
+
+def pull(
+    place: str,
+    directory: str | os.PathLike[str],
+    access: Access | None = None,
+    *,
+    overwrite: bool = False,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Copies a whole artifact into a folder, every segment verified, and returns its bytes.
+
+    The folder holds all of it or nothing. progress: called with (bytes copied, bytes in all). Raises ArtifactError,
+    StoreError.
+    """
+    reader = Reader(open_store(place, access, limits), limits or Limits())
+    manifest = reader.manifest
+    segments = manifest.segments
+    reader.prefetch(segments)
+    done, total = 0, sum(segment.length for segment in segments)
+    with ArtifactWriter(directory, overwrite=overwrite, limits=limits or Limits()) as writer:
+        for segment in segments:
+            writer.add(segment.file, segment.name, reader.read(segment))
+            done += segment.length
+            if progress:
+                progress(done, total)
+        writer.commit(replace(manifest, files={}))
+    return reader.nbytes_at()
+
+
+def serve_check(place: str, access: Access | None = None) -> list[Check]:
+    """Whether the place serves its artifact as loading needs it; stops at the first thing that fails."""
+    checks: list[Check] = []
+    with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
+        access = replace(access or Access(), cache_dir=folder, local_files_only=False, force_download=True)
+        try:
+            for step in _steps(place, access):
+                checks.append(step())
+        except CacheGenError as error:
+            checks.append(Check(_STEPS[len(checks)], False, f"{type(error).__name__}: {error}"))
+    return checks
+
+
+_STEPS = ("manifest", "ranges", "changes are noticed", "level 1", "speed")
+
+
+def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
+    state: dict[str, Reader] = {}
+
+    def manifest() -> Check:
+        start = time.perf_counter()
+        reader = state["reader"] = Reader(open_store(place, access))
+        seconds = time.perf_counter() - start
+        return Check("manifest", True, f"{reader.manifest.tokens:,} tokens, {seconds * 1000:.0f} ms to open")
+
+    def ranges() -> Check:
+        store, longest = _remote(state["reader"], place), _longest(state["reader"])
+        store.size(longest.file)
+        first, last = longest.offset + longest.length // 3, longest.offset + longest.length
+        for offset, length in ((first, last - first), (last - 1, 1)):
+            data = store.files.read(longest.file, offset, length)
+            if len(data) != length:
+                return Check("ranges", False, f"{len(data)} bytes came for a range of {length}")
+        return Check("ranges", True, f"exact, within {longest.file}")
+
+    def changes() -> Check:
+        mark = _remote(state["reader"], place).files.mark(BASE_FILE)
+        detail = f"marked {mark[:60]}" if mark else "no ETag or date: mixed states are found by checksums alone"
+        return Check("changes are noticed", True if mark else None, detail)
+
+    def level() -> Check:
+        start = time.perf_counter()
+        count = state["reader"].verify(level=1)
+        return Check("level 1", True, f"sound, {count:,} bytes in {time.perf_counter() - start:.2f} s")
+
+    def speed() -> Check:
+        wanted: list[Segment] = []
+        for segment in state["reader"].manifest.segments:
+            if sum(s.length for s in wanted) + segment.length <= CHECK_BYTES:
+                wanted.append(segment)
+        start = time.perf_counter()
+        state["reader"].prefetch(wanted)
+        count = sum(len(state["reader"].read(segment)) for segment in wanted)
+        seconds = max(time.perf_counter() - start, 1e-9)
+        return Check("speed", None, f"{count / seconds / 1e6:.1f} MB/s over {count:,} bytes")
+
+    return [manifest, ranges, changes, level, speed]
+
+
+def _longest(reader: Reader) -> Segment:
+    return max(reader.manifest.files[BASE_FILE].segments, key=lambda segment: segment.length)
+
+
+def _remote(reader: Reader, place: str) -> RemoteStore:
+    store = reader.store.store if isinstance(reader.store, CachedStore) else reader.store
+    if not isinstance(store, RemoteStore):
+        raise ConfigError(f"{place} is a local folder: nothing serves it")
+    return store
