@@ -23,19 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from hf_cachegen.codec import quantize
+from hf_cachegen.codec import passes, quantize
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.codec.tables import (
-    DIGIT_CONTEXTS,
-    DIGIT_SYMBOLS,
-    DIGIT_ZERO,
-    VALUE_SYMBOLS,
-    ZERO_INDEX,
-    digit_histograms,
-    shipped_codebooks,
-    value_histograms,
-)
+from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, ProfileError
 from hf_cachegen.fingerprint import Fingerprint
@@ -315,12 +306,10 @@ def _with_entries(
         keys, values, _ = prefill(model, context)
         span = Span(0, keys[0].shape[2], keys[0].shape[2])
         codec = _codec(profile, config, span.tokens)
-        symbols = codec.inner.symbols(codec.coefficients(_rows(keys, values), span))
-        base += value_histograms(symbols.base + ZERO_INDEX)
-        coarser = symbols.base
-        for part, digit in zip(digits, symbols.digits, strict=True):
-            part += digit_histograms(digit + DIGIT_ZERO, quantize.contexts(coarser))
-            coarser = quantize.refine(coarser, digit)
+        symbols, _ = codec.inner.symbols(codec.coefficients(_rows(keys, values), span))
+        passes.count(base, symbols.base)
+        for part, digit, contexts in zip(digits, symbols.digits, symbols.contexts, strict=True):
+            passes.count(part, digit, contexts)
     book, digit_book = shipped_codebooks(config.prob_bits)
     base_entries = book.choose(base)[0]
     refined = [digit_book.choose(part)[0] for part in digits]

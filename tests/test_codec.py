@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import same, sample_kv
 
-from hf_cachegen.codec import quantize, rans, tables, transform
+from hf_cachegen import native
+from hf_cachegen.codec import passes, quantize, rans, tables, transform
 from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.codec.passes import Grid
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.encoding import Encoder, decode_kv, encode_kv
 from hf_cachegen.errors import CacheGenError, ConfigError, CorruptError, LevelError, TensorError, TruncatedError
 
 LOSSY = [CacheGenConfig(chunk_tokens=64, transform=name) for name in ("delta", "identity")]
+needs_native = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 IDS = [config.transform for config in LOSSY]
 
 
@@ -74,14 +77,67 @@ def test_delta_inverts(tokens: int, group: int) -> None:
     config = CacheGenConfig(transform="delta", group_tokens=group)
     vectors = torch.tensor([0, 0, 0, 1, 1])
     rows = torch.randn(tokens, 5) * torch.tensor([1e-3, 1, 50, 1, 1])
-    y, anchors = transform.forward(rows, vectors, config)
+    anchors = transform.anchors_of(rows, vectors, config)
     assert anchors is not None
     assert len(anchors.symbols) == transform.anchor_count(tokens, config)
-    back = transform.inverse(y.clone(), anchors, vectors, tokens, config)
+    grid = Grid.of(anchors, vectors, config, torch.zeros(5), torch.full((5,), 2.0**-8))
+    symbols = passes.quantise(rows, grid, 3)
+    back = torch.full_like(rows, torch.nan)
+    passes.restore(back, grid, 0, symbols.base, list(symbols.digits), symbols.wide)
     others = transform.coded_positions(tokens, config)
-    torch.testing.assert_close(back[others], rows[others], rtol=1e-5, atol=1e-5)
-    error = (back - rows)[::group].abs()
+    torch.testing.assert_close(back[others], rows[others], rtol=1e-5, atol=2.0**-8)
+    assert bool(back[::group].isnan().all())
+    error = (anchors.values(vectors) - rows[::group]).abs()
     assert bool((error <= anchors.scales.float()[:, vectors] * 0.501).all())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@given(st.integers(1, 30), st.sampled_from([1, 7, 300, 1100]), st.sampled_from([0, 2, 5]), st.integers(1, 3), st.data())
+@settings(max_examples=25, deadline=None)
+def test_compiled_passes_are_what_torch_does(
+    dtype: torch.dtype, tokens: int, columns: int, group: int, levels: int, data: st.DataObject
+) -> None:
+    """Symbols of all sizes, up to ones that no float holds exactly; on every instruction set."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    rows = torch.randn(tokens, columns, generator=generator) * 10 ** (3 * torch.rand(columns, generator=generator))
+    spread = data.draw(st.sampled_from([1, 30, 1e7, 1e12]))
+    rows = torch.where(torch.rand(rows.shape, generator=generator) < 0.01, rows * spread, rows)
+    rows = rows.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else rows.to(dtype)
+    anchors = rows[::group].float() + 0.1 if group else None
+    grid = Grid(anchors, group, torch.randn(columns, generator=generator), torch.rand(columns, generator=generator) + 0.1)
+    coded = len(grid.positions(tokens))
+    first = data.draw(st.integers(0, coded))
+
+    def everything() -> list[torch.Tensor]:
+        sums = passes.moments(rows, grid, first, coded)
+        base, wide, digits, contexts = passes.quantise(rows, grid, levels)
+        counts = torch.ones(columns, 256, dtype=torch.int64)
+        passes.count(counts, base)
+        found = [base, *wide, digits, contexts, counts]
+        coarser = None
+        for k in range(levels - 1):
+            coarser = passes.contexts_of(*((digits[k - 1], 1) if k else (base, 128)), coarser)
+            counts = torch.zeros(columns, 9, dtype=torch.int64)
+            passes.count(counts, digits[k], coarser)
+            found += [coarser, counts]
+            assert torch.equal(coarser, contexts[k])
+        for out in (torch.bfloat16, torch.float16, torch.float32):
+            values = torch.zeros(tokens, columns, dtype=out)
+            passes.restore(values, grid, first, base[first:], [digit[first:] for digit in digits], wide)
+            found.append(values)
+        return [*found, sums]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        *expected, expected_sums = everything()
+    for isa in native.available_isas():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CACHEGEN_CPU", isa.name.lower())
+            *found, sums = everything()
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        torch.testing.assert_close(sums, expected_sums, rtol=1e-12, atol=0)
 
 
 def test_anchor_scale_never_clips() -> None:
@@ -98,7 +154,8 @@ def test_every_level_keeps_its_step(config: CacheGenConfig) -> None:
     assert isinstance(encoder.codec, LossyCodec)
     for (rows, span), parts in zip(encoder._rows(), encoder.chunks(), strict=True):
         coded = transform.coded_positions(span.tokens, config)
-        protected = span.protected(config)
+        protected = torch.ones(len(coded), dtype=torch.bool)
+        protected[span.ordinary(config)] = False
         for level in (1, 2, 3):
             decoded = encoder.codec.decode(parts[:level], span)
             error = (decoded - rows).abs()[coded]

@@ -53,10 +53,18 @@ struct Float16 {
   }
 };
 
-// To the nearest integer, ties to even, for |x| < 2^22.
-CACHEGEN_HD float rounded(float x) {
-  constexpr float kMagic = 12582912;  // 1.5 x 2^23: around it floats are the integers
-  return x + kMagic - kMagic;
-}
+// To the nearest integer, ties to even, for |x| < 2^22. Others keep about their value, and no small integer.
+struct Rounded {
+  float value;
+  int32_t integer;
+
+  explicit CACHEGEN_HD Rounded(float x) {
+    constexpr float kMagic = 12582912;  // 1.5 x 2^23: around it floats are the integers, in the lowest bits
+    constexpr uint32_t kMagicBits = 0x4b400000;
+    const float shifted = x + kMagic;
+    value = shifted - kMagic;
+    integer = int32_t(bits_of(shifted) - kMagicBits);
+  }
+};
 
 }  // namespace cachegen

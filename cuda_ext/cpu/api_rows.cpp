@@ -8,8 +8,22 @@ using namespace cachegen;
 
 namespace {
 
-// For how many columns counts are made at a time: those fit a core's first cache.
+// For how many columns counts are made at a time: those stay in a core's caches.
 constexpr uint64_t kCounters = 1 << 14;
+
+// Rows are further apart than hardware prefetches, so that a row is asked for so many rows before it is read.
+constexpr uint64_t kAhead = 8;
+
+void prefetch(const uint8_t* p, uint64_t bytes) {
+#if defined(__GNUC__)
+  for (uint64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+#endif
+}
+
+template <class BinOf>
+inline void count_row(uint32_t* seen, uint32_t bins, uint64_t n, const BinOf& bin_of) {
+  for (uint64_t c = 0; c < n; c++, seen += bins) seen[std::min(bin_of(c), bins - 1)]++;
+}
 
 bool is_chunk(const cg_chunk* chunk, const void* values) {
   if (chunk == nullptr || chunk->tokens > CG_MAX_TOKENS || chunk->columns > CG_MAX_COLUMNS) return false;
@@ -36,8 +50,9 @@ int32_t cg_moments(const cg_chunk* chunk, const void* values, uint64_t first, ui
   const Backend* backend = backend_for(run);
   if (backend == nullptr || !is_chunk(chunk, values) || first > last || last > coded_rows(*chunk)) return CG_BAD_ARGUMENT;
   if (chunk->columns > 0 && (total == nullptr || squares == nullptr)) return CG_BAD_ARGUMENT;
-  for_each_block(*chunk, last - first, run->threads,
-                 [&](const Block& block) { backend->moments(block, values, first, last, total, squares); });
+  for_each_block(*chunk, last - first, run->threads, [&](const Block& block) {
+    backend->passes(*chunk).moments(block, values, first, last, total, squares);
+  });
   return CG_OK;
 }
 
@@ -50,7 +65,7 @@ int32_t cg_quantise(const cg_chunk* chunk, const void* values, uint32_t n_digits
   if (base == nullptr || wide == nullptr) return CG_BAD_ARGUMENT;
   if (n_digits > 0 && (digits == nullptr || contexts == nullptr)) return CG_BAD_ARGUMENT;
   for_each_block(*chunk, rows, run->threads, [&](const Block& block) {
-    backend->quantise(block, values, n_digits, base, digits, contexts, wide);
+    backend->passes(*chunk).quantise(block, values, n_digits, base, digits, contexts, wide);
   });
   return CG_OK;
 }
@@ -64,8 +79,9 @@ int32_t cg_restore(const cg_chunk* chunk, uint64_t first, uint64_t last, const u
   if (base == nullptr || (n_digits > 0 && digits == nullptr)) return CG_BAD_ARGUMENT;
   for (uint32_t k = 0; k < n_digits; k++)
     if (digits[k] == nullptr) return CG_BAD_ARGUMENT;
-  for_each_block(*chunk, last - first, run->threads,
-                 [&](const Block& block) { backend->restore(block, first, last, base, digits, n_digits, values); });
+  for_each_block(*chunk, last - first, run->threads, [&](const Block& block) {
+    backend->passes(*chunk).restore(block, first, last, base, digits, n_digits, values);
+  });
   return CG_OK;
 }
 
@@ -81,6 +97,22 @@ int32_t cg_contexts(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser
   return CG_OK;
 }
 
+int32_t cg_clamp(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns, const uint8_t* low,
+                 const uint8_t* high, uint8_t* inside, uint8_t* changed, const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || tokens > CG_MAX_TOKENS || columns > CG_MAX_COLUMNS) return CG_BAD_ARGUMENT;
+  if (tokens == 0 || columns == 0) return CG_OK;
+  if (symbols == nullptr || low == nullptr || high == nullptr || inside == nullptr || changed == nullptr)
+    return CG_BAD_ARGUMENT;
+  cg_chunk shape = {};
+  shape.tokens = tokens;
+  shape.columns = columns;
+  for_each_block(shape, tokens, run->threads, [&](const Block& block) {
+    backend->clamp(block, symbols, contexts, low, high, inside, changed);
+  });
+  return CG_OK;
+}
+
 int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns, uint32_t bins,
                  int64_t* counts, const cg_run* run) noexcept {
   if (backend_for(run) == nullptr || tokens > CG_MAX_TOKENS || columns > CG_MAX_COLUMNS) return CG_BAD_ARGUMENT;
@@ -92,13 +124,15 @@ int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t token
     uint32_t seen[kCounters] = {};
     const uint64_t first = i * width, n = std::min(width, columns - first);
     for (uint64_t t = 0; t < tokens; t++) {
-      const uint8_t *row = symbols + t * columns + first, *context = contexts ? contexts + t * columns + first : contexts;
-      for (uint64_t c = 0; c < n; c++) {
-        const uint32_t bin = context ? 3u * context[c] + row[c] : row[c];
-        seen[c * bins + (bin < bins ? bin : bins - 1)]++;
-      }
+      const uint64_t at = t * columns + first;
+      if (t + kAhead < tokens) prefetch(symbols + at + kAhead * columns, n);
+      if (contexts != nullptr)
+        count_row(seen, bins, n, [&](uint64_t c) { return 3u * contexts[at + c] + symbols[at + c]; });
+      else
+        count_row(seen, bins, n, [&](uint64_t c) { return uint32_t(symbols[at + c]); });
     }
-    for (uint64_t k = 0; k < n * bins; k++) counts[first * bins + k] += seen[k];
+    for (uint64_t k = 0; k < n * bins; k++)
+      if (seen[k] > 0) counts[first * bins + k] += seen[k];  // few are: the others need no memory
   });
   return CG_OK;
 }

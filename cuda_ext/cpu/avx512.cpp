@@ -83,7 +83,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2, encode_tile<Avx512>, moments, quantise, restore, contexts};
+const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2, encode_tile<Avx512>, passes, contexts, clamp};
 
 }  // namespace cachegen
 

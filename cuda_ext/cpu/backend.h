@@ -22,6 +22,15 @@ struct Block {
   uint64_t column, columns;
 };
 
+// The functions of the ABI of these names, for one block.
+struct RowPasses {
+  void (*moments)(const Block& block, const void* values, uint64_t first, uint64_t last, double* total, double* squares);
+  void (*quantise)(const Block& block, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
+                   uint8_t* contexts, uint8_t* wide);
+  void (*restore)(const Block& block, uint64_t first, uint64_t last, const uint8_t* base, const uint8_t* const* digits,
+                  uint32_t n_digits, void* values);
+};
+
 struct Backend {
   // Decodes up to `batch` tiles, side by side where that hides latency, into symbols [tokens, columns].
   void (*decode_tiles)(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
@@ -30,13 +39,10 @@ struct Backend {
   // Writes the stream so that it ends at slot_end, after at most slot_bytes(tokens). Returns a value of cg_status.
   int32_t (*encode_tile)(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
                          uint8_t* slot_end, uint64_t* stream_bytes);
-  // The functions of the ABI, for one block.
-  void (*moments)(const Block& block, const void* values, uint64_t first, uint64_t last, double* total, double* squares);
-  void (*quantise)(const Block& block, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
-                   uint8_t* contexts, uint8_t* wide);
-  void (*restore)(const Block& block, uint64_t first, uint64_t last, const uint8_t* base, const uint8_t* const* digits,
-                  uint32_t n_digits, void* values);
+  const RowPasses& (*passes)(const cg_chunk& chunk);
   void (*contexts)(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count, uint8_t* contexts);
+  void (*clamp)(const Block& block, const uint8_t* symbols, const uint8_t* contexts, const uint8_t* low,
+                const uint8_t* high, uint8_t* inside, uint8_t* changed);
 };
 
 constexpr uint32_t kMaxBatch = 2;

@@ -1,7 +1,8 @@
 // The passes over a chunk's values, block of columns by block of columns; plain loops that compilers vectorise, so every
 // back-end includes them for its own instruction set.
 //
-// Twist: symbols are computed in floats, which is exact: a coarser symbol is f / 3 rounded, and never a tie.
+// Twist: symbols are computed in floats, which is exact where they are small: a coarser symbol is f / 3 rounded, and never
+// a tie. Those from 2^22 on stay too large for a byte, however they are rounded.
 #pragma once
 
 #include "../core/value.h"
@@ -11,7 +12,6 @@ namespace cachegen {
 namespace {
 
 constexpr int32_t kZeroIndex = 128, kDigitZero = 1;
-constexpr float kWidest = 1 << 20;  // more than any byte's symbol, little enough for rounded()
 
 // Where coded row i stands in the chunk.
 struct Place {
@@ -35,125 +35,161 @@ inline Row row_of(const Block& block, uint64_t i) {
   return {place.row * chunk.columns + block.column, anchor, chunk.means + block.column, chunk.steps + block.column};
 }
 
-template <class T>
-void add_moments(const typename T::Stored* values, const float* anchor, uint64_t n, double* total, double* squares) {
+// The loops over columns. kAnchors and the number of digits are constants, for without branches they are vectorised.
+
+template <class T, bool kAnchors>
+void moments_row(const typename T::Stored* __restrict values, const Row& row, uint64_t n, double* __restrict total,
+                 double* __restrict squares) {
+  const float* anchor = row.anchor;
   for (uint64_t j = 0; j < n; j++) {
-    const double y = T::load(values[j]) - (anchor ? anchor[j] : 0.0f);
+    const float value = T::load(values[j]);
+    const double y = kAnchors ? value - anchor[j] : value;
     total[j] += y;
     squares[j] += y * y;
   }
 }
 
-template <class T>
-void moments_of(const Block& block, const typename T::Stored* values, uint64_t first, uint64_t last, double* total,
-                double* squares) {
-  for (uint64_t i = first; i < last; i++) {
-    const Row row = row_of(block, i);
-    add_moments<T>(values + row.offset, row.anchor, block.columns, total + block.column, squares + block.column);
-  }
+// 1 where x is positive, 2 where it is negative.
+CACHEGEN_HD uint8_t sign_of(int32_t x) { return uint8_t((0u - uint32_t(x)) >> 31 | uint32_t(x) >> 31 << 1); }
+
+// The coarser symbol; and the digit and context by which it is refined.
+CACHEGEN_HD float split(float fine, uint8_t* digit, uint8_t* context) {
+  const Rounded coarse(fine * (1.0f / 3));
+  *digit = uint8_t(Rounded(fine - 3 * coarse.value).integer + kDigitZero);
+  *context = sign_of(coarse.integer);
+  return coarse.value;
 }
 
-template <class T, uint32_t kDigits>
+template <class T, bool kAnchors, uint32_t kDigits>
 bool quantise_row(const typename T::Stored* __restrict values, const Row& row, uint64_t n, uint8_t* __restrict base,
                   uint8_t* __restrict digits, uint8_t* __restrict contexts, uint64_t stride) {
   const float *anchor = row.anchor, *mean = row.mean, *step = row.step;
-  uint32_t wide = 0;
+  uint8_t *__restrict finer_digits = digits + stride, *__restrict finer_contexts = contexts + stride;
+  int32_t wide = 0;
   for (uint64_t j = 0; j < n; j++) {
-    const float y = T::load(values[j]) - (anchor ? anchor[j] : 0.0f) - mean[j];
-    float f = y / step[j];
-    f = f < -kWidest ? -kWidest : f;
-    f = rounded(f > kWidest ? kWidest : f);
-    for (uint32_t k = kDigits; k-- > 0;) {
-      const float coarse = rounded(f * (1.0f / 3));
-      digits[k * stride + j] = uint8_t(int32_t(f - 3 * coarse) + kDigitZero);
-      contexts[k * stride + j] = uint8_t(int32_t(coarse > 0) + 2 * int32_t(coarse < 0));
-      f = coarse;
-    }
-    const int32_t index = int32_t(f) + kZeroIndex;
-    wide |= uint32_t(index) >> 8;
+    const float value = T::load(values[j]);
+    float f = Rounded(((kAnchors ? value - anchor[j] : value) - mean[j]) / step[j]).value;
+    if (kDigits > 1) f = split(f, finer_digits + j, finer_contexts + j);
+    if (kDigits > 0) f = split(f, digits + j, contexts + j);
+    const int32_t index = Rounded(f).integer + kZeroIndex;
+    wide |= index & ~0xff;
     base[j] = uint8_t(index);
   }
   return wide != 0;
 }
 
-template <class T>
-void quantise_of(const Block& block, const typename T::Stored* values, uint32_t n_digits, uint8_t* base,
-                 uint8_t* digits, uint8_t* contexts, uint8_t* wide) {
-  const uint64_t columns = block.chunk->columns, rows = coded_rows(*block.chunk), stride = rows * columns;
-  const auto quantise = n_digits == 0   ? quantise_row<T, 0>
-                        : n_digits == 1 ? quantise_row<T, 1>
-                                        : quantise_row<T, 2>;
-  for (uint64_t i = 0; i < rows; i++) {
-    const Row row = row_of(block, i);
-    const uint64_t to = i * columns + block.column;
-    wide[block.column / CG_BLOCK_COLUMNS * rows + i] = quantise(
-        values + row.offset, row, block.columns, base + to, digits ? digits + to : digits,
-        contexts ? contexts + to : contexts, stride);
-  }
-}
-
-template <class T, uint32_t kDigits>
-void restore_row(const uint8_t* __restrict base, const uint8_t* __restrict first, const uint8_t* __restrict second,
+template <class T, bool kAnchors, uint32_t kDigits>
+void restore_row(const uint8_t* __restrict base, const uint8_t* __restrict digits, const uint8_t* __restrict finer,
                  const Row& row, uint64_t n, typename T::Stored* __restrict values) {
   const float *anchor = row.anchor, *mean = row.mean, *step = row.step;
   for (uint64_t j = 0; j < n; j++) {
     int32_t symbol = base[j] - kZeroIndex;
-    if (kDigits > 0) symbol = 3 * symbol + first[j] - kDigitZero;
-    if (kDigits > 1) symbol = 3 * symbol + second[j] - kDigitZero;
+    if (kDigits > 0) symbol = 3 * symbol + digits[j] - kDigitZero;
+    if (kDigits > 1) symbol = 3 * symbol + finer[j] - kDigitZero;
     const float y = float(symbol) * step[j] + mean[j];
-    values[j] = T::store(anchor ? y + anchor[j] : y);
+    values[j] = T::store(kAnchors ? y + anchor[j] : y);
   }
 }
 
-template <class T>
+// The loops over coded rows.
+
+template <class T, bool kAnchors>
+void moments_of(const Block& block, const void* values, uint64_t first, uint64_t last, double* total, double* squares) {
+  const auto* from = static_cast<const typename T::Stored*>(values);
+  for (uint64_t i = first; i < last; i++) {
+    const Row row = row_of(block, i);
+    moments_row<T, kAnchors>(from + row.offset, row, block.columns, total + block.column, squares + block.column);
+  }
+}
+
+template <class T, bool kAnchors>
+void quantise_of(const Block& block, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
+                 uint8_t* contexts, uint8_t* wide) {
+  const auto* from = static_cast<const typename T::Stored*>(values);
+  const uint64_t columns = block.chunk->columns, rows = coded_rows(*block.chunk);
+  const auto quantise = n_digits == 0   ? quantise_row<T, kAnchors, 0>
+                        : n_digits == 1 ? quantise_row<T, kAnchors, 1>
+                                        : quantise_row<T, kAnchors, 2>;
+  for (uint64_t i = 0; i < rows; i++) {
+    const Row row = row_of(block, i);
+    const uint64_t to = i * columns + block.column;
+    wide[block.column / CG_BLOCK_COLUMNS * rows + i] =
+        quantise(from + row.offset, row, block.columns, base + to, digits + to, contexts + to, rows * columns);
+  }
+}
+
+template <class T, bool kAnchors>
 void restore_of(const Block& block, uint64_t first, uint64_t last, const uint8_t* base, const uint8_t* const* digits,
-                uint32_t n_digits, typename T::Stored* values) {
-  const auto restore = n_digits == 0 ? restore_row<T, 0> : n_digits == 1 ? restore_row<T, 1> : restore_row<T, 2>;
+                uint32_t n_digits, void* values) {
+  auto* to = static_cast<typename T::Stored*>(values);
+  const auto restore = n_digits == 0   ? restore_row<T, kAnchors, 0>
+                       : n_digits == 1 ? restore_row<T, kAnchors, 1>
+                                       : restore_row<T, kAnchors, 2>;
   for (uint64_t i = first; i < last; i++) {
     const Row row = row_of(block, i);
     const uint64_t from = (i - first) * block.chunk->columns + block.column;
-    const uint8_t *one = n_digits > 0 ? digits[0] + from : nullptr, *two = n_digits > 1 ? digits[1] + from : nullptr;
-    restore(base + from, one, two, row, block.columns, values + row.offset);
+    const uint8_t* one = n_digits > 0 ? digits[0] + from : nullptr;
+    const uint8_t* two = n_digits > 1 ? digits[1] + from : nullptr;
+    restore(base + from, one, two, row, block.columns, to + row.offset);
   }
 }
 
-// By type of the values.
-
-void moments(const Block& block, const void* values, uint64_t first, uint64_t last, double* total, double* squares) {
-  switch (block.chunk->dtype) {
-    case CG_FLOAT32: return moments_of<Float32>(block, static_cast<const float*>(values), first, last, total, squares);
-    case CG_BFLOAT16:
-      return moments_of<Bfloat16>(block, static_cast<const uint16_t*>(values), first, last, total, squares);
-    default: return moments_of<Float16>(block, static_cast<const uint16_t*>(values), first, last, total, squares);
-  }
-}
-
-void quantise(const Block& block, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
-              uint8_t* contexts, uint8_t* wide) {
-  const uint16_t* halves = static_cast<const uint16_t*>(values);
-  switch (block.chunk->dtype) {
-    case CG_FLOAT32:
-      return quantise_of<Float32>(block, static_cast<const float*>(values), n_digits, base, digits, contexts, wide);
-    case CG_BFLOAT16: return quantise_of<Bfloat16>(block, halves, n_digits, base, digits, contexts, wide);
-    default: return quantise_of<Float16>(block, halves, n_digits, base, digits, contexts, wide);
-  }
-}
-
-void restore(const Block& block, uint64_t first, uint64_t last, const uint8_t* base, const uint8_t* const* digits,
-             uint32_t n_digits, void* values) {
-  uint16_t* halves = static_cast<uint16_t*>(values);
-  switch (block.chunk->dtype) {
-    case CG_FLOAT32:
-      return restore_of<Float32>(block, first, last, base, digits, n_digits, static_cast<float*>(values));
-    case CG_BFLOAT16: return restore_of<Bfloat16>(block, first, last, base, digits, n_digits, halves);
-    default: return restore_of<Float16>(block, first, last, base, digits, n_digits, halves);
-  }
-}
-
-void contexts(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count, uint8_t* found) {
+void contexts(const uint8_t* __restrict symbols, uint8_t zero, const uint8_t* __restrict coarser, uint64_t count,
+              uint8_t* __restrict found) {
+  const uint8_t known = coarser ? 0xff : 0;
+  if (coarser == nullptr) coarser = symbols;
   for (uint64_t i = 0; i < count; i++) {
-    const uint8_t own = uint8_t((symbols[i] > zero) + 2 * (symbols[i] < zero));
-    found[i] = coarser && coarser[i] ? coarser[i] : own;
+    const int32_t given = coarser[i] & known, unknown = (given - 1) >> 8;  // all ones where none is given
+    found[i] = uint8_t(given | (sign_of(int32_t(symbols[i]) - zero) & unknown));
+  }
+}
+
+template <bool kByContext>
+bool clamp_row(const uint8_t* __restrict symbols, const uint8_t* __restrict contexts, const uint8_t* __restrict low,
+               const uint8_t* __restrict high, uint64_t stride, uint64_t n, uint8_t* __restrict inside) {
+  uint8_t changed = 0;
+  for (uint64_t j = 0; j < n; j++) {
+    uint8_t least = low[j], most = high[j];
+    if (kByContext) {
+      const uint8_t context = contexts[j];
+      const uint8_t least1 = low[stride + j], most1 = high[stride + j];
+      const uint8_t least2 = low[2 * stride + j], most2 = high[2 * stride + j];
+      least = context == 0 ? least : context == 1 ? least1 : least2;
+      most = context == 0 ? most : context == 1 ? most1 : most2;
+    }
+    const uint8_t symbol = symbols[j];
+    const uint8_t below = symbol < most ? symbol : most, found = below > least ? below : least;
+    changed |= uint8_t(found ^ symbol);
+    inside[j] = found;
+  }
+  return changed != 0;
+}
+
+void clamp(const Block& block, const uint8_t* symbols, const uint8_t* contexts, const uint8_t* low, const uint8_t* high,
+           uint8_t* inside, uint8_t* changed) {
+  const uint64_t columns = block.chunk->columns, tokens = block.chunk->tokens;
+  for (uint64_t t = 0; t < tokens; t++) {
+    const uint64_t at = t * columns + block.column;
+    changed[block.column / CG_BLOCK_COLUMNS * tokens + t] =
+        contexts ? clamp_row<true>(symbols + at, contexts + at, low + block.column, high + block.column, columns,
+                                   block.columns, inside + at)
+                 : clamp_row<false>(symbols + at, contexts, low + block.column, high + block.column, columns,
+                                    block.columns, inside + at);
+  }
+}
+
+// By type of the values, and whether there are anchors.
+
+template <class T>
+constexpr RowPasses kPassesOf[2] = {{moments_of<T, false>, quantise_of<T, false>, restore_of<T, false>},
+                                    {moments_of<T, true>, quantise_of<T, true>, restore_of<T, true>}};
+
+const RowPasses& passes(const cg_chunk& chunk) {
+  const bool anchors = chunk.group_tokens > 0;
+  switch (chunk.dtype) {
+    case CG_FLOAT32: return kPassesOf<Float32>[anchors];
+    case CG_BFLOAT16: return kPassesOf<Bfloat16>[anchors];
+    default: return kPassesOf<Float16>[anchors];
   }
 }
 

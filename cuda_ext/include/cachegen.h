@@ -161,6 +161,13 @@ CG_API int32_t cg_restore(const cg_chunk* chunk, uint64_t first, uint64_t last, 
 CG_API int32_t cg_contexts(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count,
                            uint8_t* contexts, const cg_run* run) CG_NOEXCEPT;
 
+/* Clamps symbols [tokens, columns] to low..high [columns] into inside; with contexts (of that shape, else NULL) low and
+ * high are [3, columns]. changed [ceil(columns / CG_BLOCK_COLUMNS), tokens] takes 1 where this made a difference to a
+ * symbol of that block of a row, else 0. */
+CG_API int32_t cg_clamp(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns,
+                        const uint8_t* low, const uint8_t* high, uint8_t* inside, uint8_t* changed,
+                        const cg_run* run) CG_NOEXCEPT;
+
 /* Adds to counts [columns, bins] how often each symbol occurs in each column of symbols [tokens, columns]. With contexts
  * (of that shape, else NULL) the bin is 3 * context + symbol and bins is 9. Bins beyond the last count as the last. */
 CG_API int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns,

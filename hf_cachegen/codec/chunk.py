@@ -1,8 +1,8 @@
 """Where the stages meet: rows of a chunk -> transform -> nested symbols -> streams, and back.
 
-A chunk is a matrix of rows, float32 [tokens, columns]; its columns are every channel of every layer's K and V. It becomes one
-*part* per level: part 0 is the base, parts 1.. are refinements. What all chunks of an artifact share (steps, means, table entries:
-at most 6 bytes a column) is the side information, `Side`.
+A chunk is a matrix of rows [tokens, columns]; its columns are every channel of every layer's K and V. It becomes one
+*part* per level: part 0 is the base, parts 1.. are refinements. What all chunks of an artifact share (steps, means, table
+entries: at most 6 bytes a column) is the side information, `Side`.
 
 Order within the parts, for the tokens that are not anchors:
 
@@ -22,7 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import quantize, section, transform
+from hf_cachegen.codec import passes, quantize, section, transform
+from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
 from hf_cachegen.codec.transform import Anchors
@@ -38,16 +39,19 @@ class Span:
     tokens: int
     total: int
 
-    def protected(self, config: CacheGenConfig) -> Tensor:
-        """bool [coded tokens]: which of them every level has at the finest step."""
+    def ordinary(self, config: CacheGenConfig) -> slice:
+        """Which of the coded tokens are not protected; the others every level has at the finest step."""
         position = self.first + transform.coded_positions(self.tokens, config)
-        return (position < config.protect_first) | (position >= self.total - config.protect_last)
+        first = int((position < config.protect_first).sum())
+        last = int((position < self.total - config.protect_last).sum())
+        return slice(first, max(first, last))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are. vectors int64 [columns] numbers the (layer, K or V) that each belongs to: 2 x layer + (0 or 1);
-    thirds int64 [columns] says in which third of the layers that is."""
+    """What the columns are. vectors int64 [columns] numbers the (layer, K or V) that each belongs to, 2 x layer + (0 or
+    1), rising; thirds int64 [columns] says in which third of the layers that is.
+    """
 
     vectors: Tensor
     thirds: Tensor
@@ -92,15 +96,6 @@ class Side:
         return cls(steps, means, anchors, base, refine)
 
 
-@dataclass(frozen=True)
-class Symbols:
-    """A chunk's symbols, int32: base and digits [coded tokens, columns], anchors of their own shape."""
-
-    base: Tensor
-    digits: list[Tensor]
-    anchors: Anchors | None
-
-
 class Codec(Protocol):
     """What an artifact needs of a codec; `rows` are [tokens, columns]."""
 
@@ -119,7 +114,8 @@ class LossyCodec:
         self.columns, self.config, self.side = columns, config, side
         self.values, self.digits = shipped_codebooks(config.prob_bits)
         self.steps = quantize.steps_of(side.step_codes)
-        self.means = side.means.float() * (self.steps * (quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP))
+        unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
+        self.means = side.means.float() * (self.steps * unit)
 
     @property
     def parts(self) -> int:
@@ -128,33 +124,31 @@ class LossyCodec:
     def side_bytes(self) -> bytes:
         return self.side.to_bytes(self.config)
 
-    def symbols(self, rows: Tensor) -> Symbols:
-        """rows [tokens, columns], float, on any device, to symbols on the CPU."""
-        y, anchors = transform.forward(rows.float(), self.columns.vectors.to(rows.device), self.config)
-        fine = quantize.fine_symbols(y - self.means.to(y.device), self.steps.to(y.device)).cpu()
-        base, digits = quantize.split(fine, self.config.levels)
-        return Symbols(base, digits, anchors and Anchors(anchors.symbols.cpu(), anchors.scales.cpu()))
+    def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:
+        """rows [tokens, columns], float, on any device, to symbols and anchors on the CPU."""
+        anchors = transform.anchors_of(rows, self.columns.vectors, self.config)
+        grid = Grid.of(anchors, self.columns.vectors, self.config, self.means, self.steps)
+        symbols = passes.quantise(rows, grid.to(rows.device), self.config.levels)
+        return symbols, anchors
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         """rows [tokens, columns] to the bytes of every part."""
-        symbols, coder = self.symbols(rows), self.config.coder
-        protected = span.protected(self.config)
-        base = []
-        if symbols.anchors is not None:
-            base.append(symbols.anchors.scales.view(torch.int16).numpy().tobytes())
-            anchors = symbols.anchors.symbols + ZERO_INDEX
-            base.append(section.encode(anchors, self.values, self.side.anchor_entries, coder=coder))
-        base.append(section.encode(symbols.base + ZERO_INDEX, self.values, self.side.base_entries, coder=coder))
-        parts, coarser = [], symbols.base
-        for digits, entries in zip(symbols.digits, self.side.refine_entries, strict=True):
-            contexts = quantize.contexts(coarser)
-            for kept, into in ((protected, base), (~protected, parts)):
-                into.append(section.encode(digits[kept] + DIGIT_ZERO, self.digits, entries, contexts[kept], coder=coder))
-            coarser = quantize.refine(coarser, digits)
+        (symbols, anchors), coder = self.symbols(rows), self.config.coder
+        base, parts = [], []
+        if anchors is not None:
+            indices = (anchors.symbols + ZERO_INDEX).to(torch.uint8)
+            base.append(anchors.scales.view(torch.int16).numpy().tobytes())
+            base.append(section.encode(indices, self.values, self.side.anchor_entries, coder=coder))
+        base.append(section.encode(symbols.base, self.values, self.side.base_entries, wide=symbols.wide, coder=coder))
+        ordinary = span.ordinary(self.config)
+        for digits, contexts, entries in zip(symbols.digits, symbols.contexts, self.side.refine_entries, strict=True):
+            ends = without(digits, ordinary), without(contexts, ordinary)
+            base.append(section.encode(ends[0], self.digits, entries, ends[1], coder=coder))
+            parts.append(section.encode(digits[ordinary], self.digits, entries, contexts[ordinary], coder=coder))
         return [b"".join(base), *parts]
 
-    def decode(self, parts: Sequence[bytes | memoryview], span: Span) -> Tensor:
-        """The bytes of parts 0..level-1 to rows float32 [tokens, columns], at level len(parts).
+    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The bytes of parts 0..level-1 to rows [tokens, columns], at level len(parts).
 
         Raises TruncatedError or CorruptError on damaged bytes.
         """
@@ -164,40 +158,61 @@ class LossyCodec:
             n_vectors = int(self.columns.vectors[-1]) + 1
             scales = cursor.tensor(n_anchors * n_vectors, torch.bfloat16).reshape(n_anchors, n_vectors)
             peaks = section.decode(cursor, n_anchors, self.values, self.side.anchor_entries, coder=coder)
-            anchors = Anchors(peaks - ZERO_INDEX, scales)
-        protected = span.protected(config)
-        symbols = section.decode(cursor, len(protected), self.values, self.side.base_entries, coder=coder) - ZERO_INDEX
-        finest = self._refined(cursor, symbols[protected], self.side.refine_entries)
+            anchors = Anchors(peaks.int() - ZERO_INDEX, scales)
+        ordinary, coded = span.ordinary(config), span.tokens - n_anchors
+        base, wide = section.decode_wide(cursor, coded, self.values, self.side.base_entries, coder=coder)
+        finest = self._digits([cursor] * (config.levels - 1), without(base, ordinary))
         cursor.finish()
-        rest = symbols[~protected]
-        for part, entries in zip(parts[1:], self.side.refine_entries, strict=False):
-            cursor = Cursor(part)
-            rest = self._refined(cursor, rest, entries[None])
+        cursors = [Cursor(part) for part in parts[1:]]
+        rest = self._digits(cursors, base[ordinary])
+        for cursor in cursors:
             cursor.finish()
-        return self._rows(finest, rest, anchors, span, len(parts))
+        return self._rows(base, wide, finest, rest, anchors, span, dtype)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         """What `decode` would give at level 1, 2, ..., without coding anything: each float32 [tokens, columns]."""
-        symbols, protected, found = self.symbols(rows), span.protected(self.config), []
-        at_level = [symbols.base]
-        for digits in symbols.digits:
-            at_level.append(quantize.refine(at_level[-1], digits))
-        for level, known in enumerate(at_level, 1):
-            found.append(self._rows(at_level[-1][protected], known[~protected], symbols.anchors, span, level))
+        symbols, anchors = self.symbols(rows)
+        ordinary, found = span.ordinary(self.config), []
+        finest, rest = [without(d, ordinary) for d in symbols.digits], [d[ordinary] for d in symbols.digits]
+        for level in range(1, self.config.levels + 1):
+            found.append(
+                self._rows(symbols.base, symbols.wide, finest, rest[: level - 1], anchors, span, torch.float32)
+            )
         return found
 
-    def _rows(self, finest: Tensor, rest: Tensor, anchors: Anchors | None, span: Span, level: int) -> Tensor:
-        """Symbols (of protected tokens at the finest level, of the rest at `level`) to rows float32."""
-        protected = span.protected(self.config)
-        y = torch.empty(len(protected), len(self.columns))
-        y[protected] = finest * self.steps
-        y[~protected] = rest * (self.steps * quantize.step_factor(level, self.config.levels))
-        return transform.inverse(y.add_(self.means), anchors, self.columns.vectors, span.tokens, self.config)
+    def _digits(self, cursors: Sequence[Cursor], base: Tensor) -> list[Tensor]:
+        """The digits that refine `base`, uint8 [tokens, columns], one matrix from each cursor."""
+        found: list[Tensor] = []
+        contexts = None
+        for cursor, entries in zip(cursors, self.side.refine_entries, strict=False):
+            coarser = (base, ZERO_INDEX) if contexts is None else (found[-1], DIGIT_ZERO)
+            contexts = passes.contexts_of(*coarser, contexts)
+            found.append(section.decode(cursor, len(base), self.digits, entries, contexts, coder=self.config.coder))
+        return found
 
-    def _refined(self, cursor: Cursor, symbols: Tensor, entries: Tensor) -> Tensor:
-        """symbols, finer by one level for each row of `entries`, whose digits follow in `cursor`."""
-        for row in entries:
-            contexts = quantize.contexts(symbols)
-            digits = section.decode(cursor, len(symbols), self.digits, row, contexts, coder=self.config.coder)
-            symbols = quantize.refine(symbols, digits - DIGIT_ZERO)
-        return symbols
+    def _rows(
+        self,
+        base: Tensor,
+        wide: Wide,
+        finest: Sequence[Tensor],
+        rest: Sequence[Tensor],
+        anchors: Anchors | None,
+        span: Span,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Base symbols of all coded tokens, all digits of the protected ones, some of the rest, to rows."""
+        rows = torch.empty(span.tokens, len(self.columns), dtype=dtype)
+        a, b = (ordinary := span.ordinary(self.config)).start, ordinary.stop
+        grid = Grid.of(anchors, self.columns.vectors, self.config, self.means, self.steps)
+        if grid.anchors is not None:
+            rows[:: grid.group_tokens] = grid.anchors.to(dtype)
+        passes.restore(rows, grid, 0, base[:a], [digits[:a] for digits in finest], wide)
+        passes.restore(rows, grid, b, base[b:], [digits[a:] for digits in finest], wide)
+        coarse = grid._replace(steps=self.steps * quantize.step_factor(len(rest) + 1, self.config.levels))
+        passes.restore(rows, coarse, a, base[ordinary], rest, wide)
+        return rows
+
+
+def without(rows: Tensor, ordinary: slice) -> Tensor:
+    """The rows before and after those."""
+    return torch.cat([rows[: ordinary.start], rows[ordinary.stop :]])

@@ -1,9 +1,10 @@
 """Side information learnt from the context itself: steps, means and table entries, in two passes over its chunks.
 
-The first pass measures each channel's spread (of the values, or of their differences to the decoded anchor), from which its steps
-follow as in CacheGen, section 5.2: 0.5, 1 and 1.5 standard deviations in the first, middle and last third of the layers (first layers
-matter more). The second counts symbols and picks for every column the cheapest table of the codebook. Protected tokens do not count
-towards the spread where there are others: a first token's values can be a hundred times the rest.
+The first pass measures each channel's spread (of the values, or of their differences to the decoded anchor), from which
+its steps follow as in CacheGen, section 5.2: 0.5, 1 and 1.5 standard deviations in the first, middle and last third of
+the layers (first layers matter more). The second counts symbols and picks for every column the cheapest table of the
+codebook. Protected tokens do not count towards the spread where there are others: a first token's values can be a
+hundred times the rest.
 """
 
 from __future__ import annotations
@@ -13,17 +14,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import quantize, transform
+from hf_cachegen.codec import passes, quantize, transform
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
-from hf_cachegen.codec.tables import (
-    DIGIT_CONTEXTS,
-    DIGIT_SYMBOLS,
-    DIGIT_ZERO,
-    VALUE_SYMBOLS,
-    ZERO_INDEX,
-    digit_histograms,
-    value_histograms,
-)
+from hf_cachegen.codec.passes import Grid
+from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import TensorError
 
@@ -45,31 +39,26 @@ def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[Lossy
     return LossyCodec(columns, config, side), bits
 
 
-class _Moments:
-    """Sums in float64, so that the order of addition does not show in the few bits that are kept of them."""
-
-    def __init__(self, columns: int):
-        self.count, self.total, self.squares = 0, *torch.zeros(2, columns, dtype=torch.float64)
-
-    def add(self, y: Tensor) -> None:
-        y = y.double()
-        self.count += len(y)
-        self.total += y.sum(0).cpu()
-        self.squares += y.square().sum(0).cpu()
-
-
 def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
     """(mean, standard deviation) of what is quantised, float64 [columns]; delta's differences have mean zero by fiat."""
-    every, ordinary = _Moments(len(columns)), _Moments(len(columns))
+    nothing = torch.zeros(len(columns))
+    protected, ordinary = torch.zeros(2, 2, len(columns), dtype=torch.float64)
+    count, every = 0, 0
     for rows, span in chunks():
-        require_finite(rows, columns)
-        y, _ = transform.forward(rows.float(), columns.vectors.to(rows.device), config)
-        every.add(y)
-        ordinary.add(y[~span.protected(config).to(y.device)])
-    seen = ordinary if ordinary.count >= 2 else every
-    count = max(1, seen.count)
-    mean = torch.zeros_like(seen.total) if config.transform == "delta" else seen.total / count
-    return mean, (seen.squares / count - mean.square()).clamp_min(0).sqrt()
+        anchors = transform.anchors_of(rows, columns.vectors, config)
+        grid = Grid.of(anchors, columns.vectors, config, nothing, nothing).to(rows.device)
+        here, coded = span.ordinary(config), span.tokens - transform.anchor_count(span.tokens, config)
+        ordinary += passes.moments(rows, grid, here.start, here.stop)
+        protected += passes.moments(rows, grid, 0, here.start) + passes.moments(rows, grid, here.stop, coded)
+        count, every = count + here.stop - here.start, every + coded
+        sums = [ordinary, protected] if anchors is None else [ordinary, protected, anchors.scales]
+        if not all(bool(torch.isfinite(x).all()) for x in sums):
+            require_finite(rows, columns)
+    if count < 2:
+        count, ordinary = max(1, every), ordinary + protected
+    total, squares = ordinary
+    mean = torch.zeros_like(total) if config.transform == "delta" else total / count
+    return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
 
 
 def require_finite(rows: Tensor, columns: Columns) -> None:
@@ -81,13 +70,12 @@ def require_finite(rows: Tensor, columns: Columns) -> None:
         raise TensorError(f"the {name} of layer {vector // 2} are not all finite; only lossless=True keeps such values")
 
 
-def _steps(
-    mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig
-) -> tuple[Tensor, Tensor]:
+def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
     """(step codes uint8, means int16), [columns]."""
     unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
     step = deviation * torch.tensor(config.steps, dtype=torch.float64)[columns.thirds] / quantize.RATIO
-    floor = mean.abs() / (0.9 * quantize.LARGEST_MEAN * unit)  # so that the mean fits its bytes, whatever its step is rounded to
+    # So that the mean fits its bytes, whatever its step is rounded to.
+    floor = mean.abs() / (0.9 * quantize.LARGEST_MEAN * unit)
     codes = quantize.step_codes(torch.maximum(step, floor).clamp_min(SMALLEST_STEP))
     means = (mean / (quantize.steps_of(codes).double() * unit)).round()
     return codes, means.clamp(-quantize.LARGEST_MEAN, quantize.LARGEST_MEAN).to(torch.int16)
@@ -99,14 +87,12 @@ def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
     anchors, base = torch.zeros(2, columns, VALUE_SYMBOLS, dtype=torch.int64)
     digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int64)
     for rows, _ in chunks():
-        symbols = codec.symbols(rows)
-        base += value_histograms(symbols.base + ZERO_INDEX)
-        if symbols.anchors is not None:
-            anchors += value_histograms(symbols.anchors.symbols + ZERO_INDEX)
-        coarser = symbols.base
-        for part, digit in zip(digits, symbols.digits, strict=True):
-            part += digit_histograms(digit + DIGIT_ZERO, quantize.contexts(coarser))
-            coarser = quantize.refine(coarser, digit)
+        symbols, found = codec.symbols(rows)
+        if found is not None:
+            passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
+        passes.count(base, symbols.base)
+        for part, digit, contexts in zip(digits, symbols.digits, symbols.contexts, strict=True):
+            passes.count(part, digit, contexts)
     anchor_entries, anchor_bits = codec.values.choose(anchors)
     base_entries, base_bits = codec.values.choose(base)
     refined = [codec.digits.choose(part) for part in digits]

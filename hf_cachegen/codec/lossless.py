@@ -1,8 +1,9 @@
 """Bit-exact coding of bf16, fp16 and fp32 values by planes of bytes.
 
-A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane 0 the most
-significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane, channel) is a column
-of its own; the tables are learnt from the context by clustering its columns' histograms, and travel in the side information:
+A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane 0
+the most significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane,
+channel) is a column of its own; the tables are learnt from the context by clustering its columns' histograms, and travel
+in the side information:
 
     u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x columns]
 
@@ -16,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import section
+from hf_cachegen.codec import passes, section
 from hf_cachegen.codec.chunk import Columns, Span
 from hf_cachegen.codec.fit import Chunks
 from hf_cachegen.codec.section import Cursor
-from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn, value_histograms
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError
 
@@ -29,23 +30,20 @@ _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.floa
 
 
 def to_planes(rows: Tensor) -> Tensor:
-    """rows [tokens, columns] to bytes, int32 [tokens, planes x columns]."""
-    bits = rows.contiguous().view(_INTEGERS[rows.dtype]).to(torch.int64)
-    width = 8 * rows.dtype.itemsize
-    bits &= (1 << width) - 1
-    rotated = (bits << 1 | bits >> (width - 1)) & ((1 << width) - 1)
-    return torch.cat([(rotated >> shift & 0xFF).to(torch.int32) for shift in range(width - 8, -1, -8)], 1)
+    """rows [tokens, columns] to bytes, uint8 [tokens, planes x columns]."""
+    bits = rows.contiguous().view(_INTEGERS[rows.dtype])
+    rotated = bits << 1 | (bits < 0)
+    planes = rotated.view(torch.uint8).reshape(*rows.shape, rows.dtype.itemsize).flip(2)  # the most significant first
+    return planes.transpose(1, 2).reshape(len(rows), -1)
 
 
 def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `to_planes`."""
-    width = 8 * dtype.itemsize
-    rotated = torch.zeros(planes.shape[0], planes.shape[1] // dtype.itemsize, dtype=torch.int64)
-    for plane in planes.to(torch.int64).chunk(dtype.itemsize, 1):
-        rotated = rotated << 8 | plane
-    bits = (rotated >> 1 | (rotated & 1) << (width - 1)) & ((1 << width) - 1)
-    signed = torch.where(bits >= 1 << (width - 1), bits - (1 << width), bits)
-    return signed.to(_INTEGERS[dtype]).view(dtype)
+    columns = planes.shape[1] // dtype.itemsize
+    rotated = planes.reshape(len(planes), dtype.itemsize, columns).flip(1).transpose(1, 2).contiguous()
+    rotated = rotated.view(_INTEGERS[dtype]).squeeze(2)
+    sign = torch.iinfo(rotated.dtype).min
+    return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
 
 
 class LosslessCodec:
@@ -63,7 +61,7 @@ class LosslessCodec:
         """The codec of one context, and the bits of its columns under its tables, float64 [1, columns]."""
         counts = torch.zeros(len(columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int64)
         for rows, _ in chunks():
-            counts += value_histograms(to_planes(rows.cpu()))
+            passes.count(counts, to_planes(rows.cpu()))
         never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int64)
         never[0, ZERO_INDEX] = 1  # entry 0 means "not coded": as everywhere, it is the table of "always zero"
         learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]

@@ -78,9 +78,9 @@ class Codebook:
         self.contexts = contexts
         self.zero = ZERO_INDEX if contexts == 1 else DIGIT_ZERO
         self.entries = frequencies.shape[0] // contexts
-        used = frequencies > 0
-        self.low = used.int().argmax(1)
-        self.high = frequencies.shape[1] - 1 - used.flip(1).int().argmax(1)
+        used = (frequencies > 0).int()
+        self.low = used.argmax(1).to(torch.uint8)
+        self.high = (frequencies.shape[1] - 1 - used.flip(1).argmax(1)).to(torch.uint8)
 
     @cached_property
     def cost(self) -> Tensor:
@@ -99,28 +99,14 @@ class Codebook:
 
         histograms int64 [columns, contexts * symbols].
         """
-        cost, entries = (histograms.double() @ self.cost.mT).min(1)
+        seen = histograms.any(0).nonzero().flatten().tolist() or [0]
+        near = slice(seen[0], seen[-1] + 1)  # of 256 symbols most occur nowhere, and cost nothing
+        cost, entries = (histograms[:, near].double() @ self.cost[:, near].mT).min(1)
         return entries.to(torch.uint8), cost / COST_SCALE
 
     def table_ids(self, entries: Tensor) -> Tensor:
         """Entries uint8 [columns] to the coder's table ids uint8 [columns, contexts]."""
         return (entries.to(torch.int64)[:, None] * self.contexts + torch.arange(self.contexts)).to(torch.uint8)
-
-
-def value_histograms(symbols: Tensor) -> Tensor:
-    """Indices int32 [tokens, columns] to counts int64 [columns, 256]; those beyond the tables count as the outermost."""
-    return _histograms(symbols.clamp(0, VALUE_SYMBOLS - 1), VALUE_SYMBOLS)
-
-
-def digit_histograms(symbols: Tensor, contexts: Tensor) -> Tensor:
-    """Indices int32 and contexts uint8 [tokens, columns] to counts int64 [columns, 9]."""
-    return _histograms(contexts.to(torch.int32) * DIGIT_SYMBOLS + symbols, DIGIT_CONTEXTS * DIGIT_SYMBOLS)
-
-
-def _histograms(index: Tensor, symbols: int) -> Tensor:
-    columns = index.shape[1]
-    index = index.to(torch.int64) + torch.arange(columns, device=index.device) * symbols
-    return torch.bincount(index.reshape(-1), minlength=columns * symbols).reshape(columns, symbols)
 
 
 def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> Tensor:

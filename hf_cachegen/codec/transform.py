@@ -1,10 +1,11 @@
-"""Rows of a chunk to what is quantised, and back.
+"""The anchors of the delta transform.
 
 *identity* leaves rows as they are.
 
-*delta* is CacheGen as published (section 5.2): groups of `group_tokens` tokens, the first of each the anchor, coded with 8 bits at a
-scale of its own per vector (all channels of one layer's K or V); every other token becomes its difference to the *decoded*
-anchor, so that errors do not add up and all tokens of a group decode in parallel. Groups begin anew with every chunk.
+*delta* is CacheGen as published (section 5.2): groups of `group_tokens` tokens, the first of each the anchor, coded with
+8 bits at a scale of its own per vector (all channels of one layer's K or V); every other token becomes its difference to
+the *decoded* anchor, so that errors do not add up and all tokens of a group decode in parallel. Groups begin anew with
+every chunk.
 
 Tokens of a chunk are thus *anchors* or *coded* tokens; identity has no anchors.
 """
@@ -30,10 +31,11 @@ class Anchors(NamedTuple):
 
     def values(self, vectors: Tensor) -> Tensor:
         """Decoded anchors, float32 [anchors, columns]; vectors int64 [columns] names each column's vector."""
-        return self.symbols.float() * self.scales.float()[:, vectors]
+        return self.symbols * self.scales.float()[:, vectors]
 
 
 def anchor_count(tokens: int, config: CacheGenConfig) -> int:
+    """Anchors of a chunk of so many tokens."""
     return -(-tokens // config.group_tokens) if config.transform == "delta" else 0
 
 
@@ -43,31 +45,19 @@ def coded_positions(tokens: int, config: CacheGenConfig) -> Tensor:
     return position[position % config.group_tokens != 0] if config.transform == "delta" else position
 
 
-def forward(rows: Tensor, vectors: Tensor, config: CacheGenConfig) -> tuple[Tensor, Anchors | None]:
-    """rows float32 [tokens, columns] to (y float32 [coded tokens, columns], anchors)."""
-    if config.transform == "identity":
-        return rows, None
-    anchors = quantise_anchors(rows[:: config.group_tokens], vectors)
-    coded = coded_positions(len(rows), config).to(rows.device)
-    return rows[coded] - anchors.values(vectors)[coded // config.group_tokens], anchors
-
-
-def inverse(y: Tensor, anchors: Anchors | None, vectors: Tensor, tokens: int, config: CacheGenConfig) -> Tensor:
-    """The inverse of `forward`: float32 [tokens, columns]."""
-    if anchors is None:
-        return y
-    values = anchors.values(vectors)
-    coded = coded_positions(tokens, config)
-    rows = torch.empty(tokens, values.shape[1])
-    rows[:: config.group_tokens] = values
-    rows[coded] = y.add_(values[coded // config.group_tokens])
-    return rows
+def anchors_of(rows: Tensor, vectors: Tensor, config: CacheGenConfig) -> Anchors | None:
+    """The anchors of rows [tokens, columns], on the CPU; vectors int64 [columns], rising."""
+    if config.transform != "delta":
+        return None
+    found = quantise_anchors(rows[:: config.group_tokens], vectors.to(rows.device))
+    return Anchors(found.symbols.cpu(), found.scales.cpu())
 
 
 def quantise_anchors(rows: Tensor, vectors: Tensor) -> Anchors:
-    """Anchor rows float32 [anchors, columns] to 8 bits, each vector at a scale of its own."""
-    peak = torch.zeros(rows.shape[0], int(vectors[-1]) + 1, device=rows.device)
-    peak.scatter_reduce_(1, vectors.expand_as(rows), rows.abs(), "amax")
+    """Anchor rows [anchors, columns] to 8 bits, each vector at a scale of its own; vectors int64 [columns], rising."""
+    rows = rows.float()
+    widths = vectors.bincount().tolist()
+    peak = torch.stack([part.abs().amax(1) for part in rows.split(widths, 1)], 1)
     scales = bf16_at_least(peak / ANCHOR_PEAK).clamp_min(torch.finfo(torch.bfloat16).tiny)
     symbols = (rows / scales.float()[:, vectors]).round_().clamp_(-ANCHOR_PEAK, ANCHOR_PEAK)
     return Anchors(symbols.to(torch.int32), scales)

@@ -1,0 +1,219 @@
+"""The passes over a chunk's values, compiled where there is a compiler, in torch elsewhere: the same numbers.
+
+A chunk's rows are [tokens, columns]. The first of every `group_tokens` rows is an anchor where there are anchors; the
+others, all where there are none, are *coded rows*, and "coded rows [first, last)" counts them alone.
+
+Symbols are bytes: an index is symbol + ZERO_INDEX, a digit's index digit + 1. The few base symbols that no byte holds
+stand beside their matrix, which has the nearest byte: `Wide`. Nothing of them gets lost, and nothing else waits for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_cachegen import native
+from hf_cachegen.codec import quantize
+from hf_cachegen.codec.tables import DIGIT_SYMBOLS, DIGIT_ZERO, VALUE_SYMBOLS, ZERO_INDEX
+from hf_cachegen.codec.transform import Anchors
+from hf_cachegen.config import CacheGenConfig
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""enum cg_dtype."""
+_BLOCK_COLUMNS = 1024
+"""CG_BLOCK_COLUMNS."""
+
+
+class Grid(NamedTuple):
+    """What makes values symbols: value = symbol x step + mean + anchor of its group.
+
+    anchors: decoded, float32 [groups, columns], or None, then group_tokens is 0. means, steps: float32 [columns].
+    """
+
+    anchors: Tensor | None
+    group_tokens: int
+    means: Tensor
+    steps: Tensor
+
+    @classmethod
+    def of(cls, anchors: Anchors | None, vectors: Tensor, config: CacheGenConfig, means: Tensor, steps: Tensor) -> Grid:
+        """The grid of a chunk with these anchors; vectors int64 [columns] names each column's vector."""
+        values = None if anchors is None else anchors.values(vectors)
+        return cls(values, 0 if anchors is None else config.group_tokens, means, steps)
+
+    def to(self, device: torch.device) -> Grid:
+        """On another device."""
+        anchors = None if self.anchors is None else self.anchors.to(device)
+        return Grid(anchors, self.group_tokens, self.means.to(device), self.steps.to(device))
+
+    def positions(self, tokens: int) -> Tensor:
+        """int64: where the coded rows stand in a chunk."""
+        position = torch.arange(tokens)
+        return position if self.anchors is None else position[position % self.group_tokens != 0]
+
+
+class Wide(NamedTuple):
+    """Indices beyond a byte: positions int64, rising, position = row x columns + column; indices int32."""
+
+    positions: Tensor
+    indices: Tensor
+
+
+NONE_WIDE = Wide(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32))
+
+
+class Symbols(NamedTuple):
+    """Of all coded rows: base uint8 [rows, columns]; digits and their contexts uint8 [levels - 1, rows, columns]."""
+
+    base: Tensor
+    wide: Wide
+    digits: Tensor
+    contexts: Tensor
+
+
+def _compiled(rows: Tensor) -> bool:
+    return rows.is_cpu and rows.dtype in _DTYPES and native.available()
+
+
+def _chunk(rows: Tensor, grid: Grid) -> native.Chunk:
+    anchors = None if grid.anchors is None else grid.anchors.data_ptr()
+    means, steps = grid.means.data_ptr(), grid.steps.data_ptr()
+    return native.Chunk(*rows.shape, grid.group_tokens, anchors, means, steps, _DTYPES[rows.dtype])
+
+
+def _differences(rows: Tensor, grid: Grid, which: Tensor | slice) -> Tensor:
+    """Some coded rows less their anchors, float32."""
+    coded = grid.positions(len(rows))[which].to(rows.device)
+    y = rows[coded].float()
+    return y if grid.anchors is None else y - grid.anchors[coded // grid.group_tokens]
+
+
+def moments(rows: Tensor, grid: Grid, first: int, last: int) -> Tensor:
+    """Sums of y and of its squares over coded rows [first, last), y = value - anchor; float64 [2, columns], on the CPU.
+
+    In float64, so that the order of addition does not show in the few bits that are kept of them.
+    """
+    if _compiled(rows):
+        sums, rows = torch.zeros(2, rows.shape[1], dtype=torch.float64), rows.contiguous()
+        native.call("cg_moments", _chunk(rows, grid), rows, first, last, sums[0], sums[1])
+        return sums
+    y = _differences(rows, grid, slice(first, last)).double()
+    return torch.stack([y.sum(0), y.square().sum(0)]).cpu()
+
+
+def quantise(rows: Tensor, grid: Grid, levels: int) -> Symbols:
+    """All coded rows to symbols, on the CPU."""
+    if not _compiled(rows):
+        return _exact(rows, grid, levels, slice(None))
+    rows = rows.contiguous()
+    shape = (len(grid.positions(len(rows))), rows.shape[1])
+    base = torch.empty(shape, dtype=torch.uint8)
+    digits, contexts = torch.empty(2, levels - 1, *shape, dtype=torch.uint8)
+    wide = torch.empty(-(-shape[1] // _BLOCK_COLUMNS), shape[0], dtype=torch.uint8)
+    native.call("cg_quantise", _chunk(rows, grid), rows, levels - 1, base, digits, contexts, wide)
+    found = NONE_WIDE
+    if len(again := wide.any(0).nonzero().flatten()):
+        base[again], found, digits[:, again], contexts[:, again] = _exact(rows, grid, levels, again)
+    return Symbols(base, found, digits, contexts)
+
+
+def _exact(rows: Tensor, grid: Grid, levels: int, which: Tensor | slice) -> Symbols:
+    """Some coded rows to symbols, whatever their size."""
+    fine = quantize.fine_symbols(_differences(rows, grid, which) - grid.means, grid.steps).cpu()
+    symbols, digits = quantize.split(fine, levels)
+    index = symbols + ZERO_INDEX
+    base = index.clamp(0, VALUE_SYMBOLS - 1).to(torch.uint8)
+    row, column = (base != index).nonzero(as_tuple=True)
+    counted = torch.arange(len(grid.positions(len(rows))))[which]
+    wide = Wide(counted[row] * rows.shape[1] + column, index[row, column])
+    found: list[Tensor] = []
+    for digit in digits:
+        found += [digit + DIGIT_ZERO, quantize.contexts(symbols)]
+        symbols = quantize.refine(symbols, digit)
+    each = torch.stack(found).to(torch.uint8) if found else base.new_empty(0, *base.shape)
+    return Symbols(base, wide, each[::2], each[1::2])
+
+
+def restore(rows: Tensor, grid: Grid, first: int, base: Tensor, digits: Sequence[Tensor], wide: Wide) -> None:
+    """Writes the values of coded rows [first, first + len(base)) into rows (of any float dtype, on the CPU).
+
+    base, and each of digits, uint8 [that many rows, columns], contiguous; wide is that of all coded rows.
+    """
+    last, columns = first + len(base), base.shape[1]
+    if _compiled(rows):
+        addresses = (ctypes.c_void_p * len(digits))(*(digit.data_ptr() for digit in digits))
+        native.call("cg_restore", _chunk(rows, grid), first, last, base, addresses, len(digits), rows)
+    else:
+        _place(rows, grid, slice(first, last), slice(None), base.int() - ZERO_INDEX, digits)
+    if len(wide.positions):
+        row, column = wide.positions // columns, wide.positions % columns
+        mine = (row >= first) & (row < last)
+        row, column, symbols = row[mine], column[mine], wide.indices[mine] - ZERO_INDEX
+        _place(rows, grid, row, column, symbols, [digit[row - first, column] for digit in digits])
+
+
+def _place(
+    rows: Tensor, grid: Grid, which: Tensor | slice, columns: Tensor | slice, symbols: Tensor, digits: Sequence[Tensor]
+) -> None:
+    for digit in digits:
+        symbols = quantize.refine(symbols, digit.int() - DIGIT_ZERO)
+    coded = grid.positions(len(rows))[which]
+    y = symbols * grid.steps[columns] + grid.means[columns]
+    rows[coded, columns] = (y if grid.anchors is None else y + grid.anchors[coded // grid.group_tokens, columns]).to(
+        rows.dtype
+    )
+
+
+def contexts_of(symbols: Tensor, zero: int, coarser: Tensor | None = None) -> Tensor:
+    """What a digit's table depends on, uint8: 0 where the coarser symbol is zero, 1 positive, 2 negative.
+
+    symbols: indices of base symbols, or of digits, then with the contexts that those digits had: the sign of a refined
+    symbol is that of the coarser one, unless this is zero.
+    """
+    if native.available():
+        found = torch.empty_like(symbols)
+        native.call("cg_contexts", symbols, zero, coarser, symbols.numel(), found)
+        return found
+    own = (symbols > zero).to(torch.uint8) + 2 * (symbols < zero).to(torch.uint8)
+    return own if coarser is None else torch.where(coarser == 0, own, coarser)
+
+
+def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(symbols uint8 [rows, columns] within their bounds, positions int64, rising, of those that were not).
+
+    low, high: uint8 [columns, contexts], by the context of each symbol.
+    """
+    if native.available():
+        low, high, inside = low.T.contiguous(), high.T.contiguous(), torch.empty_like(symbols)
+        rows, columns = symbols.shape
+        changed = torch.empty(-(-columns // _BLOCK_COLUMNS), rows, dtype=torch.uint8)
+        native.call("cg_clamp", symbols, contexts, rows, columns, low, high, inside, changed)
+        block, row = changed.nonzero(as_tuple=True)
+        column = block[:, None] * _BLOCK_COLUMNS + torch.arange(_BLOCK_COLUMNS)
+        position = (row[:, None] * columns + column)[column < columns].sort().values
+        return inside, position[inside.view(-1)[position] != symbols.view(-1)[position]]
+    if contexts is None:
+        inside = symbols.clamp(low[:, 0], high[:, 0])
+    else:
+        inside = symbols.clamp(*(bound.T.gather(0, contexts.long()) for bound in (low, high)))
+    return inside, (inside != symbols).flatten().nonzero().flatten()
+
+
+def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> None:
+    """Adds to counts int64 [columns, bins] how often each index occurs in each column of symbols uint8 [rows, columns].
+
+    With contexts, uint8 of that shape, the bin is 3 x context + index.
+    """
+    bins = counts.shape[1]
+    if native.available():
+        native.call("cg_count", symbols, contexts, *symbols.shape, bins, counts)
+        return
+    index = symbols.to(torch.int64)
+    if contexts is not None:
+        index += DIGIT_SYMBOLS * contexts
+    index += torch.arange(len(counts)) * bins
+    counts += torch.bincount(index.flatten(), minlength=counts.numel()).reshape(counts.shape)
