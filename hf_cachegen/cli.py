@@ -1,7 +1,8 @@
 """The command line, `hf-cachegen`: a context becomes an artifact, an artifact answers questions.
 
-Results go to stdout, progress and errors to stderr; with --json stdout is one JSON object. Commands import torch and
-transformers only when they need them, so that `inspect`, `verify` and `--help` answer at once.
+An ARTIFACT is a folder, a repository on the Hub ("user/name") or a URL. Results go to stdout, progress and errors to
+stderr; with --json stdout is one JSON object. Commands import torch and transformers only when they need them, so that
+`inspect`, `verify` and `--help` answer at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import hf_cachegen
+from hf_cachegen.cli_convert import convert
 from hf_cachegen.cli_errors import EXIT_CODES, PROGRAM, ErrorGroup
 from hf_cachegen.cli_models import load_model, required_profile, token_ids
 from hf_cachegen.cli_options import (
@@ -33,10 +35,11 @@ from hf_cachegen.cli_options import (
 )
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_profile import learn
+from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import Reader
 from hf_cachegen.errors import MissingExtraError, WrongModelError
-from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores import LocalStore, open_store
 
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
@@ -108,14 +111,14 @@ def encode(
 @model_options
 @output_options
 def generate(
-    artifact: Path, model: str, prompt: str, max_new_tokens: int, level: int | None, profile: str,
+    artifact: str, model: str, prompt: str, max_new_tokens: int, level: int | None, profile: str,
     revision: str | None, device: str | None, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT, token by token on stdout."""
     arguments = sampling_arguments(options)
     question = sys.stdin.read() if prompt == "-" else prompt
     # The cached dtype is the one to run in; reading it also finds a missing artifact before the model is loaded.
-    dtype = describe(Reader(LocalStore(artifact)))["dtype"]
+    dtype = describe(Reader(open_store(artifact)))["dtype"]
     required = required_profile(artifact, profile, model)
     with step("loading the model", as_json):
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
@@ -156,9 +159,9 @@ def generate(
 @artifact_argument
 @click.option("--plot", "target", type=click.Path(path_type=Path), help="Draw bits and errors by layer, too.")
 @output_options
-def inspect(artifact: Path, target: Path | None, as_json: bool, debug: bool) -> None:
+def inspect(artifact: str, target: Path | None, as_json: bool, debug: bool) -> None:
     """Show what ARTIFACT holds: geometry, levels, sizes, bits and errors by layer, fingerprint."""
-    found = describe(Reader(LocalStore(artifact)))
+    found = describe(Reader(open_store(artifact)))
     if target is not None:
         if target.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise click.BadParameter(f"expected a .png, .pdf or .svg file, got {target}", param_hint="'--plot'")
@@ -176,14 +179,14 @@ def inspect(artifact: Path, target: Path | None, as_json: bool, debug: bool) -> 
 @model_options
 @output_options
 def verify(
-    artifact: Path, model: str | None, profile: str, revision: str | None, device: str | None, as_json: bool,
+    artifact: str, model: str | None, profile: str, revision: str | None, device: str | None, as_json: bool,
     debug: bool,
 ) -> None:  # fmt: skip
     """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model.
 
     With --model or --profile FILE, also that the profile which it needs is there.
     """
-    reader = Reader(LocalStore(artifact))
+    reader = Reader(open_store(artifact))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
@@ -227,7 +230,8 @@ def demo(as_json: bool, debug: bool) -> None:
     click.get_current_context().exit(run_demo(Console(), as_json))
 
 
-main.add_command(learn)
+for command in (learn, convert, push, pull, ls, check, cache_commands):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from click.exceptions import NoArgsIsHelpError
 from hf_cachegen import errors
 
 PROGRAM = "hf-cachegen"
-UNEXPECTED, USAGE, ARTIFACT, MISMATCH, UNSUPPORTED, PROFILE, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
+UNEXPECTED, USAGE, ARTIFACT, MISMATCH, UNSUPPORTED, PROFILE, STORE, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
 
 EXIT_CODES = {
     0: "done",
@@ -30,6 +30,7 @@ EXIT_CODES = {
     MISMATCH: "a sound artifact of another model, dtype, tokenizer or prompt",
     UNSUPPORTED: "a kind of model or layer or a format that this version does not support, a missing package",
     PROFILE: "the profile that is needed is not there, damaged or another one, or cannot be learnt",
+    STORE: "a place on the network that cannot be reached, refuses, fails or serves wrongly",
     INTERRUPTED: "interrupted from the keyboard",
 }
 
@@ -43,6 +44,7 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
     (errors.ConfigError, USAGE),
     (errors.ProfileError, PROFILE),
     (errors.ArtifactError, ARTIFACT),
+    (errors.StoreError, STORE),
     (errors.MismatchError, MISMATCH),
     (click.UsageError, USAGE),
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from hf_cachegen.stores import open_store
 
 if TYPE_CHECKING:
     from hf_cachegen.profile import Profile
@@ -57,15 +58,16 @@ def find_profile(choice: str, model: str) -> Profile | None:
     return find(None if choice == "none" else choice, model)
 
 
-def required_profile(artifact: Path, choice: str, model: str) -> Profile | None:
+def required_profile(artifact: str, choice: str, model: str) -> Profile | None:
     """The profile that decoding `artifact` takes, None where it takes none; see `find_profile`. Raises ProfileError
     where it is missing or another one.
     """
     from hf_cachegen.artifact import Artifact
 
-    if Artifact(artifact).profile_digest is None:
+    store = open_store(artifact)
+    if Artifact(store).profile_digest is None:
         return None
-    return Artifact(artifact, profile=find_profile(choice, model)).profile()
+    return Artifact(store, profile=find_profile(choice, model)).profile()
 
 
 def _device(name: str | None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
@@ -32,7 +31,8 @@ def _encoder(flag: str, help_text: str, **attributes: Any) -> Callable[[Function
     return click.option(flag, default=getattr(_DEFAULT, field), show_default=True, help=help_text, **attributes)
 
 
-artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
+artifact_argument = click.argument("artifact")
+place_argument = click.argument("place")
 
 output_options = _all(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object, errors too, and nothing else."),

@@ -15,7 +15,10 @@ from hf_cachegen.cli_views import plain
 from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, manifest
 from tests.cli_support import run, run_json
 
-COMMANDS = ("encode", "generate", "inspect", "verify", "profile", "demo")
+COMMANDS = (
+    "encode", "generate", "inspect", "verify", "profile", "convert", "push", "pull", "ls", "serve-check", "cache",
+    "demo",
+)  # fmt: skip
 LAYERS, HEADS, TOKENS, DIM = 3, 2, 90, 8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -26,8 +27,11 @@ def exit_code_table() -> str:
 def command_section() -> str:
     parts = []
     for command in COMMANDS:
-        shown = CliRunner().invoke(main, [command, "--help"], terminal_width=WIDTH, max_content_width=WIDTH)
-        parts.append(f"### {command}\n\n```text\n{shown.stdout}```\n")
+        group = main.commands[command]
+        inner = [f"{command} {name}" for name in sorted(group.commands)] if isinstance(group, click.Group) else []
+        for name in (command, *inner):
+            shown = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=WIDTH, max_content_width=WIDTH)
+            parts.append(f"### {name}\n\n```text\n{shown.stdout}```\n")
     return "\n".join(parts)
 
 

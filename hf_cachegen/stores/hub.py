@@ -27,7 +27,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 import hf_cachegen
 from hf_cachegen.container import Reader
@@ -169,18 +174,20 @@ def push(
     private: bool = True,
     commit_message: str = "Upload a KV cache",
     create_pr: bool = False,
+    progress: bool = True,
 ) -> Pushed:
     """Puts the artifact in `directory` into a repository, which is made if need be, in one commit.
 
     What an earlier artifact had and this one has not is removed in the same commit; a card of somebody else's making
     stays. If others commit meanwhile, it is tried again on top, unless they changed this very artifact: ConflictError.
+    progress: let the Hub's client draw its bars on stderr.
     Raises ConfigError where `private` is asked for and the repository is public; ArtifactError, StoreError.
     """
     reader = Reader(LocalStore(directory))
     reader.verify()
     names = sorted(reader.sizes)
     api = _api(token)
-    with _named(f"{place}"):
+    with _named(f"{place}"), _bars(progress):
         api.create_repo(place.repo_id, private=private, repo_type=place.repo_type, exist_ok=True)
         if private and not api.repo_info(place.repo_id, repo_type=place.repo_type).private:
             raise ConfigError(
@@ -241,6 +248,19 @@ def _api(token: Token) -> HfApi:
     return HfApi(
         endpoint=constants.ENDPOINT, token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__
     )
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Keeps the Hub's client from drawing progress bars, unless they shall be shown."""
+    hide = not shown and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def _status(error: HfHubHTTPError) -> int:

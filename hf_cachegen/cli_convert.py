@@ -1,0 +1,98 @@
+"""The command `convert`: caches that torch.save wrote become artifacts, and artifacts such caches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hf_cachegen.cli_models import load_model
+from hf_cachegen.cli_options import dtype_option, model_options, output_options
+from hf_cachegen.cli_output import bars, print_json, step
+from hf_cachegen.cli_views import describe, size_text
+from hf_cachegen.container import Reader
+from hf_cachegen.errors import ConfigError
+from hf_cachegen.stores import LocalStore, open_store
+
+
+@click.command("convert", short_help="To and from caches of other programs.")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "form", type=click.Choice(["artifact", "legacy", "dynamic"]), default="artifact", show_default=True,
+    help="legacy: a tuple of (key, value); dynamic: a DynamicCache; both for torch.load.",
+)  # fmt: skip
+@click.option("--level", type=click.IntRange(min=1), help="Level to decode.  [default: the finest]")
+@click.option("--input-ids", "ids", type=click.File("r"), help="JSON list of the context's token ids, with --model.")
+@click.option("--model", help="The model that filled the cache: its fingerprint makes the artifact loadable.")
+@model_options
+@dtype_option
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@output_options
+@click.pass_context
+def convert(
+    context: click.Context, /, source: str, out: Path, form: str, level: int | None, ids: Any, model: str | None,
+    revision: str | None, device: str | None, dtype: str, overwrite: bool, as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Convert SOURCE into OUT: a torch.save'd cache (a tuple of (key, value), or a DynamicCache) into an artifact, or
+    an artifact into such a file.
+
+    A torch.save'd file is read without running any code that it holds. Without --model and --input-ids the artifact
+    holds tensors alone: it can be converted back, but nothing tells which model and text it belongs to.
+    """
+    if (ids is None) != (model is None):
+        raise click.UsageError("--model and --input-ids go together", context)
+    if form != "artifact" and ids is not None:
+        raise click.UsageError(f"--model and --input-ids are for --to artifact, not {form}", context)
+    if form == "artifact" and level is not None:
+        raise click.UsageError("--level is for --to legacy and --to dynamic", context)
+    from hf_cachegen.artifact import Artifact, write
+    from hf_cachegen.convert import load_cache, save_cache
+
+    if form != "artifact":
+        with step("decoding", as_json):
+            save_cache(Artifact(open_store(source)), out, form, level=level, overwrite=overwrite)  # type: ignore[arg-type]
+        found = {"out": str(out), "form": form, "bytes": out.stat().st_size}
+    else:
+        keys, values = load_cache(source)
+        if model is None:
+            from hf_cachegen.encoding import Encoder
+
+            write(Encoder(keys, values, progress=bars(as_json)), out, overwrite=overwrite)
+        else:
+            _with_model(keys, values, out, _token_ids(ids), overwrite, as_json,
+                        {"name": model, "revision": revision, "dtype": dtype, "device": device})  # fmt: skip
+        found = {"out": str(out), "form": form, "bytes": describe(Reader(LocalStore(out)))["bytes"]}
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(f"{out}: {size_text(found['bytes'])}")  # type: ignore[arg-type]
+
+
+def _with_model(
+    keys: list[Any], values: list[Any], out: Path, ids: list[int], overwrite: bool, as_json: bool,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    from transformers import DynamicCache
+
+    from hf_cachegen.cache import CacheGenCache
+
+    with step("loading the model", as_json):
+        loaded, tokenizer = load_model(**options)
+    past = DynamicCache()
+    for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+        past.update(key.to(loaded.device), value.to(loaded.device), index)
+    cache = CacheGenCache.from_cache(past, ids, loaded, tokenizer=tokenizer)
+    cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
+
+
+def _token_ids(file: Any) -> list[int]:
+    try:
+        ids = json.load(file)
+    except ValueError as error:
+        raise ConfigError(f"{file.name} is not JSON: {error}") from error
+    if not isinstance(ids, list) or not all(type(value) is int and 0 <= value < 1 << 40 for value in ids):
+        raise ConfigError(f"{file.name}: expected a list of token ids, such as [1, 15043]")
+    return ids

@@ -1,0 +1,172 @@
+"""Caches that torch.save wrote, to artifacts and back; what such a file may not do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_cachegen import CacheGenCache, CacheGenConfig, artifact, encode_kv
+from hf_cachegen.convert import load_cache, save_cache
+from hf_cachegen.errors import (
+    ArtifactExistsError,
+    ArtifactNotFoundError,
+    ConfigError,
+    CorruptError,
+    TensorError,
+    UnsupportedLayerError,
+)
+from hf_cachegen.geometry import LayerGeometry
+from tests import tiny_models
+from tests.cli_support import run_json, save_model
+
+LOSSLESS = CacheGenConfig(transform="identity", lossless=True, levels=1)
+
+
+def tensors(tokens: int = 12) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(1, 2, tokens, 8, generator=generator), torch.randn(1, 2, tokens, 8, generator=generator))
+        for _ in range(3)
+    ]
+
+
+def dynamic(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    for index, (key, value) in enumerate(pairs):
+        cache.update(key, value, index)
+    return cache
+
+
+def saved(value: Any, path: Path) -> Path:
+    torch.save(value, path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["legacy", "dynamic"])
+def test_there_and_back(tmp_path: Path, form: str) -> None:
+    pairs = tensors()
+    path = saved(tuple(pairs) if form == "legacy" else dynamic(pairs), tmp_path / "past.pt")
+    keys, values = load_cache(path)
+    artifact.write(encode_kv(keys, values, LOSSLESS), tmp_path / "context")
+    save_cache(artifact.Artifact(tmp_path / "context"), tmp_path / "back.pt", form)  # type: ignore[arg-type]
+    for (key, value), found_key, found_value in zip(pairs, *load_cache(tmp_path / "back.pt"), strict=True):
+        assert torch.equal(key, found_key)
+        assert torch.equal(value, found_value)
+    assert sorted(os.listdir(tmp_path)) == ["back.pt", "context", "past.pt"]
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch exploded",)
+
+
+class Other(DynamicCache):
+    """A cache class that a stranger's program had."""
+
+
+def broken_cache() -> DynamicCache:
+    cache = dynamic(tensors())
+    cache.layers[1].keys = "no tensor"
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (Bomb(), CorruptError),
+        ([(torch.zeros(1), Bomb())], CorruptError),
+        (Other(), CorruptError),
+        ({"a": torch.zeros(1)}, TensorError),
+        (torch.zeros(3), TensorError),
+        ((), TensorError),
+        (DynamicCache(), TensorError),
+        ([torch.zeros(1, 1, 1, 1)], TensorError),
+        ([(torch.zeros(1), 3)], TensorError),
+        ([(torch.zeros(1),) * 4], UnsupportedLayerError),
+        (broken_cache(), TensorError),
+    ],
+)
+def test_what_is_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, error: type[Exception]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=r"past.pt"):
+        load_cache(saved(value, tmp_path / "past.pt"))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"])
+def test_damaged_files(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "past.pt").write_bytes(data)
+    with pytest.raises(CorruptError):
+        load_cache(tmp_path / "past.pt")
+    whole = saved(tuple(tensors()), tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "past.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptError):
+        load_cache(tmp_path / "past.pt")
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing.pt", tmp_path):
+        with pytest.raises(ArtifactNotFoundError):
+            load_cache(path)
+
+
+def test_saving_refuses(tmp_path: Path) -> None:
+    pairs = tensors()
+    sliding = [LayerGeometry("sliding", 2, 8, 2, 8, window=4)] * 3
+    encoded = encode_kv([k for k, _ in pairs], [v for _, v in pairs], LOSSLESS, layers=sliding)
+    artifact.write(encoded, tmp_path / "context")
+    found = artifact.Artifact(tmp_path / "context")
+    with pytest.raises(UnsupportedLayerError, match="legacy"):
+        save_cache(found, tmp_path / "out.pt", "dynamic")
+    with pytest.raises(ConfigError):
+        save_cache(found, tmp_path / "out.pt", "pickle")  # type: ignore[arg-type]
+    save_cache(found, tmp_path / "out.pt", "legacy")
+    with pytest.raises(ArtifactExistsError):
+        save_cache(found, tmp_path / "out.pt", "legacy")
+    save_cache(found, tmp_path / "out.pt", "legacy", overwrite=True)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = saved(tuple(tensors()), tmp_path / "past.pt")
+    found = run_json("convert", path, tmp_path / "context")
+    assert found["bytes"] == sum(file.stat().st_size for file in (tmp_path / "context").iterdir())
+    assert run_json("convert", path, tmp_path / "context", code=2)["error"]["type"] == "ArtifactExistsError"
+    run_json("convert", path, tmp_path / "context", "--overwrite")
+    found = run_json("convert", tmp_path / "context", tmp_path / "out.pt", "--to", "dynamic", "--level", "1")
+    assert found["form"] == "dynamic"
+    assert load_cache(tmp_path / "out.pt")[0][0].shape == (1, 2, 12, 8)
+    assert run_json("convert", tmp_path / "no.pt", tmp_path / "x", code=3)["error"]["type"] == "ArtifactNotFoundError"
+
+
+def test_the_command_with_the_model(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    model = tiny_models.make("llama", 0)
+    ids = list(range(5, 25))
+    past = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]), past_key_values=past, use_cache=True)
+    path = saved(past, tmp_path / "past.pt")
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    options = ["--model", folder, "--input-ids", tmp_path / "ids.json", "--dtype", "float32"]
+    run_json("convert", path, tmp_path / "context", *options)
+    assert CacheGenCache.from_pretrained(tmp_path / "context", model=model).input_ids.tolist() == [ids]
+    (tmp_path / "ids.json").write_text("[1, 2]")
+    assert run_json("convert", path, tmp_path / "other", *options, code=1)["error"]["type"] == "TensorError"
+    for wrong in ("{}", "[1.5]", "[-1]", "no json"):
+        (tmp_path / "ids.json").write_text(wrong)
+        assert run_json("convert", path, tmp_path / "other", *options, code=2)["error"]["type"] == "ConfigError"
+
+
+@pytest.mark.parametrize(
+    "options", [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]]
+)
+def test_options_that_do_not_go_together(tmp_path: Path, options: list[str]) -> None:
+    assert run_json("convert", "past.pt", tmp_path / "out", *options, code=2)["error"]["type"] == "UsageError"
