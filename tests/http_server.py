@@ -7,6 +7,7 @@ each request for a file takes the first, None lets a request pass.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import socket
 import struct
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
 
@@ -103,7 +105,8 @@ def running(server: Server) -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield server
+        with patch.dict(os.environ, {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}):
+            yield server
     finally:
         server.shutdown()
         server.server_close()

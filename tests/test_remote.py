@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from hf_cachegen.errors import (
     StoreTimeoutError,
     TruncatedError,
 )
+from hf_cachegen.stores import Access
 from hf_cachegen.stores.http import HEAD_BYTES
 from hf_cachegen.stores.remote import RemoteStore, open_files
 from hf_cachegen.stores.retry import Patience
@@ -309,6 +311,20 @@ def test_urls_that_cannot_be(url: str, options: dict) -> None:
     with pytest.raises(ConfigError) as caught:
         open_files(url, **options)
     assert "secret" not in str(caught.value)
+
+
+def test_threads_may_share_a_store(server: Server) -> None:
+    store = store_of(server)
+    server.faults = [faults.status(503), faults.cut(0.5), None, faults.reset_in_body] * 5
+    with ThreadPoolExecutor(8) as pool:
+        offsets = range(0, 200_000, 5000)
+        found = list(pool.map(lambda offset: store.read("data", offset, 5000), offsets))
+    assert found == [DATA[offset : offset + 5000] for offset in offsets]
+
+
+def test_secrets_are_not_shown() -> None:
+    shown = repr(Access(token="secret", headers={"a": "secret"}, storage_options={"key": "secret"}))
+    assert "secret" not in shown
 
 
 @pytest.mark.parametrize("wrong", [{"attempts": 0}, {"timeout": 0}, {"backoff": -1}, {"min_bytes_per_second": 0}])

@@ -259,6 +259,18 @@ def test_what_is_damaged_at_the_source_is_not_kept(cache: SegmentCache, store: C
         Reader(CachedStore(None, cache, HERE, "other"))
 
 
+def test_a_load_that_broke_goes_on_where_it_was(cache: SegmentCache, store: Counting) -> None:
+    sound = store.files["refine-1.safetensors"]
+    store.files["refine-1.safetensors"] = sound[:-1] + b"x"
+    with pytest.raises(CorruptError):
+        read_all(CachedStore(store, cache, HERE, "commit"))
+    store.files["refine-1.safetensors"] = sound
+    store.asked.clear()
+    assert read_all(CachedStore(store, cache, HERE, "commit"))
+    assert store.asked.count("read refine-1.safetensors") == 1
+    assert "read base.safetensors" not in store.asked
+
+
 def test_limits_are_the_readers(cache: SegmentCache, store: Counting) -> None:
     tight = Limits(max_tokens=1)
     with pytest.raises(LimitError, match="the limit"):

@@ -49,7 +49,10 @@ class Prefetcher:
         self._held = 0
 
     def take(self, wanted: Range) -> bytes | None:
-        """The bytes of a planned range, waited for if need be, or the error of fetching them; None for any other."""
+        """The bytes of a planned range, waited for if need be; None for any other range.
+
+        Raises what fetching them raised, and then gives up the rest.
+        """
         with self._lock:
             requests = self._parts.pop(wanted, None)
             if requests is None:
@@ -63,6 +66,9 @@ class Prefetcher:
                 for request, future in zip(requests, futures, strict=True)
                 if future is not None
             ]
+        except BaseException:
+            self.close()  # an interrupted or failed load shall not go on fetching
+            raise
         finally:
             with self._lock:
                 for request in requests:

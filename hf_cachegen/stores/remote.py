@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -56,7 +56,6 @@ class RemoteStore:
         self._threads, self._ahead_bytes = threads, ahead_bytes
         self._opened: dict[str, tuple[int, bytes]] = {}
         self._prefetcher: Prefetcher | None = None
-        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         return self.place
@@ -86,10 +85,10 @@ class RemoteStore:
         """Begins to fetch these segments, which will be read in this order; ends an earlier prefetch."""
         self.close()
         wanted = list(segments)
-        for name in dict.fromkeys(segment.file for segment in wanted):
-            size, _ = self._open(name)
-            wanted = [s for s in wanted if s.file != name or s.offset + s.length <= size]
-        ranges = [(s.file, s.offset, s.length) for s in wanted]
+        names = list(dict.fromkeys(segment.file for segment in wanted))
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="hf_cachegen-open") as pool:
+            sizes = dict(zip(names, pool.map(self.size, names), strict=True))
+        ranges = [(s.file, s.offset, s.length) for s in wanted if s.offset + s.length <= sizes[s.file]]
         self._prefetcher = Prefetcher(ranges, self.files.read, self._threads, self._ahead_bytes)
 
     def close(self) -> None:
@@ -101,11 +100,10 @@ class RemoteStore:
     def _open(self, name: str, *, anew: bool = False) -> tuple[int, bytes]:
         if not _NAME.fullmatch(name):
             raise CorruptError(f"{name!r:.80} is not the name of an artifact's file")
-        with self._lock:
-            if anew or name not in self._opened:
-                # The files compare what they find with what they found at first: ChangedError.
-                self._opened[name] = self.files.open(name)
-            return self._opened[name]
+        if anew or name not in self._opened:
+            # The files compare what they find with what they found at first: ChangedError.
+            self._opened[name] = self.files.open(name)
+        return self._opened[name]
 
 
 def is_url(place: str) -> bool:
