@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from hf_cachegen.codec import passes, quantize
+from hf_cachegen.codec import passes
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, shipped_codebooks
@@ -300,8 +300,8 @@ def _with_entries(
 ) -> Profile:
     """The profile with each coefficient's cheapest tables, and without coefficients that are zero at every level."""
     components = len(profile.base_entries)
-    base = torch.zeros(components, VALUE_SYMBOLS, dtype=torch.int64)
-    digits = torch.zeros(config.levels - 1, components, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int64)
+    base = torch.zeros(components, VALUE_SYMBOLS, dtype=torch.int32)
+    digits = torch.zeros(config.levels - 1, components, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
     for context, _ in tqdm(samples, "tables", unit="sample", disable=not progress):
         keys, values, _ = prefill(model, context)
         span = Span(0, keys[0].shape[2], keys[0].shape[2])

@@ -11,8 +11,8 @@ Twists:
        torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?, isa=0) -> (streams, tile_bytes)
        torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens, isa=0) -> symbols
 
-4. The instruction set is chosen when a function is called: the best that the machine has, or the one that the environment
-   variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes.
+4. The instruction set is chosen when a function is called: the best that the machine has, or the one that the
+   environment variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def _run(isa: int = Isa.BEST) -> _Run:
 
 def call(name: str, *arguments: object) -> None:
     """Calls a function of the passes over values (cachegen.h); its last argument, `run`, is added here. Tensors and
-    structures are passed by address; the caller vouches for their shapes."""
+    structures are passed by address; the caller vouches for their shapes.
+    """
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in addresses]
     _require_ok(getattr(_need_library(), name)(*pointers, ctypes.byref(_run())))
@@ -270,7 +271,13 @@ def encode(
     streams = torch.empty(int(tile_bytes.sum()), dtype=torch.uint8)
     _require_ok(
         library.cg_pack(
-            slots.data_ptr(), slot_bytes, tile_bytes.data_ptr(), tiles, streams.data_ptr(), streams.numel(), ctypes.byref(run)
+            slots.data_ptr(),
+            slot_bytes,
+            tile_bytes.data_ptr(),
+            tiles,
+            streams.data_ptr(),
+            streams.numel(),
+            ctypes.byref(run),
         )
     )
     return streams, tile_bytes

@@ -105,22 +105,25 @@ def test_compiled_passes_are_what_torch_does(
     rows = torch.where(torch.rand(rows.shape, generator=generator) < 0.01, rows * spread, rows)
     rows = rows.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else rows.to(dtype)
     anchors = rows[::group].float() + 0.1 if group else None
-    grid = Grid(anchors, group, torch.randn(columns, generator=generator), torch.rand(columns, generator=generator) + 0.1)
+    means, steps = torch.randn(2, columns, generator=generator)
+    grid = Grid(anchors, group, means, steps.abs() + 0.1)
+    low = torch.randint(0, 3, (columns, 3), generator=generator, dtype=torch.uint8)
+    high = torch.maximum(low, torch.randint(0, 3, (columns, 3), generator=generator, dtype=torch.uint8))
     coded = len(grid.positions(tokens))
     first = data.draw(st.integers(0, coded))
 
     def everything() -> list[torch.Tensor]:
         sums = passes.moments(rows, grid, first, coded)
         base, wide, digits, contexts = passes.quantise(rows, grid, levels)
-        counts = torch.ones(columns, 256, dtype=torch.int64)
+        counts = torch.ones(columns, 256, dtype=torch.int32)
         passes.count(counts, base)
-        found = [base, *wide, digits, contexts, counts]
+        found = [base, *wide, digits, contexts, counts, *passes.clamp(base, low + 100, high + 150)]
         coarser = None
         for k in range(levels - 1):
             coarser = passes.contexts_of(*((digits[k - 1], 1) if k else (base, 128)), coarser)
-            counts = torch.zeros(columns, 9, dtype=torch.int64)
+            counts = torch.zeros(columns, 9, dtype=torch.int32)
             passes.count(counts, digits[k], coarser)
-            found += [coarser, counts]
+            found += [coarser, counts, *passes.clamp(digits[k], low, high, coarser)]
             assert torch.equal(coarser, contexts[k])
         for out in (torch.bfloat16, torch.float16, torch.float32):
             values = torch.zeros(tokens, columns, dtype=out)
@@ -333,7 +336,8 @@ def test_wrong_levels_are_refused(level: object) -> None:
     "options",
     [
         {"transform": "wavelet"}, {"coder": "zip"}, {"levels": 0}, {"levels": 4}, {"levels": True}, {"steps": (1, 2)},
-        {"steps": (0, 1, 1)}, {"steps": (1, float("nan"), 1)}, {"chunk_tokens": 0}, {"group_tokens": 1}, {"protect_last": -1},
+        {"steps": (0, 1, 1)}, {"steps": (1, float("nan"), 1)}, {"chunk_tokens": 0}, {"group_tokens": 1},
+        {"protect_last": -1},
         {"prob_bits": 9}, {"prob_bits": 13}, {"lossless": True, "transform": "delta"}, {"chunk_tokens": 1 << 20},
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from hf_cachegen import native
-from hf_cachegen.codec import rans
+from hf_cachegen.codec import passes, rans, tables
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 from hf_cachegen.native import TileStatus
 from tests.coder_support import Section, draw_section, laplace_tables
@@ -140,6 +141,10 @@ def test_constants_are_those_of_the_header() -> None:
     assert f"#define CG_ABI_VERSION {native.ABI_VERSION}\n" in header
     assert f"#define CG_TILE_COLUMNS {rans.TILE_COLUMNS} " in header
     assert native._TILE_COLUMNS == rans.TILE_COLUMNS
+    assert f"#define CG_BLOCK_COLUMNS {passes._BLOCK_COLUMNS}\n" in header
+    assert f"#define CG_DIGIT_BINS {tables.DIGIT_CONTEXTS * tables.DIGIT_SYMBOLS}\n" in header
+    for dtype, number in passes._DTYPES.items():
+        assert f"CG_{str(dtype).removeprefix('torch.').upper()} = {number}" in header
     for name in (*TileStatus, *native.Isa):
         assert f"CG_{name.name} = {name.value}" in header
 
@@ -219,23 +224,24 @@ def test_offsets_are_checked() -> None:
 
 
 @needs_compiler
-def test_hostile_streams_under_the_sanitizers(tmp_path: Path) -> None:
-    program = tmp_path / "fuzz_decode"
-    driver = str(ROOT / "tests" / "native" / "fuzz_decode.cpp")
+@pytest.mark.parametrize(("driver", "count"), [("fuzz_decode", HOSTILE_STREAMS), ("fuzz_passes", 1000)])
+def test_hostile_input_under_the_sanitizers(driver: str, count: int, tmp_path: Path) -> None:
+    program = tmp_path / driver
+    source = str(ROOT / "tests" / "native" / f"{driver}.cpp")
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [str(COMPILER), *STRICT, "-O1", "-g", *sanitizers, driver, *SOURCES, "-o", str(program)]
+    command = [str(COMPILER), *STRICT, "-O1", "-g", *sanitizers, source, *SOURCES, "-o", str(program)]
     compiled = subprocess.run(command, check=False, text=True, capture_output=True)
     if compiled.returncode and "cannot find" in compiled.stderr:
         pytest.skip("the compiler has no sanitizers")
     assert compiled.returncode == 0, compiled.stderr
     # Its own process: it must not inherit a preloaded allocator.
     variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(
-        [str(program), str(HOSTILE_STREAMS), "1"], check=False, text=True, capture_output=True, env=variables
-    )
+    done = subprocess.run([str(program), str(count), "1"], check=False, text=True, capture_output=True, env=variables)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) >= HOSTILE_STREAMS
-    assert int(done.stdout.split()[3]) == len(native.available_isas())
+    found = re.match(r"(\d+) .*, (\d+) back-ends", done.stdout)
+    assert found is not None
+    assert int(found[1]) >= count
+    assert int(found[2]) == len(native.available_isas())
 
 
 # Instruction sets.

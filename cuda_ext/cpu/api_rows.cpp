@@ -8,21 +8,38 @@ using namespace cachegen;
 
 namespace {
 
-// For how many columns counts are made at a time: those stay in a core's caches.
-constexpr uint64_t kCounters = 1 << 14;
-
+// Bytes are counted for so many columns at a time: their counters stay in a core's caches.
+constexpr uint64_t kCountedColumns = 16;
 // Rows are further apart than hardware prefetches, so that a row is asked for so many rows before it is read.
 constexpr uint64_t kAhead = 8;
 
-void prefetch(const uint8_t* p, uint64_t bytes) {
+void prefetch(const uint8_t* p) {
 #if defined(__GNUC__)
-  for (uint64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  __builtin_prefetch(p);
 #endif
 }
 
-template <class BinOf>
-inline void count_row(uint32_t* seen, uint32_t bins, uint64_t n, const BinOf& bin_of) {
-  for (uint64_t c = 0; c < n; c++, seen += bins) seen[std::min(bin_of(c), bins - 1)]++;
+void count_bytes(const Block& block, const uint8_t* symbols, int32_t* counts) {
+  const uint64_t columns = block.chunk->columns, tokens = block.chunk->tokens, end = block.column + block.columns;
+  for (uint64_t first = block.column; first < end; first += kCountedColumns) {
+    int32_t seen[kCountedColumns][kMaxSymbols] = {};
+    const uint64_t n = std::min(kCountedColumns, end - first);
+    for (uint64_t t = 0; t < tokens; t++) {
+      const uint8_t* row = symbols + t * columns + first;
+      if (t + kAhead < tokens) prefetch(row + kAhead * columns);
+      for (uint64_t c = 0; c < n; c++) seen[c][row[c]]++;
+    }
+    for (uint64_t c = 0; c < n; c++)
+      for (uint32_t k = 0; k < kMaxSymbols; k++)
+        if (seen[c][k] > 0) counts[(first + c) * kMaxSymbols + k] += seen[c][k];  // few: others need no memory
+  }
+}
+
+cg_chunk shape_of(uint64_t tokens, uint64_t columns) {
+  cg_chunk shape = {};
+  shape.tokens = tokens;
+  shape.columns = columns;
+  return shape;
 }
 
 bool is_chunk(const cg_chunk* chunk, const void* values) {
@@ -104,9 +121,7 @@ int32_t cg_clamp(const uint8_t* symbols, const uint8_t* contexts, uint64_t token
   if (tokens == 0 || columns == 0) return CG_OK;
   if (symbols == nullptr || low == nullptr || high == nullptr || inside == nullptr || changed == nullptr)
     return CG_BAD_ARGUMENT;
-  cg_chunk shape = {};
-  shape.tokens = tokens;
-  shape.columns = columns;
+  const cg_chunk shape = shape_of(tokens, columns);
   for_each_block(shape, tokens, run->threads, [&](const Block& block) {
     backend->clamp(block, symbols, contexts, low, high, inside, changed);
   });
@@ -114,25 +129,19 @@ int32_t cg_clamp(const uint8_t* symbols, const uint8_t* contexts, uint64_t token
 }
 
 int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns, uint32_t bins,
-                 int64_t* counts, const cg_run* run) noexcept {
-  if (backend_for(run) == nullptr || tokens > CG_MAX_TOKENS || columns > CG_MAX_COLUMNS) return CG_BAD_ARGUMENT;
-  if (bins - 1 >= kMaxSymbols) return CG_BAD_ARGUMENT;
+                 int32_t* counts, const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || tokens > CG_MAX_TOKENS || columns > CG_MAX_COLUMNS) return CG_BAD_ARGUMENT;
+  if (bins != kMaxSymbols && bins != CG_DIGIT_BINS) return CG_BAD_ARGUMENT;
+  if (contexts != nullptr && bins != CG_DIGIT_BINS) return CG_BAD_ARGUMENT;
   if (tokens == 0 || columns == 0) return CG_OK;
   if (symbols == nullptr || counts == nullptr) return CG_BAD_ARGUMENT;
-  const uint64_t width = std::min<uint64_t>(CG_BLOCK_COLUMNS, kCounters / bins);
-  for_each((columns + width - 1) / width, tokens * columns, run->threads, [&](uint64_t i) {
-    uint32_t seen[kCounters] = {};
-    const uint64_t first = i * width, n = std::min(width, columns - first);
-    for (uint64_t t = 0; t < tokens; t++) {
-      const uint64_t at = t * columns + first;
-      if (t + kAhead < tokens) prefetch(symbols + at + kAhead * columns, n);
-      if (contexts != nullptr)
-        count_row(seen, bins, n, [&](uint64_t c) { return 3u * contexts[at + c] + symbols[at + c]; });
-      else
-        count_row(seen, bins, n, [&](uint64_t c) { return uint32_t(symbols[at + c]); });
-    }
-    for (uint64_t k = 0; k < n * bins; k++)
-      if (seen[k] > 0) counts[first * bins + k] += seen[k];  // few are: the others need no memory
+  const cg_chunk shape = shape_of(tokens, columns);
+  for_each_block(shape, tokens, run->threads, [&](const Block& block) {
+    if (bins == CG_DIGIT_BINS)
+      backend->count_digits(block, symbols, contexts, counts);
+    else
+      count_bytes(block, symbols, counts);
   });
   return CG_OK;
 }

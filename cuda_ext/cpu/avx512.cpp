@@ -83,7 +83,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2, encode_tile<Avx512>, passes, contexts, clamp};
+const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2, encode_tile<Avx512>, passes, contexts, clamp, count_digits};
 
 }  // namespace cachegen
 

@@ -43,6 +43,7 @@ struct Backend {
   void (*contexts)(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count, uint8_t* contexts);
   void (*clamp)(const Block& block, const uint8_t* symbols, const uint8_t* contexts, const uint8_t* low,
                 const uint8_t* high, uint8_t* inside, uint8_t* changed);
+  void (*count_digits)(const Block& block, const uint8_t* symbols, const uint8_t* contexts, int32_t* counts);
 };
 
 constexpr uint32_t kMaxBatch = 2;

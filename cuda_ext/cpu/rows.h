@@ -178,6 +178,38 @@ void clamp(const Block& block, const uint8_t* symbols, const uint8_t* contexts, 
   }
 }
 
+// Counts of one block of columns over all tokens. Few bins, those of digits, are counted side by side by comparison, in
+// bytes that are added up before they can overflow; many one by one.
+
+constexpr uint32_t kDigitBins = CG_DIGIT_BINS;
+constexpr uint64_t kByteTokens = 255;
+
+inline void add_matches(const uint8_t* __restrict bins, uint8_t wanted, uint64_t n, uint8_t* __restrict seen) {
+  for (uint64_t j = 0; j < n; j++) {
+    const uint8_t match = bins[j] == wanted ? 1 : 0;
+    seen[j] = uint8_t(seen[j] + match);
+  }
+}
+
+void count_digits(const Block& block, const uint8_t* symbols, const uint8_t* contexts, int32_t* counts) {
+  const uint64_t columns = block.chunk->columns, tokens = block.chunk->tokens, n = block.columns;
+  for (uint64_t first = 0; first < tokens; first += kByteTokens) {
+    const uint64_t last = tokens - first < kByteTokens ? tokens : first + kByteTokens;
+    uint8_t seen[kDigitBins][CG_BLOCK_COLUMNS] = {}, bins[CG_BLOCK_COLUMNS];
+    for (uint64_t t = first; t < last; t++) {
+      const uint8_t* row = symbols + t * columns + block.column;
+      const uint8_t* context = contexts ? contexts + t * columns + block.column : contexts;
+      for (uint64_t j = 0; j < n; j++) {
+        const uint8_t bin = uint8_t(context ? 3 * context[j] + row[j] : row[j]);
+        bins[j] = bin < kDigitBins - 1 ? bin : kDigitBins - 1;
+      }
+      for (uint8_t k = 0; k < kDigitBins; k++) add_matches(bins, k, n, seen[k]);
+    }
+    for (uint64_t j = 0; j < n; j++)
+      for (uint32_t k = 0; k < kDigitBins; k++) counts[(block.column + j) * kDigitBins + k] += seen[k][j];
+  }
+}
+
 // By type of the values, and whether there are anchors.
 
 template <class T>

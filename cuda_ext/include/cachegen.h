@@ -168,10 +168,12 @@ CG_API int32_t cg_clamp(const uint8_t* symbols, const uint8_t* contexts, uint64_
                         const uint8_t* low, const uint8_t* high, uint8_t* inside, uint8_t* changed,
                         const cg_run* run) CG_NOEXCEPT;
 
-/* Adds to counts [columns, bins] how often each symbol occurs in each column of symbols [tokens, columns]. With contexts
- * (of that shape, else NULL) the bin is 3 * context + symbol and bins is 9. Bins beyond the last count as the last. */
+/* Adds to counts [columns, bins] how often each symbol occurs in each column of symbols [tokens, columns]; a count
+ * reaches 2^31 - 1 at most. bins is 256, or CG_DIGIT_BINS: then, with contexts (of that shape, else NULL), the bin is
+ * 3 * context + symbol, and bins beyond the last count as the last. */
+#define CG_DIGIT_BINS 9
 CG_API int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns,
-                        uint32_t bins, int64_t* counts, const cg_run* run) CG_NOEXCEPT;
+                        uint32_t bins, int32_t* counts, const cg_run* run) CG_NOEXCEPT;
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,8 @@
 """Where the stages meet: rows of a chunk -> transform -> nested symbols -> streams, and back.
 
 A chunk is a matrix of rows [tokens, columns]; its columns are every channel of every layer's K and V. It becomes one
-*part* per level: part 0 is the base, parts 1.. are refinements. What all chunks of an artifact share (steps, means, table
-entries: at most 6 bytes a column) is the side information, `Side`.
+*part* per level: part 0 is the base, parts 1.. are refinements. What all chunks of an artifact share (steps, means,
+table entries: at most 6 bytes a column) is the side information, `Side`.
 
 Order within the parts, for the tokens that are not anchors:
 

@@ -2,9 +2,10 @@
 
     python -m hf_cachegen.codec.codebook        # writes codebook.safetensors beside this file
 
-Densities exp(-|x / s|^shape) of shapes 0.7 (heavy tails), 1 (Laplace), 1.4 and 2 (Gauss), their standard deviations on a grid of
-ratio 2^(1/4) in units of the step. The file holds the frequencies at each precision of the coder, `values-11` [tables, 256] and
-`digits-11` [3 x entries, 3] and so on; it is part of format version 1, since an artifact's table ids refer to it.
+Densities exp(-|x / s|^shape) of shapes 0.7 (heavy tails), 1 (Laplace), 1.4 and 2 (Gauss), their standard deviations
+on a grid of ratio 2^(1/4) in units of the step. The file holds the frequencies at each precision of the coder,
+`values-11` [tables, 256] and `digits-11` [3 x entries, 3] and so on; it is part of format version 1, since an
+artifact's table ids refer to it.
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ def density(shape: float, deviation: float, reach: int) -> np.ndarray:
     """Probabilities of the cells [v - 1/2, v + 1/2), v = -reach..reach, of a density of this standard deviation."""
     x = (np.arange((2 * reach + 1) * _GRID) + 0.5) / _GRID - reach - 0.5
     wide = np.linspace(-60, 60, 600001)
-    unit = np.exp(-np.abs(wide) ** shape)
+    unit = np.exp(-(np.abs(wide) ** shape))
     scale = deviation / np.sqrt((unit * wide**2).sum() / unit.sum())
-    y = np.exp(-np.abs(x / scale) ** shape)
+    y = np.exp(-(np.abs(x / scale) ** shape))
     return (y / y.sum()).reshape(-1, _GRID).sum(1)
 
 
 def weights(p: np.ndarray) -> list[int]:
+    """Probabilities to integers."""
     return [int(v) for v in np.round(p / p.sum() * WEIGHT_TOTAL)]
 
 
 def value_rows() -> list[list[int]]:
+    """Weights of the value tables: always zero, all alike, then every density."""
     zero = [0] * 256
     zero[128] = WEIGHT_TOTAL
     rows = [zero, [WEIGHT_TOTAL // 256] * 256]
@@ -49,6 +52,7 @@ def value_rows() -> list[list[int]]:
 
 
 def digit_rows() -> list[list[int]]:
+    """Weights of the digit tables, three to an entry."""
     rows = [[0, WEIGHT_TOTAL, 0]] * 3
     for shape in DIGIT_SHAPES:
         for deviation in DIGIT_SCALES:
@@ -70,6 +74,7 @@ def codebooks() -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
+    """Writes the file."""
     save_file(codebooks(), Path(__file__).with_name("codebook.safetensors"))
 
 

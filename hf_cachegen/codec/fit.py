@@ -40,7 +40,7 @@ def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[Lossy
 
 
 def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
-    """(mean, standard deviation) of what is quantised, float64 [columns]; delta's differences have mean zero by fiat."""
+    """(mean, deviation) of what is quantised, float64 [columns]; delta's differences have mean zero by fiat."""
     nothing = torch.zeros(len(columns))
     protected, ordinary = torch.zeros(2, 2, len(columns), dtype=torch.float64)
     count, every = 0, 0
@@ -84,8 +84,8 @@ def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenCo
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
     """The codec's side information with the cheapest table of every column, and the bits [levels, columns]."""
     columns, levels = len(codec.columns), codec.config.levels
-    anchors, base = torch.zeros(2, columns, VALUE_SYMBOLS, dtype=torch.int64)
-    digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int64)
+    anchors, base = torch.zeros(2, columns, VALUE_SYMBOLS, dtype=torch.int32)
+    digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
     for rows, _ in chunks():
         symbols, found = codec.symbols(rows)
         if found is not None:

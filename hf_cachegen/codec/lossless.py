@@ -1,9 +1,9 @@
 """Bit-exact coding of bf16, fp16 and fp32 values by planes of bytes.
 
-A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane 0
-the most significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane,
-channel) is a column of its own; the tables are learnt from the context by clustering its columns' histograms, and travel
-in the side information:
+A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane
+0 the most significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane,
+channel) is a column of its own; the tables are learnt from the context by clustering its columns' histograms, and
+travel in the side information:
 
     u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x columns]
 
@@ -59,10 +59,10 @@ class LosslessCodec:
         cls, chunks: Chunks, columns: Columns, config: CacheGenConfig, dtype: torch.dtype
     ) -> tuple[LosslessCodec, Tensor]:
         """The codec of one context, and the bits of its columns under its tables, float64 [1, columns]."""
-        counts = torch.zeros(len(columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int64)
+        counts = torch.zeros(len(columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
         for rows, _ in chunks():
             passes.count(counts, to_planes(rows.cpu()))
-        never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int64)
+        never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
         never[0, ZERO_INDEX] = 1  # entry 0 means "not coded": as everywhere, it is the table of "always zero"
         learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]
         book = Codebook(torch.cat(learnt), config.prob_bits, 1)

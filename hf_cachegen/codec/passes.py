@@ -4,7 +4,7 @@ A chunk's rows are [tokens, columns]. The first of every `group_tokens` rows is 
 others, all where there are none, are *coded rows*, and "coded rows [first, last)" counts them alone.
 
 Symbols are bytes: an index is symbol + ZERO_INDEX, a digit's index digit + 1. The few base symbols that no byte holds
-stand beside their matrix, which has the nearest byte: `Wide`. Nothing of them gets lost, and nothing else waits for them.
+stand beside their matrix, which has the nearest byte: `Wide`.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = 
 
 
 def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> None:
-    """Adds to counts int64 [columns, bins] how often each index occurs in each column of symbols uint8 [rows, columns].
+    """Adds to counts int32 [columns, bins] how often each index occurs in each column of symbols uint8 [rows, columns].
 
     With contexts, uint8 of that shape, the bin is 3 x context + index.
     """
@@ -216,4 +216,4 @@ def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> No
     if contexts is not None:
         index += DIGIT_SYMBOLS * contexts
     index += torch.arange(len(counts)) * bins
-    counts += torch.bincount(index.flatten(), minlength=counts.numel()).reshape(counts.shape)
+    counts += torch.bincount(index.flatten(), minlength=counts.numel()).reshape(counts.shape).int()

@@ -1,10 +1,10 @@
 """Nested uniform quantisation: one fine symbol, read at any of its levels.
 
-A value y is rounded once, at the finest step: f = round(y / step). Level l of n sees f at a step 3^(n - l) times coarser.
-Because boundaries of a mid-tread quantiser of step 3s are boundaries of the one of step s, the coarse symbol is a function
-of the fine one, c = floor((f + 1) / 3), and what is missing is one digit in {-1, 0, 1}: f = 3c + d. So a base of coarse
-symbols and one ternary refinement a level cost together what the fine symbols alone would (CacheGen, section 5.3, has one
-stream per level instead).
+A value y is rounded once, at the finest step: f = round(y / step). Level l of n sees f at a step 3^(n - l) times
+coarser. Because boundaries of a mid-tread quantiser of step 3s are boundaries of the one of step s, the coarse symbol
+is a function of the fine one, c = floor((f + 1) / 3), and what is missing is one digit in {-1, 0, 1}: f = 3c + d. So
+a base of coarse symbols and one ternary refinement a level cost together what the fine symbols alone would (CacheGen,
+section 5.3, has one stream per level instead).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def step_factor(level: int, levels: int) -> int:
 
 
 def step_codes(steps: Tensor) -> Tensor:
-    """The codes nearest to these steps, float64 and positive; uint8. Steps beyond the grid get the nearest end of it."""
+    """The codes nearest to these steps, float64 and positive; uint8. Steps beyond the grid get its nearest end."""
     return ((steps.log2() * STEPS_PER_OCTAVE).round() + UNIT_CODE).clamp(0, 255).to(torch.uint8)
 
 

@@ -63,8 +63,9 @@ def encode(
     *,
     coder: str,
 ) -> bytes:
-    """symbols uint8 [tokens, columns]: indices, possibly outside their tables; entries uint8 [columns] of `book`; contexts
-    uint8 [tokens, columns] for a book with three contexts; wide: the indices that no byte holds. All on the CPU.
+    """symbols uint8 [tokens, columns]: indices, possibly outside their tables; entries uint8 [columns] of `book`;
+    contexts uint8 [tokens, columns] for a book with three contexts; wide: the indices that no byte holds. All on the
+    CPU.
     """
     tables = book.table_ids(entries)
     low, high = book.low[tables.long()], book.high[tables.long()]

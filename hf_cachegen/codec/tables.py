@@ -1,16 +1,16 @@
 """Histograms to integer frequencies to a codebook, and the choice of a table for every column.
 
-A table is a row of integer frequencies that sums to 2^prob_bits. A codebook is a set of tables named by one byte. Both are
-made and compared in integers only, so that every machine makes the same tables and the same choices.
+A table is a row of integer frequencies that sums to 2^prob_bits. A codebook is a set of tables named by one byte.
+Both are made and compared in integers only, so that every machine makes the same tables and the same choices.
 
 Two kinds of codebook:
 
 - *value* tables code whole symbols: index = value + ZERO_INDEX, 256 indices; table 0 is "always zero";
-- *digit* tables code a refinement's digit {-1, 0, 1}, index = digit + 1; one id names three tables, for a coarser symbol that
-  is zero, positive or negative (DESIGN note: 3 * id + context); id 0 is "always zero".
+- *digit* tables code a refinement's digit {-1, 0, 1}, index = digit + 1; one id names three tables, for a coarser
+  symbol that is zero, positive or negative (table = 3 * id + context); id 0 is "always zero".
 
-A column whose id is 0 is not coded at all. Symbols outside a table's support are rare by choice; they are coded as the nearest
-symbol inside and corrected by an exception (`section.py`), at EXCEPTION_BITS each.
+A column whose id is 0 is not coded at all. Symbols outside a table's support are rare by choice; they are coded as
+the nearest symbol inside and corrected by an exception (`section.py`), at EXCEPTION_BITS each.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _SUPPORT_SHARE = 1 << 17
 def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
     """Integer weights to frequencies that sum to 2^prob_bits, each symbol of the support at least 1.
 
-    The support is contiguous, so that an exception can be clamped into it. Greedy on weight / frequency, which minimises the
-    code length. At 12 bits no frequency exceeds 4095 (the decoder's entry has 12 bits for it).
+    The support is contiguous, so that an exception can be clamped into it. Greedy on weight / frequency, which
+    minimises the code length. At 12 bits no frequency exceeds 4095 (the decoder's entry has 12 bits for it).
     """
     total, budget = sum(weights), 1 << prob_bits
     kept = [i for i, w in enumerate(weights) if w * _SUPPORT_SHARE >= total > 0]
@@ -70,7 +70,8 @@ def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
 class Codebook:
     """Tables with what the encoder needs to choose among them.
 
-    frequencies int32 [tables, symbols]; `contexts` is 1 for value tables, 3 for digit tables (then tables = 3 x entries).
+    frequencies int32 [tables, symbols]; `contexts` is 1 for value tables, 3 for digit tables (then tables = 3 x
+    entries).
     """
 
     def __init__(self, frequencies: Tensor, prob_bits: int, contexts: int):
@@ -84,8 +85,9 @@ class Codebook:
 
     @cached_property
     def cost(self) -> Tensor:
-        """What each symbol costs, float64 [entries, contexts * symbols], in whole COST_SCALEths of a bit: exact in any order of
-        summation. A symbol outside the support costs its neighbour inside and an exception."""
+        """What each symbol costs, float64 [entries, contexts * symbols], in whole COST_SCALEths of a bit: exact in
+        any order of summation. A symbol outside the support costs its neighbour inside and an exception.
+        """
         frequencies, prob_bits = self.tables.frequencies, self.tables.prob_bits
         bits = [[prob_bits - math.log2(f) if f else 0.0 for f in row] for row in frequencies.tolist()]
         cost = (torch.tensor(bits, dtype=torch.float64) * COST_SCALE).round()
@@ -97,7 +99,7 @@ class Codebook:
     def choose(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
         """The cheapest entry of every column, uint8 [columns], and what it costs in bits, float64 [columns].
 
-        histograms int64 [columns, contexts * symbols].
+        histograms: integers [columns, contexts * symbols].
         """
         seen = histograms.any(0).nonzero().flatten().tolist() or [0]
         near = slice(seen[0], seen[-1] + 1)  # of 256 symbols most occur nowhere, and cost nothing
@@ -110,10 +112,10 @@ class Codebook:
 
 
 def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> Tensor:
-    """Up to `entries` value tables, int32 [tables, symbols], that code these histograms (int64 [columns, symbols]) cheaply.
+    """Up to `entries` value tables, int32 [tables, symbols], that code these histograms [columns, symbols] cheaply.
 
-    Clusters columns: begins with equal shares in the order of their mean symbol, then gives each column to its cheapest table
-    and makes every table anew from its columns, `rounds` times.
+    Clusters columns: begins with equal shares in the order of their mean symbol, then gives each column to its
+    cheapest table and makes every table anew from its columns, `rounds` times.
     """
     symbols = torch.arange(histograms.shape[1], dtype=torch.float64)
     order = ((histograms.double() @ symbols) / histograms.sum(1).clamp_min(1)).argsort(stable=True)
@@ -121,7 +123,7 @@ def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> 
     owner[order] = torch.arange(len(order)) * entries // max(1, len(order))
     frequencies = torch.empty(0)
     for _ in range(rounds):
-        sums = torch.zeros(entries, histograms.shape[1], dtype=torch.int64).index_add_(0, owner, histograms)
+        sums = torch.zeros(entries, histograms.shape[1], dtype=torch.int64).index_add_(0, owner, histograms.long())
         sums = sums[sums.sum(1) > 0]
         frequencies = torch.tensor([normalise(row, prob_bits) for row in sums.tolist()], dtype=torch.int32)
         owner = Codebook(frequencies, prob_bits, 1).choose(histograms)[0].long()

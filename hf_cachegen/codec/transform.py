@@ -2,10 +2,10 @@
 
 *identity* leaves rows as they are.
 
-*delta* is CacheGen as published (section 5.2): groups of `group_tokens` tokens, the first of each the anchor, coded with
-8 bits at a scale of its own per vector (all channels of one layer's K or V); every other token becomes its difference to
-the *decoded* anchor, so that errors do not add up and all tokens of a group decode in parallel. Groups begin anew with
-every chunk.
+*delta* is CacheGen as published (section 5.2): groups of `group_tokens` tokens, the first of each the anchor, coded
+with 8 bits at a scale of its own per vector (all channels of one layer's K or V); every other token becomes its
+difference to the *decoded* anchor, so that errors do not add up and all tokens of a group decode in parallel. Groups
+begin anew with every chunk.
 
 Tokens of a chunk are thus *anchors* or *coded* tokens; identity has no anchors.
 """
@@ -31,7 +31,7 @@ class Anchors(NamedTuple):
 
     def values(self, vectors: Tensor) -> Tensor:
         """Decoded anchors, float32 [anchors, columns]; vectors int64 [columns] names each column's vector."""
-        return self.symbols * self.scales.float()[:, vectors]
+        return self.symbols * self.scales.float().index_select(1, vectors)
 
 
 def anchor_count(tokens: int, config: CacheGenConfig) -> int:
@@ -59,7 +59,7 @@ def quantise_anchors(rows: Tensor, vectors: Tensor) -> Anchors:
     widths = vectors.bincount().tolist()
     peak = torch.stack([part.abs().amax(1) for part in rows.split(widths, 1)], 1)
     scales = bf16_at_least(peak / ANCHOR_PEAK).clamp_min(torch.finfo(torch.bfloat16).tiny)
-    symbols = (rows / scales.float()[:, vectors]).round_().clamp_(-ANCHOR_PEAK, ANCHOR_PEAK)
+    symbols = (rows / scales.float().index_select(1, vectors)).round_().clamp_(-ANCHOR_PEAK, ANCHOR_PEAK)
     return Anchors(symbols.to(torch.int32), scales)
 
 
