@@ -26,7 +26,6 @@ def load() -> tuple[Any, Any]:
     """(model, tokenizer), the reference model in bf16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from transformers.utils import logging
 
     from eval.reference import MODEL_PATH
