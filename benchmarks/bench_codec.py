@@ -1,131 +1,221 @@
-"""Speed and overhead of the coder, as ratios of things timed in one run.
+"""Speed and overhead of the codec, as ratios of things timed in one run.
 
     python benchmarks/bench_codec.py --out results.json
 
-Times are the best of several rounds, the contestants taking turns, since machines are shared and noisy: read the ratios. Every
-contestant codes the same symbols under the same tables; one thread, unless it says otherwise.
+Times are the best of several rounds, the contestants taking turns, since machines are shared and noisy: read the
+ratios. Every contestant codes the same symbols under the same frequencies, and its decoder's result is compared; one
+thread, unless it says otherwise. constriction (its ANS coder) and torchac take part where they are installed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
+from hf_cachegen import CacheGenConfig, decode_kv, encode_kv, native
 from hf_cachegen.codec import rans
+from hf_cachegen.codec.rans import Tables
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.errors import MissingExtraError
 
-COLUMNS, TOKENS = 4096, 512
+COLUMNS, TOKENS, TABLES = 4096, 512, 32
+Contestants = dict[str, Callable[[], object]]
 
 
-def symbols_of(bits: float, tokens: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(symbols uint8 [tokens, columns], table ids uint8 [columns, 1]) at about so many bits a symbol, 32 tables."""
-    values, _ = shipped_codebooks(11)
-    frequencies = values.tables.frequencies.double() / (1 << 11)
-    entropy = -(frequencies * frequencies.clamp_min(1e-12).log2()).sum(1)
-    nearest = (entropy - bits).abs().argsort()[:32]
-    ids = nearest[torch.arange(columns) % 32].to(torch.uint8)
-    drawn = [torch.multinomial(frequencies[i], tokens, replacement=True) for i in ids.tolist()]
-    return torch.stack(drawn, 1).to(torch.uint8), ids[:, None]
+def machine() -> dict[str, Any]:
+    """The hardware and software that the figures belong to."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))
+    name = fields.get("model name", platform.processor() or platform.machine())
+    family = [f"{key} {fields[key]}" for key in ("cpu family", "model", "stepping") if key in fields]
+    return {
+        "processor": ", ".join([name, *family]),
+        "processors_used": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "back_ends": [isa.name.lower() for isa in native.available_isas()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
-def best(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of the best round of each; they take turns."""
-    seconds = dict.fromkeys(contestants, float("inf"))
+def best(contestants: Contestants, rounds: int) -> dict[str, float]:
+    """Seconds of the best call of each; they take turns of at least 20 ms, so that each finds warm caches."""
+    seconds: dict[str, float] = {}
     for _ in range(rounds):
         for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            if seconds.get(name, 0) > 1:
+                continue  # slow ones have a single turn
+            turn = time.perf_counter()
+            while (start := time.perf_counter()) < turn + 0.02:
+                run()
+                seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
     return seconds
 
 
-def speed(bits: float, rounds: int) -> dict[str, dict[str, float]]:
+class Symbols:
+    """Symbols uint8 [TOKENS, COLUMNS] drawn from the TABLES tables of a codebook nearest to so many bits a symbol."""
+
+    def __init__(self, bits: float, contexts: int):
+        book = shipped_codebooks(11)[0 if contexts == 1 else 1]
+        self.tables: Tables = book.tables
+        p = self.tables.frequencies.double() / (1 << 11)
+        entropy = -(p * p.clamp_min(1e-12).log2()).sum(1).reshape(-1, contexts).mean(1)
+        entries = (entropy - bits).abs().argsort()[: TABLES // contexts]
+        chosen = entries[torch.arange(COLUMNS) % len(entries)]
+        self.ids = (chosen[:, None] * contexts + torch.arange(contexts)).to(torch.uint8)
+        self.contexts = torch.randint(0, 3, (TOKENS, COLUMNS), dtype=torch.uint8) if contexts == 3 else None
+        which = torch.zeros(TOKENS, COLUMNS, dtype=torch.long) if self.contexts is None else self.contexts.long()
+        self.used = self.ids.long().T.gather(0, which) if contexts == 3 else self.ids[:, 0].long().expand(TOKENS, -1)
+        symbol_of = torch.stack([torch.arange(len(f)).repeat_interleave(f) for f in self.tables.frequencies.long()])
+        self.symbols = symbol_of[self.used, torch.randint(0, 1 << 11, (TOKENS, COLUMNS))].to(torch.uint8)
+        frequency = self.tables.frequencies[self.used, self.symbols.long()]
+        self.entropy_bytes = float((11 - frequency.double().log2()).sum()) / 8
+
+    def coder(self, **options: str) -> tuple[list[bytes], Callable[[], object], Callable[[], Tensor]]:
+        """(streams, encode, decode) by the package's own door."""
+        sections = (self.tables, self.ids, self.contexts)
+        streams = rans.encode(self.symbols, *sections, **options)
+        data, sizes = b"".join(streams), list(map(len, streams))
+        return (
+            streams,
+            lambda: rans.encode(self.symbols, *sections, **options),
+            lambda: rans.decode(data, sizes, TOKENS, *sections, **options),
+        )
+
+    def constriction(self) -> tuple[Callable[[], object], Callable[[], object]]:
+        """(encode, decode) by constriction, one call for all symbols of a table."""
+        stream = import_module("constriction").stream
+        order = self.used.flatten().argsort(stable=True)
+        symbols = self.symbols.flatten()[order].int().numpy()
+        counts = self.used.flatten().bincount().tolist()
+        runs, at = [], 0
+        for table, count in enumerate(counts):
+            if count:
+                p = (self.tables.frequencies[table].float() / (1 << 11)).clamp_min(1e-9).numpy()
+                runs.append((symbols[at : at + count], stream.model.Categorical(p, perfect=False)))
+                at += count
+
+        def encode() -> Any:
+            coder = stream.stack.AnsCoder()
+            for part, model in reversed(runs):
+                coder.encode_reverse(part, model)
+            return coder.get_compressed()
+
+        compressed = encode()
+
+        def decode() -> list[Any]:
+            coder = stream.stack.AnsCoder(compressed)
+            return [coder.decode(model, len(part)) for part, model in runs]
+
+        if not all((one == part).all() for one, (part, _) in zip(decode(), runs, strict=True)):
+            raise RuntimeError("constriction decoded other symbols")
+        return encode, decode
+
+
+def speed(bits: float, contexts: int, rounds: int) -> dict[str, Any]:
     """M symbols/s of encoding and decoding, by contestant."""
-    symbols, ids = symbols_of(bits, TOKENS, COLUMNS)
-    tables = shipped_codebooks(11)[0].tables
-    streams = rans.encode(symbols, tables, ids)
-    data, sizes = b"".join(streams), list(map(len, streams))
-    encoders: dict[str, Callable[[], object]] = {"native": lambda: rans.encode(symbols, tables, ids)}
-    decoders: dict[str, Callable[[], object]] = {"native": lambda: rans.decode(data, sizes, TOKENS, tables, ids)}
-
-    def two_threads() -> None:
-        torch.set_num_threads(2)
-        rans.decode(data, sizes, TOKENS, tables, ids)
-        torch.set_num_threads(1)
-
-    decoders["native, two threads"] = two_threads
-    decoders["numpy reference"] = lambda: rans.decode(data, sizes, TOKENS, tables, ids, backend="reference")
+    sample = Symbols(bits, contexts)
+    encoders: Contestants = {}
+    decoders: Contestants = {}
+    own = [isa.name.lower() for isa in native.available_isas()]
+    for name in [*reversed(own), "reference", "torchac"]:
+        options = {"coder": "torchac"} if name == "torchac" else {"backend": name}
+        try:
+            streams, encoders[name], decode = sample.coder(**options)
+        except MissingExtraError as error:
+            print(f"torchac is left out: {error}")
+            continue
+        if not torch.equal(decode(), sample.symbols):
+            raise RuntimeError(f"{name} decoded other symbols")
+        decoders[name] = decode
+        if name in own:
+            size = sum(map(len, streams))
     try:
-        slow = rans.encode(symbols, tables, ids, coder="torchac")
-    except MissingExtraError as error:
-        print(f"torchac is left out: {error}")
-    else:
-        slow_data, slow_sizes = b"".join(slow), list(map(len, slow))
-        encoders["torchac"] = lambda: rans.encode(symbols, tables, ids, coder="torchac")
-        decoders["torchac"] = lambda: rans.decode(slow_data, slow_sizes, TOKENS, tables, ids, coder="torchac")
-    count = symbols.numel() / 1e6
-    timed = {"encode": best(encoders, rounds), "decode": best(decoders, rounds)}
-    return {name: {who: round(count / s, 1) for who, s in times.items()} for name, times in timed.items()}
+        encoders["constriction"], decoders["constriction"] = sample.constriction()
+    except ImportError:
+        print("constriction is left out: it is not installed")
+    if machine()["processors_used"] > 1:
+        _, _, decode = sample.coder()
+
+        def two_threads() -> None:
+            torch.set_num_threads(2)
+            decode()
+            torch.set_num_threads(1)
+
+        decoders["two threads"] = two_threads
+    count = sample.symbols.numel() / 1e6
+    found: dict[str, Any] = {
+        name: {who: round(count / s, 1) for who, s in best(contestants, rounds).items()}
+        for name, contestants in (("encode", encoders), ("decode", decoders))
+    }
+    entropy = 8 * sample.entropy_bytes / sample.symbols.numel()
+    overhead = round(100 * (size / sample.entropy_bytes - 1), 2)
+    return {"entropy_bits": round(entropy, 3), "overhead_percent": overhead, **found}
 
 
 def nesting(tokens: int = 4096) -> dict[str, float]:
     """Bits per element of three nested levels, and of their finest coded alone."""
-    x = torch.randn(4, 1, 4, tokens, 64).cumsum(3)[:, :, :, :, :] % 7 + torch.randn(4, 1, 4, tokens, 64)
+    x = torch.randn(4, 1, 4, tokens, 64).cumsum(3) % 7 + torch.randn(4, 1, 4, tokens, 64)
     config = CacheGenConfig(transform="identity", measure=False)
     sizes = {levels: encode_kv(list(x[:2]), list(x[2:]), replace(config, levels=levels)).nbytes for levels in (3, 1)}
-    return {"nested": 8 * sizes[3] / x.numel(), "alone": 8 * sizes[1] / x.numel(), "ratio": sizes[3] / sizes[1]}
+    found = {"nested": 8 * sizes[3] / x.numel(), "alone": 8 * sizes[1] / x.numel(), "ratio": sizes[3] / sizes[1]}
+    return {name: round(value, 4) for name, value in found.items()}
 
 
-def whole_context(rounds: int, tokens: int = 2048) -> dict[str, float]:
+def whole_context(transform: Any, rounds: int, tokens: int = 2048) -> dict[str, float]:
     """GB/s of bf16 decoded and encoded, everything included, 8 layers of 8 heads of 64; one thread."""
     x = torch.randn(16, 1, 8, tokens, 64).bfloat16()
     keys, values = list(x[:8]), list(x[8:])
-    config = CacheGenConfig(measure=False)
+    lossless = transform == "lossless"
+    config = CacheGenConfig(measure=False, transform="identity" if lossless else transform, lossless=lossless)
     encoded = encode_kv(keys, values, config)
     copied = torch.empty_like(x)
-    seconds = best(
-        {
-            "encode": lambda: encode_kv(keys, values, config),
-            "decode, level 3": lambda: decode_kv(encoded),
-            "decode, level 1": lambda: decode_kv(encoded, 1),
-            "copy": lambda: copied.copy_(x),
-        },
-        rounds,
-    )
-    return {name: round(x.nbytes / s / 1e9, 3) for name, s in seconds.items()}
+    contestants: Contestants = {
+        "encode": lambda: encode_kv(keys, values, config),
+        **{f"decode, level {n}": lambda n=n: decode_kv(encoded, n) for n in range(encoded.levels, 0, -1)},
+        "copy": lambda: copied.copy_(x),
+    }
+    return {name: round(x.nbytes / s / 1e9, 3) for name, s in best(contestants, rounds).items()}
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="write the figures as JSON")
 def main(rounds: int, out: Path | None) -> None:
-    """Speed and overhead of the coder."""
+    """Speed and overhead of the codec."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     figures = {
-        "machine": {"processor": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()},
         "date": time.strftime("%Y-%m-%d"),
-        "speed_2_bits": speed(2.0, rounds),
-        "speed_0.3_bits": speed(0.3, rounds),
-        "nesting": nesting(),
-        "whole_context_GB_per_s": whole_context(rounds),
+        "machine": machine(),
+        "M_symbols_per_s": {
+            "2 bits, 32 tables": speed(2.0, 1, rounds),
+            "0.3 bits, 32 tables": speed(0.3, 1, rounds),
+            "digits, 30 tables in 3 contexts": speed(1.2, 3, rounds),
+        },
+        "nesting_bits_per_element": nesting(),
+        "whole_context_GB_per_s": {name: whole_context(name, rounds) for name in ("delta", "identity", "lossless")},
     }
     view = Table("what", "figure")
     for group, values in figures.items():
-        view.add_row(group, json.dumps(values))
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            view.add_row(f"{group} {name}".strip(), json.dumps(value))
     Console(width=120).print(view)
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
