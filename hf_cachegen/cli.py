@@ -35,11 +35,11 @@ from hf_cachegen.cli_options import (
 )
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_profile import learn
-from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push
+from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, sign
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import Reader
 from hf_cachegen.errors import MissingExtraError, WrongModelError
-from hf_cachegen.stores import LocalStore, open_store
+from hf_cachegen.stores import Access, LocalStore, open_store
 
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
@@ -175,18 +175,19 @@ def inspect(artifact: str, target: Path | None, as_json: bool, debug: bool) -> N
 @main.command(short_help="Check every byte of an artifact.")
 @artifact_argument
 @click.option("--model", help="Check the fingerprint against this model and its tokenizer, too.")
+@click.option("--public-key", help="Check that it is signed with this key (PEM file), too.")
 @decoding_profile_option
 @model_options
 @output_options
 def verify(
-    artifact: str, model: str | None, profile: str, revision: str | None, device: str | None, as_json: bool,
-    debug: bool,
+    artifact: str, model: str | None, public_key: str | None, profile: str, revision: str | None, device: str | None,
+    as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model.
 
     With --model or --profile FILE, also that the profile which it needs is there.
     """
-    reader = Reader(open_store(artifact))
+    reader = Reader(open_store(artifact, Access(public_key=public_key)))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
@@ -230,7 +231,7 @@ def demo(as_json: bool, debug: bool) -> None:
     click.get_current_context().exit(run_demo(Console(), as_json))
 
 
-for command in (learn, convert, push, pull, ls, check, cache_commands):
+for command in (learn, convert, push, pull, ls, sign, check, cache_commands):
     main.add_command(command)
 
 

@@ -66,6 +66,25 @@ def push(
         click.echo(pushed.url)
 
 
+@click.command("sign", short_help="Sign an artifact.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--key", required=True, help="PEM file with an Ed25519 private key, without a password.")
+@output_options
+def sign(folder: Path, key: str, as_json: bool, debug: bool) -> None:
+    """Sign the artifact in FOLDER, every byte of which is checked, and write cachegen.sig beside it.
+
+    openssl genpkey -algorithm ed25519 -out key.pem makes a key, openssl pkey -in key.pem -pubout -out public.pem what
+    readers need.
+    """
+    from hf_cachegen.stores.signed import sign as sign_artifact
+
+    written = sign_artifact(folder, key)
+    if as_json:
+        print_json({"artifact": str(folder), "signature": str(written)})
+    else:
+        click.echo(f"{written}")
+
+
 @click.command("pull", short_help="Copy an artifact into a folder.")
 @place_argument
 @click.argument("out", type=click.Path(path_type=Path))

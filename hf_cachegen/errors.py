@@ -17,6 +17,7 @@
     │   ├── LimitError (ValueError)            a count or size above the caller's limits
     │   ├── TruncatedError (EOFError)          a file or a stream ends too early
     │   ├── CorruptError (ValueError)          bytes that are not what was written (checksum, coder's own check)
+    │   ├── SignatureError (ValueError)        not signed, or not what was signed, with the key that was asked for
     │   └── LevelError (ValueError)            a level that the artifact does not have
     ├── StoreError (OSError)                   a place on the network that cannot be reached, or fails
     │   ├── StoreAccessError (PermissionError) the place refuses: no token, a wrong one, no right
@@ -104,6 +105,10 @@ class TruncatedError(ArtifactError, EOFError):
 
 class CorruptError(ArtifactError, ValueError):
     """Bytes that are not what was written."""
+
+
+class SignatureError(ArtifactError, ValueError):
+    """Not signed with the key that was asked for, or not what was signed."""
 
 
 class LevelError(ArtifactError, ValueError):

@@ -16,7 +16,7 @@ from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, manifest
 from tests.cli_support import run, run_json
 
 COMMANDS = (
-    "encode", "generate", "inspect", "verify", "profile", "convert", "push", "pull", "ls", "serve-check", "cache",
+    "encode", "generate", "inspect", "verify", "profile", "convert", "push", "pull", "ls", "sign", "serve-check", "cache",
     "demo",
 )  # fmt: skip
 LAYERS, HEADS, TOKENS, DIM = 3, 2, 90, 8

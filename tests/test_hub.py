@@ -132,6 +132,15 @@ def test_a_second_push_replaces_the_first_in_one_commit(server: HubServer, folde
     assert reader().verify()
 
 
+def test_a_signature_goes_along(server: HubServer, folder: Path) -> None:
+    (folder / "cachegen.sig").write_bytes(b"signature")
+    push(folder)
+    assert repo_of(server).files["cachegen.sig"] == b"signature"
+    (folder / "cachegen.sig").unlink()
+    push(folder)
+    assert "cachegen.sig" not in repo_of(server).files
+
+
 def test_the_same_again_is_no_commit_of_other_files(server: HubServer, folder: Path) -> None:
     push(folder)
     uploads = [call for call in server.calls if call.startswith("PUT")]

@@ -9,6 +9,7 @@ from hf_cachegen.container.manifest import digest, loads
 from hf_cachegen.container.reader import PrefetchingStore
 from hf_cachegen.errors import ArtifactError, OfflineError
 from hf_cachegen.stores.segment_cache import SegmentCache
+from hf_cachegen.stores.signed import SIGNATURE_FILE
 
 
 class CachedStore:
@@ -45,6 +46,8 @@ class CachedStore:
         """Length of the file in bytes; as its manifest says, once its header was fetched and proved."""
         if name == MANIFEST_FILE and self._kept is not None:
             return len(self._kept)
+        if name == SIGNATURE_FILE and self.store is None:
+            return len(self._signature())
         entry = self._manifest.files.get(name) if self._manifest else None
         if entry and not self.anew and self.cache.has(self.origin, entry.header_xxh3, entry.header_bytes):
             return entry.size
@@ -58,6 +61,8 @@ class CachedStore:
                 if self._sound(self._kept) is not None:
                     self.cache.note(self.origin, self._note, self._kept)
             return self._kept[offset : offset + length]
+        if name == SIGNATURE_FILE:
+            return self._signature(offset, length)
         if xxh3 is None:
             return self._source(name).read(name, offset, length)
         data = None if self.anew else self.cache.get(self.origin, xxh3, length)
@@ -72,6 +77,18 @@ class CachedStore:
         missing = [s for s in segments if self.anew or not self.cache.has(self.origin, s.xxh3, s.length)]
         if missing and isinstance(self.store, PrefetchingStore):
             self.store.prefetch(missing)
+
+    def _signature(self, offset: int = 0, length: int | None = None) -> bytes:
+        """Fetched each time, since a damaged one could not be told from a wrong one later; kept for offline use."""
+        key = f"signature of {self._note}"
+        if self.store is None:
+            data = self.cache.noted(self.origin, key)
+            if data is None:
+                self._source(SIGNATURE_FILE)
+            return (data or b"")[offset : None if length is None else offset + length]
+        data = self.store.read(SIGNATURE_FILE, offset, length or 0)
+        self.cache.note(self.origin, key, data)
+        return data
 
     def _source(self, name: str) -> Store:
         if self.store is None:

@@ -49,6 +49,7 @@ from hf_cachegen.errors import (
 from hf_cachegen.stores.http import HttpFiles
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.retry import Patience
+from hf_cachegen.stores.signed import SIGNATURE_FILE
 
 REPO_TYPES = ("dataset", "model", "space")
 DEFAULT_REVISION = "main"
@@ -185,7 +186,7 @@ def push(
     """
     reader = Reader(LocalStore(directory))
     reader.verify()
-    names = sorted(reader.sizes)
+    names = sorted(reader.sizes) + [SIGNATURE_FILE] * (directory / SIGNATURE_FILE).is_file()
     api = _api(token)
     with _named(f"{place}"), _bars(progress):
         api.create_repo(place.repo_id, private=private, repo_type=place.repo_type, exist_ok=True)
@@ -231,7 +232,7 @@ def _own_files(api: HfApi, place: HubPlace, commit: str) -> dict[str, str]:
     except EntryNotFoundError:
         return {}
     files = {PurePosixPath(entry.path).name: str(entry.blob_id) for entry in entries if hasattr(entry, "blob_id")}
-    return {name: blob for name, blob in files.items() if is_own_file(name)}
+    return {name: blob for name, blob in files.items() if is_own_file(name) or name == SIGNATURE_FILE}
 
 
 def _may_write_card(place: HubPlace, commit: str, token: Token) -> bool:

@@ -19,6 +19,7 @@ from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache
+from hf_cachegen.stores.signed import KeyLike, SignedStore
 
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 _UNCACHED = ("file", "memory")
@@ -33,6 +34,7 @@ class Access:
     cache_dir: where verified segments are kept. local_files_only: only from there, without network.
     force_download: fetch everything again. subfolder: where in the repository or below the URL. repo_type: of the Hub.
     headers: for http(s) URLs. storage_options: for other URLs, passed to fsspec. patience: time limits and attempts.
+    public_key: accept only what is signed with its private half (hf_cachegen.stores.signed).
     """
 
     revision: str | None = None
@@ -45,6 +47,7 @@ class Access:
     headers: Mapping[str, str] | None = field(default=None, repr=False)
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     patience: Patience | None = None
+    public_key: KeyLike | None = None
 
 
 def open_store(
@@ -52,11 +55,16 @@ def open_store(
 ) -> Store:
     """The store of the artifact at `place`: a folder that exists, a URL (hf:// too), or a repository ("user/name").
 
-    A path object is always a folder. Raises ConfigError, ArtifactNotFoundError, StoreError.
+    A path object is always a folder. Raises SignatureError, ConfigError, ArtifactNotFoundError, StoreError.
     """
     access = access or Access()
     if access.local_files_only and access.force_download:
         raise ConfigError("local_files_only and force_download contradict each other")
+    store = _open(place, access, limits)
+    return store if access.public_key is None else SignedStore(store, access.public_key)
+
+
+def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) -> Store:
     if is_repository(place):
         return _hub(str(place), access, limits)
     if isinstance(place, str) and is_url(place):

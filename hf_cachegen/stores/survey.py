@@ -7,16 +7,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, ArtifactWriter, Limits, Reader, Segment
 from hf_cachegen.container.manifest import is_own_file
-from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError
+from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
+from hf_cachegen.stores.signed import SIGNATURE_FILE, SignedStore
 
 CHECK_BYTES = 64 << 20
 """At most so much is fetched to measure how fast a place is."""
@@ -98,6 +99,11 @@ def pull(
             if progress:
                 progress(done, total)
         writer.commit(replace(manifest, files={}))
+    signature = Path(directory, SIGNATURE_FILE)
+    try:
+        signature.write_bytes(reader.store.read(SIGNATURE_FILE, 0, reader.store.size(SIGNATURE_FILE)))
+    except (ArtifactNotFoundError, OfflineError):
+        signature.unlink(missing_ok=True)
     return reader.nbytes_at()
 
 
@@ -165,7 +171,9 @@ def _longest(reader: Reader) -> Segment:
 
 
 def _remote(reader: Reader, place: str) -> RemoteStore:
-    store = reader.store.store if isinstance(reader.store, CachedStore) else reader.store
+    store = reader.store
+    while isinstance(store, SignedStore | CachedStore) and store.store is not None:
+        store = store.store
     if not isinstance(store, RemoteStore):
         raise ConfigError(f"{place} is a local folder: nothing serves it")
     return store

@@ -1,0 +1,166 @@
+"""Signatures: artifacts that only the holder of a private key can have made.
+
+The format's checksums find accidents and authenticate nothing. A signature file stands beside the manifest:
+
+    cachegen.sig = Ed25519 signature, 128 hex digits, newline, statement
+    statement    = JSON {"ranges": [[file, offset, length, SHA-256], ...], "signed": "hf_cachegen artifact 1"}
+
+The ranges are the manifest, and each file's header and segments: so every range that a reader asks for can be proved by
+itself, and a partial load proves what it loads. SignedStore lets nothing else through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_cachegen.container import MANIFEST_FILE, Reader, Segment, Store
+from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
+from hf_cachegen.stores.local import LocalStore
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+SIGNATURE_FILE = "cachegen.sig"
+MAX_SIGNATURE_BYTES = 16 << 20
+_SIGNED = "hf_cachegen artifact 1"
+_SIGNATURE = re.compile(rb"[0-9a-f]{128}\n")
+KeyLike = bytes | str | os.PathLike[str]
+
+
+class SignedStore:
+    """What `store` has, as far as it is signed with the private half of `public_key`.
+
+    public_key: 32 raw bytes, or the path of a PEM file. Raises SignatureError for what is not signed or is not what was
+    signed, ConfigError for a key that is none, MissingExtraError without `cryptography`.
+    """
+
+    def __init__(self, store: Store, public_key: KeyLike) -> None:
+        self.store = store
+        self._ranges = _statement(store, _public(public_key))
+        self._sizes: dict[str, int] = {}
+        for name, offset, length in self._ranges:
+            self._sizes[name] = max(self._sizes.get(name, 0), offset + length)
+
+    def __str__(self) -> str:
+        return str(self.store)
+
+    def size(self, name: str) -> int:
+        """Length of the file in bytes, which must be the signed one. (The signature itself may be looked at.)"""
+        size = self.store.size(name)
+        if name != SIGNATURE_FILE and self._sizes.get(name) != size:
+            raise SignatureError(f"{self}: {name} of {size} bytes is not signed")
+        return size
+
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
+        """Exactly that range, which must be a signed one."""
+        data = self.store.read(name, offset, length, xxh3)
+        if name != SIGNATURE_FILE and hashlib.sha256(data).hexdigest() != self._ranges.get((name, offset, length)):
+            raise SignatureError(f"{self}: {length} bytes at {offset} of {name} are not what was signed")
+        return data
+
+    def prefetch(self, segments: Iterable[Segment]) -> None:
+        """As the store's own."""
+        if isinstance(self.store, PrefetchingStore):
+            self.store.prefetch(segments)
+
+
+def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
+    """Writes `cachegen.sig` into an artifact's folder, after checking every byte there; returns its path.
+
+    private_key: 32 raw bytes, or the path of a PEM file without a password. Raises ArtifactError, ConfigError.
+    """
+    key = _private(private_key)
+    store = LocalStore(directory)
+    reader = Reader(store)
+    reader.verify()
+    wanted = [(MANIFEST_FILE, 0, reader.sizes[MANIFEST_FILE])]
+    for name, entry in sorted(reader.manifest.files.items()):
+        wanted.append((name, 0, entry.header_bytes))
+        wanted += [(name, segment.offset, segment.length) for segment in entry.segments]
+    ranges = [[*place, hashlib.sha256(store.read(*place)).hexdigest()] for place in wanted]
+    statement = json.dumps({"ranges": ranges, "signed": _SIGNED}, separators=(",", ":")).encode()
+    target = Path(directory, SIGNATURE_FILE)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=directory)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(key.sign(statement).hex().encode() + b"\n" + statement)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return target
+
+
+def _statement(store: Store, key: Ed25519PublicKey) -> dict[tuple[str, int, int], str]:
+    """The signed ranges; nothing of the file is parsed before its signature is right."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        size = store.size(SIGNATURE_FILE)
+    except ArtifactNotFoundError as error:
+        raise SignatureError(f"{store} is not signed: there is no {SIGNATURE_FILE}") from error
+    if size > MAX_SIGNATURE_BYTES:
+        raise LimitError(f"{store}: {SIGNATURE_FILE} has {size} bytes, the limit is {MAX_SIGNATURE_BYTES}")
+    data = store.read(SIGNATURE_FILE, 0, size)
+    head = _SIGNATURE.match(data)
+    try:
+        if head is None:
+            raise InvalidSignature
+        key.verify(bytes.fromhex(head[0].decode()), data[head.end() :])
+    except InvalidSignature as error:
+        raise SignatureError(f"{store} is not signed with this key") from error
+    statement = json.loads(data[head.end() :])
+    if statement.get("signed") != _SIGNED:
+        raise SignatureError(f"{store}: the key signed something else, {statement.get('signed')!r:.80}")
+    return {(name, offset, length): sha256 for name, offset, length, sha256 in statement["ranges"]}
+
+
+def _public(key: KeyLike) -> Ed25519PublicKey:
+    ed25519, serialization = _cryptography()
+    if isinstance(key, bytes):
+        return _checked(key, ed25519.Ed25519PublicKey.from_public_bytes, ed25519.Ed25519PublicKey)
+    return _checked(_pem(key), serialization.load_pem_public_key, ed25519.Ed25519PublicKey)
+
+
+def _private(key: KeyLike) -> Ed25519PrivateKey:
+    ed25519, serialization = _cryptography()
+    if isinstance(key, bytes):
+        return _checked(key, ed25519.Ed25519PrivateKey.from_private_bytes, ed25519.Ed25519PrivateKey)
+    load = partial(serialization.load_pem_private_key, password=None)
+    return _checked(_pem(key), load, ed25519.Ed25519PrivateKey)
+
+
+def _cryptography() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as error:
+        raise MissingExtraError("signatures need cryptography: pip install 'hf_cachegen[crypto]'") from error
+    return ed25519, serialization
+
+
+def _pem(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"there is no key to be read at {os.fspath(path)}: {error.strerror}") from error
+
+
+def _checked(data: bytes, load: Callable[[bytes], Any], kind: type) -> Any:
+    try:
+        key = load(data)
+    except (ValueError, TypeError) as error:  # never the data: it may be a private key
+        raise ConfigError(f"this is no {kind.__name__}: expected 32 bytes, or a PEM file without a password") from error
+    if not isinstance(key, kind):
+        raise ConfigError(f"expected an {kind.__name__}, got a key of another kind")
+    return key
