@@ -35,7 +35,7 @@ from hf_cachegen.cli_options import (
 )
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_profile import learn
-from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, sign
+from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, seal, sign
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import Reader
 from hf_cachegen.errors import MissingExtraError, WrongModelError
@@ -231,7 +231,7 @@ def demo(as_json: bool, debug: bool) -> None:
     click.get_current_context().exit(run_demo(Console(), as_json))
 
 
-for command in (learn, convert, push, pull, ls, sign, check, cache_commands):
+for command in (learn, convert, push, pull, ls, sign, seal, check, cache_commands):
     main.add_command(command)
 
 

@@ -85,18 +85,39 @@ def sign(folder: Path, key: str, as_json: bool, debug: bool) -> None:
         click.echo(f"{written}")
 
 
+@click.command("seal", short_help="Encrypt an artifact.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--key", required=True, help="File of 32 random bytes; keep it, or the artifact is lost.")
+@output_options
+def seal(folder: Path, out: Path, key: str, as_json: bool, debug: bool) -> None:
+    """Encrypt the artifact in FOLDER into the folder OUT (AES-256-GCM). pull --key opens it again.
+
+    head -c 32 /dev/urandom > secret.key makes a key.
+    """
+    from hf_cachegen.stores.sealed import seal as seal_artifact
+
+    with step("sealing", as_json):
+        count = seal_artifact(folder, out, key)
+    if as_json:
+        print_json({"artifact": str(folder), "sealed": str(out), "bytes": count})
+    else:
+        click.echo(f"{out}: {count:,} bytes")
+
+
 @click.command("pull", short_help="Copy an artifact into a folder.")
 @place_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @_access_options
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--key", help="Opens a sealed artifact: the file of 32 bytes that it was sealed with.")
 @output_options
 def pull(
-    place: str, out: Path, revision: str | None, repo_type: str, subfolder: str | None, overwrite: bool, as_json: bool,
-    debug: bool,
+    place: str, out: Path, revision: str | None, repo_type: str, subfolder: str | None, overwrite: bool,
+    key: str | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Copy the artifact at PLACE (a repository "user/name", a URL, a folder) into the folder OUT, verified."""
-    access = Access(revision=revision, repo_type=repo_type, subfolder=subfolder)
+    access = Access(revision=revision, repo_type=repo_type, subfolder=subfolder, key=key)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not bars(as_json)) as progress:
         task = progress.add_task("pulling", total=None)

@@ -109,6 +109,8 @@ def pull(
 
 def serve_check(place: str, access: Access | None = None) -> list[Check]:
     """Whether the place serves its artifact as loading needs it; stops at the first thing that fails."""
+    if access is not None and access.key is not None:
+        raise ConfigError("a server is checked with an artifact that is not sealed")
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
         access = replace(access or Access(), cache_dir=folder, local_files_only=False, force_download=True)

@@ -1,0 +1,217 @@
+"""Sealed artifacts: they open with their key, whole and by ranges, with nothing else; no byte can be moved."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'hf_cachegen[crypto]')")
+
+from hf_cachegen.container import Reader, Segment
+from hf_cachegen.errors import (
+    ArtifactExistsError,
+    ArtifactNotFoundError,
+    ConfigError,
+    CorruptError,
+    MissingExtraError,
+    TruncatedError,
+)
+from hf_cachegen.stores import Access, LocalStore, Patience, open_store
+from hf_cachegen.stores.sealed import BLOCK_BYTES, SealedStore, _cipher, _sealed, seal
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen.stores.signed import sign
+from hf_cachegen.stores.survey import pull, serve_check
+from tests import http_server as faults
+from tests.cli_support import run, run_json
+from tests.http_server import Server, running
+from tests.small_artifact import MemoryStore, contents, write
+from tests.test_store_signed import PUBLIC
+
+KEY, OTHER = bytes(range(32)), bytes(32)
+LONG = bytes(range(256)) * 1024
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
+    return tmp_path / "segments"
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    write(tmp_path / "context")
+    seal(tmp_path / "context", tmp_path / "sealed", KEY)
+    return tmp_path / "sealed"
+
+
+def verify(folder: Path, key: bytes = KEY) -> int:
+    return Reader(SealedStore(LocalStore(folder), key)).verify()
+
+
+def long_store(tmp_path: Path, size: int) -> MemoryStore:
+    (tmp_path / "data").write_bytes(LONG[:size])
+    return MemoryStore({"data.sealed": b"".join(_sealed(LocalStore(tmp_path), "data", KEY))})
+
+
+def test_sealed_and_opened(sealed: Path, tmp_path: Path) -> None:
+    plain = contents(tmp_path / "context")
+    assert verify(sealed) == sum(map(len, plain.values()))
+    found = contents(sealed)
+    assert set(found) == {f"{name}.sealed" for name in plain}
+    assert not any(data[:16] in other for data in plain.values() for other in found.values())
+    pull(str(sealed), tmp_path / "opened", Access(key=KEY))
+    assert contents(tmp_path / "opened") == plain
+
+
+def test_two_seals_are_never_alike(sealed: Path, tmp_path: Path) -> None:
+    seal(tmp_path / "context", tmp_path / "again", KEY)
+    one, other = contents(sealed), contents(tmp_path / "again")
+    assert all(one[name][8:40] != other[name][8:40] and one[name][48:] != other[name][48:] for name in one)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES, len(LONG)])
+def test_ranges(tmp_path: Path, size: int) -> None:
+    store = SealedStore(long_store(tmp_path, size), KEY)
+    assert store.size("data") == size
+    for offset in (0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5, size - 1, size):
+        for length in (0, 1, 2, BLOCK_BYTES, 2 * BLOCK_BYTES, size):
+            if offset >= 0 and offset + length <= size:
+                assert store.read("data", offset, length) == LONG[offset : offset + length]
+    for offset, length in ((0, size + 1), (-1, 1), (size, 1), (0, -1)):
+        with pytest.raises(TruncatedError):
+            store.read("data", offset, length)
+
+
+def test_another_key(sealed: Path) -> None:
+    with pytest.raises(CorruptError, match="another key"):
+        verify(sealed, OTHER)
+
+
+def test_without_the_key_there_is_no_artifact(sealed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactNotFoundError):
+        Reader(LocalStore(sealed))
+    with pytest.raises(ArtifactNotFoundError):
+        verify(tmp_path / "context")
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    store = long_store(tmp_path, BLOCK_BYTES + 100)
+    data = store.files["data.sealed"]
+    for place in [*range(48), 48, 1000, BLOCK_BYTES + 47, BLOCK_BYTES + 64, BLOCK_BYTES + 70, len(data) - 1]:
+        store.files["data.sealed"] = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        with pytest.raises(CorruptError):
+            SealedStore(store, KEY).read("data", 0, BLOCK_BYTES + 100)
+
+
+def test_nothing_can_be_moved(tmp_path: Path) -> None:
+    store = long_store(tmp_path, 2 * BLOCK_BYTES)
+    data, step = store.files["data.sealed"], BLOCK_BYTES + 16
+    first, second = data[48 : 48 + step], data[48 + step :]
+    shorter = data[:40] + BLOCK_BYTES.to_bytes(8, "little") + first
+    for changed in (data[:48] + second + first, data[:48] + first + first, shorter):
+        store.files["data.sealed"] = changed
+        with pytest.raises(CorruptError):
+            SealedStore(store, KEY).read("data", 0, SealedStore(store, KEY).size("data"))
+    store.files["other.sealed"] = data
+    with pytest.raises(CorruptError):
+        SealedStore(store, KEY).read("other", 0, 10)
+
+
+@pytest.mark.parametrize("cut", [0, 47, 48, 60, 500])
+def test_truncated(tmp_path: Path, cut: int) -> None:
+    store = long_store(tmp_path, 1000)
+    store.files["data.sealed"] = store.files["data.sealed"][:cut]
+    with pytest.raises((TruncatedError, CorruptError)):
+        SealedStore(store, KEY).read("data", 0, 10)
+
+
+def test_the_construction(tmp_path: Path) -> None:
+    """By hand: key derivation, nonce and layout are part of the format."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    data = long_store(tmp_path, 100).files["data.sealed"]
+    assert (data[:8], data[40:48], len(data)) == (b"cgseal01", (100).to_bytes(8, "little"), 48 + 100 + 16)
+    info = b"hf_cachegen seal 1\0data\0" + (100).to_bytes(8, "little")
+    key = HKDF(hashes.SHA256(), 32, data[8:40], info).derive(KEY)
+    assert AESGCM(key).decrypt(bytes(12), data[48:], None) == LONG[:100]
+    assert _cipher(KEY, data[8:40], "data", 100).decrypt(bytes(12), data[48:], None) == LONG[:100]
+
+
+def test_from_a_server_and_nothing_stays_on_the_disk(sealed: Path, tmp_path: Path, cache_folder: Path) -> None:
+    with running(Server()) as web:
+        web.files = {f"context/{name}": data for name, data in contents(sealed).items()}
+        access = Access(key=KEY, patience=Patience(attempts=2, timeout=1, backoff=0.01))
+        reader = Reader(open_store(f"{web.url}/context", access))
+        reader.prefetch(reader.manifest.segments)
+        assert reader.verify() == verify(sealed)
+        assert not cache_folder.exists()
+        web.faults = [None, faults.flip]
+        with pytest.raises(CorruptError):
+            Reader(open_store(f"{web.url}/context", access)).verify()
+        with pytest.raises(ConfigError, match="not sealed"):
+            serve_check(f"{web.url}/context", access)
+    with pytest.raises(ConfigError, match="local_files_only"):
+        open_store("http://host/context", Access(key=KEY, local_files_only=True))
+
+
+def test_a_block_that_was_damaged_on_its_way_is_fetched_again(tmp_path: Path) -> None:
+    data = long_store(tmp_path, len(LONG)).files["data.sealed"]
+    with running(Server()) as web:
+        web.files["data.sealed"] = data
+        store = open_store(web.url, Access(key=KEY))
+        assert store.size("data") == len(LONG)
+        web.faults = [faults.flip]
+        assert store.read("data", 200_000, 1000) == LONG[200_000:201_000]
+        assert isinstance(store, SealedStore)
+        store.prefetch([Segment("data", "a", 70_000, 1000, ""), Segment("data", "b", 71_000, 100_000, "")])
+        web.requests.clear()
+        assert store.read("data", 71_000, 100_000) == LONG[71_000:171_000]
+        assert store.read("data", 70_000, 1000) == LONG[70_000:71_000]
+        assert len(web.requests) <= 2
+
+
+def test_signed_and_sealed(tmp_path: Path) -> None:
+    write(tmp_path / "context")
+    sign(tmp_path / "context", KEY)
+    seal(tmp_path / "context", tmp_path / "sealed", OTHER)
+    assert Reader(open_store(tmp_path / "sealed", Access(key=OTHER, public_key=PUBLIC))).verify()
+
+
+def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:
+    before = contents(sealed)
+    with pytest.raises(ArtifactExistsError):
+        seal(tmp_path / "context", sealed, OTHER)
+    assert contents(sealed) == before
+    base = tmp_path / "context" / "base.safetensors"
+    base.write_bytes(base.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptError):
+        seal(tmp_path / "context", tmp_path / "new", KEY)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("key", [b"", b"short", bytes(33), "no/such/file"])
+def test_keys_that_are_none(tmp_path: Path, key: bytes | str) -> None:
+    with pytest.raises(ConfigError):
+        SealedStore(LocalStore(tmp_path), key)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
+    with pytest.raises(MissingExtraError, match="crypto"):
+        SealedStore(LocalStore(tmp_path), KEY)
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    write(tmp_path / "context")
+    (tmp_path / "secret.key").write_bytes(KEY)
+    found = run_json("seal", tmp_path / "context", tmp_path / "sealed", "--key", tmp_path / "secret.key")
+    assert found["bytes"] == sum(map(len, contents(tmp_path / "sealed").values()))
+    assert run("pull", tmp_path / "sealed", tmp_path / "out", "--key", tmp_path / "secret.key").exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "context")
+    (tmp_path / "secret.key").write_bytes(OTHER)
+    wrong = run_json("pull", tmp_path / "sealed", tmp_path / "no", "--key", tmp_path / "secret.key", code=3)
+    assert wrong["error"]["type"] == "CorruptError"
