@@ -110,7 +110,7 @@ struct Avx2 {
 
 }  // namespace
 
-const Backend kAvx2 = {decode_tiles<Avx2, 1>, 1, encode_tile<Avx2>, passes, contexts, clamp, count_digits};
+const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2, encode_tile<Avx2>, passes, contexts, clamp, count_digits};
 
 }  // namespace cachegen
 

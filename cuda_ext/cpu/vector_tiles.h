@@ -21,7 +21,7 @@ inline bool is_whole(const Tile& tile) { return tile.width == kTileColumns; }
 struct alignas(64) Bases {
   uint32_t of[kPerLane][kContexts][kLanes];
 
-  Bases(const cg_section& section, const Tile& tile, uint32_t scale_bits) {
+  void fill(const cg_section& section, const Tile& tile, uint32_t scale_bits) {
     const uint64_t n = section.ids_per_column;
     const uint8_t* ids = section.table_ids + tile.first_column * n;
     for (uint32_t lane = 0; lane < kLanes; lane++)
@@ -60,8 +60,8 @@ void decode_whole(const cg_section& section, const Tables& tables, const Tile* c
                   TileDecoder* const* decoders, uint8_t* symbols) {
   constexpr uint32_t kGroups = kLanes / V::kWidth;
   using Int = typename V::Int;
-  const Bases bases[] = {Bases(section, *tiles[0], tables.prob_bits),
-                         Bases(section, *tiles[kTiles - 1], tables.prob_bits)};
+  Bases bases[kTiles];
+  for (uint32_t i = 0; i < kTiles; i++) bases[i].fill(section, *tiles[i], tables.prob_bits);
   const Int slot_mask = V::all((1u << tables.prob_bits) - 1), frequency_mask = V::all(0xfff), byte = V::all(0xff);
   const Int prob_bits = V::all(tables.prob_bits);
   Int x[kTiles][kGroups];
@@ -137,7 +137,8 @@ uint8_t* encode_whole(const cg_section& section, const Tables& tables, const Til
   constexpr uint32_t kGroups = kLanes / V::kWidth;
   using Int = typename V::Int;
   constexpr uint32_t kEntryUnits = sizeof(SymbolEntry) / 8;  // a gather scales by 8 at most
-  const Bases bases(section, tile, 9);
+  Bases bases;
+  bases.fill(section, tile, 9);
   static_assert(kMaxSymbols * kEntryUnits == 1 << 9, "a table's entries, in the gather's units");
   const Int byte = V::all(0xff), low_half = V::all(0xffff), total = V::all(1u << tables.prob_bits);
   const uint32_t limit_shift = kStateBits - tables.prob_bits;
