@@ -268,6 +268,26 @@ def test_faults_between_us_and_the_hub(server: HubServer, folder: Path) -> None:
         reader()
 
 
+def test_large_files_come_from_elsewhere_without_the_token(server: HubServer, folder: Path) -> None:
+    """As on the Hub: resolve redirects to a storage host, with a signature of its own in the query."""
+    push(folder)
+    with running(Server()) as storage:
+        storage.files = {f"blobs/{name}": data for name, data in contents(folder).items()}
+
+        def redirect(request: faults.Request, body: bytes, headers: dict[str, str]) -> None:
+            name = request.path.rpartition("/")[2]
+            request.answer(302, b"", {"Location": f"{storage.url}/blobs/{name}?X-Amz-Signature=secret"})
+
+        server.always = redirect
+        assert reader().verify()
+        assert len(storage.requests) == len(FILES)
+        assert {headers["Authorization"] for _, headers in storage.requests} == {None}
+        storage.always = faults.status(403)
+        with pytest.raises(StoreAccessError) as caught:
+            reader()
+        assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "place",
     [

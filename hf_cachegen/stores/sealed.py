@@ -7,7 +7,7 @@ Each file NAME becomes NAME.sealed:
     its key = HKDF-SHA256(secret key, salt, "hf_cachegen seal 1" NUL name NUL size)
 
 The salt is random, so no key and nonce are used twice. Name, size and position are bound to the bytes: a block that
-was moved, renamed, cut off or put together from two files does not open. Blocks open by themselves, so ranges stay ranges.
+was moved, renamed, cut off or put together from two files does not open. Blocks open one by one: ranges stay ranges.
 """
 
 from __future__ import annotations
