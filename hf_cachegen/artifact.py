@@ -38,7 +38,7 @@ from hf_cachegen.encoding import (
 )
 from hf_cachegen.errors import ConfigError, LimitError, ManifestError, ProfileError, TensorError
 from hf_cachegen.geometry import Geometry
-from hf_cachegen.profile import PROFILE_FILE, Profile
+from hf_cachegen.profile import Profile, find
 from hf_cachegen.stores import LocalStore
 
 
@@ -72,17 +72,22 @@ def write(
 class Artifact:
     """An artifact in a folder, or behind any other store (hf_cachegen.stores); opening reads its manifest alone.
 
-    profile: that of the klt transform; default the one beside the artifact, if there is one.
+    profile: that of the klt transform, or its path; "auto": the right one beside the artifact or in `model_folder`;
+    None: the one beside the artifact alone.
 
     Raises ArtifactNotFoundError, ManifestError, LimitError, UnsupportedFormatError; its methods TruncatedError and
     CorruptError too.
     """
 
     def __init__(
-        self, place: str | os.PathLike[str] | Store, limits: Limits | None = None, profile: Profile | None = None
+        self,
+        place: str | os.PathLike[str] | Store,
+        limits: Limits | None = None,
+        profile: Profile | str | os.PathLike[str] | None = "auto",
+        model_folder: str = "",
     ):
         self.store = LocalStore(place) if isinstance(place, str | os.PathLike) else place
-        self._profile = profile
+        self._profile, self._model_folder = ("auto", "") if profile is None else (profile, model_folder)
         self.reader = Reader(self.store, limits or Limits())
         manifest = self.manifest = self.reader.manifest
         self.geometry = Geometry.from_dict(manifest.geometry)
@@ -150,13 +155,13 @@ class Artifact:
         digest = self.profile_digest
         if digest is None:
             return None
-        beside = self.store.directory / PROFILE_FILE if isinstance(self.store, LocalStore) else None
-        profile = self._profile or (Profile.load(beside) if beside and beside.is_file() else None)
+        beside = self.store.directory if isinstance(self.store, LocalStore) else ""
+        profile = find(self._profile, beside, self._model_folder, digest=digest)
         about = str(self.manifest.codec["profile"].get("model"))
         if profile is None:
             raise ProfileError(
-                f"this artifact needs profile {digest} of model {about!r:.200}: pass it as profile="
-                + (f", or put it at {beside}" if beside else "")
+                f"this artifact needs profile {digest} of model {about!r:.200}: pass it as profile=, or put it into the "
+                "model's or the artifact's folder"
             )
         if profile.digest != digest:
             raise ProfileError(

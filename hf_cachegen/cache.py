@@ -226,7 +226,7 @@ class CacheGenCache(DynamicCache):
         """
         start = time.perf_counter()
         folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
-        artifact = Artifact(open_store(path, Access(**access), limits), limits, find(profile, folder))
+        artifact = Artifact(open_store(path, Access(**access), limits), limits, profile, folder)
         if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
             raise ManifestError(
                 f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "

@@ -291,7 +291,10 @@ def _finest_step(
             low, high = (middle, high) if found <= target else (low, middle)
             bar.update()
     if low == 0:
-        raise ProfileError(f"no step brings the divergence within {target} nats: is the model's output finite?")
+        raise ProfileError(
+            f"no step brings the divergence within {target} nats: load the model in float32 (rounding alone may diverge as "
+            "much), or ask for less"
+        )
     return low
 
 

@@ -64,10 +64,7 @@ def required_profile(artifact: str, choice: str, model: str) -> Profile | None:
     """
     from hf_cachegen.artifact import Artifact
 
-    store = open_store(artifact)
-    if Artifact(store).profile_digest is None:
-        return None
-    return Artifact(store, profile=find_profile(choice, model)).profile()
+    return Artifact(open_store(artifact), None, None if choice == "none" else choice, model).profile()
 
 
 def _device(name: str | None) -> Any:

@@ -157,6 +157,7 @@ class Profile:
         except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RecursionError, ManifestError) as error:
             raise ProfileError(f"this is not a profile: {error}") from error
         profile._check()
+        profile.__dict__["digest"] = xxhash.xxh3_128_hexdigest(data)
         return profile
 
     def _check(self) -> None:
@@ -221,11 +222,16 @@ def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:
         )
 
 
-def find(profile: Profile | str | os.PathLike[str] | None, model_folder: str) -> Profile | None:
-    """The profile itself, the one at a path, or for "auto" the one in the model's folder, if there is one."""
+def find(
+    profile: Profile | str | os.PathLike[str] | None, *folders: str | os.PathLike[str], digest: str | None = None
+) -> Profile | None:
+    """The profile itself, the one at a path, or for "auto" the first of these folders that has one (of this digest, if
+    any will not do).
+    """
     if profile is None or isinstance(profile, Profile):
         return profile
     if profile != "auto":
         return Profile.load(profile)
-    place = Path(model_folder) / PROFILE_FILE
-    return Profile.load(place) if model_folder and place.is_file() else None
+    places = (Path(folder) / PROFILE_FILE for folder in folders if folder)
+    found = (Profile.load(place) for place in places if place.is_file())
+    return next((one for one in found if digest in (None, one.digest)), None)

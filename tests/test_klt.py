@@ -138,6 +138,21 @@ def test_an_artifact_needs_its_own_profile(model, profile: Profile, tmp_path: Pa
     assert Artifact(tmp_path / "a").manifest.required == ("klt",)
 
 
+def test_only_the_right_profile_is_taken_from_where_profiles_lie(model, profile: Profile, tmp_path: Path) -> None:
+    cache = CacheGenCache.from_context(model, samples()[1][0], CONFIG, profile)
+    cache.save_pretrained(tmp_path / "klt")
+    cache.save_pretrained(tmp_path / "delta", replace(CONFIG, transform="delta"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / PROFILE_FILE).write_bytes(b"damaged")
+    assert Artifact(tmp_path / "delta", model_folder=str(folder)).profile() is None  # needs none, reads none
+    replace(profile, step_code=profile.step_code + 1).save(tmp_path / "klt")
+    profile.save(folder)
+    assert Artifact(tmp_path / "klt", model_folder=str(folder)).profile().digest == profile.digest
+    with pytest.raises(ProfileError):
+        Artifact(tmp_path / "klt", profile=None, model_folder=str(folder)).profile()
+
+
 def test_readers_that_do_not_know_klt_refuse_it(model, profile: Profile, tmp_path: Path) -> None:
     from hf_cachegen.container.manifest import loads
 
