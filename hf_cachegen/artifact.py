@@ -160,7 +160,7 @@ class Artifact:
         about = str(self.manifest.codec["profile"].get("model"))
         if profile is None:
             raise ProfileError(
-                f"this artifact needs profile {digest} of model {about!r:.200}: pass it as profile=, or put it into the "
+                f"this artifact needs profile {digest} of model {about!r:.200}: pass it as profile=, or put it in the "
                 "model's or the artifact's folder"
             )
         if profile.digest != digest:

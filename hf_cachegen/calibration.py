@@ -292,8 +292,8 @@ def _finest_step(
             bar.update()
     if low == 0:
         raise ProfileError(
-            f"no step brings the divergence within {target} nats: load the model in float32 (rounding alone may diverge as "
-            "much), or ask for less"
+            f"no step brings the divergence within {target} nats: load the model in float32 (rounding alone may "
+            "diverge as much), or ask for less"
         )
     return low
 
