@@ -79,6 +79,7 @@ class Server(ThreadingHTTPServer):
     """files: path without the first slash -> bytes. requests: (path, headers) of all GETs so far."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, handler: type[BaseHTTPRequestHandler] = Request) -> None:
         super().__init__(("127.0.0.1", 0), handler)

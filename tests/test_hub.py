@@ -34,7 +34,7 @@ from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, write
 # The Hub's client uploads in a way that its HTTP library wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
-IMPATIENT = Patience(attempts=2, timeout=1, backoff=0.01)
+IMPATIENT = Patience(attempts=2, timeout=10, backoff=0.01)
 PLACE = HubPlace("user/context")
 TEXT = "---\ntags: [kv-cache]\n---\n# A context\n"
 

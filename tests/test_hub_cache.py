@@ -35,7 +35,7 @@ from tests.hub_server import HubServer
 from tests.small_artifact import write
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-IMPATIENT = Patience(attempts=2, timeout=1, backoff=0.01)
+IMPATIENT = Patience(attempts=2, timeout=10, backoff=0.01)
 CONFIG = CacheGenConfig(chunk_tokens=16)
 REPO = "user/context"
 

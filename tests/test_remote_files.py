@@ -113,6 +113,23 @@ def test_a_lasting_fault_is_a_typed_error(moody: RemoteStore, mood: Any, error: 
         moody.read("data", 10, 100)
 
 
+def test_options_reach_the_filesystem_and_no_others() -> None:
+    """Some (sftp) hand all of them to a library that refuses what it does not know."""
+
+    class Strict(MemoryFileSystem):
+        protocol = "strict"
+        cachable = False
+
+        def __init__(self, host: str = "", port: int = 0) -> None:
+            super().__init__()
+            assert port == 22
+
+    fsspec.register_implementation("strict", Strict, clobber=True)
+    open_files("strict://context", storage_options={"port": 22})
+    with pytest.raises(ConfigError):
+        open_files("strict://context", storage_options={"colour": 1})
+
+
 def test_a_file_that_changes_in_mid_read(moody: RemoteStore) -> None:
     moody.size("data")
     Moody().pipe_file("/context/data", DATA[:100])

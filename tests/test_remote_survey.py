@@ -17,7 +17,7 @@ from tests import http_server as faults
 from tests.http_server import Fault, Server, running
 from tests.small_artifact import contents, write
 
-ACCESS = Access(patience=Patience(attempts=2, timeout=1, backoff=0.01))
+ACCESS = Access(patience=Patience(attempts=2, timeout=10, backoff=0.01))
 
 
 @pytest.fixture(autouse=True)

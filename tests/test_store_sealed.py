@@ -144,7 +144,7 @@ def test_the_construction(tmp_path: Path) -> None:
 def test_from_a_server_and_nothing_stays_on_the_disk(sealed: Path, tmp_path: Path, cache_folder: Path) -> None:
     with running(Server()) as web:
         web.files = {f"context/{name}": data for name, data in contents(sealed).items()}
-        access = Access(key=KEY, patience=Patience(attempts=2, timeout=1, backoff=0.01))
+        access = Access(key=KEY, patience=Patience(attempts=2, timeout=10, backoff=0.01))
         reader = Reader(open_store(f"{web.url}/context", access))
         reader.prefetch(reader.manifest.segments)
         assert reader.verify() == verify(sealed)

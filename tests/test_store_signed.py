@@ -162,7 +162,7 @@ def test_without_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_from_a_server_and_from_the_cache(folder: Path, tmp_path: Path) -> None:
     with running(Server()) as web:
         web.files = {f"context/{name}": data for name, data in contents(folder).items()}
-        access = Access(public_key=PUBLIC, patience=Patience(attempts=2, timeout=1, backoff=0.01))
+        access = Access(public_key=PUBLIC, patience=Patience(attempts=2, timeout=10, backoff=0.01))
         place = f"{web.url}/context"
         reader = Reader(open_store(place, access))
         reader.prefetch(reader.manifest.segments)

@@ -45,7 +45,7 @@ class FilesystemFiles:
         self.place = shown(url)
         self.patience = patience or Patience()
         try:
-            self._files, self._root = fsspec.url_to_fs(url, **{"use_listings_cache": False, **(storage_options or {})})
+            self._files, self._root = fsspec.url_to_fs(url, **(storage_options or {}))
         except ImportError as error:
             raise MissingExtraError(f"{self.place}: {error}") from error
         except (ValueError, TypeError) as error:
@@ -91,6 +91,7 @@ class FilesystemFiles:
 
     def _identity(self, name: str) -> tuple[int, str]:
         """(size, whatever the filesystem has that changes with the content)."""
+        self._files.invalidate_cache(self._root)  # listings that somebody in this process made earlier
         info = self._call(name, self.patience.timeout, "info", f"{self._root.rstrip('/')}/{name}")
         if info.get("type") == "directory" or type(info.get("size")) is not int:
             raise StoreError(f"{self.place}/{name} is not a regular file")
