@@ -44,9 +44,13 @@ PCA_FLOOR = 99.0
 """With this floor all sensitivities are alike, and klt is plain PCA."""
 
 
-def learnt(model: Any, samples: Sequence[Sample], **options: Any) -> list[Profile]:
-    """Profiles of the same basis at three finest steps, for a longer curve."""
-    return [learn_profile(model, samples, target_kl=target, **options) for target in (0.01, 0.001, 0.0002)]
+TARGETS = (0.01, 0.0005)
+"""Divergences of the finest level of the profiles that make a curve."""
+
+
+def learnt(model: Any, samples: Sequence[Sample], targets: Sequence[float] = TARGETS, **options: Any) -> list[Profile]:
+    """Profiles of the same basis at several finest steps, for a longer curve."""
+    return [learn_profile(model, samples, target_kl=target, **options) for target in targets]
 
 
 def by_steps(transform: str) -> Callable[[KV], list[Point]]:

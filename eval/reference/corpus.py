@@ -24,7 +24,7 @@ RANDOM_WEIGHT = 0.0
 """Loss weight of text that nobody could predict: names of lines and their numbers on first sight."""
 TEXT_WEIGHT = 0.2
 """Loss weight of ordinary, predictable text."""
-ANSWER_WEIGHT = 2.0
+ANSWER_WEIGHT = 4.0
 """Loss weight of the words of an answer."""
 FIRST_WEIGHT = 4.0
 """Loss weight of the first token of what is scored: it alone needs retrieval, the others follow by copying."""
