@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Sample = tuple[Tensor, Tensor]
 """(context_ids [1, tokens], continuation_ids [1, tokens]), int64."""
 DEFAULT_GROUP_CHANNELS = 2048
-"""Layers share a basis while their channels together are no more than this: the product and the profile grow with it."""
+"""Layers share a basis while their channels together are no more: the product and the profile grow with it."""
 HELD_OUT_EVERY = 5
 MAX_HELD_OUT = 12
 
