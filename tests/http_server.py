@@ -190,6 +190,18 @@ def stall_in_body(seconds: float) -> Fault:
     return fault
 
 
+def trickle_headers(pause: float) -> Fault:
+    """A header that never ends, a byte at a time."""
+
+    def fault(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        request.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX-Comment: ")
+        for _ in range(200):
+            request.wfile.write(b"a")
+            time.sleep(pause)
+
+    return fault
+
+
 def trickle(pause: float) -> Fault:
     """A byte at a time, never silent for long."""
 

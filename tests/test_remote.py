@@ -159,9 +159,10 @@ LASTING: dict[str, tuple[Fault, type[Exception], str]] = {
     "cut always": (faults.cut(0), StoreError, "bytes early, in every attempt"),
     "reset always": (faults.reset_at_once, StoreError, "in every attempt"),
     "no HTTP": (faults.no_http, StoreError, "in every attempt"),
-    "silent always": (faults.silent(1), StoreTimeoutError, "no answer in time"),
-    "stalls always": (faults.stall_in_body(1), StoreTimeoutError, "no answer in time"),
-    "trickles": (faults.trickle(0.1), StoreTimeoutError, "too slow"),
+    "silent always": (faults.silent(1), StoreTimeoutError, "in time, in every attempt"),
+    "stalls always": (faults.stall_in_body(1), StoreTimeoutError, "in time, in every attempt"),
+    "trickles": (faults.trickle(0.1), StoreTimeoutError, "in time, in every attempt"),
+    "headers trickle": (faults.trickle_headers(0.1), StoreTimeoutError, "in time, in every attempt"),
     "redirects for ever": (faults.status(302, Location="/data"), StoreError, "302"),
     "redirects to a file": (faults.status(302, Location="file:///etc/passwd"), StoreError, "not followed|302"),
 }

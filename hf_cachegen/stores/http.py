@@ -29,6 +29,7 @@ from hf_cachegen.errors import (
     StoreError,
     StoreTimeoutError,
 )
+from hf_cachegen.stores.deadline import HTTPHandler, HTTPSHandler, Request
 from hf_cachegen.stores.retry import Again, Patience, persist
 
 HEAD_BYTES = 1 << 16
@@ -61,7 +62,7 @@ class HttpFiles:
         self.url_of = url_of
         self.patience = patience or Patience()
         self._headers = dict(headers or {})
-        self._opener = urllib.request.build_opener(_Redirects())
+        self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(), HTTPSHandler())
         self._seen: dict[str, tuple[int, str]] = {}
 
     def open(self, name: str) -> tuple[int, bytes]:
@@ -89,8 +90,7 @@ class HttpFiles:
         """One attempt: appends to `data` what comes of the range, and returns the file's size."""
         url = self.url_of(name)
         place = shown(url)
-        deadline = time.monotonic() + self.patience.seconds_for(length)
-        request = urllib.request.Request(url)
+        request = Request(url, time.monotonic() + self.patience.seconds_for(length))
         request.add_header("Range", f"bytes={offset}-{offset + length - 1}")
         request.add_header("Accept-Encoding", "identity")
         for header, value in self._headers.items():
@@ -98,7 +98,7 @@ class HttpFiles:
         try:
             with self._opener.open(request, timeout=self.patience.timeout) as response:
                 size, expected = self._check(name, place, response, offset, length, whole)
-                self._body(response, expected, data, deadline, place)
+                self._body(response, expected, data, place)
                 return size
         except urllib.error.HTTPError as error:
             with error:
@@ -138,7 +138,7 @@ class HttpFiles:
             raise ChangedError(f"{place} changed while it was being read: {self._seen[name]} became {identity}")
         return size, expected
 
-    def _body(self, response: Any, expected: int, data: bytearray, deadline: float, place: str) -> None:
+    def _body(self, response: Any, expected: int, data: bytearray, place: str) -> None:
         left = expected
         while left:
             piece = response.read1(min(left, _PIECE_BYTES))
@@ -146,8 +146,6 @@ class HttpFiles:
                 raise Again(StoreError(f"{place}: the connection ended {left} bytes early, in every attempt"))
             data += piece
             left -= len(piece)
-            if left and time.monotonic() > deadline:
-                raise Again(StoreTimeoutError(f"{place}: too slow, {left} of {expected} bytes are missing"))
 
     def _refusal(self, name: str, place: str, error: urllib.error.HTTPError) -> Exception:
         """What a status of 300 or more means."""
@@ -189,7 +187,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
             raise StoreError(f"{shown(req.full_url)} redirects to {shown(newurl)}, which is less safe: not followed")
         request = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
-        if request is not None and (old.scheme, old.netloc) == (new.scheme, new.netloc):
+        if request is None:
+            return None
+        request = Request(
+            request.full_url, getattr(req, "deadline", 0.0), headers=request.headers,
+            origin_req_host=request.origin_req_host, unverifiable=True,
+        )  # fmt: skip
+        if (old.scheme, old.netloc) == (new.scheme, new.netloc):
             request.unredirected_hdrs.update(
                 {k: v for k, v in req.unredirected_hdrs.items() if k not in ("Host", "Connection")}
             )
@@ -202,7 +206,7 @@ def _broken(place: str, error: Exception) -> Exception:
     if isinstance(cause, ssl.SSLCertVerificationError):
         return StoreError(f"{place}: the server's certificate is not valid: {cause.verify_message}")
     if isinstance(cause, TimeoutError):
-        return Again(StoreTimeoutError(f"{place}: no answer in time, in every attempt"))
+        return Again(StoreTimeoutError(f"{place}: no whole answer in time, in every attempt"))
     return Again(StoreError(f"{place}: {type(cause).__name__}: {cause}, in every attempt"))
 
 
