@@ -194,9 +194,12 @@ def _run(isa: int = Isa.BEST) -> _Run:
 
 
 def call(name: str, *arguments: object) -> None:
-    """Calls a function of the passes over values (cachegen.h); its last argument, `run`, is added here. Tensors and
-    structures are passed by address; the caller vouches for their shapes.
+    """Calls a function of the passes over values (cachegen.h); its last argument, `run`, is added here.
+
+    Tensors and structures are passed by address; the caller vouches for their shapes. Raises TensorError, NativeError.
     """
+    if any(isinstance(a, Tensor) and not a.is_contiguous() for a in arguments):
+        raise TensorError(f"{name} needs contiguous tensors")
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in addresses]
     _require_ok(getattr(_need_library(), name)(*pointers, ctypes.byref(_run())))

@@ -4,10 +4,15 @@ namespace cachegen {
 namespace {
 
 #if CACHEGEN_X86
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+bool has_avx2() {
+  static const bool found = (__builtin_cpu_init(), __builtin_cpu_supports("avx2"));
+  return found;
+}
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool found =
+      (__builtin_cpu_init(), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+  return found;
 }
 #endif
 
