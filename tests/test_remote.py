@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Reader
+from hf_cachegen.container import Reader, Segment
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,
@@ -93,6 +93,14 @@ def test_an_artifact(server: Server, tmp_path: Path) -> None:
     reader.prefetch(reader.manifest.segments)
     assert [(segment.name, reader.read(segment)) for segment in reader.manifest.segments] == expected
     assert reader.verify() == sum(map(len, contents(tmp_path / "context").values()))
+
+
+def test_what_came_with_opening_is_not_fetched_ahead(server: Server) -> None:
+    store = store_of(server)
+    pieces = [Segment("data", f"{offset}", offset, 20_000, "") for offset in range(0, 200_000, 20_000)]
+    store.prefetch(pieces)
+    assert [store.read("data", s.offset, s.length) for s in pieces] == [DATA[s.offset :][: s.length] for s in pieces]
+    assert [headers["Range"] for _, headers in server.requests] == ["bytes=0-65535", "bytes=60000-199999"]
 
 
 def test_a_query_stays_behind_the_path(server: Server) -> None:

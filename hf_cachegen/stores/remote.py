@@ -87,8 +87,13 @@ class RemoteStore:
         wanted = list(segments)
         names = list(dict.fromkeys(segment.file for segment in wanted))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="hf_cachegen-open") as pool:
-            sizes = dict(zip(names, pool.map(self.size, names), strict=True))
-        ranges = [(s.file, s.offset, s.length) for s in wanted if s.offset + s.length <= sizes[s.file]]
+            opened = dict(zip(names, pool.map(self._open, names), strict=True))
+        # What came with opening is here already, and what the file has not is for `read` to refuse.
+        ranges = [
+            (s.file, s.offset, s.length)
+            for s in wanted
+            if len(opened[s.file][1]) < s.offset + s.length <= opened[s.file][0]
+        ]
         self._prefetcher = Prefetcher(ranges, self.files.read, self._threads, self._ahead_bytes)
 
     def close(self) -> None:
