@@ -330,7 +330,7 @@ def decode_chunks(
             found.append(torch.empty(geometry.batch, heads, geometry.tokens, dim, dtype=dtype, device=device))
     widths = [x.shape[0] * x.shape[1] * x.shape[3] for x in found]
     for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
-        rows = codec.decode(parts_of(index), span).to(dtype)
+        rows = codec.decode(parts_of(index), span, dtype)
         for x, columns in zip(found, rows.split(widths, 1), strict=True):
             shaped = columns.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
             x[:, :, span.first : span.first + span.tokens] = shaped

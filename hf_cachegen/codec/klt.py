@@ -61,8 +61,8 @@ class KltCodec:
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return self.inner.encode(self.coefficients(rows, span), span)
 
-    def decode(self, parts: Sequence[bytes | memoryview], span: Span) -> Tensor:
-        return self.rows(self.inner.decode(parts, span), span)
+    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.rows(self.inner.decode(parts, span), span).to(dtype)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         return [self.rows(y, span) for y in self.inner.approximations(self.coefficients(rows, span), span)]

@@ -93,8 +93,8 @@ class LosslessCodec:
         """rows [tokens, columns] of the codec's dtype to the bytes of the one part."""
         return [section.encode(to_planes(rows.cpu()), self.book, self.entries, coder=self.config.coder)]
 
-    def decode(self, parts: Sequence[bytes | memoryview], span: Span) -> Tensor:
-        """The inverse of `encode`."""
+    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype | None = None) -> Tensor:
+        """The inverse of `encode`, in the codec's own dtype."""
         cursor = Cursor(parts[0])
         planes = section.decode(cursor, span.tokens, self.book, self.entries, coder=self.config.coder)
         cursor.finish()
