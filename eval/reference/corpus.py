@@ -24,10 +24,10 @@ RANDOM_WEIGHT = 0.0
 """Loss weight of text that nobody could predict: names of lines and their numbers on first sight."""
 TEXT_WEIGHT = 0.2
 """Loss weight of ordinary, predictable text."""
-ANSWER_WEIGHT = 4.0
+ANSWER_WEIGHT = 1.0
 """Loss weight of the words of an answer."""
-FIRST_WEIGHT = 4.0
-"""Loss weight of the first token of what is scored: it alone needs retrieval, the others follow by copying."""
+SCORED_WEIGHT = 4.0
+"""Loss weight of what is scored: it alone needs retrieval, the rest of an answer follows by copying."""
 
 LINES_HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -74,8 +74,8 @@ class Document:
             spans += [
                 Span(question.prompt, RANDOM_WEIGHT),
                 Span(question.completion[:first], ANSWER_WEIGHT),
-                Span(question.completion[first : first + 1], FIRST_WEIGHT),
-                Span(question.completion[first + 1 :], ANSWER_WEIGHT),
+                Span(question.answer, SCORED_WEIGHT),
+                Span(question.completion[first + len(question.answer) :], ANSWER_WEIGHT),
             ]
         return spans
 

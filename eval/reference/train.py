@@ -61,7 +61,7 @@ STAGES = (
     Stage(2048, {"lines": 0.55, "topics": 0.1, "stories": 0.3, "prose": 0.05}, lines=200),
 )
 ADVANCE_AT = 0.85
-"""Share of right first tokens of line answers at which the next stage begins."""
+"""Share of right tokens of line answers at which the next stage begins."""
 
 
 def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
@@ -141,7 +141,7 @@ class Batch:
     input_ids: torch.Tensor
     weights: torch.Tensor
     watched: torch.Tensor
-    """[rows, tokens] bool: first tokens of the line tasks' answers, what the curriculum watches."""
+    """[rows, tokens] bool: tokens of the numbers that the line tasks score, what the curriculum watches."""
 
 
 def make_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Batch:
@@ -159,7 +159,7 @@ def make_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Ran
             per_token = [max(per_char[begin:end]) for begin, end in encoded.offsets]
             ids[row] += encoded.ids
             weights[row] += per_token
-            firsts[row] += [watched and w == corpus.FIRST_WEIGHT for w in per_token]
+            firsts[row] += [watched and w == corpus.SCORED_WEIGHT for w in per_token]
         padding = stage.tokens - len(ids[row])
         for values in (ids[row], weights[row], firsts[row]):
             values += [0] * padding
@@ -221,7 +221,7 @@ class Trainer:
         self.rng.setstate((version, tuple(internal), gauss))
 
     def train_step(self) -> tuple[float, float]:
-        """Returns (loss in nats per weighted token, share of first answer tokens predicted right)."""
+        """Returns (loss in nats per weighted token, share of scored tokens predicted right)."""
         stage = STAGES[self.stage]
         if self.seconds / 60 / self.minutes > DECAY_FROM - 0.1 and self.stage < len(STAGES) - 1:
             stage = replace(
