@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -26,7 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hf_cachegen
 from eval import scorers, uniform
 from eval.reference import MODEL_PATH, held_out_lines
-from hf_cachegen import CacheGenCache, CacheGenConfig
+from eval.reference.corpus import Document
+from hf_cachegen import CacheGenCache, CacheGenConfig, Profile
+from hf_cachegen.profile import find
 
 ANSWER_TOKENS = 24
 """Enough for a whole line of the record."""
@@ -58,9 +61,9 @@ def uniform_codec(bits: int) -> Codec:
     return codec
 
 
-def cachegen_codec(config: CacheGenConfig) -> Codec:
+def cachegen_codec(config: CacheGenConfig, profile: Profile | None = None) -> Codec:
     def codec(kv: KV) -> list[tuple[str, KV, float]]:
-        encoded = hf_cachegen.encode_kv(*kv, config)
+        encoded = hf_cachegen.encode_kv(*kv, config, profile)
         name = f"lossless {config.transform}" if config.lossless else config.transform
         return [
             (
@@ -74,7 +77,8 @@ def cachegen_codec(config: CacheGenConfig) -> Codec:
     return codec
 
 
-def default_codecs(chunk_tokens: int) -> list[Codec]:
+def default_codecs(chunk_tokens: int, profile: Profile | None) -> list[Codec]:
+    """Everything the package has, and uniform quantisation; klt where there is a profile."""
     config = CacheGenConfig(chunk_tokens=chunk_tokens)
     return [
         exact,
@@ -84,14 +88,15 @@ def default_codecs(chunk_tokens: int) -> list[Codec]:
         cachegen_codec(replace(config, transform="identity", lossless=True)),
         cachegen_codec(replace(config, transform="delta")),
         cachegen_codec(replace(config, transform="identity")),
+        *([cachegen_codec(replace(config, transform="klt"), profile)] if profile else []),
     ]
 
 
-def evaluate(model, tokenizer, codecs: Sequence[Codec], contexts: int, lines: int, questions: int) -> list[Row]:  # type: ignore[no-untyped-def]
+def evaluate(model: Any, tokenizer: Any, codecs: Sequence[Codec], documents: Sequence[Document]) -> list[Row]:
     """Rows in the order of the codecs."""
     rows: dict[str, Row] = {}
-    for index in tqdm(range(contexts), "contexts"):
-        document = held_out_lines(index, lines, questions)
+    contexts = len(documents)
+    for document in tqdm(documents, "contexts"):
         context_ids = tokenizer(document.text, return_tensors="pt").input_ids
         prompts = [tokenizer(document.text + q.prompt).input_ids for q in document.questions]
         cache = CacheGenCache.from_context(model, context_ids)
@@ -114,7 +119,7 @@ def evaluate(model, tokenizer, codecs: Sequence[Codec], contexts: int, lines: in
     return list(rows.values())
 
 
-def answers(model, tokenizer, cache: CacheGenCache, prompts: list[list[int]]) -> list[str]:  # type: ignore[no-untyped-def]
+def answers(model: Any, tokenizer: Any, cache: CacheGenCache, prompts: list[list[int]]) -> list[str]:
     """Greedy answers, all questions of a context in one batch, each up to the end of its line."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     out = hf_cachegen.generate(model, **batch, cache=cache, max_new_tokens=ANSWER_TOKENS, do_sample=False)
@@ -123,7 +128,7 @@ def answers(model, tokenizer, cache: CacheGenCache, prompts: list[list[int]]) ->
 
 
 @torch.no_grad()
-def continuation(model, tokenizer, kv: KV, text: str) -> Tensor:  # type: ignore[no-untyped-def]
+def continuation(model: Any, tokenizer: Any, kv: KV, text: str) -> Tensor:
     """Log-probabilities float32 [tokens, vocabulary] of what follows the context."""
     ids = tokenizer(text, return_tensors="pt").input_ids
     past = DynamicCache(list(zip(*kv, strict=True)))
@@ -156,15 +161,24 @@ def table(rows: Sequence[Row], exact_bits: float) -> Table:
 @click.option("--contexts", default=16, show_default=True)
 @click.option("--lines", default=128, show_default=True, help="lines of each record, 8 tokens each")
 @click.option("--questions", default=8, show_default=True, help="questions about each record")
+@click.option("--any-numbers", is_flag=True, help="numbers of a record may share their first token")
 @click.option("--chunk-tokens", default=512, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="write the rows as JSON")
 def main(
-    model: str, dtype: str, contexts: int, lines: int, questions: int, chunk_tokens: int, out: Path | None
+    model: str,
+    dtype: str,
+    contexts: int,
+    lines: int,
+    questions: int,
+    any_numbers: bool,
+    chunk_tokens: int,
+    out: Path | None,
 ) -> None:
     """Accuracy and fidelity against size."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = evaluate(loaded, tokenizer, default_codecs(chunk_tokens), contexts, lines, questions)
+    documents = [held_out_lines(index, lines, questions, distinct=not any_numbers) for index in range(contexts)]
+    rows = evaluate(loaded, tokenizer, default_codecs(chunk_tokens, find("auto", model)), documents)
     Console(width=110).print(table(rows, rows[0].bits_per_element))
     if out:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

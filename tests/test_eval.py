@@ -116,7 +116,7 @@ def test_the_reference_model_is_small_and_says_where_it_comes_from() -> None:
 def test_evaluation_ranks_codecs(reference) -> None:
     model, tokenizer = reference
     codecs = [accuracy.exact, accuracy.uniform_codec(8), accuracy.uniform_codec(3)]
-    rows = accuracy.evaluate(model, tokenizer, codecs, contexts=1, lines=20, questions=2)
+    rows = accuracy.evaluate(model, tokenizer, codecs, [held_out_lines(0, 20, 2)])
     assert [row.codec for row in rows] == ["exact", "uniform 8-bit", "uniform 3-bit"]
     assert rows[0].kl == 0
     assert 0 < rows[1].kl < rows[2].kl

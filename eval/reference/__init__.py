@@ -24,9 +24,9 @@ LINE_TOKENS = 8
 """Tokens of a line of the record; its heading takes about 60."""
 
 
-def held_out_lines(index: int, lines: int, questions: int) -> corpus.Document:
-    """The `index`-th test document of the line retrieval task."""
-    return corpus.lines(random.Random(HELD_OUT_SEED + index), lines, questions)
+def held_out_lines(index: int, lines: int, questions: int, distinct: bool = True) -> corpus.Document:
+    """The `index`-th test document of the line retrieval task; see `corpus.lines` for `distinct`."""
+    return corpus.lines(random.Random(HELD_OUT_SEED + index), lines, questions, distinct)
 
 
 def document(task: str, seed: int, tokens: int) -> corpus.Document:

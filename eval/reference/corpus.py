@@ -115,8 +115,17 @@ def pairs(rng: random.Random, lines: int, questions: int) -> Document:
     return Document("pairs", context, asked)
 
 
-def lines(rng: random.Random, lines: int, questions: int) -> Document:
-    record = {name: number(rng) for name in line_names(rng, lines)}
+def distinct_numbers(rng: random.Random, count: int) -> list[str]:
+    """Numbers that differ in their first three digits, which are one token, as long as there are so many (900)."""
+    heads = rng.sample(range(100, 1000), min(count, 900)) + rng.choices(range(100, 1000), k=max(0, count - 900))
+    return [f"{head}{rng.randint(0, 99):02}" for head in heads]
+
+
+def lines(rng: random.Random, lines: int, questions: int, distinct: bool = False) -> Document:
+    """distinct: numbers that share no first token, so that copying a number takes finding its line, and only that."""
+    names = line_names(rng, lines)
+    numbers = distinct_numbers(rng, lines) if distinct else [number(rng) for _ in names]
+    record = dict(zip(names, numbers, strict=True))
     context = [Span(LINES_HEADER, RANDOM_WEIGHT)]
     for name, value in record.items():
         context += [
