@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -59,8 +60,9 @@ VOLATILE = frozenset(
     ]
 )
 """Configuration keys that change no key or value. (The dtype is compared by itself.)"""
-PROBES = 64
+PROBES = 1024
 """Values read of each weight: enough that no training step, however small, leaves all of them as they were."""
+GOLDEN_RATIO = 0.6180339887498949
 MAX_FIELD = 160
 """Characters of a configuration value kept as text; a longer one is kept by its hash."""
 MAX_CONFIG_FIELDS = 4096
@@ -193,7 +195,7 @@ def _text(value: Any) -> str:
 
 
 def _weights(model: PreTrainedModel) -> str:
-    """SHA-256 of names, shapes, dtypes and PROBES evenly spaced values of every weight; one transfer per device and
+    """SHA-256 of names, shapes, dtypes and PROBES values of every weight; one transfer per device and
     dtype.
     """
     tensors, raw = dict(_persistent(model)), {}
@@ -224,8 +226,17 @@ def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _probe(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
-    step = max(1, len(flat) // PROBES)
-    return flat[step // 2 :: step][:PROBES]
+    return flat[_positions(len(flat)).to(flat.device)]
+
+
+@lru_cache(maxsize=256)
+def _positions(count: int) -> Tensor:
+    """PROBES positions of `count`, all of them where there are no more. Steps of the golden ratio: spread over rows and
+    columns alike, where equal steps would fall into one column of most matrices.
+    """
+    if count <= PROBES:
+        return torch.arange(count)
+    return ((torch.arange(PROBES, dtype=torch.float64) + 0.5) * GOLDEN_RATIO % 1.0 * count).long()
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,3 +174,38 @@ def test_hostile_fingerprints_are_refused(of_llama: Fingerprint, damage: dict[st
         Fingerprint.from_dict({**of_llama.to_dict(), **damage})
     with pytest.raises(ManifestError):
         Fingerprint.from_dict([damage])
+
+
+def test_probes_fall_into_every_column() -> None:
+    """Weights that differ anywhere but in one column are other weights; so is half a row of a wide matrix."""
+    from hf_cachegen.fingerprint import PROBES, _positions
+
+    for rows, columns in ((128, 256), (4096, 1024), (2560, 640), (1000, 333)):
+        positions = _positions(rows * columns)
+        assert len(set(positions.tolist())) == PROBES
+        assert int(positions.max()) < rows * columns
+        hit = (positions % columns).unique()
+        assert len(hit) >= min(columns, PROBES) // 3
+        assert len((positions // columns).unique()) >= min(rows, PROBES) // 3
+    assert _positions(5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("keep", ["first column", "last column", "first row", "even columns"])
+def test_changes_beside_a_part_of_every_matrix_are_noticed(keep: str) -> None:
+    model = tiny_models.make("llama")
+    known = Fingerprint.of(model, [1, 2, 3])
+    other = copy.deepcopy(model)
+    kept = {
+        "first column": (slice(None), 0),
+        "last column": (slice(None), -1),
+        "first row": (0,),
+        "even columns": (slice(None), slice(None, None, 2)),
+    }
+    with torch.no_grad():
+        for weight in other.parameters():
+            if weight.dim() == 2:
+                before = weight.clone()
+                weight.add_(torch.randn_like(weight))
+                weight[kept[keep]] = before[kept[keep]]
+    with pytest.raises(WrongWeightsError):
+        known.check(other)
