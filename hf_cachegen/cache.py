@@ -46,6 +46,7 @@ from hf_cachegen.layout import (
     layer_devices,
     layer_kinds,
     positions_change,
+    require_geometry,
     require_model,
 )
 from hf_cachegen.prefix import Reuse
@@ -217,7 +218,7 @@ class CacheGenCache(DynamicCache):
     ) -> CacheGenCache:
         """Load an artifact at `level` (default: the finest), each layer to its device of `model`, else to `device`.
 
-        With a model the fingerprint is checked before anything is decoded; `generate` checks it again in any case.
+        With a model the fingerprint and the geometry are checked before anything is decoded; `generate` checks again.
         path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
         profile: for an artifact that needs one, as for `from_context`; one in the artifact's folder is found too.
         limits: how large an artifact may claim to be. access: revision, token, cache_dir, local_files_only,
@@ -237,10 +238,15 @@ class CacheGenCache(DynamicCache):
             raise CorruptError(f"{path}: the stored tokens are not those of the fingerprint")
         if artifact.geometry.batch != 1:
             raise ManifestError(f"{path} holds {artifact.geometry.batch} rows; a context is one row")
+        if artifact.geometry.dtype != fingerprint.dtype:
+            raise ManifestError(
+                f"{path}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
+            )
         places = None
         if model is not None:
             require_model(model)
             fingerprint.check(model, tokenizer)
+            require_geometry(model.config, artifact.geometry)
             places = layer_devices(model, len(artifact.geometry.layers))
         if device is None and places is not None and len(set(places)) == 1:
             device = places[0]
@@ -345,6 +351,7 @@ class CacheGenCache(DynamicCache):
         """Raises MismatchError unless this cache is `model`'s."""
         require_model(model)
         self.fingerprint.check(model, tokenizer)
+        require_geometry(model.config, self.kv.geometry)
 
 
 def _profile(profile: ProfileLike, model: PreTrainedModel) -> Profile | None:

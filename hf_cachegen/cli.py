@@ -39,6 +39,7 @@ from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, seal, 
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import Reader
 from hf_cachegen.errors import MissingExtraError, WrongModelError
+from hf_cachegen.geometry import Geometry
 from hf_cachegen.stores import Access, LocalStore, open_store
 
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -201,10 +202,12 @@ def verify(
             dtype = describe(reader)["dtype"]
             loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
         from hf_cachegen.fingerprint import Fingerprint
+        from hf_cachegen.layout import require_geometry
 
         if reader.manifest.fingerprint is None:
             raise WrongModelError(f"{artifact} has no fingerprint: nothing says which model it was made with")
         Fingerprint.from_dict(reader.manifest.fingerprint).check(loaded, tokenizer)
+        require_geometry(loaded.config, Geometry.from_dict(reader.manifest.geometry))
     digest = None if required is None else required.digest
     if as_json:
         print_json({"artifact": str(artifact), "sound": True, "bytes": checked, "model": model, "profile": digest})

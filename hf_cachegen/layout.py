@@ -10,6 +10,7 @@ the stock one does.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from hf_cachegen.errors import TensorError, UnsupportedLayerError, UnsupportedModelError
+from hf_cachegen.errors import TensorError, UnsupportedLayerError, UnsupportedModelError, WrongModelError
 from hf_cachegen.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.prefix import Reuse
 
@@ -115,6 +116,48 @@ def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
                 "attention, sliding windows and latent attention (MLA)"
             )
     return kinds
+
+
+def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
+    """Raises WrongModelError unless a cache of this geometry is one that `config` describes: layers, kinds, windows,
+    and heads and dims as far as the configuration tells them.
+    """
+    kinds, layers = layer_kinds(config), geometry.layers
+    if len(layers) != len(kinds):
+        raise WrongModelError(f"the cache has {len(layers)} layers, the model has {len(kinds)}")
+    heads, dim = _heads_and_dim(config)
+    for index, (layer, (kind, window)) in enumerate(zip(layers, kinds, strict=True)):
+        got = {"kind": layer.kind, "window": layer.window}
+        expected: dict[str, Any] = {"kind": kind, "window": window}
+        if kind != "mla" and heads is not None:
+            got |= {"heads": layer.heads, "v_heads": layer.v_heads}
+            expected |= {"heads": heads, "v_heads": heads}
+        if kind != "mla" and dim is not None:
+            got |= {"k_dim": layer.k_dim, "v_dim": layer.v_dim}
+            expected |= {"k_dim": dim, "v_dim": dim}
+        if got != expected:
+            wrong = "; ".join(
+                f"{name}: expected {expected[name]}, got {value}"
+                for name, value in got.items()
+                if value != expected[name]
+            )
+            raise WrongModelError(f"layer {index} of the cache is not what {config.model_type!r} has: {wrong}")
+
+
+def _heads_and_dim(config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """Heads and dim of every layer's keys and values; None where the configuration does not say, or has several."""
+    # Read from the dictionary: a configuration whose layers differ may refuse to be asked for an attribute of all.
+    fields = config.get_text_config(decoder=True).to_dict()
+    if fields.get("per_layer_config"):
+        return None, None
+    names = [name for name, value in fields.items() if value is not None]
+    heads, dim = fields.get("num_key_value_heads"), fields.get("head_dim")
+    other_heads = any(re.search(r"(key_value|kv)_heads$", name) for name in names if name != "num_key_value_heads")
+    other_dims = any(name.endswith("head_dim") for name in names if name != "head_dim")
+    return (
+        heads if isinstance(heads, int) and not other_heads else None,
+        dim if isinstance(dim, int) and not other_dims else None,
+    )
 
 
 def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:
