@@ -43,6 +43,7 @@ from hf_cachegen.layout import (
     build_dynamic,
     capture,
     dtype_name,
+    evaluation_mode,
     layer_devices,
     layer_kinds,
     positions_change,
@@ -151,7 +152,7 @@ class CacheGenCache(DynamicCache):
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         progress: bool = False,
     ) -> CacheGenCache:
-        """Run `model` over a context ([tokens] or [1, tokens]) and keep its exact keys and values.
+        """Run `model`, in evaluation mode, over a context ([tokens] or [1, tokens]) and keep its exact keys and values.
 
         config: how `save_pretrained` will encode them (default: CacheGenConfig()). profile: the model's Profile, its
         path, "auto" (the one in the model's folder, if there is one) or None. tokenizer: if given, its hash goes into
@@ -172,8 +173,9 @@ class CacheGenCache(DynamicCache):
         past = DynamicCache()
         device = layer_devices(model, len(layer_kinds(model.config)))[0]
         chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
-        for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
-            model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
+        with evaluation_mode(model):
+            for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
+                model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
         kv = _checked(capture(past, model.config), model, ids)
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
         report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
@@ -366,7 +368,13 @@ def _profile(profile: ProfileLike, model: PreTrainedModel) -> Profile | None:
 
 
 def _one_row(input_ids: Tokens) -> Tensor:
-    ids = torch.as_tensor(input_ids).detach().cpu()
+    try:
+        ids = torch.as_tensor(input_ids).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise TensorError(
+            f"a context is one row of token ids, [tokens] or [1, tokens]; got a {type(input_ids).__name__}: pass "
+            'input_ids, such as tokenizer(text, return_tensors="pt").input_ids'
+        ) from error
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
         raise TensorError(

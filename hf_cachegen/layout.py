@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,20 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} keeps a recurrent state, or no key-value cache that can be cut to a prefix"
         )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it every module is in evaluation mode (no dropout); afterwards each is in the mode that it was in."""
+    # Flags alone: an overridden train() may do more, such as merging an adapter.
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:

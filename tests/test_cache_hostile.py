@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from hf_cachegen.artifact import Artifact
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.container import MANIFEST_FILE, manifest
-from hf_cachegen.errors import ManifestError, WrongModelError
+from hf_cachegen.errors import ManifestError, TensorError, WrongModelError
 from hf_cachegen.generation import generate
 from hf_cachegen.layout import require_geometry
 from tests import tiny_models
@@ -103,3 +104,33 @@ def test_heads_are_compared_only_where_every_layer_has_the_same() -> None:
     config = copy.deepcopy(model.config)
     config.update({"per_layer_config": {"1": {"head_dim": 5}}})
     require_geometry(config, odd)
+
+
+def test_a_model_in_training_mode_is_prefilled_without_dropout() -> None:
+    model = tiny_models.make("llama")
+    expected = CacheGenCache.from_context(model, CONTEXT)
+    model.train()
+    model.model.layers[1].eval()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    cache = CacheGenCache.from_context(model, CONTEXT)
+    for left, right in zip((*cache.kv.keys, *cache.kv.values), (*expected.kv.keys, *expected.kv.values), strict=True):
+        assert torch.equal(left, right)
+    assert [module.training for module in model.modules()] == modes
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        CacheGenCache.from_context(model, CONTEXT)
+    assert [module.training for module in model.modules()] == modes, "restored after an error, too"
+
+
+@pytest.mark.parametrize(
+    "context",
+    [BatchEncoding({"input_ids": CONTEXT}), BatchEncoding({"input_ids": [3, 4]}), {"input_ids": CONTEXT}, "a text",
+     None, ["a", "text"], [[3, 4], [5]], [CONTEXT]],
+    ids=["encoding", "encoding of lists", "dict", "text", "none", "words", "ragged", "list of tensors"],
+)  # fmt: skip
+def test_a_context_that_is_no_tokens(context: Any) -> None:
+    with pytest.raises(TensorError, match=r"a context is one row of token ids.* pass input_ids, such as tokenizer"):
+        CacheGenCache.from_context(tiny_models.shared("llama"), context)
