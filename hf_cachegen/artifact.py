@@ -34,6 +34,7 @@ from hf_cachegen.encoding import (
     decode_chunks,
     manifest_of,
     segments_of,
+    side_lengths,
     spans_of,
 )
 from hf_cachegen.errors import ConfigError, LimitError, ManifestError, ProfileError, TensorError
@@ -101,6 +102,9 @@ class Artifact:
             raise ManifestError(f"the codec has {self.config.levels} levels, the files {manifest.levels}")
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
             raise LimitError(f"decoded, this cache has {self.geometry.nbytes} bytes: above the limit")
+        side = manifest.segment(BASE_FILE, SIDE).length
+        if side not in side_lengths(self.geometry, self.config):
+            raise ManifestError(f"side information of {side} bytes: the geometry's columns take another number")
         ids = manifest.files.get(TOKENS_FILE)
         if ids and ids.segments[0].length != 8 * self.geometry.tokens:
             raise ManifestError("the number of input_ids is not the geometry's number of tokens")

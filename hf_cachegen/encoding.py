@@ -21,12 +21,14 @@ from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.lossless import LosslessCodec
 from hf_cachegen.config import CacheGenConfig, TransformName
 from hf_cachegen.container import BASE_FILE, Manifest, artifact_sizes, chunk_name, nbytes_at, refine_file
-from hf_cachegen.errors import ConfigError, LevelError, ProfileError, TensorError
-from hf_cachegen.geometry import Geometry, LayerGeometry
+from hf_cachegen.errors import ConfigError, CorruptError, LevelError, ProfileError, TensorError, TruncatedError
+from hf_cachegen.geometry import DTYPE_BYTES, Geometry, LayerGeometry
 from hf_cachegen.profile import Profile
 
 SIDE = "side"
 """Name of the segment with the side information, the first of the base file."""
+KLT_SIDE_BYTES = 16
+MAX_LOSSLESS_TABLES = 256
 WRITER = f"hf_cachegen {__version__}"
 
 
@@ -252,8 +254,28 @@ def _klt(geometry: Geometry, config: CacheGenConfig, profile: Profile | None) ->
     return KltCodec(geometry, config, profile)
 
 
+def side_lengths(geometry: Geometry, config: CacheGenConfig) -> range:
+    """The lengths that the side information of such a cache can have; more than one only where it is lossless."""
+    if config.transform == "klt":
+        return range(KLT_SIDE_BYTES, KLT_SIDE_BYTES + 1)
+    columns = geometry.elements // geometry.tokens
+    if config.lossless:
+        rest, table = 1 + columns * DTYPE_BYTES[geometry.dtype], 2 * tables.VALUE_SYMBOLS
+        return range(rest + table, rest + MAX_LOSSLESS_TABLES * table + 1, table)
+    own = 1 if config.transform == "delta" else 2
+    length = columns * (1 + own + config.levels)
+    return range(length, length + 1)
+
+
 def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Codec:
-    """The codec that wrote this side information. Raises CorruptError, TruncatedError, ProfileError."""
+    """The codec that wrote this side information. Raises CorruptError, TruncatedError, ProfileError.
+
+    Nothing is built for any column before there are as many bytes as such columns take.
+    """
+    lengths = side_lengths(geometry, config)
+    if len(side) not in lengths:
+        message = f"the side information has {len(side)} bytes; that of this geometry has {lengths[0]} or more"
+        raise (TruncatedError if len(side) < lengths[0] else CorruptError)(message)
     if config.transform == "klt":
         codec = _klt(geometry, config, profile)
         if side != codec.side_bytes():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from kv_samples import same, sample_kv
 
+from hf_cachegen import encoding
 from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Limits, manifest
@@ -22,12 +23,14 @@ from hf_cachegen.errors import (
     ArtifactError,
     ArtifactExistsError,
     ArtifactNotFoundError,
+    CorruptError,
     LevelError,
     LimitError,
     ManifestError,
     TensorError,
+    TruncatedError,
 )
-from hf_cachegen.geometry import LayerGeometry
+from hf_cachegen.geometry import Geometry, LayerGeometry
 
 CONFIG = CacheGenConfig(transform="delta", chunk_tokens=32)
 CONFIGS = [CONFIG, replace(CONFIG, transform="identity"), replace(CONFIG, transform="identity", lossless=True)]
@@ -151,6 +154,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "fewer tokens than chunks": {"geometry": {"tokens": 69}},
     "no such dtype": {"geometry": {"dtype": "load"}},
     "another batch": {"geometry": {"batch": 2}},
+    "another transform": {"codec": {"config": {"transform": "identity"}}},
 }
 
 
@@ -165,6 +169,28 @@ def test_contradictions_under_a_right_checksum(change: dict[str, Any], tmp_path:
     file.write_bytes(manifest.dumps(replace(found, codec=codec, geometry=geometry)))
     with pytest.raises(ArtifactError):
         decode(path)
+
+
+WIDE_LAYER = {"kind": "full", "heads": 1 << 14, "k_dim": 1 << 16, "v_heads": 1, "v_dim": 1, "window": None}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_nothing_is_built_for_columns_that_the_side_information_lacks(
+    config: CacheGenConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "a", config)
+    encoded = Artifact(path).read()
+    assert len(encoded.side) in encoding.side_lengths(encoded.geometry, config)
+    monkeypatch.setattr(encoding, "_columns", lambda geometry: pytest.fail("columns were built"))
+    geometry = {**encoded.geometry.to_dict(), "layers": [WIDE_LAYER]}
+    for side in (b"", encoded.side, encoded.side + bytes(1)):
+        with pytest.raises((CorruptError, TruncatedError)):
+            encoding.codec_of(Geometry.from_dict(geometry), encoded.config, side, None)
+    file = path / "cachegen.json"
+    found = manifest.loads(file.read_bytes())
+    file.write_bytes(manifest.dumps(replace(found, geometry=geometry)))
+    with pytest.raises(ManifestError, match="side information"):
+        Artifact(path, Limits(max_decoded_bytes=1 << 50))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
