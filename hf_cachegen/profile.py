@@ -26,13 +26,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hf_cachegen.errors import ManifestError, ProfileError
+from hf_cachegen.errors import ProfileError
 from hf_cachegen.geometry import LayerGeometry
 
 PROFILE_FILE = "cachegen_profile.safetensors"
 """Its name within a model's folder, where it is looked for by default."""
 PROFILE_VERSION = 1
 MAX_FILE_BYTES = 1 << 34
+LARGEST_NUMBER = 1e15
+"""Of means, sensitivities and frequencies; a real profile's are of order 1, or of its model's keys and values."""
+LARGEST_SCALING = 1e3
 RotaryStyle = Literal["none", "half", "interleaved"]
 
 
@@ -142,6 +145,8 @@ class Profile:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             described = json.loads(header["__metadata__"]["cachegen_profile"])
             tensors = load_tensors(data)
+            if any(x.dtype != torch.float16 for name, x in tensors.items() if name.startswith("synthesis-")):
+                raise ProfileError("the basis must be float16")
             if described["version"] != PROFILE_VERSION:
                 raise ProfileError(f"a profile of version {described['version']}; this release reads {PROFILE_VERSION}")
             groups = tuple(
@@ -154,7 +159,7 @@ class Profile:
                 layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
                 tensors["refine_entries"], dict(described["about"]),
             )  # fmt: skip
-        except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RecursionError, ManifestError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"this is not a profile: {error}") from error
         profile._check()
         profile.__dict__["digest"] = xxhash.xxh3_128_hexdigest(data)
@@ -164,7 +169,7 @@ class Profile:
         """Raises ProfileError unless shapes and dtypes fit each other."""
         channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         components, covered = 0, []
-        sound = self.rotary.style in ("none", "half", "interleaved") and 0 <= self.step_code < 256
+        sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
         for group in self.groups:
             inside = group.kind in (0, 1) and 0 <= group.first < group.first + group.count <= len(channels)
             places = (
@@ -177,17 +182,25 @@ class Profile:
             covered += (
                 [(group.kind, layer) for layer in range(group.first, group.first + group.count)] if inside else []
             )
-            components += len(group.synthesis)
-            sound = sound and group.sensitivity.dtype == torch.float32 and bool(torch.isfinite(group.sensitivity).all())
+            components += group.synthesis.shape[0] if group.synthesis.dim() else 0
+            sound = sound and group.sensitivity.dtype == torch.float32 and _moderate(group.sensitivity)
             sound = sound and bool(torch.isfinite(group.synthesis).all())
         width = sum(h * d + vh * vd for h, d, vh, vd in channels)
         sound = sound and sorted(covered) == [(kind, layer) for kind in (0, 1) for layer in range(len(channels))]
         sound = sound and tuple(self.means.shape) == (width,) and self.means.dtype == torch.float32
-        sound = sound and bool(torch.isfinite(self.means).all()) and self.rotary.inv_freq.dtype == torch.float64
+        sound = sound and _moderate(self.means)
         sound = sound and self.base_entries.dtype == self.refine_entries.dtype == torch.uint8
         sound = sound and tuple(self.base_entries.shape) == (components,) and self.refine_entries.dim() == 2
         if not sound or self.refine_entries.shape[1] != components or self.levels > 3:
             raise ProfileError("this profile contradicts itself: the shapes of its tensors do not fit its layers")
+
+    def _rotary_is_sound(self) -> bool:
+        """Whether it turns channels that all layers' keys have, by angles and a scale that are numbers."""
+        rotary, narrowest = self.rotary, min((layer.k_dim for layer in self.layers), default=0)
+        fits = rotary.inv_freq.dim() == 1 and 2 * rotary.inv_freq.numel() <= narrowest
+        fits = fits and rotary.inv_freq.dtype == torch.float64 and _moderate(rotary.inv_freq)
+        known = rotary.style in ("none", "half", "interleaved")
+        return known and fits and 1 / LARGEST_SCALING <= rotary.scaling <= LARGEST_SCALING
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the file into a folder (such as the model's), or to a path that ends in .safetensors; returns its
@@ -213,6 +226,22 @@ class Profile:
         return cls.from_bytes(place.read_bytes())
 
 
+def _moderate(x: Tensor) -> bool:
+    """Whether all its numbers are finite, and none absurd."""
+    return bool((x.abs() <= LARGEST_NUMBER).all())
+
+
+def _has_digest(place: Path, digest: str) -> bool:
+    """Whether the file's bytes have it; nothing is made of them."""
+    if place.stat().st_size > MAX_FILE_BYTES:
+        return False
+    found = xxhash.xxh3_128()
+    with place.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest() == digest
+
+
 def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:
     """Raises ProfileError unless the profile is of a model with these layers."""
     if tuple(layers) != profile.layers:
@@ -226,12 +255,13 @@ def find(
     profile: Profile | str | os.PathLike[str] | None, *folders: str | os.PathLike[str], digest: str | None = None
 ) -> Profile | None:
     """The profile itself, the one at a path, or for "auto" the first of these folders that has one (of this digest, if
-    any will not do).
+    any will not do; a file that has another digest is not parsed).
     """
     if profile is None or isinstance(profile, Profile):
         return profile
     if profile != "auto":
         return Profile.load(profile)
     places = (Path(folder) / PROFILE_FILE for folder in folders if folder)
-    found = (Profile.load(place) for place in places if place.is_file())
+    right = (place for place in places if place.is_file() and (digest is None or _has_digest(place, digest)))
+    found = (Profile.load(place) for place in right)
     return next((one for one in found if digest in (None, one.digest)), None)

@@ -153,6 +153,20 @@ def test_only_the_right_profile_is_taken_from_where_profiles_lie(model, profile:
         Artifact(tmp_path / "klt", profile=None, model_folder=str(folder)).profile()
 
 
+def test_profiles_are_parsed_only_under_their_digest(
+    model, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CacheGenCache.from_context(model, samples()[1][0], CONFIG, profile).save_pretrained(tmp_path / "klt")
+    profile.save(tmp_path / "model")
+    for data in (b"damaged", replace(profile, step_code=profile.step_code + 1).to_bytes()):
+        (tmp_path / "klt" / PROFILE_FILE).write_bytes(data)
+        assert Artifact(tmp_path / "klt", model_folder=str(tmp_path / "model")).profile().digest == profile.digest
+        monkeypatch.setattr(Profile, "from_bytes", lambda data: pytest.fail("it was parsed"))
+        with pytest.raises(ProfileError, match=profile.digest):
+            Artifact(tmp_path / "klt").profile()
+        monkeypatch.undo()
+
+
 def test_readers_that_do_not_know_klt_refuse_it(model, profile: Profile, tmp_path: Path) -> None:
     from hf_cachegen.container.manifest import loads
 
@@ -218,6 +232,23 @@ def damaged(profile: Profile) -> dict[str, bytes]:
         "means of another width": again({"means": tensors["means"][:-1].clone()}),
         "not finite": again({"means": tensors["means"] * float("nan")}),
         "entries of another number": again({"base_entries": tensors["base_entries"][:-1].clone()}),
+        "a step beyond numbers": again(step_code=float("inf")),
+        "a group beyond numbers": again(groups=[[0, float("inf"), 1]] * len(described["groups"])),
+        "a huge step": again(step_code=10**400),
+        "a huge scaling": again(rotary={"style": "half", "scaling": 10**400}),
+        **{
+            f"scaling {scaling}": again(rotary={"style": "half", "scaling": scaling})
+            for scaling in (0, -1, 1e-4, 1e4, float("nan"), float("inf"))
+        },
+        "no layers": again({"means": tensors["means"][:0].clone()}, layers=[], groups=[]),
+        "basis of no dimension": again({"synthesis-0": torch.tensor(1.0).half()}),
+        "basis of another dtype": again({"synthesis-0": tensors["synthesis-0"].float()}),
+        "absurd means": again({"means": tensors["means"] + 1e16}),
+        "absurd sensitivity": again({"sensitivity-0": tensors["sensitivity-0"] * 1e20}),
+        "rotation of two dimensions": again({"inv_freq": tensors["inv_freq"][None].clone()}),
+        "rotation of no dimension": again({"inv_freq": tensors["inv_freq"][0].clone()}),
+        "rotation wider than keys": again({"inv_freq": tensors["inv_freq"].repeat(2)}),
+        "rotation not finite": again({"inv_freq": tensors["inv_freq"] / 0}),
         "basis of another shape": again({"synthesis-0": tensors["synthesis-0"][:, :-1].clone()}),
     }
 
