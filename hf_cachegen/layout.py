@@ -163,16 +163,16 @@ def _heads_and_dim(config: PreTrainedConfig) -> tuple[int | None, int | None]:
     """Heads and dim of every layer's keys and values; None where the configuration does not say, or has several."""
     # Read from the dictionary: a configuration whose layers differ may refuse to be asked for an attribute of all.
     fields = config.get_text_config(decoder=True).to_dict()
-    if fields.get("per_layer_config"):
-        return None, None
     names = [name for name, value in fields.items() if value is not None]
+    # Another name of the sort tells of layers, or of values, that are not like the rest.
+    if fields.get("per_layer_config") or any(
+        re.search(r"(key_value_heads|kv_heads|head_dim)$", name)
+        for name in names
+        if name not in ("num_key_value_heads", "head_dim")
+    ):
+        return None, None
     heads, dim = fields.get("num_key_value_heads"), fields.get("head_dim")
-    other_heads = any(re.search(r"(key_value|kv)_heads$", name) for name in names if name != "num_key_value_heads")
-    other_dims = any(name.endswith("head_dim") for name in names if name != "head_dim")
-    return (
-        heads if isinstance(heads, int) and not other_heads else None,
-        dim if isinstance(dim, int) and not other_dims else None,
-    )
+    return heads if isinstance(heads, int) else None, dim if isinstance(dim, int) else None
 
 
 def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:

@@ -99,7 +99,7 @@ def test_heads_are_compared_only_where_every_layer_has_the_same() -> None:
     config = copy.deepcopy(model.config)
     with pytest.raises(WrongModelError):
         require_geometry(config, odd)
-    config.global_head_dim, config.num_global_key_value_heads = 16, 1
+    config.v_head_dim = 5
     require_geometry(config, odd)
     config = copy.deepcopy(model.config)
     config.update({"per_layer_config": {"1": {"head_dim": 5}}})
