@@ -66,7 +66,7 @@ def learn(
     samples = [(torch.tensor([context]), torch.tensor([continuation])) for context, continuation in drawn]
     start = time.perf_counter()
     profile = learn_profile(loaded, samples, **options, progress=bars(as_json))
-    path = profile.save(place)
+    path = profile.save(place, overwrite=overwrite)
     found: dict[str, Any] = {
         "profile": str(path),
         "bytes": path.stat().st_size,

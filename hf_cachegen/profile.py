@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hf_cachegen.errors import ProfileError
+from hf_cachegen.errors import ArtifactExistsError, ProfileError
 from hf_cachegen.geometry import LayerGeometry
 
 PROFILE_FILE = "cachegen_profile.safetensors"
@@ -202,16 +203,22 @@ class Profile:
         known = rotary.style in ("none", "half", "interleaved")
         return known and fits and 1 / LARGEST_SCALING <= rotary.scaling <= LARGEST_SCALING
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Writes the file into a folder (such as the model's), or to a path that ends in .safetensors; returns its
-        path.
+        path. Raises ArtifactExistsError where another one is there, which artifacts may need, unless overwrite.
         """
         place = Path(path)
         place = place if place.suffix == ".safetensors" else place / PROFILE_FILE
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_suffix(".partial")
-        partial.write_bytes(self.to_bytes())
-        partial.replace(place)
+        data = self.to_bytes()
+        if place.exists() and not overwrite:
+            if place.is_file() and place.stat().st_size == len(data) and place.read_bytes() == data:
+                return place
+            raise ArtifactExistsError(f"there is another profile at {place}: pass overwrite=True to replace it")
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place.parent) as folder:
+            partial = Path(folder) / place.name  # in a folder of its own, so that it has the usual permissions
+            partial.write_bytes(data)
+            os.replace(partial, place)
         return place
 
     @classmethod

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from hf_cachegen.artifact import Artifact
 from hf_cachegen.calibration import Sample, divergence, find_rotary, prefill
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.errors import ConfigError, ProfileError, TensorError, UnsupportedFormatError, WrongModelError
+from hf_cachegen.errors import (
+    ArtifactExistsError,
+    ConfigError,
+    ProfileError,
+    TensorError,
+    UnsupportedFormatError,
+    WrongModelError,
+)
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.profile import PROFILE_FILE, Rotary
 from tests.tiny_models import VOCABULARY, make
@@ -119,6 +127,26 @@ def test_files_bring_it_back(profile: Profile, tmp_path: Path) -> None:
         assert loaded.about == profile.about
     with pytest.raises(ProfileError):
         Profile.load(tmp_path / "nowhere")
+
+
+def test_another_profile_is_replaced_only_when_told_to(profile: Profile, tmp_path: Path) -> None:
+    path, other = profile.save(tmp_path), replace(profile, step_code=profile.step_code + 1)
+    assert profile.save(tmp_path) == path  # the same bytes
+    with pytest.raises(ArtifactExistsError):
+        other.save(tmp_path)
+    assert path.read_bytes() == profile.to_bytes()
+    other.save(path, overwrite=True)
+    assert path.read_bytes() == other.to_bytes()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_concurrent_writers_do_not_mix(profile: Profile, tmp_path: Path) -> None:
+    both = [profile, replace(profile, step_code=profile.step_code + 1)]
+    with ThreadPoolExecutor(8) as pool:
+        written = [pool.submit(both[n % 2].save, tmp_path, overwrite=True) for n in range(40)]
+    paths = {job.result() for job in written}
+    assert list(tmp_path.iterdir()) == list(paths)
+    assert paths.pop().read_bytes() in [one.to_bytes() for one in both]
 
 
 def test_an_artifact_needs_its_own_profile(model, profile: Profile, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def main(samples: int, out: Path) -> None:
     mixed = [sample(tokenizer, t, CALIBRATION_SEED + n, length) for n, length in enumerate(lengths) for t in TASKS]
     model.config.name_or_path = "eval/reference/model"  # what the profile says it is of: not where the checkout lies
     profile = learn_profile(model, mixed, progress=True)
-    place = profile.save(out)
+    place = profile.save(out, overwrite=True)
     print(f"{place}: {place.stat().st_size} bytes, {profile.about['measured']}")
 
 
