@@ -122,6 +122,39 @@ def test_tensors_that_cannot_be_encoded_leave_the_old_artifact(tmp_path: Path) -
     decode(path)
 
 
+EXTREMES = {
+    "one key of 3e38": (0, 40, 3e38),
+    "a protected key of 3e38": (0, 0, 3e38),
+    "large values": (1, slice(None), 1e30),
+    "small keys": (0, slice(None), 1e-30),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=IDS[:2])
+@pytest.mark.parametrize(("side", "token", "factor"), EXTREMES.values(), ids=EXTREMES.keys())
+def test_values_beyond_every_step_are_refused(side: int, token: Any, factor: float, config: CacheGenConfig) -> None:
+    kv = sample_kv(layers=2, tokens=70, dim=8)
+    if isinstance(token, int):
+        kv[side][1][0, 0, token, 3] = factor
+    else:
+        kv[side][1].mul_(factor)
+    with pytest.raises(TensorError, match=f"{('keys', 'values')[side]} of layer 1"):
+        Encoder(*kv, config)
+    decoded = decode_kv(encode_kv(*kv, CONFIGS[2]))
+    assert same(decoded[0], kv[0])
+    assert same(decoded[1], kv[1])
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=IDS[:2])
+def test_zeros_and_faint_channels_beside_others_are_encoded(config: CacheGenConfig) -> None:
+    keys, values = sample_kv(layers=2, tokens=70, dim=8)
+    keys[0].zero_()
+    values[1][..., 2] *= 1e-30
+    decoded = decode_kv(encode_kv(keys, values, config))
+    assert not bool(decoded[0][0].any())
+    assert float(decoded[1][1][..., 2].abs().max()) < 1e-2 * float(values[1].abs().max())
+
+
 def test_missing_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError):
         Artifact(tmp_path / "nowhere")

@@ -10,6 +10,7 @@ hundred times the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ Chunks = Callable[[], Iterator[tuple[Tensor, Span]]]
 """Yields (rows [tokens, columns], span) of every chunk, anew at each call."""
 SMALLEST_STEP = 2.0**-40
 """For channels that never change."""
+LARGEST_STEP = 2.0**23.75
 
 
 def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
     """The codec of one context, and the bits of each part's columns under its tables, float64 [levels, columns].
 
-    Raises TensorError for values that are not finite.
+    Raises TensorError for values that are not finite, or that no step serves: too large, too small, or too far from
+    the rest of their channel.
     """
     codes, means = _steps(*_spread(chunks, columns, config), columns, config)
     none = torch.zeros(len(columns), dtype=torch.uint8)
@@ -65,9 +68,7 @@ def require_finite(rows: Tensor, columns: Columns) -> None:
     """Raises TensorError for rows [tokens, columns] that are not all finite."""
     damaged = ~torch.isfinite(rows)
     if bool(damaged.any()):
-        vector = int(columns.vectors[int(damaged.any(0).int().argmax())])
-        name = ("keys", "values")[vector % 2]
-        raise TensorError(f"the {name} of layer {vector // 2} are not all finite; only lossless=True keeps such values")
+        _refuse(int(columns.vectors[int(damaged.any(0).int().argmax())]), "are not all finite")
 
 
 def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
@@ -76,9 +77,35 @@ def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenCo
     step = deviation * torch.tensor(config.steps, dtype=torch.float64)[columns.thirds] / quantize.RATIO
     # So that the mean fits its bytes, whatever its step is rounded to.
     floor = mean.abs() / (0.9 * quantize.LARGEST_MEAN * unit)
-    codes = quantize.step_codes(torch.maximum(step, floor).clamp_min(SMALLEST_STEP))
+    wanted = torch.maximum(step, floor)
+    _require_steps(wanted, columns)
+    codes = quantize.step_codes(wanted.clamp_min(SMALLEST_STEP))
     means = (mean / (quantize.steps_of(codes).double() * unit)).round()
     return codes, means.clamp(-quantize.LARGEST_MEAN, quantize.LARGEST_MEAN).to(torch.int16)
+
+
+def _require_steps(wanted: Tensor, columns: Columns) -> None:
+    """Raises TensorError for steps float64 [columns] that are too large, or too small in all columns of a vector."""
+    vectors = int(columns.vectors[-1]) + 1
+    largest = torch.zeros(vectors, dtype=torch.float64).scatter_reduce_(0, columns.vectors, wanted, "amax")
+    sound = (largest == 0) | (largest >= SMALLEST_STEP / 4) & (largest <= LARGEST_STEP)  # a NaN is not
+    if not bool(sound.all()):
+        _refuse(int((~sound).int().argmax()), "are too large or too small for any step")
+
+
+def _require_symbols(symbols: passes.Symbols, columns: Columns, levels: int) -> None:
+    """Raises TensorError where a symbol was clamped."""
+    limit = int(quantize.split(torch.tensor(quantize.LARGEST_SYMBOL), levels)[0])
+    clamped = (symbols.wide.indices - ZERO_INDEX).abs() >= limit
+    if bool(clamped.any()):
+        position = int(symbols.wide.positions[int(clamped.int().argmax())])
+        _refuse(int(columns.vectors[position % len(columns)]), "have some too far from the rest of their channel")
+
+
+def _refuse(vector: int, why: str) -> NoReturn:
+    raise TensorError(
+        f"the {('keys', 'values')[vector % 2]} of layer {vector // 2} {why}; only lossless=True keeps such values"
+    )
 
 
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
@@ -88,6 +115,7 @@ def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
     digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
     for rows, _ in chunks():
         symbols, found = codec.symbols(rows)
+        _require_symbols(symbols, codec.columns, levels)
         if found is not None:
             passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
         passes.count(base, symbols.base)
