@@ -31,7 +31,7 @@ class CacheGenConfig:
     prob_bits: precision of the coder's probabilities, 10 to 12 bits.
     measure: decode while encoding and write the relative error of each layer at each level into the report.
 
-    Raises ConfigError for a value out of range.
+    Raises ConfigError for a value of another type or out of range.
     """
 
     transform: TransformName = "auto"
@@ -51,7 +51,7 @@ class CacheGenConfig:
             raise ConfigError(f"transform must be one of {get_args(TransformName)}, got {self.transform!r}")
         if self.coder not in ("rans", "torchac"):
             raise ConfigError(f"coder must be 'rans' or 'torchac', got {self.coder!r}")
-        if not isinstance(self.steps, tuple) or len(self.steps) != 3 or not all(0.001 <= s <= 100 for s in self.steps):
+        if not isinstance(self.steps, tuple) or len(self.steps) != 3 or not all(map(_is_step, self.steps)):
             raise ConfigError(f"steps must be three numbers from 0.001 to 100, got {self.steps!r}")
         self._require_range("levels", 1, 3)
         self._require_range("chunk_tokens", 1, MAX_CHUNK_TOKENS)
@@ -59,6 +59,9 @@ class CacheGenConfig:
         self._require_range("protect_first", 0, MAX_CHUNK_TOKENS)
         self._require_range("protect_last", 0, MAX_CHUNK_TOKENS)
         self._require_range("prob_bits", 10, 12)
+        for name in ("lossless", "measure"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.lossless and self.transform not in ("auto", "identity"):
             raise ConfigError(f"lossless=True codes the values themselves, without transform={self.transform!r}")
 
@@ -77,4 +80,9 @@ class CacheGenConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown options {unknown}")
-        return cls(**{**values, **({"steps": tuple(values["steps"])} if "steps" in values else {})})
+        listed = isinstance(values.get("steps"), list)
+        return cls(**{**values, **({"steps": tuple(values["steps"])} if listed else {})})
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.001 <= value <= 100

@@ -336,6 +336,8 @@ def test_wrong_levels_are_refused(level: object) -> None:
     "options",
     [
         {"transform": "wavelet"}, {"coder": "zip"}, {"levels": 0}, {"levels": 4}, {"levels": True}, {"steps": (1, 2)},
+        {"steps": ("1", 1, 1)}, {"steps": (None, 1, 1)}, {"steps": (True, 1, 1)}, {"steps": 3}, {"steps": [1, 1, 1]},
+        {"lossless": 1}, {"lossless": "no"}, {"measure": None}, {"measure": 1},
         {"steps": (0, 1, 1)}, {"steps": (1, float("nan"), 1)}, {"chunk_tokens": 0}, {"group_tokens": 1},
         {"protect_last": -1},
         {"prob_bits": 9}, {"prob_bits": 13}, {"lossless": True, "transform": "delta"}, {"chunk_tokens": 1 << 20},
