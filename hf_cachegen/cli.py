@@ -30,6 +30,7 @@ from hf_cachegen.cli_options import (
     encoding_profile_option,
     model_options,
     output_options,
+    read_text,
     sampling_arguments,
     sampling_options,
 )
@@ -37,8 +38,8 @@ from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_profile import learn
 from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, seal, sign
 from hf_cachegen.cli_views import describe, plot, size_text, tables
-from hf_cachegen.container import Reader
-from hf_cachegen.errors import MissingExtraError, WrongModelError
+from hf_cachegen.container import MANIFEST_FILE, Reader
+from hf_cachegen.errors import ArtifactExistsError, MissingExtraError, WrongModelError
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.stores import Access, LocalStore, open_store
 
@@ -67,9 +68,11 @@ def encode(
     device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prefill TEXT (a file, or - for stdin) with a model and write the compressed cache."""
-    document = text.read()
+    document = read_text(text)
     if not document.strip():
         raise click.UsageError(f"{text.name} has no text", context)
+    if not overwrite and (out / MANIFEST_FILE).is_file():
+        raise ArtifactExistsError(f"there is an artifact in {out}: choose another folder, or give --overwrite")
     # Found before the model is loaded: what is wrong with them shall not take minutes to be said.
     config, found_profile = encoder_settings(
         options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT, profile, model

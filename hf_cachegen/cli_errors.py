@@ -51,6 +51,14 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
 """The first class that fits decides; all other errors are UNEXPECTED."""
 
 
+_OPTIONS = {
+    "pass overwrite=True": "give --overwrite",
+    "pass it as profile=": "give it with --profile",
+    "hf_cachegen.learn_profile": f"'{PROGRAM} profile'",
+}
+"""What the package's messages say to do from Python, and the same from the command line."""
+
+
 class _EndOfFile(Exception):
     """Carries an EOFError past click."""
 
@@ -105,6 +113,9 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
         traceback.print_exception(error)
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
     message = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, errors.CacheGenError):
+        for python, option in _OPTIONS.items():
+            message = message.replace(python, option)
     if code == UNEXPECTED and not isinstance(error, errors.CacheGenError):
         message = f"{type(error).__name__}: {message}"
     if "--json" in arguments:

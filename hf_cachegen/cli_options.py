@@ -131,6 +131,17 @@ def encoder_settings(
     return config, found
 
 
+def read_text(file: Any) -> str:
+    """All of a text file that an option or argument named. Raises UsageError where it is not UTF-8."""
+    try:
+        text: str = file.read()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(
+            f"{file.name} is not UTF-8 text: {error.reason} at byte {error.start}", click.get_current_context()
+        ) from error
+    return text
+
+
 def sampling_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of generate for the sampling options; raises UsageError for those that need --sample."""
     drawing = {name: options[name] for name in ("temperature", "top_k", "top_p")}

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hf_cachegen.cli_models import load_model
-from hf_cachegen.cli_options import learning_dtype_option, learning_options, model_options, output_options
+from hf_cachegen.cli_options import learning_dtype_option, learning_options, model_options, output_options, read_text
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_samples import draw, from_rows, from_text
 from hf_cachegen.cli_views import size_text
@@ -55,9 +55,9 @@ def learn(
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
         loaded.requires_grad_(False)
     with step("reading the texts", as_json):
-        sources = [from_text(tokenizer, text.read(), context_tokens, continuation_tokens) for text in texts]
+        sources = [from_text(tokenizer, read_text(text), context_tokens, continuation_tokens) for text in texts]
         if rows is not None:
-            sources.append(from_rows(tokenizer, rows, rows.name))
+            sources.append(from_rows(tokenizer, read_text(rows).split("\n"), rows.name))
         drawn = draw(sources, most, options["seed"])
     import torch
 

@@ -7,6 +7,7 @@ file is checked before use, since even so its attributes may be anything.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,10 +40,8 @@ def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ArtifactNotFoundError(f"there is no file {path}") from error
     except Exception as error:  # torch raises whatever a damaged or hostile file makes it trip over
-        reason = str(error).strip().splitlines()
         raise CorruptError(
-            f"{path} holds something else than tensors and stock caches, or is damaged: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"{path} holds something else than tensors and stock caches, or is damaged: {_reason(error)}"
         ) from error
     pairs = _layers_of(found) if isinstance(found, DynamicCache) else found
     if not isinstance(pairs, list | tuple) or not pairs:
@@ -69,7 +68,7 @@ def save_cache(
     if form not in get_args(CacheFormat):
         raise ConfigError(f"form must be one of {get_args(CacheFormat)}, got {form!r}")
     if os.path.lexists(path) and not overwrite:
-        raise ArtifactExistsError(f"{path} is there already")
+        raise ArtifactExistsError(f"{path} is there already; choose another file, or pass overwrite=True to replace it")
     windows = sorted({layer.kind for layer in artifact.geometry.layers} - {"full", "mla"})
     if form == "dynamic" and windows:
         raise UnsupportedLayerError(f"a stock cache of {windows} layers needs the model's configuration: use 'legacy'")
@@ -86,6 +85,17 @@ def save_cache(
     finally:
         if os.path.lexists(partial):
             os.unlink(partial)
+
+
+def _reason(error: Exception) -> str:
+    """What torch found wrong, without its advice to load the file in a way that may run what it holds."""
+    text = str(error).strip()
+    foreign = re.search(r"Unsupported (?:global: GLOBAL|class) (\S{1,200})", text)
+    if foreign:
+        return f"it names {foreign[1]}, which is not loaded"
+    if not text or "weights_only" in text or "Weights only" in text:
+        return type(error).__name__
+    return text.splitlines()[0]
 
 
 def _layers_of(cache: DynamicCache) -> list[tuple[Any, Any]]:

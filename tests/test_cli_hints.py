@@ -1,0 +1,77 @@
+"""What an error says to do, in the words of the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_cachegen import artifact, cli_errors, encode_kv, errors
+from tests.cli_support import run_json
+
+
+class Foreign:
+    def __reduce__(self) -> Any:
+        return print, ("ran",)
+
+
+def message(*arguments: object, code: int) -> str:
+    text: str = run_json(*arguments, code=code)["error"]["message"]
+    return text
+
+
+def text_file(path: Path, data: bytes = b"w1 w2") -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def tensors(folder: Path) -> Path:
+    artifact.write(encode_kv([torch.randn(1, 2, 40, 8)], [torch.randn(1, 2, 40, 8)]), folder)
+    return folder
+
+
+def test_an_output_that_exists_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+    document, there = text_file(tmp_path / "a.txt"), tensors(tmp_path / "there")
+    command = ("encode", document, "--model", tmp_path / "no model", "--out", there)
+    assert "give --overwrite" in message(*command, code=cli_errors.USAGE)
+    assert "cannot load" in message(*command, "--overwrite", code=cli_errors.USAGE)
+    saved = tmp_path / "past.pt"
+    torch.save(((torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)),), saved)
+    for options in ((saved, there), (there, saved, "--to", "legacy")):
+        said = message("convert", *options, code=cli_errors.USAGE)
+        assert "give --overwrite" in said
+        assert "overwrite=True" not in said
+
+
+def test_python_advice_becomes_options(capsys: pytest.CaptureFixture[str]) -> None:
+    error = errors.ProfileError("needs profile x: pass it as profile=, or learn one with hf_cachegen.learn_profile")
+    assert cli_errors.report(error, ["--json"]) == cli_errors.PROFILE
+    said = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert said == "needs profile x: give it with --profile, or learn one with 'hf-cachegen profile'"
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_cachegen.cli_profile.load_model", lambda *_, **__: (torch.nn.Linear(1, 1), None))
+    wrong = text_file(tmp_path / "latin.txt", "caf\u00e9 w1".encode("latin-1"))
+    for command in (
+        ("encode", wrong, "--model", "m", "--out", tmp_path / "a"),
+        ("profile", "--model", "m", "--out", tmp_path / "p", "--text", wrong),
+        ("profile", "--model", "m", "--out", tmp_path / "p", "--samples-jsonl", wrong),
+    ):
+        said = message(*command, code=cli_errors.USAGE)
+        assert f"{wrong} is not UTF-8 text" in said
+        assert said.endswith("at byte 3")
+
+
+def test_convert_passes_no_advice_on_to_run_what_a_file_holds(tmp_path: Path) -> None:
+    torch.save(Foreign(), tmp_path / "past.pt")
+    said = message("convert", tmp_path / "past.pt", tmp_path / "out", code=cli_errors.ARTIFACT)
+    assert said.endswith("or is damaged: it names print, which is not loaded")
+    for data in (b"", b"no file of torch", b"\x80\x02}"):
+        (tmp_path / "past.pt").write_bytes(data)
+        said = message("convert", tmp_path / "past.pt", tmp_path / "out", code=cli_errors.ARTIFACT)
+        assert "weights_only" not in said
+        assert "still be loaded" not in said
