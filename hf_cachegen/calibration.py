@@ -28,7 +28,7 @@ from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ConfigError, ProfileError
+from hf_cachegen.errors import ConfigError, ProfileError, TensorError
 from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.geometry import Geometry, LayerGeometry
 from hf_cachegen.layout import capture, positions_change, require_model
@@ -61,15 +61,53 @@ def learn_profile(
 
     target_kl: divergence of the finest level, in nats per token of a continuation; each coarser level has about nine
     times the next. floor: under the sensitivities, in units of their mean. group_layers: layers that share a basis
-    (default: as many as have DEFAULT_GROUP_CHANNELS channels). Every fifth sample is held out and measured by. Raises
-    ConfigError, TensorError, UnsupportedModelError.
+    (default: as many as have DEFAULT_GROUP_CHANNELS channels). Every fifth sample is held out and measured by. The
+    model runs in eval mode, and comes back in its own. Raises ConfigError, TensorError, UnsupportedModelError.
     """
     require_model(model)
     if len(samples) < HELD_OUT_EVERY:
         raise ConfigError(f"learning a profile takes at least {HELD_OUT_EVERY} samples, got {len(samples)}")
     if not 0 < target_kl < 10 or not 0 < floor < 100:
         raise ConfigError(f"target_kl and floor must be positive, got {target_kl} and {floor}")
+    if group_layers is not None and (not isinstance(group_layers, int) or group_layers < 1):
+        raise ConfigError(f"group_layers must be a whole number of at least 1, got {group_layers!r}")
+    for index, sample in enumerate(samples):
+        _require_sample(index, sample)
     config = replace(config or CacheGenConfig(), transform="klt")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return _learn(model, samples, config, target_kl, floor, group_layers, undo_rotation, seed, progress)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _require_sample(index: int, sample: Sample) -> None:
+    """Raises TensorError unless it is a context of two tokens or more and a continuation of one or more."""
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        raise TensorError(f"sample {index}: expected (context_ids, continuation_ids), got {type(sample).__name__}")
+    for name, ids, least in (("context", sample[0], 2), ("continuation", sample[1], 1)):
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TensorError(f"sample {index}: its {name} must be an int64 tensor [1, tokens], got {found}")
+        if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < least:
+            raise TensorError(
+                f"sample {index}: its {name} must be [1, tokens] with at least {least} tokens, got {list(ids.shape)}"
+            )
+
+
+def _learn(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    config: CacheGenConfig,
+    target_kl: float,
+    floor: float,
+    group_layers: int | None,
+    undo_rotation: bool,
+    seed: int,
+    progress: bool,
+) -> Profile:
     held_out = list(samples[::HELD_OUT_EVERY])[:MAX_HELD_OUT]
     training = [sample for index, sample in enumerate(samples) if index % HELD_OUT_EVERY]
     rotary = find_rotary(model) if undo_rotation else Rotary("none", torch.empty(0, dtype=torch.float64))

@@ -175,7 +175,7 @@ def test_only_the_right_profile_is_taken_from_where_profiles_lie(model, profile:
     (folder / PROFILE_FILE).write_bytes(b"damaged")
     assert Artifact(tmp_path / "delta", model_folder=str(folder)).profile() is None  # needs none, reads none
     replace(profile, step_code=profile.step_code + 1).save(tmp_path / "klt")
-    profile.save(folder)
+    profile.save(folder, overwrite=True)
     assert Artifact(tmp_path / "klt", model_folder=str(folder)).profile().digest == profile.digest
     with pytest.raises(ProfileError):
         Artifact(tmp_path / "klt", profile=None, model_folder=str(folder)).profile()
@@ -233,8 +233,36 @@ def test_learning_needs_samples_and_sane_options(model) -> None:
         learn_profile(model, samples(), target_kl=-1)
 
 
-def test_learning_is_deterministic(model, profile: Profile) -> None:
+    for group_layers in (0, -1, 1.5):
+        with pytest.raises(ConfigError, match="group_layers"):
+            learn_profile(model, samples(), group_layers=group_layers)
+
+
+IDS = torch.ones(1, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [(IDS, IDS[:, :0]), (IDS[:, :1], IDS), (IDS[0], IDS), (IDS.expand(2, -1), IDS), ([[1, 2]], IDS),
+     (IDS.float(), IDS), (IDS, IDS, IDS), IDS, None],
+    ids=["no continuation", "one token", "a row", "two rows", "a list", "floats", "three", "a tensor", "nothing"],
+)  # fmt: skip
+def test_samples_that_are_none_are_refused(model, sample) -> None:
+    with pytest.raises(TensorError, match="sample 3"):
+        learn_profile(model, [*samples(3), sample, *samples(6)])
+
+
+def test_learning_is_deterministic_and_in_eval_mode(profile: Profile) -> None:
+    model = make("llama").train()
+    model.lm_head.eval()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    modes = [module.training for module in model.modules()]
     assert learn_profile(model, samples(), config=CONFIG, target_kl=0.001).digest == profile.digest
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ProfileError):
+        learn_profile(model, samples(), config=CONFIG, target_kl=1e-12)
+    assert [module.training for module in model.modules()] == modes
 
 
 def damaged(profile: Profile) -> dict[str, bytes]:
