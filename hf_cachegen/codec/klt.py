@@ -14,10 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec import quantize
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ConfigError, ProfileError
+from hf_cachegen.errors import ConfigError, ProfileError, TensorError
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.profile import Profile, require_layers
 
@@ -59,7 +60,11 @@ class KltCodec:
         return bytes.fromhex(self.profile.digest)
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
-        return self.inner.encode(self.coefficients(rows, span), span)
+        """Raises TensorError for values so large that the profile's step cannot express them."""
+        y = self.coefficients(rows, span)
+        if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
+            raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
+        return self.inner.encode(y, span)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.rows(self.inner.decode(parts, span), span).to(dtype)
