@@ -1,6 +1,6 @@
 """Speed and overhead of the codec, as ratios of things timed in one run.
 
-    python benchmarks/bench_codec.py --out results.json
+    python -m benchmarks.bench_codec --out results.json
 
 Times are the best of several rounds, the contestants taking turns, since machines are shared and noisy: read the
 ratios. Every contestant codes the same symbols under the same frequencies, and its decoder's result is compared; one

@@ -1,6 +1,6 @@
 """The price of a joint basis on the geometry of an 8B model: the product and the profile, by layers per group.
 
-    python benchmarks/klt_groups.py
+    python -m benchmarks.klt_groups
 
 32 layers, 8 KV heads of 128. A group of g layers has g x 1024 channels; its product is [tokens, components] x
 [components, channels]. Times are of one group's product for K (the rest is proportional), beside decoding as many
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import click
 import torch
-from bench_codec import COLUMNS, TOKENS, Symbols, best
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.bench_codec import COLUMNS, TOKENS, Symbols, best
 
 LAYERS, CHANNELS = 32, 1024
 

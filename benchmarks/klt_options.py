@@ -1,6 +1,6 @@
 """What each choice of the klt transform is worth: bits per element at one divergence, on the reference model.
 
-    python benchmarks/klt_options.py --out docs/results/klt_options
+    python -m benchmarks.klt_options --out docs/results/klt_options
 
 Each variant changes one option of `learn_profile` or of the encoder. Bits are read off the variant's curve at the
 target divergence, by task and on average; the last column is the ratio to the default. "left out" rows learn from two
@@ -17,9 +17,9 @@ from typing import Any
 
 import click
 import torch
-from rate_distortion import KV, Point, bits_at, by_profiles, curves, learnt, levels_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.rate_distortion import KV, Point, bits_at, by_profiles, curves, learnt, levels_of
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen import CacheGenConfig, Profile
 

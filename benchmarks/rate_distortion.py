@@ -1,6 +1,6 @@
 """Bits per element against divergence, for every codec, on the reference model.
 
-    python benchmarks/rate_distortion.py --out docs/results/rate_distortion
+    python -m benchmarks.rate_distortion --out docs/results/rate_distortion
 
 Every codec codes the same contexts of three tasks at several rates. Bits count everything a user would store (for klt
 the profile, which is one file for a model whatever the number of contexts, is stated beside and not added). Divergence
