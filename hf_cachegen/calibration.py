@@ -23,15 +23,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from hf_cachegen.codec import passes
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.fit import Counts
 from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, shipped_codebooks
+from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.encoding import gather
 from hf_cachegen.errors import ConfigError, ProfileError, TensorError
 from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.geometry import Geometry, LayerGeometry
-from hf_cachegen.layout import capture, positions_change, require_model
+from hf_cachegen.layout import capture, evaluation_mode, positions_change, require_model
 from hf_cachegen.profile import Group, Profile, Rotary
 
 if TYPE_CHECKING:
@@ -74,13 +75,8 @@ def learn_profile(
     for index, sample in enumerate(samples):
         _require_sample(index, sample)
     config = replace(config or CacheGenConfig(), transform="klt")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return _learn(model, samples, config, target_kl, floor, group_layers, undo_rotation, seed, progress)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _require_sample(index: int, sample: Sample) -> None:
@@ -278,13 +274,13 @@ class _Moments:
         return tuple(found)
 
 
-def _codec(profile: Profile, config: CacheGenConfig, tokens: int, dtype: str = "float32") -> KltCodec:
-    return KltCodec(Geometry(profile.layers, tokens=tokens, batch=1, dtype=dtype), config, profile)
+def _codec(profile: Profile, config: CacheGenConfig, tokens: int) -> KltCodec:
+    return KltCodec(Geometry(profile.layers, tokens=tokens, batch=1, dtype="float32"), config, profile)
 
 
 def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
-    return torch.cat([x[0].transpose(0, 1).flatten(1).float().cpu() for x in pairs], 1)
+    tokens = keys[0].shape[2]
+    return gather(keys, values, Span(0, tokens, tokens)).float().cpu()
 
 
 def _unrows(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -341,20 +337,14 @@ def _with_entries(
 ) -> Profile:
     """The profile with each coefficient's cheapest tables, and without coefficients that are zero at every level."""
     components = len(profile.base_entries)
-    base = torch.zeros(components, VALUE_SYMBOLS, dtype=torch.int32)
-    digits = torch.zeros(config.levels - 1, components, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
+    counts = Counts(components, config.levels)
     for context, _ in tqdm(samples, "tables", unit="sample", disable=not progress):
         keys, values, _ = prefill(model, context)
         span = Span(0, keys[0].shape[2], keys[0].shape[2])
         codec = _codec(profile, config, span.tokens)
         symbols, _ = codec.inner.symbols(codec.coefficients(_rows(keys, values), span))
-        passes.count(base, symbols.base)
-        for part, digit, contexts in zip(digits, symbols.digits, symbols.contexts, strict=True):
-            passes.count(part, digit, contexts)
-    book, digit_book = shipped_codebooks(config.prob_bits)
-    base_entries = book.choose(base)[0]
-    refined = [digit_book.choose(part)[0] for part in digits]
-    entries = torch.stack(refined) if refined else torch.empty(0, components, dtype=torch.uint8)
+        counts.add(symbols)
+    base_entries, entries, _ = counts.choose(*shipped_codebooks(config.prob_bits))
     kept = (base_entries > 0) | (entries > 0).any(0)
     groups, at = [], 0
     for group in profile.groups:

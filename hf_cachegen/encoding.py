@@ -121,7 +121,7 @@ class Encoder:
         tokens = sum(self.spans[index].tokens for index in tried)
 
         def rows() -> Iterator[tuple[Tensor, Span]]:
-            return ((_gather(self.keys, self.values, self.spans[index]), self.spans[index]) for index in tried)
+            return ((gather(self.keys, self.values, self.spans[index]), self.spans[index]) for index in tried)
 
         cost: dict[TransformName, float] = {}
         names: tuple[TransformName, ...] = ("delta", "identity")
@@ -136,7 +136,7 @@ class Encoder:
 
     def _rows(self) -> Iterator[tuple[Tensor, Span]]:
         for span in self.spans:
-            yield _gather(self.keys, self.values, span), span
+            yield gather(self.keys, self.values, span), span
 
     def chunks(self) -> Iterator[list[bytes]]:
         """The bytes of every part, chunk by chunk."""
@@ -330,7 +330,7 @@ def _columns(geometry: Geometry) -> Columns:
     return Columns(vectors, (vectors // 2 * 3 // len(geometry.layers)))
 
 
-def _gather(keys: Sequence[Tensor], values: Sequence[Tensor], span: Span) -> Tensor:
+def gather(keys: Sequence[Tensor], values: Sequence[Tensor], span: Span) -> Tensor:
     """rows [tokens, columns] of a chunk, on layer 0's device."""
     device, tokens = keys[0].device, slice(span.first, span.first + span.tokens)
     pairs = (x for pair in zip(keys, values, strict=True) for x in pair)

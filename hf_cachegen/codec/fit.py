@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_cachegen.codec import passes, quantize, transform
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.passes import Grid
-from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX
+from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX, Codebook
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import TensorError
 
@@ -108,22 +108,40 @@ def _refuse(vector: int, why: str) -> NoReturn:
     )
 
 
+class Counts:
+    """How often each symbol of the base and each digit of the refinements occurs in every column."""
+
+    def __init__(self, columns: int, levels: int):
+        self.base = torch.zeros(columns, VALUE_SYMBOLS, dtype=torch.int32)
+        self.digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
+
+    def add(self, symbols: passes.Symbols) -> None:
+        """Count one chunk."""
+        passes.count(self.base, symbols.base)
+        for part, digit, contexts in zip(self.digits, symbols.digits, symbols.contexts, strict=True):
+            passes.count(part, digit, contexts)
+
+    def choose(self, values: Codebook, digits: Codebook) -> tuple[Tensor, Tensor, Tensor]:
+        """The cheapest tables: base entries uint8 [columns], refinement entries uint8 [levels - 1, columns], and their
+        bits float64 [levels, columns].
+        """
+        chosen = [values.choose(self.base), *(digits.choose(part) for part in self.digits)]
+        refined = [entries for entries, _ in chosen[1:]]
+        empty = torch.empty(0, len(self.base), dtype=torch.uint8)
+        return chosen[0][0], torch.stack(refined) if refined else empty, torch.stack([bits for _, bits in chosen])
+
+
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
     """The codec's side information with the cheapest table of every column, and the bits [levels, columns]."""
     columns, levels = len(codec.columns), codec.config.levels
-    anchors, base = torch.zeros(2, columns, VALUE_SYMBOLS, dtype=torch.int32)
-    digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
+    anchors, counts = torch.zeros(columns, VALUE_SYMBOLS, dtype=torch.int32), Counts(columns, levels)
     for rows, _ in chunks():
         symbols, found = codec.symbols(rows)
         _require_symbols(symbols, codec.columns, levels)
         if found is not None:
             passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
-        passes.count(base, symbols.base)
-        for part, digit, contexts in zip(digits, symbols.digits, symbols.contexts, strict=True):
-            passes.count(part, digit, contexts)
+        counts.add(symbols)
     anchor_entries, anchor_bits = codec.values.choose(anchors)
-    base_entries, base_bits = codec.values.choose(base)
-    refined = [codec.digits.choose(part) for part in digits]
-    entries = torch.stack([e for e, _ in refined]) if refined else torch.empty(0, columns, dtype=torch.uint8)
-    side = Side(codec.side.step_codes, codec.side.means, anchor_entries, base_entries, entries)
-    return side, torch.stack([anchor_bits + base_bits, *(bits for _, bits in refined)])
+    base_entries, entries, bits = counts.choose(codec.values, codec.digits)
+    bits[0] += anchor_bits
+    return Side(codec.side.step_codes, codec.side.means, anchor_entries, base_entries, entries), bits
