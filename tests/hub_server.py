@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 from tests.http_server import Request, Server
 
 Files = dict[str, bytes]
@@ -260,3 +263,12 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", _GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     ("HEAD", _GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
 ]  # fmt: skip
+
+
+def point_client_at(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the real client take this server for the Hub, online and without XET."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + urlsplit(template).path)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

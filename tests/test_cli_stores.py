@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import constants
 
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
 from tests.cli_support import run, run_json
 from tests.http_server import Server, running
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, point_client_at
 from tests.small_artifact import contents
 from tests.test_cli_artifacts import write
 
@@ -35,11 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with running(HubServer()) as found:
         assert isinstance(found, HubServer)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + urlsplit(template).path)
-        monkeypatch.setattr(constants, "ENDPOINT", found.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        point_client_at(found, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", "owner")
         yield found
 

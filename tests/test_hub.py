@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from huggingface_hub import constants
@@ -28,7 +27,7 @@ from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.survey import Found, find_artifacts
 from tests import http_server as faults
 from tests.http_server import Server, running
-from tests.hub_server import HubServer, Repo
+from tests.hub_server import HubServer, Repo, point_client_at
 from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, write
 
 # The Hub's client uploads in a way that its HTTP library wants changed.
@@ -43,11 +42,7 @@ TEXT = "---\ntags: [kv-cache]\n---\n# A context\n"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with running(HubServer()) as found:
         assert isinstance(found, HubServer)
-        monkeypatch.setattr(constants, "ENDPOINT", found.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + urlsplit(template).path)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        point_client_at(found, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
         yield found
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import fsspec
 import pytest
@@ -31,7 +30,7 @@ from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
 from tests import tiny_models
 from tests.http_server import Server, running
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, point_client_at
 from tests.small_artifact import write
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -50,11 +49,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with running(HubServer()) as found:
         assert isinstance(found, HubServer)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + urlsplit(template).path)
-        monkeypatch.setattr(constants, "ENDPOINT", found.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        point_client_at(found, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
         yield found
 
