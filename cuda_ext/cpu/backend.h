@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "../core/chunk.h"
 #include "../core/tables.h"
 #include "../core/tile.h"
 
@@ -58,11 +59,6 @@ extern const Backend kAvx2, kAvx512;
 const Backend* backend_of(uint32_t isa);
 // nullptr too for a run that is none of the CPU's.
 const Backend* backend_for(const cg_run* run);
-
-CACHEGEN_HD uint64_t coded_rows(const cg_chunk& chunk) {
-  const uint64_t group = chunk.group_tokens;
-  return group == 0 ? chunk.tokens : chunk.tokens - (chunk.tokens + group - 1) / group;
-}
 
 // Tiles of any width, one symbol at a time; the vector back-ends leave narrow tiles to these.
 void decode_scalar(const cg_section& section, const Tables& tables, const DecodeJob& job, uint8_t* symbols);

@@ -1,27 +1,12 @@
 // The passes over a chunk's values, block of columns by block of columns; plain loops that compilers vectorise, so every
-// back-end includes them for its own instruction set.
-//
-// Twist: symbols are computed in floats, which is exact where they are small: a coarser symbol is f / 3 rounded, and never
-// a tie. Those from 2^22 on stay too large for a byte, however they are rounded.
+// back-end includes them for its own instruction set. What one value becomes is core/chunk.h's.
 #pragma once
 
-#include "../core/value.h"
+#include "../core/chunk.h"
 #include "backend.h"
 
 namespace cachegen {
 namespace {
-
-constexpr int32_t kZeroIndex = 128, kDigitZero = 1;
-
-// Where coded row i stands in the chunk.
-struct Place {
-  uint64_t row, anchor;
-};
-inline Place place_of(const cg_chunk& chunk, uint64_t i) {
-  if (chunk.group_tokens == 0) return {i, 0};
-  const uint64_t group = i / (chunk.group_tokens - 1);
-  return {i + group + 1, group};
-}
 
 // What a block of one coded row needs.
 struct Row {
@@ -49,17 +34,6 @@ void moments_row(const typename T::Stored* __restrict values, const Row& row, ui
   }
 }
 
-// 1 where x is positive, 2 where it is negative.
-CACHEGEN_HD uint8_t sign_of(int32_t x) { return uint8_t((0u - uint32_t(x)) >> 31 | uint32_t(x) >> 31 << 1); }
-
-// The coarser symbol; and the digit and context by which it is refined.
-CACHEGEN_HD float split(float fine, uint8_t* digit, uint8_t* context) {
-  const Rounded coarse(fine * (1.0f / 3));
-  *digit = uint8_t(Rounded(fine - 3 * coarse.value).integer + kDigitZero);
-  *context = sign_of(coarse.integer);
-  return coarse.value;
-}
-
 template <class T, bool kAnchors, uint32_t kDigits>
 bool quantise_row(const typename T::Stored* __restrict values, const Row& row, uint64_t n, uint8_t* __restrict base,
                   uint8_t* __restrict digits, uint8_t* __restrict contexts, uint64_t stride) {
@@ -83,9 +57,9 @@ void restore_row(const uint8_t* __restrict base, const uint8_t* __restrict digit
                  const Row& row, uint64_t n, typename T::Stored* __restrict values) {
   const float *anchor = row.anchor, *mean = row.mean, *step = row.step;
   for (uint64_t j = 0; j < n; j++) {
-    int32_t symbol = base[j] - kZeroIndex;
-    if (kDigits > 0) symbol = 3 * symbol + digits[j] - kDigitZero;
-    if (kDigits > 1) symbol = 3 * symbol + finer[j] - kDigitZero;
+    int32_t symbol = base_symbol(base[j]);
+    if (kDigits > 0) symbol = refine(symbol, digits[j]);
+    if (kDigits > 1) symbol = refine(symbol, finer[j]);
     const float y = float(symbol) * step[j] + mean[j];
     values[j] = T::store(kAnchors ? y + anchor[j] : y);
   }
