@@ -1,0 +1,45 @@
+// What a symbol is worth, and which row of a chunk it stands in: the arithmetic of cg_quantise and cg_restore, one value
+// at a time.
+//
+// Twist: symbols are computed in floats, which is exact where they are small: a coarser symbol is f / 3 rounded, and never
+// a tie. Those from 2^22 on stay too large for a byte, however they are rounded.
+#pragma once
+
+#include "../include/cachegen.h"
+#include "value.h"
+
+namespace cachegen {
+
+constexpr int32_t kZeroIndex = 128, kDigitZero = 1;
+
+CACHEGEN_HD uint64_t coded_rows(const cg_chunk& chunk) {
+  const uint64_t group = chunk.group_tokens;
+  return group == 0 ? chunk.tokens : chunk.tokens - (chunk.tokens + group - 1) / group;
+}
+
+// Where coded row i stands in the chunk.
+struct Place {
+  uint64_t row, anchor;
+};
+CACHEGEN_HD Place place_of(const cg_chunk& chunk, uint64_t i) {
+  if (chunk.group_tokens == 0) return {i, 0};
+  const uint64_t group = i / (chunk.group_tokens - 1);
+  return {i + group + 1, group};
+}
+
+// 1 where x is positive, 2 where it is negative.
+CACHEGEN_HD uint8_t sign_of(int32_t x) { return uint8_t((0u - uint32_t(x)) >> 31 | uint32_t(x) >> 31 << 1); }
+
+// The coarser symbol; and the digit and context by which it is refined.
+CACHEGEN_HD float split(float fine, uint8_t* digit, uint8_t* context) {
+  const Rounded coarse(fine * (1.0f / 3));
+  *digit = uint8_t(Rounded(fine - 3 * coarse.value).integer + kDigitZero);
+  *context = sign_of(coarse.integer);
+  return coarse.value;
+}
+
+// A base symbol from its index, and a symbol refined by a digit's index.
+CACHEGEN_HD int32_t base_symbol(int32_t index) { return index - kZeroIndex; }
+CACHEGEN_HD int32_t refine(int32_t symbol, int32_t index) { return 3 * symbol + index - kDigitZero; }
+
+}  // namespace cachegen
