@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,14 +30,13 @@ from hf_cachegen.container import Limits, Reader, Store
 from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import (
     ConfigError,
-    CorruptError,
     ManifestError,
     ProfileError,
     ReadOnlyCacheError,
     TensorError,
     WrongDtypeError,
 )
-from hf_cachegen.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.layout import (
     KVTensors,
     build_dynamic,
@@ -50,8 +49,10 @@ from hf_cachegen.layout import (
     require_geometry,
     require_model,
 )
+from hf_cachegen.opening import open_context
 from hf_cachegen.prefix import Reuse
 from hf_cachegen.profile import Profile, find
+from hf_cachegen.report import CacheReport
 from hf_cachegen.stores import Access, LocalStore, open_store
 
 if TYPE_CHECKING:
@@ -62,28 +63,6 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK_TOKENS = 4096
 """Tokens per forward pass of a prefill: bounds the memory of activations, at full speed on any device."""
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What a cache is and what it cost. Sizes in bytes, times in seconds; None where it does not apply.
-
-    exact_bytes: keys and values in the model's dtype; loaded_bytes: what a loader of `level` fetches, everything
-    counted; encoding: the artifact's own report (bits per element and relative error of each layer at each level).
-    """
-
-    context_tokens: int
-    exact_bytes: int
-    loaded_bytes: int | None = None
-    level: int | None = None
-    prefill_seconds: float | None = None
-    load_seconds: float | None = None
-    encoding: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ratio(self) -> float | None:
-        """exact_bytes / loaded_bytes."""
-        return None if self.loaded_bytes is None else self.exact_bytes / self.loaded_bytes
 
 
 def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -228,28 +207,8 @@ class CacheGenCache(DynamicCache):
         Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
         """
         start = time.perf_counter()
-        folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
-        artifact = Artifact(open_store(path, Access(**access), limits), limits, profile, folder)
-        if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
-            raise ManifestError(
-                f"{path} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
-                "them with hf_cachegen.artifact.Artifact(path).decode()"
-            )
-        fingerprint = Fingerprint.from_dict(artifact.fingerprint)
-        if hash_tokens(stored) != fingerprint.tokens:
-            raise CorruptError(f"{path}: the stored tokens are not those of the fingerprint")
-        if artifact.geometry.batch != 1:
-            raise ManifestError(f"{path} holds {artifact.geometry.batch} rows; a context is one row")
-        if artifact.geometry.dtype != fingerprint.dtype:
-            raise ManifestError(
-                f"{path}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
-            )
-        places = None
-        if model is not None:
-            require_model(model)
-            fingerprint.check(model, tokenizer)
-            require_geometry(model.config, artifact.geometry)
-            places = layer_devices(model, len(artifact.geometry.layers))
+        found = open_context(open_store(path, Access(**access), limits), model, limits, profile, tokenizer=tokenizer)
+        artifact, places = found.artifact, found.places
         if device is None and places is not None and len(set(places)) == 1:
             device = places[0]
         keys, values = artifact.decode(level, device, progress=progress)
@@ -266,8 +225,8 @@ class CacheGenCache(DynamicCache):
         kv = kv if device is not None or places is None else kv.to(places)
         return cls(
             kv,
-            torch.tensor([stored]),
-            fingerprint,
+            found.input_ids,
+            found.fingerprint,
             report,
             config=artifact.config,
             profile=artifact.profile(),

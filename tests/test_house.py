@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 FLOORS = (
     ("errors",),
-    ("config", "geometry"),
+    ("config", "geometry", "report"),
     ("profile",),
     ("native",),
     ("codec", "container"),
@@ -29,6 +29,8 @@ FLOORS = (
     ("fingerprint",),
     ("encoding",),
     ("artifact",),
+    ("opening",),
+    ("streaming",),
     ("calibration", "convert"),
     ("cache",),
     ("generation",),
@@ -38,7 +40,9 @@ FLOORS = (
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 ONLY_IN = {
-    "transformers": {"calibration", "convert", "layout", "fingerprint", "cache", "generation", "cli"},
+    "transformers": {
+        "calibration", "convert", "layout", "fingerprint", "opening", "streaming", "cache", "generation", "cli"
+    },
     "huggingface_hub": {"stores"},
     "fsspec": {"stores"},
     "cryptography": {"stores"},
