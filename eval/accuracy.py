@@ -29,7 +29,7 @@ from eval import scorers, uniform
 from eval.reference import MODEL_PATH, held_out_lines
 from eval.reference.corpus import Document
 from hf_cachegen import CacheGenCache, CacheGenConfig, Profile
-from hf_cachegen.profile import find
+from hf_cachegen.finding import find
 
 ANSWER_TOKENS = 24
 """Enough for a whole line of the record."""

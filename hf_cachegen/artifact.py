@@ -37,10 +37,12 @@ from hf_cachegen.encoding import (
     side_lengths,
     spans_of,
 )
-from hf_cachegen.errors import ConfigError, LimitError, ManifestError, ProfileError, TensorError
+from hf_cachegen.errors import ConfigError, LimitError, ManifestError, TensorError
+from hf_cachegen.finding import ProfileLike, for_decoding
 from hf_cachegen.geometry import Geometry
-from hf_cachegen.profile import Profile, find
+from hf_cachegen.profile import Profile
 from hf_cachegen.stores import LocalStore
+from hf_cachegen.stores.profiles import Pin
 
 
 def write(
@@ -73,8 +75,8 @@ def write(
 class Artifact:
     """An artifact in a folder, or behind any other store (hf_cachegen.stores); opening reads its manifest alone.
 
-    profile: that of the klt transform, or its path; "auto": the right one beside the artifact or in `model_folder`;
-    None: the one beside the artifact alone.
+    profile: that of the klt transform, or its place; "auto": the right one, from wherever `finding.for_decoding` finds
+    it; None: the one beside the artifact alone.
 
     Raises ArtifactNotFoundError, ManifestError, LimitError, UnsupportedFormatError; its methods TruncatedError and
     CorruptError too.
@@ -84,11 +86,11 @@ class Artifact:
         self,
         place: str | os.PathLike[str] | Store,
         limits: Limits | None = None,
-        profile: Profile | str | os.PathLike[str] | None = "auto",
+        profile: ProfileLike = "auto",
         model_folder: str = "",
     ):
         self.store = LocalStore(place) if isinstance(place, str | os.PathLike) else place
-        self._profile, self._model_folder = ("auto", "") if profile is None else (profile, model_folder)
+        self._profile, self._model_folder = profile, model_folder
         self.reader = Reader(self.store, limits or Limits())
         manifest = self.manifest = self.reader.manifest
         self.geometry = Geometry.from_dict(manifest.geometry)
@@ -144,34 +146,19 @@ class Artifact:
         return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, self.profile())
 
     @property
-    def profile_digest(self) -> str | None:
-        """The digest of the profile that decoding needs, None where it needs none."""
-        named = self.manifest.codec.get("profile")
-        digest = named.get("digest") if isinstance(named, dict) else None
-        if self.config.transform != "klt":
-            return None
-        if not isinstance(digest, str):
-            raise ManifestError("codec.profile must name the digest of a profile")
-        return digest
+    def pin(self) -> Pin | None:
+        """What the manifest says of the profile that decoding needs, None where it needs none."""
+        return Pin.from_codec(self.manifest.codec) if self.config.transform == "klt" else None
 
     def profile(self) -> Profile | None:
-        """The profile that decoding needs. Raises ProfileError where it is missing or another one."""
-        digest = self.profile_digest
-        if digest is None:
+        """The profile that decoding needs. Raises ProfileError where it is missing or another one, and what fetching it
+        raises (`finding.for_decoding`).
+        """
+        pin = self.pin
+        if pin is None:
             return None
-        beside = self.store.directory if isinstance(self.store, LocalStore) else ""
-        profile = find(self._profile, beside, self._model_folder, digest=digest)
-        about = str(self.manifest.codec["profile"].get("model"))
-        if profile is None:
-            raise ProfileError(
-                f"this artifact needs profile {digest} of model {about!r:.200}: pass it as profile=, or put it in the "
-                "model's or the artifact's folder"
-            )
-        if profile.digest != digest:
-            raise ProfileError(
-                f"this artifact needs profile {digest} of model {about!r:.200}, the one given is {profile.digest}"
-            )
-        return profile
+        self._profile = for_decoding(self._profile, pin, self.store, self._model_folder, self.reader.limits)
+        return self._profile
 
     def decode(
         self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False

@@ -30,12 +30,11 @@ from hf_cachegen.container import Limits, Reader, Store
 from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import (
     ConfigError,
-    ManifestError,
-    ProfileError,
     ReadOnlyCacheError,
     TensorError,
     WrongDtypeError,
 )
+from hf_cachegen.finding import ProfileLike, for_encoding, profile_to_push
 from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.layout import (
     KVTensors,
@@ -51,7 +50,7 @@ from hf_cachegen.layout import (
 )
 from hf_cachegen.opening import open_context
 from hf_cachegen.prefix import Reuse
-from hf_cachegen.profile import Profile, find
+from hf_cachegen.profile import Profile
 from hf_cachegen.report import CacheReport
 from hf_cachegen.stores import Access, LocalStore, open_store
 
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Tokens = Tensor | Sequence[int]
-    ProfileLike = Profile | str | os.PathLike[str] | None
 
 PREFILL_CHUNK_TOKENS = 4096
 """Tokens per forward pass of a prefill: bounds the memory of activations, at full speed on any device."""
@@ -134,14 +132,15 @@ class CacheGenCache(DynamicCache):
         """Run `model`, in evaluation mode, over a context ([tokens] or [1, tokens]) and keep its exact keys and values.
 
         config: how `save_pretrained` will encode them (default: CacheGenConfig()). profile: the model's Profile, its
-        path, "auto" (the one in the model's folder, if there is one) or None. tokenizer: if given, its hash goes into
+        place (a path, a repository, a URL), "auto" (the one in the model's folder or its repository, if there is one:
+        docs/stores.md) or None. tokenizer: if given, its hash goes into
         the fingerprint. Raises UnsupportedModelError, UnsupportedLayerError, TensorError,
         WrongDtypeError, ProfileError, WrongModelError (another model's profile).
         """
         if prefill_chunk_tokens < 1:
             raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
         require_model(model)
-        found = _profile(profile, model)
+        found = for_encoding(profile, model)
         ids = _one_row(input_ids)
         start = time.perf_counter()
         if positions_change(model.config, 1, ids.shape[1]):
@@ -177,7 +176,7 @@ class CacheGenCache(DynamicCache):
         Other arguments and errors as for `from_context`.
         """
         require_model(model)
-        found = _profile(profile, model)
+        found = for_encoding(profile, model)
         ids = _one_row(input_ids)
         kv = _checked(capture(cache, model.config), model, ids).clone()
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
@@ -201,7 +200,8 @@ class CacheGenCache(DynamicCache):
 
         With a model the fingerprint and the geometry are checked before anything is decoded; `generate` checks again.
         path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
-        profile: for an artifact that needs one, as for `from_context`; one in the artifact's folder is found too.
+        profile: for an artifact that needs one: a Profile, its place, None (the one beside the artifact alone), or
+        "auto": the right one, from wherever it is found (docs/stores.md).
         limits: how large an artifact may claim to be. access: revision, token, cache_dir, local_files_only,
         force_download, subfolder and repo_type as in Transformers, and the other fields of hf_cachegen.stores.Access.
         Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
@@ -282,22 +282,26 @@ class CacheGenCache(DynamicCache):
         repo_type: str = "dataset",
         commit_message: str = "Upload a KV cache",
         create_pr: bool = False,
+        with_profile: bool | None = None,
     ) -> str:
         """Encode as `save_pretrained` does and put the artifact, with a card, into a repository on the Hub, in one
         commit; the repository is made if need be. Returns the URL of the commit.
 
         description: what the context is, for the card. A KV cache reveals its text: think before private=False.
+        with_profile: whether the profile that reading takes goes along; None: unless it was loaded from the Hub or
+        pushed there, and the artifact says where.
         Raises ConfigError, ConflictError and other StoreErrors.
         """
-        from hf_cachegen.stores import hub
+        from hf_cachegen.stores import hub, pushing
 
         place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
         with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
             self.save_pretrained(folder, config)
-            text = card(Reader(LocalStore(folder)), repo_id, subfolder=subfolder, description=description)
-            pushed = hub.push(
-                Path(folder), place, text, token=token, private=private, commit_message=commit_message,
-                create_pr=create_pr,
+            reader = Reader(LocalStore(folder))
+            text = card(reader, repo_id, subfolder=subfolder, description=description)
+            pushed = pushing.push(
+                Path(folder), place, text, profile=profile_to_push(self._profile, reader.manifest.codec, with_profile),
+                token=token, private=private, commit_message=commit_message, create_pr=create_pr,
             )  # fmt: skip
         return pushed.url
 
@@ -313,17 +317,6 @@ class CacheGenCache(DynamicCache):
         require_model(model)
         self.fingerprint.check(model, tokenizer)
         require_geometry(model.config, self.kv.geometry)
-
-
-def _profile(profile: ProfileLike, model: PreTrainedModel) -> Profile | None:
-    """The profile to use for `model`, checked to be its own."""
-    found = find(profile, str(getattr(model.config, "_name_or_path", "")))
-    if found is not None:
-        try:
-            Fingerprint.from_dict(found.about.get("fingerprint")).check_config(model)
-        except ManifestError as error:
-            raise ProfileError(f"this profile does not say whose it is: {error}") from error
-    return found
 
 
 def _one_row(input_ids: Tokens) -> Tensor:

@@ -30,7 +30,7 @@ from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.encoding import gather
 from hf_cachegen.errors import ConfigError, ProfileError, TensorError
-from hf_cachegen.fingerprint import Fingerprint
+from hf_cachegen.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.geometry import Geometry, LayerGeometry
 from hf_cachegen.layout import capture, evaluation_mode, positions_change, require_model
 from hf_cachegen.profile import Group, Profile, Rotary
@@ -111,6 +111,7 @@ def _learn(
     about = {
         "model": str(model.config.name_or_path),
         "fingerprint": Fingerprint.of(model, []).to_dict(),
+        "weights": coarse_weights(model),
         "samples": len(samples),
         "floor": floor,
         "target_kl": target_kl,

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_cachegen.container import Manifest, Reader
 from hf_cachegen.geometry import Geometry
+from hf_cachegen.stores.profiles import Pin
 
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
@@ -64,6 +65,58 @@ def card(reader: Reader, repo_id: str, *, subfolder: str | None = None, descript
         "",
         "Any other model, prompt or dtype is refused with an error.",
     ]) + "\n"  # fmt: skip
+
+
+def profile_card(about: dict[str, Any], pin: Pin, repo_id: str) -> str:
+    """Markdown for the repository of a profile. about: what the profile says of itself."""
+    fingerprint = about.get("fingerprint")
+    model, commit = _model(fingerprint if isinstance(fingerprint, dict) else {})
+    metadata = {
+        "tags": ["cachegen-profile", "kv-cache", "cachegen", "hf_cachegen"],
+        **({"base_model": [model]} if model else {}),
+    }
+    shown = [
+        ("model", (model or "a local model") + (f" at commit `{commit}`" if commit else "")),
+        ("learnt from", f"{about.get('samples', 'unknown')!s:.20} samples"),
+        ("size", f"{pin.nbytes or 0:,} bytes"),
+        ("digest (XXH3-128)", f"`{pin.digest}`"),
+        ("SHA-256", f"`{pin.sha256}`"),
+    ]
+    name = json.dumps(model or "the model that it was learnt from")
+    return "\n".join([
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()),
+        "---",
+        f"# A CacheGen profile{f' of {model}' if model else ''}",
+        "",
+        "What was learnt about one model so that its KV caches are stored in a fraction of the bits. Caches that were",
+        "made with a profile can be read with that one alone; each that was in use here is kept under its digest.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_line(value) if name == 'learnt from' else value} |" for name, value in shown),
+        "",
+        *_measured(about.get("measured")),
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "from hf_cachegen import CacheGenCache",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({name})",
+        f"cache = CacheGenCache.from_context(model, input_ids, profile={json.dumps(repo_id)})",
+        "```",
+    ]) + "\n"  # fmt: skip
+
+
+def _measured(rows: Any) -> list[str]:
+    """A table of what each level diverges and takes, as far as it was measured."""
+    try:
+        table = [
+            f"| {level} | {float(row['kl']):.6f} | {float(row['bits_per_element']):.2f} |"
+            for level, row in enumerate(rows, 1)
+        ]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return ["| level | KL, nats per token | bits per element |", "|---:|---:|---:|", *table, ""]
 
 
 def _model(fingerprint: dict[str, Any]) -> tuple[str | None, str | None]:

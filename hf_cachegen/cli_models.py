@@ -53,7 +53,7 @@ def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:
 
 def find_profile(choice: str, model: str) -> Profile | None:
     """The profile that --profile means for `model`: "auto", "none" or a path. Raises ProfileError."""
-    from hf_cachegen.profile import find
+    from hf_cachegen.finding import find
 
     return find(None if choice == "none" else choice, model)
 

@@ -54,10 +54,10 @@ def push(
     The repository is made, private, if it is not there. The token is the one of "hf auth login", or of HF_TOKEN.
     """
     text = card(Reader(LocalStore(folder)), repo_id, subfolder=subfolder, description=description)
-    from hf_cachegen.stores import hub
+    from hf_cachegen.stores import hub, pushing
 
     place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
-    pushed = hub.push(
+    pushed = pushing.push(
         folder, place, text, private=not public, commit_message=message, create_pr=create_pr, progress=bars(as_json)
     )
     if as_json:

@@ -234,7 +234,7 @@ def manifest_of(
     """The manifest, its files not yet known."""
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
-        codec["profile"] = {"digest": profile.digest, "model": profile.about.get("model")}
+        codec["profile"] = profile.named.to_dict()
     return Manifest(
         geometry=geometry.to_dict(),
         codec=codec,

@@ -71,7 +71,7 @@ PROBE_TEXT = (
 )
 """Letters, digits, punctuation, white space, several scripts and marks that look special: where tokenizers differ."""
 
-_offloaded: WeakKeyDictionary[nn.Module, dict[str, bytes]] = WeakKeyDictionary()
+_offloaded: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -194,24 +194,38 @@ def _text(value: Any) -> str:
     return text if len(text) <= MAX_FIELD else "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _weights(model: PreTrainedModel) -> str:
-    """SHA-256 of names, shapes, dtypes and PROBES values of every weight; one transfer per device and
-    dtype.
+def coarse_weights(model: PreTrainedModel) -> str:
+    """SHA-256 of names, shapes and PROBES values of every weight, rounded to bfloat16: equal for a model in the dtype
+    of its checkpoint, in float32 and in bfloat16, where a profile serves all.
     """
-    tensors, raw = dict(_persistent(model)), {}
+    digest = hashlib.sha256()
+    for name, tensor, values in _probes(model):
+        coarse = values.to(torch.bfloat16) if values.is_floating_point() else values
+        digest.update(f"{name} {list(tensor.shape)}\n".encode() + _bytes(coarse))
+    return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> str:
+    """SHA-256 of names, shapes, dtypes and PROBES values of every weight."""
+    digest = hashlib.sha256()
+    for name, tensor, values in _probes(model):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode() + _bytes(values))
+    return digest.hexdigest()
+
+
+def _probes(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, weight, PROBES of its values, on the CPU) of every weight; one transfer per device and dtype."""
+    tensors, found = dict(_persistent(model)), {}
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
-            raw[name] = _offloaded_probe(model, name)
+            found[name] = _offloaded_probe(model, name)
         else:
             groups.setdefault((tensor.device, tensor.dtype), {})[name] = _probe(tensor)
     for probes in groups.values():
         values = torch.cat(list(probes.values())).cpu().split([len(probe) for probe in probes.values()])
-        raw.update(zip(probes, map(_bytes, values), strict=True))
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode() + raw[name])
-    return digest.hexdigest()
+        found.update(zip(probes, values, strict=True))
+    return ((name, tensor, found[name]) for name, tensor in tensors.items())
 
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -243,7 +257,7 @@ def _bytes(values: Tensor) -> bytes:
     return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _offloaded_probe(model: nn.Module, name: str) -> bytes:
+def _offloaded_probe(model: nn.Module, name: str) -> Tensor:
     """The probe of a weight that accelerate keeps on the CPU or on disk. Remembered, because a read costs the whole
     weight and accelerate never writes an offloaded weight back.
     """
@@ -258,7 +272,7 @@ def _offloaded_probe(model: nn.Module, name: str) -> bytes:
             raise UnsupportedModelError(
                 f"weight {name!r} is on the meta device and accelerate holds no value of it"
             ) from error
-        known[name] = _bytes(_probe(weight.detach().cpu()))
+        known[name] = _probe(weight.detach().cpu())
     return known[name]
 
 

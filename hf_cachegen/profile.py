@@ -11,11 +11,12 @@ A profile is one safetensors file; its digest names it in the artifacts that nee
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +28,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hf_cachegen.errors import ArtifactExistsError, ProfileError
+from hf_cachegen.card import profile_card
+from hf_cachegen.container import Limits
+from hf_cachegen.errors import ArtifactExistsError, ConfigError, ProfileError
 from hf_cachegen.geometry import LayerGeometry
+from hf_cachegen.stores import Access
+from hf_cachegen.stores.profiles import PROFILE_FILE, REPO_TYPE, Pin, fetch
 
-PROFILE_FILE = "cachegen_profile.safetensors"
-"""Its name within a model's folder, where it is looked for by default."""
 PROFILE_VERSION = 1
-MAX_FILE_BYTES = 1 << 34
+MAX_HEADER_BYTES = 1 << 25
+"""Of a file's safetensors header: some thousand layers' worth."""
 LARGEST_NUMBER = 1e15
 """Of means, sensitivities and frequencies; a real profile's are of order 1, or of its model's keys and values."""
 LARGEST_SCALING = 1e3
@@ -53,19 +57,29 @@ class Rotary:
 
     def apply(self, keys: Tensor, positions: Tensor, sign: int) -> Tensor:
         """keys float32 [tokens, heads, dim] rotated (sign 1) or rotated back (sign -1), positions int64 [tokens]."""
+        return self.turn(keys, self.angles(positions), sign)
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Cosines and sines at positions int64 [tokens]: float32 [2, tokens, 1, r/2]."""
+        angle = positions.to(torch.float64)[:, None, None] * self.inv_freq.to(positions.device)
+        return torch.stack([angle.cos(), angle.sin()]).float()
+
+    def turn(self, keys: Tensor, angles: Tensor, sign: int) -> Tensor:
+        """As `apply`, with the angles of the positions already known."""
         if self.style == "none":
             return keys
-        angle = positions.to(torch.float64)[:, None] * self.inv_freq.to(positions.device)
-        cos, sin = angle.cos().float()[:, None], (sign * angle.sin()).float()[:, None]
+        cos, sin = angles[0], sign * angles[1]
+        if self.scaling != 1:
+            cos, sin = cos * self.scaling**sign, sin * self.scaling**sign
         width = 2 * len(self.inv_freq)
-        part, rest = keys[..., :width], keys[..., width:]
-        if self.style == "half":
-            a, b = part.chunk(2, -1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-        else:
-            a, b = part[..., 0::2], part[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        return torch.cat([turned * self.scaling**sign, rest], -1)
+        part, turned = keys[..., :width], torch.empty_like(keys)
+        turned[..., width:] = keys[..., width:]
+        half = slice(0, width // 2), slice(width // 2, width)
+        first, second = half if self.style == "half" else (slice(0, width, 2), slice(1, width, 2))
+        a, b = part[..., first], part[..., second]
+        torch.mul(a, cos, out=turned[..., first]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=turned[..., second]).addcmul_(a, sin)
+        return turned
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,8 @@ class Profile:
     means float32 [columns of one row of the batch]; step_code: the finest step, as `codec.quantize` codes it;
     base_entries uint8 [components] and refine_entries uint8 [levels - 1, components] name tables of the shipped
     codebook; `about` says which model (its fingerprint), from how much text, and the divergence measured at each
-    level.
+    level; place: the repository and commit (hf://...) that it was loaded from or pushed to, if any, which artifacts
+    made with it will name.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -107,15 +122,35 @@ class Profile:
     base_entries: Tensor
     refine_entries: Tensor
     about: dict[str, Any]
+    place: str | None = field(init=False, default=None)
 
     @property
     def levels(self) -> int:
         return 1 + len(self.refine_entries)
 
-    @cached_property
+    @property
+    def entries(self) -> Tensor:
+        """uint8 [levels, components]: the table entries of the base and of each refinement."""
+        return torch.cat([self.base_entries[None], self.refine_entries])
+
+    @property
     def digest(self) -> str:
         """XXH3-128 of the file, in hex."""
-        return xxhash.xxh3_128_hexdigest(self.to_bytes())
+        return self.pin.digest
+
+    @property
+    def named(self) -> Pin:
+        """What an artifact that needs this profile says of it."""
+        return replace(self.pin, place=self.place)
+
+    @cached_property
+    def pin(self) -> Pin:
+        """Hashes and length of the file."""
+        return self._pin(self.to_bytes())
+
+    def _pin(self, data: bytes) -> Pin:
+        model = str(self.about.get("model") or "")
+        return Pin(xxhash.xxh3_128_hexdigest(data), hashlib.sha256(data).hexdigest(), len(data), model)
 
     def to_bytes(self) -> bytes:
         """The file. The basis is kept in float16; its numbers are of order 1."""
@@ -143,7 +178,10 @@ class Profile:
     def from_bytes(cls, data: bytes) -> Profile:
         """Raises ProfileError for bytes that are no profile, or one that contradicts itself."""
         try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            length = int.from_bytes(data[:8], "little")
+            if length > MAX_HEADER_BYTES:
+                raise ProfileError(f"a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
+            header = json.loads(data[8 : 8 + length])
             described = json.loads(header["__metadata__"]["cachegen_profile"])
             tensors = load_tensors(data)
             if any(x.dtype != torch.float16 for name, x in tensors.items() if name.startswith("synthesis-")):
@@ -163,7 +201,7 @@ class Profile:
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"this is not a profile: {error}") from error
         profile._check()
-        profile.__dict__["digest"] = xxhash.xxh3_128_hexdigest(data)
+        profile.__dict__["pin"] = profile._pin(data)
         return profile
 
     def _check(self) -> None:
@@ -203,6 +241,13 @@ class Profile:
         known = rotary.style in ("none", "half", "interleaved")
         return known and fits and 1 / LARGEST_SCALING <= rotary.scaling <= LARGEST_SCALING
 
+    def checked_bytes(self) -> bytes:
+        """The file, which must have the digest that artifacts know this profile by. Raises ProfileError."""
+        data = self.to_bytes()
+        if not self.pin.fits(data):
+            raise ProfileError(f"profile {self.digest} was written by another release: copy its file instead")
+        return data
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Writes the file into a folder (such as the model's), or to a path that ends in .safetensors; returns its
         path. Raises ArtifactExistsError where another one is there, which artifacts may need, unless overwrite.
@@ -210,7 +255,7 @@ class Profile:
         place = Path(path)
         place = place if place.suffix == ".safetensors" else place / PROFILE_FILE
         place.parent.mkdir(parents=True, exist_ok=True)
-        data = self.to_bytes()
+        data = self.checked_bytes()
         if place.exists() and not overwrite:
             if place.is_file() and place.stat().st_size == len(data) and place.read_bytes() == data:
                 return place
@@ -223,30 +268,67 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """From a file, or from a folder that holds one. Raises ProfileError."""
-        place = Path(path)
-        place = place / PROFILE_FILE if place.is_dir() else place
-        if not place.is_file():
-            raise ProfileError(f"there is no profile at {place}; learn one with hf_cachegen.learn_profile")
-        if place.stat().st_size > MAX_FILE_BYTES:
-            raise ProfileError(f"{place} has {place.stat().st_size} bytes; a profile has at most {MAX_FILE_BYTES}")
-        return cls.from_bytes(place.read_bytes())
+        """From a file, or from a folder that holds one. Raises ProfileError, LimitError."""
+        return cls.from_bytes(fetch(Path(path), Access(), Limits())[0])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        place: str | os.PathLike[str],
+        *,
+        digest: str | None = None,
+        limits: Limits | None = None,
+        repo_type: str = REPO_TYPE,
+        **access: Any,
+    ) -> Profile:
+        """From a repository on the Hub ("user/name"), a URL, a folder or a file; kept in the local cache.
+
+        digest: take the profile of this digest, and no other; a repository has all that were ever pushed there.
+        access: revision, token, cache_dir, local_files_only, force_download and subfolder as in Transformers, and the
+        other fields of hf_cachegen.stores.Access.
+        Raises ProfileError where there is none, or another one; StoreError, LimitError.
+        """
+        options = Access(**access, repo_type=repo_type)
+        if options.key is not None or options.public_key is not None:
+            raise ConfigError("a profile is neither sealed nor signed: pass digest= to have one and no other")
+        data, where = fetch(place, options, limits or Limits(), digest)
+        profile = cls.from_bytes(data)
+        object.__setattr__(profile, "place", where)
+        return profile
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        *,
+        private: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a profile",
+        create_pr: bool = False,
+    ) -> str:
+        """Put it, with a card, into a repository on the Hub, in one commit; the repository is made if need be. Returns
+        the URL of the commit. Artifacts that are made with this object afterwards name the repository and the commit.
+
+        repo_id: default <you>/<model>-cachegen-profile, which readers of your artifacts look into by themselves. The
+        one that is in use there before is replaced, and kept under its digest. Raises ConfigError, StoreError.
+        """
+        from hf_cachegen.stores import hub
+        from hf_cachegen.stores.pushing import own_repository, push_profile
+
+        place = hub.HubPlace(
+            repo_id or own_repository(self.pin.model, token), REPO_TYPE, None, revision or hub.DEFAULT_REVISION
+        )
+        pushed = push_profile(
+            self.checked_bytes(), place, profile_card(self.about, self.pin, place.repo_id), token=token, private=private,
+            commit_message=commit_message, create_pr=create_pr,
+        )  # fmt: skip
+        object.__setattr__(self, "place", pushed.place)
+        return pushed.url
 
 
 def _moderate(x: Tensor) -> bool:
     """Whether all its numbers are finite, and none absurd."""
     return bool((x.abs() <= LARGEST_NUMBER).all())
-
-
-def _has_digest(place: Path, digest: str) -> bool:
-    """Whether the file's bytes have it; nothing is made of them."""
-    if place.stat().st_size > MAX_FILE_BYTES:
-        return False
-    found = xxhash.xxh3_128()
-    with place.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest() == digest
 
 
 def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:
@@ -256,19 +338,3 @@ def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:
             f"the profile is of {profile.about.get('model', 'another model')!r}, whose layers differ from this "
             f"cache's: expected {profile.layers[0]} x {len(profile.layers)}, got {layers[0]} x {len(layers)}"
         )
-
-
-def find(
-    profile: Profile | str | os.PathLike[str] | None, *folders: str | os.PathLike[str], digest: str | None = None
-) -> Profile | None:
-    """The profile itself, the one at a path, or for "auto" the first of these folders that has one (of this digest, if
-    any will not do; a file that has another digest is not parsed).
-    """
-    if profile is None or isinstance(profile, Profile):
-        return profile
-    if profile != "auto":
-        return Profile.load(profile)
-    places = (Path(folder) / PROFILE_FILE for folder in folders if folder)
-    right = (place for place in places if place.is_file() and (digest is None or _has_digest(place, digest)))
-    found = (Profile.load(place) for place in right)
-    return next((one for one in found if digest in (None, one.digest)), None)

@@ -21,13 +21,15 @@ MAX_LINES = 400
 FLOORS = (
     ("errors",),
     ("config", "geometry", "report"),
+    ("container",),
+    ("stores",),
+    ("card",),
     ("profile",),
     ("native",),
-    ("codec", "container"),
-    ("stores", "prefix", "card"),
+    ("codec", "prefix"),
     ("layout",),
     ("fingerprint",),
-    ("encoding",),
+    ("encoding", "finding"),
     ("artifact",),
     ("opening",),
     ("streaming",),
@@ -41,7 +43,8 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 
 ONLY_IN = {
     "transformers": {
-        "calibration", "convert", "layout", "fingerprint", "opening", "streaming", "cache", "generation", "cli"
+        "calibration", "convert", "layout", "fingerprint", "finding", "opening", "streaming", "cache", "generation",
+        "cli",
     },
     "huggingface_hub": {"stores"},
     "fsspec": {"stores"},

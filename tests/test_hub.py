@@ -20,8 +20,9 @@ from hf_cachegen.errors import (
     StoreAccessError,
     StoreError,
 )
-from hf_cachegen.stores import Access, hub
-from hf_cachegen.stores.hub import HubPlace, Pushed
+from hf_cachegen.stores import Access, hub, pushing
+from hf_cachegen.stores.hub import HubPlace
+from hf_cachegen.stores.pushing import Pushed
 from hf_cachegen.stores.remote import RemoteStore
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.survey import Found, find_artifacts
@@ -54,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def push(folder: Path, place: HubPlace = PLACE, **options: object) -> Pushed:
-    return hub.push(folder, place, TEXT, **{"token": "owner", **options})
+    return pushing.push(folder, place, TEXT, **{"token": "owner", **options})
 
 
 def repo_of(server: HubServer, place: HubPlace = PLACE) -> Repo:

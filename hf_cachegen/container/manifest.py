@@ -53,6 +53,7 @@ class Limits:
     max_segments: int = 1 << 16
     max_segment_bytes: int = 1 << 32
     max_decoded_bytes: int = 1 << 40
+    max_profile_bytes: int = 1 << 34
 
 
 DEFAULT_LIMITS = Limits()

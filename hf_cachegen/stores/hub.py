@@ -1,4 +1,4 @@
-"""Artifacts on the Hugging Face Hub: where they are, ranges of their files, and pushing in one commit.
+"""Artifacts on the Hugging Face Hub: where they are, and ranges of their files.
 
 A revision is resolved to a commit before anything is read, so that all files of one load are of one state. Reading goes
 by ranges from the Hub's own addresses (its client would take whole files, and does not check what it takes); everything
@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,36 +26,22 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    build_hf_headers,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from huggingface_hub.utils import build_hf_headers
 
 import hf_cachegen
-from hf_cachegen.container import Reader
-from hf_cachegen.container.manifest import is_own_file
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
     ConfigError,
-    ConflictError,
     OfflineError,
     StoreAccessError,
     StoreError,
 )
 from hf_cachegen.stores.http import HttpFiles
-from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.retry import Patience
-from hf_cachegen.stores.signed import SIGNATURE_FILE
 
 REPO_TYPES = ("dataset", "model", "space")
 DEFAULT_REVISION = "main"
-CARD = "README.md"
-CARD_MARK = "<!-- written by hf_cachegen; remove this line to keep your own text -->"
-"""Only a card with this line is ever replaced."""
-PUSH_ATTEMPTS = 4
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _URL = re.compile(
     r"hf://(?:(?P<kind>datasets|spaces|models)/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.*))?"
@@ -101,20 +86,18 @@ class HubPlace:
         """The repository and folder, without the revision: what a cache files it under."""
         return f"hf://{self.repo_type}s/{self.repo_id}" + (f"/{self.subfolder}" if self.subfolder else "")
 
+    @property
+    def url(self) -> str:
+        """What `from_url` reads."""
+        folder = f"/{self.subfolder}" if self.subfolder else ""
+        return f"hf://{self.repo_type}s/{self.repo_id}@{quote(self.revision, safe='')}{folder}"
+
     def __str__(self) -> str:
         return f"{self.origin} at {self.revision}"
 
     def path(self, name: str) -> str:
         """A file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """url: of the commit, or of the pull request; commit: its id."""
-
-    url: str
-    commit: str
 
 
 def is_offline() -> bool:
@@ -131,9 +114,11 @@ def resolve(place: HubPlace, token: Token = None, patience: Patience | None = No
     """The commit that the place's revision means now. Raises ArtifactNotFoundError, StoreError."""
     if is_commit(place.revision):
         return place.revision
-    with _named(f"{place}"):
+    with named(f"{place}"):
         timeout = (patience or Patience()).timeout
-        info = _api(token).repo_info(place.repo_id, revision=place.revision, repo_type=place.repo_type, timeout=timeout)
+        info = client(token).repo_info(
+            place.repo_id, revision=place.revision, repo_type=place.repo_type, timeout=timeout
+        )
     if not is_commit(str(info.sha)):
         raise StoreError(f"{place}: the Hub named no commit")
     return str(info.sha)
@@ -143,7 +128,7 @@ def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patien
     """The files of the place at that commit."""
     if is_offline():
         raise OfflineError(f"{place}: offline mode is on (HF_HUB_OFFLINE)")
-    with _named(f"{place}"):
+    with named(f"{place}"):
         headers = build_hf_headers(token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__)
 
     def url_of(name: str) -> str:
@@ -157,8 +142,8 @@ def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patien
 
 def find_files(place: HubPlace, token: Token = None) -> dict[str, int]:
     """All files at or below the place: path relative to it, and size."""
-    with _named(f"{place}"):
-        entries = _api(token).list_repo_tree(
+    with named(f"{place}"):
+        entries = client(token).list_repo_tree(
             place.repo_id, place.subfolder, recursive=True, revision=place.revision, repo_type=place.repo_type
         )
         sizes = {str(entry.path): int(entry.size) for entry in entries if hasattr(entry, "blob_id")}
@@ -166,84 +151,8 @@ def find_files(place: HubPlace, token: Token = None) -> dict[str, int]:
     return {path.removeprefix(prefix): size for path, size in sizes.items()}
 
 
-def push(
-    directory: Path,
-    place: HubPlace,
-    card: str,
-    *,
-    token: Token = None,
-    private: bool = True,
-    commit_message: str = "Upload a KV cache",
-    create_pr: bool = False,
-    progress: bool = True,
-) -> Pushed:
-    """Puts the artifact in `directory` into a repository, which is made if need be, in one commit.
-
-    What an earlier artifact had and this one has not is removed in the same commit; a card of somebody else's making
-    stays. If others commit meanwhile, it is tried again on top, unless they changed this very artifact: ConflictError.
-    progress: let the Hub's client draw its bars on stderr.
-    Raises ConfigError where `private` is asked for and the repository is public; ArtifactError, StoreError.
-    """
-    reader = Reader(LocalStore(directory))
-    reader.verify()
-    names = sorted(reader.sizes) + [SIGNATURE_FILE] * (directory / SIGNATURE_FILE).is_file()
-    api = _api(token)
-    with _named(f"{place}"), _bars(progress):
-        api.create_repo(place.repo_id, private=private, repo_type=place.repo_type, exist_ok=True)
-        if private and not api.repo_info(place.repo_id, repo_type=place.repo_type).private:
-            raise ConfigError(
-                f"{place.repo_id} is public, and a cache reveals its text; if you mean it, pass private=False"
-            )
-        if place.revision != DEFAULT_REVISION and not create_pr and not is_commit(place.revision):
-            api.create_branch(place.repo_id, branch=place.revision, repo_type=place.repo_type, exist_ok=True)
-        before: dict[str, str] | None = None
-        for attempt in range(1, PUSH_ATTEMPTS + 1):
-            head = api.repo_info(place.repo_id, revision=place.revision, repo_type=place.repo_type).sha
-            there = _own_files(api, place, head)
-            if before is not None and there != before:
-                raise ConflictError(f"{place}: somebody else changed this artifact meanwhile; look, then push again")
-            before = there
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                CommitOperationAdd(place.path(name), str(directory / name)) for name in names
-            ]
-            operations += [CommitOperationDelete(place.path(name)) for name in sorted(set(there) - set(names))]
-            if _may_write_card(place, head, token):
-                operations.append(CommitOperationAdd(place.path(CARD), f"{card}\n{CARD_MARK}\n".encode()))
-            try:
-                info = api.create_commit(
-                    place.repo_id, operations, commit_message=commit_message, repo_type=place.repo_type,
-                    revision=place.revision, create_pr=create_pr, parent_commit=head,
-                )  # fmt: skip
-                return Pushed(str(info.pr_url or info.commit_url), str(info.oid))
-            except HfHubHTTPError as error:
-                if _status(error) not in (409, 412):
-                    raise
-                if attempt == PUSH_ATTEMPTS:
-                    raise ConflictError(f"{place}: others committed during each of {attempt} attempts") from error
-    raise RuntimeError("unreachable: the last attempt returns or raises")
-
-
-def _own_files(api: HfApi, place: HubPlace, commit: str) -> dict[str, str]:
-    """Name and content hash of an artifact's files that are in the place."""
-    try:
-        entries = list(
-            api.list_repo_tree(place.repo_id, place.subfolder, revision=commit, repo_type=place.repo_type)
-        )
-    except EntryNotFoundError:
-        return {}
-    files = {PurePosixPath(entry.path).name: str(entry.blob_id) for entry in entries if hasattr(entry, "blob_id")}
-    return {name: blob for name, blob in files.items() if is_own_file(name) or name == SIGNATURE_FILE}
-
-
-def _may_write_card(place: HubPlace, commit: str, token: Token) -> bool:
-    try:
-        _, text = open_hub(place, commit, token).open(CARD)
-    except ArtifactNotFoundError:
-        return True
-    return CARD_MARK.encode() in text
-
-
-def _api(token: Token) -> HfApi:
+def client(token: Token) -> HfApi:
+    """The Hub's client, with this token. Raises OfflineError."""
     if is_offline():
         raise OfflineError("offline mode is on (HF_HUB_OFFLINE), and this needs the Hub")
     return HfApi(
@@ -251,25 +160,13 @@ def _api(token: Token) -> HfApi:
     )
 
 
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Keeps the Hub's client from drawing progress bars, unless they shall be shown."""
-    hide = not shown and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()
-
-
-def _status(error: HfHubHTTPError) -> int:
+def status_of(error: HfHubHTTPError) -> int:
+    """The HTTP status; 0 where there was none."""
     return int(getattr(error.response, "status_code", 0))
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
+def named(where: str) -> Iterator[None]:
     """Gives what the Hub's client raises its name here."""
     try:
         yield
@@ -286,7 +183,7 @@ def _named(where: str) -> Iterator[None]:
             f"there is no {where} (a private one needs a token with the right to read it): {_text(error)}"
         ) from error
     except HfHubHTTPError as error:
-        refused = _status(error) in (401, 403)
+        refused = status_of(error) in (401, 403)
         raise (StoreAccessError if refused else StoreError)(f"{where}: {_text(error)}") from error
     except Exception as error:
         raise StoreError(f"{where}: {type(error).__name__}: {_text(error)}") from error

@@ -25,6 +25,7 @@ from hf_cachegen.stores.signed import KeyLike, SignedStore
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 _UNCACHED = ("file", "memory")
 """Schemes that are no farther than the cache."""
+_ACCESS = "access"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,16 @@ def open_store(
     store = _open(place, access, limits)
     if access.key is not None:
         store = SealedStore(store.store or store if isinstance(store, CachedStore) else store, access.key)
-    return store if access.public_key is None else SignedStore(store, access.public_key)
+    if access.public_key is not None:
+        store = SignedStore(store, access.public_key)
+    setattr(store, _ACCESS, access)
+    return store
+
+
+def access_of(store: Store) -> Access:
+    """How `open_store` reached it, so that what goes with it can be fetched likewise; the defaults for other stores."""
+    found = getattr(store, _ACCESS, None)
+    return found if isinstance(found, Access) else Access()
 
 
 def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) -> Store:

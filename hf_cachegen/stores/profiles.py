@@ -1,0 +1,309 @@
+"""Profiles in places: one file each, found by what an artifact says of it and believed for its hash alone.
+
+    <place>/cachegen_profile.safetensors   the profile that is in use there; beside an artifact, or in a repository
+    <repository>/<digest>.safetensors      each one that was ever pushed there, so that old artifacts find theirs
+    <namespace>/<model>-cachegen-profile   the repository (of type model) where those of namespace/model are looked for
+
+What is found by its hash may come from anywhere, so it is kept in the local cache under its SHA-256 and serves every
+artifact that pins it. (XXH3, the older digest, authenticates nothing: what is pinned by it alone is fetched each time.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from hf_cachegen.container import Limits, Segment, Store
+from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    CacheGenError,
+    ConfigError,
+    LimitError,
+    ManifestError,
+    OfflineError,
+    ProfileError,
+    StoreAccessError,
+    StoreError,
+)
+from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
+from hf_cachegen.stores.remote import RemoteStore, is_url
+from hf_cachegen.stores.segment_cache import SegmentCache
+from hf_cachegen.stores.signed import SignedStore
+
+PROFILE_FILE = "cachegen_profile.safetensors"
+"""Its name in a model's folder, beside an artifact, and in a repository."""
+NAMESPACES_VARIABLE = "HF_CACHEGEN_PROFILES"
+"""Namespaces on the Hub (commas between them) to look for profiles in, instead of each model's own; empty: in none."""
+REPO_TYPE = "model"
+_REPO_SUFFIX = "-cachegen-profile"
+_ORIGIN = "profiles, by their SHA-256"
+_PIECE_BYTES = 8 << 20
+_MODEL_ID = re.compile(r"(?P<namespace>[\w][\w.-]*)/(?P<name>[\w.-]+)")
+_ON_HUB = re.compile(r"hf://(?:datasets|models|spaces)/(?P<namespace>[^/@]+)/")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What an artifact says of the profile that it needs: XXH3-128 and SHA-256 of the file, its length, the model that
+    it was learnt from, and the repository (hf://..., at a commit) where it was. Older artifacts say only `digest`, and
+    perhaps `model`.
+    """
+
+    digest: str
+    sha256: str | None = None
+    nbytes: int | None = None
+    model: str = ""
+    place: str | None = None
+
+    def __str__(self) -> str:
+        return f"profile {self.digest} of model {self.model or 'unknown'!r:.200}"
+
+    @classmethod
+    def from_codec(cls, codec: Mapping[str, Any]) -> Pin:
+        """From the `codec` of a stranger's manifest. Raises ManifestError."""
+        named = codec.get("profile")
+        if not isinstance(named, dict):
+            raise ManifestError("codec.profile must be an object that names the digest of a profile")
+        digest, sha256, nbytes, place = (named.get(name) for name in ("digest", "sha256", "bytes", "place"))
+        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            raise ManifestError(f"codec.profile must name the digest of a profile, got {digest!r:.80}")
+        if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+            raise ManifestError(f"codec.profile.sha256 must be 64 hex digits, got {sha256!r:.80}")
+        if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
+            raise ManifestError(f"codec.profile.bytes must be a whole number, got {nbytes!r:.80}")
+        # Any other URL could make a reader ask hosts of the stranger's choice.
+        if place is not None and not (isinstance(place, str) and place.startswith("hf://")):
+            raise ManifestError(f"codec.profile.place must be a repository on the Hub, hf://..., got {place!r:.80}")
+        return cls(digest, sha256, nbytes, str(named.get("model") or ""), place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_codec`."""
+        named = {"digest": self.digest, "model": self.model, "sha256": self.sha256, "bytes": self.nbytes}
+        return {**named, **({"place": self.place} if self.place else {})}
+
+    def fits(self, data: bytes) -> bool:
+        """Whether these are the bytes that are meant."""
+        return (
+            self.nbytes in (None, len(data))
+            and xxhash.xxh3_128_hexdigest(data) == self.digest
+            and self.sha256 in (None, hashlib.sha256(data).hexdigest())
+        )
+
+    def in_file(self, path: Path, limits: Limits) -> bytes | None:
+        """The bytes of a local file if they are the ones; None where there is no such file, or another one."""
+        try:
+            size = path.stat().st_size
+            if not path.is_file() or size > limits.max_profile_bytes or self.nbytes not in (None, size):
+                return None
+            data = path.read_bytes()
+        except OSError:
+            return None
+        return data if self.fits(data) else None
+
+
+def repository(model_id: str, namespace: str | None = None) -> str | None:
+    """Where profiles of this model on the Hub are looked for (in the model's namespace or in another one); None for
+    what is no name of a model on the Hub.
+    """
+    match = _MODEL_ID.fullmatch(model_id)
+    name = f"{match['name']}{_REPO_SUFFIX}" if match else ""
+    return f"{namespace or match['namespace']}/{name}" if match and len(name) <= 96 and ".." not in name else None
+
+
+def repositories(model_id: str, *namespaces: str) -> list[str]:
+    """All repositories to look into: in the model's namespace, or in those that HF_CACHEGEN_PROFILES names instead,
+    and in `namespaces`.
+    """
+    named = os.environ.get(NAMESPACES_VARIABLE)
+    own = [None] if named is None else [part.strip() for part in named.split(",") if part.strip()]
+    found = [repository(model_id, namespace) for namespace in [*own, *namespaces]]
+    return list(dict.fromkeys(one for one in found if one))
+
+
+def fetch_pinned(pin: Pin, store: Store, access: Access, limits: Limits) -> bytes:
+    """The file of the profile that the artifact in `store` needs: from the local cache, from beside the artifact, from
+    the repository that the artifact names, or from those of `repositories`.
+
+    Raises ProfileError where it is in none of them, saying what is where; StoreError where one of them could not be
+    asked; OfflineError where none may be.
+    """
+    cache = SegmentCache(access.cache_dir)
+    if not access.force_download and (kept := _kept(cache, pin.sha256)) is not None and pin.fits(kept):
+        return kept
+    failures: list[tuple[str, CacheGenError]] = []
+    for place, fetch in _sources(pin, store, access, limits):
+        try:
+            data = fetch()
+            if not pin.fits(data):
+                raise ProfileError("what is there is another profile")
+        except CacheGenError as error:
+            failures.append((place, error))
+            continue
+        _keep(cache, data)
+        return data
+    raise _not_found(pin, failures)
+
+
+def fetch(
+    place: str | os.PathLike[str], access: Access, limits: Limits, digest: str | None = None
+) -> tuple[bytes, str | None]:
+    """A profile's file from a place that the user named, and its place on the Hub at a commit.
+
+    place: a repository ("user/name" or hf://...), a URL of a folder or a file, a folder, or a file. digest: take the
+    one of this digest, of which a repository keeps every one that was pushed there.
+    Raises ProfileError where there is none, or another one; StoreError, LimitError.
+    """
+    cache = SegmentCache(access.cache_dir)
+    if is_repository(place):
+        data, where = _from_hub(str(place), access, limits, digest, cache)
+    elif isinstance(place, str) and is_url(place):
+        data, where = _from_url(place, access, limits, cache), None
+    else:
+        path = Path(place, access.subfolder or "")
+        path = path / PROFILE_FILE if path.is_dir() else path
+        if access.revision is not None:
+            raise ConfigError(f"a revision is for repositories on the Hub; {path} has none")
+        if not path.is_file():
+            raise ProfileError(f"there is no profile at {path}; learn one with hf_cachegen.learn_profile")
+        data, where = download(LocalStore(path.parent, path.resolve().parent), path.name, limits), None
+    if digest is not None and xxhash.xxh3_128_hexdigest(data) != digest:
+        raise ProfileError(f"the profile at {place} is not {digest} but {xxhash.xxh3_128_hexdigest(data)}")
+    return data, where
+
+
+def download(store: Store, name: str, limits: Limits, nbytes: int | None = None) -> bytes:
+    """A whole file of a store, in ranges side by side. nbytes: what it should have. Raises LimitError, ProfileError."""
+    size = store.size(name)
+    if size > limits.max_profile_bytes:
+        raise LimitError(f"{store}: {name} has {size} bytes, the limit for a profile is {limits.max_profile_bytes}")
+    if nbytes not in (None, size):
+        raise ProfileError(f"what is there has {size} bytes, the profile that is needed {nbytes}")
+    pieces = [
+        Segment(name, str(offset), offset, min(_PIECE_BYTES, size - offset), "")
+        for offset in range(0, size, _PIECE_BYTES)
+    ]
+    if isinstance(store, PrefetchingStore):
+        store.prefetch(pieces)
+    return b"".join(store.read(name, piece.offset, piece.length) for piece in pieces)
+
+
+def _sources(
+    pin: Pin, store: Store, access: Access, limits: Limits
+) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Where it may be, in the order of looking, and how to get it from there."""
+    beside = store.store if isinstance(store, SignedStore) else store  # its hash is in the manifest, which is signed
+    if not isinstance(beside, LocalStore):
+        yield f"beside the artifact, {beside}", lambda: download(beside, PROFILE_FILE, limits, pin.nbytes)
+    match = _ON_HUB.match(str(store))
+    namespaces = [match["namespace"]] if match else []
+    guesses = [f"hf://{REPO_TYPE}s/{name}" for name in repositories(pin.model, *namespaces)]
+    for url in ([pin.place] if pin.place else []) + guesses:
+        yield url, lambda url=url: _pinned_on_hub(pin, url, access, limits)  # type: ignore[misc]
+
+
+def _pinned_on_hub(pin: Pin, url: str, access: Access, limits: Limits) -> bytes:
+    """By its hash, so that no commit needs to be asked for first."""
+    from hf_cachegen.stores import hub
+
+    if access.local_files_only:
+        raise OfflineError(f"{url} may not be asked (local_files_only)")
+    place = hub.HubPlace.from_url(url)
+    store = RemoteStore(hub.open_hub(place, place.revision, access.token, access.patience), url)
+    try:
+        return download(store, f"{pin.digest}.safetensors", limits, pin.nbytes)
+    except ArtifactNotFoundError:
+        return download(store, PROFILE_FILE, limits, pin.nbytes)
+
+
+def _not_found(pin: Pin, failures: list[tuple[str, CacheGenError]]) -> CacheGenError:
+    looked = "; ".join(f"{place}: {_reason(error)}" for place, error in failures)
+    text = f"this artifact needs {pin}: pass it as profile=, or put it in the model's or the artifact's folder"
+    text = f"{text} (looked: {looked})" if looked else text
+    grave = [e for _, e in failures if isinstance(e, StoreError) and not isinstance(e, StoreAccessError)]
+    # What could not be asked may have it: another time the same call may do.
+    found: CacheGenError = type(grave[0])(text) if grave else ProfileError(text)
+    found.__cause__ = grave[0] if grave else (failures[-1][1] if failures else None)
+    return found
+
+
+def _reason(error: CacheGenError) -> str:
+    return "not there" if isinstance(error, ArtifactNotFoundError) else f"{type(error).__name__}: {error}"[:300]
+
+
+def _from_hub(
+    name: str, access: Access, limits: Limits, digest: str | None, cache: SegmentCache
+) -> tuple[bytes, str]:
+    from hf_cachegen.stores import hub
+
+    place = hub_place(name, access)
+    offline = access.local_files_only or hub.is_offline()
+    commit = place.revision if hub.is_commit(place.revision) else None
+    head = f"commit of {place.revision}"
+    if commit is None and offline:
+        commit = (cache.noted(place.origin, head) or b"").decode("ascii", "replace")
+    elif commit is None:
+        try:
+            commit = hub.resolve(place, access.token, access.patience)
+        except ArtifactNotFoundError as error:
+            raise ProfileError(str(error)) from error
+        cache.note(place.origin, head, commit.encode())
+    where = hub.HubPlace(place.repo_id, place.repo_type, place.subfolder, commit or place.revision).url
+    note = f"SHA-256 of profile {digest or ''} at {commit}"
+    kept = _kept(cache, (cache.noted(place.origin, note) or b"").decode("ascii", "replace"))
+    if kept is not None and not access.force_download:
+        return kept, where
+    if offline:
+        raise OfflineError(
+            f"the profile at {place} is not in the cache at {cache.directory}; load it once without local_files_only "
+            "(and not in offline mode)"
+        )
+    store = RemoteStore(hub.open_hub(place, commit or "", access.token, access.patience), f"{place}")
+    try:
+        data = download(store, f"{digest}.safetensors" if digest else PROFILE_FILE, limits)
+    except ArtifactNotFoundError as error:
+        raise ProfileError(f"there is no profile {digest or ''} in {place}") from error
+    cache.note(place.origin, note, _keep(cache, data).encode())
+    return data, where
+
+
+def _from_url(url: str, access: Access, limits: Limits, cache: SegmentCache) -> bytes:
+    path, mark, query = url.partition("?")
+    folder, _, name = path.rpartition("/")
+    if not name.endswith(".safetensors"):
+        folder, name = path, PROFILE_FILE
+    store = open_store(f"{folder}{mark}{query}", access, limits)
+    note = f"SHA-256 of {name}"
+    if access.local_files_only:
+        kept = _kept(cache, (cache.noted(str(store), note) or b"").decode("ascii", "replace"))
+        if kept is None:
+            raise OfflineError(f"the profile {name} at {store} is not in the cache at {cache.directory}")
+        return kept
+    try:
+        data = download(store, name, limits)
+    except ArtifactNotFoundError as error:
+        raise ProfileError(f"there is no profile {name} at {store}") from error
+    cache.note(str(store), note, _keep(cache, data).encode())
+    return data
+
+
+def _kept(cache: SegmentCache, sha256: str | None) -> bytes | None:
+    """The file of that SHA-256, proved, if it is in the cache."""
+    data = cache.noted(_ORIGIN, sha256) if sha256 else None
+    return data if data is not None and hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def _keep(cache: SegmentCache, data: bytes) -> str:
+    sha256 = hashlib.sha256(data).hexdigest()
+    cache.note(_ORIGIN, sha256, data)
+    return sha256
