@@ -12,10 +12,10 @@ import inspect
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from hf_cachegen.errors import (
     ConfigError,
     ReadOnlyCacheError,
     TensorError,
-    WrongDtypeError,
 )
 from hf_cachegen.finding import ProfileLike, for_encoding, profile_to_push
 from hf_cachegen.fingerprint import Fingerprint
@@ -40,7 +39,6 @@ from hf_cachegen.layout import (
     KVTensors,
     build_dynamic,
     capture,
-    dtype_name,
     evaluation_mode,
     layer_devices,
     layer_kinds,
@@ -48,16 +46,25 @@ from hf_cachegen.layout import (
     require_geometry,
     require_model,
 )
-from hf_cachegen.opening import open_context
+from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
 from hf_cachegen.prefix import Reuse
 from hf_cachegen.profile import Profile
 from hf_cachegen.report import CacheReport
 from hf_cachegen.stores import Access, LocalStore, open_store
+from hf_cachegen.streaming import (
+    CONNECTIONS,
+    Event,
+    Link,
+    Policy,
+    Refine,
+    Refinement,
+    StreamOptions,
+    policy_of,
+    stream_context,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    Tokens = Tensor | Sequence[int]
 
 PREFILL_CHUNK_TOKENS = 4096
 """Tokens per forward pass of a prefill: bounds the memory of activations, at full speed on any device."""
@@ -107,6 +114,7 @@ class CacheGenCache(DynamicCache):
         self.kv, self.input_ids, self.fingerprint, self.report = kv, input_ids, fingerprint, report
         self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values, strict=True)]
         self._config, self._profile, self._source = config, profile, source
+        self.refinement: Refinement | None = None
 
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
     # The first thing that a forward pass asks for: some prompts would fail, less clearly, before they come to update.
@@ -141,7 +149,7 @@ class CacheGenCache(DynamicCache):
             raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
         require_model(model)
         found = for_encoding(profile, model)
-        ids = _one_row(input_ids)
+        ids = one_row(input_ids)
         start = time.perf_counter()
         if positions_change(model.config, 1, ids.shape[1]):
             # The rotation depends on the whole length, so the context must be seen at once.
@@ -154,7 +162,7 @@ class CacheGenCache(DynamicCache):
         with evaluation_mode(model):
             for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
                 model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
-        kv = _checked(capture(past, model.config), model, ids)
+        kv = checked_kv(capture(past, model.config), model, ids)
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
         report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
         return cls(kv, ids, fingerprint, report, config=config, profile=found)
@@ -177,8 +185,8 @@ class CacheGenCache(DynamicCache):
         """
         require_model(model)
         found = for_encoding(profile, model)
-        ids = _one_row(input_ids)
-        kv = _checked(capture(cache, model.config), model, ids).clone()
+        ids = one_row(input_ids)
+        kv = checked_kv(capture(cache, model.config), model, ids).clone()
         fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
         return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config, profile=found)
 
@@ -232,6 +240,56 @@ class CacheGenCache(DynamicCache):
             profile=artifact.profile(),
             source=artifact.store,
         )
+
+    @classmethod
+    def stream(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        *,
+        slo: float | None = None,
+        level: int | Literal["text"] | None = None,
+        policy: Policy | str = "adaptive",
+        refine: Refine = "before",
+        prompt_tokens: int = 0,
+        fallback: Sequence[str | os.PathLike[str]] = (),
+        profile: ProfileLike = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        limits: Limits | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        stall_seconds: float | None = None,
+        connections: int = CONNECTIONS,
+        link: Link | None = None,
+        **access: Any,
+    ) -> CacheGenCache:
+        """Load an artifact so that the first token comes within `slo` seconds from this call, whatever the network
+        does (docs/streaming.md; section 5.3 of the paper). The report is a StreamReport.
+
+        path, profile, tokenizer, limits, access: as for `from_pretrained`. Every layer goes to its device of `model`.
+        slo: None takes the time that it takes. level: the same for all chunks, or "text" to recompute all, instead of a
+        policy. policy: "adaptive", "paper" or an object (hf_cachegen.streaming.Policy).
+        refine: what is done with finer levels than the first that was fetched: "off" nothing, "before" fetch them
+        while time is left before the SLO, "while_generating" go on after this call returns (`cache.refinement`).
+        prompt_tokens: how many tokens will follow the context: their prefill is part of the SLO.
+        fallback: other places with the same artifact. on_event: called with each hf_cachegen.streaming.Event.
+        stall_seconds: a source that is silent for so long has failed (default: a quarter of the SLO, at least 0.5; 10
+        without one). connections: requests at a time. link: which streams share a link (default: those to one host).
+
+        A chunk that no source gives is recomputed. Raises what `from_pretrained` does, and ConfigError for an option
+        out of range.
+        """
+        options = StreamOptions(
+            slo, policy_of(policy, level), refine, prompt_tokens, tuple(fallback), on_event, stall_seconds, connections,
+            link,
+        )  # fmt: skip
+        found, kv, report, refinement = stream_context(path, model, options, profile, tokenizer, limits, access)
+        artifact = found.artifact
+        cache = cls(
+            kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=artifact.profile(),
+            source=artifact.store,
+        )  # fmt: skip
+        cache.refinement = refinement
+        return cache
 
     def save_pretrained(
         self,
@@ -317,32 +375,3 @@ class CacheGenCache(DynamicCache):
         require_model(model)
         self.fingerprint.check(model, tokenizer)
         require_geometry(model.config, self.kv.geometry)
-
-
-def _one_row(input_ids: Tokens) -> Tensor:
-    try:
-        ids = torch.as_tensor(input_ids).detach().cpu()
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        raise TensorError(
-            f"a context is one row of token ids, [tokens] or [1, tokens]; got a {type(input_ids).__name__}: pass "
-            'input_ids, such as tokenizer(text, return_tensors="pt").input_ids'
-        ) from error
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
-        raise TensorError(
-            f"a context is one row of token ids, [tokens] or [1, tokens]; got {list(ids.shape)} {ids.dtype}"
-        )
-    return ids.long()
-
-
-def _checked(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
-    if kv.geometry.tokens != ids.shape[1]:
-        raise TensorError(
-            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks "
-            "the last token of the sequence: pass sequences[:, :-1]"
-        )
-    if kv.geometry.dtype != dtype_name(model.dtype):
-        raise WrongDtypeError(
-            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)} (autocast?): make them one"
-        )
-    return kv

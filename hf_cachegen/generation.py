@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import ConfigError, PromptMismatchError, TensorError, UnsupportedModelError
 from hf_cachegen.layout import base_model, build_dynamic, build_static, layer_devices, positions_change
 from hf_cachegen.prefix import match
+from hf_cachegen.streaming import Refine
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -55,6 +56,9 @@ def generate(
     *args: Any,
     cache: CacheGenCache | str | os.PathLike[str] | None = None,
     on_mismatch: OnMismatch = "recompute",
+    slo: float | None = None,
+    refine: Refine | None = None,
+    stream: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """What `model.generate(input_ids, *args, **kwargs)` returns, computed from `cache`: a cache, or an artifact's path.
@@ -63,6 +67,8 @@ def generate(
     length are left-padded as usual, with their attention_mask. on_mismatch: where a prompt does not begin with the
     whole context, "recompute" reuses the longest common prefix and computes the rest, "error" raises
     PromptMismatchError.
+    slo, refine: for an artifact's path: seconds from this call to the first token, and what is done with finer levels;
+    stream: further arguments of CacheGenCache.stream, which loads it where one of the three is given.
 
     Raises MismatchError where the cache is another model's, UnsupportedModelError for a way of generating that cannot
     start from a cache, and whatever the stock generate raises.
@@ -74,7 +80,15 @@ def generate(
         cache = call.pop("past_key_values")
     if cache is None:
         return stock(**call)
-    cache = cache if isinstance(cache, CacheGenCache) else CacheGenCache.from_pretrained(cache, model)
+    streamed = {"slo": slo, "refine": refine, **(stream or {})}
+    streamed = {name: value for name, value in streamed.items() if value is not None}
+    if isinstance(cache, CacheGenCache):
+        if streamed:
+            raise ConfigError(f"{sorted(streamed)} are for an artifact's path; this cache is loaded already")
+    elif streamed:
+        cache = CacheGenCache.stream(cache, model, **streamed)
+    else:
+        cache = CacheGenCache.from_pretrained(cache, model)
     cache.check(model)
     options = {name: value for name, value in call.items() if name not in (*POSITIONAL, *HELPERS)}
     settings, inputs = model._prepare_generation_config(call.get("generation_config"), **options)
@@ -109,7 +123,7 @@ def generate(
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make `model.generate` take `cache=` and `on_mismatch=` as `generate` does; without a cache it is unchanged."""
+    """Make `model.generate` take `cache=` and what goes with it as `generate` does; without a cache it is unchanged."""
     if not isinstance(model.__dict__.get("generate"), _Attached):
         model.__dict__["generate"] = _Attached(model)
     return model

@@ -1,7 +1,10 @@
-"""An artifact as the cache of one context: opened, and checked as far as can be before anything is decoded."""
+"""What must belong together is held together before any work is done: an artifact's manifest and tokens and the model
+that is to use it, tokens and the cache that they filled.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +13,9 @@ from torch import Tensor
 
 from hf_cachegen.artifact import Artifact
 from hf_cachegen.container import Limits, Store
-from hf_cachegen.errors import CorruptError, ManifestError
+from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
 from hf_cachegen.fingerprint import Fingerprint, hash_tokens
-from hf_cachegen.layout import layer_devices, require_geometry, require_model
+from hf_cachegen.layout import KVTensors, dtype_name, layer_devices, require_geometry, require_model
 
 if TYPE_CHECKING:
     import os
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_cachegen.profile import Profile
+
+Tokens = Tensor | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,34 @@ def open_context(
         require_geometry(model.config, artifact.geometry)
         places = layer_devices(model, len(artifact.geometry.layers))
     return OpenContext(artifact, fingerprint, torch.tensor([stored]), places)
+
+
+def one_row(input_ids: Tokens) -> Tensor:
+    """A context's token ids as int64 [1, tokens], on the CPU. Raises TensorError for what is no such thing."""
+    try:
+        ids = torch.as_tensor(input_ids).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise TensorError(
+            f"a context is one row of token ids, [tokens] or [1, tokens]; got a {type(input_ids).__name__}: pass "
+            'input_ids, such as tokenizer(text, return_tensors="pt").input_ids'
+        ) from error
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
+        raise TensorError(
+            f"a context is one row of token ids, [tokens] or [1, tokens]; got {list(ids.shape)} {ids.dtype}"
+        )
+    return ids.long()
+
+
+def checked_kv(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
+    """`kv`, which must have the tokens of `ids` and the dtype of `model`. Raises TensorError, WrongDtypeError."""
+    if kv.geometry.tokens != ids.shape[1]:
+        raise TensorError(
+            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks "
+            "the last token of the sequence: pass sequences[:, :-1]"
+        )
+    if kv.geometry.dtype != dtype_name(model.dtype):
+        raise WrongDtypeError(
+            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)} (autocast?): make them one"
+        )
+    return kv

@@ -1,0 +1,49 @@
+"""A context that streams in: the first token within the SLO, whatever the network does (docs/streaming.md)."""
+
+from __future__ import annotations
+
+from hf_cachegen.streaming.events import (
+    ChunkChosen,
+    ChunkFetched,
+    ChunkReady,
+    ContextReady,
+    Event,
+    FirstToken,
+    SourceFailed,
+    StreamFinished,
+    StreamStarted,
+)
+from hf_cachegen.streaming.link import Link
+from hf_cachegen.streaming.loader import stream_context
+from hf_cachegen.streaming.options import CONNECTIONS, Refine, StreamOptions
+from hf_cachegen.streaming.policy import Adaptive, Fixed, Missing, Outlook, Paper, Plan, Policy, policy_of
+from hf_cachegen.streaming.refine import Refinement
+from hf_cachegen.streaming.report import ChunkReport, StreamReport
+
+__all__ = [
+    "CONNECTIONS",
+    "Adaptive",
+    "ChunkChosen",
+    "ChunkFetched",
+    "ChunkReady",
+    "ChunkReport",
+    "ContextReady",
+    "Event",
+    "FirstToken",
+    "Fixed",
+    "Link",
+    "Missing",
+    "Outlook",
+    "Paper",
+    "Plan",
+    "Policy",
+    "Refine",
+    "Refinement",
+    "SourceFailed",
+    "StreamFinished",
+    "StreamOptions",
+    "StreamReport",
+    "StreamStarted",
+    "policy_of",
+    "stream_context",
+]

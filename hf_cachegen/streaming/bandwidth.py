@@ -1,0 +1,94 @@
+"""What throughput a stream gets, from the bytes that arrive.
+
+Time counts only while a request is under way, so a reader that pauses does not make its link look slow. A sample ends
+after SAMPLE_SECONDS, or with the last request under way if it has SAMPLE_BYTES: fewer tell of round trips, not of the
+link. Between samples silence counts: once the current sample is longer than the last one was, its own rate, which
+falls with every second without bytes, is what may be expected.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+SAMPLE_SECONDS = 0.1
+SAMPLE_BYTES = 1 << 18
+
+
+class Bandwidth:
+    """prior: bytes a second to begin with. smoothing: the weight of what was before in each new estimate, 0 for none.
+
+    Threads share it.
+    """
+
+    def __init__(
+        self,
+        prior: float | None = None,
+        smoothing: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rate, self._smoothing, self._clock = prior, smoothing, clock
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._bytes, self._busy, self._since = 0, 0.0, 0.0
+        self.last_byte = clock()
+        self.total = 0
+
+    def began(self) -> None:
+        """A request was sent."""
+        with self._lock:
+            if not self._under_way:
+                self._since = self.last_byte = self._clock()
+            self._under_way += 1
+
+    def ended(self) -> None:
+        """A request was answered, or failed."""
+        with self._lock:
+            self._tick()
+            self._under_way -= 1
+            if not self._under_way and self._bytes >= SAMPLE_BYTES:
+                self._close()
+
+    def add(self, count: int) -> None:
+        """So many bytes arrived."""
+        with self._lock:
+            self._tick()
+            self.last_byte = self._since
+            self._bytes += count
+            self.total += count
+            if self._busy >= SAMPLE_SECONDS:
+                self._close()
+
+    def forget(self) -> None:
+        """Begins a sample anew: what arrived so far was too small to tell anything."""
+        with self._lock:
+            self._tick()
+            self._bytes, self._busy = 0, 0.0
+
+    def rate(self) -> float | None:
+        """Bytes a second to be expected; None before the first sample."""
+        with self._lock:
+            self._tick()
+            if self._busy > SAMPLE_SECONDS:
+                now = self._bytes / self._busy
+                return now if self._rate is None else min(now, self._rate)
+            return self._rate
+
+    def silence(self) -> float:
+        """Seconds without a byte while requests are under way; 0 where none is."""
+        with self._lock:
+            return self._clock() - self.last_byte if self._under_way else 0.0
+
+    def _tick(self) -> None:
+        now = self._clock()
+        if self._under_way:
+            self._busy += now - self._since
+        self._since = now
+
+    def _close(self) -> None:
+        if self._busy > 0:
+            sample = self._bytes / self._busy
+            old = self._smoothing if self._rate is not None else 0.0
+            self._rate = old * (self._rate or 0.0) + (1 - old) * sample
+        self._bytes, self._busy = 0, 0.0

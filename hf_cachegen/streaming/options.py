@@ -1,0 +1,53 @@
+"""What a stream may be asked for, checked before anything is fetched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from hf_cachegen.errors import ConfigError
+from hf_cachegen.streaming.events import Event
+from hf_cachegen.streaming.link import Link
+from hf_cachegen.streaming.policy import Policy
+
+Refine = Literal["off", "before", "while_generating"]
+CONNECTIONS = 8
+"""Requests at a time of one stream: one connection seldom fills a link."""
+STALL_SECONDS = 10.0
+LEAST_STALL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """The options of `CacheGenCache.stream` under their names. Raises ConfigError for one that is out of range."""
+
+    slo: float | None
+    policy: Policy
+    refine: Refine
+    prompt_tokens: int
+    fallback: tuple[str | os.PathLike[str], ...]
+    on_event: Callable[[Event], None] | None
+    stall_seconds: float | None
+    connections: int
+    link: Link | None
+
+    def __post_init__(self) -> None:
+        if self.slo is not None and not self.slo > 0:
+            raise ConfigError(f"slo must be above 0 seconds, got {self.slo}")
+        if self.refine not in get_args(Refine):
+            raise ConfigError(f"refine must be one of {get_args(Refine)}, got {self.refine!r}")
+        if self.prompt_tokens < 0:
+            raise ConfigError(f"prompt_tokens must not be negative, got {self.prompt_tokens}")
+        if self.stall_seconds is not None and not self.stall_seconds > 0:
+            raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds}")
+        if self.connections < 1:
+            raise ConfigError(f"connections must be at least 1, got {self.connections}")
+
+    @property
+    def stall(self) -> float:
+        """Seconds of silence after which a source has failed."""
+        if self.stall_seconds is not None:
+            return self.stall_seconds
+        return STALL_SECONDS if self.slo is None else max(LEAST_STALL_SECONDS, self.slo / 4)

@@ -1,0 +1,281 @@
+"""Which level each chunk comes in, and which chunks are recomputed from their tokens: pure functions of what is known.
+
+Twists:
+1. Levels are nested: a chunk that came coarse is refined later by what it lacks, so nothing is lost by asking for the
+   coarse part first. `Plan.sure` is what is fetched first of every chunk, `Plan.level` what is aimed at.
+2. Recomputing needs all keys and values before a chunk. So text grows from the front of the context while transfers
+   come from its back, at the same time, until they meet: `Plan.text` counts the chunks at the front. If the link dies
+   it is a front part that is missing, which can be recomputed.
+3. Text is exact, the finest level is not; but where the finest level fits the time, nothing is recomputed.
+
+`Paper` is Algorithm 1 of the CacheGen paper (section 5.3) to the letter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, Protocol
+
+from hf_cachegen.errors import ConfigError
+
+TEXT: Literal["text"] = "text"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a chunk that is not in place would cost.
+
+    wire_bytes[level - 1]: bytes that have yet to come over the network for that level (0: all here; inf: cannot be
+    had). decode_seconds; recompute_seconds: after the chunks before it, inf where that cannot be done.
+    """
+
+    wire_bytes: tuple[float, ...]
+    decode_seconds: float
+    recompute_seconds: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """seconds_left: until the context must be in place, inf without an SLO. bytes_per_second: this stream's share of
+    the link, None before anything was measured, 0 where no source is left. missing: in the order of the context.
+    """
+
+    seconds_left: float
+    bytes_per_second: float | None
+    missing: tuple[Missing, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """level: aimed at, for all chunks that are not text. sure: fetched first of every chunk, at most `level`.
+    text: how many of the missing chunks, from the front, are recomputed. seconds: expected, until all are in place.
+    """
+
+    level: int
+    sure: int
+    text: int
+    seconds: float
+    why: str
+
+
+class Policy(Protocol):
+    """Called again and again while a stream runs, with what is known by then."""
+
+    @property
+    def smoothing(self) -> float:
+        """Of the throughput: 0 takes that of the last sample, towards 1 an ever longer average."""
+        ...
+
+    @property
+    def refines(self) -> bool:
+        """Whether what is in place is improved while time is left."""
+        ...
+
+    def plan(self, outlook: Outlook) -> Plan:
+        """What to do about the missing chunks (one or more)."""
+        ...
+
+
+class Costs:
+    """Seconds until all missing chunks are in place, for a level and a number of text chunks.
+
+    Transfers, and the calling thread's work (decoding, recomputing), go on at the same time; the last chunk to arrive
+    is decoded after that.
+    """
+
+    def __init__(self, outlook: Outlook) -> None:
+        missing, rate = outlook.missing, outlook.bytes_per_second
+        self.count, self.levels = len(missing), len(missing[0].wire_bytes)
+        self._rate = math.inf if rate is None else rate
+        self._recompute = [0.0, *accumulate(chunk.recompute_seconds for chunk in missing)]
+        self._decode = _sums_from([chunk.decode_seconds for chunk in missing])
+        self._last = [chunk.decode_seconds for chunk in missing] + [0.0]
+        self._bytes = [_sums_from([chunk.wire_bytes[level] for chunk in missing]) for level in range(self.levels)]
+
+    def transfer(self, level: int, text: int = 0) -> float:
+        """Seconds on the wire for the chunks that are not text."""
+        nbytes = self._bytes[level - 1][text]
+        return nbytes / self._rate if nbytes and self._rate else math.inf if nbytes else 0.0
+
+    def recompute(self, text: int | None = None) -> float:
+        """Seconds of recomputing the first `text` missing chunks (default: all)."""
+        return self._recompute[self.count if text is None else text]
+
+    def seconds(self, level: int, text: int) -> float:
+        work = self._recompute[text] + self._decode[text]
+        return max(self.transfer(level, text) + self._last[text], work)
+
+    def fewest_text(self, level: int, limit: float) -> int | None:
+        """The fewest text chunks with which `level` is there within `limit` (finite costs alone); None: no number."""
+        for text in range(self.count + 1):
+            cost = self.seconds(level, text)
+            if cost <= limit and cost < math.inf:
+                return text
+            if self._recompute[text] > limit:
+                return None
+        return None
+
+    def fastest(self) -> tuple[int, int, float]:
+        """(level, text, seconds) of the fastest way, whatever it loses; inf where nothing can be done."""
+        cost, text = min((self.seconds(1, text), text) for text in range(self.count + 1))
+        return 1, text, cost
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """The finest level that fits the time left, helped by as little recomputing as that takes; what is fetched first is
+    what would still fit if the link became `caution` times slower, and the rest comes as refinements.
+
+    text: whether chunks may be recomputed to meet the SLO (where no source is left they are in any case).
+    Raises ConfigError.
+    """
+
+    caution: float = 3.0
+    smoothing: float = 0.0
+    text: bool = True
+    refines: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.caution >= 1:
+            raise ConfigError(f"caution must be at least 1, got {self.caution}")
+        _check_smoothing(self.smoothing)
+
+    def plan(self, outlook: Outlook) -> Plan:
+        """See the class."""
+        costs, left = Costs(outlook), outlook.seconds_left
+        if outlook.bytes_per_second is None:
+            return self._unmeasured(costs, left)
+        if left == math.inf:
+            return _whole(costs)
+        for level in range(costs.levels, 0, -1):
+            text = costs.fewest_text(level, left)
+            if text is not None and (self.text or text == 0):
+                sure = self._sure(costs, left, level, text)
+                return Plan(level, sure, text, costs.seconds(level, text), _why(costs, level, text, left))
+        return _fastest(costs, left, self.text)
+
+    def _sure(self, costs: Costs, left: float, level: int, text: int) -> int:
+        if not self.refines:
+            return level
+        fits = (low for low in range(level, 1, -1) if self.caution * costs.transfer(low, text) <= left)
+        return next(fits, 1)
+
+    def _unmeasured(self, costs: Costs, left: float) -> Plan:
+        """Before the first sample: the base first. If recomputing all would just fit, it begins at once, since later
+        it would not.
+        """
+        if left == math.inf:
+            return _whole(costs)
+        middle = (costs.levels + 1) // 2
+        whole = costs.recompute()
+        if self.text and whole <= left <= whole * HEDGE and whole < math.inf:
+            return Plan(middle, 1, 1, whole, "no throughput yet; recomputing all just fits, so it begins")
+        return Plan(middle, 1 if self.refines else middle, 0, math.nan, "no throughput yet: the middle level")
+
+
+HEDGE = 1.25
+"""Recomputing begins before anything is measured when the time left is at most so many times what it takes."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Algorithm 1: text where recomputing all that remains fits the time left; else the finest level whose remaining
+    bytes do, at the throughput of the last chunk; before the first sample the middle level.
+    """
+
+    smoothing: float = 0.0
+    refines: bool = False
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self.smoothing)
+
+    def plan(self, outlook: Outlook) -> Plan:
+        """See the class."""
+        costs, left = Costs(outlook), outlook.seconds_left
+        whole = costs.recompute()
+        if whole <= left and whole < math.inf and left < math.inf:
+            why = f"recomputing all that remains takes {whole:.2f} s of the {left:.2f} s left"
+            return Plan(1, 1, costs.count, whole, why)
+        if outlook.bytes_per_second is None:
+            middle = (costs.levels + 1) // 2
+            return Plan(middle, middle, 0, math.nan, "no throughput yet: the middle level")
+        for level in range(costs.levels, 0, -1):
+            seconds = costs.transfer(level)
+            if seconds <= left and seconds < math.inf:
+                why = f"the finest whose {seconds:.2f} s of transfer fit the {left:.2f} s left"
+                return Plan(level, level, 0, costs.seconds(level, 0), why)
+        return _fastest(costs, left, True, mixed=False)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One choice for all chunks, a level or "text", whatever the time left; None is the finest level."""
+
+    choice: int | Literal["text"] | None = None
+    smoothing: float = 0.0
+    refines: bool = False
+
+    def plan(self, outlook: Outlook) -> Plan:
+        """See the class."""
+        costs = Costs(outlook)
+        if self.choice == TEXT:
+            return Plan(1, 1, costs.count, costs.recompute(), "as asked for")
+        level = costs.levels if self.choice is None else int(self.choice)
+        return Plan(level, level, 0, costs.seconds(level, 0), "as asked for")
+
+
+def policy_of(policy: Policy | str, level: int | Literal["text"] | None) -> Policy:
+    """The policy that `stream`'s arguments mean. Raises ConfigError."""
+    if level is not None:
+        if not (level == TEXT or (isinstance(level, int) and not isinstance(level, bool) and level >= 1)):
+            raise ConfigError(f"level must be a whole number from 1, or 'text', got {level!r}")
+        return Fixed(level)
+    if isinstance(policy, str):
+        named: dict[str, Policy] = {"adaptive": Adaptive(), "paper": Paper()}
+        if policy not in named:
+            raise ConfigError(f"policy must be one of {sorted(named)} or a Policy, got {policy!r}")
+        return named[policy]
+    return policy
+
+
+def refinement_order(chunks: int) -> list[int]:
+    """Whose refinement comes first: the last chunk (what stands before the question), the first (attention leans on
+    it), then from the back to the front. All chunks get one level finer before any gets two: the first refinement
+    removes the most error for its bytes.
+    """
+    order = [chunks - 1, 0, *range(chunks - 2, 0, -1)]
+    return list(dict.fromkeys(order))
+
+
+def _whole(costs: Costs) -> Plan:
+    finest = costs.levels
+    return Plan(finest, finest, 0, costs.seconds(finest, 0), "no SLO: the finest level")
+
+
+def _fastest(costs: Costs, left: float, text_allowed: bool, *, mixed: bool = True) -> Plan:
+    level, text, seconds = costs.fastest()
+    if not mixed:
+        seconds, text = min((costs.seconds(1, text), text) for text in (0, costs.count))
+    if not text_allowed:
+        text, seconds = 0, costs.seconds(1, 0)
+    why = f"nothing fits the {max(0.0, left):.2f} s left: the fastest way, {seconds:.2f} s"
+    return Plan(level, level, text, seconds, why)
+
+
+def _why(costs: Costs, level: int, text: int, left: float) -> str:
+    seconds = costs.seconds(level, text)
+    what = "recomputing all" if text == costs.count else f"the finest that fits, with {text} chunks recomputed"
+    return f"{what if text else 'the finest that fits'}: {seconds:.2f} s of the {left:.2f} s left"
+
+
+def _sums_from(values: Sequence[float]) -> list[float]:
+    """[i]: the sum of values[i:]."""
+    return [*accumulate(reversed(values), initial=0.0)][::-1]
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"smoothing must be from 0 to below 1, got {smoothing}")
