@@ -1,18 +1,13 @@
-"""The compiled code: finds its library, checks it, and gives the coder's functions as torch custom ops.
+"""The compiled code: finds its libraries, checks them, and calls their functions.
 
 Twists:
-1. The library is optional. `available()` says whether there is one, and logs a warning, once, when there is none: the
-   coder's reference then does the same, slowly.
-2. The library knows no torch: ctypes hands it addresses and sizes (the contract is cuda_ext/include/cachegen.h), and
-   lets go of the interpreter's lock meanwhile.
-3. The ops check whatever could take the library outside a buffer, so they are safe to call directly. Shapes and dtypes
-   are those of codec/rans.py, with `tables` from build_tables, streams uint8 [bytes] and tile_bytes int64 [tiles]:
-
-       torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?, isa=0) -> (streams, tile_bytes)
-       torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens, isa=0) -> symbols
-
-4. The instruction set is chosen when a function is called: the best that the machine has, or the one that the
-   environment variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes.
+1. The libraries are optional: one for tensors on the CPU, one for those on a CUDA device. `available()` says whether
+   there is one, and logs a warning, once, when there is none for the CPU: the coder's reference then does the same, slowly.
+   A tensor on a device that has no library is coded on the CPU.
+2. The libraries know no torch: ctypes hands them addresses and sizes (the contract is cuda_ext/include/cachegen.h), and
+   lets go of the interpreter's lock meanwhile. On CUDA they run on torch's current stream of the tensors' device.
+3. The CPU's instruction set is chosen when a function is called: the best that the machine has, or the one that the
+   environment variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes, and so does CUDA.
 """
 
 from __future__ import annotations
@@ -21,6 +16,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
@@ -30,10 +26,9 @@ from torch import Tensor
 
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """CG_ABI_VERSION of the header that this file was written for."""
-LIBRARY = Path(__file__).with_name("_cpu.so")
-_TILE_COLUMNS = 256
+LIBRARY, CUDA_LIBRARY = (Path(__file__).with_name(f"_{name}.so") for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
 
 
@@ -58,14 +53,18 @@ class TileStatus(IntEnum):
     BAD_TABLE_ID = 6
     BAD_CONTEXT = 7
     BAD_SYMBOL = 8
+    FAILED = 9
 
 
 _FOUND = {
+    TileStatus.BAD_ARGUMENT: "its bytes do not lie within the streams",
+    TileStatus.BAD_TABLES: "the tables are not such as build_tables makes",
     TileStatus.TRUNCATED: "the stream ends before its last symbol",
     TileStatus.CORRUPT: "the stream is not one that an encoder wrote",
     TileStatus.BAD_TABLE_ID: "a table id names no table",
     TileStatus.BAD_CONTEXT: "a context is none of 0, 1, 2",
     TileStatus.BAD_SYMBOL: "a symbol has no frequency in its table",
+    TileStatus.FAILED: "there is no memory for it",
 }
 
 
@@ -84,7 +83,7 @@ def check_decoded(statuses: Iterable[int]) -> None:
             raise error(f"tile {tile} of the section cannot be decoded: {_FOUND[TileStatus(status)]}")
 
 
-class _Section(ctypes.Structure):
+class Section(ctypes.Structure):
     """struct cg_section."""
 
     _fields_ = [
@@ -105,7 +104,7 @@ class _Run(ctypes.Structure):
 
 
 class Chunk(ctypes.Structure):
-    """struct cg_chunk; the addresses are those of tensors that must outlive it."""
+    """struct cg_chunk; here as below the addresses are those of tensors that must outlive it."""
 
     _fields_ = [
         ("tokens", ctypes.c_uint64),
@@ -115,6 +114,20 @@ class Chunk(ctypes.Structure):
         ("means", ctypes.c_void_p),
         ("steps", ctypes.c_void_p),
         ("dtype", ctypes.c_uint32),
+    ]
+
+
+class Output(ctypes.Structure):
+    """struct cg_output."""
+
+    _fields_ = [
+        ("chunk", ctypes.POINTER(Chunk)),
+        ("first", ctypes.c_uint64),
+        ("row", ctypes.c_uint64),
+        ("places", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("coarser", ctypes.c_void_p * 2),
+        ("n_coarser", ctypes.c_uint32),
     ]
 
 
@@ -128,6 +141,10 @@ _PROTOTYPES = {
     "cg_encode": (_STATUS, [_POINTER, _POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER]),
     "cg_pack": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_decode": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_decode_into": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_fill_into": (_STATUS, [_U64, _U64, _POINTER, _POINTER]),
+    "cg_patch_into": (_STATUS, [_U64, _POINTER, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_rows_into": (_STATUS, [_POINTER, _U64, _U64, _U64, _POINTER, _POINTER]),
     "cg_moments": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER]),
     "cg_quantise": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "cg_restore": (_STATUS, [_POINTER, _U64, _U64, _POINTER, _POINTER, _U32, _POINTER, _POINTER]),
@@ -164,15 +181,22 @@ def _library() -> ctypes.CDLL | None:
     return load(LIBRARY)
 
 
-def available() -> bool:
-    """Whether there is a compiled coder. Raises NativeError if there is one that cannot be used."""
-    return _library() is not None
+@lru_cache(maxsize=1)
+def _cuda_library() -> ctypes.CDLL | None:
+    return load(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else None
 
 
-def _need_library() -> ctypes.CDLL:
-    library = _library()
+def available(device: torch.device | str = "cpu") -> bool:
+    """Whether there is a compiled coder for such a device. Raises NativeError if there is one that cannot be used."""
+    kind = torch.device(device).type
+    return kind in ("cpu", "cuda") and (_library() if kind == "cpu" else _cuda_library()) is not None
+
+
+def _need_library(device: torch.device | str = "cpu") -> ctypes.CDLL:
+    kind = torch.device(device).type
+    library = _library() if kind == "cpu" else _cuda_library()
     if library is None:
-        raise NativeError(f"the compiled coder was asked for, but {LIBRARY} is missing")
+        raise NativeError(f"the compiled coder was asked for, but {LIBRARY if kind == 'cpu' else CUDA_LIBRARY} is missing")
     return library
 
 
@@ -182,7 +206,9 @@ def available_isas() -> list[Isa]:
     return [isa for isa in Isa if isa and library is not None and library.cg_isa_available(isa)]
 
 
-def _run(isa: int = Isa.BEST) -> _Run:
+def _run(isa: int = Isa.BEST, device: torch.device | str = "cpu") -> _Run:
+    if torch.device(device).type == "cuda":
+        return _Run(1, Isa.BEST, torch.cuda.current_stream(device).cuda_stream)
     name = os.environ.get("CACHEGEN_CPU")
     if name and isa == Isa.BEST:
         if name.upper() not in Isa.__members__:
@@ -193,16 +219,30 @@ def _run(isa: int = Isa.BEST) -> _Run:
     return _Run(torch.get_num_threads(), isa, None)
 
 
-def call(name: str, *arguments: object) -> None:
-    """Calls a function of the passes over values (cachegen.h); its last argument, `run`, is added here.
+def _guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one: the library launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    Tensors and structures are passed by address; the caller vouches for their shapes. Raises TensorError, NativeError.
+
+def call(name: str, *arguments: object, device: torch.device | None = None, isa: int = Isa.BEST) -> None:
+    """Calls a function of cachegen.h; its last argument, `run`, is added here.
+
+    Tensors and structures are passed by address; the caller vouches for their shapes. device: where it runs; default
+    that of the first tensor. Raises TensorError, NativeError.
     """
-    if any(isinstance(a, Tensor) and not a.is_contiguous() for a in arguments):
-        raise TensorError(f"{name} needs contiguous tensors")
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    device = device or tensors[0].device
+    if any(not a.is_contiguous() or a.device != device for a in tensors):
+        raise TensorError(f"{name} needs contiguous tensors on {device}")
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in addresses]
-    _require_ok(getattr(_need_library(), name)(*pointers, ctypes.byref(_run())))
+    with _guard(device):
+        _require_ok(getattr(_need_library(device), name)(*pointers, ctypes.byref(_run(isa, device))))
+
+
+def slot_bytes(tokens: int) -> int:
+    """The longest stream of a tile of so many tokens."""
+    return int(_need_library().cg_slot_bytes(tokens))
 
 
 def build_tables(frequencies: Tensor, prob_bits: int) -> Tensor:
@@ -219,136 +259,3 @@ def build_tables(frequencies: Tensor, prob_bits: int) -> Tensor:
 def _require_ok(status: int) -> None:
     if status:
         raise NativeError(f"the compiled coder refused its arguments: {TileStatus(status).name}")
-
-
-def _section(tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int) -> tuple[_Section, list[Tensor]]:
-    """The C view of a section, and the tensors that must outlive it."""
-    for name, tensor, dims in (("tables", tables, 1), ("table_ids", table_ids, 2), ("contexts", contexts, 2)):
-        if tensor is not None and (tensor.dtype != torch.uint8 or tensor.dim() != dims):
-            raise TensorError(f"{name} must be uint8 with {dims} dimensions, got {tensor.dtype} {list(tensor.shape)}")
-    shape = (tokens, table_ids.shape[0])
-    if tokens < 0:
-        raise TensorError(f"tokens must be at least 0, got {tokens}")
-    if contexts is not None and tuple(contexts.shape) != shape:
-        raise TensorError(f"contexts must be {list(shape)}, got {list(contexts.shape)}")
-    tables, table_ids = tables.contiguous(), table_ids.contiguous()
-    kept = [tables, table_ids]
-    if contexts is not None:
-        contexts = contexts.contiguous()
-        kept.append(contexts)
-    ids_per_column = table_ids.shape[1]
-    where = None if contexts is None else contexts.data_ptr()
-    return _Section(*shape, ids_per_column, table_ids.data_ptr(), where, tables.data_ptr(), tables.numel()), kept
-
-
-@torch.library.custom_op("cachegen::encode", mutates_args=(), device_types="cpu")
-def encode(
-    symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, isa: int = 0
-) -> tuple[Tensor, Tensor]:
-    """symbols uint8 [tokens, columns] to (streams back to back, bytes of each). Raises TensorError, NativeError."""
-    library, run = _need_library(), _run(isa)
-    if symbols.dtype != torch.uint8 or symbols.dim() != 2:
-        raise TensorError(f"symbols must be uint8 [tokens, columns], got {symbols.dtype} {list(symbols.shape)}")
-    symbols = symbols.contiguous()
-    tokens, columns = symbols.shape
-    section, kept = _section(tables, table_ids, contexts, tokens)
-    if section.columns != columns:
-        raise TensorError(f"symbols of {columns} columns need as many table ids, got {section.columns}")
-    tiles = _tiles(tokens, columns)
-    slot_bytes = library.cg_slot_bytes(tokens)
-    slots = torch.empty(tiles * slot_bytes, dtype=torch.uint8)  # mostly never touched, so never in memory
-    tile_bytes, statuses = torch.empty(tiles, dtype=torch.int64), torch.empty(tiles, dtype=torch.int32)
-    _require_ok(
-        library.cg_encode(
-            ctypes.byref(section),
-            symbols.data_ptr(),
-            slots.data_ptr(),
-            slots.numel(),
-            tile_bytes.data_ptr(),
-            statuses.data_ptr(),
-            ctypes.byref(run),
-        )
-    )
-    del kept
-    check_encoded(statuses.tolist())
-    streams = torch.empty(int(tile_bytes.sum()), dtype=torch.uint8)
-    _require_ok(
-        library.cg_pack(
-            slots.data_ptr(),
-            slot_bytes,
-            tile_bytes.data_ptr(),
-            tiles,
-            streams.data_ptr(),
-            streams.numel(),
-            ctypes.byref(run),
-        )
-    )
-    return streams, tile_bytes
-
-
-@encode.register_fake
-def _(
-    symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, isa: int = 0
-) -> tuple[Tensor, Tensor]:
-    tiles = _tiles(symbols.shape[0], symbols.shape[1])
-    streams = symbols.new_empty(torch.library.get_ctx().new_dynamic_size())
-    return streams, symbols.new_empty(tiles, dtype=torch.int64)
-
-
-@torch.library.custom_op("cachegen::decode", mutates_args=(), device_types="cpu")
-def decode(
-    streams: Tensor,
-    tile_bytes: Tensor,
-    tables: Tensor,
-    table_ids: Tensor,
-    contexts: Tensor | None,
-    tokens: int,
-    isa: int = 0,
-) -> Tensor:
-    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError, CorruptError, TensorError."""
-    library, run = _need_library(), _run(isa)
-    if streams.dtype != torch.uint8 or streams.dim() != 1 or tile_bytes.dtype != torch.int64 or tile_bytes.dim() != 1:
-        raise TensorError("streams must be uint8 [bytes] and tile_bytes int64 [tiles]")
-    section, kept = _section(tables, table_ids, contexts, tokens)
-    tiles = _tiles(tokens, table_ids.shape[0])
-    if len(tile_bytes) != tiles or not bool(((tile_bytes >= 0) & (tile_bytes <= streams.numel())).all()):
-        found = tile_bytes[:8].tolist()
-        raise CorruptError(f"{tiles} tiles need as many sizes, of 0 to {streams.numel()} bytes, got {found}")
-    offsets = torch.zeros(tiles + 1, dtype=torch.int64)
-    torch.cumsum(tile_bytes, 0, out=offsets[1:])
-    if int(offsets[-1]) > streams.numel():
-        raise TruncatedError(f"streams of {int(offsets[-1])} bytes expected, {streams.numel()} found")
-    streams = streams.contiguous()
-    symbols = torch.empty(tokens, table_ids.shape[0], dtype=torch.uint8)
-    statuses = torch.empty(tiles, dtype=torch.int32)
-    _require_ok(
-        library.cg_decode(
-            ctypes.byref(section),
-            streams.data_ptr(),
-            streams.numel(),
-            offsets.data_ptr(),
-            symbols.data_ptr(),
-            statuses.data_ptr(),
-            ctypes.byref(run),
-        )
-    )
-    del kept
-    check_decoded(statuses.tolist())
-    return symbols
-
-
-@decode.register_fake
-def _(
-    streams: Tensor,
-    tile_bytes: Tensor,
-    tables: Tensor,
-    table_ids: Tensor,
-    contexts: Tensor | None,
-    tokens: int,
-    isa: int = 0,
-) -> Tensor:
-    return streams.new_empty(tokens, table_ids.shape[0])
-
-
-def _tiles(tokens: int, columns: int) -> int:
-    return 0 if tokens == 0 else -(-columns // _TILE_COLUMNS)

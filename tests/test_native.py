@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hf_cachegen import native
-from hf_cachegen.codec import passes, rans, tables
+from hf_cachegen.codec import ops, passes, rans, rans_reference, tables
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 from hf_cachegen.native import TileStatus
 from tests.coder_support import Section, draw_section, laplace_tables
@@ -140,7 +140,7 @@ def test_constants_are_those_of_the_header() -> None:
     header = (ROOT / "cuda_ext" / "include" / "cachegen.h").read_text()
     assert f"#define CG_ABI_VERSION {native.ABI_VERSION}\n" in header
     assert f"#define CG_TILE_COLUMNS {rans.TILE_COLUMNS} " in header
-    assert native._TILE_COLUMNS == rans.TILE_COLUMNS
+    assert rans_reference.TILE_COLUMNS == rans.TILE_COLUMNS
     assert f"#define CG_BLOCK_COLUMNS {passes._BLOCK_COLUMNS}\n" in header
     assert f"#define CG_DIGIT_BINS {tables.DIGIT_CONTEXTS * tables.DIGIT_SYMBOLS}\n" in header
     for dtype, number in passes._DTYPES.items():
@@ -191,7 +191,8 @@ def test_frequencies_are_checked_by_the_library_too() -> None:
 )
 def test_a_section_that_contradicts_itself_is_refused(field: str, value: int | None) -> None:
     library, section = native._need_library(), sample()
-    view, kept = native._section(section.tables.native, section.table_ids, None, 20)
+    side = ops.Section(section.tables.native, section.table_ids, None, 20)
+    view = side.view
     slot_bytes = library.cg_slot_bytes(20)
     slots = torch.empty(2 * slot_bytes, dtype=torch.uint8)
     sizes, statuses = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.int32)
@@ -206,21 +207,20 @@ def test_a_section_that_contradicts_itself_is_refused(field: str, value: int | N
     assert encode(isa=4) == TileStatus.BAD_ARGUMENT
     setattr(view, field, value)
     assert encode() in (TileStatus.BAD_ARGUMENT, TileStatus.BAD_TABLES)
-    del kept
 
 
 @needs_native
 def test_offsets_are_checked() -> None:
     library, section = native._need_library(), sample()
     data = torch.frombuffer(bytearray(b"".join(section.encode())), dtype=torch.uint8)
-    view, kept = native._section(section.tables.native, section.table_ids, None, 20)
+    side = ops.Section(section.tables.native, section.table_ids, None, 20)
+    view = side.view
     out, statuses = torch.empty(20, 300, dtype=torch.uint8), torch.empty(2, dtype=torch.int32)
     for offsets in ([0, 200, len(data) + 1], [0, 200, 100], [-1, 0, 0]):
         where = torch.tensor(offsets)
         arguments = (data.data_ptr(), len(data), where.data_ptr(), out.data_ptr(), statuses.data_ptr())
         run = native._Run(1, 0, None)
         assert library.cg_decode(ctypes.byref(view), *arguments, ctypes.byref(run)) == TileStatus.BAD_ARGUMENT
-    del kept
 
 
 @needs_compiler

@@ -11,3 +11,10 @@
 #else
 #define CACHEGEN_HD __attribute__((always_inline)) inline
 #endif
+
+// Loops over a lane's columns, whose arrays are registers only where every index is known.
+#if defined(__CUDACC__)
+#define CACHEGEN_UNROLL _Pragma("unroll")
+#else
+#define CACHEGEN_UNROLL
+#endif

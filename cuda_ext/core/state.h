@@ -64,12 +64,23 @@ CACHEGEN_HD uint32_t put(uint32_t x, const SymbolEntry& entry) {
   return x + entry.bias + quotient * entry.complement;
 }
 
-// Little-endian bytes on every machine; compilers make one load or store of these.
-CACHEGEN_HD uint32_t load_word(const uint8_t* p) { return p[0] | uint32_t(p[1]) << 8; }
+// Little-endian bytes on every machine; compilers make one load or store of these, on a device, where words must be
+// aligned, only when told so.
+CACHEGEN_HD uint32_t load_word(const uint8_t* p) {
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const uint16_t*>(p);
+#else
+  return p[0] | uint32_t(p[1]) << 8;
+#endif
+}
 CACHEGEN_HD uint32_t load_state(const uint8_t* p) { return load_word(p) | load_word(p + 2) << 16; }
 CACHEGEN_HD void store_word(uint8_t* p, uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint16_t*>(p) = uint16_t(word);
+#else
   p[0] = uint8_t(word);
   p[1] = uint8_t(word >> 8);
+#endif
 }
 CACHEGEN_HD void store_state(uint8_t* p, uint32_t x) {
   store_word(p, x);

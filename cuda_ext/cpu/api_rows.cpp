@@ -1,6 +1,7 @@
 // The C ABI of the passes over a chunk's values, on the CPU: arguments are checked here; blocks of columns run in threads.
 #include <algorithm>
 
+#include "../core/arguments.h"
 #include "backend.h"
 #include "threads.h"
 
@@ -42,14 +43,6 @@ cg_chunk shape_of(uint64_t tokens, uint64_t columns) {
   return shape;
 }
 
-bool is_chunk(const cg_chunk* chunk, const void* values) {
-  if (chunk == nullptr || chunk->tokens > CG_MAX_TOKENS || chunk->columns > CG_MAX_COLUMNS) return false;
-  if (chunk->dtype > CG_FLOAT16 || chunk->group_tokens == 1) return false;
-  if (chunk->tokens == 0 || chunk->columns == 0) return true;
-  if ((chunk->anchors == nullptr) != (chunk->group_tokens == 0)) return false;
-  return values != nullptr && chunk->means != nullptr && chunk->steps != nullptr;
-}
-
 template <class Work>
 void for_each_block(const cg_chunk& chunk, uint64_t rows, uint32_t threads, const Work& work) {
   if (rows == 0) return;
@@ -65,7 +58,7 @@ void for_each_block(const cg_chunk& chunk, uint64_t rows, uint32_t threads, cons
 int32_t cg_moments(const cg_chunk* chunk, const void* values, uint64_t first, uint64_t last, double* total,
                    double* squares, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
-  if (backend == nullptr || !is_chunk(chunk, values) || first > last || last > coded_rows(*chunk)) return CG_BAD_ARGUMENT;
+  if (backend == nullptr || !is_chunk_of(chunk, values) || first > last || last > coded_rows(*chunk)) return CG_BAD_ARGUMENT;
   if (chunk->columns > 0 && (total == nullptr || squares == nullptr)) return CG_BAD_ARGUMENT;
   for_each_block(*chunk, last - first, run->threads, [&](const Block& block) {
     backend->passes(*chunk).moments(block, values, first, last, total, squares);
@@ -76,7 +69,7 @@ int32_t cg_moments(const cg_chunk* chunk, const void* values, uint64_t first, ui
 int32_t cg_quantise(const cg_chunk* chunk, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
                     uint8_t* contexts, uint8_t* wide, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
-  if (backend == nullptr || !is_chunk(chunk, values) || n_digits > CG_MAX_DIGITS) return CG_BAD_ARGUMENT;
+  if (backend == nullptr || !is_chunk_of(chunk, values) || n_digits > CG_MAX_DIGITS) return CG_BAD_ARGUMENT;
   const uint64_t rows = coded_rows(*chunk);
   if (rows == 0 || chunk->columns == 0) return CG_OK;
   if (base == nullptr || wide == nullptr) return CG_BAD_ARGUMENT;
@@ -90,7 +83,7 @@ int32_t cg_quantise(const cg_chunk* chunk, const void* values, uint32_t n_digits
 int32_t cg_restore(const cg_chunk* chunk, uint64_t first, uint64_t last, const uint8_t* base,
                    const uint8_t* const* digits, uint32_t n_digits, void* values, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
-  if (backend == nullptr || !is_chunk(chunk, values) || n_digits > CG_MAX_DIGITS) return CG_BAD_ARGUMENT;
+  if (backend == nullptr || !is_chunk_of(chunk, values) || n_digits > CG_MAX_DIGITS) return CG_BAD_ARGUMENT;
   if (first > last || last > coded_rows(*chunk)) return CG_BAD_ARGUMENT;
   if (first == last || chunk->columns == 0) return CG_OK;
   if (base == nullptr || (n_digits > 0 && digits == nullptr)) return CG_BAD_ARGUMENT;

@@ -10,7 +10,7 @@
 #pragma GCC target("avx2,popcnt")
 #endif
 
-#include "rows.h"
+#include "into.h"
 #include "vector_tiles.h"
 
 namespace cachegen {
@@ -110,7 +110,8 @@ struct Avx2 {
 
 }  // namespace
 
-const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2, encode_tile<Avx2>, passes, contexts, clamp, count_digits};
+const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    encode_tile<Avx2>, passes, contexts, clamp,
+                      count_digits,           into, run_contexts};
 
 }  // namespace cachegen
 

@@ -12,7 +12,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include "rows.h"
+#include "into.h"
 #include "vector_tiles.h"
 
 namespace cachegen {
@@ -83,7 +83,8 @@ struct Avx512 {
 
 }  // namespace
 
-const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2, encode_tile<Avx512>, passes, contexts, clamp, count_digits};
+const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    encode_tile<Avx512>, passes, contexts, clamp,
+                        count_digits,           into, run_contexts};
 
 }  // namespace cachegen
 

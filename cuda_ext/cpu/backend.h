@@ -12,6 +12,7 @@ namespace cachegen {
 // A tile to decode: its stream is [stream, end), and `status` takes a value of cg_status.
 struct DecodeJob {
   Tile tile;
+  bool odd;  // it begins at an odd offset, which no stream does
   const uint8_t* stream;
   const uint8_t* end;
   int32_t* status;
@@ -32,6 +33,12 @@ struct RowPasses {
                   uint32_t n_digits, void* values);
 };
 
+// Columns [coded, coded + columns) of a tile that lie one after the other: in the chunk, from `column` on, and in memory.
+struct Run {
+  uint64_t coded, column, columns;
+  uint64_t address, stride;
+};
+
 struct Backend {
   // Decodes up to `batch` tiles, side by side where that hides latency, into symbols [tokens, columns].
   void (*decode_tiles)(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
@@ -45,6 +52,9 @@ struct Backend {
   void (*clamp)(const Block& block, const uint8_t* symbols, const uint8_t* contexts, const uint8_t* low,
                 const uint8_t* high, uint8_t* inside, uint8_t* changed);
   void (*count_digits)(const Block& block, const uint8_t* symbols, const uint8_t* contexts, int32_t* counts);
+  // symbols, and contexts, are a run's, with `stride` bytes from token to token.
+  void (*into)(const cg_output& output, const Run& run, const uint8_t* symbols, uint64_t stride, uint64_t tokens);
+  void (*run_contexts)(const cg_output& output, const Run& run, uint64_t tokens, uint8_t* contexts, uint64_t stride);
 };
 
 constexpr uint32_t kMaxBatch = 2;
@@ -54,6 +64,13 @@ extern const Backend kScalar;
 #define CACHEGEN_X86 1
 extern const Backend kAvx2, kAvx512;
 #endif
+
+inline DecodeJob job_of(const cg_section& section, uint64_t tile, const uint8_t* streams, const uint64_t* offsets,
+                        int32_t* tile_status) {
+  const uint64_t first = offsets[tile];
+  return {tile_at(tile, section.columns), first % kWordBytes != 0, streams + first, streams + offsets[tile + 1],
+          tile_status + tile};
+}
 
 // nullptr for an instruction set that this machine has not.
 const Backend* backend_of(uint32_t isa);

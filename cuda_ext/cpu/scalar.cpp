@@ -1,7 +1,7 @@
 // The baseline: any machine, tiles of any width, one symbol at a time.
 //
 // Twist: encoding runs backwards (tokens, columns, lanes, the write position), so that the decoder reads forwards.
-#include "rows.h"
+#include "into.h"
 #include "tile_decoder.h"
 
 namespace cachegen {
@@ -94,6 +94,6 @@ int32_t encode_scalar(const cg_section& section, const Tables& tables, const Til
   return CG_OK;
 }
 
-const Backend kScalar = {decode_tiles, 1, encode_scalar, passes, contexts, clamp, count_digits};
+const Backend kScalar = {decode_tiles, 1, encode_scalar, passes, contexts, clamp, count_digits, into, run_contexts};
 
 }  // namespace cachegen

@@ -39,6 +39,7 @@ struct TileDecoder {
   uint8_t tail[2 * kReserve];
 
   int32_t begin(const cg_section& section, const Tables& tables, const DecodeJob& job) {
+    if (job.odd) return CG_CORRUPT;
     if (const int32_t status = check_tile(section, tables, job.tile)) return status;
     const uint64_t bytes = uint64_t(job.end - job.stream);
     if (bytes < job.tile.head_bytes()) return CG_TRUNCATED;

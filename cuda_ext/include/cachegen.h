@@ -3,7 +3,7 @@
  * Twists:
  * 1. A return value speaks of the arguments alone. What is found in the data (bytes, ids, contexts, symbols) is
  *    reported tile by tile in `tile_status`, so that a device can report it without a synchronisation.
- * 2. Memory is the caller's, always: no function keeps a pointer or returns memory of its own.
+ * 2. Memory is the caller's, always: no function keeps a pointer or returns memory of its own. CUDA's allocates none.
  * 3. `run` says how. Its queue is a CUDA stream; on the CPU it must be NULL and everything is done on return. On CUDA all
  *    pointers that are not marked [host] are device memory, and results are valid once the queue has been waited for.
  * 4. A stream's length is not known before it is written, backwards: the encoder fills the END of a slot of the
@@ -35,14 +35,14 @@ extern "C" {
 #endif
 
 /* Raised by any change of this file that an older caller cannot bear. */
-#define CG_ABI_VERSION 2
+#define CG_ABI_VERSION 3
 
 #define CG_TILE_COLUMNS 256 /* of the widest tile */
 /* With these, products of sizes stay within 64 bits. */
 #define CG_MAX_TOKENS (1u << 31)
 #define CG_MAX_COLUMNS (1u << 31)
 
-/* Return values, and (from CG_TRUNCATED on) values of tile_status. */
+/* Return values, and (from CG_BAD_TABLES on) values of tile_status. */
 enum cg_status {
   CG_OK = 0,
   CG_BAD_ARGUMENT = 1,    /* a size, count or pointer that contradicts the contract */
@@ -52,7 +52,8 @@ enum cg_status {
   CG_CORRUPT = 5,         /* a stream that no encoder wrote */
   CG_BAD_TABLE_ID = 6,    /* a table id >= n_tables */
   CG_BAD_CONTEXT = 7,     /* a context >= ids_per_column */
-  CG_BAD_SYMBOL = 8       /* to be encoded: a symbol without a frequency in its table */
+  CG_BAD_SYMBOL = 8,      /* to be encoded: a symbol without a frequency in its table */
+  CG_FAILED = 9           /* no memory for a scratch buffer, or the device refused a launch */
 };
 
 /* Instruction sets of the CPU. */
@@ -81,6 +82,7 @@ typedef struct cg_section {
   const void* tables;       /* written by cg_tables_build (or a copy), aligned to 16 bytes */
   uint64_t tables_bytes;
 } cg_section;
+/* Memory that holds no tables is CG_BAD_TABLES: the return value on the CPU, every tile's status on CUDA. */
 
 CG_API uint32_t cg_abi_version(void) CG_NOEXCEPT;
 
@@ -111,10 +113,12 @@ CG_API int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint
 CG_API int32_t cg_pack(const uint8_t* slots, uint64_t slot_bytes, const uint64_t* tile_bytes, uint64_t tiles,
                        uint8_t* streams, uint64_t streams_bytes, const cg_run* run) CG_NOEXCEPT;
 
-/* Decodes into symbols [tokens, columns]. Tile i's stream is streams[offsets[i] .. offsets[i + 1]); offsets [host] has
- * tiles + 1 entries, never falls and ends at or before streams_bytes. tile_status[i] is CG_OK, CG_TRUNCATED,
- * CG_CORRUPT, CG_BAD_TABLE_ID or CG_BAD_CONTEXT; where it is not CG_OK the tile's symbols mean nothing and may be
- * unwritten. Returns CG_OK, CG_BAD_ARGUMENT or CG_BAD_TABLES. */
+/* Decodes into symbols [tokens, columns]. Tile i's stream is streams[offsets[i] .. offsets[i + 1]); offsets has
+ * tiles + 1 entries, never falls and ends at or before streams_bytes: otherwise CG_BAD_ARGUMENT, the return value on the
+ * CPU, the tile's status on CUDA. Every stream has an even length, so one that begins at an odd offset is CG_CORRUPT; on
+ * CUDA streams must be aligned to 2 bytes. tile_status[i] is CG_OK, CG_TRUNCATED, CG_CORRUPT, CG_BAD_TABLE_ID or
+ * CG_BAD_CONTEXT; where it is not CG_OK the tile's symbols mean nothing and may be unwritten. Returns CG_OK,
+ * CG_BAD_ARGUMENT or CG_BAD_TABLES. */
 CG_API int32_t cg_decode(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes,
                          const uint64_t* offsets, uint8_t* symbols, int32_t* tile_status,
                          const cg_run* run) CG_NOEXCEPT;
@@ -155,6 +159,49 @@ CG_API int32_t cg_quantise(const cg_chunk* chunk, const void* values, uint32_t n
  * points to, is [last - first, columns]. Writes these rows of values, and no others. */
 CG_API int32_t cg_restore(const cg_chunk* chunk, uint64_t first, uint64_t last, const uint8_t* base,
                           const uint8_t* const* digits, uint32_t n_digits, void* values, const cg_run* run) CG_NOEXCEPT;
+
+/* Decoding straight into place: a section's symbols become values while they are decoded, and are written to where they
+ * are used, the layers' own tensors, so that no matrix of symbols or rows is made in between. */
+
+/* Where a column's values lie: that of row r at address + r * stride (bytes). On CUDA a device address. */
+typedef struct cg_place {
+  uint64_t address;
+  uint64_t stride;
+} cg_place;
+
+#define CG_UINT8 3 /* a further dtype of what is written: the symbols' indices themselves */
+
+typedef struct cg_output {
+  const cg_chunk* chunk;     /* [host], what it points to is not; its dtype is that of what is written, or CG_UINT8: then
+                              * anchors, means and steps are not read */
+  uint64_t first;            /* the section's first token is this coded row of the chunk */
+  uint64_t row;              /* of the chunk's first row in its place */
+  const cg_place* places;    /* [chunk columns] */
+  const uint32_t* columns;   /* [section columns]: which column of the chunk each one is, rising; NULL: the same */
+  const uint8_t* coarser[2]; /* [tokens, chunk columns]: base + 128, then digits + 1, of what the section refines */
+  uint32_t n_coarser;        /* 0: the section holds base symbols; 1 or 2: digits, and their contexts follow from these */
+} cg_output;
+
+/* cg_decode, to values as cg_restore makes them. section->contexts is NULL; ids_per_column is 1 for n_coarser 0, else 3.
+ * A column of `columns` that the chunk has not gives CG_BAD_ARGUMENT: the return value on the CPU, the tile's status on
+ * CUDA. Where a tile's status is not CG_OK its values mean nothing. */
+CG_API int32_t cg_decode_into(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes,
+                              const uint64_t* offsets, const cg_output* output, int32_t* tile_status,
+                              const cg_run* run) CG_NOEXCEPT;
+
+/* The same for columns that have no streams, since all their symbols are zero: `count` of them, named by
+ * output->columns, for `tokens` tokens. */
+CG_API int32_t cg_fill_into(uint64_t tokens, uint64_t count, const cg_output* output, const cg_run* run) CG_NOEXCEPT;
+
+/* The same for single symbols, of which no byte need hold the index: positions = token * chunk columns + column, below
+ * tokens * chunk columns (others are left out). dtype CG_UINT8 takes those of 0..255 alone. output->columns is NULL. */
+CG_API int32_t cg_patch_into(uint64_t tokens, const uint64_t* positions, const int32_t* indices, uint64_t count,
+                             const cg_output* output, const cg_run* run) CG_NOEXCEPT;
+
+/* Writes rows [n_rows, chunk columns], float, to chunk rows first, first + every, first + 2 every, ...; of `output` only
+ * chunk (its tokens, columns, dtype), row and places count. */
+CG_API int32_t cg_rows_into(const float* rows, uint64_t n_rows, uint64_t first, uint64_t every, const cg_output* output,
+                            const cg_run* run) CG_NOEXCEPT;
 
 /* Contexts of `count` digits from the coarser symbols: where `coarser` (NULL: nowhere) is not 0 that, else 1 for a
  * symbol above zero, 2 for one below, 0 for zero. */

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from hf_cachegen import native
-from hf_cachegen.codec import rans_reference, torchac_coder
+from hf_cachegen.codec import ops, rans_reference, torchac_coder
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
 Backend = Literal["native", "scalar", "avx2", "avx512", "reference"]
 """The compiled coder at its best or on one instruction set (see native.py), or the readable one."""
 _ISAS = {"native": native.Isa.BEST, **{isa.name.lower(): isa for isa in native.Isa if isa}}
 _SLOW: dict[str, Any] = {"reference": rans_reference, "torchac": torchac_coder}
-TILE_COLUMNS = rans_reference.TILE_COLUMNS
+TILE_COLUMNS = ops.TILE_COLUMNS
 MAX_TABLES = 256
 """A table id is one byte."""
 MAX_SYMBOLS = 256

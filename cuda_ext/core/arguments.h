@@ -1,0 +1,69 @@
+// What both libraries ask of arguments before they look at any data; host code.
+#pragma once
+
+#include "chunk.h"
+#include "tables.h"
+#include "tile.h"
+
+namespace cachegen {
+
+inline bool is_section(const cg_section* section) {
+  if (section == nullptr || section->tokens > CG_MAX_TOKENS || section->columns > CG_MAX_COLUMNS) return false;
+  if (section->ids_per_column != 1 && section->ids_per_column != kContexts) return false;
+  return tile_count(section->tokens, section->columns) == 0 || section->table_ids != nullptr;
+}
+
+// One whose symbols [tokens, columns] are coded with the contexts it names.
+inline bool is_section_of(const cg_section* section, const void* symbols) {
+  if (!is_section(section)) return false;
+  if (tile_count(section->tokens, section->columns) == 0) return true;
+  return symbols != nullptr && (section->contexts == nullptr) == (section->ids_per_column == 1);
+}
+
+inline bool is_chunk(const cg_chunk* chunk) {
+  if (chunk == nullptr || chunk->tokens > CG_MAX_TOKENS || chunk->columns > CG_MAX_COLUMNS) return false;
+  return chunk->group_tokens != 1;
+}
+
+inline bool has_scale(const cg_chunk& chunk) {
+  if (chunk.dtype > CG_FLOAT16) return false;
+  if (chunk.tokens == 0 || chunk.columns == 0) return true;
+  return (chunk.anchors == nullptr) == (chunk.group_tokens == 0) && chunk.means != nullptr && chunk.steps != nullptr;
+}
+
+// Values of a chunk, and the scale on which they are symbols.
+inline bool is_chunk_of(const cg_chunk* chunk, const void* values) {
+  if (!is_chunk(chunk) || !has_scale(*chunk)) return false;
+  return chunk->tokens == 0 || chunk->columns == 0 || values != nullptr;
+}
+
+// A place for `tokens` coded rows.
+inline bool is_output(const cg_output* output, uint64_t tokens) {
+  if (output == nullptr || !is_chunk(output->chunk) || output->n_coarser > CG_MAX_DIGITS) return false;
+  const cg_chunk& chunk = *output->chunk;
+  if (chunk.dtype != CG_UINT8 && !has_scale(chunk)) return false;
+  const uint64_t rows = coded_rows(chunk);
+  if (output->first > rows || tokens > rows - output->first) return false;
+  if (output->places == nullptr && chunk.columns > 0) return false;
+  for (uint32_t i = 0; i < output->n_coarser; i++)
+    if (output->coarser[i] == nullptr && tokens * chunk.columns > 0) return false;
+  return true;
+}
+
+// Rows first, first + every, ... of a chunk, of values.
+inline bool are_rows(const cg_output* output, const float* rows, uint64_t n_rows, uint64_t first, uint64_t every) {
+  if (output == nullptr || !is_chunk(output->chunk) || output->chunk->dtype > CG_FLOAT16) return false;
+  const cg_chunk& chunk = *output->chunk;
+  if (n_rows == 0 || chunk.columns == 0) return true;
+  if (rows == nullptr || output->places == nullptr || n_rows > chunk.tokens || first >= chunk.tokens) return false;
+  return n_rows == 1 || (every > 0 && every <= (chunk.tokens - 1 - first) / (n_rows - 1));
+}
+
+// Whether so many tiles lie one after the other within the streams; offsets are the host's.
+inline bool are_offsets(const uint64_t* offsets, uint64_t tiles, uint64_t streams_bytes) {
+  for (uint64_t i = 0; i < tiles; i++)
+    if (offsets[i] > offsets[i + 1]) return false;
+  return offsets[tiles] <= streams_bytes;
+}
+
+}  // namespace cachegen

@@ -1,0 +1,207 @@
+// Where decoded symbols go: as indices into a matrix, or as values into the layers' own tensors (cg_output).
+//
+// Twist: a lane's 8 columns are adjacent, so a token's values are one vector store wherever the columns' places are
+// adjacent too; steps, means and the group's anchors stay in the lane's registers.
+#pragma once
+
+#include "chunk.h"
+#include "tile.h"
+#include "warp_tile.h"
+
+namespace cachegen {
+
+struct Index8 {  // CG_UINT8
+  using Stored = uint8_t;
+};
+
+template <class T>
+struct alignas(sizeof(typename T::Stored) == 1 ? 8 : 16) Eight {
+  typename T::Stored of[kMaxPerLane];
+};
+
+CACHEGEN_DEVICE uint8_t* at_row(const cg_place& place, uint64_t row) {
+  return reinterpret_cast<uint8_t*>(uintptr_t(place.address + row * place.stride));
+}
+
+// What a refined symbol is before its own index: 0 for a base symbol.
+template <uint32_t kCoarser>
+CACHEGEN_DEVICE int32_t coarser_symbol(uint8_t base, uint8_t digit) {
+  int32_t symbol = kCoarser > 0 ? base_symbol(base) : 0;
+  return kCoarser > 1 ? refine(symbol, digit) : symbol;
+}
+
+template <class T, uint32_t kCoarser>
+CACHEGEN_DEVICE typename T::Stored value_of(int32_t coarser, int32_t index, float step, float mean, float anchor,
+                                            bool anchored) {
+  if constexpr (sizeof(typename T::Stored) == 1) {
+    return uint8_t(index);
+  } else {
+    const float y = float(kCoarser > 0 ? refine(coarser, index) : base_symbol(index)) * step + mean;
+    return T::store(anchored ? y + anchor : y);
+  }
+}
+
+// One value anywhere: of section token t, chunk column `column`.
+template <class T, uint32_t kCoarser>
+CACHEGEN_DEVICE void put_value(const cg_output& output, const cg_chunk& chunk, uint64_t t, uint64_t column, int32_t index) {
+  constexpr bool kValues = sizeof(typename T::Stored) > 1;
+  const Place place = place_of(chunk, output.first + t);
+  const uint64_t cell = t * chunk.columns + column;
+  const int32_t coarser = coarser_symbol<kCoarser>(kCoarser > 0 ? output.coarser[0][cell] : uint8_t(0),
+                                                   kCoarser > 1 ? output.coarser[1][cell] : uint8_t(0));
+  const bool anchored = kValues && chunk.group_tokens > 0;
+  const float step = kValues ? chunk.steps[column] : 0, mean = kValues ? chunk.means[column] : 0;
+  const float anchor = anchored ? chunk.anchors[place.anchor * chunk.columns + column] : 0;
+  const typename T::Stored value = value_of<T, kCoarser>(coarser, index, step, mean, anchor, anchored);
+  memcpy(at_row(output.places[column], output.row + place.row), &value, sizeof value);
+}
+
+// A Sink of decode_tile, of contexts that are given (or none) and symbols that stay in a matrix [tokens, columns].
+struct SymbolSink {
+  struct Row {
+    uint8_t symbols[kMaxPerLane], contexts[kMaxPerLane];
+  };
+  const cg_section* section;
+  Tile tile;
+  uint8_t* symbols;
+
+  CACHEGEN_DEVICE uint64_t cell(uint64_t t, uint32_t lane) const {
+    return t * section->columns + tile.first_column + lane * tile.per_lane;
+  }
+  CACHEGEN_DEVICE void open(Row& row, uint64_t t, uint32_t lane) const {
+    if (section->contexts == nullptr) return;
+    const uint32_t own = own_columns(tile, lane);
+    CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++)
+      row.contexts[c] = c < own ? section->contexts[cell(t, lane) + c] : uint8_t(0);
+  }
+  CACHEGEN_DEVICE uint32_t context(const Row& row, uint32_t c) const { return row.contexts[c]; }
+  CACHEGEN_DEVICE void put(Row& row, uint32_t c, uint8_t symbol) const { row.symbols[c] = symbol; }
+  CACHEGEN_DEVICE void close(const Row& row, uint64_t t, uint32_t lane) const {
+    uint8_t* to = symbols + cell(t, lane);
+    const uint32_t own = own_columns(tile, lane);
+    if (own == kMaxPerLane && uintptr_t(to) % sizeof(Eight<Index8>) == 0) {
+      Eight<Index8> all;
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) all.of[c] = row.symbols[c];
+      *reinterpret_cast<Eight<Index8>*>(to) = all;
+    } else {
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++)
+        if (c < own) to[c] = row.symbols[c];
+    }
+  }
+};
+
+// A Sink that refines what is coarser and writes values (or, for Index8, indices) into their places.
+template <class T, uint32_t kCoarser>
+class OutputSink {
+  using Stored = typename T::Stored;
+  static constexpr bool kValues = sizeof(Stored) > 1;
+
+  struct Lane {
+    uint32_t column[kMaxPerLane];  // of the chunk
+    uint32_t own;
+    bool adjacent;  // columns of one place after the other, a vector
+    bool fresh;     // the token opens a group, whose anchors are not here yet
+    cg_place at;
+    Place place;      // of the token
+    uint64_t within;  // of the token in its group
+    float step[kMaxPerLane], mean[kMaxPerLane], anchor[kMaxPerLane];
+  };
+
+ public:
+  struct Row {
+    uint8_t indices[kMaxPerLane];
+    int32_t coarser[kMaxPerLane];
+  };
+
+  CACHEGEN_DEVICE OutputSink(const cg_output& output, const cg_chunk& chunk, const Tile& tile)
+      : output_(output), chunk_(chunk), tile_(tile) {}
+
+  // Before decode_tile: CG_OK, or CG_BAD_ARGUMENT for a column that is not the chunk's.
+  CACHEGEN_DEVICE int32_t begin(const Warp& warp) {
+    const uint32_t outside = warp.ballot([&](uint32_t lane) {
+      Lane& own = lanes_[lane];
+      own.own = own_columns(tile_, lane);
+      own.adjacent = own.own == kMaxPerLane;
+      own.fresh = true;
+      own.place = place_of(chunk_, output_.first);
+      own.within = chunk_.group_tokens ? output_.first % (chunk_.group_tokens - 1) : 0;
+      bool found = false;
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+        const uint64_t coded = tile_.first_column + lane * tile_.per_lane + c;
+        const uint64_t column = c >= own.own ? 0 : output_.columns ? output_.columns[coded] : coded;
+        own.column[c] = uint32_t(column);
+        if (c >= own.own) continue;
+        if (column >= chunk_.columns) {
+          found = true;
+          continue;
+        }
+        const cg_place at = output_.places[column];
+        if (c == 0) own.at = at;
+        own.adjacent &= column == own.column[0] + c && at.stride == own.at.stride &&
+                        at.address == own.at.address + c * sizeof(Stored);
+        if (kValues) {
+          own.step[c] = chunk_.steps[column];
+          own.mean[c] = chunk_.means[column];
+        }
+      }
+      own.adjacent = own.adjacent && (own.at.address | own.at.stride) % alignof(Eight<T>) == 0;
+      return found;
+    });
+    return outside ? CG_BAD_ARGUMENT : CG_OK;
+  }
+
+  CACHEGEN_DEVICE void open(Row& row, uint64_t t, uint32_t lane) {
+    Lane& own = lanes_[lane];
+    if (kValues && own.fresh && chunk_.group_tokens > 0) {
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++)
+        if (c < own.own) own.anchor[c] = chunk_.anchors[own.place.anchor * chunk_.columns + own.column[c]];
+    }
+    if constexpr (kCoarser > 0) {
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+        if (c >= own.own) continue;
+        const uint64_t cell = t * chunk_.columns + own.column[c];
+        row.coarser[c] =
+            coarser_symbol<kCoarser>(output_.coarser[0][cell], kCoarser > 1 ? output_.coarser[1][cell] : uint8_t(0));
+      }
+    }
+  }
+
+  CACHEGEN_DEVICE uint32_t context(const Row& row, uint32_t c) const { return sign_of(row.coarser[c]); }
+  CACHEGEN_DEVICE void put(Row& row, uint32_t c, uint8_t symbol) const { row.indices[c] = symbol; }
+
+  CACHEGEN_DEVICE void close(const Row& row, uint64_t, uint32_t lane) {
+    Lane& own = lanes_[lane];
+    const bool anchored = kValues && chunk_.group_tokens > 0;
+    const uint64_t r = output_.row + own.place.row;
+    if (own.adjacent) {
+      Eight<T> all;
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) all.of[c] = value(row, own, c, anchored);
+      *reinterpret_cast<Eight<T>*>(at_row(own.at, r)) = all;
+    } else {
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+        if (c >= own.own) continue;
+        const Stored one = value(row, own, c, anchored);
+        memcpy(at_row(output_.places[own.column[c]], r), &one, sizeof one);
+      }
+    }
+    own.fresh = chunk_.group_tokens > 0 && ++own.within == chunk_.group_tokens - 1;
+    own.place.row += own.fresh ? 2 : 1;
+    if (own.fresh) {
+      own.within = 0;
+      own.place.anchor++;
+    }
+  }
+
+ private:
+  CACHEGEN_DEVICE Stored value(const Row& row, const Lane& own, uint32_t c, bool anchored) const {
+    return value_of<T, kCoarser>(kCoarser > 0 ? row.coarser[c] : 0, row.indices[c], own.step[c], own.mean[c],
+                                 own.anchor[c], anchored);
+  }
+
+  const cg_output& output_;
+  const cg_chunk& chunk_;
+  const Tile& tile_;
+  Warp::PerLane<Lane> lanes_;
+};
+
+}  // namespace cachegen

@@ -1,0 +1,167 @@
+// Decoding into place, on the CPU: tiles into scratch memory that stays in a core's cache, and from there, by runs of
+// columns, into the layers' tensors.
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../core/arguments.h"
+#include "../core/output.h"
+#include "backend.h"
+#include "threads.h"
+
+using namespace cachegen;
+
+namespace {
+
+uint64_t bytes_of(uint32_t dtype) { return dtype == CG_UINT8 ? 1 : dtype == CG_FLOAT32 ? 4 : 2; }
+
+uint64_t column_of(const cg_output& output, uint64_t coded) { return output.columns ? output.columns[coded] : coded; }
+
+// The runs of coded columns [first, last).
+std::vector<Run> runs_of(const cg_output& output, uint64_t first, uint64_t last) {
+  const uint64_t bytes = bytes_of(output.chunk->dtype);
+  std::vector<Run> runs;
+  for (uint64_t coded = first; coded < last; coded++) {
+    const uint64_t column = column_of(output, coded);
+    const cg_place& place = output.places[column];
+    Run* run = runs.empty() ? nullptr : &runs.back();
+    if (run && column == run->column + run->columns && place.stride == run->stride &&
+        place.address == run->address + run->columns * bytes)
+      run->columns++;
+    else
+      runs.push_back({coded - first, column, 1, place.address, place.stride});
+  }
+  return runs;
+}
+
+bool are_columns(const cg_output& output, uint64_t count) {
+  if (output.columns == nullptr) return count <= output.chunk->columns;
+  return std::all_of(output.columns, output.columns + count, [&](uint32_t c) { return c < output.chunk->columns; });
+}
+
+// Decodes a batch of adjacent tiles, and writes those that are sound.
+void decode_batch(const Backend& backend, const cg_section& section, const Tables& tables, const cg_output& output,
+                  DecodeJob* jobs, uint32_t count) {
+  const uint64_t first = jobs[0].tile.first_column, stride = uint64_t(count) * kTileColumns;
+  const uint64_t cells = section.tokens * stride;
+  const bool digits = output.n_coarser > 0;
+  const std::unique_ptr<uint8_t[]> memory(new (std::nothrow) uint8_t[digits ? 2 * cells : cells]);
+  if (!memory) {
+    for (uint32_t i = 0; i < count; i++) *jobs[i].status = CG_FAILED;
+    return;
+  }
+  uint8_t *symbols = memory.get(), *contexts = digits ? symbols + cells : nullptr;
+  std::vector<Run> runs[kMaxBatch];
+  for (uint32_t i = 0; i < count; i++) {
+    Tile& tile = jobs[i].tile;
+    runs[i] = runs_of(output, tile.first_column, tile.first_column + tile.width);
+    tile.first_column -= first;  // of the scratch memory from here on
+    if (!digits) continue;
+    for (const Run& run : runs[i])
+      backend.run_contexts(output, run, section.tokens, contexts + tile.first_column + run.coded, stride);
+  }
+  cg_section local = section;
+  local.columns = stride;
+  local.table_ids += first * section.ids_per_column;
+  local.contexts = contexts;
+  backend.decode_tiles(local, tables, jobs, count, symbols);
+  for (uint32_t i = 0; i < count; i++) {
+    if (*jobs[i].status) continue;
+    for (const Run& run : runs[i])
+      backend.into(output, run, symbols + jobs[i].tile.first_column + run.coded, stride, section.tokens);
+  }
+}
+
+template <class T>
+void patch(const cg_output& output, uint64_t tokens, const uint64_t* positions, const int32_t* indices, uint64_t count) {
+  const cg_chunk& chunk = *output.chunk;
+  for (uint64_t i = 0; i < count; i++) {
+    if (positions[i] >= tokens * chunk.columns) continue;
+    if (sizeof(typename T::Stored) == 1 && (indices[i] < 0 || indices[i] > 0xff)) continue;
+    const uint64_t t = positions[i] / chunk.columns, column = positions[i] % chunk.columns;
+    const auto put = output.n_coarser == 0   ? put_value<T, 0>
+                     : output.n_coarser == 1 ? put_value<T, 1>
+                                             : put_value<T, 2>;
+    put(output, chunk, t, column, indices[i]);
+  }
+}
+
+template <class T>
+void rows_into(const float* rows, uint64_t n_rows, uint64_t first, uint64_t every, const cg_output& output) {
+  const uint64_t columns = output.chunk->columns;
+  for (const Run& run : runs_of(output, 0, columns))
+    for (uint64_t r = 0; r < n_rows; r++) {
+      uint8_t* to = reinterpret_cast<uint8_t*>(uintptr_t(run.address + (output.row + first + r * every) * run.stride));
+      const float* from = rows + r * columns + run.column;
+      for (uint64_t j = 0; j < run.columns; j++) {
+        const typename T::Stored value = T::store(from[j]);
+        memcpy(to + j * sizeof value, &value, sizeof value);
+      }
+    }
+}
+
+}  // namespace
+
+int32_t cg_decode_into(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes,
+                       const uint64_t* offsets, const cg_output* output, int32_t* tile_status,
+                       const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || !is_section(section) || !is_output(output, section->tokens)) return CG_BAD_ARGUMENT;
+  if (section->contexts != nullptr || (section->ids_per_column == 1) != (output->n_coarser == 0)) return CG_BAD_ARGUMENT;
+  Tables tables;
+  if (!open_tables(section->tables, section->tables_bytes, &tables)) return CG_BAD_TABLES;
+  const uint64_t tiles = tile_count(section->tokens, section->columns);
+  if (tiles == 0) return CG_OK;
+  if (offsets == nullptr || tile_status == nullptr || (streams == nullptr && streams_bytes > 0)) return CG_BAD_ARGUMENT;
+  if (!are_offsets(offsets, tiles, streams_bytes) || !are_columns(*output, section->columns)) return CG_BAD_ARGUMENT;
+  const uint64_t batches = (tiles + backend->batch - 1) / backend->batch;
+  for_each(batches, section->tokens * section->columns, run->threads, [&](uint64_t i) {
+    DecodeJob jobs[kMaxBatch];
+    const uint64_t end = std::min(tiles, (i + 1) * backend->batch);
+    uint32_t count = 0;
+    for (uint64_t tile = i * backend->batch; tile < end; tile++)
+      jobs[count++] = job_of(*section, tile, streams, offsets, tile_status);
+    decode_batch(*backend, *section, tables, *output, jobs, count);
+  });
+  return CG_OK;
+}
+
+int32_t cg_fill_into(uint64_t tokens, uint64_t count, const cg_output* output, const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || !is_output(output, tokens) || !are_columns(*output, count)) return CG_BAD_ARGUMENT;
+  const uint64_t blocks = (count + kTileColumns - 1) / kTileColumns;
+  for_each(blocks, tokens * count, run->threads, [&](uint64_t i) {
+    uint8_t zeros[kTileColumns];
+    memset(zeros, output->n_coarser ? kDigitZero : kZeroIndex, sizeof zeros);
+    const uint64_t first = i * kTileColumns, last = std::min(first + kTileColumns, count);
+    for (Run& part : runs_of(*output, first, last)) backend->into(*output, part, zeros, 0, tokens);
+  });
+  return CG_OK;
+}
+
+int32_t cg_patch_into(uint64_t tokens, const uint64_t* positions, const int32_t* indices, uint64_t count,
+                      const cg_output* output, const cg_run* run) noexcept {
+  if (backend_for(run) == nullptr || !is_output(output, tokens) || output->columns != nullptr) return CG_BAD_ARGUMENT;
+  if (count > 0 && (positions == nullptr || indices == nullptr)) return CG_BAD_ARGUMENT;
+  switch (output->chunk->dtype) {
+    case CG_FLOAT32: patch<Float32>(*output, tokens, positions, indices, count); break;
+    case CG_BFLOAT16: patch<Bfloat16>(*output, tokens, positions, indices, count); break;
+    case CG_FLOAT16: patch<Float16>(*output, tokens, positions, indices, count); break;
+    default: patch<Index8>(*output, tokens, positions, indices, count);
+  }
+  return CG_OK;
+}
+
+int32_t cg_rows_into(const float* rows, uint64_t n_rows, uint64_t first, uint64_t every, const cg_output* output,
+                     const cg_run* run) noexcept {
+  if (backend_for(run) == nullptr || !are_rows(output, rows, n_rows, first, every)) return CG_BAD_ARGUMENT;
+  switch (output->chunk->dtype) {
+    case CG_FLOAT32: rows_into<Float32>(rows, n_rows, first, every, *output); break;
+    case CG_BFLOAT16: rows_into<Bfloat16>(rows, n_rows, first, every, *output); break;
+    default: rows_into<Float16>(rows, n_rows, first, every, *output);
+  }
+  return CG_OK;
+}

@@ -1,0 +1,70 @@
+// Decoded symbols into their places, run by run; compiled for every instruction set, as rows.h is.
+//
+// Twist: a run is columns that are adjacent in the section, in the chunk and in memory, mostly one head's. Its tokens are
+// written one after the other, which is how a layer's tensor lies.
+#pragma once
+
+#include "rows.h"
+
+namespace cachegen {
+namespace {
+
+inline uint8_t* row_at(const Run& run, uint64_t row) {
+  return reinterpret_cast<uint8_t*>(uintptr_t(run.address + row * run.stride));
+}
+
+template <class T, bool kAnchors, uint32_t kCoarser>
+void run_into(const cg_output& output, const Run& run, const uint8_t* symbols, uint64_t stride, uint64_t tokens) {
+  const cg_chunk& chunk = *output.chunk;
+  const float *mean = chunk.means + run.column, *step = chunk.steps + run.column;
+  Place place = place_of(chunk, output.first);
+  for (uint64_t t = 0; t < tokens; t++, symbols += stride) {
+    if (kAnchors ? place.row % chunk.group_tokens == 0 : false) {
+      place.row++;
+      place.anchor++;
+    }
+    const float* anchor = kAnchors ? chunk.anchors + place.anchor * chunk.columns + run.column : nullptr;
+    const uint64_t cell = t * chunk.columns + run.column;
+    const uint8_t* base = kCoarser > 0 ? output.coarser[0] + cell : symbols;
+    const uint8_t* digits = kCoarser > 1 ? output.coarser[1] + cell : symbols;
+    restore_row<T, kAnchors, kCoarser>(base, digits, symbols, {0, anchor, mean, step}, run.columns,
+                                       reinterpret_cast<typename T::Stored*>(row_at(run, output.row + place.row)));
+    place.row++;
+  }
+}
+
+void indices_into(const cg_output& output, const Run& run, const uint8_t* symbols, uint64_t stride, uint64_t tokens) {
+  for (uint64_t t = 0; t < tokens; t++)
+    memcpy(row_at(run, output.row + place_of(*output.chunk, output.first + t).row), symbols + t * stride, run.columns);
+}
+
+template <class T, bool kAnchors>
+constexpr decltype(&indices_into) kInto[] = {run_into<T, kAnchors, 0>, run_into<T, kAnchors, 1>, run_into<T, kAnchors, 2>};
+
+void into(const cg_output& output, const Run& run, const uint8_t* symbols, uint64_t stride, uint64_t tokens) {
+  const bool anchors = output.chunk->group_tokens > 0;
+  const uint32_t n = output.n_coarser;
+  switch (output.chunk->dtype) {
+    case CG_FLOAT32: return (anchors ? kInto<Float32, true> : kInto<Float32, false>)[n](output, run, symbols, stride, tokens);
+    case CG_BFLOAT16:
+      return (anchors ? kInto<Bfloat16, true> : kInto<Bfloat16, false>)[n](output, run, symbols, stride, tokens);
+    case CG_FLOAT16: return (anchors ? kInto<Float16, true> : kInto<Float16, false>)[n](output, run, symbols, stride, tokens);
+    default: return indices_into(output, run, symbols, stride, tokens);
+  }
+}
+
+// The contexts of a run's digits, by the coarser symbols.
+void run_contexts(const cg_output& output, const Run& run, uint64_t tokens, uint8_t* contexts_out, uint64_t stride) {
+  for (uint64_t t = 0; t < tokens; t++) {
+    const uint64_t cell = t * output.chunk->columns + run.column;
+    const uint8_t *base = output.coarser[0] + cell, *digits = output.n_coarser > 1 ? output.coarser[1] + cell : nullptr;
+    uint8_t* __restrict found = contexts_out + t * stride;
+    if (digits)
+      for (uint64_t j = 0; j < run.columns; j++) found[j] = sign_of(refine(base_symbol(base[j]), digits[j]));
+    else
+      for (uint64_t j = 0; j < run.columns; j++) found[j] = sign_of(base_symbol(base[j]));
+  }
+}
+
+}  // namespace
+}  // namespace cachegen
