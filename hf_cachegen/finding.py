@@ -143,14 +143,20 @@ def _named(
 
 @lru_cache(maxsize=16)
 def _on_hub(repositories: tuple[str, ...]) -> Profile | None:
-    for repo_id in repositories:
-        try:
-            return Profile.from_pretrained(repo_id, patience=QUICK)
-        except (OfflineError, StoreAccessError):
-            continue
-        except ProfileError as error:
-            if not isinstance(error.__cause__, ArtifactNotFoundError):
-                raise
-        except StoreError as error:
-            warnings.warn(f"whether there is a profile in {repo_id} is not known: {error}", stacklevel=4)
-    return None
+    found = (_in_repository(repo_id) for repo_id in repositories)
+    return next((profile for profile in found if profile is not None), None)
+
+
+def _in_repository(repo_id: str) -> Profile | None:
+    """The profile in use there, None where there is none or nobody can tell."""
+    try:
+        return Profile.from_pretrained(repo_id, patience=QUICK)
+    except (OfflineError, StoreAccessError):
+        return None
+    except ProfileError as error:
+        if isinstance(error.__cause__, ArtifactNotFoundError):
+            return None
+        raise
+    except StoreError as error:
+        warnings.warn(f"whether there is a profile in {repo_id} is not known: {error}", stacklevel=2)
+        return None

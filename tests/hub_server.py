@@ -141,6 +141,13 @@ def validate_yaml(request: HubRequest) -> None:
     request.json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
+def whoami(request: HubRequest) -> None:
+    if request.user is None:
+        request.refuse(401, "Unauthorized", "Invalid username or password.")
+    else:
+        request.json({"type": "user", "name": request.user, "orgs": [], "auth": {"type": "access_token"}})
+
+
 def info(request: HubRequest, kind: str, repo: str, revision: str | None) -> None:
     if (found := request.repo(kind, repo)) and (oid := request.commit_of(found, revision or "main")):
         request.json({"id": repo, "sha": oid, "private": found.private, "siblings": [], "tags": [], "downloads": 0})
@@ -253,6 +260,7 @@ _GIT = r"/(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/api/repos/create", create),
     ("POST", r"/api/validate-yaml", validate_yaml),
+    ("GET", r"/api/whoami-v2", whoami),
     ("GET", _API + r"(?:/revision/(?P<revision>[^/]+))?", info),
     ("POST", _API + r"/branch/(?P<revision>[^/]+)", branch),
     ("GET", _API + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
