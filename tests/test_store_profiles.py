@@ -273,8 +273,8 @@ def test_other_places(server: HubServer, access: Access, web: Server, tmp_path: 
     web.files[f"p/{PROFILE_FILE}"] = DATA
     (tmp_path / "link.safetensors").symlink_to(path)
     places: dict[str, str | Path] = {
-        "folder": path.parent, "file": str(path), "url": f"{web.url}/p", "url of the file": f"{web.url}/p/{PROFILE_FILE}",
-        "link": tmp_path / "link.safetensors",
+        "folder": path.parent, "file": str(path), "url": f"{web.url}/p",
+        "url of the file": f"{web.url}/p/{PROFILE_FILE}", "link": tmp_path / "link.safetensors",
     }  # fmt: skip
     assert fetch(places[place], access, Limits()) == (DATA, None)
     assert fetch(places[place], replace(access, local_files_only=True), Limits()) == (DATA, None)
@@ -297,7 +297,8 @@ def test_what_is_no_file(access: Access, tmp_path: Path, make: Callable[[Path], 
 @pytest.mark.parametrize(
     "named",
     [
-        None, [], {}, {"digest": 5}, {"digest": "0" * 31}, {"digest": "../../etc/passwd"}, {"digest": "0" * 32, "sha256": "1"},
+        None, [], {}, {"digest": 5}, {"digest": "0" * 31}, {"digest": "../../etc/passwd"},
+        {"digest": "0" * 32, "sha256": "1"},
         {"digest": "0" * 32, "bytes": -1}, {"digest": "0" * 32, "bytes": True}, {"digest": "0" * 32, "place": "file:///etc"},
         {"digest": "0" * 32, "place": "https://inside.example/metadata"}, {"digest": "0" * 32, "place": ["hf://a/b"]},
     ],
