@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import tables
+from hf_cachegen.codec.chunk import Codec
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import (
     BASE_FILE,
@@ -124,15 +125,16 @@ class Artifact:
         """Bytes that a loader of `level` fetches, everything counted; None: all that is stored."""
         return self.reader.nbytes_at(level)
 
-    def _chunk(self, chunk: int, level: int) -> list[Segment]:
+    def segments(self, chunk: int, level: int) -> list[Segment]:
+        """The segments of a chunk that decoding it at `level` takes: the base's, then the refinements'."""
         files = [BASE_FILE, *(refine_file(number) for number in range(1, level))]
         return [self.manifest.segment(file, chunk_name(chunk)) for file in files]
 
     def _parts(self, chunk: int, level: int) -> list[bytes]:
-        return [self.reader.read(segment) for segment in self._chunk(chunk, level)]
+        return [self.reader.read(segment) for segment in self.segments(chunk, level)]
 
     def _prefetch(self, level: int) -> None:
-        chunks = (segment for index in range(len(self.manifest.chunks)) for segment in self._chunk(index, level))
+        chunks = (segment for index in range(len(self.manifest.chunks)) for segment in self.segments(index, level))
         self.reader.prefetch([self.manifest.segment(BASE_FILE, SIDE), *chunks])
 
     def _side(self) -> bytes:
@@ -160,16 +162,19 @@ class Artifact:
         self._profile = for_decoding(self._profile, pin, self.store, self._model_folder, self.reader.limits)
         return self._profile
 
+    def codec(self) -> Codec:
+        """What decodes the chunks; fetches the side information, and the profile if it takes one."""
+        return codec_of(self.geometry, self.config, self._side(), self.profile())
+
     def decode(
         self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(keys, values) at `level` (default: the finest), read, verified and decoded chunk by chunk."""
         level = checked_level(level, self.levels)
-        profile = self.profile()
+        self.profile()
         self._prefetch(level)
-        codec = codec_of(self.geometry, self.config, self._side(), profile)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
-        return decode_chunks(codec, self.geometry, spans, lambda c: self._parts(c, level), device, progress)
+        return decode_chunks(self.codec(), self.geometry, spans, lambda c: self._parts(c, level), device, progress)
 
 
 def _config(codec: dict[str, Any]) -> CacheGenConfig:

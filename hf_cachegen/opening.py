@@ -4,7 +4,7 @@ that is to use it, tokens and the cache that they filled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,13 +47,17 @@ def open_context(
     profile: Profile | str | os.PathLike[str] | None = "auto",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    on_manifest: Callable[[Artifact], None] | None = None,
 ) -> OpenContext:
     """The context of the artifact in `store`, whose manifest and tokens are fetched and held against the model.
 
-    limits, profile: as for `Artifact`. Raises ArtifactError, StoreError, and MismatchError where it is another model's.
+    limits, profile: as for `Artifact`. on_manifest: called before anything but the manifest is fetched.
+    Raises ArtifactError, StoreError, and MismatchError where it is another model's.
     """
     folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
     artifact = Artifact(store, limits, profile, folder)
+    if on_manifest is not None:
+        on_manifest(artifact)
     if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
         raise ManifestError(
             f"{store} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "

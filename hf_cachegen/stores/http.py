@@ -50,6 +50,8 @@ def shown(url: str) -> str:
 class HttpFiles:
     """Files behind URLs. url_of: a file's URL by its name. headers: sent to that host, and to no other.
 
+    progress: if set, called with the length of each piece of a body that arrives; what it raises ends the request.
+
     Threads may share it. Raises ArtifactNotFoundError and StoreError (see hf_cachegen.errors).
     """
 
@@ -64,6 +66,7 @@ class HttpFiles:
         self._headers = dict(headers or {})
         self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(), HTTPSHandler())
         self._seen: dict[str, tuple[int, str]] = {}
+        self.progress: Callable[[int], None] | None = None
 
     def open(self, name: str) -> tuple[int, bytes]:
         """The file's size, and its first HEAD_BYTES (all of a shorter file)."""
@@ -146,6 +149,8 @@ class HttpFiles:
                 raise Again(StoreError(f"{place}: the connection ended {left} bytes early, in every attempt"))
             data += piece
             left -= len(piece)
+            if self.progress is not None:
+                self.progress(len(piece))
 
     def _refusal(self, name: str, place: str, error: urllib.error.HTTPError) -> Exception:
         """What a status of 300 or more means."""
