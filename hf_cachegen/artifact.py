@@ -70,7 +70,7 @@ def write(
         if input_ids is not None:
             writer.add(TOKENS_FILE, INPUT_IDS, pack_input_ids(input_ids))
         report = source.report() if isinstance(source, Encoder) else source.report
-        return writer.commit(manifest_of(source.geometry, source.config, report, fingerprint, source.profile))
+        return writer.commit(manifest_of(source.geometry, source.config, report, fingerprint, source.profile, side))
 
 
 class Artifact:

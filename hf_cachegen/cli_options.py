@@ -70,10 +70,10 @@ encoder_options = _all(
 )  # fmt: skip
 
 learning_options = _all(
-    click.option("--target-kl", type=float, default=0.001, show_default=True,
-                 help="Divergence of the finest level, in nats per token of a continuation."),
+    click.option("--target-kl", type=float, nargs=3, default=(0.1, 0.01, 0.001), show_default=True,
+                 help="Largest divergence of levels 1, 2 and 3, in nats per token of a continuation."),
     click.option("--floor", type=float, default=0.5, show_default=True,
-                 help="Least sensitivity, in units of the mean: what keeps errors that no sample minds small."),
+                 help="Least sensitivity, in units of the layer's mean: keeps errors small that no sample minds."),
     click.option("--group-layers", type=click.IntRange(min=1), help="Layers with a joint basis.  [default: by width]"),
     click.option("--undo-rotation/--no-undo-rotation", default=True, show_default=True,
                  help="Turn keys back to position 0 before anything else, where the model's rotation is known."),

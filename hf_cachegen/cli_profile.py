@@ -27,7 +27,7 @@ from hf_cachegen.errors import ArtifactExistsError
     help='Samples of a task: in each line {"context": ..., "continuation": ...}.',
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write it into.  [default: the model's folder]")
-@click.option("--overwrite", is_flag=True, help="Replace a profile that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace a profile that is there, and what a killed run has left.")
 @click.option("--context-tokens", type=click.IntRange(min=2), default=1024, show_default=True,
               help="Tokens of each context that a text is cut into.")  # fmt: skip
 @click.option("--continuation-tokens", type=click.IntRange(min=1), default=128, show_default=True,
@@ -46,7 +46,8 @@ def learn(
     """Learn a model's profile from texts, for encode --transform klt.
 
     Take texts of every use that the caches are meant for. Artifacts made with a profile can be read with that one
-    alone: keep it.
+    alone: keep it. Killed, the same command goes on where it was (it keeps a file .learning beside the profile, as long
+    as it takes); --overwrite begins anew.
     """
     if not texts and rows is None:
         raise click.UsageError("give --text or --samples-jsonl, or both", click.get_current_context())
@@ -65,8 +66,12 @@ def learn(
 
     samples = [(torch.tensor([context]), torch.tensor([continuation])) for context, continuation in drawn]
     start = time.perf_counter()
-    profile = learn_profile(loaded, samples, **options, progress=bars(as_json))
+    journal = place.with_name(place.name + ".learning")
+    if overwrite:
+        journal.unlink(missing_ok=True)
+    profile = learn_profile(loaded, samples, **options, progress=bars(as_json), journal=journal)
     path = profile.save(place, overwrite=overwrite)
+    journal.unlink(missing_ok=True)
     found: dict[str, Any] = {
         "profile": str(path),
         "bytes": path.stat().st_size,

@@ -17,17 +17,16 @@ from tqdm import tqdm
 from hf_cachegen import __version__
 from hf_cachegen.codec import fit, tables
 from hf_cachegen.codec.chunk import Codec, Columns, LossyCodec, Side, Span
-from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec
 from hf_cachegen.codec.lossless import LosslessCodec
 from hf_cachegen.config import CacheGenConfig, TransformName
 from hf_cachegen.container import BASE_FILE, Manifest, artifact_sizes, chunk_name, nbytes_at, refine_file
-from hf_cachegen.errors import ConfigError, CorruptError, LevelError, ProfileError, TensorError, TruncatedError
+from hf_cachegen.errors import ConfigError, CorruptError, LevelError, TensorError, TruncatedError
 from hf_cachegen.geometry import DTYPE_BYTES, Geometry, LayerGeometry
 from hf_cachegen.profile import Profile
 
 SIDE = "side"
 """Name of the segment with the side information, the first of the base file."""
-KLT_SIDE_BYTES = 16
 MAX_LOSSLESS_TABLES = 256
 WRITER = f"hf_cachegen {__version__}"
 
@@ -61,7 +60,7 @@ class EncodedContext:
         return nbytes_at(self._sizes(), level)
 
     def _sizes(self) -> dict[str, int]:
-        manifest = manifest_of(self.geometry, self.config, self.report, None, self.profile)
+        manifest = manifest_of(self.geometry, self.config, self.report, None, self.profile, self.side)
         lengths = [
             (file, name, len(data)) for file, name, data in segments_of(self.side, zip(*self.parts, strict=True))
         ]
@@ -98,8 +97,7 @@ class Encoder:
         self.codec: Codec
         self._bits: Tensor | None = None
         if self.config.transform == "klt":
-            self.codec = _klt(self.geometry, self.config, profile)
-            self._require_finite()
+            self.codec = KltCodec.fit(self._rows, self.geometry, self.config, _required(profile))
         elif self.config.lossless:
             self.codec, self._bits = LosslessCodec.fit(self._rows, self.columns, self.config, keys[0].dtype)
         else:
@@ -129,10 +127,6 @@ class Encoder:
             codec, bits = fit.fit(rows, self.columns, replace(self.config, transform=name))
             cost[name] = float(bits.sum() + tokens * codec.steps.log2().sum())
         return min(names, key=cost.__getitem__)
-
-    def _require_finite(self) -> None:
-        for rows, _ in self._rows():
-            fit.require_finite(rows, self.columns)
 
     def _rows(self) -> Iterator[tuple[Tensor, Span]]:
         for span in self.spans:
@@ -230,8 +224,10 @@ def manifest_of(
     report: dict[str, Any],
     fingerprint: dict[str, Any] | None,
     profile: Profile | None,
+    side: bytes,
 ) -> Manifest:
     """The manifest, its files not yet known."""
+    required = () if profile is None else ("klt",) if len(side) == DIGEST_BYTES else ("klt", "klt-tables")
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
         codec["profile"] = profile.named.to_dict()
@@ -241,24 +237,24 @@ def manifest_of(
         chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
         report=report,
         fingerprint=fingerprint,
-        required=("klt",) if profile is not None else (),
+        required=required,
         writer=WRITER,
     )
 
 
-def _klt(geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> KltCodec:
+def _required(profile: Profile | None) -> Profile:
     if profile is None:
         raise ConfigError(
             "transform='klt' needs a profile of the model: pass profile=, or learn one with learn_profile"
         )
-    return KltCodec(geometry, config, profile)
+    return profile
 
 
 def side_lengths(geometry: Geometry, config: CacheGenConfig) -> range:
-    """The lengths that the side information of such a cache can have; more than one only where it is lossless."""
-    if config.transform == "klt":
-        return range(KLT_SIDE_BYTES, KLT_SIDE_BYTES + 1)
+    """The lengths that the side information of such a cache can have; one alone for delta and identity."""
     columns = geometry.elements // geometry.tokens
+    if config.transform == "klt":
+        return range(DIGEST_BYTES, DIGEST_BYTES + config.levels * (-(-columns // 8) + columns) + 1)
     if config.lossless:
         rest, table = 1 + columns * DTYPE_BYTES[geometry.dtype], 2 * tables.VALUE_SYMBOLS
         return range(rest + table, rest + MAX_LOSSLESS_TABLES * table + 1, table)
@@ -277,10 +273,7 @@ def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: P
         message = f"the side information has {len(side)} bytes; that of this geometry has {lengths[0]} or more"
         raise (TruncatedError if len(side) < lengths[0] else CorruptError)(message)
     if config.transform == "klt":
-        codec = _klt(geometry, config, profile)
-        if side != codec.side_bytes():
-            raise ProfileError("the side information names another profile")
-        return codec
+        return KltCodec.from_side(side, geometry, config, _required(profile))
     columns = _columns(geometry)
     if config.lossless:
         return LosslessCodec.from_bytes(side, columns, config, getattr(torch, geometry.dtype))
@@ -346,14 +339,24 @@ def decode_chunks(
     progress: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(keys, values) from the parts of each chunk, decoded one by one straight into their tensors."""
+    found = empty_kv(geometry, device)
+    for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
+        scatter(codec.decode(parts_of(index), span, found[0].dtype), found, span)
+    return found[::2], found[1::2]
+
+
+def empty_kv(geometry: Geometry, device: torch.device | str | None) -> list[Tensor]:
+    """Room for a cache: layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim] each."""
     dtype, found = getattr(torch, geometry.dtype), []
     for layer in geometry.layers:
         for heads, dim in ((layer.heads, layer.k_dim), (layer.v_heads, layer.v_dim)):
             found.append(torch.empty(geometry.batch, heads, geometry.tokens, dim, dtype=dtype, device=device))
+    return found
+
+
+def scatter(rows: Tensor, found: Sequence[Tensor], span: Span) -> None:
+    """The inverse of `gather`: puts a chunk's rows [tokens, columns] where they belong in `empty_kv`'s tensors."""
     widths = [x.shape[0] * x.shape[1] * x.shape[3] for x in found]
-    for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
-        rows = codec.decode(parts_of(index), span, dtype)
-        for x, columns in zip(found, rows.split(widths, 1), strict=True):
-            shaped = columns.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
-            x[:, :, span.first : span.first + span.tokens] = shaped
-    return found[::2], found[1::2]
+    for x, columns in zip(found, rows.split(widths, 1), strict=True):
+        shaped = columns.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
+        x[:, :, span.first : span.first + span.tokens] = shaped

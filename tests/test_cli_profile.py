@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cachegen import Profile, cli_errors, learn_profile
+from hf_cachegen.calibration import DEFAULT_TARGETS, journal, learning, moments
 from hf_cachegen.cli_options import learning_options
 from hf_cachegen.cli_samples import draw, from_rows, from_text
 from hf_cachegen.profile import PROFILE_FILE
@@ -111,13 +112,38 @@ def test_profile_overwrites_only_when_told_to(tmp_path: Path, model: Path, long_
     assert run_json(*command, "--overwrite")["digest"] == Profile.load(place).digest != Profile.load(profile).digest
 
 
+def test_a_killed_run_goes_on(
+    tmp_path: Path, model: Path, long_text: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("profile", "--model", model, "--text", long_text, "--out", tmp_path, *LEARN)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "SECONDS_BETWEEN", 0.0)
+        patch.setattr(learning, "measure", killed)
+        assert run(*command).exit_code != 0
+    left = tmp_path / f"{PROFILE_FILE}.learning"
+    assert list(tmp_path.iterdir()) == [left]
+    other = run_json(*command, "--seed", 1, code=cli_errors.USAGE)
+    assert str(left) in other["error"]["message"]
+    with monkeypatch.context() as patch:
+        patch.setattr(moments.Moments, "_add", killed)  # nothing is done twice
+        assert run_json(*command)["digest"] == Profile.load(profile).digest
+    assert list(tmp_path.iterdir()) == [tmp_path / PROFILE_FILE]
+    left.write_bytes(b"left over")
+    assert run_json(*command, "--overwrite", "--seed", 1)["digest"] != Profile.load(profile).digest
+    assert not left.exists()
+
+
 def test_profile_takes_its_options(tmp_path: Path, model: Path, long_text: Path) -> None:
-    options = ("--target-kl", 0.1, "--floor", 2, "--group-layers", 1, "--no-undo-rotation", "--seed", 3)
+    options = ("--target-kl", 5, 1, 0.1, "--floor", 2, "--group-layers", 1, "--no-undo-rotation", "--seed", 3)
     place = tmp_path / "mine.safetensors"
     found = run_json("profile", "--model", model, "--text", long_text, "--out", place, *LEARN, *options)
     assert (found["profile"], found["rotation"]) == (str(place), "none")
     about = Profile.load(place).about
-    assert [about[name] for name in ("target_kl", "floor", "group_layers", "seed")] == [0.1, 2, 1, 3]
+    assert [about[name] for name in ("target_kl", "floor", "group_layers", "seed")] == [[5, 1, 0.1], 2, 1, 3]
 
 
 def test_profile_from_samples_of_a_task(tmp_path: Path, model: Path) -> None:
@@ -142,7 +168,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, model: Path, line: str) -> None:
     ("options", "named"),
     [
         ([], "--text"),
-        (["--text", "-", "--target-kl", -1], "target_kl"),
+        (["--text", "-", "--target-kl", 1, 1, -1], "target_kl"),
         (["--text", "-", "--samples", 3], "at least 5 samples, got 3"),
         (["--text", "-", "--context-tokens", 100_000, "--continuation-tokens", 1000], "at least 5 samples, got 0"),
     ],
@@ -166,6 +192,7 @@ def test_the_learning_options_default_to_those_of_the_function() -> None:
 
     options = {parameter.name: parameter for parameter in learning_options(command).__click_params__}  # type: ignore[attr-defined]
     parameters = inspect.signature(learn_profile).parameters
+    assert parameters["target_kl"].default == DEFAULT_TARGETS
     assert set(options) == {"target_kl", "floor", "group_layers", "undo_rotation", "seed"}
     for name, option in options.items():
         # click has a mark of its own for "no default"

@@ -56,7 +56,7 @@ def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[T
         count, every = count + here.stop - here.start, every + coded
         sums = [ordinary, protected] if anchors is None else [ordinary, protected, anchors.scales]
         if not all(bool(torch.isfinite(x).all()) for x in sums):
-            require_finite(rows, columns)
+            require_finite(rows, columns.vectors)
     if count < 2:
         count, ordinary = max(1, every), ordinary + protected
     total, squares = ordinary
@@ -64,11 +64,11 @@ def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[T
     return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
 
 
-def require_finite(rows: Tensor, columns: Columns) -> None:
-    """Raises TensorError for rows [tokens, columns] that are not all finite."""
+def require_finite(rows: Tensor, vectors: Tensor) -> None:
+    """Raises TensorError for rows [tokens, columns] that are not all finite; vectors as in `Columns`."""
     damaged = ~torch.isfinite(rows)
     if bool(damaged.any()):
-        _refuse(int(columns.vectors[int(damaged.any(0).int().argmax())]), "are not all finite")
+        _refuse(int(vectors[int(damaged.any(0).int().argmax())]), "are not all finite")
 
 
 def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
@@ -121,14 +121,22 @@ class Counts:
         for part, digit, contexts in zip(self.digits, symbols.digits, symbols.contexts, strict=True):
             passes.count(part, digit, contexts)
 
-    def choose(self, values: Codebook, digits: Codebook) -> tuple[Tensor, Tensor, Tensor]:
-        """The cheapest tables: base entries uint8 [columns], refinement entries uint8 [levels - 1, columns], and their
-        bits float64 [levels, columns].
-        """
-        chosen = [values.choose(self.base), *(digits.choose(part) for part in self.digits)]
-        refined = [entries for entries, _ in chosen[1:]]
-        empty = torch.empty(0, len(self.base), dtype=torch.uint8)
-        return chosen[0][0], torch.stack(refined) if refined else empty, torch.stack([bits for _, bits in chosen])
+    @property
+    def parts(self) -> list[Tensor]:
+        """Histograms of the base and of each refinement, each int32 [columns, contexts x symbols]."""
+        return [self.base, *self.digits]
+
+    def choose(self, values: Codebook, digits: Codebook) -> tuple[Tensor, Tensor]:
+        """The cheapest tables: entries uint8 [levels, columns], and their bits float64 [levels, columns]."""
+        chosen = [book.choose(part) for part, book in zip(self.parts, repeated(values, digits), strict=False)]
+        return torch.stack([entries for entries, _ in chosen]), torch.stack([bits for _, bits in chosen])
+
+
+def repeated(values: Codebook, digits: Codebook) -> Iterator[Codebook]:
+    """The codebook of each part: the base's, then the refinements', for ever."""
+    yield values
+    while True:
+        yield digits
 
 
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
@@ -142,6 +150,6 @@ def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
             passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
         counts.add(symbols)
     anchor_entries, anchor_bits = codec.values.choose(anchors)
-    base_entries, entries, bits = counts.choose(codec.values, codec.digits)
+    entries, bits = counts.choose(codec.values, codec.digits)
     bits[0] += anchor_bits
-    return Side(codec.side.step_codes, codec.side.means, anchor_entries, base_entries, entries), bits
+    return Side(codec.side.step_codes, codec.side.means, anchor_entries, entries[0], entries[1:]), bits

@@ -2,8 +2,15 @@
 
 Keys are turned back to position zero where the model's rotation is known (a third fewer bits), means are taken off,
 and each group of layers goes through one matrix product. Coefficients are coded as `LossyCodec` codes the identity's
-values: with one step for all, no means, and the profile's table entries, so an artifact carries no side information
-but the profile's digest.
+values: with one step for all, no means, and the profile's table entries.
+
+A context unlike those that the profile was learnt from has coefficients larger than their tables know, each an
+exception of eight bytes: a task that the profile has not seen took three times the bits it takes with tables of its
+own. So the side information, which is the profile's digest alone where that serves, may name the entries that differ:
+
+    digest[16]; for each part: u8 bitmap[ceil(components / 8)], u8 entry[ones in the bitmap]
+
+with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has an entry of its own.
 """
 
 from __future__ import annotations
@@ -11,106 +18,127 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import quantize
+from hf_cachegen.codec import basis, quantize
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.fit import Chunks, Counts, repeated, require_finite
+from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ConfigError, ProfileError, TensorError
+from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.profile import Profile, require_layers
 
+DIGEST_BYTES = 16
+ENTRY_BITS = 8
+
 
 class KltCodec:
-    """Encodes and decodes the chunks of one artifact by a profile. Raises ProfileError where the profile does not fit.
+    """Encodes and decodes the chunks of one artifact by a profile.
+
+    entries uint8 [parts, components]: the table entries of the base and of each refinement; None: the profile's.
+    Raises ProfileError where the profile does not fit, ConfigError for what the transform cannot do.
     """
 
-    def __init__(self, geometry: Geometry, config: CacheGenConfig, profile: Profile):
+    def __init__(self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None):
         require_layers(profile, geometry.layers)
         if geometry.batch != 1:
             raise ConfigError(f"the klt transform codes one row of the batch, got {geometry.batch}")
         if config.levels != profile.levels:
             raise ConfigError(f"the profile has {profile.levels} levels, the configuration {config.levels}")
         values, digits = shipped_codebooks(config.prob_bits)
-        if bool((profile.base_entries >= values.entries).any()) or bool(
-            (profile.refine_entries >= digits.entries).any()
-        ):
+        if bool((profile.entries[0] >= values.entries).any()) or bool((profile.entries[1:] >= digits.entries).any()):
             raise ProfileError("the profile names a table that the codebook does not have")
-        self.geometry, self.profile = geometry, profile
-        components = len(profile.base_entries)
+        self.geometry, self.config, self.profile = geometry, config, profile
+        self.entries = profile.entries if entries is None else entries
+        components = self.entries.shape[1]
         nothing = torch.zeros(components, dtype=torch.uint8)
-        side = Side(
-            torch.full((components,), profile.step_code, dtype=torch.uint8),
-            torch.zeros(components, dtype=torch.int16),
-            nothing,
-            profile.base_entries,
-            profile.refine_entries,
-        )
+        codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
+        side = Side(codes, nothing.to(torch.int16), nothing, self.entries[0], self.entries[1:])
         columns = Columns(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
         self.inner = LossyCodec(columns, replace(config, transform="identity"), side)
-        self._slices = _slices(geometry)
+        self.basis = basis.Basis(geometry, profile)
+
+    @classmethod
+    def fit(cls, chunks: Chunks, geometry: Geometry, config: CacheGenConfig, profile: Profile) -> KltCodec:
+        """The codec of one context, with entries of its own where they save more than they take.
+
+        Raises TensorError for values that are not finite, or so large that the profile's step cannot express them.
+        """
+        codec = cls(geometry, config, profile)
+        counts = Counts(codec.entries.shape[1], config.levels)
+        for rows, span in chunks():
+            counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
+        entries, saved = [], 0.0
+        books = repeated(codec.inner.values, codec.inner.digits)
+        for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
+            own, bits = book.choose(histograms)
+            gain = book.bits(histograms, given) - bits - ENTRY_BITS
+            entries.append(torch.where(gain > 0, own, given))
+            saved += float(gain.clamp_min(0).sum())
+        bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
+        return cls(geometry, config, profile, torch.stack(entries)) if saved > bitmaps else codec
+
+    @classmethod
+    def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile) -> KltCodec:
+        """The codec that wrote this side information. Raises ProfileError, CorruptError or TruncatedError."""
+        codec = cls(geometry, config, profile)
+        if side[:DIGEST_BYTES] != codec.side_bytes():
+            raise ProfileError("the side information names another profile")
+        if len(side) == DIGEST_BYTES:
+            return codec
+        cursor, entries = Cursor(side[DIGEST_BYTES:]), profile.entries.clone()
+        components = entries.shape[1]
+        for part, row in enumerate(entries):
+            bits = np.unpackbits(np.frombuffer(cursor.take(-(-components // 8)), np.uint8), bitorder="little")
+            if bits[components:].any():
+                raise CorruptError("the side information gives entries to components that the profile does not have")
+            own = torch.from_numpy(bits[:components]).bool()
+            row[own] = cursor.tensor(int(own.sum()), torch.uint8)
+            if bool((row >= (codec.inner.digits if part else codec.inner.values).entries).any()):
+                raise CorruptError("the side information names a table that the codebook does not have")
+        cursor.finish()
+        return cls(geometry, config, profile, entries)
 
     @property
     def parts(self) -> int:
         return self.inner.parts
 
     def side_bytes(self) -> bytes:
-        return bytes.fromhex(self.profile.digest)
+        found = [bytes.fromhex(self.profile.digest)]
+        own = self.entries != self.profile.entries
+        if bool(own.any()):
+            for row, mine in zip(self.entries, own, strict=True):
+                found += [np.packbits(mine.numpy(), bitorder="little").tobytes(), row[mine].numpy().tobytes()]
+        return b"".join(found)
+
+    def checked(self, rows: Tensor, span: Span) -> Tensor:
+        """The coefficients, float32 [tokens, components]. Raises TensorError where they cannot be coded."""
+        y = self.basis.coefficients(rows, span)
+        if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
+            require_finite(rows, _vectors(self.geometry))
+            raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
+        return y
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
-        """Raises TensorError for values so large that the profile's step cannot express them."""
-        y = self.coefficients(rows, span)
-        if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
-            raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
-        return self.inner.encode(y, span)
+        """rows [tokens, columns] to the bytes of every part. Raises TensorError as `fit` does."""
+        return self.inner.encode(self.checked(rows, span), span)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.rows(self.inner.decode(parts, span), span).to(dtype)
+        y = self.inner.decode(parts, span)
+        ordinary = span.ordinary(self.config)
+        coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
+        return self.basis.rows(y, span, dtype, idle=~coded.any(0))
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        return [self.rows(y, span) for y in self.inner.approximations(self.coefficients(rows, span), span)]
-
-    def coefficients(self, rows: Tensor, span: Span) -> Tensor:
-        """rows [tokens, columns] to float32 [tokens, components]."""
-        x = self._turn(rows.float(), span, -1) - self.profile.means.to(rows.device)
-        return torch.cat([self._columns(x, group) @ group.analysis.to(x.device) for group in self.profile.groups], 1)
-
-    def rows(self, y: Tensor, span: Span) -> Tensor:
-        """float32 [tokens, components] to rows float32 [tokens, columns]."""
-        rows = torch.empty(len(y), len(self.profile.means))
-        for group, part in zip(
-            self.profile.groups, y.split([len(g.synthesis) for g in self.profile.groups], 1), strict=True
-        ):
-            places = [self._slices[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
-            back = (part @ group.synthesis).split([place.stop - place.start for place in places], 1)
-            for place, columns in zip(places, back, strict=True):
-                rows[:, place] = columns
-        return self._turn(rows.add_(self.profile.means), span, 1)
-
-    def _columns(self, x: Tensor, group) -> Tensor:  # type: ignore[no-untyped-def]
-        layers = range(group.first, group.first + group.count)
-        return torch.cat([x[:, self._slices[2 * layer + group.kind]] for layer in layers], 1)
-
-    def _turn(self, rows: Tensor, span: Span, sign: int) -> Tensor:
-        """Keys with their rotation undone (-1) or done (1)."""
-        rotary = self.profile.rotary
-        if rotary.style == "none":
-            return rows
-        rows = rows.clone()
-        positions = torch.arange(span.first, span.first + span.tokens, device=rows.device)
-        for layer, place in zip(self.geometry.layers, self._slices[::2], strict=True):
-            keys = rows[:, place].reshape(span.tokens, layer.heads, layer.k_dim)
-            rows[:, place] = rotary.apply(keys, positions, sign).reshape(span.tokens, -1)
-        return rows
+        y = self.basis.coefficients(rows, span)
+        return [self.basis.rows(level, span) for level in self.inner.approximations(y, span)]
 
 
-def _slices(geometry: Geometry) -> list[slice]:
-    """Columns of layer 0's K, layer 0's V, layer 1's K, ..."""
-    found, at = [], 0
-    for layer in geometry.layers:
-        for width in (layer.k_channels, layer.v_channels):
-            found.append(slice(at, at + width))
-            at += width
-    return found
+def _vectors(geometry: Geometry) -> Tensor:
+    """int64 [columns]: which layer's K or V each column belongs to."""
+    widths = torch.tensor([place.stop - place.start for place in basis.slices_of(geometry)])
+    return torch.repeat_interleave(torch.arange(len(widths)), widths)

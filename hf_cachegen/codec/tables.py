@@ -101,14 +101,24 @@ class Codebook:
 
         histograms: integers [columns, contexts * symbols].
         """
-        seen = histograms.any(0).nonzero().flatten().tolist() or [0]
-        near = slice(seen[0], seen[-1] + 1)  # of 256 symbols most occur nowhere, and cost nothing
+        near = _seen(histograms)
         cost, entries = (histograms[:, near].double() @ self.cost[:, near].mT).min(1)
         return entries.to(torch.uint8), cost / COST_SCALE
+
+    def bits(self, histograms: Tensor, entries: Tensor) -> Tensor:
+        """What these columns cost under these entries uint8 [columns]: bits, float64 [columns]."""
+        near = _seen(histograms)
+        return (histograms[:, near] * self.cost[:, near][entries.long()]).sum(1) / COST_SCALE
 
     def table_ids(self, entries: Tensor) -> Tensor:
         """Entries uint8 [columns] to the coder's table ids uint8 [columns, contexts]."""
         return (entries.to(torch.int64)[:, None] * self.contexts + torch.arange(self.contexts)).to(torch.uint8)
+
+
+def _seen(histograms: Tensor) -> slice:
+    """Of 256 symbols most occur nowhere, and cost nothing: the range of those that do."""
+    seen = histograms.any(0).nonzero().flatten().tolist() or [0]
+    return slice(seen[0], seen[-1] + 1)
 
 
 def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> Tensor:

@@ -34,8 +34,9 @@ BASE_FILE = "base.safetensors"
 TOKENS_FILE = header.TOKENS_FILE
 INPUT_IDS = "input_ids"
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset({"klt"})
-"""Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names."""
+FEATURES: frozenset[str] = frozenset({"klt", "klt-tables"})
+"""Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-tables:
+the side information names tables that differ from the profile's."""
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")
 _SEGMENT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
