@@ -117,19 +117,32 @@ def test_side_information_that_no_encoder_writes() -> None:
 def test_idle_components_count_where_an_exception_says_so(
     dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three components in four have the table "always zero", which one chunk contradicts."""
+    """The last three components in four of a group have the table "always zero", which one chunk contradicts."""
     monkeypatch.setattr(basis, "multiplies_bfloat16", lambda: narrow)
+    monkeypatch.setattr(basis, "LEADING", 5)
     entries = torch.full((3, COMPONENTS), 60, dtype=torch.uint8)
-    entries[:, torch.arange(COMPONENTS) % 4 > 0] = 0
+    entries[:, torch.arange(COMPONENTS) % 48 >= 12] = 0
     codec = KltCodec(geometry(str(dtype)[6:]), CONFIG, make_profile(), entries)
+    multiplied: list[list[int]] = []
+    shortened = basis._shortened
+
+    def watched(part: Tensor, idle: Tensor) -> Tensor:
+        found = shortened(part, idle)
+        if not multiplied or len(multiplied[-1]) == 2:
+            multiplied.append([])
+        multiplied[-1].append(found.shape[1])
+        return found
+
+    monkeypatch.setattr(basis, "_shortened", watched)
     span = Span(32, 32, TOKENS)
     y = codec.inner.steps * torch.randint(-4, 5, (32, COMPONENTS), generator=torch.Generator().manual_seed(2))
     y[:, entries[0] == 0] = 0
     for exception in (False, True):
-        y[5, 1] = 20 * codec.inner.steps[1] if exception else 0
+        y[5, 40] = 20 * codec.inner.steps[1] if exception else 0
         parts = codec.inner.encode(y, span)
         plain = codec.basis.rows(codec.inner.decode(parts, span), span)
         torch.testing.assert_close(codec.decode(parts, span, dtype).float(), plain, rtol=0.02, atol=0.02)
+        assert multiplied.pop() == [12 + 36 * exception, 12]
 
 
 def test_the_two_products_differ_by_a_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ Twists:
    sums in float32, several times as fast as of float32. The leading components of a group, whose coefficients are
    large beside their step, take part with twice the digits (`Narrow`). Decoded rows therefore differ between machines
    by about a rounding of the cache's own dtype; symbols never do.
-3. Components that are all zero in a chunk at its level are left out of the product where that is worth the gathering.
+3. The last components, if they are all zero in a chunk at its level, are left out of the product.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MEAN_TERMS = 3
 LEADING = 64
 """Components with twice the digits. With none the finest level's divergence was a fifth higher (reference model)."""
 WORTH_LEAVING_OUT = 0.25
-"""Share of idle components from which gathering the others costs less than multiplying all."""
+"""Share of idle components from which it costs less to see that they are zero than to multiply them."""
 
 
 class Narrow(NamedTuple):
-    """A group's matrix U in bfloat16: rounded U [components, channels]; for the leading components what the rounding
-    left of U, and rounded U again (for what rounding leaves of their coefficients); the means.
+    """A group's matrix U in bfloat16. Rows: the means; for the leading components what rounding left of U, and U again
+    (for what rounding leaves of their coefficients); rounded U [components, channels].
     """
 
     matrix: Tensor
@@ -46,26 +46,20 @@ class Narrow(NamedTuple):
         for _ in range(MEAN_TERMS):
             means.append(_rounded(mean)[None])
             mean = mean - means[-1][0]
-        leading, rounded = synthesis[:LEADING], _rounded(synthesis)
-        rows = [rounded, leading - rounded[:LEADING], rounded[:LEADING], *means]
+        rounded = _rounded(synthesis)
+        rows = [*means, synthesis[:LEADING] - rounded[:LEADING], rounded[:LEADING], rounded]
         return cls(torch.cat(rows).bfloat16(), len(synthesis))
 
-    def product(self, part: Tensor, live: Tensor | None) -> Tensor:
-        """part float32 [tokens, components], or those of them that `live` int64 names in order, to bfloat16 [tokens,
-        channels], means added.
-        """
-        matrix, leading = self.matrix, min(LEADING, self.components)
-        if live is not None:
-            first = live[live < leading]
-            means = torch.arange(len(matrix) - MEAN_TERMS, len(matrix))
-            rows = torch.cat([live, self.components + first, self.components + leading + first, means])
-            matrix, leading = matrix.index_select(0, rows), len(first)
-        y = torch.ones(len(part), len(matrix), dtype=torch.bfloat16)
-        at = part.shape[1]
-        y[:, :at] = part
-        y[:, at : at + leading] = y[:, :leading]
-        y[:, at + leading : at + 2 * leading] = part[:, :leading] - y[:, :leading]
-        return y @ matrix
+    def product(self, part: Tensor) -> Tensor:
+        """part float32 [tokens, components], all or the first of them, to bfloat16 [tokens, channels], means added."""
+        extra = len(self.matrix) - self.components
+        leading = (extra - MEAN_TERMS) // 2
+        y = torch.ones(len(part), extra + part.shape[1], dtype=torch.bfloat16)
+        y[:, extra:] = part
+        rounded = y[:, extra : extra + leading]
+        y[:, MEAN_TERMS : MEAN_TERMS + leading] = rounded
+        y[:, MEAN_TERMS + leading : extra] = part[:, :leading] - rounded
+        return y @ self.matrix[: y.shape[1]]
 
 
 _NARROW: WeakKeyDictionary[Profile, list[Narrow]] = WeakKeyDictionary()
@@ -110,15 +104,12 @@ class Basis:
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens))
         for index, (group, components) in enumerate(self._groups()):
-            part, live = y[:, components], None
-            if idle is not None and float(idle[components].float().mean()) >= WORTH_LEAVING_OUT:
-                live = _live(part, idle[components])
-            part = part if live is None else part.index_select(1, live)
+            part = y[:, components]
+            part = part if idle is None else _shortened(part, idle[components])
             if narrow:
-                back = self._narrow(index).product(part, live)
+                back = self._narrow(index).product(part)
             else:
-                matrix = group.synthesis if live is None else group.synthesis.index_select(0, live)
-                back = torch.addmm(self._mean(group), part, matrix)
+                back = torch.addmm(self._mean(group), part, group.synthesis[: part.shape[1]])
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
@@ -150,10 +141,16 @@ def _rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def _live(part: Tensor, idle: Tensor) -> Tensor | None:
-    """Components that are not idle, int64; None where an idle one is not zero after all (an exception)."""
-    resting = part.index_select(1, idle.nonzero().flatten())
-    return None if bool(resting.any()) else (~idle).nonzero().flatten()
+def _shortened(part: Tensor, idle: Tensor) -> Tensor:
+    """The first components, behind which all are idle; all where they are many, or an idle one is not zero after all
+    (an exception). Components are in the order of their spread, so what is idle is mostly the last.
+    """
+    live = (~idle).nonzero().flatten()
+    count = max(int(live[-1]) + 1 if len(live) else 1, LEADING)
+    if count > (1 - WORTH_LEAVING_OUT) * len(idle):
+        return part
+    least, most = part[:, count:].aminmax()
+    return part[:, :count] if float(least) == 0 == float(most) else part
 
 
 def slices_of(geometry: Geometry) -> list[slice]:

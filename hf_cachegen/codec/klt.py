@@ -75,8 +75,10 @@ class KltCodec:
         entries, saved = [], 0.0
         books = repeated(codec.inner.values, codec.inner.digits)
         for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
-            own, bits = book.choose(histograms)
-            gain = book.bits(histograms, given) - bits - ENTRY_BITS
+            own = book.choose(histograms)[0]
+            # A column that is silent here alone stays coded: neighbours that are all coded are the quicker to decode.
+            own = own.where((own > 0) | (given == 0), own.new_tensor(book.narrowest))
+            gain = book.bits(histograms, given) - book.bits(histograms, own) - ENTRY_BITS
             entries.append(torch.where(gain > 0, own, given))
             saved += float(gain.clamp_min(0).sum())
         bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)

@@ -96,6 +96,11 @@ class Codebook:
         cost = cost.gather(1, inside) + (index != inside) * float(EXCEPTION_BITS * COST_SCALE)
         return cost.reshape(self.entries, -1)
 
+    @cached_property
+    def narrowest(self) -> int:
+        """The entry, other than "always zero", under which a column of zeros costs least: some thousandth of a bit."""
+        return 1 + int(self.cost[1:, self.zero].argmin())
+
     def choose(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
         """The cheapest entry of every column, uint8 [columns], and what it costs in bits, float64 [columns].
 
