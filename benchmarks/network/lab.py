@@ -24,9 +24,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from eval.traces import Trace
 
@@ -88,9 +89,9 @@ def run(*command: str) -> str:
 class Lab:
     """The two hosts, as a context manager. folder: what nginx serves at URL.
 
-    delay: seconds that a request and its answer take without any content, one way included in the other; loss: share of
-    the packets with content that get lost; congestion: the server's algorithm (cubic, bbr, ...), None: the kernel's own
-    default. log: nginx's access log, for counting requests.
+    delay: seconds of a round trip (besides those that packets take to be sent); loss: share of the packets with content
+    that get lost; congestion: the server's algorithm (cubic, bbr, ...), None: the kernel's default. log: nginx's access
+    log, for counting requests.
     """
 
     def __init__(
@@ -217,13 +218,16 @@ class Lab:
         run("ip", "-n", self.client, "link", "set", "delayed", "up")
         run("ip", "-n", self.client, "route", "add", f"{SERVER_ADDRESS}/32", "dev", "delayed", "src", CLIENT_ADDRESS)
 
-    def start(self, name: str, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
+    def start(
+        self, name: str, command: Sequence[str], *, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
         """A process in one of the namespaces, in the checkout's folder; it ends with the lab."""
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", name, *command], cwd=ROOT, text=True, env={**os.environ, "PATH": _PATH}, **options
-        )  # type: ignore[call-overload]
+        variables = {**os.environ, "PATH": _PATH, **(environment or {})}
+        process: subprocess.Popen[str] = subprocess.Popen(
+            ["ip", "netns", "exec", name, *command], cwd=ROOT, text=True, env=variables, **options
+        )
         self._stack.callback(_end, process)
-        return process  # type: ignore[no-any-return]
+        return process
 
     def _await(self, port: int) -> None:
         """Waits until the server answers the client."""
