@@ -18,6 +18,8 @@ from rich.table import Table
 
 CONTEXTS, LINES, QUESTIONS = 4, 128, 8
 """Records of 128 lines (about 1,080 tokens), 8 questions about each."""
+NEW_TOKENS = 24
+"""Enough for a whole line of the record."""
 TRANSFORMS = ("klt", "delta")
 LEVELS = (3, 2, 1)
 
@@ -52,7 +54,7 @@ def right_answers(document: Any, outputs: list[str]) -> int:
 
 def encode(folder: Path) -> dict[str, Any]:
     """First process: prefill, answer from the exact cache, save. Bytes and seconds are sums over the contexts."""
-    from eval.accuracy import answers
+    from eval.answers import answers, first_line
     from hf_cachegen import CacheGenCache, CacheGenConfig
 
     model, tokenizer = load()
@@ -62,7 +64,7 @@ def encode(folder: Path) -> dict[str, Any]:
     for index in range(CONTEXTS):
         document, prompts = prompts_of(tokenizer, index)
         cache = CacheGenCache.from_context(model, tokenizer(document.text).input_ids, tokenizer=tokenizer)
-        outputs = answers(model, tokenizer, cache, prompts)
+        outputs = [first_line(text) for text in answers(model, tokenizer, cache, prompts, NEW_TOKENS)]
         for transform in TRANSFORMS:
             cache.save_pretrained(folder / transform / str(index), CacheGenConfig(transform=transform))  # type: ignore[arg-type]
         result["tokens"] += cache.report.context_tokens
@@ -75,7 +77,7 @@ def encode(folder: Path) -> dict[str, Any]:
 
 def answer(folder: Path) -> list[dict[str, Any]]:
     """Second process: load every artifact at every level and answer from it."""
-    from eval.accuracy import answers
+    from eval.answers import answers, first_line
     from hf_cachegen import CacheGenCache
 
     model, tokenizer = load()
@@ -89,7 +91,7 @@ def answer(folder: Path) -> list[dict[str, Any]]:
                 document, prompts = prompts_of(tokenizer, index)
                 place = folder / transform / str(index)
                 cache = CacheGenCache.from_pretrained(place, model=model, level=level, tokenizer=tokenizer)
-                found = answers(model, tokenizer, cache, prompts)
+                found = [first_line(text) for text in answers(model, tokenizer, cache, prompts, NEW_TOKENS)]
                 row["bytes"] += cache.report.loaded_bytes
                 row["seconds"] += cache.report.load_seconds
                 row["right"] += right_answers(document, found)

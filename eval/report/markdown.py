@@ -1,0 +1,38 @@
+"""The report as Markdown, for a repository: the same tables, the plots as files beside it, and the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eval.report.adaptation import Adaptation
+from eval.report.page import Section, command
+from eval.report.plots import Plot
+from eval.run_folder import ASKED, SESSIONS
+
+
+def markdown(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra: Adaptation | None) -> str:
+    """The whole file."""
+    session = sections[0].config[SESSIONS][-1]
+    lines = [
+        f"# {title}",
+        "",
+        f"Model {sections[0].config[ASKED]['model']}, {session['gpu'] or session['processor']} "
+        f"({session['cores']} cores, {session['threads']} threads), {session['time'][:10]}, "
+        f"revision {str(session['revision'])[:12]}. Intervals are 95 %, bootstrapped over contexts and paired with the "
+        "exact cache. Sizes count everything that is fetched, klt's profile apart; TTFT is computed from measured "
+        "bytes, decode and prefill seconds.",
+        "",
+    ]
+    for section in sections:
+        lines += [f"## {section.name}", "", f"{section.about()}.", ""]
+        if warning := section.warning():
+            lines += [f"**{warning}**", ""]
+        for table in section.tables:
+            lines += [f"{table.title}:", "", table.markdown()]
+        lines += [*(f"![{plot.label}]({plot.name}.svg)" for plot in section.plots), ""]
+        lines += [f"    {command(section.config)}", ""]
+    if shared:
+        lines += ["## Levels by layer", "", *(f"![{plot.label}]({plot.name}.svg)" for plot in shared), ""]
+    if extra:
+        lines += ["## Adaptation", "", extra.table.markdown()]
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,198 @@
+"""The page: one HTML file with everything inside, no script and nothing fetched, for a phone as for a wide screen."""
+
+from __future__ import annotations
+
+import html
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import codecs
+from eval.report import findings
+from eval.report.plots import SERIES, Plot, series, series_of
+from eval.report.tables import Table, percent, ratio, size
+from eval.run_folder import ASKED, SESSIONS
+from eval.scorers import SCORE_TITLES
+
+STYLE = Path(__file__).with_name("page.css")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One data set of the report: its run's configuration and metrics, and what was made of them."""
+
+    key: str
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    plots: tuple[Plot, ...]
+    tables: tuple[Table, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.config[ASKED]["dataset"]["name"])
+
+    @property
+    def score(self) -> str | None:
+        """The first score; None for perplexity."""
+        scores = self.config[ASKED]["dataset"]["scores"]
+        return str(scores[0]) if scores else None
+
+    def about(self) -> str:
+        """What was measured, in a line."""
+        m, asked = self.metrics, self.config[ASKED]
+        parts = [f"{m['examples']} contexts of {m['context_tokens']:,.0f} tokens", f"{m['questions']} questions"]
+        if not self.score:
+            parts[1] = "the text that follows each"
+        if left_out := len(asked["dataset"]["too_long"]):
+            parts.append(f"{left_out} longer than the model's {asked['max_tokens']:,} tokens left out")
+        if asked["include_question"]:
+            parts.append("the question cached with the context")
+        return ", ".join(parts)
+
+    def warning(self) -> str | None:
+        """Where the model cannot do the task, what the numbers mean."""
+        if findings.able(self.metrics, self.score) or self.score is None:
+            return None
+        return (
+            f"The model scores {percent(self.metrics['variants'][0]['scores'][self.score])} from the exact cache: it "
+            "cannot do this task, so scores say nothing of codecs here. Divergence, agreement and sizes do."
+        )
+
+
+def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra: str) -> str:
+    """The whole document. shared: plots that belong to no data set; extra: HTML of another experiment, or ""."""
+    links = "".join(f'<a href="#{s.key}">{_text(s.name)}</a>' for s in sections)
+    links += '<a href="#layers">Levels by layer</a>' if shared else ""
+    links += '<a href="#adaptation">Adaptation</a>' if extra else ""
+    first = sections[0].config
+    session = first[SESSIONS][-1]
+    where = ", ".join((first[ASKED]["model"], session["gpu"] or session["processor"], session["time"][:10]))
+    body = "".join(map(_section, sections))
+    if shared:
+        body += (
+            "<section><h2 id=layers>Levels by layer</h2><p class=muted>From the artifacts’ own reports: bits where a "
+            "codec spends them layer by layer, and the relative error that is left. A joint basis (klt over several "
+            f"layers) has no bits of a single layer.</p>{_plots(shared)}</section>"
+        )
+    return f"""<!doctype html>
+<html lang=en>
+<head>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<meta name=color-scheme content="light dark">
+<title>{_text(title)}</title>
+<style>
+{STYLE.read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<header>
+<h1>{_text(title)}</h1>
+<p class=muted>{_text(where)}</p>
+<div class=cards>{"".join(map(_card, sections))}</div>
+<p class="small muted">Each card: the smallest cache without loss, which means at most one point (for perplexity, one
+per cent) worse than the exact cache in the mean, with a paired 95 % interval that reaches zero. Sizes count everything
+that is fetched{_profile(sections)}.</p>
+<nav aria-label=Contents>{links}<a href="#method">Method</a></nav>
+</header>
+<main>
+{body}{extra}
+{_method(sections)}
+<footer>Written by <code>python -m eval report</code>; intervals are 95 %, bootstrapped over contexts.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def _profile(sections: Sequence[Section]) -> str:
+    sizes = {s.config[ASKED]["profile"]["bytes"] for s in sections if s.config[ASKED]["profile"]}
+    return f", klt’s profile apart (one file of {size(max(sizes))} for the model)" if sizes else ""
+
+
+def _card(section: Section) -> str:
+    best = findings.smallest(findings.caches(section.metrics), section.score)
+    if not findings.able(section.metrics, section.score) or best is None:
+        told = "The model cannot do this task." if best is not None else "No codec keeps the quality."
+        return f'<a class=card href="#{section.key}" style="text-decoration:none"><b>{"–"}</b><span>{told}</span>' \
+               f"<span class=of>{_text(section.name)}</span></a>"  # fmt: skip
+    exact = section.metrics["variants"][0]
+    if section.score:
+        pair = percent(best["scores"][section.score]), percent(exact["scores"][section.score])
+        what = f"{SCORE_TITLES[section.score]} {pair[0]}, exact cache {pair[1]}"
+    else:
+        what = f"perplexity {best['perplexity']['mean']:.4g}, exact cache {exact['perplexity']['mean']:.4g}"
+    return (
+        f'<a class=card href="#{section.key}" style="text-decoration:none"><b>{ratio(best["ratio_to_fp16"])}</b>'
+        f"<span>smaller than fp16: {_text(codecs.title(best['codec'], best['level']))}</span>"
+        f"<span class=of>{_text(section.name)}: {_text(what)}</span></a>"
+    )
+
+
+def _section(section: Section) -> str:
+    warning = f"<p class=note>{_text(section.warning())}</p>" if section.warning() else ""
+    chosen = {series_of(v["codec"]): v for v in findings.representatives(section.metrics, section.score)}
+    names = []
+    for line, variants in series(section.metrics["variants"]).items():
+        label = SERIES.get(line) or codecs.TITLES[line]
+        if len(variants) > 1 and line in chosen:
+            exactly = codecs.title(chosen[line]["codec"], chosen[line]["level"])
+            label += f" (times: {exactly.removeprefix(label).lstrip(' ,')})"
+        names.append(f'<li><i style="background:var(--{line})"></i>{_text(label)}</li>')
+    return (
+        f"<section><h2 id={section.key}>{_text(section.name)}</h2><p class=muted>{_text(section.about())}.</p>{warning}"
+        f"<ul class=legend>{''.join(names)}</ul>"
+        f"{_plots(section.plots)}"
+        f"{''.join(table.html() for table in section.tables)}</section>"
+    )
+
+
+def _plots(plots: Sequence[Plot]) -> str:
+    return f"<div class=plots>{''.join(map(_figure, plots))}</div>"
+
+
+def _figure(plot: Plot) -> str:
+    svg = plot.inline().replace("<svg ", f'<svg role=img aria-label="{html.escape(plot.label, quote=True)}" ', 1)
+    return f"<figure><h3>{_text(plot.title)}</h3>{svg}<figcaption>{_text(plot.text)}</figcaption></figure>"
+
+
+def _method(sections: Sequence[Section]) -> str:
+    session = sections[0].config[SESSIONS][-1]
+    where = {
+        "processor": f"{session['processor']}, {session['cores']} cores, {session['threads']} threads",
+        "device": session["gpu"] or "CPU",
+        "dtype": sections[0].config[ASKED]["dtype"],
+        "revision": ", ".join(sorted({str(s["revision"])[:12] for x in sections for s in x.config[SESSIONS]})),
+        "versions": ", ".join(f"{name} {version}" for name, version in session["versions"].items()),
+    }
+    commands = "\n".join(command(section.config) for section in sections)
+    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(str(value))}</dd>" for name, value in where.items())
+    skipped = {name: why for s in sections for name, why in s.config[ASKED]["unavailable"].items()}
+    left = "; ".join(f"{codecs.TITLES[name]}: {why}" for name, why in skipped.items())
+    return (
+        "<section><h2 id=method>Method</h2>"
+        "<p>Every codec answers the same questions from the same contexts as the exact cache, greedily. The cache "
+        "holds the context alone, unless a section says otherwise. Divergence (KL) and greedy agreement are "
+        "teacher-forced over question and right completion, or the exact cache’s own answer. The package’s codecs are "
+        "saved and loaded as artifacts: their sizes are files, all counted, and their decode seconds what loading from "
+        "a local disk takes. The other techniques are computed in memory, in their favour: no token ids and no reading "
+        "from a disk are charged to them, uniform levels are unpacked from whole bytes, and the decoding of CacheGen "
+        "as released is not measured, so it is missing from the plot of times. Time to the first token is computed: "
+        "bytes by bandwidth, without latency, plus measured decode and prefill seconds (medians).</p>"
+        f"<dl>{rows}</dl>{f'<p class=small>Not measured: {_text(left)}.</p>' if left else ''}"
+        f"<details><summary>Commands</summary><pre><code>{_text(commands)}</code></pre></details></section>"
+    )
+
+
+def command(config: dict[str, Any]) -> str:
+    """The command that began a run."""
+    return " ".join(map(_quoted, config[SESSIONS][0]["command"]))
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if "$" in word and '"' not in word else shlex.quote(word)
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=False)

@@ -1,0 +1,169 @@
+"""`python -m eval run`: one model, one data set, any number of codecs, into a folder.
+
+Under `accelerate launch` the examples are divided among the processes of all nodes (which must see the folder), and the
+first process merges. An interrupted run is taken up by the same command: what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from eval import codecs, datasets, metrics, surroundings
+from eval.chat import with_template
+from eval.datasets.request import Request
+from eval.examples import Dataset, Example, with_question
+from eval.measure import Encoded, encode, measure
+from eval.run_folder import RunFolder
+from hf_cachegen.cli_models import find_profile, load_model, token_ids
+from hf_cachegen.errors import ConfigError
+
+PATIENCE = timedelta(days=7)
+"""How long the first process waits for the others: a straggler is no fault."""
+WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `run` is asked for; docs/evaluation.md says what each means."""
+
+    model: str
+    dataset: str
+    codecs: tuple[str, ...]
+    levels: tuple[int, ...] | None = None
+    limit: int | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+    profile: str = "auto"
+    chunk_tokens: int = 512
+    batch: int = 8
+    max_tokens: int | None = None
+    too_long: str = "skip"
+    include_question: bool = False
+    chat_template: bool = False
+
+
+def run(options: Options, out: Path) -> dict[str, Any]:
+    """Measures, and returns the metrics (in the first process; an empty dictionary in the others).
+
+    Raises ConfigError for options, data and folders that do not fit.
+    """
+    state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
+    set_seed(options.seed)
+    folder = RunFolder(out)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    dataset = datasets.load(options.dataset, Request(tokenizer, options.limit, options.seed))
+    if options.include_question:
+        dataset = replace(dataset, examples=tuple(with_question(dataset.examples)))
+    if options.chat_template:
+        dataset = replace(dataset, examples=tuple(with_template(tokenizer, dataset.examples)))
+    profile = find_profile(options.profile, options.model)
+    chosen, missing = codecs.choose(options.codecs, profile)
+    most = options.max_tokens or _model_limit(options)
+    kept, left_out = fit(tokenizer, dataset, most, options)
+    asked = {
+        **asdict(options),
+        "codecs": list(chosen),
+        "unavailable": missing,
+        "dataset": {"name": dataset.name, "scores": list(dataset.scores), "new_tokens": dataset.new_tokens,
+                    "first_line": dataset.first_line, "source": dataset.source, "examples": len(kept),
+                    "too_long": left_out, "digest": _digest(dataset.examples)},
+        "max_tokens": most,
+        "profile": None if profile is None or "klt" not in chosen else
+                   {"digest": profile.digest, "bytes": len(profile.to_bytes())},
+    }  # fmt: skip
+    # Where it ran is no part of what was asked: a run may go on elsewhere.
+    asked = {key: value for key, value in asked.items() if key != "device"}
+    if state.is_main_process:
+        folder.begin(asked, {**surroundings.session(state.num_processes), "device": options.device})
+    state.wait_for_everyone()
+    _measure_all(options, dataset, kept, chosen, profile, tokenizer, folder, state)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+    records = folder.merge([example.id for example, _ in kept])
+    found = metrics.summarise(records, dataset.scores, options.seed)
+    folder.finish(found)
+    return found
+
+
+def fit(
+    tokenizer: Any, dataset: Dataset, most: int, options: Options
+) -> tuple[list[tuple[Example, Encoded]], list[str]]:
+    """(examples with their tokens, ids of those left out because prompt and answer exceed `most` tokens).
+
+    With "middle" their contexts lose tokens in the middle instead, as LongBench does. Raises ConfigError with "error",
+    and where nothing is left.
+    """
+    kept: list[tuple[Example, Encoded]] = []
+    left_out: list[str] = []
+    for example in dataset.examples:
+        found = encode(tokenizer, example, start=not options.chat_template)
+        after = [len(token_ids(tokenizer, q.completion or "", start=False)) for q in example.questions]
+        excess = found.longest + max(dataset.new_tokens, *after) - most
+        if excess <= 0:
+            kept.append((example, found))
+        elif options.too_long == "middle" and len(found.context) - excess >= 2:
+            length = len(found.context) - excess
+            ids = found.context[: length - length // 2] + found.context[len(found.context) - length // 2 :]
+            kept.append((example, replace(found, context=ids)))
+        elif options.too_long == "error":
+            raise ConfigError(f"example {example.id!r} needs {found.longest} tokens and its answer; there are {most}")
+        else:
+            left_out.append(example.id)
+    if not kept:
+        raise ConfigError(
+            f"{dataset.name}: none of the {len(left_out)} examples fits into {most} tokens: --too-long middle cuts them"
+        )
+    return kept, left_out
+
+
+def _measure_all(
+    options: Options, dataset: Dataset, kept: Sequence[tuple[Example, Encoded]], chosen: Sequence[str], profile: Any,
+    tokenizer: Any, folder: RunFolder, state: PartialState,
+) -> None:  # fmt: skip
+    done = folder.done()
+    mine = kept[state.process_index :: state.num_processes]
+    todo = [(example, encoded) for example, encoded in mine if example.id not in done]
+    if not todo:
+        return
+    device = options.device or str(state.device)
+    model, _ = load_model(options.model, revision=options.revision, dtype=options.dtype, device=device)
+    kit = codecs.Kit(model, tokenizer, profile, options.chunk_tokens, options.levels)
+    # The first use of a model and of each codec is slow, and would count in the first example's seconds.
+    first = todo[0][1]
+    short = Encoded(first.context[:WARM_UP_TOKENS], first.questions)
+    measure(kit, replace(dataset, new_tokens=min(2, dataset.new_tokens)), todo[0][0], short, chosen, options.batch)
+    quiet, finished = not state.is_local_main_process, len(mine) - len(todo)
+    bar = tqdm(todo, dataset.name, len(mine), initial=finished, unit="context", disable=quiet)
+    with folder.writer(state.process_index) as writer:
+        for example, encoded in bar:
+            writer.add(measure(kit, dataset, example, encoded, chosen, options.batch))
+
+
+def _model_limit(options: Options) -> int:
+    """Tokens that the model was made for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(options.model, revision=options.revision).get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Of everything that is asked, so that another version of the data is not taken for the same run."""
+    return hashlib.sha256(json.dumps([asdict(example) for example in examples]).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Where a measurement was made: versions, processor, threads, device, revision of the checkout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_cachegen
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "optimum-quanto", "hqq")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def session(processes: int) -> dict[str, Any]:
+    """Plain values; nothing that names a person or a machine."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": ["python", "-m", "eval", *sys.argv[1:]],
+        "processes": processes,
+        "revision": revision(),
+        "versions": {
+            "python": platform.python_version(),
+            "hf_cachegen": hf_cachegen.__version__,
+            **{name: version for name in PACKAGES if (version := _version(name))},
+        },
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def revision() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None outside a checkout."""
+    commit = _git("rev-parse", "HEAD")
+    return None if commit is None else commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def processor() -> str:
+    """Its name, as far as the system says it."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
