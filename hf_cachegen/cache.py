@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -54,6 +55,7 @@ from hf_cachegen.stores import Access, LocalStore, open_store
 from hf_cachegen.streaming import (
     CONNECTIONS,
     Event,
+    Fallback,
     Link,
     Policy,
     Refine,
@@ -94,7 +96,7 @@ class CacheGenCache(DynamicCache):
     """The KV cache of one context of one model. Make one by `from_context`, `from_cache` or `from_pretrained`.
 
     kv: the keys and values, all tokens of all layers; input_ids: the context [1, tokens], on the CPU; fingerprint: what
-    model, dtype and tokenizer it belongs to; report: a CacheReport.
+    model, dtype and tokenizer it belongs to; refinement: of a streamed cache, what may still improve it.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class CacheGenCache(DynamicCache):
         super().__init__()
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
-        self.kv, self.input_ids, self.fingerprint, self.report = kv, input_ids, fingerprint, report
+        self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values, strict=True)]
         self._config, self._profile, self._source = config, profile, source
         self.refinement: Refinement | None = None
@@ -119,6 +121,11 @@ class CacheGenCache(DynamicCache):
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
     # The first thing that a forward pass asks for: some prompts would fail, less clearly, before they come to update.
     get_mask_sizes = _refuse
+
+    @property
+    def report(self) -> CacheReport:
+        """What it is and what it cost; of a streamed cache a StreamReport of how it stands now."""
+        return self._report if self.refinement is None else self.refinement.report
 
     def __repr__(self) -> str:
         geometry = self.kv.geometry
@@ -252,7 +259,7 @@ class CacheGenCache(DynamicCache):
         policy: Policy | str = "adaptive",
         refine: Refine = "before",
         prompt_tokens: int = 0,
-        fallback: Sequence[str | os.PathLike[str]] = (),
+        fallback: Sequence[Fallback] = (),
         profile: ProfileLike = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
         limits: Limits | None = None,
@@ -260,6 +267,8 @@ class CacheGenCache(DynamicCache):
         stall_seconds: float | None = None,
         connections: int = CONNECTIONS,
         link: Link | None = None,
+        cancel: threading.Event | None = None,
+        prompt: tuple[Tensor, Tensor] | None = None,
         **access: Any,
     ) -> CacheGenCache:
         """Load an artifact so that the first token comes within `slo` seconds from this call, whatever the network
@@ -270,23 +279,26 @@ class CacheGenCache(DynamicCache):
         policy. policy: "adaptive", "paper" or an object (hf_cachegen.streaming.Policy).
         refine: what is done with finer levels than the first that was fetched: "off" nothing, "before" fetch them
         while time is left before the SLO, "while_generating" go on after this call returns (`cache.refinement`).
-        prompt_tokens: how many tokens will follow the context: their prefill is part of the SLO.
-        fallback: other places with the same artifact. on_event: called with each hf_cachegen.streaming.Event.
+        prompt_tokens: how many tokens will follow the context: their prefill is part of the SLO. prompt: in their stead
+        the input_ids and attention_mask, [rows, tokens] each, that will be asked, context included.
+        fallback: other places with the same artifact; (place, {...}) gives one its own `access`.
+        on_event: called with each hf_cachegen.streaming.Event.
         stall_seconds: a source that is silent for so long has failed (default: a quarter of the SLO, at least 0.5; 10
         without one). connections: requests at a time. link: which streams share a link (default: those to one host).
+        cancel: set, it ends the stream.
 
-        A chunk that no source gives is recomputed. Raises what `from_pretrained` does, and ConfigError for an option
-        out of range.
+        A chunk that no source gives is recomputed. Raises what `from_pretrained` does; ConfigError,
+        StreamCancelledError, and PromptMismatchError where `prompt` has nothing of the context.
         """
         options = StreamOptions(
             slo, policy_of(policy, level), refine, prompt_tokens, tuple(fallback), on_event, stall_seconds, connections,
-            link,
+            link, cancel, prompt,
         )  # fmt: skip
-        found, kv, report, refinement = stream_context(path, model, options, profile, tokenizer, limits, access)
+        found, kv, refinement = stream_context(path, model, options, profile, tokenizer, limits, access)
         artifact = found.artifact
         cache = cls(
-            kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=artifact.profile(),
-            source=artifact.store,
+            kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config,
+            profile=artifact.profile(), source=artifact.store,
         )  # fmt: skip
         cache.refinement = refinement
         return cache
@@ -325,7 +337,7 @@ class CacheGenCache(DynamicCache):
             overwrite=overwrite,
         )
         if self._source is None:
-            self.report = replace(self.report, encoding=Artifact(directory).report)
+            self._report = replace(self._report, encoding=Artifact(directory).report)
 
     def push_to_hub(
         self,

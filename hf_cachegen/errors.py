@@ -9,6 +9,7 @@
     ├── ProfileError (ValueError)              a profile that is missing, damaged, or of another model
     ├── NativeError (RuntimeError)             a compiled library is damaged or failed
     ├── MissingExtraError (ImportError)        an optional package is not installed
+    ├── StreamCancelledError (RuntimeError)    a stream that its user cancelled before the context was in place
     ├── ArtifactError                          the files of an artifact
     │   ├── ArtifactNotFoundError (FileNotFoundError)
     │   ├── ArtifactExistsError (FileExistsError)
@@ -73,6 +74,10 @@ class NativeError(CacheGenError, RuntimeError):
 
 class MissingExtraError(CacheGenError, ImportError):
     """An optional package is not installed; the message names the extra to install."""
+
+
+class StreamCancelledError(CacheGenError, RuntimeError):
+    """A stream was cancelled by its user before the context was in place."""
 
 
 class ArtifactError(CacheGenError):

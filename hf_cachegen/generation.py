@@ -11,26 +11,36 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode
 
 from hf_cachegen.cache import CacheGenCache
-from hf_cachegen.errors import ConfigError, PromptMismatchError, TensorError, UnsupportedModelError
+from hf_cachegen.errors import (
+    ConfigError,
+    OfflineError,
+    PromptMismatchError,
+    StoreAccessError,
+    StoreError,
+    TensorError,
+    UnsupportedModelError,
+)
 from hf_cachegen.layout import base_model, build_dynamic, build_static, layer_devices, positions_change
 from hf_cachegen.prefix import match
-from hf_cachegen.streaming import Refine
+from hf_cachegen.streaming import Refine, SwapIn
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
     OnMismatch = Literal["recompute", "error"]
 
+LOG = logging.getLogger("hf_cachegen.generation")
 POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
 """Names of the stock generate's own parameters, in order, without `self` and `**kwargs`."""
 HELPERS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
@@ -85,11 +95,9 @@ def generate(
     if isinstance(cache, CacheGenCache):
         if streamed:
             raise ConfigError(f"{sorted(streamed)} are for an artifact's path; this cache is loaded already")
-    elif streamed:
-        cache = CacheGenCache.stream(cache, model, **streamed)
-    else:
+        cache.check(model)
+    elif not streamed:
         cache = CacheGenCache.from_pretrained(cache, model)
-    cache.check(model)
     options = {name: value for name, value in call.items() if name not in (*POSITIONAL, *HELPERS)}
     settings, inputs = model._prepare_generation_config(call.get("generation_config"), **options)
     mode = settings.get_generation_mode(call.get("assistant_model"))
@@ -97,6 +105,35 @@ def generate(
     ids = call["inputs"]
     mask = _mask(model, ids, settings, inputs)
 
+    if not isinstance(cache, CacheGenCache):
+        try:
+            cache = CacheGenCache.stream(cache, model, prompt=(ids, mask), **streamed)
+        except (StoreAccessError, OfflineError):
+            raise
+        except (StoreError, PromptMismatchError) as error:
+            if on_mismatch == "error" and isinstance(error, PromptMismatchError):
+                raise
+            LOG.warning("the prompt is computed without its cache: %s", error)
+            return stock(**call)
+        try:
+            return _continue(model, cache, call, settings, mode, mask, on_mismatch)
+        finally:
+            if cache.refinement is not None:
+                cache.refinement.cancel()
+    return _continue(model, cache, call, settings, mode, mask, on_mismatch)
+
+
+def _continue(
+    model: PreTrainedModel,
+    cache: CacheGenCache,
+    call: dict[str, Any],
+    settings: GenerationConfig,
+    mode: GenerationMode,
+    mask: Tensor,
+    on_mismatch: OnMismatch,
+) -> Any:
+    """The stock generate, with a stock cache of what is known of the prompt."""
+    stock, ids = _stock(model), call["inputs"]
     reuse = match(cache.input_ids[0], ids, mask)
     context, longest = cache.kv.geometry.tokens, int(mask.sum(-1).max())
     moved = positions_change(model.config, context, longest)
@@ -108,12 +145,17 @@ def generate(
         return stock(**call)
 
     repeats = max(settings.num_beams, settings.num_return_sequences)
-    devices = layer_devices(model, len(cache.kv.keys))
+    kv, seen = (cache.kv, 0) if cache.refinement is None else cache.refinement.snapshot()
+    devices = layer_devices(model, len(kv.keys))
     if settings.cache_implementation == "static":
         length = _longest(settings, ids.shape[1])
-        call["past_key_values"] = build_static(cache.kv, reuse, repeats, devices, model.config, length)
+        call["past_key_values"] = build_static(kv, reuse, repeats, devices, model.config, length)
     else:
-        call["past_key_values"] = build_dynamic(cache.kv, reuse, repeats, devices)
+        call["past_key_values"] = build_dynamic(kv, reuse, repeats, devices)
+    del kv
+    if cache.refinement is not None:
+        swap = SwapIn(cache.refinement, call["past_key_values"], reuse, seen)
+        call["logits_processor"] = LogitsProcessorList([swap, *(call.get("logits_processor") or [])])
     # The stock generate refuses these settings beside a cache; they have been obeyed.
     call |= {
         name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None

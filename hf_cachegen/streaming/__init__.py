@@ -14,11 +14,12 @@ from hf_cachegen.streaming.events import (
     StreamStarted,
 )
 from hf_cachegen.streaming.link import Link
-from hf_cachegen.streaming.loader import stream_context
-from hf_cachegen.streaming.options import CONNECTIONS, Refine, StreamOptions
+from hf_cachegen.streaming.options import CONNECTIONS, Fallback, Refine, StreamOptions
 from hf_cachegen.streaming.policy import Adaptive, Fixed, Missing, Outlook, Paper, Plan, Policy, policy_of
-from hf_cachegen.streaming.refine import Refinement
+from hf_cachegen.streaming.prefill_speed import measure
+from hf_cachegen.streaming.refine import Refinement, SwapIn
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
+from hf_cachegen.streaming.stream import stream_context
 
 __all__ = [
     "CONNECTIONS",
@@ -29,6 +30,7 @@ __all__ = [
     "ChunkReport",
     "ContextReady",
     "Event",
+    "Fallback",
     "FirstToken",
     "Fixed",
     "Link",
@@ -44,6 +46,8 @@ __all__ = [
     "StreamOptions",
     "StreamReport",
     "StreamStarted",
+    "SwapIn",
+    "measure",
     "policy_of",
     "stream_context",
 ]

@@ -17,18 +17,11 @@ SAMPLE_BYTES = 1 << 18
 
 
 class Bandwidth:
-    """prior: bytes a second to begin with. smoothing: the weight of what was before in each new estimate, 0 for none.
+    """smoothing: the weight of what was before in each new estimate, 0 for none. Threads share it."""
 
-    Threads share it.
-    """
-
-    def __init__(
-        self,
-        prior: float | None = None,
-        smoothing: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._rate, self._smoothing, self._clock = prior, smoothing, clock
+    def __init__(self, smoothing: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate: float | None = None
+        self._smoothing, self._clock = smoothing, clock
         self._lock = threading.Lock()
         self._under_way = 0
         self._bytes, self._busy, self._since = 0, 0.0, 0.0
@@ -66,14 +59,20 @@ class Bandwidth:
             self._tick()
             self._bytes, self._busy = 0, 0.0
 
+    def expect(self, rate: float | None) -> None:
+        """What was known before the first sample."""
+        with self._lock:
+            self._rate = self._rate or rate
+
     def rate(self) -> float | None:
-        """Bytes a second to be expected; None before the first sample."""
+        """Bytes a second to be expected; None before anything can be told."""
         with self._lock:
             self._tick()
-            if self._busy > SAMPLE_SECONDS:
-                now = self._bytes / self._busy
-                return now if self._rate is None else min(now, self._rate)
-            return self._rate
+            now = self._bytes / self._busy if self._busy > 0 else None
+            if self._rate is None:
+                told = self._busy > SAMPLE_SECONDS or (self._bytes and not self._under_way)
+                return now if told else None
+            return min(now, self._rate) if now is not None and self._busy > SAMPLE_SECONDS else self._rate
 
     def silence(self) -> float:
         """Seconds without a byte while requests are under way; 0 where none is."""

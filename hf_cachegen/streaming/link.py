@@ -7,7 +7,6 @@ request whose stream has had the fewest so far; among equals, to the first that 
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,8 @@ class Link:
         if slots < 1:
             raise ConfigError(f"slots must be at least 1, got {slots}")
         self.bandwidth = Bandwidth(clock=clock)
-        self._free, self._streams = slots, 0
+        self._free = slots
+        self._shares: list[Share] = []
         self._waiting: list[tuple[int, int]] = []
         self._arrivals = count()
         self._changed = threading.Condition()
@@ -43,39 +43,50 @@ class Link:
             return cls._known.setdefault(host, cls())
 
     @contextmanager
-    def stream(self) -> Iterator[float | None]:
-        """Within it one more stream uses the link. Yields what throughput it may expect: its share of what the link
-        gave to others before; None where nothing is known.
-        """
+    def stream(self) -> Iterator[Share]:
+        """Within it one more stream uses the link."""
         with self._changed:
-            self._streams += 1
+            # Who comes later begins with as many turns as the others have had, or it would have all turns for a while.
+            share = Share(self, min((other.turns for other in self._shares), default=0))
+            self._shares.append(share)
             rate = self.bandwidth.rate()
-            share = None if rate is None else rate / self._streams
+            share.expected = None if rate is None else rate / len(self._shares)
         try:
             yield share
         finally:
             with self._changed:
-                self._streams -= 1
+                self._shares.remove(share)
+
+
+class Share:
+    """One stream's part of a link. expected: bytes a second, from what the link gave to others before; None where
+    nothing is known. turns: how many it has had.
+    """
+
+    def __init__(self, link: Link, turns: int) -> None:
+        self.link, self.turns = link, turns
+        self.expected: float | None = None
 
     @contextmanager
-    def turn(self, number: int, given_up: Callable[[], bool]) -> Iterator[bool]:
-        """Waits for the turn of a stream's request, its `number`-th; False where `given_up` became true before."""
-        entry = (number, next(self._arrivals))
-        with self._changed:
-            heapq.heappush(self._waiting, entry)
-            while not given_up() and not (self._free and self._waiting[0] == entry):
-                self._changed.wait(WAKE_SECONDS)
-            self._waiting.remove(entry)
-            heapq.heapify(self._waiting)
+    def turn(self, given_up: Callable[[], bool]) -> Iterator[bool]:
+        """Waits for the turn of one request; False where `given_up` became true before."""
+        link = self.link
+        with link._changed:
+            entry = (self.turns, next(link._arrivals))
+            self.turns += 1
+            link._waiting.append(entry)
+            while not given_up() and not (link._free and min(link._waiting) == entry):
+                link._changed.wait(WAKE_SECONDS)
+            link._waiting.remove(entry)
             granted = not given_up()
-            self._free -= granted
-            self._changed.notify_all()
+            link._free -= granted
+            link._changed.notify_all()
         try:
             yield granted
         finally:
-            with self._changed:
-                self._free += granted
-                self._changed.notify_all()
+            with link._changed:
+                link._free += granted
+                link._changed.notify_all()
 
 
 WAKE_SECONDS = 0.2

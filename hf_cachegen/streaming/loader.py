@@ -1,55 +1,283 @@
-"""Runs a stream."""
+"""One stream: the calling thread opens the artifact, decodes and recomputes; other threads fetch (`fetching`).
+
+    open -> manifest -> fetchers begin
+                     -> tokens, fingerprint, side information, profile     (meanwhile)
+                     -> as the schedule says: decode, recompute, wait; until the context is in place
+
+Memory: the context's tensors, a chunk being decoded, the runs under way (at most 8 MiB a connection), and the coded
+bytes of chunks that may still be refined or have not been decoded yet.
+"""
 
 from __future__ import annotations
 
-import os
+import logging
+import math
+import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hf_cachegen.container import Limits
-from hf_cachegen.finding import ProfileLike
-from hf_cachegen.layout import KVTensors
-from hf_cachegen.opening import OpenContext, open_context
-from hf_cachegen.stores import Access, open_store
+import torch
+
+from hf_cachegen.artifact import Artifact
+from hf_cachegen.codec.chunk import Codec
+from hf_cachegen.encoding import checked_level, spans_of
+from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError, UnsupportedModelError
+from hf_cachegen.layout import KVTensors, positions_change
+from hf_cachegen.opening import OpenContext
+from hf_cachegen.streaming.bandwidth import Bandwidth
+from hf_cachegen.streaming.events import (
+    ChunkChosen,
+    ChunkFetched,
+    ChunkReady,
+    Event,
+    SourceFailed,
+    StreamStarted,
+)
+from hf_cachegen.streaming.fetching import WAKE_SECONDS, Fetcher
+from hf_cachegen.streaming.link import Share
 from hf_cachegen.streaming.options import StreamOptions
+from hf_cachegen.streaming.placing import Placer
 from hf_cachegen.streaming.policy import TEXT, Fixed
-from hf_cachegen.streaming.refine import Refinement
-from hf_cachegen.streaming.report import ChunkReport, StreamReport
+from hf_cachegen.streaming.prefill_speed import PrefillSpeed, measure, speed_of
+from hf_cachegen.streaming.recompute import recompute
+from hf_cachegen.streaming.report import StreamReport
+from hf_cachegen.streaming.schedule import Chunk, Decode, Finished, Part, Recompute, Schedule, Stuck, Wait
+from hf_cachegen.streaming.sources import Source
+from hf_cachegen.streaming.tally import Tally
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+LOG = logging.getLogger("hf_cachegen.streaming")
+RESERVE = 0.05
+"""Share of the SLO that is kept for what no estimate knows."""
+PROBE = 0.1
+"""Share of the SLO that measuring the model may take, while the first bytes are on their way."""
 
 
-def stream_context(
-    path: str | os.PathLike[str],
-    model: PreTrainedModel,
-    options: StreamOptions,
-    profile: ProfileLike,
-    tokenizer: PreTrainedTokenizerBase | None,
-    limits: Limits | None,
-    access: dict[str, Any],
-) -> tuple[OpenContext, KVTensors, StreamReport, Refinement | None]:
-    """Loads a context at the level of a Fixed policy, else at the finest."""
-    start = time.perf_counter()
-    found = open_context(open_store(path, Access(**access), limits), model, limits, profile, tokenizer=tokenizer)
-    artifact, policy = found.artifact, options.policy
-    choice = policy.choice if isinstance(policy, Fixed) else None
-    level = artifact.levels if choice is None or choice == TEXT else choice
-    places = found.places or []
-    keys, values = artifact.decode(level, places[0] if len(set(places)) == 1 else None)
-    kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
-    chunks = tuple(
-        ChunkReport(index, first, tokens, level, level, "as asked for")
-        for index, (first, tokens) in enumerate(artifact.manifest.chunks)
-    )
-    report = StreamReport(
-        context_tokens=artifact.geometry.tokens,
-        exact_bytes=artifact.geometry.nbytes,
-        loaded_bytes=artifact.nbytes_at(level),
-        level=level,
-        load_seconds=time.perf_counter() - start,
-        encoding=artifact.report,
-        slo=options.slo,
-        chunks=chunks,
-    )
-    return found, kv if len(set(places)) == 1 else kv.to(places), report, None
+class Loader:
+    """Brings one context in. `run` returns when it is in place; `refine` goes on with finer levels.
+
+    began: time.monotonic() of the call whose SLO it is. lock: held while keys and values change; changes: the chunks
+    that were decoded, in order. question_tokens: follow the context.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: StreamOptions, began: float) -> None:
+        self.model, self.options = model, options
+        self.bandwidth = Bandwidth(smoothing=options.policy.smoothing)
+        self.lock = threading.Lock()
+        self.changes: list[int] = []
+        self.stopped = False
+        self.began = began
+        self.question_tokens = options.prompt_tokens
+        self._speed: PrefillSpeed = speed_of(model)
+        self._telling = threading.RLock()
+        self._parts: dict[Part, bytes] = {}
+        self.tally = Tally()
+
+    def begin(self, artifact: Artifact, sources: list[Source], share: Share) -> None:
+        """The manifest is read: fetching begins, from the first source. Raises LevelError, UnsupportedModelError."""
+        self.artifact, self.stopped, policy = artifact, False, self.options.policy
+        choice = policy.choice if isinstance(policy, Fixed) else None
+        changes = positions_change(self.model.config, 1, artifact.geometry.tokens)
+        if choice == TEXT and changes:
+            raise UnsupportedModelError("this model's rotation depends on the whole length: no chunk can be recomputed")
+        if choice is not None and choice != TEXT:
+            checked_level(choice, artifact.levels)
+        self.spans = spans_of(artifact.geometry.tokens, artifact.config.chunk_tokens)
+        first = sources[0]
+        chunks = []
+        for index, span in enumerate(self.spans):
+            segments = artifact.segments(index, artifact.levels)
+            sizes = tuple(segment.length for segment in segments)
+            wire = tuple(0 if first.here(segment) else segment.length for segment in segments)
+            chunks.append(Chunk(index, span.first, span.tokens, sizes, wire, artifact.levels))
+        self.schedule = Schedule(
+            chunks, policy, self._deadline(), self.options.refine, self._recompute_seconds, can_recompute=not changes
+        )
+        self.bandwidth.expect(share.expected)
+        self.bandwidth.forget()
+        self.fetcher = Fetcher(
+            self.schedule, sources, lambda part: artifact.segments(part[0], part[1] + 1)[-1], self.bandwidth, share,
+            self.options.connections, self.options.stall, self._arrived, self._failed,
+        )  # fmt: skip
+        totals = [sum(chunk.sizes[part] for chunk in chunks) for part in range(artifact.levels)]
+        levels = tuple(sum(totals[: level + 1]) for level in range(artifact.levels))
+        self.tell(StreamStarted, str(artifact.store), self.options.slo, artifact.geometry.tokens, len(chunks), levels)
+        self.fetcher.start()
+
+    def opened(self, found: OpenContext, question_tokens: int) -> None:
+        """The artifact belongs to the model."""
+        self.found, self.question_tokens = found, question_tokens
+        self.schedule.deadline = self._deadline()
+        self.placer = Placer(self.artifact.geometry, found.places or [])
+
+    # Running.
+
+    def run(self) -> KVTensors:
+        """Until all chunks are in place. Raises what a source raised last, where nothing else helps."""
+        fixed = isinstance(self.options.policy, Fixed) and self.options.policy.choice == TEXT
+        codec = None if fixed else self._codec()
+        if self.options.slo is not None and not self._speed.known:
+            measure(self.model, PROBE * self.options.slo)
+            self.schedule.deadline = self._deadline()
+        while True:
+            work = self._next_work()
+            if isinstance(work, Finished):
+                break
+            if isinstance(work, Stuck):
+                raise self.fetcher.error or StoreError(f"chunk {work.chunk} cannot be had")
+            if isinstance(work, Decode) and codec is not None:
+                self._decode(codec, work)
+            elif isinstance(work, Recompute):
+                self._recompute_chunk(work.chunk)
+        kv = self.placer.kv()
+        self._speed.save()
+        self.tally.ready = time.monotonic() - self.began
+        return kv
+
+    def refine(self) -> None:
+        """Everything that can still be made finer, until that is done or `stopped`."""
+        self.schedule.generating = True
+        codec = self._codec()
+        while codec is not None and not self.stopped:
+            work = self._next_work()
+            if isinstance(work, Decode):
+                self._decode(codec, work)
+            elif not isinstance(work, Wait):
+                break
+
+    def close(self, wait: float = 0.0) -> None:
+        """Ends all threads of the stream; waits for them up to so many seconds."""
+        self.stopped = True
+        if hasattr(self, "fetcher"):
+            self.fetcher.close(wait)
+
+    @property
+    def more(self) -> bool:
+        """Whether finer levels could still come."""
+        schedule = self.schedule
+        return schedule.refines and any(not c.text and c.level < c.best for c in schedule.chunks)
+
+    def _next_work(self) -> Decode | Recompute | Wait | Finished | Stuck:
+        with self.fetcher.changed:
+            if self.fetcher.crash is not None:
+                raise self.fetcher.crash
+            if self.options.cancel is not None and self.options.cancel.is_set():
+                raise StreamCancelledError("the stream was cancelled")
+            self.fetcher.watch()
+            work = self.schedule.next_work(time.monotonic(), self.bandwidth.rate())
+            if isinstance(work, Wait):
+                self.fetcher.changed.wait(WAKE_SECONDS)
+            decisions, self.schedule.decisions = self.schedule.decisions, []
+        left = self.schedule.left(time.monotonic())
+        for chunk, choice in decisions:
+            self.tell(ChunkChosen, chunk.index, choice, chunk.why, chunk.rate, None if left == math.inf else left)
+        return work
+
+    def _codec(self) -> Codec | None:
+        """What decodes; None where its side information cannot be had: all is recomputed then."""
+        for source in self.fetcher.sources:
+            try:
+                return source.artifact.codec()
+            except (ArtifactError, StoreError) as error:  # noqa: PERF203
+                with self.fetcher.changed:
+                    self._failed(source.place, error, None)
+                    self.fetcher.error = error
+        with self.fetcher.changed:
+            for chunk in self.schedule.chunks:
+                self.schedule.unobtainable(chunk.index, 0)
+        return None
+
+    def _decode(self, codec: Codec, work: Decode) -> None:
+        span, start = self.spans[work.chunk], time.perf_counter()
+        parts = [self._parts[work.chunk, part] for part in range(work.level)]
+        try:
+            rows = codec.decode(parts, span, getattr(torch, self.artifact.geometry.dtype))
+        except (ArtifactError, NativeError) as error:
+            with self.fetcher.changed:
+                self.fetcher.error = error
+                self.tally.fault(work.chunk, f"level {work.level} cannot be decoded: {error}")
+                self.schedule.unobtainable(work.chunk, work.level - 1)
+            return
+        with self.lock:
+            self.placer.put(rows, span)
+            self.changes.append(work.chunk)
+        seconds = time.perf_counter() - start
+        with self.fetcher.changed:
+            self.schedule.placed(work.chunk, work.level, seconds)
+            self.tally.decoded(work.chunk, seconds)
+            chunk = self.schedule.chunks[work.chunk]
+            if not self.schedule.refines or chunk.level >= chunk.best:
+                self._drop(work.chunk)
+        self.tell(ChunkReady, work.chunk, work.level, seconds)
+
+    def _recompute_chunk(self, index: int) -> None:
+        span = self.spans[index]
+        self.placer.settle()
+        start = time.perf_counter()
+        recompute(self.model, self.found.input_ids, self.placer.keys, self.placer.values, span.first, span.tokens)
+        if self.placer.keys[0].is_cuda:
+            torch.cuda.synchronize(self.placer.keys[0].device)
+        seconds = time.perf_counter() - start
+        self._speed.add(span.first, span.tokens, seconds)
+        with self.fetcher.changed:
+            self.schedule.recomputed(index)
+            self.tally.recomputed(index, seconds)
+            self._drop(index)
+        self.tell(ChunkReady, index, None, seconds)
+
+    # What others tell, with `changed` held.
+
+    def _arrived(self, part: Part, data: bytes, wire: bool) -> None:
+        chunk = self.schedule.chunks[part[0]]
+        if not chunk.text:
+            self._parts[part] = data
+        self.tally.arrived(part, len(data), wire, self.fetcher.transfer_seconds(part))
+        self.tell(ChunkFetched, part[0], part[1], len(data), wire, self.bandwidth.rate())
+
+    def _failed(self, place: str, error: Exception, part: Part | None) -> None:
+        self.tally.failed(place, error, part)
+        self.tell(SourceFailed, place, f"{type(error).__name__}: {error}")
+
+    def _drop(self, chunk: int) -> None:
+        for part in [part for part in self._parts if part[0] == chunk]:
+            del self._parts[part]
+
+    # Numbers.
+
+    def _deadline(self) -> float | None:
+        slo = self.options.slo
+        if slo is None:
+            return None
+        question = 0.0
+        if self.question_tokens:
+            question = self._speed.seconds(self.artifact.geometry.tokens, self.question_tokens) or 0.0
+        return self.began + (1 - RESERVE) * slo - question
+
+    def _recompute_seconds(self, chunk: Chunk) -> float:
+        seconds = self._speed.seconds(chunk.first, chunk.tokens)
+        return math.inf if seconds is None else seconds
+
+    def tell(self, kind: Callable[..., Event], *values: Any) -> None:
+        """Tells `on_event`, if there is one."""
+        if self.options.on_event is None:
+            return
+        with self._telling:
+            try:
+                self.options.on_event(kind(time.monotonic() - self.began, *values))
+            except Exception:
+                LOG.exception("on_event failed")
+
+    def learn_question(self, tokens: int, seconds: float) -> None:
+        """So long a model took to read so many tokens after the context."""
+        self._speed.add(self.artifact.geometry.tokens, tokens, seconds)
+        self._speed.save()
+
+    def report(self, *, finished: bool) -> StreamReport:
+        """How it stands."""
+        return self.tally.report(
+            self.artifact, self.schedule, self._speed, self.options.slo, self.bandwidth.rate(),
+            [source.place for source in self.fetcher.sources], finished=finished,
+        )  # fmt: skip

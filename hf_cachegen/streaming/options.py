@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.streaming.events import Event
@@ -13,6 +16,9 @@ from hf_cachegen.streaming.link import Link
 from hf_cachegen.streaming.policy import Policy
 
 Refine = Literal["off", "before", "while_generating"]
+Place = str | os.PathLike[str]
+Fallback = Place | tuple[Place, Mapping[str, Any]]
+"""A place with the same artifact, and the `access` to it where that is not the first place's."""
 CONNECTIONS = 8
 """Requests at a time of one stream: one connection seldom fills a link."""
 STALL_SECONDS = 10.0
@@ -27,11 +33,13 @@ class StreamOptions:
     policy: Policy
     refine: Refine
     prompt_tokens: int
-    fallback: tuple[str | os.PathLike[str], ...]
+    fallback: tuple[Fallback, ...]
     on_event: Callable[[Event], None] | None
     stall_seconds: float | None
     connections: int
     link: Link | None
+    cancel: threading.Event | None = None
+    prompt: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.slo is not None and not self.slo > 0:

@@ -1,0 +1,158 @@
+"""How long a model takes to compute the keys and values of some tokens: measured once, kept on disk, bettered by use.
+
+    seconds(first, tokens) = forward + token * tokens * (1 + attention * (first + tokens / 2))
+
+`forward` is what any forward pass costs, `token` what a token does. `attention` is the share of attention to one
+earlier token, which follows from the architecture: 2 * layers * heads * head_dim / parameters. The two speeds are
+fitted to the measurements: non-negative least squares of relative errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_cachegen.layout import base_model, dtype_name, evaluation_mode, layer_devices
+from hf_cachegen.stores.segment_cache import default_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Sample = tuple[int, int, float]
+"""(first token, tokens, seconds)"""
+KEPT = 32
+"""Samples that count, the latest."""
+PROBES = (16, 64, 256)
+"""Tokens of the forward passes of a measurement, each made only if it is expected to fit the budget."""
+
+
+class PrefillSpeed:
+    """Of one model on its device. `samples` may be empty: then nothing is known. Threads may share it."""
+
+    def __init__(self, attention: float, samples: list[Sample] | None = None, path: Path | None = None) -> None:
+        self.attention, self._path = attention, path
+        self.samples = list(samples or [])[-KEPT:]
+        self._lock = threading.Lock()
+        self._speeds = self._fit()
+
+    @property
+    def known(self) -> bool:
+        return bool(self.samples)
+
+    def seconds(self, first: int, tokens: int) -> float | None:
+        """What a forward pass over tokens [first, first + tokens) takes after those before them; None: not known."""
+        if not self.samples:
+            return None
+        forward, token = self._speeds
+        return forward + token * self._work(first, tokens)
+
+    def add(self, first: int, tokens: int, seconds: float) -> None:
+        """Takes a measurement into account."""
+        with self._lock:
+            self.samples = [*self.samples, (first, tokens, seconds)][-KEPT:]
+            self._speeds = self._fit()
+
+    def save(self) -> None:
+        """Keeps the measurements for other processes; does nothing where that cannot be written."""
+        if self._path is None or not self.samples:
+            return
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle, name = tempfile.mkstemp(prefix=".tmp-", dir=self._path.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump([list(sample) for sample in self.samples], file)
+            os.replace(name, self._path)
+
+    def _work(self, first: int, tokens: int) -> float:
+        return tokens * (1 + self.attention * (first + tokens / 2))
+
+    def _fit(self) -> tuple[float, float]:
+        """(forward, token), each at least 0, with the least sum of squared relative errors."""
+        rows = [(1 / seconds, self._work(first, tokens) / seconds) for first, tokens, seconds in self.samples]
+        a, b, c = (sum(x[i] * x[j] for x in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+        u, v = sum(x[0] for x in rows), sum(x[1] for x in rows)
+        if not rows:
+            return 0.0, 0.0
+        determinant = a * c - b * b
+        if determinant > 1e-9 * a * c:
+            forward, token = (u * c - v * b) / determinant, (a * v - b * u) / determinant
+            if forward >= 0 and token >= 0:
+                return forward, token
+        return min(((0.0, v / c), (u / a, 0.0)), key=lambda s: sum((s[0] * x + s[1] * y - 1) ** 2 for x, y in rows))
+
+
+_known: dict[str, PrefillSpeed] = {}
+_known_lock = threading.Lock()
+
+
+def speed_of(model: PreTrainedModel) -> PrefillSpeed:
+    """What is known of `model` here; the same object each time in a process, its samples from disk at first."""
+    key = _key(model)
+    path = Path(default_directory(), f"prefill-{key}.json")
+    with _known_lock:
+        if str(path) not in _known:
+            _known[str(path)] = PrefillSpeed(_attention(model), _read(path), path)
+        return _known[str(path)]
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, budget: float = math.inf) -> PrefillSpeed:
+    """Measures `model` by forward passes over PROBES tokens within about `budget` seconds, and keeps what was found.
+
+    Streams measure by themselves while they wait for the network; to measure before the first one, call this.
+    """
+    speed = speed_of(model)
+    end = time.perf_counter() + budget
+    text = model.config.get_text_config(decoder=True)
+    place = layer_devices(model, text.num_hidden_layers)[0]
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with evaluation_mode(model):
+        for tokens in PROBES:
+            expected = speed.seconds(0, tokens) or 0.0
+            if time.perf_counter() + expected > end:
+                break
+            ids = torch.arange(tokens, device=place)[None] % text.vocab_size
+            start = time.perf_counter()
+            model(input_ids=ids, use_cache=False, return_dict=True, **options).logits.sum().item()
+            speed.add(0, tokens, time.perf_counter() - start)
+    speed.save()
+    return speed
+
+
+def _attention(model: PreTrainedModel) -> float:
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = heads * (getattr(text, "head_dim", None) or getattr(text, "hidden_size", heads) // heads)
+    return 2 * text.num_hidden_layers * width / max(1, base_model(model).num_parameters())
+
+
+def _key(model: PreTrainedModel) -> str:
+    """What a speed depends on: architecture, dtype, attention, device and threads."""
+    text: dict[str, Any] = {**model.config.to_dict(), "_name_or_path": ""}
+    place = next(base_model(model).parameters()).device
+    machine = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{platform.processor()} {os.cpu_count()}"
+    attention = getattr(model.config, "_attn_implementation", "")
+    about = [text, dtype_name(model.dtype), attention, str(place.type), machine, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _read(path: Path) -> list[Sample]:
+    """The samples in a file; none where it is not one."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        samples = [(int(first), int(tokens), float(seconds)) for first, tokens, seconds in rows]
+    except (OSError, ValueError, TypeError):
+        return []
+    return [s for s in samples if s[0] >= 0 and s[1] > 0 and 0 < s[2] < math.inf]

@@ -1,0 +1,303 @@
+"""What to fetch and what to do next, in one stream: a state machine without threads, clock or bytes.
+
+A loader asks `next_run` for what to fetch and `next_work` for what the calling thread shall do, and says what came of
+it; times come from outside, so tests drive it with a clock of their own.
+
+Two passes. The first brings every chunk that is not recomputed to the plan's sure level, from the back of the context
+to its front. The second, where the policy refines, brings one finer level after the other in `refinement_order`, as
+long as the bytes and their decoding fit the time left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from hf_cachegen.streaming.options import Refine
+from hf_cachegen.streaming.policy import Missing, Outlook, Plan, Policy, refinement_order
+
+PLAN_SECONDS = 0.05
+"""A plan is made anew at least so often while the state does not change."""
+Part = tuple[int, int]
+"""(chunk, part): part 0 is the base, the others refinements."""
+
+
+@dataclass
+class Chunk:
+    """sizes: coded bytes of each part; wire: those of them that are not on this disk. arrived, asked: parts that are
+    here, or under way. best: how many parts can be had. level: in place, 0 for nothing; text: recomputed, so exact.
+    """
+
+    index: int
+    first: int
+    tokens: int
+    sizes: tuple[int, ...]
+    wire: tuple[int, ...]
+    best: int
+    level: int = 0
+    first_level: int = 0
+    text: bool = False
+    arrived: set[int] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)
+    why: str = ""
+    rate: float | None = None
+
+    @property
+    def placed(self) -> bool:
+        return self.level > 0 or self.text
+
+    @property
+    def have(self) -> int:
+        """The level that can be decoded from what is here."""
+        return next((part for part in range(self.best) if part not in self.arrived), self.best)
+
+    def lacks(self, part: int) -> bool:
+        return part < self.best and part not in self.arrived and part not in self.asked
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decode a chunk from its first `level` parts."""
+
+    chunk: int
+    level: int
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Run the model over a chunk's tokens; all chunks before it are in place."""
+
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing can be done before something arrives, or time passes."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All chunks are in place, as good as they will be."""
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Nothing more will arrive, and the first chunk that is missing cannot be recomputed."""
+
+    chunk: int
+
+
+Work = Decode | Recompute | Wait | Finished | Stuck
+
+
+class Schedule:
+    """deadline: when the context must be in place, on the clock of `now`; None without an SLO.
+    recompute_seconds: of a chunk, after those before it; inf where it is not known. can_recompute: whether it is
+    possible at all. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        policy: Policy,
+        deadline: float | None,
+        refine: Refine,
+        recompute_seconds: Callable[[Chunk], float],
+        *,
+        can_recompute: bool = True,
+    ) -> None:
+        self.chunks, self.policy, self.deadline, self.refine = list(chunks), policy, deadline, refine
+        self.recompute_seconds, self.can_recompute = recompute_seconds, can_recompute
+        self.levels = len(self.chunks[0].sizes)
+        self.generating = False
+        self.decisions: list[tuple[Chunk, str]] = []
+        self._decode_per_token = 0.0
+        self._order = refinement_order(len(self.chunks))
+        self._version, self._planned = 0, (-1, -math.inf)
+        self._plan: Plan | None = None
+
+    # What happened.
+
+    def arrived(self, chunk: int, part: int) -> None:
+        self.chunks[chunk].asked.discard(part)
+        self.chunks[chunk].arrived.add(part)
+        self._version += 1
+
+    def returned(self, parts: Sequence[Part]) -> None:
+        """These were asked for and will not arrive."""
+        for chunk, part in parts:
+            self.chunks[chunk].asked.discard(part)
+        self._version += 1
+
+    def unobtainable(self, chunk: int, part: int) -> None:
+        """This part cannot be had anywhere, or cannot be decoded; coarser levels may do."""
+        found = self.chunks[chunk]
+        found.best = min(found.best, part)
+        self._version += 1
+
+    def cut_off(self) -> None:
+        """No source is left: what is here is all that there will be."""
+        for chunk in self.chunks:
+            chunk.asked.clear()
+            chunk.best = min(chunk.best, chunk.have)
+        self._version += 1
+
+    def placed(self, chunk: int, level: int, seconds: float) -> None:
+        found = self.chunks[chunk]
+        found.first_level = found.first_level or level
+        found.level = level
+        self._decode_per_token = seconds / found.tokens
+        self._version += 1
+
+    def recomputed(self, chunk: int) -> None:
+        self.chunks[chunk].text = True
+        self._version += 1
+
+    # What to do.
+
+    @property
+    def complete(self) -> bool:
+        return all(chunk.placed for chunk in self.chunks)
+
+    @property
+    def refines(self) -> bool:
+        return self.policy.refines and self.refine != "off"
+
+    def left(self, now: float) -> float:
+        """Seconds until the deadline."""
+        return math.inf if self.deadline is None else self.deadline - now
+
+    def decode_seconds(self, chunk: Chunk) -> float:
+        return self._decode_per_token * chunk.tokens
+
+    def plan(self, now: float, rate: float | None) -> Plan | None:
+        """The plan for the chunks that are missing and may come by wire; None where there is none."""
+        version, at = self._planned
+        if version != self._version or now - at >= PLAN_SECONDS:
+            self._plan, self._planned = self._make_plan(now, rate), (self._version, now)
+        return self._plan
+
+    def _open(self) -> list[Chunk]:
+        """Missing chunks of which something can be had."""
+        return [chunk for chunk in self.chunks if not chunk.placed and chunk.best]
+
+    def _make_plan(self, now: float, rate: float | None) -> Plan | None:
+        chunks = self._open()
+        if not chunks:
+            return None
+        lost = sum(self._recompute(chunk) for chunk in self.chunks if not chunk.placed and not chunk.best)
+        outlook = Outlook(self.left(now) - lost, rate, tuple(self._missing(chunk) for chunk in chunks))
+        plan = self.policy.plan(outlook)
+        if not self.refines:
+            return replace(plan, sure=plan.level)
+        if self.deadline is None and self.refine == "while_generating":
+            return replace(plan, sure=1)
+        return plan
+
+    def _missing(self, chunk: Chunk) -> Missing:
+        wire, total = [], 0
+        for part in range(self.levels):
+            if part < chunk.best and part not in chunk.arrived:
+                total += chunk.wire[part]
+            wire.append(float(total))
+        return Missing(tuple(wire), self.decode_seconds(chunk), self._recompute(chunk))
+
+    def _recompute(self, chunk: Chunk) -> float:
+        return self.recompute_seconds(chunk) if self.can_recompute else math.inf
+
+    def next_work(self, now: float, rate: float | None) -> Work:
+        """What the thread that decodes shall do."""
+        plan = self.plan(now, rate)
+        for chunk in reversed(self.chunks):
+            if not chunk.placed and chunk.have and plan and chunk.have >= min(plan.sure, chunk.best):
+                return Decode(chunk.index, chunk.have)
+        first = next((chunk for chunk in self.chunks if not chunk.placed), None)
+        if first is not None:
+            if not first.best:
+                self._decide(first, "text", "no source has it", rate)
+                return Recompute(first.index) if self.can_recompute else Stuck(first.index)
+            if plan and plan.text and self.can_recompute:
+                self._decide(first, "text", plan.why, rate)
+                return Recompute(first.index)
+            return Wait()
+        if not self.generating and (not self.refines or self.left(now) <= 0 or self._enough()):
+            return Finished()
+        for index in self._order:
+            chunk = self.chunks[index]
+            if chunk.level < chunk.have and not chunk.text and self.decode_seconds(chunk) <= self._more(now):
+                return Decode(index, chunk.have)
+        under_way = any(chunk.asked for chunk in self.chunks)
+        return Wait() if under_way or self._refinement(now, rate, 0) else Finished()
+
+    def _enough(self) -> bool:
+        """Without an SLO a call returns with the first pass where the rest comes later."""
+        return self.deadline is None and self.refine == "while_generating"
+
+    def next_run(self, now: float, rate: float | None, run_bytes: float) -> list[Part]:
+        """What to fetch with one request: the same part of chunks that lie side by side, in their order; empty where
+        nothing is wanted now. The caller fetches it, or says that it was `returned`.
+        """
+        run = self._first_pass(now, rate, run_bytes)
+        if not run and self.refines and not self._waits():
+            run = self._refinement(now, rate, run_bytes)
+        for chunk, part in run:
+            self.chunks[chunk].asked.add(part)
+        self._version += bool(run)
+        return sorted(run)
+
+    def _waits(self) -> bool:
+        """Whether refinements must not yet compete with the first pass."""
+        return self._enough() and not self.generating
+
+    def _first_pass(self, now: float, rate: float | None, run_bytes: float) -> list[Part]:
+        plan = self.plan(now, rate)
+        if plan is None:
+            return []
+        for chunk in reversed(self._open()[plan.text :]):
+            for part in range(min(plan.sure, chunk.best)):
+                if chunk.lacks(part):
+                    run = self._run(chunk.index, part, run_bytes, lambda other: not other.placed)
+                    for index, _ in run:
+                        self._decide(self.chunks[index], f"level {max(plan.sure, part + 1)}", plan.why, rate)
+                    return run
+        return []
+
+    def _refinement(self, now: float, rate: float | None, run_bytes: float) -> list[Part]:
+        wanted = ((index, part) for part in range(1, self.levels) for index in self._order)
+        for index, part in wanted:
+            chunk = self.chunks[index]
+            if not chunk.text and chunk.lacks(part):
+                room = self._room(now, rate) - self.decode_seconds(chunk)
+                nbytes = room * (rate or 0.0) if room < math.inf else math.inf
+                if room < 0 or chunk.wire[part] > nbytes:
+                    return []
+                return self._run(index, part, min(run_bytes, nbytes), lambda other: not other.text)
+        return []
+
+    def _room(self, now: float, rate: float | None) -> float:
+        """Seconds left for more transfers, once what is under way is here and decoded."""
+        nbytes = sum(chunk.wire[part] for chunk in self.chunks for part in chunk.asked)
+        decode = sum(self.decode_seconds(chunk) for chunk in self.chunks if chunk.asked or chunk.have > chunk.level)
+        left = self._more(now)
+        return left if left == math.inf else left - decode - (nbytes / rate if rate else math.inf if nbytes else 0.0)
+
+    def _more(self, now: float) -> float:
+        """Seconds left for refinements; no deadline holds once the model generates."""
+        return math.inf if self.generating else self.left(now)
+
+    def _run(self, index: int, part: int, run_bytes: float, wanted: Callable[[Chunk], bool]) -> list[Part]:
+        """That part of a chunk, and of those before it as far as they lack it too and `run_bytes` last."""
+        run, nbytes = [(index, part)], self.chunks[index].wire[part]
+        for before in range(index - 1, -1, -1):
+            chunk = self.chunks[before]
+            nbytes += chunk.wire[part]
+            if nbytes > run_bytes or not chunk.lacks(part) or not wanted(chunk):
+                break
+            run.append((before, part))
+        return run
+
+    def _decide(self, chunk: Chunk, choice: str, why: str, rate: float | None) -> None:
+        if chunk.why != why or choice == "text":
+            chunk.why, chunk.rate = why, rate
+            self.decisions.append((chunk, choice))

@@ -1,0 +1,53 @@
+"""What the tests of streaming share: a context's artifact on a server, and streams of it that never hang."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache as remember
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.config import CacheGenConfig
+from tests.http_server import Server
+from tests.small_artifact import contents
+from tests.tiny_models import shared, tokens
+
+CONTEXT_TOKENS = 100
+CHUNK_TOKENS = 16
+CONTEXT = tokens(CONTEXT_TOKENS, seed=5)
+CONFIG = CacheGenConfig(transform="identity", chunk_tokens=CHUNK_TOKENS, protect_first=2, protect_last=4)
+CHUNKS = -(-CONTEXT_TOKENS // CHUNK_TOKENS)
+
+
+@remember
+def exact(name: str) -> CacheGenCache:
+    """The cache of CONTEXT, by prefill."""
+    return CacheGenCache.from_context(shared(name), CONTEXT, CONFIG)
+
+
+def write(name: str, folder: Path, config: CacheGenConfig | None = None) -> Path:
+    exact(name).save_pretrained(folder, config)
+    return folder
+
+
+def serve(server: Server, folder: Path, under: str = "") -> str:
+    """Puts an artifact on the server, and returns its URL."""
+    server.files.update({f"{under}/{name}".lstrip("/"): data for name, data in contents(folder).items()})
+    return f"{server.url}/{under}".rstrip("/")
+
+
+def at_level(folder: Path, level: int | None = None) -> CacheGenCache:
+    return CacheGenCache.from_pretrained(folder, level=level)
+
+
+def same_kv(a: Any, b: Any, tokens: slice = slice(None)) -> bool:
+    pairs = zip((*a.kv.keys, *a.kv.values), (*b.kv.keys, *b.kv.values), strict=True)
+    return all(torch.equal(x[:, :, tokens], y[:, :, tokens]) for x, y in pairs)
+
+
+def threads() -> list[str]:
+    """Names of the package's threads that are alive."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_cachegen")]
