@@ -67,6 +67,27 @@ def card(reader: Reader, repo_id: str, *, subfolder: str | None = None, descript
     ]) + "\n"  # fmt: skip
 
 
+def sealed_card(nbytes: int, repo_id: str, *, subfolder: str | None = None, description: str = "") -> str:
+    """Markdown for a sealed artifact, of which nothing but its size is known to those who have not its key."""
+    place = json.dumps(repo_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
+    metadata = {"tags": ["kv-cache", "cachegen", "hf_cachegen"], "viewer": False}
+    return "\n".join([
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()),
+        "---",
+        "# A sealed KV cache",
+        "",
+        f"The cache of one text, encrypted (AES-256-GCM), {nbytes:,} bytes"
+        + (f": {_line(description)}" if description else "") + ".",
+        "",
+        "```python",
+        "from hf_cachegen import CacheGenCache",
+        "",
+        f'cache = CacheGenCache.from_pretrained({place}, model=model, key="secret.key")  # what it was sealed with',
+        "```",
+    ]) + "\n"  # fmt: skip
+
+
 def profile_card(about: dict[str, Any], pin: Pin, repo_id: str) -> str:
     """Markdown for the repository of a profile. about: what the profile says of itself."""
     fingerprint = about.get("fingerprint")

@@ -36,6 +36,7 @@ from hf_cachegen.cli_options import (
 )
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_profile import learn
+from hf_cachegen.cli_profile_places import pull_profile, push_profile
 from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, seal, sign
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import MANIFEST_FILE, Reader
@@ -85,8 +86,10 @@ def encode(
 
     input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
     start = time.perf_counter()
+    # What nobody named must be of the model's weights, which are at hand only now.
+    chosen = found_profile if found_profile is None or profile != "auto" else profile
     cache = CacheGenCache.from_context(
-        loaded, input_ids, config, found_profile, tokenizer=tokenizer, progress=bars(as_json)
+        loaded, input_ids, config, chosen, tokenizer=tokenizer, progress=bars(as_json)
     )
     prefilled = time.perf_counter()
     cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
@@ -189,7 +192,7 @@ def verify(
 ) -> None:  # fmt: skip
     """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model.
 
-    With --model or --profile FILE, also that the profile which it needs is there.
+    With --model or --profile PLACE, also that the profile which it needs is there.
     """
     reader = Reader(open_store(artifact, Access(public_key=public_key)))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
@@ -237,7 +240,7 @@ def demo(as_json: bool, debug: bool) -> None:
     click.get_current_context().exit(run_demo(Console(), as_json))
 
 
-for command in (learn, convert, push, pull, ls, sign, seal, check, cache_commands):
+for command in (learn, push_profile, pull_profile, convert, push, pull, ls, sign, seal, check, cache_commands):
     main.add_command(command)
 
 

@@ -82,14 +82,32 @@ learning_options = _all(
 
 
 def _profile_option(help_text: str) -> Callable[[Function], Function]:
-    return click.option("--profile", default="auto", show_default=True, metavar="auto|none|FILE", help=help_text)
+    return click.option("--profile", default="auto", show_default=True, metavar="auto|none|PLACE", help=help_text)
 
 
-encoding_profile_option = _profile_option("The model's profile: auto takes the one in the model's folder, if any.")
-decoding_profile_option = _profile_option(
-    "The profile, for an artifact that needs one: auto looks in the model's folder, then beside the artifact; none, "
-    "beside the artifact alone."
+encoding_profile_option = _profile_option(
+    "The model's profile: auto takes the one in the model's folder or in its repository of profiles, if any; PLACE is "
+    "a file, a folder, a repository or a URL."
 )
+decoding_profile_option = _profile_option(
+    "The profile, for an artifact that needs one: auto looks beside the artifact, in the model's folder and in "
+    "repositories of profiles; none, beside the artifact alone."
+)
+pushing_profile_option = _profile_option(
+    "The profile that goes along, for an artifact that needs one: auto takes the one in FOLDER, unless the artifact "
+    "says where on the Hub it is; none, none."
+)
+
+
+def access_options(repo_type: str) -> Callable[[Function], Function]:
+    """Where in a repository (of that kind by default), or below a URL."""
+    return _all(
+        click.option("--subfolder", help="Folder within the repository or below the URL."),
+        click.option("--repo-type", type=click.Choice(["dataset", "model", "space"]), default=repo_type,
+                     show_default=True, help="Kind of the repository on the Hub."),
+        click.option("--revision", help="Branch, tag or commit of the repository.  [default: main]"),
+    )  # fmt: skip
+
 
 sampling_options = _all(
     click.option("--sample/--greedy", default=False, show_default=True, help="Draw tokens, or take the likeliest."),
@@ -111,7 +129,7 @@ def encoder_settings(
     """
     wanted = not options["lossless"] and options["transform"] in ("auto", "klt")
     if not wanted and profile not in ("auto", "none"):
-        raise click.UsageError("--profile FILE is for --transform klt", click.get_current_context())
+        raise click.UsageError("--profile PLACE is for --transform klt", click.get_current_context())
     found = find_profile(profile, model) if wanted else None
     implied: dict[str, Any] = {}
     if options["lossless"]:

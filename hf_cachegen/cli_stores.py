@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
-from hf_cachegen.card import card
-from hf_cachegen.cli_options import output_options, place_argument
+from hf_cachegen.card import card, sealed_card
+from hf_cachegen.cli_options import access_options, output_options, place_argument, pushing_profile_option
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_views import plain, size_text
 from hf_cachegen.container import Reader
+from hf_cachegen.errors import ProfileError
 from hf_cachegen.stores import Access, LocalStore, SegmentCache
+from hf_cachegen.stores.profiles import PROFILE_FILE, Pin, fetch
+from hf_cachegen.stores.sealed import SUFFIX, sealed_names
 from hf_cachegen.stores.survey import find_artifacts, serve_check
 from hf_cachegen.stores.survey import pull as copy_from
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def _access_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--subfolder", help="Folder within the repository or below the URL."),
-        click.option("--repo-type", type=click.Choice(["dataset", "model", "space"]), default="dataset",
-                     show_default=True, help="Kind of the repository on the Hub."),
-        click.option("--revision", help="Branch, tag or commit of the repository.  [default: main]"),
-    ):  # fmt: skip
-        function = option(function)
-    return function
+_access_options = access_options("dataset")
 
 
 @click.command("push", short_help="Put an artifact on the Hub.")
@@ -44,26 +37,57 @@ def _access_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--description", default="", help="What the context is, for the card.")
 @click.option("--message", default="Upload a KV cache", show_default=True, help="Message of the commit.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@pushing_profile_option
+@click.option("--key", help="For a sealed artifact: open it with this file of 32 bytes first, and check every byte.")
 @output_options
 def push(
     folder: Path, repo_id: str, revision: str | None, repo_type: str, subfolder: str | None, public: bool,
-    description: str, message: str, create_pr: bool, as_json: bool, debug: bool,
+    description: str, message: str, create_pr: bool, profile: str, key: str | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
-    """Put the artifact in FOLDER into the repository REPO_ID ("user/name"), with a card, in one commit.
+    """Put the artifact in FOLDER, sealed or not, into the repository REPO_ID ("user/name"), with a card, in one commit.
 
     The repository is made, private, if it is not there. The token is the one of "hf auth login", or of HF_TOKEN.
     """
-    text = card(Reader(LocalStore(folder)), repo_id, subfolder=subfolder, description=description)
+    if sealed_names(folder) if folder.is_dir() else []:
+        nbytes = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))
+        text, going_along = sealed_card(nbytes, repo_id, subfolder=subfolder, description=description), None
+    else:
+        reader = Reader(LocalStore(folder))
+        text = card(reader, repo_id, subfolder=subfolder, description=description)
+        going_along = _profile_of(folder, reader, profile)
     from hf_cachegen.stores import hub, pushing
 
     place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
     pushed = pushing.push(
-        folder, place, text, private=not public, commit_message=message, create_pr=create_pr, progress=bars(as_json)
-    )
+        folder, place, text, profile=going_along, key=key, private=not public, commit_message=message,
+        create_pr=create_pr, progress=bars(as_json),
+    )  # fmt: skip
     if as_json:
         print_json({"artifact": str(folder), "repo_id": repo_id, "url": pushed.url, "commit": pushed.commit})
     else:
         click.echo(pushed.url)
+
+
+def _profile_of(folder: Path, reader: Reader, choice: str) -> bytes | None:
+    """The file that --profile means for this artifact. Raises ProfileError rather than let one go that none can read.
+    """
+    codec = reader.manifest.codec
+    if "profile" not in codec:
+        if choice not in ("auto", "none"):
+            raise click.UsageError(f"{folder} needs no profile", click.get_current_context())
+        return None
+    pin = Pin.from_codec(codec)
+    if choice == "none" or (choice == "auto" and pin.place is not None):
+        return None
+    if choice != "auto":
+        data: bytes | None = fetch(choice, Access(repo_type="model"), reader.limits, pin.digest)[0]
+    else:
+        data = pin.in_file(folder / PROFILE_FILE, reader.limits)
+    if data is None or not pin.fits(data):
+        raise ProfileError(
+            f"nobody could read this artifact without {pin}, which is not in {folder}: give it with --profile, or none"
+        )
+    return data
 
 
 @click.command("sign", short_help="Sign an artifact.")
@@ -150,17 +174,18 @@ def ls(
 @click.command("serve-check", short_help="Check that a server serves artifacts rightly.")
 @place_argument
 @_access_options
+@click.option("--key", help="Opens a sealed artifact: the file of 32 bytes that it was sealed with.")
 @output_options
 @click.pass_context
 def check(
-    context: click.Context, /, place: str, revision: str | None, repo_type: str, subfolder: str | None, as_json: bool,
-    debug: bool,
+    context: click.Context, /, place: str, revision: str | None, repo_type: str, subfolder: str | None, key: str | None,
+    as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Check that the server of the artifact at PLACE does what loading needs: byte ranges, marks, sound bytes; and
     measure how fast it is.
     """
     with step(f"asking {place}", as_json):
-        checks = serve_check(place, Access(revision=revision, repo_type=repo_type, subfolder=subfolder))
+        checks = serve_check(place, Access(revision=revision, repo_type=repo_type, subfolder=subfolder, key=key))
     passed = all(row.passed is not False for row in checks)
     if as_json:
         rows = [{"check": row.name, "passed": row.passed, "detail": row.detail} for row in checks]

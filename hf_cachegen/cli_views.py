@@ -58,11 +58,11 @@ def describe(reader: Reader) -> dict[str, Any]:
 
 
 def _profile(codec: dict[str, Any]) -> dict[str, str | None] | None:
-    """Digest and model of the profile that decoding needs, None where it needs none."""
+    """Digest and model of the profile that decoding needs, and where it is on the Hub; None where it needs none."""
     named = codec.get("profile")
     if not isinstance(named, dict):
         return None
-    return {name: value if isinstance(value := named.get(name), str) else None for name in ("digest", "model")}
+    return {name: value if isinstance(value := named.get(name), str) else None for name in ("digest", "model", "place")}
 
 
 def _layers(report: dict[str, Any], geometry: Geometry, levels: int) -> list[dict[str, Any]]:
@@ -127,6 +127,8 @@ def _facts(found: dict[str, Any], title: str) -> Table:
     if (profile := found["profile"]) is not None:
         shown = f"{profile['digest'] or 'of no digest'}, of model {profile['model'] or 'unknown'}"
         table.add_row("profile", plain(_short(shown, 200)))
+        if profile["place"]:
+            table.add_row("profile's place", plain(_short(profile["place"], 200)))
     for name, value in sorted((found["fingerprint"] or {"": "none"}).items()):
         if value:
             table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value, 80)))

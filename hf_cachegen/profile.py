@@ -252,19 +252,7 @@ class Profile:
         """Writes the file into a folder (such as the model's), or to a path that ends in .safetensors; returns its
         path. Raises ArtifactExistsError where another one is there, which artifacts may need, unless overwrite.
         """
-        place = Path(path)
-        place = place if place.suffix == ".safetensors" else place / PROFILE_FILE
-        place.parent.mkdir(parents=True, exist_ok=True)
-        data = self.checked_bytes()
-        if place.exists() and not overwrite:
-            if place.is_file() and place.stat().st_size == len(data) and place.read_bytes() == data:
-                return place
-            raise ArtifactExistsError(f"there is another profile at {place}: pass overwrite=True to replace it")
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place.parent) as folder:
-            partial = Path(folder) / place.name  # in a folder of its own, so that it has the usual permissions
-            partial.write_bytes(data)
-            os.replace(partial, place)
-        return place
+        return write_file(path, self.checked_bytes(), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -319,11 +307,27 @@ class Profile:
             repo_id or own_repository(self.pin.model, token), REPO_TYPE, None, revision or hub.DEFAULT_REVISION
         )
         pushed = push_profile(
-            self.checked_bytes(), place, profile_card(self.about, self.pin, place.repo_id), token=token, private=private,
-            commit_message=commit_message, create_pr=create_pr,
+            self.checked_bytes(), place, profile_card(self.about, self.pin, place.repo_id), token=token,
+            private=private, commit_message=commit_message, create_pr=create_pr,
         )  # fmt: skip
         object.__setattr__(self, "place", pushed.place)
         return pushed.url
+
+
+def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> Path:
+    """As `Profile.save`, of a profile's file as it is."""
+    place = Path(path)
+    place = place if place.suffix == ".safetensors" else place / PROFILE_FILE
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists() and not overwrite:
+        if place.is_file() and place.stat().st_size == len(data) and place.read_bytes() == data:
+            return place
+        raise ArtifactExistsError(f"there is another profile at {place}: pass overwrite=True to replace it")
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place.parent) as folder:
+        partial = Path(folder) / place.name  # in a folder of its own, so that it has the usual permissions
+        partial.write_bytes(data)
+        os.replace(partial, place)
+    return place
 
 
 def _moderate(x: Tensor) -> bool:

@@ -74,8 +74,8 @@ class HubRequest(Request):
         path = urlsplit(self.path).path
         if path != "/api/agent-harnesses":  # what the client asks once in a process, for its user agent
             self.server.calls.append(f"{self.command} {unquote(path)}")
-        if not path.startswith("/lfs/"):
-            self.server.agents.add(self.headers.get("User-Agent", ""))
+            if not path.startswith("/lfs/"):
+                self.server.agents.add(self.headers.get("User-Agent", ""))
         for method, pattern, handler in ROUTES:
             match = re.fullmatch(pattern, path)
             if method == self.command and match:

@@ -16,9 +16,8 @@ from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, manifest
 from tests.cli_support import run, run_json
 
 COMMANDS = (
-    "encode", "generate", "inspect", "verify", "profile", "convert", "push", "pull", "ls", "sign", "seal",
-    "serve-check",
-    "cache", "demo",
+    "encode", "generate", "inspect", "verify", "profile", "push-profile", "pull-profile", "convert", "push", "pull",
+    "ls", "sign", "seal", "serve-check", "cache", "demo",
 )  # fmt: skip
 LAYERS, HEADS, TOKENS, DIM = 3, 2, 90, 8
 

@@ -237,7 +237,7 @@ def test_samples_are_drawn_evenly_and_repeatably() -> None:
 
 def test_inspect_shows_the_profile(encoded: Path, profile: Path, model: Path) -> None:
     digest = Profile.load(profile).digest
-    assert run_json("inspect", encoded)["profile"] == {"digest": digest, "model": str(model)}
+    assert run_json("inspect", encoded)["profile"] == {"digest": digest, "model": str(model), "place": None}
     shown = run("inspect", encoded).stdout
     assert digest in shown
     assert "counts in no artifact's size" in shown
@@ -290,8 +290,8 @@ def test_another_models_profile_is_a_mismatch(tmp_path: Path, profile: Path) -> 
         (["--transform", "klt"], False, cli_errors.USAGE, "--transform klt needs a profile"),
         (["--transform", "klt", "--profile", "none"], False, cli_errors.USAGE, "--transform klt needs a profile"),
         (["--profile", "nowhere"], False, cli_errors.PROFILE, "there is no profile at nowhere"),
-        (["--transform", "delta"], True, cli_errors.USAGE, "--profile FILE is for --transform klt"),
-        (["--lossless"], True, cli_errors.USAGE, "--profile FILE is for --transform klt"),
+        (["--transform", "delta"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
+        (["--lossless"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
         (["--levels", 2], True, cli_errors.USAGE, "the profile has 3 levels"),
     ],
 )

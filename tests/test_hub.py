@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,17 @@ from hf_cachegen.errors import (
     ConflictError,
     CorruptError,
     OfflineError,
+    SignatureError,
     StoreAccessError,
     StoreError,
+    TruncatedError,
 )
-from hf_cachegen.stores import Access, hub, pushing
+from hf_cachegen.stores import Access, hub, open_store, pushing
 from hf_cachegen.stores.hub import HubPlace
 from hf_cachegen.stores.pushing import Pushed
 from hf_cachegen.stores.remote import RemoteStore
 from hf_cachegen.stores.retry import Patience
+from hf_cachegen.stores.signed import sign
 from hf_cachegen.stores.survey import Found, find_artifacts
 from tests import http_server as faults
 from tests.http_server import Server, running
@@ -129,12 +133,43 @@ def test_a_second_push_replaces_the_first_in_one_commit(server: HubServer, folde
 
 
 def test_a_signature_goes_along(server: HubServer, folder: Path) -> None:
-    (folder / "cachegen.sig").write_bytes(b"signature")
+    pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'hf_cachegen[crypto]')")
+    data = sign(folder, bytes(range(32))).read_bytes()
     push(folder)
-    assert repo_of(server).files["cachegen.sig"] == b"signature"
+    assert repo_of(server).files["cachegen.sig"] == data
     (folder / "cachegen.sig").unlink()
     push(folder)
     assert "cachegen.sig" not in repo_of(server).files
+    (folder / "cachegen.sig").write_bytes(data.replace(b"ranges", b"strange"))
+    with pytest.raises(SignatureError, match="sign it again"):
+        push(folder)
+
+
+def test_sealed_artifacts(server: HubServer, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'hf_cachegen[crypto]')")
+    from hf_cachegen.stores.sealed import seal
+
+    key, sealed = bytes(range(32)), tmp_path / "sealed"
+    push(folder)  # what is there in the open goes
+    seal(folder, sealed, key)
+    push(sealed, key=key)
+    assert set(repo_of(server).files) == {*(f"{name}.sealed" for name in FILES), ".gitattributes", "README.md"}
+    assert find_artifacts("user/context", Access(token="owner"))[0].folder == ""
+    access = Access(token="owner", cache_dir=tmp_path / "cache", key=key, patience=IMPATIENT)
+    total = sum(map(len, contents(folder).values()))
+    assert Reader(open_store("user/context", access)).verify() == total
+    server.requests.clear()
+    assert Reader(open_store("user/context", access)).verify() == total  # all of it is in the cache, at this commit
+    assert server.requests == []
+    assert Reader(open_store("user/context", replace(access, local_files_only=True))).verify() == total
+    with pytest.raises(CorruptError, match="another key"):
+        push(sealed, key=bytes(32))
+    with pytest.raises(ConfigError, match="not sealed"):
+        push(folder, key=key)
+    (sealed / "base.safetensors.sealed").write_bytes(b"cut")
+    for options in ({}, {"key": key}):
+        with pytest.raises(TruncatedError):
+            push(sealed, **options)
 
 
 def test_the_same_again_is_no_commit_of_other_files(server: HubServer, folder: Path) -> None:

@@ -16,6 +16,7 @@ from hf_cachegen.errors import (
     ConfigError,
     CorruptError,
     MissingExtraError,
+    OfflineError,
     TruncatedError,
 )
 from hf_cachegen.stores import Access, LocalStore, Patience, open_store
@@ -138,24 +139,49 @@ def test_the_construction(tmp_path: Path) -> None:
     info = b"hf_cachegen seal 1\0data\0" + (100).to_bytes(8, "little")
     key = HKDF(hashes.SHA256(), 32, data[8:40], info).derive(KEY)
     assert AESGCM(key).decrypt(bytes(12), data[48:], None) == LONG[:100]
-    assert _cipher(KEY, data[8:40], "data", 100).decrypt(bytes(12), data[48:], None) == LONG[:100]
+    assert _cipher(KEY, data[:48], "data").decrypt(bytes(12), data[48:], None) == LONG[:100]
 
 
-def test_from_a_server_and_nothing_stays_on_the_disk(sealed: Path, tmp_path: Path, cache_folder: Path) -> None:
+def test_from_a_server_and_from_the_cache(sealed: Path, tmp_path: Path, cache_folder: Path) -> None:
+    """What the cache keeps is sealed, too."""
+    patience = Patience(attempts=2, timeout=10, backoff=0.01)
     with running(Server()) as web:
         web.files = {f"context/{name}": data for name, data in contents(sealed).items()}
-        access = Access(key=KEY, patience=Patience(attempts=2, timeout=10, backoff=0.01))
-        reader = Reader(open_store(f"{web.url}/context", access))
+        place, access = f"{web.url}/context", Access(key=KEY, patience=patience)
+        reader = Reader(open_store(place, access))
         reader.prefetch(reader.manifest.segments)
         assert reader.verify() == verify(sealed)
-        assert not cache_folder.exists()
+        kept = [path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()]
+        assert kept
+        assert not [data for data in kept for word in (b"side information", b"chunks", b"safetensors") if word in data]
+        web.requests.clear()
+        assert Reader(open_store(place, access)).verify() == verify(sealed)
+        assert {headers["Range"] for _, headers in web.requests} == {"bytes=0-65535"}  # headers, to see what changed
+        assert all(check.passed is not False for check in serve_check(place, access))
+        assert not serve_check(place, Access(key=OTHER, patience=patience))[0].passed
         web.faults = [None, faults.flip]
         with pytest.raises(CorruptError):
-            Reader(open_store(f"{web.url}/context", access)).verify()
-        with pytest.raises(ConfigError, match="not sealed"):
-            serve_check(f"{web.url}/context", access)
-    with pytest.raises(ConfigError, match="local_files_only"):
-        open_store("http://host/context", Access(key=KEY, local_files_only=True))
+            Reader(open_store(place, access)).verify()
+    offline = Access(key=KEY, local_files_only=True)
+    assert Reader(open_store(place, offline)).verify() == verify(sealed)
+    with pytest.raises(CorruptError, match="another key"):
+        Reader(open_store(place, Access(key=OTHER, local_files_only=True)))
+    with pytest.raises(OfflineError, match=r"cachegen\.json\.sealed"):
+        Reader(open_store("http://host/context", offline))
+    for path in cache_folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100:
+            path.write_bytes(path.read_bytes()[:-1] + b"x")  # torn by a power cut
+    with pytest.raises(CorruptError):
+        Reader(open_store(place, offline)).verify()
+
+
+def test_sealed_anew(sealed: Path, tmp_path: Path) -> None:
+    """The same artifact sealed a second time has other bytes; nothing of the first is taken for it."""
+    seal(tmp_path / "context", tmp_path / "again", KEY)
+    with running(Server()) as web:
+        for folder in (sealed, tmp_path / "again"):
+            web.files = {f"context/{name}": data for name, data in contents(folder).items()}
+            assert Reader(open_store(f"{web.url}/context", Access(key=KEY))).verify() == verify(sealed)
 
 
 def test_a_block_that_was_damaged_on_its_way_is_fetched_again(tmp_path: Path) -> None:
@@ -174,11 +200,25 @@ def test_a_block_that_was_damaged_on_its_way_is_fetched_again(tmp_path: Path) ->
         assert len(web.requests) <= 2
 
 
-def test_signed_and_sealed(tmp_path: Path) -> None:
+def test_damage_in_what_came_with_opening_a_file(tmp_path: Path) -> None:
+    def damaged(request: faults.Request, body: bytes, headers: dict[str, str]) -> None:
+        request.answer(206, body[:100] + bytes([body[100] ^ 1]) + body[101:], headers)
+
+    with running(Server()) as web:
+        web.files["data.sealed"] = long_store(tmp_path, 1000).files["data.sealed"]
+        web.faults = [damaged]
+        assert open_store(web.url, Access(key=KEY)).read("data", 0, 1000) == LONG[:1000]
+
+
+def test_signed_and_sealed_with_a_profile_beside(tmp_path: Path) -> None:
     write(tmp_path / "context")
     sign(tmp_path / "context", KEY)
+    (tmp_path / "context" / "cachegen_profile.safetensors").write_bytes(b"a profile")
     seal(tmp_path / "context", tmp_path / "sealed", OTHER)
-    assert Reader(open_store(tmp_path / "sealed", Access(key=OTHER, public_key=PUBLIC))).verify()
+    store = open_store(tmp_path / "sealed", Access(key=OTHER, public_key=PUBLIC))
+    assert Reader(store).verify()
+    inner = SealedStore(LocalStore(tmp_path / "sealed"), OTHER)
+    assert inner.read("cachegen_profile.safetensors", 0, 9) == b"a profile"
 
 
 def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.stores import Access, LocalStore, Patience, open_store
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
-from hf_cachegen.stores.signed import SIGNATURE_FILE, SignedStore, sign
+from hf_cachegen.stores.signed import SIGNATURE_FILE, SignedStore, require_current, sign
 from hf_cachegen.stores.survey import pull, serve_check
 from tests.cli_support import run, run_json
 from tests.http_server import Server, running
@@ -139,6 +139,27 @@ def test_a_damaged_artifact_is_not_signed(folder: Path) -> None:
     with pytest.raises(ArtifactNotFoundError):
         sign(folder / "nothing", bytes(range(32)))
     assert not (folder / SIGNATURE_FILE).exists()
+
+
+def test_an_artifact_that_replaces_a_signed_one_is_not_signed(folder: Path) -> None:
+    write_artifact(folder, MANIFEST, [(file, name, data[::-1]) for file, name, data in SEGMENTS], overwrite=True)
+    assert not (folder / SIGNATURE_FILE).exists()
+    with pytest.raises(SignatureError, match="not signed"):
+        verify(folder)
+    (folder / SIGNATURE_FILE).mkdir()  # nobody's signature, and no reason to fail
+    write_artifact(folder, MANIFEST, SEGMENTS, overwrite=True)
+    with pytest.raises(CorruptError):
+        verify(folder)
+
+
+def test_a_signature_of_another_artifact_is_noticed_without_a_key(folder: Path) -> None:
+    require_current(folder)
+    old = (folder / SIGNATURE_FILE).read_bytes()
+    write_artifact(folder, MANIFEST, [(file, name, data[::-1]) for file, name, data in SEGMENTS], overwrite=True)
+    for data in (old, b"", b"rubbish", b"0" * 128 + b"\n{}", b"0" * 128 + b'\n{"ranges": 5}', b"\xff\n\xff"):
+        (folder / SIGNATURE_FILE).write_bytes(data)
+        with pytest.raises(SignatureError, match="not of this artifact"):
+            require_current(folder)
 
 
 def test_keys_that_are_none(folder: Path, tmp_path: Path) -> None:

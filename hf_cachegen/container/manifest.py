@@ -33,6 +33,10 @@ MANIFEST_FILE = "cachegen.json"
 BASE_FILE = "base.safetensors"
 TOKENS_FILE = header.TOKENS_FILE
 INPUT_IDS = "input_ids"
+SIGNATURE_FILE = "cachegen.sig"
+"""May stand beside the manifest, of which it says who made it (hf_cachegen.stores.signed)."""
+PROFILE_FILE = "cachegen_profile.safetensors"
+"""A profile's name beside an artifact, in a model's folder, and in a repository (hf_cachegen.stores.profiles)."""
 FORMAT_VERSION = 1
 FEATURES: frozenset[str] = frozenset({"klt", "klt-tables"})
 """Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-tables:

@@ -36,6 +36,7 @@ from hf_cachegen.container import header
 from hf_cachegen.container.manifest import (
     DEFAULT_LIMITS,
     MANIFEST_FILE,
+    SIGNATURE_FILE,
     Limits,
     Manifest,
     check_file_name,
@@ -139,6 +140,9 @@ class ArtifactWriter:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(MANIFEST_FILE, dir_fd=self._directory)
             os.fsync(self._directory)
+        # A signature is of what it stood beside. (What cannot be removed signs nothing of this artifact.)
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            os.unlink(SIGNATURE_FILE, dir_fd=self._directory)
         for file in self._segments:
             self._rename(file)
         os.fsync(self._directory)

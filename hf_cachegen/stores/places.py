@@ -18,7 +18,7 @@ from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
 from hf_cachegen.stores.retry import Patience
-from hf_cachegen.stores.sealed import SealedStore, Secret
+from hf_cachegen.stores.sealed import Kept, SealedStore, Secret
 from hf_cachegen.stores.segment_cache import SegmentCache
 from hf_cachegen.stores.signed import KeyLike, SignedStore
 
@@ -37,7 +37,7 @@ class Access:
     force_download: fetch everything again. subfolder: where in the repository or below the URL. repo_type: of the Hub.
     headers: for http(s) URLs. storage_options: for other URLs, passed to fsspec. patience: time limits and attempts.
     public_key: accept only what is signed with its private half (hf_cachegen.stores.signed).
-    key: opens what is sealed (hf_cachegen.stores.sealed); nothing of that is kept in the local cache.
+    key: opens what is sealed (hf_cachegen.stores.sealed), which the local cache keeps as it is, sealed.
     """
 
     revision: str | None = None
@@ -64,11 +64,13 @@ def open_store(
     access = access or Access()
     if access.local_files_only and access.force_download:
         raise ConfigError("local_files_only and force_download contradict each other")
-    if access.key is not None and access.local_files_only:
-        raise ConfigError("what is sealed is not kept in the cache: local_files_only cannot be had with a key")
     store = _open(place, access, limits)
     if access.key is not None:
-        store = SealedStore(store.store or store if isinstance(store, CachedStore) else store, access.key)
+        if isinstance(store, CachedStore):
+            kept = Kept(store.cache, store.origin, store.version, store.anew)
+            store = SealedStore(store.store, access.key, kept)
+        else:
+            store = SealedStore(store, access.key)
     if access.public_key is not None:
         store = SignedStore(store, access.public_key)
     setattr(store, _ACCESS, access)

@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from hf_cachegen.container import Limits, Segment, Store
+from hf_cachegen.container import PROFILE_FILE, Limits, Segment, Store
 from hf_cachegen.container.reader import PrefetchingStore
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
@@ -39,8 +39,6 @@ from hf_cachegen.stores.remote import RemoteStore, is_url
 from hf_cachegen.stores.segment_cache import SegmentCache
 from hf_cachegen.stores.signed import SignedStore
 
-PROFILE_FILE = "cachegen_profile.safetensors"
-"""Its name in a model's folder, beside an artifact, and in a repository."""
 NAMESPACES_VARIABLE = "HF_CACHEGEN_PROFILES"
 """Namespaces on the Hub (commas between them) to look for profiles in, instead of each model's own; empty: in none."""
 REPO_TYPE = "model"
@@ -155,6 +153,17 @@ def fetch_pinned(pin: Pin, store: Store, access: Access, limits: Limits) -> byte
     raise _not_found(pin, failures)
 
 
+def fetch_beside(pin: Pin, store: Store, limits: Limits) -> bytes:
+    """The file of the profile that the artifact in `store` needs, from beside it. Raises ProfileError for another one,
+    ArtifactNotFoundError, LimitError, StoreError.
+    """
+    beside = store.store if isinstance(store, SignedStore) else store  # its hash is in the manifest, which is signed
+    data = download(beside, PROFILE_FILE, limits, pin.nbytes)
+    if not pin.fits(data):
+        raise ProfileError("what is there is another profile")
+    return data
+
+
 def fetch(
     place: str | os.PathLike[str], access: Access, limits: Limits, digest: str | None = None
 ) -> tuple[bytes, str | None]:
@@ -202,9 +211,7 @@ def _sources(
     pin: Pin, store: Store, access: Access, limits: Limits
 ) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Where it may be, in the order of looking, and how to get it from there."""
-    beside = store.store if isinstance(store, SignedStore) else store  # its hash is in the manifest, which is signed
-    if not isinstance(beside, LocalStore):
-        yield f"beside the artifact, {beside}", lambda: download(beside, PROFILE_FILE, limits, pin.nbytes)
+    yield f"beside the artifact, {store}", lambda: fetch_beside(pin, store, limits)
     match = _ON_HUB.match(str(store))
     namespaces = [match["namespace"]] if match else []
     guesses = [f"hf://{REPO_TYPE}s/{name}" for name in repositories(pin.model, *namespaces)]

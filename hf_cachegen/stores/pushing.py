@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from hf_cachegen.container import Reader
+from hf_cachegen.container import PROFILE_FILE, SIGNATURE_FILE, Reader
 from hf_cachegen.container.manifest import is_own_file
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, ConflictError
 from hf_cachegen.stores.hub import (
@@ -30,9 +30,9 @@ from hf_cachegen.stores.hub import (
     status_of,
 )
 from hf_cachegen.stores.local import LocalStore
-from hf_cachegen.stores.profiles import PROFILE_FILE, repository
-from hf_cachegen.stores.sealed import SUFFIX
-from hf_cachegen.stores.signed import SIGNATURE_FILE
+from hf_cachegen.stores.profiles import repository
+from hf_cachegen.stores.sealed import SUFFIX, SealedStore, Secret, read_header, sealed_names
+from hf_cachegen.stores.signed import require_current
 
 CARD = "README.md"
 CARD_MARK = "<!-- written by hf_cachegen; remove this line to keep your own text -->"
@@ -55,6 +55,7 @@ def push(
     card: str,
     *,
     profile: bytes | None = None,
+    key: Secret | None = None,
     token: Token = None,
     private: bool = True,
     commit_message: str = "Upload a KV cache",
@@ -62,17 +63,15 @@ def push(
     progress: bool = True,
 ) -> Pushed:
     """Puts the artifact in `directory` into a repository, which is made if need be, in one commit, with its signature,
-    and with the file of the profile that it needs where one is given.
+    and with the file of the profile that it needs where one is given. A sealed artifact goes as it is; with `key` it is
+    opened first, and every byte checked.
 
     What an earlier artifact had and this one has not is removed in the same commit; a card of somebody else's making
     stays, and so does a profile. progress: let the Hub's client draw its bars on stderr.
     Raises ConfigError where `private` is asked for and the repository is public; ConflictError where somebody else
-    changed this very artifact meanwhile; ArtifactError, StoreError.
+    changed this very artifact meanwhile; SignatureError for a signature of another artifact; ArtifactError, StoreError.
     """
-    reader = Reader(LocalStore(directory))
-    reader.verify()
-    names = sorted(reader.sizes) + [SIGNATURE_FILE] * (directory / SIGNATURE_FILE).is_file()
-    files: dict[str, Path | bytes] = {name: directory / name for name in names}
+    files: dict[str, Path | bytes] = {name: directory / name for name in _checked_names(directory, key)}
     if profile is not None:
         files[PROFILE_FILE] = profile
     return _publish(
@@ -165,6 +164,25 @@ def _publish(
                 if attempt == ATTEMPTS:
                     raise ConflictError(f"{place}: others committed during each of {attempt} attempts") from error
     raise RuntimeError("unreachable: the last attempt returns or raises")
+
+
+def _checked_names(directory: Path, key: Secret | None) -> list[str]:
+    """The files of a sound artifact, plain or sealed, and its signature."""
+    store = LocalStore(directory)
+    if names := sealed_names(directory):
+        for name in names:
+            read_header(store, name)
+        if key is not None:
+            Reader(SealedStore(store, key)).verify()
+        return [name + SUFFIX for name in names]
+    if key is not None:
+        raise ConfigError(f"the artifact in {directory} is not sealed, and would be pushed for all to read who can")
+    reader = Reader(store)
+    reader.verify()
+    signed = (directory / SIGNATURE_FILE).is_file()
+    if signed:
+        require_current(directory)
+    return sorted(reader.sizes) + [SIGNATURE_FILE] * signed
 
 
 def _is_artifacts(name: str) -> bool:

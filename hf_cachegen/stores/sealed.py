@@ -8,6 +8,7 @@ Each file NAME becomes NAME.sealed:
 
 The salt is random, so no key and nonce are used twice. Name, size and position are bound to the bytes: a block that
 was moved, renamed, cut off or put together from two files does not open. Blocks open one by one: ranges stay ranges.
+The local cache keeps blocks as they are, sealed, under the salt of their file, once they have opened.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cachegen.container import MANIFEST_FILE, Reader, Segment, Store
+from hf_cachegen.container import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
 from hf_cachegen.container.reader import PrefetchingStore
 from hf_cachegen.errors import (
     ArtifactExistsError,
-    ArtifactNotFoundError,
     ConfigError,
     CorruptError,
     MissingExtraError,
+    OfflineError,
     TruncatedError,
 )
 from hf_cachegen.stores.local import LocalStore
-from hf_cachegen.stores.signed import SIGNATURE_FILE
+from hf_cachegen.stores.segment_cache import SegmentCache
 
 SUFFIX = ".sealed"
 KEY_BYTES = 32
@@ -40,30 +41,71 @@ _MAGIC = b"cgseal01"
 _SALT_BYTES = 32
 _HEADER_BYTES = len(_MAGIC) + _SALT_BYTES + 8
 _INFO = b"hf_cachegen seal 1"
+_FETCH_ANEW = "-"
+"""A checksum that no range has: a store that keeps what came with opening a file fetches it anew."""
 Secret = bytes | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class _Opened:
     size: int
+    header: bytes
     cipher: Any
 
 
-class SealedStore:
-    """The plain files of what is sealed in `store`. key: 32 bytes, or the path of a file that holds them.
-
-    Raises CorruptError for what this key does not open, ConfigError for a key that is none, MissingExtraError without
-    `cryptography`. Threads may share it as far as they may share the store.
+@dataclass(frozen=True)
+class Kept:
+    """What the local cache has of a sealed artifact. origin: its place; version: names content that never changes (a
+    commit); without one, headers are fetched each time, except offline. anew: do not take what is there.
     """
 
-    def __init__(self, store: Store, key: Secret) -> None:
-        self.store = store
+    cache: SegmentCache
+    origin: str
+    version: str | None = None
+    anew: bool = False
+
+    def _header(self, name: str) -> str:
+        return f"sealed header of {name}, {self.version or 'last seen'}"
+
+    def header(self, name: str) -> bytes | None:
+        """The header of a sealed file, not proved."""
+        return None if self.anew else self.cache.noted(self.origin, self._header(name))
+
+    def range(self, opened: _Opened, name: str, position: int, count: int) -> bytes | None:
+        """A range of a sealed file, not proved."""
+        found = None if self.anew else self.cache.noted(self.origin, _range_key(opened, name, position, count))
+        return found if found is not None and len(found) == count else None
+
+    def has(self, opened: _Opened, name: str, position: int, count: int) -> bool:
+        """Whether `range` is likely to find it."""
+        return not self.anew and self.cache.has_note(self.origin, _range_key(opened, name, position, count))
+
+    def keep(self, opened: _Opened, name: str, position: int, data: bytes) -> None:
+        """Keeps a range that has opened, and with it the header that it opened under."""
+        self.cache.note(self.origin, _range_key(opened, name, position, len(data)), data)
+        self.cache.note(self.origin, self._header(name), opened.header)
+
+
+def _range_key(opened: _Opened, name: str, position: int, count: int) -> str:
+    return f"{count} sealed bytes at {position} of {name}, {opened.header.hex()}"
+
+
+class SealedStore:
+    """The plain files of what is sealed in `store` (None: only what is kept). key: 32 bytes, or the path of a file that
+    holds them. kept: the local cache of sealed ranges.
+
+    Raises CorruptError for what this key does not open, ConfigError for a key that is none, MissingExtraError without
+    `cryptography`, OfflineError for what is not kept. Threads may share it as far as they may share the store.
+    """
+
+    def __init__(self, store: Store | None, key: Secret, kept: Kept | None = None) -> None:
+        self.store, self.kept = store, kept
         self._key = _secret(key)
         _cryptography()
         self._opened: dict[str, _Opened] = {}
 
     def __str__(self) -> str:
-        return str(self.store)
+        return str(self.store) if self.kept is None else self.kept.origin
 
     def size(self, name: str) -> int:
         """Length of the plain file in bytes."""
@@ -84,40 +126,81 @@ class SealedStore:
     def prefetch(self, segments: Iterable[Segment]) -> None:
         """Has the blocks of these segments fetched ahead."""
         if isinstance(self.store, PrefetchingStore):
-            sealed = []
-            for s in segments:
-                if s.length and s.offset + s.length <= self.size(s.file):
-                    place = _sealed_range(self.size(s.file), s.offset, s.length)
-                    sealed.append(Segment(s.file + SUFFIX, s.name, *place, ""))
-            self.store.prefetch(sealed)
+            inside = [s for s in segments if s.length and s.offset + s.length <= self.size(s.file)]
+            self.store.prefetch([self.sealed_segment(s) for s in inside if not self._has(s)])
+
+    def _has(self, segment: Segment) -> bool:
+        place = _sealed_range(self.size(segment.file), segment.offset, segment.length)
+        return self.kept is not None and self.kept.has(self._open(segment.file), segment.file, *place)
+
+    def sealed_segment(self, segment: Segment) -> Segment:
+        """Where the blocks of a segment, not empty, lie in the sealed file."""
+        place = _sealed_range(self.size(segment.file), segment.offset, segment.length)
+        return Segment(segment.file + SUFFIX, segment.name, *place, "")
 
     def _unseal(self, opened: _Opened, name: str, first: int, position: int, count: int) -> bytes:
         from cryptography.exceptions import InvalidTag
 
-        for _ in range(2):  # what was damaged on its way is fetched once more
-            data = memoryview(self.store.read(name + SUFFIX, position, count))
-            blocks = (data[at : at + BLOCK_BYTES + TAG_BYTES] for at in range(0, count, BLOCK_BYTES + TAG_BYTES))
+        data = None
+        for attempt in range(3):  # what is kept may be torn; what was damaged on its way is fetched once more
+            if attempt == 0:
+                data = self.kept.range(opened, name, position, count) if self.kept else None
+            elif self.store is not None or data is None:
+                data = self._source(name).read(name + SUFFIX, position, count, None if attempt == 1 else _FETCH_ANEW)
+            if data is None:
+                continue
+            view = memoryview(data)
+            blocks = (view[at : at + BLOCK_BYTES + TAG_BYTES] for at in range(0, count, BLOCK_BYTES + TAG_BYTES))
             try:
-                return b"".join(
+                plain = b"".join(
                     opened.cipher.decrypt(_nonce(first + index), block, None) for index, block in enumerate(blocks)
                 )
             except InvalidTag:
                 continue
+            if attempt and self.kept:
+                self.kept.keep(opened, name, position, data)
+            return plain
         raise CorruptError(f"{self}: {name}{SUFFIX} was sealed with another key, or is damaged")
 
     def _open(self, name: str) -> _Opened:
         if name not in self._opened:
-            total = self.store.size(name + SUFFIX)
-            if total < _HEADER_BYTES:
-                raise TruncatedError(f"{self}: {name}{SUFFIX} has {total} bytes, less than its header")
-            header = self.store.read(name + SUFFIX, 0, _HEADER_BYTES)
-            size = int.from_bytes(header[-8:], "little")
-            if not header.startswith(_MAGIC):
-                raise CorruptError(f"{self}: {name}{SUFFIX} is no sealed file")
-            if total != _HEADER_BYTES + size + TAG_BYTES * -(-size // BLOCK_BYTES):
-                raise CorruptError(f"{self}: {name}{SUFFIX} of {total} bytes cannot hold {size}; fetch it again")
-            self._opened[name] = _Opened(size, _cipher(self._key, header[len(_MAGIC) : -8], name, size))
+            header = None
+            if self.kept and (self.store is None or self.kept.version is not None):
+                header = self.kept.header(name)
+            if header is None:
+                source = self._source(name)
+                header = read_header(source, name)
+            self._opened[name] = _Opened(_plain_size(header), header, _cipher(self._key, header, name))
         return self._opened[name]
+
+    def _source(self, name: str) -> Store:
+        if self.store is None:
+            raise OfflineError(
+                f"{self}: {name}{SUFFIX}, or the part of it that is needed, is not in the cache; load it once without "
+                "local_files_only (and not in offline mode)"
+            )
+        return self.store
+
+
+def read_header(store: Store, name: str) -> bytes:
+    """The header of the sealed file of `name`, whose length must be what it says. Raises CorruptError, TruncatedError.
+    """
+    total = store.size(name + SUFFIX)
+    if total < _HEADER_BYTES:
+        raise TruncatedError(f"{store}: {name}{SUFFIX} has {total} bytes, less than its header")
+    header = store.read(name + SUFFIX, 0, _HEADER_BYTES)
+    if not header.startswith(_MAGIC):
+        raise CorruptError(f"{store}: {name}{SUFFIX} is no sealed file")
+    size = _plain_size(header)
+    if total != _HEADER_BYTES + size + TAG_BYTES * -(-size // BLOCK_BYTES):
+        raise CorruptError(f"{store}: {name}{SUFFIX} of {total} bytes cannot hold {size}; fetch it again")
+    return header
+
+
+def sealed_names(directory: str | os.PathLike[str]) -> list[str]:
+    """The plain names of the sealed files in a folder; empty where it holds no sealed artifact."""
+    names = sorted(entry.name for entry in os.scandir(directory) if entry.name.endswith(SUFFIX))
+    return [name.removesuffix(SUFFIX) for name in names] if MANIFEST_FILE + SUFFIX in names else []
 
 
 def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Secret) -> int:
@@ -132,11 +215,7 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
     reader = Reader(store)
     reader.verify()
     names = [*sorted(set(reader.sizes) - {MANIFEST_FILE}), MANIFEST_FILE]
-    try:
-        store.size(SIGNATURE_FILE)
-        names.insert(0, SIGNATURE_FILE)
-    except ArtifactNotFoundError:
-        pass
+    names = [name for name in (PROFILE_FILE, SIGNATURE_FILE) if (store.directory / name).is_file()] + names
     target.mkdir(parents=True, exist_ok=True)
     there = sorted(path.name for path in target.iterdir() if path.name.endswith(SUFFIX))
     if there:
@@ -161,8 +240,9 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
 
 def _sealed(store: LocalStore, name: str, key: bytes) -> Iterator[bytes]:
     size, salt = store.size(name), secrets.token_bytes(_SALT_BYTES)
-    cipher = _cipher(key, salt, name, size)
-    yield _MAGIC + salt + size.to_bytes(8, "little")
+    header = _MAGIC + salt + size.to_bytes(8, "little")
+    cipher = _cipher(key, header, name)
+    yield header
     for index, at in enumerate(range(0, size, BLOCK_BYTES)):
         yield cipher.encrypt(_nonce(index), store.read(name, at, min(BLOCK_BYTES, size - at)), None)
 
@@ -178,10 +258,14 @@ def _nonce(block: int) -> bytes:
     return block.to_bytes(12, "little")
 
 
-def _cipher(key: bytes, salt: bytes, name: str, size: int) -> Any:
+def _plain_size(header: bytes) -> int:
+    return int.from_bytes(header[-8:], "little")
+
+
+def _cipher(key: bytes, header: bytes, name: str) -> Any:
     hashes, hkdf, aead = _cryptography()
-    info = b"\0".join([_INFO, name.encode(), size.to_bytes(8, "little")])
-    return aead.AESGCM(hkdf.HKDF(hashes.SHA256(), KEY_BYTES, salt, info).derive(key))
+    info = b"\0".join([_INFO, name.encode(), header[-8:]])
+    return aead.AESGCM(hkdf.HKDF(hashes.SHA256(), KEY_BYTES, header[len(_MAGIC) : -8], info).derive(key))
 
 
 def _secret(key: Secret) -> bytes:

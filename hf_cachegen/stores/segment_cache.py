@@ -88,6 +88,10 @@ class SegmentCache:
         """What was last noted under that name."""
         return _read(self._note(origin, key))
 
+    def has_note(self, origin: str, key: str) -> bool:
+        """Whether `noted` is likely to find it."""
+        return self._note(origin, key).is_file()
+
     def origins(self) -> list[CachedOrigin]:
         """What the cache holds, the least recently used first."""
         found = []

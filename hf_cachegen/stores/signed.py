@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cachegen.container import MANIFEST_FILE, Reader, Segment, Store
+from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Reader, Segment, Store
 from hf_cachegen.container.reader import PrefetchingStore
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
 from hf_cachegen.stores.local import LocalStore
@@ -29,7 +29,6 @@ from hf_cachegen.stores.local import LocalStore
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-SIGNATURE_FILE = "cachegen.sig"
 MAX_SIGNATURE_BYTES = 16 << 20
 _SIGNED = "hf_cachegen artifact 1"
 _SIGNATURE = re.compile(rb"[0-9a-f]{128}\n")
@@ -99,6 +98,20 @@ def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
         os.unlink(name)
         raise
     return target
+
+
+def require_current(directory: str | os.PathLike[str]) -> None:
+    """Raises SignatureError for a signature in an artifact's folder that is of another artifact. Whose it is, is not
+    looked at: that takes a key.
+    """
+    manifest = Path(directory, MANIFEST_FILE).read_bytes()
+    try:
+        ranges = json.loads(Path(directory, SIGNATURE_FILE).read_bytes().partition(b"\n")[2])["ranges"]
+        current = [MANIFEST_FILE, 0, len(manifest), hashlib.sha256(manifest).hexdigest()] in ranges
+    except (ValueError, LookupError, TypeError):
+        current = False
+    if not current:
+        raise SignatureError(f"{SIGNATURE_FILE} in {directory} is not of this artifact: sign it again, or remove it")
 
 
 def _statement(store: Store, key: Ed25519PublicKey) -> dict[tuple[str, int, int], str]:

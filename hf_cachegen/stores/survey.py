@@ -6,18 +6,30 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, ArtifactWriter, Limits, Reader, Segment
+from hf_cachegen.container import (
+    BASE_FILE,
+    MANIFEST_FILE,
+    PROFILE_FILE,
+    SIGNATURE_FILE,
+    ArtifactWriter,
+    Limits,
+    Reader,
+    Segment,
+)
 from hf_cachegen.container.manifest import is_own_file
-from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError
+from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError, ProfileError
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
+from hf_cachegen.stores.profiles import Pin, fetch_beside
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
-from hf_cachegen.stores.signed import SIGNATURE_FILE, SignedStore
+from hf_cachegen.stores.sealed import SUFFIX, SealedStore
+from hf_cachegen.stores.signed import SignedStore
 
 CHECK_BYTES = 64 << 20
 """At most so much is fetched to measure how fast a place is."""
@@ -41,7 +53,7 @@ class Check:
 
 
 def find_artifacts(place: str, access: Access | None = None) -> list[Found]:
-    """The artifacts at or below a folder, a repository or an fsspec URL, in alphabetical order.
+    """The artifacts, sealed ones too, at or below a folder, a repository or an fsspec URL, in alphabetical order.
 
     Raises ConfigError for http(s), which cannot list; ArtifactNotFoundError, StoreError.
     """
@@ -62,14 +74,15 @@ def find_artifacts(place: str, access: Access | None = None) -> list[Found]:
             os.path.relpath(os.path.join(folder, name), place): os.path.getsize(os.path.join(folder, name))
             for folder, _, names in os.walk(place)
             for name in names
-            if is_own_file(name)
+            if is_own_file(name.removesuffix(SUFFIX))
         }
     sizes: dict[str, int] = {}
     for path, size in files.items():
         folder = str(PurePosixPath(path).parent)
-        if is_own_file(PurePosixPath(path).name):
+        if is_own_file(PurePosixPath(path).name.removesuffix(SUFFIX)):
             sizes[folder] = sizes.get(folder, 0) + size
-    whole = [folder for folder in sizes if str(PurePosixPath(folder, MANIFEST_FILE)) in files]
+    manifests = (MANIFEST_FILE, MANIFEST_FILE + SUFFIX)
+    whole = [folder for folder in sizes if any(str(PurePosixPath(folder, name)) in files for name in manifests)]
     return [Found("" if folder == "." else folder, sizes[folder]) for folder in sorted(whole)]
 
 
@@ -82,7 +95,8 @@ def pull(
     limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Copies a whole artifact into a folder, every segment verified, and returns its bytes.
+    """Copies a whole artifact into a folder, every segment verified, and returns its bytes. A signature beside it comes
+    along, and the profile that it needs, if it lies there.
 
     The folder holds all of it or nothing. progress: called with (bytes copied, bytes in all). Raises ArtifactError,
     StoreError.
@@ -99,18 +113,18 @@ def pull(
             if progress:
                 progress(done, total)
         writer.commit(replace(manifest, files={}))
-    signature = Path(directory, SIGNATURE_FILE)
-    try:
-        signature.write_bytes(reader.store.read(SIGNATURE_FILE, 0, reader.store.size(SIGNATURE_FILE)))
-    except (ArtifactNotFoundError, OfflineError):
-        signature.unlink(missing_ok=True)
+    with suppress(ArtifactNotFoundError, OfflineError):
+        signature = reader.store.read(SIGNATURE_FILE, 0, reader.store.size(SIGNATURE_FILE))
+        Path(directory, SIGNATURE_FILE).write_bytes(signature)
+    if "profile" in manifest.codec:
+        with suppress(ArtifactNotFoundError, OfflineError, ProfileError):
+            data = fetch_beside(Pin.from_codec(manifest.codec), reader.store, reader.limits)
+            Path(directory, PROFILE_FILE).write_bytes(data)
     return reader.nbytes_at()
 
 
 def serve_check(place: str, access: Access | None = None) -> list[Check]:
     """Whether the place serves its artifact as loading needs it; stops at the first thing that fails."""
-    if access is not None and access.key is not None:
-        raise ConfigError("a server is checked with an artifact that is not sealed")
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
         access = replace(access or Access(), cache_dir=folder, local_files_only=False, force_download=True)
@@ -145,7 +159,7 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
         return Check("ranges", True, f"exact, within {longest.file}")
 
     def changes() -> Check:
-        mark = _remote(state["reader"], place).files.mark(BASE_FILE)
+        mark = _remote(state["reader"], place).files.mark(_longest(state["reader"]).file)
         detail = f"marked {mark[:60]}" if mark else "no ETag or date: mixed states are found by checksums alone"
         return Check("changes are noticed", True if mark else None, detail)
 
@@ -169,12 +183,15 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
 
 
 def _longest(reader: Reader) -> Segment:
-    return max(reader.manifest.files[BASE_FILE].segments, key=lambda segment: segment.length)
+    """The longest segment of the base, where it lies in the file that is served."""
+    found = max(reader.manifest.files[BASE_FILE].segments, key=lambda segment: segment.length)
+    store = reader.store.store if isinstance(reader.store, SignedStore) else reader.store
+    return store.sealed_segment(found) if isinstance(store, SealedStore) else found
 
 
 def _remote(reader: Reader, place: str) -> RemoteStore:
     store = reader.store
-    while isinstance(store, SignedStore | CachedStore) and store.store is not None:
+    while isinstance(store, SignedStore | CachedStore | SealedStore) and store.store is not None:
         store = store.store
     if not isinstance(store, RemoteStore):
         raise ConfigError(f"{place} is a local folder: nothing serves it")

@@ -1,0 +1,131 @@
+"""push-profile and pull-profile, and what push, pull, encode and generate do about profiles, on a Hub on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_cachegen import finding
+from hf_cachegen.cli_errors import PROFILE, USAGE
+from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from tests.cli_support import run, run_json, save_model, text
+from tests.http_server import running
+from tests.hub_server import HubServer, point_client_at
+from tests.test_cli_docs import DOCUMENT
+from tests.test_cli_profile import LEARN, ask, encode
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("profile")
+    done = run("profile", "--model", model, "--text", "-", "--out", folder, *LEARN, stdin=text(1200))
+    assert done.exit_code == 0, done.output
+    return folder / PROFILE_FILE
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
+    monkeypatch.setenv("HF_TOKEN", "owner")
+    finding._on_hub.cache_clear()
+    with running(HubServer()) as found:
+        assert isinstance(found, HubServer)
+        point_client_at(found, monkeypatch)
+        yield found
+    finding._on_hub.cache_clear()
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
+
+
+def test_there_and_back(server: HubServer, profile: Path, tmp_path: Path) -> None:
+    pushed = run_json("push-profile", profile, "user/profiles", "--message", "Hello")
+    repo = server.repos["models/user/profiles"]
+    assert (pushed["commit"], repo.private) == (repo.branches["main"], True)
+    assert repo.commits[pushed["commit"]][2] == "Hello"
+    assert pushed["place"] == f"hf://models/user/profiles@{pushed['commit']}"
+    pulled = run_json("pull-profile", "user/profiles", tmp_path / "model")
+    assert (tmp_path / "model" / PROFILE_FILE).read_bytes() == profile.read_bytes()
+    assert (pulled["digest"], pulled["place"]) == (pushed["digest"], pushed["place"])
+    for command, found in (("push-profile", pushed), ("pull-profile", pulled)):
+        row = f"| `{command}` | {', '.join(f'`{name}`' for name in found)} |"
+        assert row in DOCUMENT.read_text(encoding="utf-8").splitlines()
+    shown = run("push-profile", profile.parent, "--public").stdout
+    assert shown.startswith(f"{server.url}/models/owner/llama-cachegen-profile/commit/")
+    assert not server.repos["models/owner/llama-cachegen-profile"].private
+    shown = run("pull-profile", "user/profiles", tmp_path / "mine.safetensors", "--digest", pushed["digest"]).stdout
+    assert shown.startswith(f"{tmp_path / 'mine.safetensors'}: ")
+    (tmp_path / "mine.safetensors").write_bytes(b"another")
+    again = ("pull-profile", "user/profiles", tmp_path / "mine.safetensors")
+    assert run_json(*again, code=USAGE)["error"]["type"] == "ArtifactExistsError"
+    assert run_json(*again, "--overwrite")["bytes"] == profile.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["push-profile", "nothing"],
+        ["push-profile", "rubbish.safetensors", "user/name"],
+        ["pull-profile", "user/nothing", "out"],
+        ["pull-profile", "rubbish.safetensors", "out"],
+    ],
+)
+def test_errors(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rubbish.safetensors").write_bytes(b"rubbish")
+    assert run_json(*arguments, code=PROFILE)["error"]["type"] == "ProfileError"
+    assert not (tmp_path / "out").exists()
+    assert not server.repos
+
+
+def test_push_lets_no_artifact_go_that_none_can_read(
+    server: HubServer, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "klt"
+    assert encode(model, folder, "--profile", profile).exit_code == 0
+    refused = run_json("push", folder, "user/context", code=PROFILE)
+    assert "--profile" in refused["error"]["message"]
+    assert not server.repos
+    assert run("push", folder, "user/without", "--profile", "none").exit_code == 0
+    assert PROFILE_FILE not in server.repos["datasets/user/without"].files
+    assert run("push", folder, "user/context", "--profile", profile).exit_code == 0
+    assert server.repos["datasets/user/context"].files[PROFILE_FILE] == profile.read_bytes()
+    for place, code in (("user/context", 0), ("user/without", PROFILE)):
+        elsewhere(monkeypatch, tmp_path / place)
+        assert run(*ask(place, model)).exit_code == code
+    elsewhere(monkeypatch, tmp_path / "pulled")
+    assert run("pull", "user/context", tmp_path / "pulled").exit_code == 0
+    assert (tmp_path / "pulled" / PROFILE_FILE).read_bytes() == profile.read_bytes()
+    assert run("push", tmp_path / "pulled", "user/again").exit_code == 0  # it is beside the artifact now
+    assert PROFILE_FILE in server.repos["datasets/user/again"].files
+    assert run("pull", "user/without", tmp_path / "bare").exit_code == 0
+    assert not (tmp_path / "bare" / PROFILE_FILE).exists()
+
+
+def test_a_profile_of_a_repository(server: HubServer, model: Path, profile: Path, tmp_path: Path) -> None:
+    pushed = run_json("push-profile", profile, "user/profiles")
+    folder = tmp_path / "klt"
+    assert encode(model, folder, "--profile", "user/profiles").exit_code == 0
+    assert run_json("inspect", folder)["profile"]["place"] == pushed["place"]
+    assert pushed["place"][:40] in run("inspect", folder).stdout
+    assert run("push", folder, "user/context").exit_code == 0  # says itself where its profile is
+    assert PROFILE_FILE not in server.repos["datasets/user/context"].files
+    assert run_json("verify", "user/context", "--model", model)["profile"] == pushed["digest"]
+    assert run(*ask("user/context", model, "--profile", "user/profiles")).exit_code == 0
+
+
+def test_what_needs_no_profile_takes_none(server: HubServer, model: Path, profile: Path, tmp_path: Path) -> None:
+    assert encode(model, tmp_path / "plain", "--profile", "none").exit_code == 0
+    for options, code in (((), 0), (("--profile", "none"), 0), (("--profile", profile), USAGE)):
+        assert run("push", tmp_path / "plain", "user/plain", *options).exit_code == code
