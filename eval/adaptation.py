@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import traces, uniform
-from eval.accuracy import continuation, kl
+from eval.divergence import kl, log_probabilities
 from eval.reference import HELD_OUT_SEED, MODEL_PATH, document
 from eval.simulation import Chunk, Outcome, simulate
 from eval.traces import Link
@@ -83,7 +83,8 @@ class Judge:
         self._decoded: dict[int | None, KV] = {None: exact}
         for level in range(1, artifact.levels + 1):
             self._decoded[level] = artifact.decode(level)
-        self._ask: Callable[[KV], Tensor] = lambda kv: continuation(model, tokenizer, kv, after)
+        ids = tokenizer(after, return_tensors="pt").input_ids
+        self._ask: Callable[[KV], Tensor] = lambda kv: log_probabilities(model, *kv, ids)
         self._exact = self._ask(exact)
         self._known: dict[tuple[int | None, ...], float] = {}
         coarse = ([uniform.quantise(x, 8) for x in exact[0]], [uniform.quantise(x, 8) for x in exact[1]])

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from eval import transformers_quantised, uniform
@@ -186,8 +185,3 @@ def wait(model: Any) -> None:
     """Until the model's device has done what it was given, so that a clock means something."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-
-
-def cut(cache: CacheGenCache, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """The first `tokens` tokens' (keys, values) of each layer."""
-    return [(k[:, :, :tokens], v[:, :, :tokens]) for k, v in zip(cache.kv.keys, cache.kv.values, strict=True)]

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from eval.answers import answers, first_line
-from eval.codecs import EXACT, TEXT, Kept, Kit, cut, keep, wait
+from eval.codecs import EXACT, TEXT, Kept, Kit, keep, wait
+from eval.divergence import kl, log_probabilities
 from eval.examples import Dataset, Example
 from hf_cachegen import CacheGenCache
 from hf_cachegen.cli_models import token_ids
@@ -128,14 +128,13 @@ def _first_token(kit: Kit, cache: CacheGenCache, encoded: Encoded) -> float:
     return time.perf_counter() - start
 
 
-@torch.no_grad()
 def continuation(model: Any, cache: CacheGenCache, after: Tensor) -> Tensor:
     """Log-probabilities float32 [n - 1, vocabulary] of what follows the context; after: int64 [1, n], its first token
     the last one of the context.
     """
-    past = DynamicCache(cut(cache, cache.input_ids.shape[1] - 1)) if cache.input_ids.shape[1] > 1 else DynamicCache()
-    logits: Tensor = model(input_ids=after, past_key_values=past, use_cache=True).logits[0, :-1]
-    return logits.float().log_softmax(-1)
+    tokens = cache.input_ids.shape[1] - 1
+    keys, values = ([x[:, :, :tokens] for x in side] for side in (cache.kv.keys, cache.kv.values))
+    return log_probabilities(model, keys, values, after)[:-1]
 
 
 def compare(exact: Tensor, lossy: Tensor, tokens: Tensor, completion: int) -> tuple[float, float | None, float]:
@@ -144,9 +143,9 @@ def compare(exact: Tensor, lossy: Tensor, tokens: Tensor, completion: int) -> tu
 
     exact, lossy: log-probabilities [n, vocabulary]; tokens: int64 [n], what followed, the last `completion` the answer.
     """
-    kl = (exact.exp() * (exact - lossy)).sum(-1).mean().item()
+    divergence = kl(exact, lossy)
     if not completion:
-        return kl, None, 0.0
+        return divergence, None, 0.0
     same = (exact[-completion:].argmax(-1) == lossy[-completion:].argmax(-1)).float().mean().item()
     nll = -lossy[-completion:].gather(1, tokens[-completion:, None]).sum().item()
-    return kl, same, nll
+    return divergence, same, nll
