@@ -2,8 +2,8 @@
 
 Twists:
 1. The libraries are optional: one for tensors on the CPU, one for those on a CUDA device. `available()` says whether
-   there is one, and logs a warning, once, when there is none for the CPU: the coder's reference then does the same, slowly.
-   A tensor on a device that has no library is coded on the CPU.
+   there is one, and logs a warning, once, when there is none for the CPU: the coder's reference then does the same,
+   slowly. A tensor on a device that has no library is coded on the CPU.
 2. The libraries know no torch: ctypes hands them addresses and sizes (the contract is cuda_ext/include/cachegen.h), and
    lets go of the interpreter's lock meanwhile. On CUDA they run on torch's current stream of the tensors' device.
 3. The CPU's instruction set is chosen when a function is called: the best that the machine has, or the one that the
@@ -196,7 +196,8 @@ def _need_library(device: torch.device | str = "cpu") -> ctypes.CDLL:
     kind = torch.device(device).type
     library = _library() if kind == "cpu" else _cuda_library()
     if library is None:
-        raise NativeError(f"the compiled coder was asked for, but {LIBRARY if kind == 'cpu' else CUDA_LIBRARY} is missing")
+        missing = LIBRARY if kind == "cpu" else CUDA_LIBRARY
+        raise NativeError(f"the compiled coder was asked for, but {missing} is missing")
     return library
 
 

@@ -143,7 +143,7 @@ def test_constants_are_those_of_the_header() -> None:
     assert rans_reference.TILE_COLUMNS == rans.TILE_COLUMNS
     assert f"#define CG_BLOCK_COLUMNS {passes._BLOCK_COLUMNS}\n" in header
     assert f"#define CG_DIGIT_BINS {tables.DIGIT_CONTEXTS * tables.DIGIT_SYMBOLS}\n" in header
-    for dtype, number in passes._DTYPES.items():
+    for dtype, number in passes.DTYPES.items():
         assert f"CG_{str(dtype).removeprefix('torch.').upper()} = {number}" in header
     for name in (*TileStatus, *native.Isa):
         assert f"CG_{name.name} = {name.value}" in header

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_cachegen import native
 from hf_cachegen.codec import passes, quantize, section, transform
+from hf_cachegen.codec.into import Sections, Target
 from hf_cachegen.codec.passes import Grid, Symbols, Wide
-from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.section import Assignment, Coded, Cursor
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
 from hf_cachegen.codec.transform import Anchors
 from hf_cachegen.config import CacheGenConfig
@@ -96,6 +98,16 @@ class Side:
         return cls(steps, means, anchors, base, refine)
 
 
+class _Read(NamedTuple):
+    """The sections of a chunk's parts: anchors (delta only), base, digits of the protected tokens, of the others."""
+
+    scales: Tensor | None
+    peaks: Coded | None
+    base: Coded
+    finest: list[Coded]
+    rest: list[Coded]
+
+
 class Codec(Protocol):
     """What an artifact needs of a codec; `rows` are [tokens, columns]."""
 
@@ -116,6 +128,10 @@ class LossyCodec:
         self.steps = quantize.steps_of(side.step_codes)
         unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
         self.means = side.means.float() * (self.steps * unit)
+        self._anchors = Assignment(self.values, side.anchor_entries)
+        self._base = Assignment(self.values, side.base_entries)
+        self._refinements = [Assignment(self.digits, entries) for entries in side.refine_entries]
+        self._scales: dict[tuple[int, torch.device], Grid] = {}
 
     @property
     def parts(self) -> int:
@@ -125,7 +141,9 @@ class LossyCodec:
         return self.side.to_bytes(self.config)
 
     def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:
-        """rows [tokens, columns], float, on any device, to symbols and anchors on the CPU."""
+        """rows [tokens, columns], float, to symbols and anchors: on the CPU, or where there is a compiled coder for it
+        on the rows' device.
+        """
         anchors = transform.anchors_of(rows, self.columns.vectors, self.config)
         grid = Grid.of(anchors, self.columns.vectors, self.config, self.means, self.steps)
         symbols = passes.quantise(rows, grid.to(rows.device), self.config.levels)
@@ -138,13 +156,13 @@ class LossyCodec:
         if anchors is not None:
             indices = (anchors.symbols + ZERO_INDEX).to(torch.uint8)
             base.append(anchors.scales.view(torch.int16).numpy().tobytes())
-            base.append(section.encode(indices, self.values, self.side.anchor_entries, coder=coder))
-        base.append(section.encode(symbols.base, self.values, self.side.base_entries, wide=symbols.wide, coder=coder))
+            base.append(section.encode(indices, self._anchors, coder=coder))
+        base.append(section.encode(symbols.base, self._base, wide=symbols.wide, coder=coder))
         ordinary = span.ordinary(self.config)
-        for digits, contexts, entries in zip(symbols.digits, symbols.contexts, self.side.refine_entries, strict=True):
+        for digits, contexts, columns in zip(symbols.digits, symbols.contexts, self._refinements, strict=True):
             ends = without(digits, ordinary), without(contexts, ordinary)
-            base.append(section.encode(ends[0], self.digits, entries, ends[1], coder=coder))
-            parts.append(section.encode(digits[ordinary], self.digits, entries, contexts[ordinary], coder=coder))
+            base.append(section.encode(ends[0], columns, ends[1], coder=coder))
+            parts.append(section.encode(digits[ordinary], columns, contexts[ordinary], coder=coder))
         return [b"".join(base), *parts]
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,22 +170,71 @@ class LossyCodec:
 
         Raises TruncatedError or CorruptError on damaged bytes.
         """
-        config, coder = self.config, self.config.coder
-        cursor, anchors = Cursor(parts[0]), None
-        if n_anchors := transform.anchor_count(span.tokens, config):
+        rows = torch.empty(span.tokens, len(self.columns), dtype=dtype)
+        self.decode_into(parts, span, Target.matrix(rows))
+        return rows
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        """As `decode`, to rows [row, row + tokens) of the target. After an error these rows mean nothing."""
+        read = self._read(parts, span)
+        plain = len(read.base.wide.positions) == 0 and all(coded.tokens == 0 for coded in read.finest)
+        if plain and self.config.coder == "rans" and native.available(target.device):
+            self._place(read, span, target, row)
+        else:
+            target.put(self._rows(read, span, target.dtype), row)
+
+    def _read(self, parts: Sequence[bytes | memoryview], span: Span) -> _Read:
+        config = self.config
+        cursor, scales, peaks = Cursor(parts[0]), None, None
+        n_anchors = transform.anchor_count(span.tokens, config)
+        if n_anchors:
             n_vectors = int(self.columns.vectors[-1]) + 1
             scales = cursor.tensor(n_anchors * n_vectors, torch.bfloat16).reshape(n_anchors, n_vectors)
-            peaks = section.decode(cursor, n_anchors, self.values, self.side.anchor_entries, coder=coder)
-            anchors = Anchors(peaks.int() - ZERO_INDEX, scales)
+            peaks = section.read_narrow(cursor, n_anchors, self._anchors)
         ordinary, coded = span.ordinary(config), span.tokens - n_anchors
-        base, wide = section.decode_wide(cursor, coded, self.values, self.side.base_entries, coder=coder)
-        finest = self._digits([cursor] * (config.levels - 1), without(base, ordinary))
+        base = section.read(cursor, coded, self._base)
+        count = ordinary.stop - ordinary.start
+        finest = [section.read_narrow(cursor, coded - count, columns) for columns in self._refinements]
         cursor.finish()
-        cursors = [Cursor(part) for part in parts[1:]]
-        rest = self._digits(cursors, base[ordinary])
-        for cursor in cursors:
+        rest = []
+        for part, columns in zip(parts[1:], self._refinements, strict=False):
+            cursor = Cursor(part)
+            rest.append(section.read_narrow(cursor, count, columns))
             cursor.finish()
-        return self._rows(base, wide, finest, rest, anchors, span, dtype)
+        return _Read(scales, peaks, base, finest, rest)
+
+    def _scale(self, level: int, device: torch.device) -> Grid:
+        """The grid of a level without its anchors, on a device."""
+        if (level, device) not in self._scales:
+            steps = self.steps * quantize.step_factor(level, self.config.levels)
+            self._scales[level, device] = Grid(None, 0, self.means, steps).to(device)
+        return self._scales[level, device]
+
+    def _place(self, read: _Read, span: Span, target: Target, row: int) -> None:
+        """Straight into place: a chunk without protected tokens or wide symbols."""
+        columns, sections = len(self.columns), Sections(target.device)
+        grid = self._scale(1 + len(read.rest), target.device)
+        if read.peaks is not None and read.scales is not None:
+            symbols = Sections(target.device).alone(read.peaks, columns)
+            anchors = Anchors(symbols.int() - ZERO_INDEX, read.scales.to(target.device))
+            values = anchors.values(self.columns.vectors.to(target.device))
+            grid = grid._replace(anchors=values, group_tokens=self.config.group_tokens)
+        *coarser, last = [read.base, *read.rest]
+        for coded in coarser:
+            sections.index(coded, columns)
+        sections.values(last, target, grid, row, span.tokens)
+        sections.finish()
+
+    def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:
+        """Stage by stage, on the CPU: any chunk, any coder."""
+        coder, ordinary = self.config.coder, span.ordinary(self.config)
+        anchors = None
+        if read.peaks is not None and read.scales is not None:
+            anchors = Anchors(read.peaks.decode(coder=coder).int() - ZERO_INDEX, read.scales)
+        base = read.base.decode(coder=coder)
+        finest = self._digits(read.finest, without(base, ordinary))
+        rest = self._digits(read.rest, base[ordinary])
+        return self._restored(base, read.base.wide, finest, rest, anchors, span, dtype)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         """What `decode` would give at level 1, 2, ..., without coding anything: each float32 [tokens, columns]."""
@@ -176,21 +243,21 @@ class LossyCodec:
         finest, rest = [without(d, ordinary) for d in symbols.digits], [d[ordinary] for d in symbols.digits]
         for level in range(1, self.config.levels + 1):
             found.append(
-                self._rows(symbols.base, symbols.wide, finest, rest[: level - 1], anchors, span, torch.float32)
+                self._restored(symbols.base, symbols.wide, finest, rest[: level - 1], anchors, span, torch.float32)
             )
         return found
 
-    def _digits(self, cursors: Sequence[Cursor], base: Tensor) -> list[Tensor]:
-        """The digits that refine `base`, uint8 [tokens, columns], one matrix from each cursor."""
+    def _digits(self, sections: Sequence[Coded], base: Tensor) -> list[Tensor]:
+        """The digits that refine `base`, uint8 [tokens, columns], one matrix from each section."""
         found: list[Tensor] = []
         contexts = None
-        for cursor, entries in zip(cursors, self.side.refine_entries, strict=False):
+        for coded in sections:
             coarser = (base, ZERO_INDEX) if contexts is None else (found[-1], DIGIT_ZERO)
             contexts = passes.contexts_of(*coarser, contexts)
-            found.append(section.decode(cursor, len(base), self.digits, entries, contexts, coder=self.config.coder))
+            found.append(coded.decode(contexts, coder=self.config.coder))
         return found
 
-    def _rows(
+    def _restored(
         self,
         base: Tensor,
         wide: Wide,

@@ -51,6 +51,7 @@ class LosslessCodec:
 
     def __init__(self, dtype: torch.dtype, config: CacheGenConfig, book: Codebook, entries: Tensor):
         self.dtype, self.config, self.book, self.entries = dtype, config, book, entries
+        self.assignment = section.Assignment(book, entries)
 
     parts = 1
 
@@ -91,13 +92,14 @@ class LosslessCodec:
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         """rows [tokens, columns] of the codec's dtype to the bytes of the one part."""
-        return [section.encode(to_planes(rows.cpu()), self.book, self.entries, coder=self.config.coder)]
+        return [section.encode(to_planes(rows.cpu()), self.assignment, coder=self.config.coder)]
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype | None = None) -> Tensor:
         """The inverse of `encode`, in the codec's own dtype."""
         cursor = Cursor(parts[0])
-        planes = section.decode(cursor, span.tokens, self.book, self.entries, coder=self.config.coder)
+        coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
+        planes = coded.decode(coder=self.config.coder)
         return from_planes(planes, self.dtype)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The compiled coder as torch custom ops, on the CPU or a CUDA device.
 
-Shapes and dtypes are those of codec/rans.py, with `tables` from native.build_tables and streams uint8 [bytes], all on one
-device; tile_bytes int64 [tiles] is on the CPU:
+Shapes and dtypes are those of codec/rans.py, with `tables` from native.build_tables and streams uint8 [bytes], all on
+one device; tile_bytes int64 [tiles] is on the CPU:
 
     torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?, isa=0) -> (streams, tile_bytes)
     torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens, isa=0) -> symbols

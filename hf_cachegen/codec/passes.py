@@ -22,7 +22,7 @@ from hf_cachegen.codec.tables import DIGIT_SYMBOLS, DIGIT_ZERO, VALUE_SYMBOLS, Z
 from hf_cachegen.codec.transform import Anchors
 from hf_cachegen.config import CacheGenConfig
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """enum cg_dtype."""
 _BLOCK_COLUMNS = 1024
 """CG_BLOCK_COLUMNS."""
@@ -76,13 +76,13 @@ class Symbols(NamedTuple):
 
 
 def _compiled(rows: Tensor) -> bool:
-    return rows.is_cpu and rows.dtype in _DTYPES and native.available()
+    return rows.dtype in DTYPES and native.available(rows.device)
 
 
 def _chunk(rows: Tensor, grid: Grid) -> native.Chunk:
     anchors = None if grid.anchors is None else grid.anchors.data_ptr()
     means, steps = grid.means.data_ptr(), grid.steps.data_ptr()
-    return native.Chunk(*rows.shape, grid.group_tokens, anchors, means, steps, _DTYPES[rows.dtype])
+    return native.Chunk(*rows.shape, grid.group_tokens, anchors, means, steps, DTYPES[rows.dtype])
 
 
 def _differences(rows: Tensor, grid: Grid, which: Tensor | slice) -> Tensor:
@@ -98,26 +98,28 @@ def moments(rows: Tensor, grid: Grid, first: int, last: int) -> Tensor:
     In float64, so that the order of addition does not show in the few bits that are kept of them.
     """
     if _compiled(rows):
-        sums, rows = torch.zeros(2, rows.shape[1], dtype=torch.float64), rows.contiguous()
+        sums, rows = torch.zeros(2, rows.shape[1], dtype=torch.float64, device=rows.device), rows.contiguous()
         native.call("cg_moments", _chunk(rows, grid), rows, first, last, sums[0], sums[1])
-        return sums
+        return sums.cpu()
     y = _differences(rows, grid, slice(first, last)).double()
     return torch.stack([y.sum(0), y.square().sum(0)]).cpu()
 
 
 def quantise(rows: Tensor, grid: Grid, levels: int) -> Symbols:
-    """All coded rows to symbols, on the CPU."""
+    """All coded rows to symbols: on the CPU, or where there is a compiled coder for it on the rows' device."""
     if not _compiled(rows):
         return _exact(rows, grid, levels, slice(None))
-    rows = rows.contiguous()
+    rows, device = rows.contiguous(), rows.device
     shape = (len(grid.positions(len(rows))), rows.shape[1])
-    base = torch.empty(shape, dtype=torch.uint8)
-    digits, contexts = torch.empty(2, levels - 1, *shape, dtype=torch.uint8)
-    wide = torch.empty(-(-shape[1] // _BLOCK_COLUMNS), shape[0], dtype=torch.uint8)
+    base = torch.empty(shape, dtype=torch.uint8, device=device)
+    digits, contexts = torch.empty(2, levels - 1, *shape, dtype=torch.uint8, device=device)
+    wide = torch.empty(-(-shape[1] // _BLOCK_COLUMNS), shape[0], dtype=torch.uint8, device=device)
     native.call("cg_quantise", _chunk(rows, grid), rows, levels - 1, base, digits, contexts, wide)
     found = NONE_WIDE
-    if len(again := wide.any(0).nonzero().flatten()):
-        base[again], found, digits[:, again], contexts[:, again] = _exact(rows, grid, levels, again)
+    if len(again := wide.any(0).nonzero().flatten().cpu()):
+        exact = _exact(rows, grid, levels, again)
+        base[again], found = exact.base.to(device), exact.wide
+        digits[:, again], contexts[:, again] = exact.digits.to(device), exact.contexts.to(device)
     return Symbols(base, found, digits, contexts)
 
 
@@ -174,7 +176,7 @@ def contexts_of(symbols: Tensor, zero: int, coarser: Tensor | None = None) -> Te
     symbols: indices of base symbols, or of digits, then with the contexts that those digits had: the sign of a refined
     symbol is that of the coarser one, unless this is zero.
     """
-    if native.available():
+    if native.available(symbols.device):
         found = torch.empty_like(symbols)
         native.call("cg_contexts", symbols, zero, coarser, symbols.numel(), found)
         return found
@@ -183,35 +185,44 @@ def contexts_of(symbols: Tensor, zero: int, coarser: Tensor | None = None) -> Te
 
 
 def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(symbols uint8 [rows, columns] within their bounds, positions int64, rising, of those that were not).
+    """(symbols uint8 [rows, columns] within their bounds, positions int64, rising, on the CPU, of those that were not).
 
     low, high: uint8 [columns, contexts], by the context of each symbol.
     """
-    if native.available():
+    device = symbols.device
+    if native.available(device):
+        symbols = symbols.contiguous()
+        contexts = contexts if contexts is None else contexts.contiguous()
         low, high, inside = low.T.contiguous(), high.T.contiguous(), torch.empty_like(symbols)
         rows, columns = symbols.shape
-        changed = torch.empty(-(-columns // _BLOCK_COLUMNS), rows, dtype=torch.uint8)
+        changed = torch.empty(-(-columns // _BLOCK_COLUMNS), rows, dtype=torch.uint8, device=device)
         native.call("cg_clamp", symbols, contexts, rows, columns, low, high, inside, changed)
-        block, row = changed.nonzero(as_tuple=True)
+        block, row = changed.cpu().nonzero(as_tuple=True)
         column = block[:, None] * _BLOCK_COLUMNS + torch.arange(_BLOCK_COLUMNS)
         position = (row[:, None] * columns + column)[column < columns].sort().values
-        return inside, position[inside.view(-1)[position] != symbols.view(-1)[position]]
+        there = position.to(device)
+        return inside, position[(inside.view(-1)[there] != symbols.view(-1)[there]).cpu()]
     if contexts is None:
         inside = symbols.clamp(low[:, 0], high[:, 0])
     else:
         inside = symbols.clamp(*(bound.T.gather(0, contexts.long()) for bound in (low, high)))
-    return inside, (inside != symbols).flatten().nonzero().flatten()
+    return inside, (inside != symbols).flatten().nonzero().flatten().cpu()
 
 
 def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> None:
     """Adds to counts int32 [columns, bins] how often each index occurs in each column of symbols uint8 [rows, columns].
 
-    With contexts, uint8 of that shape, the bin is 3 x context + index.
+    With contexts, uint8 of that shape, the bin is 3 x context + index. counts are on the CPU, the others on any device.
     """
-    bins = counts.shape[1]
-    if native.available():
-        native.call("cg_count", symbols, contexts, *symbols.shape, bins, counts)
+    bins, device = counts.shape[1], symbols.device
+    if native.available(device):
+        here = counts if device.type == "cpu" else torch.zeros_like(counts, device=device)
+        native.call("cg_count", symbols, contexts, *symbols.shape, bins, here)
+        if here is not counts:
+            counts += here.cpu()
         return
+    if device.type != "cpu":
+        symbols, contexts = symbols.cpu(), contexts if contexts is None else contexts.cpu()
     index = symbols.to(torch.int64)
     if contexts is not None:
         index += DIGIT_SYMBOLS * contexts

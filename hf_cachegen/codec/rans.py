@@ -29,6 +29,7 @@ Backend = Literal["native", "scalar", "avx2", "avx512", "reference"]
 _ISAS = {"native": native.Isa.BEST, **{isa.name.lower(): isa for isa in native.Isa if isa}}
 _SLOW: dict[str, Any] = {"reference": rans_reference, "torchac": torchac_coder}
 TILE_COLUMNS = ops.TILE_COLUMNS
+_CPU = torch.device("cpu")
 MAX_TABLES = 256
 """A table id is one byte."""
 MAX_SYMBOLS = 256
@@ -71,8 +72,18 @@ class Tables:
 
     @cached_property
     def native(self) -> Tensor:
-        """What the native coder looks up: opaque uint8 [bytes], built once."""
+        """What the compiled coder looks up: opaque uint8 [bytes], built once, free to be copied to a device."""
         return native.build_tables(self.frequencies, self.prob_bits)
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Tensor]:
+        return {torch.device("cpu"): self.native}
+
+    def on(self, device: torch.device) -> Tensor:
+        """`native` on a device."""
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.native.to(device)
+        return self._elsewhere[device]
 
 
 def tile_count(columns: int) -> int:
@@ -90,23 +101,26 @@ def encode(
 ) -> list[bytes]:
     """One stream per tile.
 
-    symbols: uint8 [tokens, columns]. table_ids: uint8 [columns, 1 or 3]. contexts: uint8 [tokens, columns], 0 to 2,
-    given if and only if there are three ids. coder: "rans" or "torchac". backend: None takes the best implementation of
-    rans; a name forces it.
+    symbols: uint8 [tokens, columns], on any device. table_ids: uint8 [columns, 1 or 3], on the CPU. contexts: uint8
+    [tokens, columns], 0 to 2, with the symbols, given if and only if there are three ids. coder: "rans" or
+    "torchac". backend: None takes the best implementation of rans; a name forces it.
 
     Raises TensorError for a symbol that has no frequency in its table.
     """
     if symbols.dim() != 2:
         raise TensorError(f"symbols must be [tokens, columns], got {tuple(symbols.shape)}")
-    _require_bytes("symbols", symbols, (symbols.shape[0], symbols.shape[1]))
-    _check_side(symbols.shape[0], symbols.shape[1], table_ids, contexts)
+    if not native.available(device := symbols.device):
+        device, symbols, contexts = _CPU, symbols.cpu(), contexts if contexts is None else contexts.cpu()
+    _require_bytes("symbols", symbols, (symbols.shape[0], symbols.shape[1]), device)
+    _check_side(symbols.shape[0], symbols.shape[1], table_ids, contexts, device)
     if symbols.numel() == 0:
         return []
     chosen = _choose(coder, backend)
     if chosen in _ISAS:
-        packed, sizes = torch.ops.cachegen.encode(symbols, tables.native, table_ids, contexts, _ISAS[chosen])
-        return [stream.tobytes() for stream in _cut(memoryview(packed.numpy()), sizes.tolist())]
-    return _SLOW[chosen].encode(symbols.numpy(), _side(tables, table_ids, contexts))
+        side = (tables.on(device), table_ids.to(device), contexts)
+        packed, sizes = torch.ops.cachegen.encode(symbols, *side, _ISAS[chosen])
+        return [stream.tobytes() for stream in _cut(memoryview(packed.cpu().numpy()), sizes.tolist())]
+    return _SLOW[chosen].encode(symbols.cpu().numpy(), _side(tables, table_ids, contexts))
 
 
 def decode(
@@ -149,7 +163,7 @@ def _cut(data: memoryview, sizes: Sequence[int]) -> list[memoryview]:
 
 
 def _side(tables: Tables, table_ids: Tensor, contexts: Tensor | None) -> rans_reference.Side:
-    chosen = None if contexts is None else contexts.numpy()
+    chosen = None if contexts is None else contexts.cpu().numpy()
     return rans_reference.Side(tables.frequencies.numpy(), tables.prob_bits, table_ids.numpy(), chosen)
 
 
@@ -163,17 +177,19 @@ def _choose(coder: str, backend: str | None) -> str:
     return backend or ("native" if native.available() else "reference")
 
 
-def _check_side(tokens: int, columns: int, table_ids: Tensor, contexts: Tensor | None) -> None:
+def _check_side(
+    tokens: int, columns: int, table_ids: Tensor, contexts: Tensor | None, device: torch.device = _CPU
+) -> None:
     if table_ids.dim() != 2 or table_ids.shape[1] not in (1, 3):
         raise TensorError(f"table_ids must be [columns, 1 or 3], got {tuple(table_ids.shape)}")
-    _require_bytes("table_ids", table_ids, (columns, table_ids.shape[1]))
+    _require_bytes("table_ids", table_ids, (columns, table_ids.shape[1]), _CPU)
     if (contexts is not None) != (table_ids.shape[1] == 3):
         raise TensorError("contexts are given if and only if every column has three table ids")
     if contexts is not None:
-        _require_bytes("contexts", contexts, (tokens, columns))
+        _require_bytes("contexts", contexts, (tokens, columns), device)
 
 
-def _require_bytes(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
-    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+def _require_bytes(name: str, tensor: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != shape or tensor.device != device:
         found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        raise TensorError(f"{name} must be uint8 {list(shape)} on the CPU, got {found}")
+        raise TensorError(f"{name} must be uint8 {list(shape)} on {device}, got {found}")

@@ -15,6 +15,8 @@ Little-endian. The number of tiles follows from the entries of the columns, whic
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,78 +56,127 @@ class Cursor:
             raise CorruptError(f"a segment of {len(self.data)} bytes has {len(self.data) - self.at} bytes too many")
 
 
+class Assignment:
+    """Which table of a codebook codes each column. entries: uint8 [columns].
+
+    live, dead int32: the columns that are coded, and those whose symbols are all zero; table_ids uint8 [live,
+    contexts].
+    """
+
+    def __init__(self, book: Codebook, entries: Tensor):
+        self.book, self.entries = book, entries
+        live = entries.nonzero().flatten()
+        self.live, self.dead = live.int(), (entries == 0).nonzero().flatten().int()
+        self.table_ids = book.table_ids(entries[live])
+        self._elsewhere: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """(tables for the compiled coder, table_ids, live, dead) on a device."""
+        if device not in self._elsewhere:
+            tensors = (self.table_ids, self.live, self.dead)
+            self._elsewhere[device] = (self.book.tables.on(device), *(x.to(device) for x in tensors))
+        return self._elsewhere[device]
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor, bool]:
+        """(lowest, highest index uint8 [columns, contexts] of each table's support, whether any is out of it)."""
+        tables = self.book.table_ids(self.entries).long()
+        low, high = self.book.low[tables], self.book.high[tables]
+        outside = int(low.max()) > 0 or int(high.min()) < self.book.tables.frequencies.shape[1] - 1
+        return low, high, outside
+
+
 def encode(
     symbols: Tensor,
-    book: Codebook,
-    entries: Tensor,
+    columns: Assignment,
     contexts: Tensor | None = None,
     wide: Wide = NONE_WIDE,
     *,
     coder: str,
 ) -> bytes:
-    """symbols uint8 [tokens, columns]: indices, possibly outside their tables; entries uint8 [columns] of `book`;
-    contexts uint8 [tokens, columns] for a book with three contexts; wide: the indices that no byte holds. All on the
-    CPU.
+    """symbols uint8 [tokens, columns]: indices, possibly outside their tables; contexts uint8 [tokens, columns] for a
+    book with three contexts; wide: the indices that no byte holds. symbols and contexts on one device, wide on the CPU.
     """
-    tables = book.table_ids(entries)
-    low, high = book.low[tables.long()], book.high[tables.long()]
-    inside, position = symbols, NONE_WIDE.positions
-    if int(low.max()) > 0 or int(high.min()) < book.tables.frequencies.shape[1] - 1:
-        inside, position = passes.clamp(symbols, low, high, contexts)
-    index = symbols.view(-1)[position].int()
+    inside, position, device = symbols, NONE_WIDE.positions, symbols.device
+    low, high, outside = columns.bounds if len(columns) else (None, None, False)
+    if outside and low is not None and high is not None:
+        inside, position = passes.clamp(symbols, low.to(device), high.to(device), contexts)
+    index = symbols.view(-1)[position.to(device)].int().cpu()
     if len(wide.positions):
         position = torch.cat([position, wide.positions]).unique()
-        index = symbols.view(-1)[position].int()
+        index = symbols.view(-1)[position.to(device)].int().cpu()
         index[torch.searchsorted(position, wide.positions)] = wide.indices
-    live = entries.nonzero().flatten()
-    if len(live) < len(entries):
-        inside, tables = inside.index_select(1, live), tables[live]
+    if len(columns.dead):
+        live = columns.live.to(device)
+        inside = inside.index_select(1, live)
         contexts = contexts.index_select(1, live) if contexts is not None else None
-    streams = rans.encode(inside, book.tables, tables, contexts, coder=coder)
+    streams = rans.encode(inside, columns.book.tables, columns.table_ids, contexts, coder=coder)
     head = struct.pack(f"<{1 + len(streams)}I", len(position), *map(len, streams))
     exceptions = torch.stack([position.to(torch.int32), index], 1)  # u32 positions wrap: the same bits
     return b"".join([head, exceptions.numpy().tobytes(), *streams])
 
 
-def decode(
-    cursor: Cursor, tokens: int, book: Codebook, entries: Tensor, contexts: Tensor | None = None, *, coder: str
-) -> Tensor:
-    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError or CorruptError on damaged bytes."""
-    symbols, wide = decode_wide(cursor, tokens, book, entries, contexts, coder=coder)
-    if len(wide.positions):
-        raise CorruptError("an exception holds a number that is no index of its tables")
-    return symbols
+@dataclass(frozen=True)
+class Coded:
+    """A section that is read but not decoded, on the CPU.
+
+    tile_bytes int64 [tiles]; positions int64, rising, and indices int32 of the exceptions; streams uint8 [bytes].
+    """
+
+    columns: Assignment
+    tokens: int
+    tile_bytes: Tensor
+    positions: Tensor
+    indices: Tensor
+    streams: Tensor
+
+    @cached_property
+    def wide(self) -> Wide:
+        """The exceptions that are no index of their tables."""
+        which = (self.indices < 0) | (self.indices >= self.columns.book.tables.frequencies.shape[1])
+        return Wide(self.positions[which], self.indices[which])
+
+    def decode(self, contexts: Tensor | None = None, *, coder: str) -> Tensor:
+        """uint8 [tokens, columns], on the CPU; an index that no byte holds becomes the nearest that one does.
+
+        Raises TruncatedError or CorruptError on damaged bytes.
+        """
+        columns, tokens = self.columns, self.tokens
+        if len(columns.dead):
+            contexts = contexts.index_select(1, columns.live) if contexts is not None else None
+        tables, streams = columns.book.tables, self.streams.numpy().data
+        sizes = self.tile_bytes.tolist()
+        symbols = rans.decode(streams, sizes, tokens, tables, columns.table_ids, contexts, coder=coder)
+        if len(columns.dead):
+            coded = torch.cat([symbols, torch.full((tokens, 1), columns.book.zero, dtype=torch.uint8)], 1)
+            count = len(columns.live)
+            place = torch.full((len(columns),), count).index_copy(0, columns.live.long(), torch.arange(count))
+            symbols = coded.index_select(1, place)
+        symbols.view(-1)[self.positions] = self.indices.clamp(0, tables.frequencies.shape[1] - 1).to(torch.uint8)
+        return symbols
 
 
-def decode_wide(
-    cursor: Cursor, tokens: int, book: Codebook, entries: Tensor, contexts: Tensor | None = None, *, coder: str
-) -> tuple[Tensor, Wide]:
-    """As `decode`, of a matrix that may have wider indices than its tables."""
-    live = entries.nonzero().flatten()
+def read(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
+    """The section that the cursor stands before. Raises TruncatedError or CorruptError on damaged bytes."""
     (count,) = cursor.u32(1)
-    tile_bytes = cursor.u32(rans.tile_count(len(live)) if tokens else 0)
+    tile_bytes = cursor.u32(rans.tile_count(len(columns.live)) if tokens else 0)
     exceptions = cursor.tensor(2 * count, torch.int32).reshape(-1, 2)
-    streams = cursor.take(sum(tile_bytes))
-    tables = book.table_ids(entries[live])
-    if len(live) < len(entries):
-        contexts = contexts.index_select(1, live) if contexts is not None else None
-    symbols = rans.decode(streams, tile_bytes, tokens, book.tables, tables, contexts, coder=coder)
-    if len(live) < len(entries):
-        coded = torch.cat([symbols, torch.full((tokens, 1), book.zero, dtype=torch.uint8)], 1)
-        place = torch.full((len(entries),), len(live)).index_copy(0, live, torch.arange(len(live)))
-        symbols = coded.index_select(1, place)
-    return symbols, _correct(symbols, exceptions, book.tables.frequencies.shape[1])
+    streams = cursor.tensor(sum(tile_bytes), torch.uint8)
+    position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1].contiguous()
+    if count:
+        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(columns):
+            raise CorruptError("positions of exceptions must rise and lie within the chunk")
+        if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
+            raise CorruptError(f"an exception lies beyond {LARGEST_INDEX}, which no encoder writes")
+    return Coded(columns, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
 
 
-def _correct(symbols: Tensor, exceptions: Tensor, indices: int) -> Wide:
-    """Puts exceptions, int32 [n, (position, index)], into symbols; returns those beyond their tables' indices."""
-    if not len(exceptions):
-        return NONE_WIDE
-    position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1]
-    if not bool((position.diff() > 0).all()) or int(position[-1]) >= symbols.numel():
-        raise CorruptError("positions of exceptions must rise and lie within the chunk")
-    if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-        raise CorruptError(f"an exception lies beyond {LARGEST_INDEX}, which no encoder writes")
-    symbols.view(-1)[position] = index.clamp(0, indices - 1).to(torch.uint8)
-    wide = (index < 0) | (index >= indices)
-    return Wide(position[wide], index[wide])
+def read_narrow(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
+    """As `read`, of a matrix without wide indices. Raises CorruptError where there is one."""
+    found = read(cursor, tokens, columns)
+    if len(found.wide.positions):
+        raise CorruptError("an exception holds a number that is no index of its tables")
+    return found
