@@ -88,6 +88,9 @@ def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) 
         return _hub(str(place), access, limits)
     if isinstance(place, str) and is_url(place):
         return _url(place, access, limits)
+    for name in ("revision", "headers", "storage_options"):
+        if getattr(access, name):
+            raise ConfigError(f"{name} is for places on the network; {os.fspath(place)!r} is taken for a folder")
     return LocalStore(Path(place, access.subfolder or ""))
 
 
