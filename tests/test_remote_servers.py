@@ -1,5 +1,5 @@
-"""Artifacts on servers that others wrote: nginx, and S3 through s3fs. `make` installs the latter, .ci/run the former; where
-they are not installed these tests are skipped, and say so.
+"""Artifacts on servers that others wrote: nginx, and S3 through s3fs. `make` installs the latter, .ci/run the former;
+where they are not installed these tests are skipped, and say so.
 """
 
 from __future__ import annotations
