@@ -75,16 +75,15 @@ class Row:
 
 
 class Judge:
-    """What a mixture of levels costs in quality. Call it with the choice of each chunk."""
+    """What a mixture of levels costs in quality; after: token ids [1, tokens] of questions and right answers."""
 
-    def __init__(self, model: Any, tokenizer: Any, artifact: Artifact, cache: CacheGenCache, after: str) -> None:
+    def __init__(self, model: Any, artifact: Artifact, cache: CacheGenCache, after: Tensor) -> None:
         self._spans = artifact.manifest.chunks
         exact = (list(cache.kv.keys), list(cache.kv.values))
         self._decoded: dict[int | None, KV] = {None: exact}
         for level in range(1, artifact.levels + 1):
             self._decoded[level] = artifact.decode(level)
-        ids = tokenizer(after, return_tensors="pt").input_ids
-        self._ask: Callable[[KV], Tensor] = lambda kv: log_probabilities(model, *kv, ids)
+        self._ask: Callable[[KV], Tensor] = lambda kv: log_probabilities(model, *kv, after)
         self._exact = self._ask(exact)
         self._known: dict[tuple[int | None, ...], float] = {}
         coarse = ([uniform.quantise(x, 8) for x in exact[0]], [uniform.quantise(x, 8) for x in exact[1]])
@@ -291,7 +290,7 @@ def main(
         cache.save_pretrained(folder, CacheGenConfig(chunk_tokens=chunk_tokens), overwrite=True)
         artifact = Artifact(folder, model_folder=str(MODEL_PATH))
         after = "".join(question.prompt + question.completion for question in made.questions)
-        judge = Judge(model, tokenizer, artifact, cache, after)
+        judge = Judge(model, artifact, cache, tokenizer(after, return_tensors="pt").input_ids)
     width = cache.kv.keys[0].shape[-1]
     real = cache.kv.geometry.elements * uniform.bits_per_element(8, width) / 8
     total = ids.shape[1]

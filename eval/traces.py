@@ -197,7 +197,9 @@ def on_off(
     if not (0 < mean_on < math.inf and 0 < mean_off < math.inf and 0 < seconds < math.inf and on > 0):
         raise ConfigError("mean_on, mean_off, seconds and the rate `on` must be above 0")
     rng = random.Random(seed)
-    starts, rates, at = [], [], 0.0
+    starts: list[float] = []
+    rates: list[float] = []
+    at = 0.0
     while at < seconds:
         state = len(rates) % 2
         starts.append(at)
