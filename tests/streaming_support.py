@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import cache as remember
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def same_kv(a: Any, b: Any, tokens: slice = slice(None)) -> bool:
     return all(torch.equal(x[:, :, tokens], y[:, :, tokens]) for x, y in pairs)
 
 
-def threads() -> list[str]:
-    """Names of the package's threads that are alive."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_cachegen")]
+def threads_end(within: float = 10.0) -> bool:
+    """Whether all threads of the package end; those that wait for nothing do so at once."""
+    end = time.monotonic() + within
+    while any(thread.name.startswith("hf_cachegen") for thread in threading.enumerate()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True

@@ -149,6 +149,7 @@ class Fetcher:
         return min(MOST_RUN_BYTES, max(LEAST_RUN_BYTES, rate * RUN_SECONDS / self._connections))
 
     def _fetch(self, epoch: int, source: Source, run: list[Part]) -> None:
+        source.open()
         segments = [self._segment_of(part) for part in run]
         wire = [not source.here(segment) for segment in segments]
         turn = self.share.turn(lambda: self.given_up(epoch)) if any(wire) else nullcontext(True)

@@ -86,8 +86,8 @@ class Loader:
         if choice is not None and choice != TEXT:
             checked_level(choice, artifact.levels)
         self.spans = spans_of(artifact.geometry.tokens, artifact.config.chunk_tokens)
-        first = sources[0]
-        chunks = []
+        first, chunks = sources[0], []
+        first.open()
         for index, span in enumerate(self.spans):
             segments = artifact.segments(index, artifact.levels)
             sizes = tuple(segment.length for segment in segments)
@@ -180,7 +180,7 @@ class Loader:
         """What decodes; None where its side information cannot be had: all is recomputed then."""
         for source in self.fetcher.sources:
             try:
-                return source.artifact.codec()
+                return source.open().codec()
             except (ArtifactError, StoreError) as error:  # noqa: PERF203
                 with self.fetcher.changed:
                     self._failed(source.place, error, None)

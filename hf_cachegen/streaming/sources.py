@@ -114,19 +114,20 @@ class Source:
         self._bundles = False
         self._stores: list[Any] = []
 
-    @property
-    def artifact(self) -> Artifact:
-        """Opened at first. Raises what opening does, and ManifestError where it is another than it must be."""
+    def open(self) -> Artifact:
+        """The artifact, opened by the first that asks. Raises what opening does, and ManifestError where it is another
+        than it must be.
+        """
         with self._lock:
             if self._artifact is None:
                 found = self._open_artifact()
                 if self._same is not None and found.manifest.files != self._same.manifest.files:
                     raise ManifestError(f"{self.place} holds another artifact than {self._same.store}")
-                self.attach(found)
+                self._attach(found)
                 self._artifact = found
             return self._artifact
 
-    def attach(self, artifact: Artifact) -> None:
+    def _attach(self, artifact: Artifact) -> None:
         """Puts a wire below an artifact's stores, if they are remote."""
         self._stores = list(_chain(artifact.store))
         self._bundles = not any(isinstance(store, SealedStore) for store in self._stores)
@@ -152,7 +153,7 @@ class Source:
 
         Raises ArtifactError and StoreError; GivenUp.
         """
-        artifact = self.artifact
+        artifact = self.open()
         self._open_file(artifact, segments[0])
         far, held = [segment for segment in segments if not self.here(segment)], None
         side_by_side = all(a.offset + a.length == b.offset for a, b in pairwise(far))

@@ -29,6 +29,8 @@ from hf_cachegen.streaming.sources import Source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+END_SECONDS = 2.0
+"""How long a stream that failed or was interrupted waits for its threads."""
 ATTEMPTS = 2
 BACKOFF_SECONDS = 0.05
 """A stream goes on elsewhere rather than wait."""
@@ -49,7 +51,7 @@ def stream_context(
     loader = Loader(model, options, time.monotonic())
     places = _places(path, options, access)
     with ExitStack() as resources:
-        resources.callback(loader.close)
+        resources.callback(loader.close, END_SECONDS)
         check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer)
         found = _open(loader, resources, places, limits, check)
         loader.opened(found, _question(found, options))

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from hf_cachegen.artifact import Artifact
+from hf_cachegen.container import refine_file
 from hf_cachegen.streaming.prefill_speed import PrefillSpeed
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
 from hf_cachegen.streaming.schedule import Part, Schedule
@@ -76,7 +77,9 @@ class Tally:
                 )
             )
         levels = [chunk.level for chunk in chunks if chunk.level is not None]
+        files = artifact.manifest.files
         fixed = artifact.nbytes_at(1) - sum(chunk.sizes[0] for chunk in schedule.chunks)
+        fixed += sum(files[refine_file(number)].header_bytes for number in range(1, max(levels, default=1)))
         return StreamReport(
             context_tokens=artifact.geometry.tokens,
             exact_bytes=artifact.geometry.nbytes,

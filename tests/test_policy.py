@@ -1,0 +1,321 @@
+"""Policies are pure: properties are tested on them, and on whole streams that a simulation with its own clock runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_cachegen.errors import ConfigError
+from hf_cachegen.streaming.policy import (
+    TEXT,
+    Adaptive,
+    Costs,
+    Fixed,
+    Missing,
+    Outlook,
+    Paper,
+    policy_of,
+    refinement_order,
+)
+from hf_cachegen.streaming.schedule import Chunk, Decode, Finished, Recompute, Schedule, Stuck, Wait
+
+seconds = st.floats(1e-3, 10.0)
+
+
+@st.composite
+def outlooks(draw: st.DrawFn, *, rate: bool = True, slo: bool = True) -> Outlook:
+    """Any state of a stream with 1 to 6 chunks missing and 1 to 3 levels."""
+    levels = draw(st.integers(1, 3))
+    chunks = []
+    for _ in range(draw(st.integers(1, 6))):
+        sizes = [draw(st.integers(0, 10**6)) for _ in range(levels)]
+        wire = tuple(float(sum(sizes[: level + 1])) for level in range(levels))
+        recompute = draw(st.one_of(seconds, st.just(math.inf)))
+        chunks.append(Missing(wire, draw(st.floats(0, 0.1)), recompute))
+    speed = draw(st.floats(1e3, 1e9)) if rate else None
+    return Outlook(draw(st.floats(-1, 100)) if slo else math.inf, speed, tuple(chunks))
+
+
+def cheapest(costs: Costs) -> float:
+    return min(costs.seconds(level, text) for level in range(1, costs.levels + 1) for text in range(costs.count + 1))
+
+
+@given(outlooks())
+def test_adaptive_never_takes_what_it_cannot_afford_while_something_fits(outlook: Outlook) -> None:
+    plan, costs = Adaptive().plan(outlook), Costs(outlook)
+    if cheapest(costs) <= outlook.seconds_left:
+        assert costs.seconds(plan.level, plan.text) <= outlook.seconds_left
+
+
+@given(outlooks())
+def test_adaptive_takes_the_finest_level_that_any_amount_of_text_makes_fit(outlook: Outlook) -> None:
+    plan, costs = Adaptive().plan(outlook), Costs(outlook)
+    for level in range(plan.level + 1, costs.levels + 1):
+        assert all(costs.seconds(level, text) > outlook.seconds_left for text in range(costs.count + 1))
+    assert all(costs.seconds(plan.level, text) > outlook.seconds_left for text in range(plan.text)) or (
+        cheapest(costs) > outlook.seconds_left
+    )
+
+
+@given(outlooks())
+def test_where_nothing_fits_adaptive_takes_the_fastest(outlook: Outlook) -> None:
+    plan, costs = Adaptive().plan(outlook), Costs(outlook)
+    if cheapest(costs) > outlook.seconds_left:
+        assert costs.seconds(plan.level, plan.text) == cheapest(costs)
+
+
+@given(outlooks())
+def test_what_is_fetched_first_is_never_finer_than_what_is_aimed_at(outlook: Outlook) -> None:
+    for policy in (Adaptive(), Adaptive(caution=1), Paper(), Fixed(), Fixed(1), Fixed(TEXT)):
+        plan = policy.plan(outlook)
+        assert 1 <= plan.sure <= plan.level <= len(outlook.missing[0].wire_bytes)
+        assert 0 <= plan.text <= len(outlook.missing)
+        assert plan.why
+
+
+@given(outlooks())
+def test_adaptive_without_text_recomputes_nothing(outlook: Outlook) -> None:
+    assert Adaptive(text=False).plan(outlook).text == 0
+
+
+@given(outlooks(slo=False))
+def test_without_an_slo_the_finest_level_is_fetched(outlook: Outlook) -> None:
+    plan = Adaptive().plan(outlook)
+    assert (plan.level, plan.sure, plan.text) == (Costs(outlook).levels, Costs(outlook).levels, 0)
+
+
+@given(outlooks())
+def test_the_paper_recomputes_all_where_that_fits_and_else_takes_the_finest_level_that_does(outlook: Outlook) -> None:
+    plan, costs = Paper().plan(outlook), Costs(outlook)
+    if costs.recompute() <= outlook.seconds_left:
+        assert plan.text == costs.count
+    elif plan.text == 0 and costs.transfer(plan.level) <= outlook.seconds_left:
+        assert all(costs.transfer(finer) > outlook.seconds_left for finer in range(plan.level + 1, costs.levels + 1))
+    else:
+        assert costs.transfer(1) > outlook.seconds_left
+        assert costs.seconds(1, plan.text) == min(costs.seconds(1, 0), costs.seconds(1, costs.count))
+
+
+@given(outlooks(rate=False))
+def test_before_the_first_sample(outlook: Outlook) -> None:
+    """The middle level is aimed at; adaptive asks for the base first, and recomputes where it is now or never."""
+    middle = (len(outlook.missing[0].wire_bytes) + 1) // 2
+    plan, whole = Adaptive().plan(outlook), Costs(outlook).recompute()
+    assert (plan.level, plan.sure) == (middle, 1)
+    assert plan.text == int(whole <= outlook.seconds_left <= 1.25 * whole)
+    assert Paper().plan(outlook).level == (1 if whole <= outlook.seconds_left else middle)
+
+
+def test_refinements_come_for_the_last_chunk_the_first_and_then_from_the_back() -> None:
+    assert refinement_order(5) == [4, 0, 3, 2, 1]
+    assert refinement_order(1) == [0]
+
+
+@pytest.mark.parametrize("options", [{"caution": 0.5}, {"smoothing": 1.0}, {"smoothing": -0.1}, {"caution": math.nan}])
+def test_options_of_policies_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Adaptive(**options)
+
+
+@pytest.mark.parametrize(("policy", "level"), [("best", None), ("adaptive", 0), ("adaptive", True), ("paper", "all")])
+def test_policies_that_are_none(policy: str, level: Any) -> None:
+    with pytest.raises(ConfigError):
+        policy_of(policy, level)
+
+
+# Whole streams, in simulated time.
+
+
+@dataclass
+class World:
+    """A link of `rate(now)` bytes a second, one request at a time, and a model."""
+
+    tokens: int
+    sizes: tuple[int, ...]
+    chunks: int
+    rate: Callable[[float], float]
+    token_seconds: float
+    decode_seconds: float
+    run_bytes: int = 10**6
+
+    def recompute(self, chunk: Chunk) -> float:
+        return self.token_seconds * chunk.tokens * (1 + chunk.first / 10_000)
+
+    def schedule(self, policy: Any, slo: float | None, refine: Any = "before") -> Schedule:
+        chunks = [
+            Chunk(i, i * self.tokens, self.tokens, self.sizes, self.sizes, len(self.sizes)) for i in range(self.chunks)
+        ]
+        return Schedule(chunks, policy, slo, refine, self.recompute)
+
+    def run(self, schedule: Schedule) -> float:
+        """When the context is in place."""
+        now, rate = 0.0, None
+        wire: tuple[float, list[tuple[int, int]], float] | None = None
+        work: tuple[float, Decode | Recompute, float] | None = None
+        for _ in range(100_000):
+            if wire is None and (run := schedule.next_run(now, rate, self.run_bytes)):
+                nbytes = sum(self.sizes[part] for _, part in run)
+                wire = now + self._transfer(now, nbytes), run, now
+            if work is None:
+                found = schedule.next_work(now, rate)
+                assert not isinstance(found, Stuck)
+                if isinstance(found, Finished):
+                    return now
+                if isinstance(found, Decode):
+                    work = now + self.decode_seconds, found, now
+                elif isinstance(found, Recompute):
+                    work = now + self.recompute(schedule.chunks[found.chunk]), found, now
+            now = min(wire[0] if wire else math.inf, work[0] if work else math.inf, now + 0.2)
+            if wire and wire[0] <= now:
+                rate = sum(self.sizes[part] for _, part in wire[1]) / (wire[0] - wire[2])
+                for part in wire[1]:
+                    schedule.arrived(*part)
+                wire = None
+            if work and work[0] <= now:
+                if isinstance(work[1], Decode):
+                    schedule.placed(work[1].chunk, work[1].level, self.decode_seconds)
+                else:
+                    schedule.recomputed(work[1].chunk)
+                work = None
+        raise AssertionError("the stream does not end")
+
+    def _transfer(self, now: float, nbytes: float) -> float:
+        """Seconds that a request takes from `now` on."""
+        start, step = now, 0.1
+        while nbytes > self.rate(now) * step:
+            nbytes -= self.rate(now) * step
+            now += step
+        return now - start + nbytes / self.rate(now)
+
+
+def steady(draw: st.DrawFn) -> World:
+    rate = 10 ** draw(st.floats(5.5, 8.5))
+    sizes = tuple(draw(st.integers(10_000, 2_000_000)) for _ in range(draw(st.integers(1, 3))))
+    return World(
+        draw(st.sampled_from([64, 512])),
+        sizes,
+        draw(st.integers(1, 8)),
+        lambda now: rate,
+        draw(st.floats(1e-5, 1e-2)),
+        draw(st.floats(1e-4, 0.02)),
+    )
+
+
+def coarsest(schedule: Schedule) -> float:
+    return min(math.inf if chunk.text else chunk.level for chunk in schedule.chunks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_on_a_steady_link_adaptive_is_as_good_as_the_best_fixed_choice_in_hindsight(data: st.DataObject) -> None:
+    """The stated bound: it is late by at most one request's transfer, one chunk's recomputing and every chunk's
+    decoding; and no chunk is coarser than the finest fixed level that would have had so much time to spare, thrice.
+    """
+    world = steady(data.draw)
+    slo = data.draw(st.floats(0.05, 20))
+    schedule = world.schedule(Adaptive(), slo)
+    took = world.run(schedule)
+
+    last = schedule.chunks[-1]
+    request = max(world.run_bytes, *world.sizes) / world.rate(0)
+    bound = request + world.recompute(last) + (world.chunks + 1) * world.decode_seconds * len(world.sizes)
+    fixed = {level: world.run(world.schedule(Fixed(level), slo)) for level in range(1, len(world.sizes) + 1)}
+    text = world.run(world.schedule(Fixed(TEXT), slo))
+    best = min(*fixed.values(), text)
+    assert took <= max(slo, best) + bound
+    if best + bound <= slo:
+        assert took <= slo + world.decode_seconds
+    fits = [level for level, needed in fixed.items() if needed + 3 * bound <= slo]
+    assert coarsest(schedule) >= max(fits, default=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_on_any_link_every_stream_ends_with_all_chunks_in_place(data: st.DataObject) -> None:
+    world = steady(data.draw)
+    rates = data.draw(st.lists(st.floats(1e5, 1e9), min_size=1, max_size=20))
+    world.rate = lambda now: rates[int(now / 0.1) % len(rates)]
+    slo = data.draw(st.one_of(st.none(), st.floats(0.05, 10)))
+    policy = data.draw(st.sampled_from([Adaptive(), Adaptive(text=False), Paper(), Fixed(), Fixed(1), Fixed(TEXT)]))
+    schedule = world.schedule(policy, slo, data.draw(st.sampled_from(["off", "before", "while_generating"])))
+    world.run(schedule)
+    assert schedule.complete
+    assert not any(chunk.text for chunk in schedule.chunks) or policy != Adaptive(text=False)
+
+
+def test_text_grows_from_the_front_while_transfers_come_from_the_back() -> None:
+    """Neither alone meets the SLO, both together do: 10 chunks, each 1 s on the wire and 1 s of recomputing."""
+    world = World(1000, (10**6,), 10, lambda now: 1e6, 1e-3, 1e-3)
+    schedule = world.schedule(Adaptive(), 7.5)
+    assert world.run(schedule) <= 7.5
+    text = [chunk.text for chunk in schedule.chunks]
+    assert text == sorted(text, reverse=True)
+    assert 2 <= sum(text) <= 7
+
+
+def test_a_link_that_dies_is_followed_by_text() -> None:
+    """After 2 s hardly a byte comes: what is missing by then is the front of the context."""
+    world = World(1000, (10**6,), 10, lambda now: 1e6 if now < 2 else 1.0, 2e-4, 1e-3, run_bytes=10**5)
+    schedule = world.schedule(Adaptive(), 6.0)
+    for chunk in schedule.chunks:
+        chunk.sizes = chunk.wire = (10**6,)
+    now = 0.0
+    arrived = [9, 8]
+    for index in arrived:
+        schedule.arrived(index, 0)
+    recomputed = []
+    while not isinstance(work := schedule.next_work(now, 100.0 if recomputed else 1e4), Finished):
+        if isinstance(work, Decode):
+            schedule.placed(work.chunk, work.level, 1e-3)
+        elif isinstance(work, Recompute):
+            recomputed.append(work.chunk)
+            schedule.recomputed(work.chunk)
+        else:
+            raise AssertionError(f"{work} at {now}")
+        now += 0.1
+    assert recomputed == list(range(8))
+
+
+def test_a_chunk_that_cannot_be_had_is_recomputed_when_those_before_it_are_there() -> None:
+    schedule = World(64, (100, 100), 4, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), None)
+    schedule.unobtainable(2, 0)
+    assert isinstance(schedule.next_work(0, 1e6), Wait)
+    for index in (3, 1, 0):
+        for part in (0, 1):
+            schedule.arrived(index, part)
+        work = schedule.next_work(0, 1e6)
+        assert work == Decode(index, 2)
+        schedule.placed(index, 2, 1e-3)
+    assert schedule.next_work(0, 1e6) == Recompute(2)
+
+
+def test_a_refinement_that_cannot_be_had_leaves_the_chunk_coarse() -> None:
+    schedule = World(64, (100, 100, 100), 1, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), None)
+    schedule.arrived(0, 0)
+    schedule.unobtainable(0, 1)
+    assert schedule.next_work(0, 1e6) == Decode(0, 1)
+    schedule.placed(0, 1, 1e-3)
+    assert isinstance(schedule.next_work(0, 1e6), Finished)
+    assert schedule.next_run(0, 1e6, 1e6) == []
+
+
+def test_without_sources_and_without_recomputing_a_stream_is_stuck() -> None:
+    schedule = World(64, (100,), 2, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), None)
+    schedule.can_recompute = False
+    schedule.cut_off()
+    assert schedule.next_work(0, 0.0) == Stuck(0)
+
+
+def test_chunks_that_lie_side_by_side_share_a_request() -> None:
+    schedule = World(64, (100, 50), 5, lambda now: 1e6, 1e-3, 1e-3).schedule(Fixed(2), None)
+    assert schedule.next_run(0, None, 250) == [(3, 0), (4, 0)]
+    assert schedule.next_run(0, None, 250) == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1)]
+    assert schedule.next_run(0, None, 250) == [(1, 0), (2, 0)]
+    assert schedule.next_run(0, None, 250) == [(0, 0)]
+    assert schedule.next_run(0, None, 250) == []
