@@ -224,6 +224,8 @@ class Profile:
             components += group.synthesis.shape[0] if group.synthesis.dim() else 0
             sound = sound and group.sensitivity.dtype == torch.float32 and _moderate(group.sensitivity)
             sound = sound and bool(torch.isfinite(group.synthesis).all())
+            if not sound:
+                break  # each group costs its layers: as many as it has bytes for, and no more
         width = sum(h * d + vh * vd for h, d, vh, vd in channels)
         sound = sound and sorted(covered) == [(kind, layer) for kind in (0, 1) for layer in range(len(channels))]
         sound = sound and tuple(self.means.shape) == (width,) and self.means.dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,15 +206,27 @@ def test_others_push_the_same_artifact_meanwhile(server: HubServer, folder: Path
     assert repo.files["base.safetensors"] == b"theirs"
 
 
-def test_others_commit_all_the_time(server: HubServer, folder: Path) -> None:
+def test_others_commit_all_the_time(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push(folder)
     repo = repo_of(server)
     numbers = iter(range(99))
     server.before_commit = [
         lambda: repo.commit({**repo.files, "notes.txt": b"%d" % next(numbers)}, "meanwhile") and None
     ] * 99
-    with pytest.raises(ConflictError, match="each of 4 attempts"):
+    monkeypatch.setattr(pushing, "BACKOFF_SECONDS", 0.01)
+    with pytest.raises(ConflictError, match="each of 8 attempts"):
         push(folder)
+
+
+def test_many_push_to_one_repository(server: HubServer, folder: Path) -> None:
+    """Each its own artifact, all at once: nobody's is lost, and each is one commit."""
+    names = [f"part-{number}" for number in range(6)]
+    push(folder)
+    with ThreadPoolExecutor(len(names)) as pool:
+        done = [pool.submit(push, folder, HubPlace("user/context", subfolder=name), progress=False) for name in names]
+    assert len({job.result().commit for job in done}) == len(names)
+    assert [row.folder for row in find_artifacts("user/context", Access(token="owner"))] == ["", *names]
+    assert len(repo_of(server).commits) == 2 + len(names)
 
 
 def test_a_pull_request(server: HubServer, folder: Path) -> None:

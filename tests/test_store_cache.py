@@ -275,3 +275,24 @@ def test_limits_are_the_readers(cache: SegmentCache, store: Counting) -> None:
     tight = Limits(max_tokens=1)
     with pytest.raises(LimitError, match="the limit"):
         Reader(CachedStore(store, cache, HERE, "commit", limits=tight), tight)
+
+
+def test_a_cache_behind_a_link(tmp_path: Path) -> None:
+    """The folder itself may be a link (home folders are small); what links out of it is neither listed nor emptied."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "large")
+    cache = SegmentCache(tmp_path / "cache", limit=1 << 20)
+    cache.put("here", digest(b"data"), b"data")
+    assert cache.get("here", digest(b"data"), 4) == b"data"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").write_bytes(b"x" * 1000)
+    (tmp_path / "cache" / "0123").symlink_to(mine)
+    home = next(path for path in (tmp_path / "large").iterdir() if path.is_dir() and not path.is_symlink())
+    (home / "ab").symlink_to(mine)
+    (home / "notes").mkdir()
+    (home / "notes" / "link").symlink_to(mine / "thesis")
+    assert sum(row.nbytes for row in cache.origins()) < 1000
+    cache.prune(0)
+    assert (mine / "thesis").read_bytes() == b"x" * 1000
+    assert cache.get("here", digest(b"data"), 4) is None

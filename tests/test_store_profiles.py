@@ -318,6 +318,12 @@ def test_a_strangers_place_that_is_none(server: HubServer, access: Access, web: 
     assert not [call for call in server.calls if "model-cachegen-profile" not in call]
 
 
+def test_a_stranger_cannot_steer_the_terminal(server: HubServer, access: Access, web: Server) -> None:
+    with pytest.raises(ProfileError) as caught:
+        find(pin_of(DATA, place="hf://models/a/b\x1b[2J", model="a\x1b[2Jb"), web, access)
+    assert "\x1b" not in str(caught.value)
+
+
 def test_a_strangers_model_name_names_no_place(server: HubServer, access: Access, web: Server) -> None:
     for model in ("../../etc", "org/../x", "a/b?c=d", "http://a/b", "org/" + "x" * 500):
         with pytest.raises(ProfileError):

@@ -234,7 +234,8 @@ def _pinned_on_hub(pin: Pin, url: str, access: Access, limits: Limits) -> bytes:
 
 
 def _not_found(pin: Pin, failures: list[tuple[str, CacheGenError]]) -> CacheGenError:
-    looked = "; ".join(f"{place}: {_reason(error)}" for place, error in failures)
+    looked = "; ".join(f"{place[:200]}: {_reason(error)}" for place, error in failures)
+    looked = "".join(c if c.isprintable() else "?" for c in looked)  # a stranger's words among them
     text = f"this artifact needs {pin}: pass it as profile=, or put it in the model's or the artifact's folder"
     text = f"{text} (looked: {looked})" if looked else text
     grave = [e for _, e in failures if isinstance(e, StoreError) and not isinstance(e, StoreAccessError)]

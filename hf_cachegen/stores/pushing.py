@@ -6,6 +6,8 @@ were changed there.
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,7 +39,11 @@ from hf_cachegen.stores.signed import require_current
 CARD = "README.md"
 CARD_MARK = "<!-- written by hf_cachegen; remove this line to keep your own text -->"
 """Only a card with this line is ever replaced."""
-ATTEMPTS = 4
+ATTEMPTS = 8
+BACKOFF_SECONDS = 0.25
+"""Wait after the first attempt that met another commit, at most; it doubles, and chance shortens it: many who push to one
+repository would meet again.
+"""
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ def _publish(
                     raise
                 if attempt == ATTEMPTS:
                     raise ConflictError(f"{place}: others committed during each of {attempt} attempts") from error
+                time.sleep(random.uniform(0, BACKOFF_SECONDS * 2 ** (attempt - 1)))
     raise RuntimeError("unreachable: the last attempt returns or raises")
 
 

@@ -1,0 +1,145 @@
+"""Profiles that an enemy made: whatever stands in the file, it is refused, or it decodes to numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
+from hf_cachegen.errors import CacheGenError, ProfileError
+from hf_cachegen.profile import MAX_HEADER_BYTES
+from tests.test_format import golden_kv, golden_profile
+
+CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
+STRANGE = [
+    0, -1, 1, 2, 3, 255, 256, 10**18, 2**63, 2**64, -(2**63), 1e308, float("inf"), float("nan"), 0.5, True, None, "x",
+    "", [], {}, [[0, 0, 1]], "half", "interleaved", "9" * 5000,
+]  # fmt: skip
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.int8, torch.bool]
+
+
+def parts(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header["__metadata__"]["cachegen_profile"]), load(data)
+
+
+def whole(described: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return save(plain, {"cachegen_profile": json.dumps(described)})
+
+
+def places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of everything inside."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    return [path for key in keys for path in [(*before, key), *places(value[key], (*before, key))]]
+
+
+def change_description(described: dict[str, Any], draw: random.Random) -> None:
+    *folder, last = draw.choice(places(described))
+    inner = described
+    for key in folder:
+        inner = inner[key]
+    if draw.random() < 0.2:
+        del inner[last]
+    else:
+        inner[last] = draw.choice(STRANGE)
+
+
+def change_tensor(tensors: dict[str, Tensor], draw: random.Random) -> None:
+    name = draw.choice(sorted(tensors))
+    x = tensors[name]
+    if not x.numel() or not x.dim():
+        del tensors[name]
+        return
+    changed, numbers = x.clone(), [0, 1, float("nan"), float("inf")] if x.is_floating_point() else [0, 1]
+    changed.view(-1)[draw.randrange(x.numel())] = draw.choice(numbers)
+    tensors[name] = draw.choice(
+        [
+            changed, x.flatten(), x[:-1].clone(), torch.cat([x, x]), x.to(draw.choice(DTYPES)), -x, torch.zeros_like(x),
+            (x.double() * draw.choice([1e3, 1e14, 1e30])).to(x.dtype), x[:0].clone(), x.flatten()[0].clone(), x[None],
+            torch.randint(0, 256, x.shape, generator=torch.Generator().manual_seed(draw.randrange(99))).to(x.dtype),
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_change_is_refused_or_harmless(seed: int) -> None:
+    draw, good = random.Random(seed), parts(golden_profile().to_bytes())
+    keys, values = golden_kv()
+    outcomes = {"refused": 0, "used": 0}
+    for _ in range(60):
+        described, tensors = copy.deepcopy(good)
+        for _ in range(draw.choice([1, 1, 2, 3])):
+            if draw.random() < 0.5 and described:
+                change_description(described, draw)
+            elif tensors:
+                change_tensor(tensors, draw)
+        data = bytearray(whole(described, tensors))
+        if draw.random() < 0.2:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        try:
+            profile = Profile.from_bytes(bytes(data))
+            decoded = decode_kv(encode_kv(keys, values, CONFIG, profile), 1)
+        except CacheGenError:
+            outcomes["refused"] += 1
+            continue
+        assert [x.shape for x in decoded[0]] == [x.shape for x in keys]
+        outcomes["used"] += 1
+    assert min(outcomes.values()) > 0, outcomes
+
+
+def raw(header: dict[str, Any], body: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 1 << 40, (1 << 64) - 1])
+def test_a_header_that_says_it_is_huge(length: int) -> None:
+    with pytest.raises(ProfileError, match="header"):
+        Profile.from_bytes(length.to_bytes(8, "little") + b"{}")
+
+
+def test_a_header_that_is_huge() -> None:
+    with pytest.raises(ProfileError, match="header"):
+        Profile.from_bytes(raw({"__metadata__": {"cachegen_profile": "x" * MAX_HEADER_BYTES}}))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version":' * 50_000, "9" * 100_000, '"\\ud800', "{}", "null", "[]"])
+def test_descriptions_that_are_none(text: str) -> None:
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(raw({"__metadata__": {"cachegen_profile": text}}))
+
+
+def test_tensors_that_say_they_are_huge() -> None:
+    """Larger than the file, larger than memory, overlapping: nothing is taken for them."""
+    for shape, offsets in (([1 << 40], [0, 1 << 42]), ([1 << 62, 4], [0, 16]), ([-1], [0, 4]), ([1], [4, 0])):
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+        with pytest.raises(ProfileError):
+            Profile.from_bytes(raw({"means": entry, "__metadata__": {"cachegen_profile": "{}"}}, bytes(16)))
+
+
+def test_many_groups_that_each_claim_all_layers() -> None:
+    """A small file must not cost its groups times its layers."""
+    described, tensors = parts(golden_profile().to_bytes())
+    count = 2000
+    described["layers"] = described["layers"][:1] * count
+    described["groups"] = [[0, 0, count]] * count
+    nothing = torch.zeros(0)
+    tensors |= {f"sensitivity-{index}": nothing for index in range(count)}
+    tensors |= {f"synthesis-{index}": nothing.half() for index in range(count)}
+    data = whole(described, tensors)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProfileError, match="contradicts itself"):
+            Profile.from_bytes(data)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
