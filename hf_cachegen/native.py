@@ -123,6 +123,8 @@ class Output(ctypes.Structure):
     _fields_ = [
         ("chunk", ctypes.POINTER(Chunk)),
         ("first", ctypes.c_uint64),
+        ("gap_at", ctypes.c_uint64),
+        ("gap", ctypes.c_uint64),
         ("row", ctypes.c_uint64),
         ("places", ctypes.c_void_p),
         ("columns", ctypes.c_void_p),

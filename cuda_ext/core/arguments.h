@@ -44,9 +44,12 @@ inline bool is_output(const cg_output* output, uint64_t tokens) {
   if (chunk.dtype != CG_UINT8 && !has_scale(chunk)) return false;
   const uint64_t rows = coded_rows(chunk);
   if (output->first > rows || tokens > rows - output->first) return false;
+  if (output->gap_at < tokens && output->gap > rows - output->first - tokens) return false;
   if (output->places == nullptr && chunk.columns > 0) return false;
-  for (uint32_t i = 0; i < output->n_coarser; i++)
+  for (uint32_t i = 0; i < output->n_coarser; i++) {
     if (output->coarser[i] == nullptr && tokens * chunk.columns > 0) return false;
+    if (uintptr_t(output->coarser[i]) % 8 != 0) return false;
+  }
   return true;
 }
 

@@ -38,6 +38,16 @@ CACHEGEN_HD float split(float fine, uint8_t* digit, uint8_t* context) {
   return coarse.value;
 }
 
+// The coded row of a section's token t.
+CACHEGEN_HD uint64_t row_of_token(const cg_output& output, uint64_t t) {
+  return output.first + t + (t >= output.gap_at ? output.gap : 0);
+}
+
+// Where the coarser symbol of a coded row lies, of `rows`.
+CACHEGEN_HD uint64_t coarser_at(uint64_t rows, uint64_t row, uint64_t column) {
+  return (column / CG_TILE_COLUMNS * rows + row) * CG_TILE_COLUMNS + column % CG_TILE_COLUMNS;
+}
+
 // A base symbol from its index, and a symbol refined by a digit's index.
 CACHEGEN_HD int32_t base_symbol(int32_t index) { return index - kZeroIndex; }
 CACHEGEN_HD int32_t refine(int32_t symbol, int32_t index) { return 3 * symbol + index - kDigitZero; }

@@ -1,7 +1,7 @@
 // Where decoded symbols go: as indices into a matrix, or as values into the layers' own tensors (cg_output).
 //
 // Twist: a lane's 8 columns are adjacent, so a token's values are one vector store wherever the columns' places are
-// adjacent too; steps, means and the group's anchors stay in the lane's registers.
+// adjacent too, and so are the loads of what they refine; steps, means and the group's anchors stay in registers.
 #pragma once
 
 #include "chunk.h"
@@ -41,12 +41,12 @@ CACHEGEN_DEVICE typename T::Stored value_of(int32_t coarser, int32_t index, floa
   }
 }
 
-// One value anywhere: of section token t, chunk column `column`.
+// One value anywhere: of the section's token t, chunk column `column`.
 template <class T, uint32_t kCoarser>
 CACHEGEN_DEVICE void put_value(const cg_output& output, const cg_chunk& chunk, uint64_t t, uint64_t column, int32_t index) {
   constexpr bool kValues = sizeof(typename T::Stored) > 1;
-  const Place place = place_of(chunk, output.first + t);
-  const uint64_t cell = t * chunk.columns + column;
+  const uint64_t row = row_of_token(output, t), cell = coarser_at(coded_rows(chunk), row, column);
+  const Place place = place_of(chunk, row);
   const int32_t coarser = coarser_symbol<kCoarser>(kCoarser > 0 ? output.coarser[0][cell] : uint8_t(0),
                                                    kCoarser > 1 ? output.coarser[1][cell] : uint8_t(0));
   const bool anchored = kValues && chunk.group_tokens > 0;
@@ -99,7 +99,8 @@ class OutputSink {
   struct Lane {
     uint32_t column[kMaxPerLane];  // of the chunk
     uint32_t own;
-    bool adjacent;  // columns of one place after the other, a vector
+    bool adjacent;  // places one after the other, a vector
+    bool together;  // coarser symbols one after the other, too
     bool fresh;     // the token opens a group, whose anchors are not here yet
     cg_place at;
     Place place;      // of the token
@@ -114,17 +115,15 @@ class OutputSink {
   };
 
   CACHEGEN_DEVICE OutputSink(const cg_output& output, const cg_chunk& chunk, const Tile& tile)
-      : output_(output), chunk_(chunk), tile_(tile) {}
+      : output_(output), chunk_(chunk), rows_(coded_rows(chunk)), tile_(tile) {}
 
   // Before decode_tile: CG_OK, or CG_BAD_ARGUMENT for a column that is not the chunk's.
   CACHEGEN_DEVICE int32_t begin(const Warp& warp) {
     const uint32_t outside = warp.ballot([&](uint32_t lane) {
       Lane& own = lanes_[lane];
       own.own = own_columns(tile_, lane);
-      own.adjacent = own.own == kMaxPerLane;
-      own.fresh = true;
-      own.place = place_of(chunk_, output_.first);
-      own.within = chunk_.group_tokens ? output_.first % (chunk_.group_tokens - 1) : 0;
+      own.adjacent = own.together = own.own == kMaxPerLane;
+      stand(own, row_of_token(output_, 0));
       bool found = false;
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
         const uint64_t coded = tile_.first_column + lane * tile_.per_lane + c;
@@ -137,13 +136,14 @@ class OutputSink {
         }
         const cg_place at = output_.places[column];
         if (c == 0) own.at = at;
-        own.adjacent &= column == own.column[0] + c && at.stride == own.at.stride &&
-                        at.address == own.at.address + c * sizeof(Stored);
+        own.together &= column == own.column[0] + c;
+        own.adjacent &= at.stride == own.at.stride && at.address == own.at.address + c * sizeof(Stored);
         if (kValues) {
           own.step[c] = chunk_.steps[column];
           own.mean[c] = chunk_.means[column];
         }
       }
+      own.together = own.together && own.column[0] % kMaxPerLane == 0;  // a vector, that no block's end cuts
       own.adjacent = own.adjacent && (own.at.address | own.at.stride) % alignof(Eight<T>) == 0;
       return found;
     });
@@ -157,11 +157,20 @@ class OutputSink {
         if (c < own.own) own.anchor[c] = chunk_.anchors[own.place.anchor * chunk_.columns + own.column[c]];
     }
     if constexpr (kCoarser > 0) {
+      Eight<Index8> base, digits;
+      if (own.together) {
+        const uint64_t cell = coarser_at(rows_, row_of_token(output_, t), own.column[0]);
+        base = *reinterpret_cast<const Eight<Index8>*>(output_.coarser[0] + cell);
+        if (kCoarser > 1) digits = *reinterpret_cast<const Eight<Index8>*>(output_.coarser[1] + cell);
+      } else {
+        CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+          const uint64_t cell = coarser_at(rows_, row_of_token(output_, t), own.column[c < own.own ? c : 0]);
+          base.of[c] = output_.coarser[0][cell];
+          if (kCoarser > 1) digits.of[c] = output_.coarser[1][cell];
+        }
+      }
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
-        if (c >= own.own) continue;
-        const uint64_t cell = t * chunk_.columns + own.column[c];
-        row.coarser[c] =
-            coarser_symbol<kCoarser>(output_.coarser[0][cell], kCoarser > 1 ? output_.coarser[1][cell] : uint8_t(0));
+        row.coarser[c] = coarser_symbol<kCoarser>(base.of[c], kCoarser > 1 ? digits.of[c] : uint8_t(0));
       }
     }
   }
@@ -169,7 +178,7 @@ class OutputSink {
   CACHEGEN_DEVICE uint32_t context(const Row& row, uint32_t c) const { return sign_of(row.coarser[c]); }
   CACHEGEN_DEVICE void put(Row& row, uint32_t c, uint8_t symbol) const { row.indices[c] = symbol; }
 
-  CACHEGEN_DEVICE void close(const Row& row, uint64_t, uint32_t lane) {
+  CACHEGEN_DEVICE void close(const Row& row, uint64_t t, uint32_t lane) {
     Lane& own = lanes_[lane];
     const bool anchored = kValues && chunk_.group_tokens > 0;
     const uint64_t r = output_.row + own.place.row;
@@ -190,9 +199,17 @@ class OutputSink {
       own.within = 0;
       own.place.anchor++;
     }
+    if (t + 1 == output_.gap_at) stand(own, row_of_token(output_, t + 1));
   }
 
  private:
+  // The next token is this coded row.
+  CACHEGEN_DEVICE void stand(Lane& own, uint64_t row) const {
+    own.fresh = true;
+    own.place = place_of(chunk_, row);
+    own.within = chunk_.group_tokens ? row % (chunk_.group_tokens - 1) : 0;
+  }
+
   CACHEGEN_DEVICE Stored value(const Row& row, const Lane& own, uint32_t c, bool anchored) const {
     return value_of<T, kCoarser>(kCoarser > 0 ? row.coarser[c] : 0, row.indices[c], own.step[c], own.mean[c],
                                  own.anchor[c], anchored);
@@ -200,6 +217,7 @@ class OutputSink {
 
   const cg_output& output_;
   const cg_chunk& chunk_;
+  uint64_t rows_;
   const Tile& tile_;
   Warp::PerLane<Lane> lanes_;
 };

@@ -28,13 +28,26 @@ std::vector<Run> runs_of(const cg_output& output, uint64_t first, uint64_t last)
     const uint64_t column = column_of(output, coded);
     const cg_place& place = output.places[column];
     Run* run = runs.empty() ? nullptr : &runs.back();
-    if (run && column == run->column + run->columns && place.stride == run->stride &&
+    const bool cut = output.n_coarser > 0 && column % kTileColumns == 0;  // coarser symbols go on elsewhere
+    if (run && !cut && column == run->column + run->columns && place.stride == run->stride &&
         place.address == run->address + run->columns * bytes)
       run->columns++;
     else
       runs.push_back({coded - first, column, 1, place.address, place.stride});
   }
   return runs;
+}
+
+// The tokens before and after the gap: f(output without a gap, their first token, their number).
+template <class F>
+void without_gap(const cg_output& output, uint64_t tokens, const F& f) {
+  cg_output part = output;
+  const uint64_t before = std::min(tokens, output.gap_at);
+  part.gap = 0;
+  f(part, uint64_t(0), before);
+  if (before == tokens) return;
+  part.first = row_of_token(output, before);
+  f(part, before, tokens - before);
 }
 
 bool are_columns(const cg_output& output, uint64_t count) {
@@ -60,8 +73,10 @@ void decode_batch(const Backend& backend, const cg_section& section, const Table
     runs[i] = runs_of(output, tile.first_column, tile.first_column + tile.width);
     tile.first_column -= first;  // of the scratch memory from here on
     if (!digits) continue;
-    for (const Run& run : runs[i])
-      backend.run_contexts(output, run, section.tokens, contexts + tile.first_column + run.coded, stride);
+    without_gap(output, section.tokens, [&](const cg_output& part, uint64_t t, uint64_t n) {
+      for (const Run& run : runs[i])
+        backend.run_contexts(part, run, n, contexts + t * stride + tile.first_column + run.coded, stride);
+    });
   }
   cg_section local = section;
   local.columns = stride;
@@ -70,8 +85,10 @@ void decode_batch(const Backend& backend, const cg_section& section, const Table
   backend.decode_tiles(local, tables, jobs, count, symbols);
   for (uint32_t i = 0; i < count; i++) {
     if (*jobs[i].status) continue;
-    for (const Run& run : runs[i])
-      backend.into(output, run, symbols + jobs[i].tile.first_column + run.coded, stride, section.tokens);
+    without_gap(output, section.tokens, [&](const cg_output& part, uint64_t t, uint64_t n) {
+      for (const Run& run : runs[i])
+        backend.into(part, run, symbols + t * stride + jobs[i].tile.first_column + run.coded, stride, n);
+    });
   }
 }
 
@@ -137,7 +154,10 @@ int32_t cg_fill_into(uint64_t tokens, uint64_t count, const cg_output* output, c
     uint8_t zeros[kTileColumns];
     memset(zeros, output->n_coarser ? kDigitZero : kZeroIndex, sizeof zeros);
     const uint64_t first = i * kTileColumns, last = std::min(first + kTileColumns, count);
-    for (Run& part : runs_of(*output, first, last)) backend->into(*output, part, zeros, 0, tokens);
+    const std::vector<Run> runs = runs_of(*output, first, last);
+    without_gap(*output, tokens, [&](const cg_output& part, uint64_t, uint64_t n) {
+      for (const Run& one : runs) backend->into(part, one, zeros, 0, n);
+    });
   });
   return CG_OK;
 }

@@ -1,7 +1,7 @@
 // Decoded symbols into their places, run by run; compiled for every instruction set, as rows.h is.
 //
 // Twist: a run is columns that are adjacent in the section, in the chunk and in memory, mostly one head's. Its tokens are
-// written one after the other, which is how a layer's tensor lies.
+// written one after the other, which is how a layer's tensor lies. Here tokens have no gap: a caller takes two turns.
 #pragma once
 
 #include "rows.h"
@@ -16,6 +16,7 @@ inline uint8_t* row_at(const Run& run, uint64_t row) {
 template <class T, bool kAnchors, uint32_t kCoarser>
 void run_into(const cg_output& output, const Run& run, const uint8_t* symbols, uint64_t stride, uint64_t tokens) {
   const cg_chunk& chunk = *output.chunk;
+  const uint64_t rows = coded_rows(chunk);
   const float *mean = chunk.means + run.column, *step = chunk.steps + run.column;
   Place place = place_of(chunk, output.first);
   for (uint64_t t = 0; t < tokens; t++, symbols += stride) {
@@ -24,7 +25,7 @@ void run_into(const cg_output& output, const Run& run, const uint8_t* symbols, u
       place.anchor++;
     }
     const float* anchor = kAnchors ? chunk.anchors + place.anchor * chunk.columns + run.column : nullptr;
-    const uint64_t cell = t * chunk.columns + run.column;
+    const uint64_t cell = coarser_at(rows, output.first + t, run.column);
     const uint8_t* base = kCoarser > 0 ? output.coarser[0] + cell : symbols;
     const uint8_t* digits = kCoarser > 1 ? output.coarser[1] + cell : symbols;
     restore_row<T, kAnchors, kCoarser>(base, digits, symbols, {0, anchor, mean, step}, run.columns,
@@ -53,16 +54,24 @@ void into(const cg_output& output, const Run& run, const uint8_t* symbols, uint6
   }
 }
 
+// 1 where an index is above that of zero, 2 where it is below: in bytes, of which vectors hold most.
+CACHEGEN_HD uint8_t side_of(uint8_t index, uint8_t zero) { return uint8_t((index > zero) + 2 * (index < zero)); }
+
+template <bool kDigits>
+void contexts_of_row(const uint8_t* __restrict base, const uint8_t* __restrict digits, uint64_t n, uint8_t* __restrict found) {
+  for (uint64_t j = 0; j < n; j++) {
+    const uint8_t side = side_of(base[j], kZeroIndex);  // a digit turns no symbol to the other side of zero
+    found[j] = kDigits ? uint8_t(side ? side : side_of(digits[j], kDigitZero)) : side;
+  }
+}
+
 // The contexts of a run's digits, by the coarser symbols.
 void run_contexts(const cg_output& output, const Run& run, uint64_t tokens, uint8_t* contexts_out, uint64_t stride) {
+  const uint64_t rows = coded_rows(*output.chunk);
+  const auto row = output.n_coarser > 1 ? contexts_of_row<true> : contexts_of_row<false>;
   for (uint64_t t = 0; t < tokens; t++) {
-    const uint64_t cell = t * output.chunk->columns + run.column;
-    const uint8_t *base = output.coarser[0] + cell, *digits = output.n_coarser > 1 ? output.coarser[1] + cell : nullptr;
-    uint8_t* __restrict found = contexts_out + t * stride;
-    if (digits)
-      for (uint64_t j = 0; j < run.columns; j++) found[j] = sign_of(refine(base_symbol(base[j]), digits[j]));
-    else
-      for (uint64_t j = 0; j < run.columns; j++) found[j] = sign_of(base_symbol(base[j]));
+    const uint64_t cell = coarser_at(rows, output.first + t, run.column);
+    row(output.coarser[0] + cell, output.coarser[output.n_coarser - 1] + cell, run.columns, contexts_out + t * stride);
   }
 }
 

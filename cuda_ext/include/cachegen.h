@@ -175,10 +175,13 @@ typedef struct cg_output {
   const cg_chunk* chunk;     /* [host], what it points to is not; its dtype is that of what is written, or CG_UINT8: then
                               * anchors, means and steps are not read */
   uint64_t first;            /* the section's first token is this coded row of the chunk */
+  uint64_t gap_at;           /* its tokens from gap_at on stand `gap` coded rows further */
+  uint64_t gap;
   uint64_t row;              /* of the chunk's first row in its place */
   const cg_place* places;    /* [chunk columns] */
   const uint32_t* columns;   /* [section columns]: which column of the chunk each one is, rising; NULL: the same */
-  const uint8_t* coarser[2]; /* [tokens, chunk columns]: base + 128, then digits + 1, of what the section refines */
+  const uint8_t* coarser[2]; /* base + 128, then digits + 1, of all coded rows: in blocks of 256 columns, whose rows lie
+                              * one after the other, [ceil(chunk columns / 256), coded rows, 256], aligned to 8 bytes */
   uint32_t n_coarser;        /* 0: the section holds base symbols; 1 or 2: digits, and their contexts follow from these */
 } cg_output;
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hf_cachegen import native
-from hf_cachegen.codec import passes, quantize, section, transform
-from hf_cachegen.codec.into import Sections, Target
+from hf_cachegen.codec import into, passes, quantize, section, transform
+from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Assignment, Coded, Cursor
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
@@ -177,8 +177,8 @@ class LossyCodec:
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         """As `decode`, to rows [row, row + tokens) of the target. After an error these rows mean nothing."""
         read = self._read(parts, span)
-        plain = len(read.base.wide.positions) == 0 and all(coded.tokens == 0 for coded in read.finest)
-        if plain and self.config.coder == "rans" and native.available(target.device):
+        narrow = len(read.base.wide.positions) == 0
+        if narrow and self.config.coder == "rans" and native.available(target.device):
             self._place(read, span, target, row)
         else:
             target.put(self._rows(read, span, target.dtype), row)
@@ -211,18 +211,24 @@ class LossyCodec:
         return self._scales[level, device]
 
     def _place(self, read: _Read, span: Span, target: Target, row: int) -> None:
-        """Straight into place: a chunk without protected tokens or wide symbols."""
-        columns, sections = len(self.columns), Sections(target.device)
-        grid = self._scale(1 + len(read.rest), target.device)
+        """Straight into place: a chunk without wide symbols."""
+        device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config)
+        sections = Sections(target, row, span.tokens, coded, len(self.columns))
+        grid, finest = self._scale(1 + len(read.rest), device), self._scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
-            symbols = Sections(target.device).alone(read.peaks, columns)
-            anchors = Anchors(symbols.int() - ZERO_INDEX, read.scales.to(target.device))
-            values = anchors.values(self.columns.vectors.to(target.device))
-            grid = grid._replace(anchors=values, group_tokens=self.config.group_tokens)
-        *coarser, last = [read.base, *read.rest]
-        for coded in coarser:
-            sections.index(coded, columns)
-        sections.values(last, target, grid, row, span.tokens)
+            anchors = Anchors(into.matrix(read.peaks, device).int() - ZERO_INDEX, read.scales.to(device))
+            values = anchors.values(self.columns.vectors.to(device))
+            grid, finest = (g._replace(anchors=values, group_tokens=self.config.group_tokens) for g in (grid, finest))
+            sections.anchors(grid)
+        middle = Rows(ordinary.start, coded)
+        ends = Rows(0, ordinary.start, ordinary.stop - ordinary.start)
+        refined = read.rest or any(section.tokens for section in read.finest)
+        if not read.rest:
+            sections.values(read.base, Rows(0, coded), [], grid)  # the protected among them are written over below
+        if refined:
+            base = sections.index(read.base, Rows(0, coded), [])
+            sections.refine(read.rest, middle, base, grid)
+            sections.refine(read.finest, ends, base, finest)
         sections.finish()
 
     def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from hf_cachegen.codec import ops
 from hf_cachegen.codec.passes import DTYPES, Grid
 from hf_cachegen.codec.section import Coded
 
+_BLOCK = ops.TILE_COLUMNS
 _INDEX = 3
 """CG_UINT8: indices are written, not values."""
 
@@ -74,75 +76,106 @@ class Target:
             at += width
 
 
-class Sections:
-    """The sections of one chunk, decoded one after the other on the target's device, the coarsest first."""
+class Rows(NamedTuple):
+    """Which coded rows of a chunk a section's tokens are: from `first` on, and from token `gap_at` on `gap` further."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._coarser: list[Tensor] = []
+    first: int = 0
+    gap_at: int = 0
+    gap: int = 0
+
+
+class Sections:
+    """Decodes the sections of one chunk into a target, whose row `row` is the chunk's first of `tokens`.
+
+    coded: coded rows of the chunk; columns: of the chunk.
+    """
+
+    def __init__(self, target: Target, row: int, tokens: int, coded: int, columns: int):
+        self.target, self.row, self.tokens, self.coded, self.columns = target, row, tokens, coded, columns
+        self.device = target.device
         self._statuses: list[Tensor] = []
         self._kept: list[object] = []
+        nothing = torch.empty(0, device=self.device)
+        self._plain = Grid(None, 0, nothing, nothing)
 
-    def index(self, coded: Coded, columns: int) -> None:
-        """Decodes to a matrix of indices, which the sections that follow refine."""
-        found = torch.empty(coded.tokens, columns, dtype=torch.uint8, device=self.device)
-        empty = torch.empty(0, device=self.device)
-        grid = Grid(None, 0, empty, empty)
-        self._decode(coded, Target.matrix(found), grid, 0, coded.tokens, columns)
-        self._coarser.append(found)
+    def index(self, section: Coded, rows: Rows, coarser: Sequence[Tensor]) -> Tensor:
+        """Decodes to indices, which other sections refine: uint8 [blocks, coded, 256], as cg_output has them."""
+        blocks = -(-self.columns // _BLOCK)
+        found = torch.empty(blocks, self.coded, _BLOCK, dtype=torch.uint8, device=self.device)
+        column = torch.arange(self.columns)
+        address = found.data_ptr() + column // _BLOCK * (self.coded * _BLOCK) + column % _BLOCK
+        places = torch.stack([address, torch.full_like(address, _BLOCK)], 1).to(self.device)
+        target = Target(places, torch.uint8, (found,))
+        self._decode(section, self._output(target, self._plain, 0, self.coded, rows, coarser))
+        return found
 
-    def alone(self, coded: Coded, columns: int) -> Tensor:
-        """The indices of a section that others do not refine, uint8 [tokens, columns] on the device, waited for."""
-        self.index(coded, columns)
-        self.finish()
-        return self._coarser.pop()
+    def values(self, section: Coded, rows: Rows, coarser: Sequence[Tensor], grid: Grid) -> None:
+        """Decodes to values; grid is on the target's device, at the step that they have."""
+        self._decode(section, self._output(self.target, grid, self.row, self.tokens, rows, coarser))
 
-    def values(self, coded: Coded, target: Target, grid: Grid, row: int, tokens: int) -> None:
-        """Decodes to values of a chunk of `tokens` tokens, whose first is row `row` of the target.
-
-        coded covers all coded rows of the chunk; grid is on the target's device, at the level's step.
+    def refine(self, sections: Sequence[Coded], rows: Rows, base: Tensor, grid: Grid) -> None:
+        """Decodes the digits that refine a base, those of one refinement after the other, and with the last the
+        values.
         """
-        columns = len(grid.steps)
-        self._decode(coded, target, grid, row, tokens, columns)
+        coarser = [base]
+        for section in sections[:-1]:
+            coarser.append(self.index(section, rows, coarser))
+        for section in sections[-1:]:
+            self.values(section, rows, coarser, grid)
+
+    def anchors(self, grid: Grid) -> None:
+        """Writes the chunk's anchors, if it has some."""
         if grid.anchors is not None and len(grid.anchors):
-            output = self._output(target, grid, row, tokens, columns, None)
-            anchors = grid.anchors.contiguous()
+            anchors, output = (
+                grid.anchors.contiguous(),
+                self._output(self.target, grid, self.row, self.tokens, Rows(), []),
+            )
             native.call("cg_rows_into", anchors, len(anchors), 0, grid.group_tokens, output, device=self.device)
 
-    def _decode(self, coded: Coded, target: Target, grid: Grid, row: int, tokens: int, columns: int) -> None:
-        tables, ids, live, dead = coded.columns.on(self.device)
-        section = ops.Section(tables, ids, None, coded.tokens)
-        streams = coded.streams.to(self.device, non_blocking=True)
-        offsets = ops.offsets_of(coded.tile_bytes, section.tiles, streams)
-        statuses = torch.empty(section.tiles, dtype=torch.int32, device=self.device)
-        output = self._output(target, grid, row, tokens, columns, live if len(dead) else None)
+    def _decode(self, section: Coded, output: native.Output) -> None:
+        if section.tokens == 0:
+            return
+        tables, ids, live, dead = section.columns.on(self.device)
+        view = ops.Section(tables, ids, None, section.tokens)
+        streams = section.streams.to(self.device, non_blocking=True)
+        offsets = ops.offsets_of(section.tile_bytes, view.tiles, streams)
+        statuses = torch.empty(view.tiles, dtype=torch.int32, device=self.device)
+        output.columns = live.data_ptr() if len(dead) else None
         buffers = (streams, streams.numel(), offsets, output, statuses)
-        native.call("cg_decode_into", section.view, *buffers, device=self.device)
+        native.call("cg_decode_into", view.view, *buffers, device=self.device)
         if len(dead):
-            output = self._output(target, grid, row, tokens, columns, dead)
-            native.call("cg_fill_into", coded.tokens, len(dead), output, device=self.device)
-        if len(coded.positions):
-            positions, indices = coded.positions.to(self.device), coded.indices.to(self.device)
-            output = self._output(target, grid, row, tokens, columns, None)
-            native.call("cg_patch_into", coded.tokens, positions, indices, len(indices), output, device=self.device)
+            output.columns = dead.data_ptr()
+            native.call("cg_fill_into", section.tokens, len(dead), output, device=self.device)
+        if len(section.positions):
+            positions, indices = section.positions.to(self.device), section.indices.to(self.device)
+            output.columns = None
+            native.call("cg_patch_into", section.tokens, positions, indices, len(indices), output, device=self.device)
             self._kept.append((positions, indices))
         self._statuses.append(statuses)
-        self._kept.append((section, streams, offsets))
+        self._kept.append((view, streams, offsets))
 
     def _output(
-        self, target: Target, grid: Grid, row: int, tokens: int, columns: int, which: Tensor | None
+        self, target: Target, grid: Grid, row: int, tokens: int, rows: Rows, coarser: Sequence[Tensor]
     ) -> native.Output:
         dtype = _INDEX if target.dtype == torch.uint8 else DTYPES[target.dtype]
         anchors = None if grid.anchors is None else grid.anchors.data_ptr()
-        chunk = native.Chunk(
-            tokens, columns, grid.group_tokens, anchors, grid.means.data_ptr(), grid.steps.data_ptr(), dtype
-        )
-        coarser = (ctypes.c_void_p * 2)(*(matrix.data_ptr() for matrix in self._coarser))
-        places, named = target.places.data_ptr(), None if which is None else which.data_ptr()
-        self._kept.append((target, grid, which))
-        return native.Output(ctypes.pointer(chunk), 0, row, places, named, coarser, len(self._coarser))
+        scale = (grid.group_tokens, anchors, grid.means.data_ptr(), grid.steps.data_ptr(), dtype)
+        chunk = ctypes.pointer(native.Chunk(tokens, self.columns, *scale))
+        addresses = (ctypes.c_void_p * 2)(*(matrix.data_ptr() for matrix in coarser))
+        self._kept.append((target, grid, coarser))
+        return native.Output(chunk, *rows, row, target.places.data_ptr(), None, addresses, len(coarser))
 
     def finish(self) -> None:
         """Waits for all of it. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
         native.check_decoded(torch.cat(self._statuses).tolist() if self._statuses else [])
         self._kept.clear()
+
+
+def matrix(section: Coded, device: torch.device) -> Tensor:
+    """The indices of a section that nothing refines, uint8 [tokens, columns] on a device, waited for."""
+    found = torch.empty(section.tokens, len(section.columns), dtype=torch.uint8, device=device)
+    sections = Sections(Target.matrix(found), 0, section.tokens, section.tokens, found.shape[1])
+    nothing = torch.empty(0, device=device)
+    sections.values(section, Rows(), [], Grid(None, 0, nothing, nothing))
+    sections.finish()
+    return found

@@ -21,6 +21,7 @@ struct Case {
   uint64_t columns = below(4) ? 1 + below(600) : 1 + below(20), group = below(2) ? 2 + below(6) : 0;
   uint64_t chunk_tokens = 1 + below(40), coded = group ? chunk_tokens - (chunk_tokens + group - 1) / group : chunk_tokens;
   uint64_t first = below(coded + 1), tokens = below(coded - first + 1), row = below(5);
+  uint64_t gap_at = below(2) ? ~uint64_t(0) : below(tokens + 1), gap = below(coded - first - tokens + 1);
   uint64_t head_dim = std::vector<uint64_t>{1, 3, 8, 64, 128}[below(5)], heads = (columns + head_dim - 1) / head_dim;
   uint32_t dtype = uint32_t(below(4)), n_coarser = uint32_t(below(3));
   std::vector<float> means = floats(columns, -5, 1.0f / 64), steps = floats(columns, 0.125f, 1.0f / 32);
@@ -33,11 +34,12 @@ struct Case {
   Case() {
     const uint64_t share = below(3) ? 1000 : below(1000);
     for (uint32_t c = 0; c < columns; c++) (below(1000) < share ? live : dead).push_back(c);
-    base.resize(tokens * columns), digits.resize(tokens * columns);
+    base.resize(coded * columns), digits.resize(coded * columns);
     for (uint8_t& x : base) x = uint8_t(below(3) ? 126 + below(5) : below(256));
     for (uint8_t& x : digits) x = uint8_t(below(3));
   }
 
+  uint64_t coded_row(uint64_t t) const { return first + t + (t >= gap_at ? gap : 0); }
   cg_chunk chunk() const {
     return {chunk_tokens, columns, group, group ? anchors.data() : nullptr, means.data(), steps.data(), dtype};
   }
@@ -72,7 +74,7 @@ Bytes draw(Case& c, Bytes* contexts) {
   for (uint64_t t = 0; t < c.tokens; t++)
     for (uint64_t j = 0; j < width; j++) {
       const uint64_t cell = t * c.columns + c.live[j], at = t * width + j;
-      if (c.n_coarser) (*contexts)[at] = context_of(c, cell);
+      if (c.n_coarser) (*contexts)[at] = context_of(c, c.coded_row(t) * c.columns + c.live[j]);
       const uint16_t* table = rows.data() + c.ids[j * n_ids + (c.n_coarser ? (*contexts)[at] : 0)] * uint64_t(n_symbols);
       do all[cell] = symbols[at] = uint8_t(below(n_symbols));
       while (table[symbols[at]] == 0);
@@ -85,17 +87,17 @@ Bytes draw(Case& c, Bytes* contexts) {
 
 // What the tensor must hold: `indices` restored, in place; the rest as it was.
 Bytes expected(const Case& c, const Bytes& indices) {
-  Bytes tensor(c.memory(), 0xab), rows(c.chunk_tokens * c.columns * size_of(c.dtype));
-  const uint8_t* one = c.n_coarser > 1 ? c.digits.data() : indices.data();
-  const uint8_t* finer[2] = {one, indices.data()};
+  Bytes tensor(c.memory(), 0xab), rows(c.chunk_tokens * c.columns * size_of(c.dtype)), all(c.coded * c.columns);
+  for (uint64_t i = 0; i < indices.size(); i++) all[c.coded_row(i / c.columns) * c.columns + i % c.columns] = indices[i];
+  const uint8_t* one = c.n_coarser > 1 ? c.digits.data() : all.data();
+  const uint8_t* finer[2] = {one, all.data()};
   const cg_chunk chunk = c.chunk();
-  if (c.dtype != CG_UINT8 &&
-      cg_restore(&chunk, c.first, c.first + c.tokens, c.n_coarser ? c.base.data() : indices.data(), finer, c.n_coarser,
-                 rows.data(), &kRuns[0]))
+  if (c.dtype != CG_UINT8 && cg_restore(&chunk, 0, c.coded, c.n_coarser ? c.base.data() : all.data(), finer, c.n_coarser,
+                                        rows.data(), &kRuns[0]))
     fail("restore");
   for (uint64_t t = 0; t < c.tokens; t++)
     for (uint64_t column = 0; column < c.columns; column++) {
-      const uint64_t i = c.first + t, r = c.group ? i + i / (c.group - 1) + 1 : i, bytes = size_of(c.dtype);
+      const uint64_t i = c.coded_row(t), r = c.group ? i + i / (c.group - 1) + 1 : i, bytes = size_of(c.dtype);
       const cg_place place = c.place(tensor.data(), column);
       const uint8_t* from = c.dtype == CG_UINT8 ? indices.data() + t * c.columns + column
                                                 : rows.data() + (r * c.columns + column) * bytes;
@@ -104,12 +106,22 @@ Bytes expected(const Case& c, const Bytes& indices) {
   return tensor;
 }
 
+// A matrix [coded rows, columns] as cg_output has what is coarser; what pads the last block does not matter.
+std::unique_ptr<Buffer<uint8_t>> in_blocks(const Case& c, const Bytes& matrix) {
+  auto found = std::make_unique<Buffer<uint8_t>>((c.columns + 255) / 256 * c.coded * 256);
+  std::fill_n(found->get(), found->size, uint8_t(0xcd));
+  for (uint64_t t = 0; t < c.coded; t++)
+    for (uint64_t j = 0; j < c.columns; j++)
+      found->get()[(j / 256 * c.coded + t) * 256 + j % 256] = matrix[t * c.columns + j];
+  return found;
+}
+
 struct Output {  // cg_output with every array in an exact buffer
   Output(const Case& c, const uint8_t* tensor)
-      : places(c.columns), live(exact(c.live)), dead(exact(c.dead)), base(exact(c.base)), digits(exact(c.digits)),
+      : places(c.columns), live(exact(c.live)), dead(exact(c.dead)), base(in_blocks(c, c.base)), digits(in_blocks(c, c.digits)),
         chunk(c.chunk()) {
     for (uint64_t i = 0; i < c.columns; i++) places.get()[i] = c.place(tensor, i);
-    view = {&chunk, c.first, c.row, places.get(), nullptr, {base->get(), digits->get()}, c.n_coarser};
+    view = {&chunk, c.first, c.gap_at, c.gap, c.row, places.get(), nullptr, {base->get(), digits->get()}, c.n_coarser};
   }
   const cg_output* of(const Buffer<uint32_t>* columns) {
     view.columns = columns ? columns->get() : nullptr;

@@ -1,0 +1,84 @@
+"""Decoding straight into place: the same values as stage by stage, wherever they go, and by the kernels in lockstep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_cachegen import CacheGenConfig, native
+from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.codec.into import Target
+from hf_cachegen.encoding import Encoder
+from hf_cachegen.errors import CorruptError, TruncatedError
+from tests.kv_samples import sample_kv
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
+
+CASES = [
+    pytest.param(transform, protect, dtype, id=f"{transform}-protect {protect}-{str(dtype).removeprefix('torch.')}")
+    for transform in ("delta", "identity")
+    for protect in ((0, 0), (4, 64), (500, 500))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+]
+
+
+def encoder(transform: str, protect: tuple[int, int] = (4, 64), dtype: torch.dtype = torch.bfloat16) -> Encoder:
+    config = CacheGenConfig(transform=transform, chunk_tokens=64, protect_first=protect[0], protect_last=protect[1])
+    return Encoder(*sample_kv(dtype=dtype), config)
+
+
+def both_ways(made: Encoder, level: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """All chunks decoded straight into place, and stage by stage, into tensors that hold NaN before."""
+    assert isinstance(made.codec, LossyCodec)
+    found = []
+    for staged in (False, True):
+        tensors = [torch.full_like(x, float("nan")) for pair in zip(made.keys, made.values, strict=True) for x in pair]
+        target = Target.layers(tensors)
+        for span, parts in zip(made.spans, made.chunks(), strict=True):
+            if staged:
+                rows = made.codec._rows(made.codec._read(parts[:level], span), span, tensors[0].dtype)
+                target.put(rows, span.first)
+            else:
+                made.codec.decode_into(parts[:level], span, target, span.first)
+        found.append(tensors)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("transform", "protect", "dtype"), CASES)
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_in_place_is_what_the_stages_make(
+    transform: str, protect: tuple[int, int], dtype: torch.dtype, level: int
+) -> None:
+    direct, staged = both_ways(encoder(transform, protect, dtype), level)
+    for x, y in zip(direct, staged, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_tensors_may_lie_anyhow() -> None:
+    made = encoder("delta")
+    direct, _ = both_ways(made, 2)
+    strange = [torch.empty(*x.shape[:2], x.shape[3], x.shape[2], dtype=x.dtype).transpose(2, 3) for x in direct]
+    target = Target.layers(strange)
+    for span, parts in zip(made.spans, made.chunks(), strict=True):
+        made.codec.decode_into(parts[:2], span, target, span.first)
+    assert all(torch.equal(x, y) for x, y in zip(direct, strange, strict=True))
+
+
+def test_values_that_fit_no_byte_take_the_long_way() -> None:
+    keys, values = sample_kv(dtype=torch.float32)
+    keys[0][0, 0, 100] *= 1e4
+    made = Encoder(keys, values, CacheGenConfig(transform="identity", chunk_tokens=64))
+    direct, staged = both_ways(made, 3)
+    assert all(torch.equal(x, y) for x, y in zip(direct, staged, strict=True))
+    assert float((direct[0] - keys[0]).abs().max()) < 100
+
+
+def test_damage_is_an_error_here_too() -> None:
+    made = encoder("identity")
+    target = Target.layers([x.clone() for pair in zip(made.keys, made.values, strict=True) for x in pair])
+    parts, span = next(made.chunks()), made.spans[0]
+    for at in range(len(parts[0]) // 2, len(parts[0]), 97):
+        damaged = bytearray(parts[0])
+        damaged[at] ^= 0x10
+        with pytest.raises((CorruptError, TruncatedError)):
+            made.codec.decode_into([bytes(damaged)], span, target, span.first)
