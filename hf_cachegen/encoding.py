@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hf_cachegen import __version__
 from hf_cachegen.codec import fit, tables
 from hf_cachegen.codec.chunk import Codec, Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec
 from hf_cachegen.codec.lossless import LosslessCodec
 from hf_cachegen.config import CacheGenConfig, TransformName
@@ -340,8 +341,9 @@ def decode_chunks(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(keys, values) from the parts of each chunk, decoded one by one straight into their tensors."""
     found = empty_kv(geometry, device)
+    target = Target.layers(found)
     for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
-        scatter(codec.decode(parts_of(index), span, found[0].dtype), found, span)
+        codec.decode_into(parts_of(index), span, target, span.first)
     return found[::2], found[1::2]
 
 

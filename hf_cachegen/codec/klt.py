@@ -25,6 +25,7 @@ from torch import Tensor
 from hf_cachegen.codec import basis, quantize
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Chunks, Counts, repeated, require_finite
+from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
@@ -134,6 +135,10 @@ class KltCodec:
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
         return self.basis.rows(y, span, dtype, idle=~coded.any(0))
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        """As `decode`, to rows [row, row + tokens) of the target."""
+        target.put(self.decode(parts, span, target.dtype), row)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         y = self.basis.coefficients(rows, span)

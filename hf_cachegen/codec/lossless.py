@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_cachegen.codec import passes, section
 from hf_cachegen.codec.chunk import Columns, Span
 from hf_cachegen.codec.fit import Chunks
+from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn
 from hf_cachegen.config import CacheGenConfig
@@ -101,6 +102,10 @@ class LosslessCodec:
         cursor.finish()
         planes = coded.decode(coder=self.config.coder)
         return from_planes(planes, self.dtype)
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        """As `decode`, to rows [row, row + tokens) of the target."""
+        target.put(self.decode(parts, span), row)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         return [rows]
