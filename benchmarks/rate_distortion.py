@@ -4,9 +4,10 @@
 
 Every codec codes the same contexts of three tasks at several rates. Bits count everything a user would store (for klt
 the profile, which is one file for a model whatever the number of contexts, is stated beside and not added). Divergence
-is KL, exact against decoded cache, in nats per token of the questions and right answers that follow. The profile is
-learnt from documents that the test does not contain; `--leave-out TASK` keeps a whole task from it. Writes a table
-(Markdown), the points (JSON) and the plot (PNG, SVG).
+is KL, exact against decoded cache, in nats per token of the questions and right answers that follow; "same token" is
+how often both caches' likeliest token is the same; "answers" is the share of answers whose every token is the likeliest
+one after those before it. The profile is learnt from documents that the test does not contain; `--leave-out TASK` keeps
+a whole task from it. Writes two tables (Markdown), the points (JSON) and the plot (PNG, SVG).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import matplotlib
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import uniform
-from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
+from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, document, sample
 from eval.released import released
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
 from hf_cachegen.calibration import Sample, continuation_logits, prefill
@@ -40,17 +42,52 @@ Point = tuple[float, KV]
 """Bits per element, and what is decoded."""
 SCALES = (0.35, 0.6, 1.0, 1.7, 3.0)
 """Factors on the steps of the transforms that need no profile."""
+LEVELS = {2: "level 3", 1: "level 2", 0: "level 1"}
+SHOWN = {
+    "uniform": {"exact": 0, "float16": 1, "uniform 8-bit": 2, "uniform 4-bit": 5, "uniform 3-bit": 6},
+    "CacheGen as released": {"CacheGen as released": 2},
+    **{
+        name: {f"{name}, {level}": index + offset for index, level in LEVELS.items()}
+        for name, offset in (("delta", 6), ("identity", 6), ("PCA per layer", 0), ("klt", 0))
+    },
+}
+"""Points by codec: those of the defaults are the third of SCALES, and a profile's own step, the first."""
 PCA_FLOOR = 99.0
 """With this floor all sensitivities are alike, and klt is plain PCA."""
 
 
-TARGETS = (0.01, 0.0005)
-"""Divergences of the finest level of the profiles that make a curve."""
+STEP_CODES = (8, 3, -2, -8)
+"""Added to a profile's step code (a quarter of an octave each), for a curve: tables are then each context's own."""
 
 
-def learnt(model: Any, samples: Sequence[Sample], targets: Sequence[float] = TARGETS, **options: Any) -> list[Profile]:
-    """Profiles of the same basis at several finest steps, for a longer curve."""
-    return [learn_profile(model, samples, target_kl=target, **options) for target in targets]
+class Test(NamedTuple):
+    """A context and its continuation, int64 [1, tokens], and the places in it of each answer's tokens."""
+
+    context: Tensor
+    continuation: Tensor
+    answers: list[list[int]]
+
+
+def test_of(tokenizer: Any, task: str, seed: int, tokens: int) -> Test:
+    """As `eval.reference.sample`, with the places of the answers."""
+    made, after, spans = document(task, seed, tokens), "", []
+    for question in made.questions:
+        start = len(after) + len(question.prompt) + question.completion.rindex(question.answer)
+        spans.append((start, start + len(question.answer)))
+        after += question.prompt + question.completion
+    found = tokenizer(after, return_offsets_mapping=True)
+    answers = [
+        [index for index, (first, last) in enumerate(found.offset_mapping) if first < end and last > begin]
+        for begin, end in spans
+    ]
+    context = tokenizer(made.text, return_tensors="pt").input_ids
+    return Test(context, torch.tensor([found.input_ids]), answers)
+
+
+def learnt(model: Any, samples: Sequence[Sample], **options: Any) -> list[Profile]:
+    """A profile, and the same at other steps, for a longer curve."""
+    profile = learn_profile(model, samples, **options)
+    return [profile, *(replace(profile, step_code=profile.step_code + more) for more in STEP_CODES)]
 
 
 def by_steps(transform: str) -> Callable[[KV], list[Point]]:
@@ -85,7 +122,7 @@ def levels_of(kv: KV, config: CacheGenConfig, profile: Profile | None) -> list[P
 def by_bits(kv: KV) -> list[Point]:
     """Uniform quantisation at several widths."""
     width = kv[0][0].shape[-1]
-    return [
+    return [(8.0 * kv[0][0].dtype.itemsize, kv), (16.0, half(kv))] + [
         (
             uniform.bits_per_element(bits, width),
             ([uniform.quantise(x, bits) for x in kv[0]], [uniform.quantise(x, bits) for x in kv[1]]),
@@ -94,41 +131,55 @@ def by_bits(kv: KV) -> list[Point]:
     ]
 
 
+def half(kv: KV) -> KV:
+    """As float16 keeps it."""
+    keys, values = ([x.half().to(x.dtype) for x in side] for side in kv)
+    return keys, values
+
+
 def as_released(kv: KV) -> list[Point]:
     """The released code's bins (the third point), and more and fewer."""
     return [released(kv, factor) for factor in (4.0, 2.0, 1.0, 0.5)]
 
 
 Curve = dict[str, list[list[float]]]
-"""Task to its points [bits per element, KL], means over the contexts, in the codec's own order of points."""
+"""Task to its points [bits per element, KL, same token, answers], means over the contexts, in the codec's own order."""
 
 
 @torch.no_grad()
 def curves(
-    model: Any, codecs: dict[str, Callable[[KV], list[Point]]], tests: dict[str, list[Sample]]
+    model: Any, codecs: dict[str, Callable[[KV], list[Point]]], tests: dict[str, list[Test]]
 ) -> dict[str, Curve]:
     """Every codec on every test context."""
     found: dict[str, Curve] = {name: defaultdict(list) for name in codecs}
     work = [(task, s) for task, samples in tests.items() for s in samples]
-    for task, (context, continuation) in tqdm(work, "contexts"):
-        keys, values, _ = prefill(model, context)
-        exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
+    for task, test in tqdm(work, "contexts"):
+        keys, values, _ = prefill(model, test.context)
+        exact = continuation_logits(model, keys, values, test.continuation).log_softmax(-1)
         for name, codec in codecs.items():
             for index, (bits, kv) in enumerate(codec((keys, values))):
-                lossy = continuation_logits(model, *kv, continuation).log_softmax(-1)
-                kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
+                lossy = continuation_logits(model, *kv, test.continuation).log_softmax(-1)
                 points = found[name][task]
                 if index == len(points):
-                    points.append([0.0, 0.0])
-                points[index][0] += bits / len(tests[task])
-                points[index][1] += kl / len(tests[task])
+                    points.append([0.0] * 4)
+                for place, value in enumerate((bits, *compare(exact, lossy, test))):
+                    points[index][place] += value / len(tests[task])
     return found
+
+
+def compare(exact: Tensor, lossy: Tensor, test: Test) -> tuple[float, float, float]:
+    """(KL, share of equal likeliest tokens, share of right answers) of log-probabilities [tokens, vocabulary]."""
+    kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
+    likeliest = lossy.argmax(-1)
+    right = likeliest[:-1] == test.continuation[0, 1:]  # token i + 1 is what follows token i
+    answers = [bool(right[[place - 1 for place in places]].all()) for places in test.answers]
+    return kl, float((likeliest == exact.argmax(-1)).float().mean()), sum(answers) / max(1, len(answers))
 
 
 def bits_at(points: Sequence[Sequence[float]], kl: float) -> float:
     """Bits at this divergence: between the points of the lower hull, straight in log KL; NaN beyond them."""
     hull: list[Sequence[float]] = []
-    for bits, found in sorted(points):
+    for bits, found, *_ in sorted(points):
         if not hull or found < hull[-1][1]:
             hull.append((bits, found))
     for (low, more), (high, less) in pairwise(hull):
@@ -148,6 +199,17 @@ def table(found: dict[str, Curve], targets: dict[str, float]) -> str:
         mean = sum(bits) / len(bits)
         cells = " | ".join("-" if math.isnan(b) else f"{b:.2f}" for b in (*bits, mean))
         lines.append(f"| {name} | {cells} | {'-' if math.isnan(mean) else f'{mean / best:.1f}'} |")
+    return "\n".join(lines) + "\n"
+
+
+def operating_points(found: dict[str, Curve]) -> str:
+    """Each codec where its authors, or its defaults, put it: means over the tasks."""
+    lines = ["| codec | bits per element | KL, nats per token | same token | answers |", "|---|---:|---:|---:|---:|"]
+    for name, points in SHOWN.items():
+        for label, index in points.items():
+            rows = [curve[index] for curve in found[name].values()]
+            bits, kl, same, answers = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+            lines.append(f"| {label} | {bits:.2f} | {kl:.4f} | {same:.1%} | {answers:.1%} |")
     return "\n".join(lines) + "\n"
 
 
@@ -181,7 +243,7 @@ def main(out: Path, contexts: int, tokens: int, samples: int, leave_out: str | N
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     seen = [task for task in TASKS if task != leave_out]
     mix = [sample(tokenizer, task, CALIBRATION_SEED + n, tokens) for n in range(samples) for task in seen]
-    tests = {task: [sample(tokenizer, task, HELD_OUT_SEED + n, tokens) for n in range(contexts)] for task in TASKS}
+    tests = {task: [test_of(tokenizer, task, HELD_OUT_SEED + n, tokens) for n in range(contexts)] for task in TASKS}
     codecs = {
         "uniform": by_bits,
         "CacheGen as released": as_released,
@@ -194,7 +256,7 @@ def main(out: Path, contexts: int, tokens: int, samples: int, leave_out: str | N
     }
     found = curves(model, codecs, tests)
     targets = {task: found["CacheGen as released"][task][2][1] for task in TASKS}
-    text = table(found, targets)
+    text = table(found, targets) + "\n" + operating_points(found)
     print(text)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)

@@ -27,6 +27,7 @@ from hf_cachegen.codec.quantize import LARGEST_SYMBOL
 from hf_cachegen.codec.tables import ZERO_INDEX, Codebook
 from hf_cachegen.errors import CorruptError, TruncatedError
 
+MAX_RUNS = 16
 LARGEST_INDEX = LARGEST_SYMBOL + ZERO_INDEX
 
 
@@ -81,6 +82,33 @@ class Assignment:
         return self._elsewhere[device]
 
     @cached_property
+    def _runs(self) -> list[slice]:
+        """Adjacent live columns; empty where they are too many to be copied one by one."""
+        edges = (self.live.diff() != 1).nonzero().flatten() + 1
+        if len(edges) >= MAX_RUNS:
+            return []
+        parts = self.live.tensor_split(edges.tolist())
+        return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
+
+    def close(self, x: Tensor) -> Tensor:
+        """x [tokens, columns] without its dead columns."""
+        if not len(self.dead):
+            return x
+        if self._runs:
+            return torch.cat([x[:, run] for run in self._runs], 1)
+        return x.index_select(1, self.live.to(x.device))
+
+    def open(self, symbols: Tensor) -> Tensor:
+        """The inverse, for symbols uint8 [tokens, live columns]: dead columns are zero."""
+        if not len(self.dead):
+            return symbols
+        opened, at = symbols.new_full((len(symbols), len(self)), self.book.zero), 0
+        for run in self._runs:
+            width = run.stop - run.start
+            opened[:, run], at = symbols[:, at : at + width], at + width
+        return opened if self._runs else opened.index_copy_(1, self.live.long().to(symbols.device), symbols)
+
+    @cached_property
     def bounds(self) -> tuple[Tensor, Tensor, bool]:
         """(lowest, highest index uint8 [columns, contexts] of each table's support, whether any is out of it)."""
         tables = self.book.table_ids(self.entries).long()
@@ -109,10 +137,8 @@ def encode(
         position = torch.cat([position, wide.positions]).unique()
         index = symbols.view(-1)[position.to(device)].int().cpu()
         index[torch.searchsorted(position, wide.positions)] = wide.indices
-    if len(columns.dead):
-        live = columns.live.to(device)
-        inside = inside.index_select(1, live)
-        contexts = contexts.index_select(1, live) if contexts is not None else None
+    inside = columns.close(inside)
+    contexts = columns.close(contexts) if contexts is not None else None
     streams = rans.encode(inside, columns.book.tables, columns.table_ids, contexts, coder=coder)
     head = struct.pack(f"<{1 + len(streams)}I", len(position), *map(len, streams))
     exceptions = torch.stack([position.to(torch.int32), index], 1)  # u32 positions wrap: the same bits
@@ -145,16 +171,11 @@ class Coded:
         Raises TruncatedError or CorruptError on damaged bytes.
         """
         columns, tokens = self.columns, self.tokens
-        if len(columns.dead):
-            contexts = contexts.index_select(1, columns.live) if contexts is not None else None
+        contexts = columns.close(contexts) if contexts is not None else None
         tables, streams = columns.book.tables, self.streams.numpy().data
         sizes = self.tile_bytes.tolist()
         symbols = rans.decode(streams, sizes, tokens, tables, columns.table_ids, contexts, coder=coder)
-        if len(columns.dead):
-            coded = torch.cat([symbols, torch.full((tokens, 1), columns.book.zero, dtype=torch.uint8)], 1)
-            count = len(columns.live)
-            place = torch.full((len(columns),), count).index_copy(0, columns.live.long(), torch.arange(count))
-            symbols = coded.index_select(1, place)
+        symbols = columns.open(symbols)
         symbols.view(-1)[self.positions] = self.indices.clamp(0, tables.frequencies.shape[1] - 1).to(torch.uint8)
         return symbols
 
