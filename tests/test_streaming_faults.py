@@ -1,0 +1,259 @@
+"""Streams on a network that fails: another place, a coarser level or text, and always an end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.container import Reader
+from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, StoreError, UnsupportedModelError
+from hf_cachegen.layout import positions_change
+from hf_cachegen.stores import LocalStore
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen.streaming import Adaptive, Event, SourceFailed, StreamReport
+from tests import http_server as faults
+from tests.http_server import Fault, Request, Server, running
+from tests.streaming_support import CHUNKS, at_level, exact, same_kv, serve, threads_end
+from tests.tiny_models import shared, tokens
+
+PLAIN = CacheGenConfig(transform="identity", chunk_tokens=16, protect_first=2, protect_last=4)
+LIMIT_SECONDS = 60.0
+"""Far above what any of these streams takes; below what a hang would."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    exact("llama").save_pretrained(tmp_path / "artifact", PLAIN)
+    return tmp_path / "artifact"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running(Server()) as server:
+        yield server
+
+
+@pytest.fixture
+def spare() -> Iterator[Server]:
+    with running(Server()) as server:
+        yield server
+
+
+def stream(place: Any, **options: Any) -> CacheGenCache:
+    start = time.monotonic()
+    try:
+        return CacheGenCache.stream(place, shared("llama"), stall_seconds=0.5, **options)
+    finally:
+        assert time.monotonic() - start < LIMIT_SECONDS
+        assert threads_end()
+
+
+def report(cache: CacheGenCache) -> StreamReport:
+    assert isinstance(cache.report, StreamReport)
+    return cache.report
+
+
+def only(files: str, fault: Fault) -> Fault:
+    """The fault for those files; others are answered rightly. Heads too: whatever is asked of the file."""
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if files in request.path:
+            fault(request, body, headers)
+        else:
+            request.answer(206, body, headers)
+
+    return answer
+
+
+def damaged(server: Server, name: str, where: int) -> None:
+    """Flips a bit of the file itself: every server of it gives the same wrong byte."""
+    data = bytearray(server.files[name])
+    data[where] ^= 1
+    server.files[name] = bytes(data)
+
+
+def offset(folder: Path, file: str, name: str) -> int:
+    """A byte of that segment."""
+    return Reader(LocalStore(folder)).manifest.segment(file, name).offset + 3
+
+
+FAILURES: dict[str, Callable[[], Fault]] = {
+    "silence": lambda: faults.silent(3),
+    "stall in the body": lambda: faults.stall_in_body(3),
+    "lost connection": lambda: faults.reset_in_body,
+    "refused connection": lambda: faults.reset_at_once,
+    "cut short": lambda: faults.cut(0.3),
+    "server error": lambda: faults.status(500),
+    "no right": lambda: faults.status(403),
+    "gone": lambda: faults.status(404),
+    "ranges ignored": lambda: faults.ignore_range,
+    "wrong bytes": lambda: faults.flip,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("options", [{}, {"slo": 20.0}, {"level": 2}], ids=str)
+def test_what_one_place_fails_to_give_another_does(
+    server: Server, spare: Server, folder: Path, failure: str, options: dict[str, Any]
+) -> None:
+    events: list[Event] = []
+    server.always = only("refine", FAILURES[failure]())
+    cache = stream(serve(server, folder), fallback=[serve(spare, folder)], on_event=events.append, **options)
+    assert same_kv(cache, at_level(folder, options.get("level")))
+    assert server.url in "".join(report(cache).faults)
+    assert any(isinstance(event, SourceFailed) and event.place == server.url for event in events)
+
+
+@pytest.mark.parametrize("failure", ["lost connection", "wrong bytes", "server error"])
+def test_without_another_place_refinements_are_done_without(server: Server, folder: Path, failure: str) -> None:
+    server.always = only("refine-2", FAILURES[failure]())
+    cache = stream(serve(server, folder))
+    assert same_kv(cache, at_level(folder, 2))
+    assert report(cache).level == 2
+    assert report(cache).faults
+
+
+@pytest.mark.parametrize("failure", ["stall in the body", "lost connection", "server error", "gone"])
+def test_without_another_place_the_base_is_recomputed(server: Server, folder: Path, failure: str) -> None:
+    """The heads of files come, with the side information; then nothing more."""
+    big = CacheGenCache.from_context(shared("llama"), tokens(2000, seed=6), CacheGenConfig(transform="identity"))
+    big.save_pretrained(folder.parent / "big", CacheGenConfig(transform="identity", lossless=True, levels=1))
+    failing = FAILURES[failure]()
+
+    def fault(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        head = request.headers["Range"].startswith("bytes=0-")
+        (request.answer(206, body, headers) if head or "base" not in request.path else failing(request, body, headers))
+
+    server.always = fault
+    cache = stream(serve(server, folder.parent / "big"), slo=40.0)
+    assert report(cache).text_chunks > 0
+    assert same_kv(cache, big) or max(
+        float((a - b).abs().max()) for a, b in zip(cache.kv.keys, big.kv.keys, strict=True)
+    ) < 1e-3  # fmt: skip
+
+
+def test_a_chunk_that_is_damaged_everywhere_is_recomputed(server: Server, spare: Server, folder: Path) -> None:
+    url, other = serve(server, folder), serve(spare, folder)
+    where = offset(folder, "base.safetensors", "chunk-00003")
+    for each in (server, spare):
+        damaged(each, "base.safetensors", where)
+    cache = stream(url, fallback=[other])
+    choices = [chunk.choice for chunk in report(cache).chunks]
+    assert choices == ["level 3"] * 3 + ["text"] + ["level 3"] * (CHUNKS - 4)
+    assert report(cache).chunks[3].faults
+    assert same_kv(cache, at_level(folder), slice(0, 48))
+    assert same_kv(cache, at_level(folder), slice(64, None))
+
+
+def test_a_refinement_that_is_damaged_everywhere_leaves_its_chunk_coarse(server: Server, folder: Path) -> None:
+    url = serve(server, folder)
+    damaged(server, "refine-1.safetensors", offset(folder, "refine-1.safetensors", "chunk-00002"))
+    cache = stream(url)
+    assert [chunk.level for chunk in report(cache).chunks] == [3, 3, 1] + [3] * (CHUNKS - 3)
+    assert same_kv(cache, at_level(folder, 1), slice(32, 48))
+
+
+def test_a_segment_that_is_sound_and_cannot_be_decoded_is_recomputed(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = LossyCodec.decode
+
+    def failing(self: Any, parts: Any, span: Any, dtype: Any) -> Any:
+        if span.first == 16:
+            raise CorruptError("the coder's own check failed")
+        return decode(self, parts, span, dtype)
+
+    monkeypatch.setattr(LossyCodec, "decode", failing)
+    cache = stream(serve(server, folder))
+    assert [chunk.level for chunk in report(cache).chunks][:3] == [3, None, 3]
+    assert "cannot be decoded" in report(cache).chunks[1].faults[0]
+
+
+def test_without_side_information_all_is_recomputed(server: Server, folder: Path) -> None:
+    url = serve(server, folder)
+    damaged(server, "base.safetensors", offset(folder, "base.safetensors", "side"))
+    assert report(stream(url)).text_chunks == CHUNKS
+
+
+def test_the_first_place_may_be_gone_altogether(spare: Server, folder: Path) -> None:
+    with running(Server()) as gone:
+        dead = gone.url
+    cache = stream(dead, fallback=[serve(spare, folder)])
+    assert same_kv(cache, at_level(folder))
+    assert dead in report(cache).faults[0]
+
+
+def test_all_places_gone(server: Server) -> None:
+    with running(Server()) as gone:
+        dead = gone.url
+    with pytest.raises(StoreError):
+        stream(dead, fallback=[dead])
+    with pytest.raises(ArtifactNotFoundError):
+        stream(server.url, fallback=[dead])
+
+
+def test_another_artifact_is_no_fallback(server: Server, spare: Server, folder: Path, tmp_path: Path) -> None:
+    """It would decode, into another context's keys and values."""
+    CacheGenCache.from_context(shared("llama"), tokens(100, seed=8), PLAIN).save_pretrained(tmp_path / "other")
+    server.always = only("refine-2", faults.status(500))
+    cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")])
+    assert same_kv(cache, at_level(folder, 2))
+    assert "holds another artifact" in "".join(report(cache).faults)
+
+
+def test_where_nothing_can_be_recomputed_the_last_error_is_raised(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_cachegen.streaming.loader.positions_change", lambda *_: True)
+    assert not positions_change(shared("llama").config, 1, 2)
+    server.always = only("base", faults.status(500))
+    with pytest.raises(StoreError):
+        stream(serve(server, folder), policy=Adaptive())
+    server.always = None
+    with pytest.raises(UnsupportedModelError):
+        stream(server.url, level="text")
+
+
+def test_credentials_do_not_go_to_the_other_place(server: Server, spare: Server, folder: Path) -> None:
+    server.always = only("refine", faults.status(500))
+    stream(serve(server, folder), fallback=[serve(spare, folder)], headers={"Authorization": "Bearer secret"})
+    assert all(headers.get("Authorization") == "Bearer secret" for _, headers in server.requests)
+    assert spare.requests
+    assert not any(headers.get("Authorization") for _, headers in spare.requests)
+    spare.requests.clear()
+    other = (spare.url, {"headers": {"Authorization": "Bearer other"}})
+    stream(server.url, fallback=[other], force_download=True)
+    assert {headers.get("Authorization") for _, headers in spare.requests} == {"Bearer other"}
+
+
+def test_an_interrupt_from_the_keyboard_leaves_no_thread(server: Server, folder: Path, monkeypatch: Any) -> None:
+    """It comes while the calling thread waits for bytes that do not come."""
+    server.always = only("refine", faults.stall_in_body(3))
+
+    def interrupt(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_cachegen.streaming.fetching.Fetcher.watch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stream(serve(server, folder))
+
+
+def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Path, monkeypatch: Any) -> None:
+    def bug(*_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("hf_cachegen.streaming.sources.Source.fetch", bug)
+    with pytest.raises(ZeroDivisionError):
+        stream(serve(server, folder))
