@@ -1,0 +1,151 @@
+"""Artifacts of a whole data set: once for each text, by several processes, after a kill too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.reference import MODEL_PATH
+from hf_cachegen import CacheGenCache
+from hf_cachegen.encode_dataset import INDEX_FILE
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+WAIT = 200.0
+"""Seconds: a generous limit on what would otherwise hang."""
+MODULE = ["-m", "hf_cachegen.encode_dataset"]
+LAUNCH = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+
+pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Six rows, five texts."""
+    path = tmp_path / "texts.jsonl"
+    rows = [{"context": f"line a-{n % 5}: REGISTER_CONTENT is <{n % 5}>\n" * 3} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(dataset: Path | str, out: Path, *more: str) -> list[str]:
+    model = ["--model", str(MODEL_PATH), "--dtype", "bfloat16", "--device", "cpu"]
+    return [*MODULE, "--dataset", str(dataset), *model, "--out", str(out), "--transform", "identity", *more]
+
+
+def called(arguments_: list[str], tmp_path: Path, launch: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(tmp_path / "datasets-cache")}
+    return subprocess.run(
+        [sys.executable, *(launch or []), *arguments_], env=environment, cwd=ROOT, capture_output=True, text=True,
+        timeout=WAIT, check=False,
+    )  # fmt: skip
+
+
+def index(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / INDEX_FILE).read_text().splitlines()]
+
+
+def files(out: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below, with when it was written."""
+    found = [path for path in out.rglob("*") if path.is_file() and path.name != INDEX_FILE]
+    return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = called(arguments(texts, out), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "6 rows, 5 artifacts" in done.stdout
+    rows = index(out)
+    assert [row["row"] for row in rows] == list(range(6))
+    assert rows[0]["artifact"] == rows[5]["artifact"]
+    cache = CacheGenCache.from_pretrained(out / rows[1]["artifact"])
+    assert cache.kv.geometry.tokens == rows[1]["tokens"]
+    assert rows[1]["bytes"] == sum(path.stat().st_size for path in (out / rows[1]["artifact"]).iterdir())
+
+    before, listed = files(out), (out / INDEX_FILE).read_bytes()
+    again = called(arguments(texts, out), tmp_path, LAUNCH)  # two processes, as accelerate launches them
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stderr.count(": 0 made") == 2
+    assert files(out) == before
+    assert (out / INDEX_FILE).read_bytes() == listed
+
+    other = called(arguments(texts, out, "--levels", "2", "--limit", "1"), tmp_path)
+    assert other.returncode == 0, other.stderr[-2000:]
+    assert len(list(out.glob("*/cachegen.json"))) == 6
+
+
+def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, *arguments(texts, killed)], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + WAIT
+    while process.poll() is None and time.monotonic() < until and not list(killed.glob("*/cachegen.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(WAIT)
+    kept = files(killed)
+    whole = {name: kept[name] for path in killed.glob("*/cachegen.json") for name in kept if path.parent.name in name}
+    assert whole
+    assert not (killed / INDEX_FILE).exists()
+
+    resumed = called(arguments(texts, killed), tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert {name: stamp for name, stamp in files(killed).items() if name in whole} == whole
+    together = called(arguments(texts, tmp_path / "two"), tmp_path, LAUNCH)
+    assert together.returncode == 0, together.stderr[-2000:]
+    assert {name: data for name, (_, data) in files(killed).items()} == {
+        name: data for name, (_, data) in files(tmp_path / "two").items()
+    }
+    assert index(killed) == index(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("a.jsonl", '{"context": "  "}\n', "row 0: no text in 'context'"),
+        ("b.jsonl", '{"text": "x"}\n', "no text in 'context'; there is ['text']"),
+        ("c.doc", "x", "expected one of"),
+        ("d", None, "cannot load"),
+    ],
+)
+def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, tmp_path: Path) -> None:
+    from hf_cachegen.encode_dataset import Source
+    from hf_cachegen.errors import ConfigError
+
+    place = tmp_path / name
+    if text is None:
+        place.mkdir()
+    else:
+        place.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        list(Source(str(place)).rows())
+    assert match in str(caught.value)
+
+
+def test_a_text_file_is_one_context(tmp_path: Path) -> None:
+    from hf_cachegen.encode_dataset import Source
+
+    (tmp_path / "book.txt").write_text("First line.\n\nSecond.\n")
+    (row,) = Source(str(tmp_path / "book.txt")).rows()
+    assert row[1].startswith("First line.\n\nSecond.")
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+    more = ("--transform", "klt", "--profile", "none")
+    done = called(arguments(tmp_path / "no.jsonl", tmp_path / "out", *more), tmp_path)
+    assert done.returncode == 2
+    assert "needs a profile" in done.stderr

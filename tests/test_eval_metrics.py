@@ -1,0 +1,134 @@
+"""Metrics: pure functions of raw records, paired with the exact cache."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import metrics
+from eval.measure import compare
+from eval.report import findings
+
+
+def variant(codec: str, outputs: list[str], **changed: Any) -> dict[str, Any]:
+    n = len(outputs)
+    plain = {
+        "codec": codec, "level": None, "bytes": 1000, "encode_seconds": None, "decode_seconds": 0.5,
+        "prefill_seconds": 0.0, "outputs": outputs, "kl": [0.0] * n, "agreement": [1.0] * n, "nll": [2.0] * n,
+        "layers": [],
+    }  # fmt: skip
+    return {**plain, **changed}
+
+
+def record(number: int, *variants: dict[str, Any], answers: list[str]) -> dict[str, Any]:
+    return {
+        "example": str(number), "context_tokens": 100, "text_bytes": 400, "elements": 4000, "exact_bytes": 8000,
+        "prefill_seconds": 1.0, "first_token_seconds": 0.1, "completion_tokens": [4] * len(answers),
+        "questions": [{"text": "?", "answers": [answer]} for answer in answers], "variants": list(variants),
+    }  # fmt: skip
+
+
+def records() -> list[dict[str, Any]]:
+    """Ten contexts of two questions; the lossy codec gets one of the two wrong in every other context."""
+    found = []
+    for n in range(10):
+        lossy = variant("uniform-4", ["11", "22" if n % 2 else "9"], bytes=2000, kl=[0.1, 0.3], agreement=[1.0, 0.5],
+                        nll=[2.4, 2.4], layers=[{"k_bits": float(n)}])  # fmt: skip
+        found.append(record(n, variant("exact", ["11", "22"], bytes=8000), lossy, answers=["11", "22"]))
+    return found
+
+
+def test_sizes_scores_and_differences() -> None:
+    found = metrics.summarise(records(), ["line"], 0)
+    exact, lossy = found["variants"]
+    assert (found["examples"], found["questions"], found["exact_bits"]) == (10, 20, 16.0)
+    assert lossy["bits_per_element"] == 4.0
+    assert lossy["ratio_to_fp16"] == 4.0
+    assert exact["scores"]["line"]["mean"] == 1.0
+    assert exact["scores"]["line"]["difference_low"] == exact["scores"]["line"]["difference_high"] == 0.0
+    line = lossy["scores"]["line"]
+    assert line["mean"] == lossy["same_answer"]["mean"] == 0.75
+    assert line["difference"] == pytest.approx(-0.25)
+    assert line["difference_low"] < -0.25 < line["difference_high"] < 0
+    assert lossy["kl"]["mean"] == pytest.approx(0.2)
+    assert lossy["agreement"]["mean"] == pytest.approx(0.75)
+    assert exact["perplexity"]["mean"] == pytest.approx(math.exp(0.5))
+    assert lossy["perplexity"]["difference"] == pytest.approx(math.exp(0.1) - 1)
+    assert lossy["layers"] == [{"k_bits": 4.5}]
+
+
+def test_metrics_are_plain_and_repeatable() -> None:
+    first = metrics.summarise(records(), ["line"], 3)
+    assert json.loads(json.dumps(first)) == first == metrics.summarise(records(), ["line"], 3)
+
+
+def test_whole_contexts_are_drawn() -> None:
+    """Questions that stand or fall together are one observation: the interval is that of the contexts."""
+    n, rng = 40, np.random.default_rng(0)
+    sums = rng.integers(0, 2, n) * 8.0
+    draws = rng.integers(n, size=(2000, n))
+    found = metrics.estimate(sums, np.full(n, 8.0), draws)
+    share = sums.mean() / 8
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * math.sqrt(share * (1 - share) / n), rel=0.1)
+
+
+def test_a_paired_difference_is_narrower() -> None:
+    rng = np.random.default_rng(1)
+    base = rng.random(30)
+    ours, draws, ones = base - 0.01, rng.integers(30, size=(2000, 30)), np.ones(30)
+    found = metrics.compared(ours, base, ones, draws)
+    assert found["difference_high"] - found["difference_low"] == pytest.approx(0, abs=1e-9)
+    assert found["high"] - found["low"] > 0.1
+
+
+def test_answers_that_are_empty_agree_with_nothing() -> None:
+    rows = records()
+    for row in rows:
+        row["completion_tokens"] = [0, 0]
+        for one in row["variants"]:
+            one["agreement"], one["nll"] = [None, None], [0.0, 0.0]
+    found = metrics.summarise(rows, ["line"], 0)
+    assert found["variants"][1]["agreement"] is None
+    assert "perplexity" not in found["variants"][1]
+
+
+def test_records_of_other_codecs_are_refused() -> None:
+    rows = records()
+    rows[3]["variants"].pop()
+    with pytest.raises(ValueError, match="other codecs"):
+        metrics.summarise(rows, ["line"], 0)
+
+
+def test_time_to_the_first_token_is_fetch_decode_and_prefill() -> None:
+    found = metrics.summarise(records(), ["line"], 0)
+    parts = metrics.time_to_first_token(found, found["variants"][1], 0.1)
+    assert parts == {"fetch": pytest.approx(2000 * 8 / 1e8), "decode": 0.5, "prefill": pytest.approx(0.1)}
+
+
+def test_teacher_forcing_compares_token_by_token() -> None:
+    exact = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]).log()
+    lossy = torch.tensor([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2]]).log()
+    kl, same, nll = compare(exact, lossy, torch.tensor([0, 1, 2]), 2)
+    assert same == 0.5
+    assert nll == pytest.approx(-math.log(0.8) - math.log(0.2), rel=1e-5)
+    assert kl == pytest.approx(float((exact.exp() * (exact - lossy)).sum() / 3))
+    assert compare(exact, exact, torch.tensor([0, 1, 2]), 0) == (0.0, None, 0.0)
+
+
+def test_what_counts_as_without_loss() -> None:
+    found = metrics.summarise(records(), ["line"], 0)
+    exact, lossy = found["variants"]
+    assert findings.keeps(exact, "line")
+    assert not findings.keeps(lossy, "line")
+    assert not findings.keeps(lossy, None)
+    assert findings.smallest([exact, lossy], "line") is exact
+    assert findings.smallest([lossy], "line") is None
+    assert findings.able(found, "line")
+    for row in (rows := records()):
+        row["variants"][0]["outputs"] = ["0", "0"]
+    assert not findings.able(metrics.summarise(rows, ["line"], 0), "line")
