@@ -29,7 +29,8 @@ def describe(reader: Reader) -> dict[str, Any]:
     """Everything that the manifest says, and what follows from it, as plain values."""
     manifest = reader.manifest
     geometry = Geometry.from_dict(manifest.geometry)
-    levels = []
+    kl = _numbers(manifest.report, "profile_kl", "report", manifest.levels)
+    levels: list[dict[str, float]] = []
     for level in range(1, manifest.levels + 1):
         size = reader.nbytes_at(level)
         levels.append({
@@ -37,6 +38,7 @@ def describe(reader: Reader) -> dict[str, Any]:
             "bytes": size,
             "ratio": geometry.nbytes / size,
             "bits_per_element": 8 * size / geometry.elements,
+            **({"profile_kl": kl[level - 1]} if kl else {}),
         })  # fmt: skip
     return {
         "format_version": manifest.format_version,
@@ -74,17 +76,18 @@ def _layers(report: dict[str, Any], geometry: Geometry, levels: int) -> list[dic
         raise ManifestError(f"report.layers must be a list of {len(geometry.layers)} objects, one for each layer")
     result = []
     for index, (layer, row) in enumerate(zip(geometry.layers, rows, strict=True)):
-        measured = {name: _numbers(row, name, index, levels) for name in ("k_bits", "v_bits", "k_error", "v_error")}
+        place = f"report.layers[{index}]"
+        measured = {name: _numbers(row, name, place, levels) for name in ("k_bits", "v_bits", "k_error", "v_error")}
         result.append({**layer.to_dict(), **{name: values for name, values in measured.items() if values is not None}})
     return result
 
 
-def _numbers(row: Any, name: str, index: int, levels: int) -> list[float] | None:
+def _numbers(row: Any, name: str, place: str, levels: int) -> list[float] | None:
     values = row.get(name) if isinstance(row, dict) else None
     if values is None:
         return None
     if not isinstance(values, list) or len(values) != levels or not all(_is_number(value) for value in values):
-        raise ManifestError(f"report.layers[{index}].{name} must be a list of {levels} numbers, got {values!r:.80}")
+        raise ManifestError(f"{place}.{name} must be a list of {levels} numbers, got {values!r:.80}")
     return [float(value) for value in values]
 
 
@@ -142,11 +145,13 @@ def _short(value: Any, most: int) -> str:
 
 def _level_table(found: dict[str, Any]) -> Table:
     table = Table(title="what each level fetches", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("level", "bytes", "ratio", "bits per element"):
+    told = all("profile_kl" in row for row in found["levels"])
+    for name in ("level", "bytes", "ratio", "bits per element", *(["KL of samples"] if told else [])):
         table.add_column(name, justify="right")
     for row in found["levels"]:
         size, bits = size_text(row["bytes"]), row["bits_per_element"]
-        table.add_row(str(row["level"]), size, f"{row['ratio']:.1f}x", f"{bits:.2f}")
+        kl = [f"{row['profile_kl']:.2g}"] if told else []
+        table.add_row(str(row["level"]), size, f"{row['ratio']:.1f}x", f"{bits:.2f}", *kl)
     return table
 
 
@@ -181,6 +186,8 @@ def _notes(found: dict[str, Any]) -> list[str]:
         notes = ["errors are relative L2 errors of the decoded keys and values, measured when encoding"]
     if found["profile"] is not None:
         notes.append("the profile is kept once for its model and counts in no artifact's size")
+    if any("profile_kl" in row for row in found["levels"]):
+        notes.append("KL: nats per token, measured on other contexts when the profile was learnt")
     return notes
 
 

@@ -166,12 +166,15 @@ class Encoder:
                 if self.config.measure:
                     row[f"{kind}_error"] = [round(e, 6) for e in errors[:, 2 * index + offset].tolist()]
             layers.append(row)
-        return {
+        found: dict[str, Any] = {
             "elements": elements,
             "bytes_per_level": sizes,
             "bits_per_element": [round(8 * size / elements, 4) for size in sizes],
             "layers": layers,
         }
+        if self.profile is not None and (kl := self.profile.divergences) is not None:
+            found["profile_kl"] = kl
+        return found
 
     def _bits_by_vector(self) -> Tensor | None:
         """Bits up to each level, [levels, vectors]; a joint basis has none of its own for a layer."""

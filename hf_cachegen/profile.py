@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -127,6 +128,15 @@ class Profile:
     @property
     def levels(self) -> int:
         return 1 + len(self.refine_entries)
+
+    @property
+    def divergences(self) -> list[float] | None:
+        """KL of each level, nats per token of the samples that were held out when learning; None if it does not say."""
+        measured = self.about.get("measured")
+        rows = measured if isinstance(measured, list) else []
+        found = [row.get("kl") for row in rows if isinstance(row, dict)]
+        sound = len(found) == self.levels and all(isinstance(kl, float) and 0 <= kl < math.inf for kl in found)
+        return found if sound else None
 
     @property
     def entries(self) -> Tensor:

@@ -241,6 +241,16 @@ def test_inspect_shows_the_profile(encoded: Path, profile: Path, model: Path) ->
     shown = run("inspect", encoded).stdout
     assert digest in shown
     assert "counts in no artifact's size" in shown
+    assert "KL of samples" in shown
+    kl = [row["kl"] for row in Profile.load(profile).about["measured"]]
+    assert [row["profile_kl"] for row in run_json("inspect", encoded)["levels"]] == kl
+
+
+def test_encode_says_what_a_profile_would_save(tmp_path: Path, model: Path, own: Path, profile: Path) -> None:
+    advice = "coded without a profile"
+    assert advice in encode(model, tmp_path / "auto").stdout
+    for options in (["--profile", "none"], ["--transform", "delta"], ["--lossless"], ["--profile", profile]):
+        assert advice not in encode(model, tmp_path / "o", "--overwrite", *options).stdout
 
 
 def test_inspect_and_verify_need_no_profile(encoded: Path) -> None:
