@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.rate_distortion import KV, PCA_FLOOR, Point, Test, bits_at, curves, learnt, levels_of, test_of
+from benchmarks.rate_distortion import KV, Point, Test, bits_at, curves, learnt, learnt_pca, levels_of, test_of
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.calibration import Sample, learning, moments
@@ -34,7 +34,6 @@ from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.tables import Codebook, shipped_codebooks
 
 BASE = CacheGenConfig(transform="klt", measure=False)
-PCA: dict[str, Any] = {"floor": PCA_FLOOR, "group_layers": 1, "undo_rotation": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "floor 0.1": {"floor": 0.1},
@@ -44,7 +43,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups of 2 layers": {"group_layers": 2},
     "groups of 4 layers": {"group_layers": 4},
     "keys as cached": {"undo_rotation": False},
-    "PCA per layer": PCA,
 }
 ENCODER: dict[str, dict[str, Any]] = {
     "no protected tokens": {"protect_first": 0, "protect_last": 0},
@@ -240,6 +238,7 @@ def main(
         return within(partial(fewer_tables, count), with_config(profiles))
 
     learners["a basis for each head"] = apart
+    learners["PCA per layer"] = lambda: with_config(learnt_pca(model, mixed))
     for count in TABLES:
         learners[f"{count} tables"] = partial(few, count)
     if text is None:
@@ -247,7 +246,7 @@ def main(
             rest = mix(tuple(other for other in TASKS if other != task))
             learners[f"{task} left out"] = lambda rest=rest: with_config(learnt(model, rest))  # type: ignore[misc]
             learners[f"{task} left out, PCA per layer"] = lambda rest=rest: with_config(  # type: ignore[misc]
-                learnt(model, rest, **PCA)
+                learnt_pca(model, rest)
             )
     wanted = [name for name in learners if not only or name == "default" or name in only]
     rows: dict[str, dict[str, float]] = {}

@@ -20,6 +20,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import click
 import matplotlib
@@ -32,7 +33,7 @@ from eval import uniform
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, document, sample
 from eval.released import released
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
-from hf_cachegen.calibration import Sample, continuation_logits, prefill
+from hf_cachegen.calibration import Sample, continuation_logits, moments, prefill
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -53,7 +54,7 @@ SHOWN = {
 }
 """Points by codec: those of the defaults are the third of SCALES, and a profile's own step, the first."""
 PCA_FLOOR = 99.0
-"""With this floor all sensitivities are alike, and klt is plain PCA."""
+"""With this under all sensitivities, in units of their mean, they are alike, and klt is plain PCA."""
 
 
 STEP_CODES = (8, 3, -2, -8)
@@ -88,6 +89,12 @@ def learnt(model: Any, samples: Sequence[Sample], **options: Any) -> list[Profil
     """A profile, and the same at other steps, for a longer curve."""
     profile = learn_profile(model, samples, **options)
     return [profile, *(replace(profile, step_code=profile.step_code + more) for more in STEP_CODES)]
+
+
+def learnt_pca(model: Any, samples: Sequence[Sample]) -> list[Profile]:
+    """Plain principal components of each layer's keys (as cached) and values."""
+    with mock.patch.object(moments, "LEAST_SENSITIVITY", PCA_FLOOR):
+        return learnt(model, samples, floor=1e-3, group_layers=1, undo_rotation=False)
 
 
 def by_steps(transform: str) -> Callable[[KV], list[Point]]:
@@ -249,7 +256,7 @@ def main(out: Path, contexts: int, tokens: int, samples: int, leave_out: str | N
         "CacheGen as released": as_released,
         "delta": by_steps("delta"),
         "identity": by_steps("identity"),
-        "PCA per layer": by_profiles(learnt(model, mix, floor=PCA_FLOOR, group_layers=1, undo_rotation=False)),
+        "PCA per layer": by_profiles(learnt_pca(model, mix)),
         "klt per layer, keys as cached": by_profiles(learnt(model, mix, group_layers=1, undo_rotation=False)),
         "klt per layer": by_profiles(learnt(model, mix, group_layers=1)),
         "klt": by_profiles(learnt(model, mix)),
