@@ -69,7 +69,8 @@ def run(options: Options, out: Path) -> dict[str, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     dataset = datasets.load(options.dataset, Request(tokenizer, options.limit, options.seed))
     if options.include_question:
-        dataset = replace(dataset, examples=tuple(with_question(dataset.examples)))
+        inside = tuple(with_question(dataset.examples))
+        dataset = replace(dataset, name=f"{dataset.name}, question cached", examples=inside)
     if options.chat_template:
         dataset = replace(dataset, examples=tuple(with_template(tokenizer, dataset.examples)))
     profile = find_profile(options.profile, options.model)

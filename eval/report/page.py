@@ -47,8 +47,6 @@ class Section:
             parts[1] = "the text that follows each"
         if left_out := len(asked["dataset"]["too_long"]):
             parts.append(f"{left_out} longer than the model's {asked['max_tokens']:,} tokens left out")
-        if asked["include_question"]:
-            parts.append("the question cached with the context")
         return ", ".join(parts)
 
     def warning(self) -> str | None:
