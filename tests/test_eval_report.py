@@ -28,7 +28,7 @@ QUIET = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 PHONE = 390
-FIGURES = 3 * 3 + 4
+FIGURES = 3 * 3 + 4 + 2
 """Pixels across."""
 WAIT = 120
 
@@ -87,7 +87,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [made_run(place / "a", "Record lines & more", 1.0), made_run(place / "b", "WikiText-2", None),
             made_run(place / "c", "Too hard", 0.05)]  # fmt: skip
     adaptation = place / "adaptation.json"
-    adaptation.write_text(json.dumps({"rows": [{"contestant": "adaptive", "slo": 1.0, "violations": 0.0123456}]}))
+    rows = [
+        {"contestant": name, "slo": slo, "violations": 0.12345, "kl": 0.01, "ttft_mean": 1.5, "ttft_p95": 2.5}
+        for name in ("adaptive", "paper", "level 1", "text", "uniform 8-bit", "a new one") for slo in (1.0, 2.0)
+    ]  # fmt: skip
+    steady = [{"contestant": "adaptive", "bits_per_second": rate, "ttft": 1.0} for rate in (1e8, 1e9)]
+    adaptation.write_text(json.dumps({"rows": rows, "steady": steady}))
     write(runs, place / "out", "A title <here>", adaptation)
     return place / "out"
 
@@ -114,7 +119,8 @@ def test_the_page_says_what_was_found(report: Path) -> None:
     assert "optimum is not installed" in page
     assert '"x:path=$D/y.jsonl"' in html.unescape(page)
     assert "1 longer than the model’s 4,096 tokens left out" in page.replace("model's", "model’s")
-    assert "0.01235" in page
+    assert "12% / 0.0100" in page
+    assert "SLO 2 s" in page
 
 
 def test_markdown_has_the_tables_and_finds_its_plots(report: Path) -> None:
@@ -125,7 +131,7 @@ def test_markdown_has_the_tables_and_finds_its_plots(report: Path) -> None:
         root = ElementTree.parse(report / name).getroot()
         assert root.tag.endswith("svg")
         assert "var(--" not in (report / name).read_text()
-    assert "adaptive" in text
+    assert "| adaptive | 1.50 / 2.50 | 1.50 / 2.50 |" in text
 
 
 def test_every_line_of_a_plot_has_a_colour_and_the_page_knows_it() -> None:

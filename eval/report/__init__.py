@@ -25,6 +25,7 @@ def write(runs: Sequence[Path], out: Path, title: str, adaptation: Path | None) 
     extra = adaptation_part.load(adaptation) if adaptation else None
     out.mkdir(parents=True, exist_ok=True)
     drawn = [plot for section in sections for plot in section.plots] + list(shared)
+    drawn += extra.plots if extra else ()
     written = []
     for plot in drawn:
         written.append(out / f"{plot.name}.svg")
@@ -32,7 +33,7 @@ def write(runs: Sequence[Path], out: Path, title: str, adaptation: Path | None) 
     written.append(out / "report.md")
     written[-1].write_text(markdown(title, sections, shared, extra), encoding="utf-8")
     written.append(out / "index.html")
-    written[-1].write_text(page(title, sections, shared, extra.html() if extra else ""), encoding="utf-8")
+    written[-1].write_text(page(title, sections, shared, extra), encoding="utf-8")
     return written
 
 

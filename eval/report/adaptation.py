@@ -1,39 +1,71 @@
-"""The adaptation experiment (`python -m eval.adaptation`) as a part of the report: its results file, made a table."""
+"""The adaptation experiment (`python -m eval.adaptation`) as a part of the report: its results file, shown."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.report import plots
+from eval.report.plots import Plot
 from eval.report.tables import Table
 from hf_cachegen.errors import ConfigError
+
+ABOUT = (
+    "Traces of bandwidth replayed against an artifact’s real sizes with the product’s own policies, in simulated time: "
+    "the share of the traces in which the first token came too late, and what the mixture of levels cost in divergence."
+)
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Rows of {"policy", ...numbers} as one table."""
+    """What the experiment found. tables: one row a contestant, one column an SLO."""
 
-    table: Table
-
-    def html(self) -> str:
-        return (
-            "<section><h2 id=adaptation>Adaptation</h2><p class=muted>Traces of bandwidth replayed against an "
-            f"artifact’s real sizes with the product’s own policy (virtual clock).</p>{self.table.html()}</section>"
-        )
+    plots: tuple[Plot, ...]
+    tables: tuple[Table, ...]
 
 
 def load(path: Path) -> Adaptation:
-    """Raises ConfigError for a file of another form: {"rows": [{name: text or number}]}."""
+    """Raises ConfigError for a file of another form than `eval.adaptation` writes: "rows" of {"contestant", "slo",
+    "violations", "kl", "ttft_mean", "ttft_p95"}, "steady" of {"contestant", "bits_per_second", "ttft"}.
+    """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        heads = tuple(rows[0])
-        cells = tuple(tuple(_cell(row[head]) for head in heads) for row in rows)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return _adaptation(found["rows"], found["steady"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} holds no results of eval.adaptation: {error!r}") from error
-    return Adaptation(Table("Adaptation: time to the first token, violations of the SLO, quality", heads, cells))
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _adaptation(rows: list[dict[str, Any]], steady: list[dict[str, Any]]) -> Adaptation:
+    late = _curves(rows, lambda row: (float(row["slo"]), 100 * row["violations"]))
+    times = _curves(steady, lambda row: (row["bits_per_second"] / 1e9, float(row["ttft"])))
+    drawn = (
+        plots.contest("adaptation-slo", "Late first tokens against the SLO", "Share of the traces that missed the SLO.",
+                      late, ("SLO, seconds", "late, %"), "linear"),
+        plots.contest("adaptation-steady", "Time to the first token on steady links", "Simulated.", times,
+                      ("bandwidth, Gbit/s", "seconds to the first token"), "log"),
+    )  # fmt: skip
+    tables = (
+        _pivot(rows, "Late first tokens / KL, nats per token", lambda r: f"{r['violations']:.0%} / {r['kl']:.4f}"),
+        _pivot(
+            rows, "TTFT in seconds: mean / 95th percentile", lambda r: f"{r['ttft_mean']:.2f} / {r['ttft_p95']:.2f}"
+        ),
+    )
+    return Adaptation(drawn, tables)
+
+
+def _curves(rows: list[dict[str, Any]], point: Callable[[dict[str, Any]], tuple[float, float]]) -> plots.Curves:
+    curves: plots.Curves = {}
+    for row in rows:
+        curves.setdefault(str(row["contestant"]), []).append(point(row))
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def _pivot(rows: list[dict[str, Any]], title: str, cell: Callable[[dict[str, Any]], str]) -> Table:
+    slos = sorted({row["slo"] for row in rows})
+    cells = {(row["contestant"], row["slo"]): cell(row) for row in rows}
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    heads = ("contestant", *(f"SLO {slo:g} s" for slo in slos))
+    return Table(f"Adaptation: {title}", heads, tuple((name, *(cells[name, slo] for slo in slos)) for name in names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.report.adaptation import Adaptation
+from eval.report.adaptation import ABOUT, Adaptation
 from eval.report.page import Section, command
 from eval.report.plots import Plot
 from eval.run_folder import ASKED, SESSIONS
@@ -34,5 +34,8 @@ def markdown(title: str, sections: Sequence[Section], shared: Sequence[Plot], ex
     if shared:
         lines += ["## Levels by layer", "", *(f"![{plot.label}]({plot.name}.svg)" for plot in shared), ""]
     if extra:
-        lines += ["## Adaptation", "", extra.table.markdown()]
+        lines += ["## Adaptation", "", f"{ABOUT}", ""]
+        for table in extra.tables:
+            lines += [f"{table.title}:", "", table.markdown()]
+        lines += [*(f"![{plot.label}]({plot.name}.svg)" for plot in extra.plots), ""]
     return "\n".join(lines).rstrip() + "\n"

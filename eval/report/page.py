@@ -11,6 +11,7 @@ from typing import Any
 
 from eval import codecs
 from eval.report import findings
+from eval.report.adaptation import ABOUT, Adaptation
 from eval.report.plots import SERIES, Plot, series, series_of
 from eval.report.tables import Table, percent, ratio, size
 from eval.run_folder import ASKED, SESSIONS
@@ -59,8 +60,8 @@ class Section:
         )
 
 
-def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra: str) -> str:
-    """The whole document. shared: plots that belong to no data set; extra: HTML of another experiment, or ""."""
+def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra: Adaptation | None) -> str:
+    """The whole document. shared: plots that belong to no data set."""
     links = "".join(f'<a href="#{s.key}">{_text(s.name)}</a>' for s in sections)
     links += '<a href="#layers">Levels by layer</a>' if shared else ""
     links += '<a href="#adaptation">Adaptation</a>' if extra else ""
@@ -73,6 +74,12 @@ def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra:
             "<section><h2 id=layers>Levels by layer</h2><p class=muted>From the artifacts’ own reports: bits where a "
             "codec spends them layer by layer, and the relative error that is left. A joint basis (klt over several "
             f"layers) has no bits of a single layer.</p>{_plots(shared)}</section>"
+        )
+    if extra:
+        tables = "".join(table.html() for table in extra.tables)
+        body += (
+            f"<section><h2 id=adaptation>Adaptation</h2><p class=muted>{_text(ABOUT)}</p>{_plots(extra.plots)}{tables}"
+            "</section>"
         )
     return f"""<!doctype html>
 <html lang=en>
@@ -95,7 +102,7 @@ that is fetched{_profile(sections)}.</p>
 <nav aria-label=Contents>{links}<a href="#method">Method</a></nav>
 </header>
 <main>
-{body}{extra}
+{body}
 {_method(sections)}
 <footer>Written by <code>python -m eval report</code>; intervals are 95 %, bootstrapped over contexts.</footer>
 </main>

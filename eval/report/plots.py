@@ -46,6 +46,8 @@ SERIES = {
     "hqq": "QuantizedCache hqq",
 }  # fmt: skip
 """How a line of several codecs is called."""
+Curves = dict[str, list[tuple[float, float]]]
+"""Name to its points."""
 _MARK = {name: f"#0{index:02x}0e5" for index, name in enumerate(PLAIN)}
 
 
@@ -186,6 +188,32 @@ def layers(key: str, codec: str, variants: Sequence[dict[str, Any]], what: str) 
     title = f"{codecs.TITLES[codec]}: {'bits' if what == 'bits' else 'relative error'} by layer"
     text = "Solid: K, dotted: V; the figure behind each line is its level."
     return _finish(figure, f"{key}-{codec}-{what}", "", title, text)
+
+
+def contest(name: str, title: str, text: str, curves: Curves, labels: tuple[str, str], scale: str) -> Plot:
+    """Contestants of the adaptation experiment; labels: of x and y; scale: of both axes."""
+    figure, axis = _axes()
+    for contestant, points in curves.items():
+        line, dash = _contestant(contestant)
+        axis.plot(
+            [x for x, _ in points], [y for _, y in points], dash, color=_MARK[line], label=contestant,
+            linewidth=2.4 if contestant == "adaptive" else 1.4, zorder=4 if contestant == "adaptive" else 3,
+        )  # fmt: skip
+    axis.set(xscale=scale, yscale=scale, xlabel=labels[0], ylabel=labels[1])
+    if scale == "log":
+        for part in (axis.xaxis, axis.yaxis):
+            part.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            part.set_minor_locator(NullLocator())
+    axis.legend(fontsize=8, frameon=False, labelcolor=_MARK["text"])
+    return _finish(figure, name, "", title, text)
+
+
+def _contestant(name: str) -> tuple[str, str]:
+    """(colour, dash); levels share a colour."""
+    if name.startswith("level "):
+        return "delta", ("-", "--", ":")[int(name.removeprefix("level ")) % 3]
+    known = {"adaptive": "klt", "paper": "identity", "text": "prefill", "uniform 8-bit": "uniform"}
+    return known.get(name, "exact"), "-"
 
 
 def _axes() -> tuple[Any, Any]:
