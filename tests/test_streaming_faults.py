@@ -168,14 +168,14 @@ def test_a_refinement_that_is_damaged_everywhere_leaves_its_chunk_coarse(server:
 def test_a_segment_that_is_sound_and_cannot_be_decoded_is_recomputed(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = LossyCodec.decode
+    decode = LossyCodec.decode_into
 
-    def failing(self: Any, parts: Any, span: Any, dtype: Any) -> Any:
+    def failing(self: Any, parts: Any, span: Any, *target: Any) -> None:
         if span.first == 16:
             raise CorruptError("the coder's own check failed")
-        return decode(self, parts, span, dtype)
+        decode(self, parts, span, *target)
 
-    monkeypatch.setattr(LossyCodec, "decode", failing)
+    monkeypatch.setattr(LossyCodec, "decode_into", failing)
     cache = stream(serve(server, folder))
     assert [chunk.level for chunk in report(cache).chunks][:3] == [3, None, 3]
     assert "cannot be decoded" in report(cache).chunks[1].faults[0]
@@ -257,3 +257,23 @@ def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Pat
     monkeypatch.setattr("hf_cachegen.streaming.sources.Source.fetch", bug)
     with pytest.raises(ZeroDivisionError):
         stream(serve(server, folder))
+
+
+def test_a_refinement_that_cannot_be_decoded_leaves_what_is_there(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = LossyCodec.decode_into
+
+    def failing(self: Any, parts: Any, span: Any, *target: Any) -> None:
+        decode(self, parts, span, *target)
+        if span.first == 16 and len(parts) > 1:
+            raise CorruptError("the coder's own check failed")
+
+    monkeypatch.setattr(LossyCodec, "decode_into", failing)
+    url = serve(server, folder)
+    cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
+    assert cache.refinement is not None
+    assert cache.refinement.wait(30)
+    assert [chunk.level for chunk in report(cache).chunks] == [3, 1] + [3] * (CHUNKS - 2)
+    monkeypatch.undo()
+    assert same_kv(cache, at_level(folder, 1), slice(16, 32))

@@ -54,10 +54,10 @@ class Bandwidth:
                 self._close()
 
     def forget(self) -> None:
-        """Begins a sample anew: what arrived so far was too small to tell anything."""
+        """Nothing is known any more: what arrived so far was too small to tell anything, or came from elsewhere."""
         with self._lock:
             self._tick()
-            self._bytes, self._busy = 0, 0.0
+            self._bytes, self._busy, self._rate = 0, 0.0, None
 
     def expect(self, rate: float | None) -> None:
         """What was known before the first sample."""

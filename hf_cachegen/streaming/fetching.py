@@ -196,5 +196,6 @@ class Fetcher:
                 self.schedule.cut_off()
             else:
                 self._current = (self._current + 1) % len(self.sources)
+                self.bandwidth.forget()
                 self._start()
             self.changed.notify_all()

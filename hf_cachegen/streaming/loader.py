@@ -96,8 +96,8 @@ class Loader:
         self.schedule = Schedule(
             chunks, policy, self._deadline(), self.options.refine, self._recompute_seconds, can_recompute=not changes
         )
-        self.bandwidth.expect(share.expected)
         self.bandwidth.forget()
+        self.bandwidth.expect(share.expected)
         self.fetcher = Fetcher(
             self.schedule, sources, lambda part: artifact.segments(part[0], part[1] + 1)[-1], self.bandwidth, share,
             self.options.connections, self.options.stall, self._arrived, self._failed,
@@ -194,7 +194,11 @@ class Loader:
         span, start = self.spans[work.chunk], time.perf_counter()
         parts = [self._parts[work.chunk, part] for part in range(work.level)]
         try:
-            rows = codec.decode(parts, span, getattr(torch, self.artifact.geometry.dtype))
+            if self.schedule.chunks[work.chunk].level == 0:
+                self.placer.decode(codec, parts, span)
+                rows = None
+            else:
+                rows = self.placer.rows(codec, parts, span)
         except (ArtifactError, NativeError) as error:
             with self.fetcher.changed:
                 self.fetcher.error = error
@@ -202,7 +206,8 @@ class Loader:
                 self.schedule.unobtainable(work.chunk, work.level - 1)
             return
         with self.lock:
-            self.placer.put(rows, span)
+            if rows is not None:
+                self.placer.put(rows, span)
             self.changes.append(work.chunk)
         seconds = time.perf_counter() - start
         with self.fetcher.changed:

@@ -1,17 +1,23 @@
 """Decoded chunks into the context's final tensors, layer by layer on the devices where they will be used.
 
-On one CUDA device rows go over in one piece from pinned memory, on a stream of their own, and are spread out there, so
-that neither the decoder nor the model waits for a copy.
+A chunk that is not there yet is decoded straight into place. A refinement is decoded beside it and copied over it when
+it is whole: decoding that fails must not harm what is there, and who reads shall not wait for a decoder.
+
+On one CUDA device all that happens on a stream of its own, and rows go over from pinned memory, so that neither the
+decoder nor the model waits for a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.chunk import Codec, Span
+from hf_cachegen.codec.into import Target
 from hf_cachegen.encoding import empty_kv, scatter
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.layout import KVTensors
@@ -26,22 +32,34 @@ class Placer:
         places = [device for device in devices for _ in "kv"]
         self._tensors = [torch.empty_like(x, device=place) for x, place in zip(shapes, places, strict=True)]
         self.keys, self.values = self._tensors[::2], self._tensors[1::2]
+        self._target = Target.layers(self._tensors) if len(set(devices)) == 1 else None
         self._stream = None
-        if len(set(devices)) == 1 and devices[0].type == "cuda":
+        if self._target is not None and devices[0].type == "cuda":
             self._stream = torch.cuda.Stream(devices[0])
             self._stream.wait_stream(torch.cuda.current_stream(devices[0]))
 
+    def decode(self, codec: Codec, parts: Sequence[bytes], span: Span) -> None:
+        """Into place. Raises what the codec does, and then the chunk's tokens mean nothing."""
+        if self._target is None:
+            self.put(self.rows(codec, parts, span), span)
+            return
+        with self._aside():
+            codec.decode_into(parts, span, self._target, span.first)
+
+    def rows(self, codec: Codec, parts: Sequence[bytes], span: Span) -> Tensor:
+        """[tokens, columns], on the CPU, for `put`. Raises what the codec does."""
+        return codec.decode(parts, span, self._tensors[0].dtype)
+
     def put(self, rows: Tensor, span: Span) -> None:
-        """rows [tokens, columns], on the CPU."""
+        """Into place."""
         if self._stream is None:
             scatter(rows, self._tensors, span)
             return
-        with torch.cuda.stream(self._stream):
-            there = rows.pin_memory().to(self._tensors[0].device, non_blocking=True)
-            scatter(there, self._tensors, span)
+        with self._aside():
+            scatter(rows.pin_memory().to(self._tensors[0].device, non_blocking=True), self._tensors, span)
 
     def settle(self) -> None:
-        """What was put is there for whatever the calling thread does next."""
+        """What was decoded and put is there for whatever the calling thread does next."""
         if self._stream is not None:
             torch.cuda.current_stream(self._tensors[0].device).wait_stream(self._stream)
 
@@ -49,3 +67,6 @@ class Placer:
         """All of it."""
         self.settle()
         return KVTensors(tuple(self.keys), tuple(self.values), self.geometry)
+
+    def _aside(self) -> Any:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -269,7 +269,8 @@ class Schedule:
             chunk = self.chunks[index]
             if not chunk.text and chunk.lacks(part):
                 room = self._room(now, rate) - self.decode_seconds(chunk)
-                nbytes = room * (rate or 0.0) if room < math.inf else math.inf
+                # Before anything is measured it is tried: a refinement that comes too late delays nothing.
+                nbytes = math.inf if rate is None or room == math.inf else room * rate
                 if room < 0 or chunk.wire[part] > nbytes:
                     return []
                 return self._run(index, part, min(run_bytes, nbytes), lambda other: not other.text)
@@ -280,7 +281,9 @@ class Schedule:
         nbytes = sum(chunk.wire[part] for chunk in self.chunks for part in chunk.asked)
         decode = sum(self.decode_seconds(chunk) for chunk in self.chunks if chunk.asked or chunk.have > chunk.level)
         left = self._more(now)
-        return left if left == math.inf else left - decode - (nbytes / rate if rate else math.inf if nbytes else 0.0)
+        if left == math.inf or rate is None or not nbytes:
+            return left - decode
+        return left - decode - (nbytes / rate if rate else math.inf)
 
     def _more(self, now: float) -> float:
         """Seconds left for refinements; no deadline holds once the model generates."""
