@@ -62,7 +62,7 @@ class Request(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
 
     def reset(self) -> None:
         """Ends the connection with a TCP reset."""

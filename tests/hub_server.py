@@ -251,7 +251,7 @@ def resolve(request: HubRequest, kind: str | None, repo: str, revision: str, pat
     headers = {"X-Repo-Commit": oid, "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
     status, body = request.ranged(data, headers)
     if fault is None:
-        request.answer(status, body if request.command == "GET" else b"", headers)
+        request.answer(status, body, headers)
     else:
         fault(request, body, headers)
 

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from hf_cachegen import finding
-from hf_cachegen.cli_errors import PROFILE, USAGE
+from hf_cachegen.cli_errors import MISMATCH, PROFILE, USAGE
 from hf_cachegen.profile import PROFILE_FILE
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.cli_support import run, run_json, save_model, text
 from tests.http_server import running
-from tests.hub_server import HubServer, point_client_at
+from tests.hub_server import HubServer, Repo, point_client_at
 from tests.test_cli_docs import DOCUMENT
-from tests.test_cli_profile import LEARN, ask, encode
+from tests.test_cli_profile import ENCODE, LEARN, ask, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -129,3 +130,29 @@ def test_what_needs_no_profile_takes_none(server: HubServer, model: Path, profil
     assert encode(model, tmp_path / "plain", "--profile", "none").exit_code == 0
     for options, code in (((), 0), (("--profile", "none"), 0), (("--profile", profile), USAGE)):
         assert run("push", tmp_path / "plain", "user/plain", *options).exit_code == code
+
+
+def test_a_model_its_profile_and_its_caches_all_on_the_hub(
+    server: HubServer, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No path is named: the model's id is enough to encode with its profile, and on another machine to answer."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = server.repos["models/org/model"] = Repo(private=False)
+    repo.commit({path.name: path.read_bytes() for path in model.iterdir()}, "a model")
+    assert run("push-profile", profile, "org/model-cachegen-profile").exit_code == 0
+    done = run("encode", "-", "--model", "org/model", "--out", tmp_path / "klt", *ENCODE, stdin=text(120))
+    assert done.exit_code == 0, done.output
+    found = run_json("inspect", tmp_path / "klt")
+    assert (found["codec"]["config"]["transform"], found["fingerprint"]["model_id"]) == ("klt", "org/model")
+    assert found["profile"]["place"].startswith("hf://models/org/model-cachegen-profile@")
+    assert run("push", tmp_path / "klt", "user/context").exit_code == 0
+    elsewhere(monkeypatch, tmp_path / "elsewhere")
+    finding._on_hub.cache_clear()
+    asked = ("--model", "org/model", "--prompt", text(5, 3), "--max-new-tokens", 4)
+    assert run_json("generate", "user/context", *asked)["new_tokens"] > 0
+    other = save_model(tmp_path / "finetuned", seed=1)
+    repo.commit({path.name: path.read_bytes() for path in other.iterdir()}, "other weights")
+    again = ("encode", "-", "--model", "org/model", "--out", tmp_path / "no", *ENCODE)
+    refused = run_json(*again, code=MISMATCH, stdin=text(120))
+    assert (refused["error"]["type"], "profile" in refused["error"]["message"]) == ("WrongWeightsError", True)
+    assert run(*again, "--profile", "none", stdin=text(120)).exit_code == 0
