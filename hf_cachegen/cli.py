@@ -20,7 +20,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 import hf_cachegen
 from hf_cachegen.cli_convert import convert
 from hf_cachegen.cli_errors import EXIT_CODES, PROGRAM, ErrorGroup
-from hf_cachegen.cli_models import load_model, required_profile, token_ids
+from hf_cachegen.cli_models import (
+    load_model,
+    no_padding,
+    required_profile,
+    token_counts,
+    token_ids,
+    with_question,
+)
 from hf_cachegen.cli_options import (
     artifact_argument,
     decoding_profile_option,
@@ -38,6 +45,7 @@ from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_profile import learn
 from hf_cachegen.cli_profile_places import pull_profile, push_profile
 from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, seal, sign
+from hf_cachegen.cli_stream import stream
 from hf_cachegen.cli_views import describe, plot, size_text, tables
 from hf_cachegen.container import MANIFEST_FILE, Reader
 from hf_cachegen.errors import ArtifactExistsError, MissingExtraError, WrongModelError
@@ -146,24 +154,18 @@ def generate(
         artifact, loaded, level, profile=required, tokenizer=tokenizer, progress=bars(as_json)
     )
     ready = time.perf_counter()
-    context_ids = cache.input_ids.to(loaded.device)
-    asked = torch.tensor([token_ids(tokenizer, question, start=False)], dtype=torch.long, device=loaded.device)
-    prompt_ids = torch.cat([context_ids, asked], dim=1)
+    prompt_ids = with_question(cache.input_ids, token_ids(tokenizer, question, start=False), loaded.device)
     if options["seed"] is not None:
         torch.manual_seed(options["seed"])
     if not as_json and options["num_beams"] == 1:
         arguments["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    # Without it the stock generate would take a pad token within the text for padding.
-    arguments["attention_mask"] = torch.ones_like(prompt_ids)
-    if tokenizer.pad_token_id is None:
-        arguments["pad_token_id"] = tokenizer.eos_token_id
+    arguments |= no_padding(tokenizer, prompt_ids)
     output = generate_from_cache(loaded, prompt_ids, cache=cache, max_new_tokens=max_new_tokens, **arguments)
     answer = output[0, prompt_ids.shape[1] :]
     answer_text = tokenizer.decode(answer, skip_special_tokens=True)
     if as_json:
         seconds = {"load": ready - start, "generate": time.perf_counter() - ready}
-        counts = {"context_tokens": context_ids.shape[1], "question_tokens": asked.shape[1], "new_tokens": len(answer)}
-        print_json({"text": answer_text, **counts, "seconds": seconds})
+        print_json({"text": answer_text, **token_counts(cache, prompt_ids, answer), "seconds": seconds})
     elif "streamer" not in arguments:
         click.echo(answer_text)
 
@@ -246,7 +248,7 @@ def demo(as_json: bool, debug: bool) -> None:
     click.get_current_context().exit(run_demo(Console(), as_json))
 
 
-for command in (learn, push_profile, pull_profile, convert, push, pull, ls, sign, seal, check, cache_commands):
+for command in (stream, learn, push_profile, pull_profile, convert, push, pull, ls, sign, seal, check, cache_commands):
     main.add_command(command)
 
 

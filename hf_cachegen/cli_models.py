@@ -51,6 +51,28 @@ def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:
     return ids
 
 
+def with_question(context_ids: Any, question: list[int], device: Any) -> Any:
+    """The prompt [1, tokens] that asks a question about a context [1, tokens]."""
+    import torch
+
+    return torch.cat([context_ids, torch.tensor([question], dtype=torch.long)], dim=1).to(device)
+
+
+def no_padding(tokenizer: Any, prompt_ids: Any) -> dict[str, Any]:
+    """Arguments of generate for one prompt without pads."""
+    import torch
+
+    # Without a mask the stock generate would take a pad token within the text for padding.
+    arguments = {"attention_mask": torch.ones_like(prompt_ids)}
+    return arguments if tokenizer.pad_token_id is not None else {**arguments, "pad_token_id": tokenizer.eos_token_id}
+
+
+def token_counts(cache: Any, prompt_ids: Any, answer: Any) -> dict[str, int]:
+    """What `--json` says of the lengths of a context, a question and an answer."""
+    context = cache.input_ids.shape[1]
+    return {"context_tokens": context, "question_tokens": prompt_ids.shape[1] - context, "new_tokens": len(answer)}
+
+
 def find_profile(choice: str, model: str) -> Profile | None:
     """The profile that --profile means for `model`: "auto", "none" or a path. Raises ProfileError."""
     from hf_cachegen.finding import find

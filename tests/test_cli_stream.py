@@ -1,0 +1,113 @@
+"""hf-cachegen stream: the answer, the report, and the view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hf_cachegen import cli_errors
+from hf_cachegen.cli_stream import StreamView
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen.streaming import ChunkFetched, ChunkReady, FirstToken, SourceFailed, StreamStarted
+from tests.cli_support import run, run_json, save_model, text
+from tests.http_server import Server, running
+from tests.streaming_support import serve, threads_end
+
+QUESTION = text(5, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts")
+    (folder / "context.txt").write_text(text(120), encoding="utf-8")
+    run_json("encode", folder / "context.txt", "--model", model, "--out", folder / "artifact", "--chunk-tokens", 32)
+    return folder / "artifact"
+
+
+@pytest.fixture
+def url(artifact: Path) -> Iterator[str]:
+    with running(Server()) as server:
+        yield serve(server, artifact)
+
+
+def test_the_answer_is_that_of_generate(url: str, artifact: Path, model: Path) -> None:
+    asked = ("--model", model, "--prompt", QUESTION, "--max-new-tokens", 8)
+    expected = run_json("generate", artifact, *asked)
+    found = run_json("stream", url, *asked, "--slo", 60, "--refine", "before")
+    assert {name: found[name] for name in ("text", "context_tokens", "question_tokens", "new_tokens")} == {
+        name: expected[name] for name in ("text", "context_tokens", "question_tokens", "new_tokens")
+    }
+    report = found["report"]
+    assert report["met"] is True
+    assert 0 < report["load_seconds"] < report["ttft"] < 60
+    assert [chunk["choice"] for chunk in report["chunks"]] == ["level 3"] * 4
+    assert threads_end()
+
+
+def test_people_get_the_answer_and_a_table(url: str, model: Path) -> None:
+    done = run("stream", url, "--model", model, "--prompt", QUESTION, "--max-new-tokens", 4, "--slo", 60)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.strip()
+    assert "the SLO of 60 s was met" in done.stderr
+    assert "level" in done.stderr
+
+
+@pytest.mark.parametrize("level", ["1", "text"])
+def test_one_choice_for_all_chunks(url: str, model: Path, level: str) -> None:
+    found = run_json("stream", url, "--model", model, "--prompt", QUESTION, "--max-new-tokens", 2, "--level", level)
+    expected = "text" if level == "text" else "level 1"
+    assert {chunk["choice"] for chunk in found["report"]["chunks"]} == {expected}
+
+
+def test_another_place_takes_over(url: str, artifact: Path, model: Path) -> None:
+    with running(Server()) as broken:
+        half = serve(broken, artifact)
+        broken.files = {name: data for name, data in broken.files.items() if "refine" not in name}
+        options = ("--fallback", url, "--refine", "before", "--max-new-tokens", 2)
+        found = run_json("stream", half, "--model", model, "--prompt", QUESTION, *options)
+    assert found["report"]["level"] == 3
+    assert half in found["report"]["faults"][0]
+
+
+@pytest.mark.parametrize(
+    "options", [("--slo", 0), ("--level", "0"), ("--level", "fine"), ("--connections", 0)], ids=str
+)
+def test_options_out_of_range(url: str, model: Path, options: tuple[object, ...]) -> None:
+    done = run("stream", url, "--model", model, "--prompt", QUESTION, *options)
+    assert done.exit_code == cli_errors.USAGE
+
+
+def test_the_view_follows_the_stream() -> None:
+    view = StreamView(slo=2.0)
+    view.begin()
+    view.take(StreamStarted(0.0, "place", 2.0, 100, 4, (10, 20, 30)))
+    view.take(ChunkFetched(0.1, 3, 0, 1000, True, 1e6))
+    view.take(ChunkFetched(0.1, 2, 0, 1000, True, 1e6))
+    view.take(ChunkReady(0.2, 3, 2, 0.01))
+    view.take(ChunkReady(0.3, 0, None, 0.01))
+    view.take(SourceFailed(0.3, "place", "StoreError: gone"))
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(view)
+    shown = captured.get()
+    assert "T.-2" in shown
+    assert "8.0 Mbit/s" in shown
+    assert "of 2 s" in shown
+    assert "StoreError: gone" in shown
+    view.take(FirstToken(1.5, True))
+    with console.capture() as captured:
+        console.print(view)
+    assert "first token after 1.500 s" in captured.get()
