@@ -41,8 +41,8 @@ CARD_MARK = "<!-- written by hf_cachegen; remove this line to keep your own text
 """Only a card with this line is ever replaced."""
 ATTEMPTS = 8
 BACKOFF_SECONDS = 0.25
-"""Wait after the first attempt that met another commit, at most; it doubles, and chance shortens it, since many who push
-to one repository would meet again.
+"""Wait after the first attempt that met another commit, at most; it doubles, and chance shortens it, since many who
+push to one repository would meet again.
 """
 
 

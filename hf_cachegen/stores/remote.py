@@ -20,7 +20,7 @@ THREADS = 8
 """Connections at a time; one seldom fills a link."""
 AHEAD_BYTES = 256 << 20
 """Most bytes that wait for their reader."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)")
 
 
