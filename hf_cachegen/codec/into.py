@@ -140,19 +140,16 @@ class Sections:
         streams = section.streams.to(self.device, non_blocking=True)
         offsets = ops.offsets_of(section.tile_bytes, view.tiles, streams)
         statuses = torch.empty(view.tiles, dtype=torch.int32, device=self.device)
-        output.columns = live.data_ptr() if len(dead) else None
-        buffers = (streams, streams.numel(), offsets, output, statuses)
+        buffers = (streams, streams.numel(), offsets, _of(output, live) if len(dead) else output, statuses)
         native.call("cg_decode_into", view.view, *buffers, device=self.device)
         if len(dead):
-            output.columns = dead.data_ptr()
-            native.call("cg_fill_into", section.tokens, len(dead), output, device=self.device)
+            native.call("cg_fill_into", section.tokens, len(dead), _of(output, dead), device=self.device)
         if len(section.positions):
             positions, indices = section.positions.to(self.device), section.indices.to(self.device)
-            output.columns = None
             native.call("cg_patch_into", section.tokens, positions, indices, len(indices), output, device=self.device)
             self._kept.append((positions, indices))
         self._statuses.append(statuses)
-        self._kept.append((view, streams, offsets))
+        self._kept.append((view, streams, offsets, output))
 
     def _output(
         self, target: Target, grid: Grid, row: int, tokens: int, rows: Rows, coarser: Sequence[Tensor]
@@ -169,6 +166,13 @@ class Sections:
         """Waits for all of it. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
         native.check_decoded(torch.cat(self._statuses).tolist() if self._statuses else [])
         self._kept.clear()
+
+
+def _of(output: native.Output, columns: Tensor) -> native.Output:
+    """The same for some columns."""
+    found = native.Output.from_buffer_copy(output)
+    found.columns = columns.data_ptr()
+    return found
 
 
 def matrix(section: Coded, device: torch.device) -> Tensor:
