@@ -55,6 +55,7 @@ ONLY_IN = {
     "accelerate": {"encode_dataset"},
     "datasets": {"encode_dataset"},
     "rich": {"cli"},
+    "prometheus_client": {"streaming"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
@@ -182,5 +183,5 @@ def test_versions_and_dependencies_agree() -> None:
     used = {name.split(".")[0] for path in SOURCES for name in imports(parse(path))}
     declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
     checkout = {"hf_cachegen", "eval"}
-    optional = {"cryptography", "torchac", "accelerate", "datasets"}
+    optional = {"cryptography", "torchac", "accelerate", "datasets", "prometheus_client"}
     assert used - set(sys.stdlib_module_names) - checkout <= declared | optional

@@ -66,13 +66,14 @@ class ChunkFetched(Event):
 class ChunkReady(Event):
     """A chunk's keys and values are in place; level None: recomputed from its tokens. Told again for each refinement.
 
-    work_seconds: what decoding or recomputing took.
+    work_seconds: what decoding or recomputing took. refined: whether it was there before, coarser.
     """
 
     name: ClassVar[str] = "hf_cachegen.stream.chunk.ready"
     chunk_index: int
     level: int | None
     work_seconds: float
+    refined: bool = False
 
 
 @dataclass(frozen=True)

@@ -194,11 +194,11 @@ class Loader:
         span, start = self.spans[work.chunk], time.perf_counter()
         parts = [self._parts[work.chunk, part] for part in range(work.level)]
         try:
-            if self.schedule.chunks[work.chunk].level == 0:
-                self.placer.decode(codec, parts, span)
-                rows = None
-            else:
+            refined = self.schedule.chunks[work.chunk].level > 0
+            if refined:
                 rows = self.placer.rows(codec, parts, span)
+            else:
+                self.placer.decode(codec, parts, span)
         except (ArtifactError, NativeError) as error:
             with self.fetcher.changed:
                 self.fetcher.error = error
@@ -206,7 +206,7 @@ class Loader:
                 self.schedule.unobtainable(work.chunk, work.level - 1)
             return
         with self.lock:
-            if rows is not None:
+            if refined:
                 self.placer.put(rows, span)
             self.changes.append(work.chunk)
         seconds = time.perf_counter() - start
@@ -216,7 +216,7 @@ class Loader:
             chunk = self.schedule.chunks[work.chunk]
             if not self.schedule.refines or chunk.level >= chunk.best:
                 self._drop(work.chunk)
-        self.tell(ChunkReady, work.chunk, work.level, seconds)
+        self.tell(ChunkReady, work.chunk, work.level, seconds, refined)
 
     def _recompute_chunk(self, index: int) -> None:
         span = self.spans[index]

@@ -1,0 +1,257 @@
+"""Throughput, sharing a link, what is measured of a model, and the metrics."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.errors import ConfigError, MissingExtraError
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen.streaming import Link
+from hf_cachegen.streaming.bandwidth import SAMPLE_BYTES, Bandwidth
+from hf_cachegen.streaming.metrics import PrometheusExporter
+from hf_cachegen.streaming.prefill_speed import PrefillSpeed
+from tests import http_server as faults
+from tests.http_server import Server, running
+from tests.streaming_support import CHUNKS, at_level, same_kv, serve, write
+from tests.tiny_models import shared
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_nothing_is_known_before_anything_arrived(clock: Clock) -> None:
+    bandwidth = Bandwidth(clock=clock)
+    assert bandwidth.rate() is None
+    bandwidth.began()
+    clock.now += 0.05
+    assert bandwidth.rate() is None
+    clock.now += 0.1
+    assert bandwidth.rate() == 0.0
+
+
+def test_the_rate_is_that_of_the_last_sample(clock: Clock) -> None:
+    bandwidth = Bandwidth(clock=clock)
+    bandwidth.began()
+    for nbytes in (1000, 3000):
+        clock.now += 0.2
+        bandwidth.add(nbytes)
+    assert bandwidth.rate() == pytest.approx(15_000)
+
+
+def test_the_rate_smoothed(clock: Clock) -> None:
+    bandwidth = Bandwidth(smoothing=0.75, clock=clock)
+    bandwidth.began()
+    for nbytes in (1000, 3000):
+        clock.now += 0.2
+        bandwidth.add(nbytes)
+    assert bandwidth.rate() == pytest.approx(0.75 * 5_000 + 0.25 * 15_000)
+
+
+def test_pauses_between_requests_do_not_count(clock: Clock) -> None:
+    bandwidth = Bandwidth(clock=clock)
+    for _ in range(2):
+        bandwidth.began()
+        clock.now += 0.04
+        bandwidth.add(SAMPLE_BYTES)
+        bandwidth.ended()
+        clock.now += 1000
+    assert bandwidth.rate() == pytest.approx(SAMPLE_BYTES / 0.04)
+    assert bandwidth.silence() == 0
+
+
+def test_silence_brings_the_rate_down(clock: Clock) -> None:
+    bandwidth = Bandwidth(clock=clock)
+    bandwidth.began()
+    clock.now += 0.2
+    bandwidth.add(20_000)
+    rates = []
+    for _ in range(3):
+        clock.now += 1
+        rates.append(bandwidth.rate() or 0)
+    assert rates == [0, 0, 0]
+    assert bandwidth.silence() == pytest.approx(3)
+    bandwidth.add(30_000)
+    assert bandwidth.rate() == pytest.approx(10_000)
+
+
+def test_what_was_known_before_holds_until_the_first_sample(clock: Clock) -> None:
+    bandwidth = Bandwidth(clock=clock)
+    bandwidth.expect(5000.0)
+    assert bandwidth.rate() == 5000.0
+    bandwidth.forget()
+    assert bandwidth.rate() is None
+
+
+def take_turns(link: Link, streams: int, each: int) -> list[int]:
+    """Which stream had each turn, where all want them at once; the first is there long before the others."""
+    order: list[int] = []
+    begun = threading.Barrier(streams)
+
+    def run(number: int) -> None:
+        with link.stream() as share:
+            if number == 0:
+                for _ in range(5):
+                    with share.turn(lambda: False):
+                        pass
+            begun.wait()
+            threads = [threading.Thread(target=one, args=(share, number)) for _ in range(each)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def one(share: Any, number: int) -> None:
+        with share.turn(lambda: False) as granted:
+            assert granted
+            order.append(number)
+            time.sleep(0.02)
+
+    runners = [threading.Thread(target=run, args=(number,)) for number in range(streams)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    return order
+
+
+def test_streams_of_one_link_take_turns() -> None:
+    order = take_turns(Link(slots=1), 2, 8)
+    assert len(order) == 16
+    # The first thread to ask may get its turn before the other stream is there at all.
+    middle = order[3:13]
+    assert abs(middle.count(0) - middle.count(1)) <= 2
+
+
+def test_a_turn_that_nobody_waits_for_is_given_up() -> None:
+    link, gone = Link(slots=1), threading.Event()
+    with link.stream() as share, share.turn(lambda: False) as granted:
+        assert granted
+        threading.Timer(0.1, gone.set).start()
+        with share.turn(gone.is_set) as second:
+            assert not second
+    with link.stream() as share, share.turn(lambda: False) as granted:
+        assert granted
+
+
+def test_a_stream_expects_its_share_of_what_others_had() -> None:
+    link = Link()
+    link.bandwidth.expect(8000.0)
+    with link.stream() as first, link.stream() as second:
+        assert (first.expected, second.expected) == (8000.0, 4000.0)
+    with pytest.raises(ConfigError):
+        Link(slots=0)
+    assert Link.to("https://a") is Link.to("https://a")
+    assert Link.to("https://a") is not Link.to("https://b")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
+    with running(Server()) as server:
+        yield server
+
+
+def test_several_streams_at_once(server: Server, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "artifact")
+    urls = [serve(server, folder, f"copy-{number}") for number in range(4)]
+    found: list[CacheGenCache] = []
+    link = Link(slots=2)
+
+    def run(url: str) -> None:
+        found.append(CacheGenCache.stream(url, shared("llama"), slo=30.0, link=link))
+
+    threads = [threading.Thread(target=run, args=(url,)) for url in urls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 4
+    assert all(same_kv(cache, at_level(folder)) for cache in found)
+
+
+SPEED = [(0, 100, 1.1), (0, 200, 2.1), (1000, 100, 1.1 + 1.0 * 1000 / 10_000)]
+"""0.1 s for a pass, 0.01 s for a token; a ten-thousandth of that for each token that it looks at, nearly."""
+
+
+def test_a_models_speed_is_fitted() -> None:
+    speed = PrefillSpeed(1e-4, SPEED)
+    assert speed.seconds(0, 400) == pytest.approx(4.1, rel=0.05)
+    assert speed.seconds(10_000, 100) == pytest.approx(2.1, rel=0.05)
+
+
+def test_a_speed_without_measurements_is_not_known() -> None:
+    speed = PrefillSpeed(1e-4)
+    assert not speed.known
+    assert speed.seconds(0, 1) is None
+    speed.add(0, 100, 2.0)
+    assert speed.seconds(0, 100) == pytest.approx(2.0)
+    assert (speed.seconds(0, 200) or 0) == pytest.approx(4.0, rel=0.05)
+
+
+def test_measurements_that_contradict_each_other_give_no_negative_times() -> None:
+    speed = PrefillSpeed(0.0, [(0, 10, 5.0), (0, 1000, 1.0), (0, 100, 3.0)])
+    assert all((speed.seconds(0, tokens) or 0) > 0 for tokens in (1, 10, 10_000))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[[1]]", '[["a", 1, 1]]', "[[0, 0, 1], [0, 5, -1]]"])
+def test_a_file_of_measurements_that_is_none_is_not_believed(tmp_path: Path, content: str) -> None:
+    from hf_cachegen.streaming.prefill_speed import _read
+
+    path = tmp_path / "speed.json"
+    path.write_text(content, encoding="utf-8")
+    assert _read(path) == []
+
+
+def test_metrics(server: Server, tmp_path: Path) -> None:
+    prometheus_client = pytest.importorskip("prometheus_client")
+    registry = prometheus_client.CollectorRegistry()
+    exporter = PrometheusExporter(registry)
+    url = serve(server, write("llama", tmp_path / "artifact"))
+    refuse = [faults.status(403)]
+    server.always = lambda request, body, headers: (
+        refuse.pop()(request, body, headers)
+        if refuse and "refine" in request.path
+        else request.answer(206, body, headers)
+    )
+    cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating", on_event=exporter, fallback=[url])
+    assert cache.refinement is not None
+    assert cache.refinement.wait(30)
+    value = registry.get_sample_value
+    assert value("hf_cachegen_streams_total") == 1
+    assert value("hf_cachegen_chunks_total", {"choice": "level 1"}) == CHUNKS
+    assert value("hf_cachegen_chunks_refined_total", {"level": "3"}) == CHUNKS
+    assert value("hf_cachegen_ready_seconds_count") == 1
+    assert value("hf_cachegen_source_failures_total", {"error": "StoreAccessError"}) == 1
+    sizes = (value("hf_cachegen_fetched_bytes_total", {"origin": origin}) for origin in ("network", "disk"))
+    fetched = sum(size for size in sizes if size)
+    assert fetched == sum(chunk.nbytes for chunk in cache.report.chunks)  # type: ignore[attr-defined]
+
+
+def test_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **options: Any) -> Any:
+        if name == "prometheus_client":
+            raise ImportError(name)
+        return original(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match="prometheus"):
+        PrometheusExporter()
