@@ -20,6 +20,7 @@ from hf_cachegen.errors import (
     TruncatedError,
 )
 from hf_cachegen.stores import Access, LocalStore, Patience, open_store
+from hf_cachegen.stores.http import HEAD_BYTES
 from hf_cachegen.stores.sealed import BLOCK_BYTES, SealedStore, _cipher, _sealed, seal
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.stores.signed import sign
@@ -156,7 +157,7 @@ def test_from_a_server_and_from_the_cache(sealed: Path, tmp_path: Path, cache_fo
         assert not [data for data in kept for word in (b"side information", b"chunks", b"safetensors") if word in data]
         web.requests.clear()
         assert Reader(open_store(place, access)).verify() == verify(sealed)
-        assert {headers["Range"] for _, headers in web.requests} == {"bytes=0-65535"}  # headers, to see what changed
+        assert {headers["Range"] for _, headers in web.requests} == {f"bytes=0-{HEAD_BYTES - 1}"}  # to see what changed
         assert all(check.passed is not False for check in serve_check(place, access))
         assert not serve_check(place, Access(key=OTHER, patience=patience))[0].passed
         web.faults = [None, faults.flip]

@@ -11,6 +11,7 @@ import io
 import socket
 import time
 import urllib.request
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,22 +22,6 @@ class Request(urllib.request.Request):
     def __init__(self, url: str, deadline: float, **options: Any) -> None:
         super().__init__(url, **options)
         self.deadline = deadline
-
-
-class HTTPHandler(urllib.request.HTTPHandler):
-    """Opens http URLs of a `Request` with its deadline."""
-
-    def http_open(self, req: Any) -> Any:
-        """As the base class's."""
-        return self.do_open(partial(_Connection, deadline=req.deadline), req)
-
-
-class HTTPSHandler(urllib.request.HTTPSHandler):
-    """Opens https URLs of a `Request` with its deadline."""
-
-    def https_open(self, req: Any) -> Any:
-        """As the base class's, with the system's certificates."""
-        return self.do_open(partial(_SecureConnection, deadline=req.deadline), req)
 
 
 class _Reader(io.RawIOBase):
@@ -70,17 +55,40 @@ class _Socket:
         return io.BufferedReader(_Reader(self._sock, self._deadline))
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, *args: Any, deadline: float, **options: Any) -> None:
-        super().__init__(*args, **options)
+class Connection(http.client.HTTPConnection):
+    """Its responses are read until their deadline, which `send_until` sets for each request."""
+
+    def send_until(self, deadline: float, silence: float | None) -> None:
+        """The next request is to be answered before `deadline`, without a silence of more seconds than `silence`."""
         self.response_class = partial(_response, deadline)  # type: ignore[assignment]
+        self.timeout = silence
+        if self.sock is not None:
+            self.sock.settimeout(silence)  # readers of earlier responses have shortened it
 
 
-class _SecureConnection(http.client.HTTPSConnection):
-    def __init__(self, *args: Any, deadline: float, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.response_class = partial(_response, deadline)  # type: ignore[assignment]
+class SecureConnection(http.client.HTTPSConnection, Connection):
+    """The same with the system's certificates."""
 
 
-def _response(deadline: float, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
-    return http.client.HTTPResponse(_Socket(sock, deadline), **options)  # type: ignore[arg-type]
+class Response(http.client.HTTPResponse):
+    """closed_with: called once when it is closed, with whether its body was read to the last byte."""
+
+    closed_with: Callable[[bool], None] | None = None
+    _taken = 0
+
+    def read1(self, n: int = -1) -> bytes:
+        """As the base class's, which before Python 3.13 does not count."""
+        data = super().read1(n)
+        self._taken += len(data)
+        return data
+
+    def close(self) -> None:
+        """Closes the response; what becomes of its connection is up to `closed_with`."""
+        super().close()
+        told, self.closed_with = self.closed_with, None
+        if told is not None:
+            told(not self.chunked and (self.length == 0 or self.headers.get("Content-Length") == str(self._taken)))
+
+
+def _response(deadline: float, sock: socket.socket, **options: Any) -> Response:
+    return Response(_Socket(sock, deadline), **options)  # type: ignore[arg-type]

@@ -29,11 +29,14 @@ from hf_cachegen.errors import (
     StoreError,
     StoreTimeoutError,
 )
-from hf_cachegen.stores.deadline import HTTPHandler, HTTPSHandler, Request
+from hf_cachegen.stores.connections import HTTPHandler, HTTPSHandler, Pool
+from hf_cachegen.stores.deadline import Request
 from hf_cachegen.stores.retry import Again, Patience, persist
 
-HEAD_BYTES = 1 << 16
-"""Asked for when a file is opened: most manifests and all headers fit, so they need no request of their own."""
+HEAD_BYTES = 14_000
+"""Asked for when a file is opened: what TCP sends at once on a new connection, so that it takes no further round trip;
+most manifests and all headers fit, and need no request of their own.
+"""
 _PIECE_BYTES = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})")
@@ -64,7 +67,8 @@ class HttpFiles:
         self.url_of = url_of
         self.patience = patience or Patience()
         self._headers = dict(headers or {})
-        self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(), HTTPSHandler())
+        pool = Pool()
+        self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(pool), HTTPSHandler(pool))
         self._seen: dict[str, tuple[int, str]] = {}
         self.progress: Callable[[int], None] | None = None
 
@@ -190,6 +194,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
+            fp.close()
             raise StoreError(f"{shown(req.full_url)} redirects to {shown(newurl)}, which is less safe: not followed")
         request = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
         if request is None:

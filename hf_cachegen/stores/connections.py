@@ -1,0 +1,122 @@
+"""Connections that are kept: a second request to a host needs no handshake, and the path's window is open already.
+
+The standard library's opener closes a connection with its response. Here it goes back into a pool once the body was
+read to its last byte; after anything else (an error, a body given up) it is closed. A server may close a kept
+connection at any time: one on which something arrives while it is idle, the end or bytes that nobody asked for, is not
+used again, and a request that finds its kept connection broken before the answer begins is sent once more over a new
+one.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import urllib.request
+import weakref
+from functools import partial
+from typing import Any
+
+from hf_cachegen.stores.deadline import Connection, Request, Response, SecureConnection
+
+MOST_IDLE = 16
+"""Connections that are kept at most; more are closed after their response."""
+_Key = tuple[type[Connection], str, str | None]
+"""The kind, the host and port (of the proxy, if there is one), and the host behind a proxy's tunnel."""
+
+
+class Pool:
+    """Idle connections; closed with the pool. Threads share it."""
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[_Key, Connection]] = []
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close, self._idle)
+
+    def take(self, key: _Key) -> Connection | None:
+        """The one that was used last, if there is a sound one."""
+        with self._lock:
+            own = [entry for entry in self._idle if entry[0] == key]
+            for entry in reversed(own):
+                self._idle.remove(entry)
+                if _is_quiet(entry[1]):
+                    return entry[1]
+                entry[1].close()
+        return None
+
+    def give(self, key: _Key, connection: Connection, whole: bool) -> None:
+        """Back, after a response that was read whole, or to be closed."""
+        with self._lock:
+            if whole and connection.sock is not None and len(self._idle) < MOST_IDLE:
+                self._idle.append((key, connection))
+                return
+        connection.close()
+
+
+class HTTPHandler(urllib.request.HTTPHandler):
+    """Opens http URLs of a `Request` over kept connections."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def http_open(self, req: Any) -> Any:
+        """As the base class's."""
+        return _open(self.pool, Connection, req)
+
+
+class HTTPSHandler(urllib.request.HTTPSHandler):
+    """Opens https URLs of a `Request` over kept connections, with the system's certificates."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def https_open(self, req: Any) -> Any:
+        """As the base class's."""
+        return _open(self.pool, SecureConnection, req)
+
+
+def _open(pool: Pool, kind: type[Connection], request: Any) -> Response:
+    key = (kind, request.host, request._tunnel_host)
+    connection = pool.take(key)
+    if connection is not None:
+        try:
+            return _send(pool, key, connection, request)
+        except ConnectionError:
+            pass  # closed by the server while it was idle, or in this moment
+    return _send(pool, key, kind(request.host), request)
+
+
+def _send(pool: Pool, key: _Key, connection: Connection, request: Request) -> Response:
+    headers = {**request.headers, **request.unredirected_hdrs}
+    tunnel: str | None = key[2]
+    connection.send_until(request.deadline, request.timeout)
+    try:
+        if tunnel is not None and connection.sock is None:
+            # What is for the proxy is not for the host behind it.
+            names = [name for name in headers if name.lower() == "proxy-authorization"]
+            connection.set_tunnel(tunnel, headers={name: headers.pop(name) for name in names})
+        connection.request(request.get_method(), request.selector, headers=headers)
+        response: Any = connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+    response.closed_with = partial(pool.give, key, connection)
+    response.url = request.full_url
+    response.msg = response.reason  # where the opener looks for it
+    return response
+
+
+def _is_quiet(connection: Connection) -> bool:
+    sock = connection.sock
+    if sock is None:
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)
+
+
+def _close(idle: list[tuple[_Key, Connection]]) -> None:
+    for _, connection in idle:
+        connection.close()
+    idle.clear()
