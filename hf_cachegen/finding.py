@@ -27,9 +27,9 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.profile import Profile
-from hf_cachegen.stores import Access, LocalStore, Patience
+from hf_cachegen.stores import Access, LocalStore
 from hf_cachegen.stores.places import access_of, is_repository
-from hf_cachegen.stores.profiles import PROFILE_FILE, Pin, fetch_pinned, repositories
+from hf_cachegen.stores.profiles import PROFILE_FILE, QUICK, Pin, fetch_pinned, repositories
 from hf_cachegen.stores.signed import SignedStore
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 ProfileLike = Profile | str | os.PathLike | None
 AUTO = "auto"
-QUICK = Patience(attempts=2, timeout=10)
-"""For looking whether there is a profile at all: encoding goes on without one."""
 _known: WeakValueDictionary[str, Profile] = WeakValueDictionary()
 """Profiles in use, by SHA-256: artifacts of one model share one."""
 

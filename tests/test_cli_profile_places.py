@@ -110,6 +110,12 @@ def test_push_lets_no_artifact_go_that_none_can_read(
     assert (tmp_path / "pulled" / PROFILE_FILE).read_bytes() == profile.read_bytes()
     assert run("push", tmp_path / "pulled", "user/again").exit_code == 0  # it is beside the artifact now
     assert PROFILE_FILE in server.repos["datasets/user/again"].files
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / PROFILE_FILE).write_bytes(b"what my caches need")
+    assert run("pull", "user/context", tmp_path / "mine").exit_code == 0
+    assert (tmp_path / "mine" / PROFILE_FILE).read_bytes() == b"what my caches need"
+    assert run("pull", "user/context", tmp_path / "mine", "--overwrite").exit_code == 0
+    assert (tmp_path / "mine" / PROFILE_FILE).read_bytes() == profile.read_bytes()
     assert run("pull", "user/without", tmp_path / "bare").exit_code == 0
     assert not (tmp_path / "bare" / PROFILE_FILE).exists()
 

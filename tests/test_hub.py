@@ -355,6 +355,7 @@ def test_what_is_no_place(place: dict[str, str]) -> None:
     [
         ("hf://datasets/user/name", HubPlace("user/name")),
         ("hf://user/name", HubPlace("user/name")),
+        ("hf://user/name@v1", HubPlace("user/name", revision="v1")),
         ("hf://models/user/name@v1/a/b", HubPlace("user/name", "model", "a/b", "v1")),
         ("hf://datasets/user/name@refs%2Fpr%2F1/", HubPlace("user/name", revision="refs/pr/1")),
         ("hf://user", None),

@@ -154,6 +154,7 @@ def test_revisions_and_folders(server: HubServer, context: CacheGenCache, model:
 def test_a_model_repository(server: HubServer, context: CacheGenCache) -> None:
     context.push_to_hub(REPO, token="owner", repo_type="model")
     assert load(repo_type="model")
+    assert load(f"hf://{REPO}", repo_type="model")  # where the URL says no kind
     with pytest.raises(ArtifactNotFoundError):
         load()
 

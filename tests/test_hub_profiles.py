@@ -95,6 +95,7 @@ def test_there_and_back(server: HubServer, profile: Profile, tmp_path: Path) -> 
     loaded.save(tmp_path)
     assert Profile.from_pretrained(tmp_path).pin == profile.pin
     assert Profile.from_pretrained(REPO, local_files_only=True).place == loaded.place
+    assert Profile.from_pretrained(f"hf://{REPO}").place == Profile.from_pretrained(loaded.place).place == loaded.place
     with pytest.raises(TypeError, match="revison"):
         Profile.from_pretrained(REPO, revison="v1")
     with pytest.raises(ConfigError, match="digest"):

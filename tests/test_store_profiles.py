@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import xxhash
 from huggingface_hub import constants
@@ -278,6 +279,8 @@ def test_other_places(server: HubServer, access: Access, web: Server, tmp_path: 
     }  # fmt: skip
     assert fetch(places[place], access, Limits()) == (DATA, None)
     assert fetch(places[place], replace(access, local_files_only=True), Limits()) == (DATA, None)
+    fsspec.filesystem("memory").pipe_file(f"/p/{PROFILE_FILE}", DATA)
+    assert fetch("memory://p", replace(access, local_files_only=True), Limits()) == (DATA, None)  # no farther than that
     with pytest.raises(ProfileError, match=pin_of(OTHER).digest):
         fetch(places[place], access, Limits(), pin_of(OTHER).digest)
     with pytest.raises(ConfigError, match="revision"):

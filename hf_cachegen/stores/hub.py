@@ -72,12 +72,12 @@ class HubPlace:
             raise ConfigError(f"revision must name a branch, tag or commit, got {self.revision!r}")
 
     @classmethod
-    def from_url(cls, url: str) -> HubPlace:
-        """From hf://[datasets/|models/|spaces/]user/name[@revision][/folder]; without a kind it is a dataset."""
+    def from_url(cls, url: str, repo_type: str = "dataset") -> HubPlace:
+        """From hf://[datasets/|models/|spaces/]user/name[@revision][/folder]; repo_type: where it says no kind."""
         match = _URL.fullmatch(url)
         if match is None:
             raise ConfigError(f"expected hf://datasets/user/name[@revision][/folder], got {url!r:.200}")
-        kind = (match["kind"] or "datasets").removesuffix("s")
+        kind = match["kind"].removesuffix("s") if match["kind"] else repo_type
         folder = (match["folder"] or "").strip("/") or None
         return cls(match["repo"], kind, folder, unquote(match["revision"] or DEFAULT_REVISION))
 

@@ -150,7 +150,7 @@ def hub_place(name: str, access: Access) -> Any:
 
     if not name.startswith("hf://"):
         return HubPlace(name, access.repo_type, access.subfolder, access.revision or DEFAULT_REVISION)
-    place = HubPlace.from_url(name)
+    place = HubPlace.from_url(name, access.repo_type)
     if access.revision is not None and place.revision not in (DEFAULT_REVISION, access.revision):
         raise ConfigError(f"two revisions: {place.revision} in the URL, {access.revision} as revision=")
     if access.subfolder is not None and place.subfolder is not None:

@@ -14,7 +14,8 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,19 @@ from hf_cachegen.errors import (
     StoreAccessError,
     StoreError,
 )
+from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
 from hf_cachegen.stores.remote import RemoteStore, is_url
+from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache
 from hf_cachegen.stores.signed import SignedStore
 
 NAMESPACES_VARIABLE = "HF_CACHEGEN_PROFILES"
 """Namespaces on the Hub (commas between them) to look for profiles in, instead of each model's own; empty: in none."""
 REPO_TYPE = "model"
+QUICK = Patience(attempts=2, timeout=10)
+"""For asking whether there is a profile where nobody said that there is one."""
 _REPO_SUFFIX = "-cachegen-profile"
 _ORIGIN = "profiles, by their SHA-256"
 _PIECE_BYTES = 8 << 20
@@ -215,8 +220,10 @@ def _sources(
     match = _ON_HUB.match(str(store))
     namespaces = [match["namespace"]] if match else []
     guesses = [f"hf://{REPO_TYPE}s/{name}" for name in repositories(pin.model, *namespaces)]
-    for url in ([pin.place] if pin.place else []) + guesses:
-        yield url, lambda url=url: _pinned_on_hub(pin, url, access, limits)  # type: ignore[misc]
+    if pin.place:
+        yield pin.place, partial(_pinned_on_hub, pin, pin.place, access, limits)
+    for url in guesses:
+        yield url, partial(_pinned_on_hub, pin, url, replace(access, patience=access.patience or QUICK), limits)
 
 
 def _pinned_on_hub(pin: Pin, url: str, access: Access, limits: Limits) -> bytes:
@@ -292,7 +299,7 @@ def _from_url(url: str, access: Access, limits: Limits, cache: SegmentCache) -> 
         folder, name = path, PROFILE_FILE
     store = open_store(f"{folder}{mark}{query}", access, limits)
     note = f"SHA-256 of {name}"
-    if access.local_files_only:
+    if access.local_files_only and isinstance(store, CachedStore):
         kept = _kept(cache, (cache.noted(str(store), note) or b"").decode("ascii", "replace"))
         if kept is None:
             raise OfflineError(f"the profile {name} at {store} is not in the cache at {cache.directory}")

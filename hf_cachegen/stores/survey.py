@@ -115,12 +115,20 @@ def pull(
         writer.commit(replace(manifest, files={}))
     with suppress(ArtifactNotFoundError, OfflineError):
         signature = reader.store.read(SIGNATURE_FILE, 0, reader.store.size(SIGNATURE_FILE))
-        Path(directory, SIGNATURE_FILE).write_bytes(signature)
+        _replace(Path(directory, SIGNATURE_FILE), signature)
     if "profile" in manifest.codec:
         with suppress(ArtifactNotFoundError, OfflineError, ProfileError):
             data = fetch_beside(Pin.from_codec(manifest.codec), reader.store, reader.limits)
-            Path(directory, PROFILE_FILE).write_bytes(data)
+            if overwrite or not os.path.lexists(Path(directory, PROFILE_FILE)):  # another one may be needed there
+                _replace(Path(directory, PROFILE_FILE), data)
     return reader.nbytes_at()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
+        partial.write_bytes(data)
+        os.replace(partial, path)
 
 
 def serve_check(place: str, access: Access | None = None) -> list[Check]:
