@@ -4,6 +4,7 @@ where they are not installed these tests are skipped, and say so.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -13,12 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 
-from hf_cachegen.container import Reader
-from hf_cachegen.errors import ArtifactNotFoundError, ChangedError, RangeError, StoreAccessError, StoreError
+from hf_cachegen.container import PROFILE_FILE, Limits, Reader
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    ChangedError,
+    ProfileError,
+    RangeError,
+    StoreAccessError,
+    StoreError,
+)
 from hf_cachegen.stores import Access, Patience, RemoteStore, open_store
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import HEAD_BYTES
+from hf_cachegen.stores.profiles import Pin, fetch_pinned
 from hf_cachegen.stores.remote import open_files
 from tests.small_artifact import contents, write
 
@@ -79,7 +89,7 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
         process.wait(10)
 
 
-def store(url: str) -> RemoteStore:
+def remote(url: str) -> RemoteStore:
     return RemoteStore(open_files(url, patience=IMPATIENT))
 
 
@@ -99,7 +109,7 @@ def test_an_artifact_on_nginx(nginx: tuple[str, Path], tmp_path: Path) -> None:
 def test_long_files_on_nginx(nginx: tuple[str, Path]) -> None:
     url, root = nginx
     (root / "data").write_bytes(LONG)
-    found = store(url)
+    found = remote(url)
     assert found.size("data") == len(LONG)
     assert found.read("data", 100_000, 50_000) == LONG[100_000:150_000]
     os.truncate(root / "data", HEAD_BYTES)
@@ -115,9 +125,9 @@ def test_what_nginx_refuses(nginx: tuple[str, Path]) -> None:
     (root / "data").write_bytes(LONG)
     for folder, error in (("nowhere", ArtifactNotFoundError), ("locked", StoreAccessError), ("whole", RangeError)):
         with pytest.raises(error):
-            store(f"{url}/{folder}").size("data")
+            remote(f"{url}/{folder}").size("data")
     (root / "empty").write_bytes(b"")
-    assert store(url).size("empty") == 0
+    assert remote(url).size("empty") == 0
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +154,15 @@ def test_an_artifact_on_s3(s3: dict[str, object], tmp_path: Path) -> None:
     s3fs.S3FileSystem(**s3).put(str(tmp_path / "context"), "bucket/context", recursive=True)
     access = Access(cache_dir=tmp_path / "cache", storage_options=s3, patience=IMPATIENT)
     total = sum(map(len, contents(tmp_path / "context").values()))
-    reader = Reader(open_store("s3://bucket/context", access))
+    store = open_store("s3://bucket/context", access)
+    reader = Reader(store)
     reader.prefetch(reader.manifest.segments)
     assert reader.verify() == total
+    pin = Pin(xxhash.xxh3_128_hexdigest(LONG), hashlib.sha256(LONG).hexdigest(), len(LONG))
+    with pytest.raises(ProfileError, match=r"beside the artifact, s3://bucket/context: not there"):
+        fetch_pinned(pin, store, access, Limits())
+    s3fs.S3FileSystem(**s3).pipe_file(f"bucket/context/{PROFILE_FILE}", LONG)
+    assert fetch_pinned(pin, store, access, Limits()) == LONG
     offline = Access(cache_dir=tmp_path / "cache", storage_options=s3, local_files_only=True)
     assert Reader(open_store("s3://bucket/context", offline)).verify() == total
 
