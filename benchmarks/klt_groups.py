@@ -1,55 +1,126 @@
-"""The price of a joint basis on the geometry of an 8B model: the product and the profile, by layers per group.
+"""What decoding klt costs beside delta, and the price of a joint basis, on the geometry of an 8B model.
 
     python -m benchmarks.klt_groups
 
-32 layers, 8 KV heads of 128. A group of g layers has g x 1024 channels; its product is [tokens, components] x
-[components, channels]. Times are of one group's product for K (the rest is proportional), beside decoding as many
-symbols by the entropy coder, best of several rounds taking turns; bits per element by group size are in
-docs/rate_distortion.md.
+8 KV heads of 128, as many layers as a group joins, a chunk of 512 tokens without protected ones. Both codecs decode
+symbols of the same spread (klt's falls from component to component as a real one's does, and `--silent` says what share
+is zero at every level); tables are the context's own. Times are of whole chunks, from bytes to rows in the cache's
+dtype, best of several rounds taking turns, in processor time of one core, by element as a multiple of delta's. The last
+columns are the product alone, in the precision that a bfloat16 cache and that another takes, and how far the first is
+from the second. Bits per element by group size are in docs/rate_distortion.md.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from unittest import mock
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from benchmarks.bench_codec import COLUMNS, TOKENS, Symbols, best
+from hf_cachegen import CacheGenConfig, Profile
+from hf_cachegen.codec import basis, fit
+from hf_cachegen.codec.chunk import Columns, LossyCodec, Span
+from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.geometry import Geometry, LayerGeometry
+from hf_cachegen.profile import Group, Rotary
 
-LAYERS, CHANNELS = 32, 1024
+LAYERS, HEADS, DIM = 32, 8, 128
+TOKENS = 512
+SPAN = Span(TOKENS, TOKENS, 3 * TOKENS)
+"""A chunk in the middle of a context."""
+STEP_CODE = 160
+"""A step of one."""
+
+
+def best(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Least processor time of each, in seconds; they take turns."""
+    found = dict.fromkeys(work, float("inf"))
+    for _ in range(rounds):
+        for name, run in work.items():
+            start = time.process_time()
+            run()
+            found[name] = min(found[name], time.process_time() - start)
+    return found
+
+
+def klt(layers: int, level: int, silent: float) -> tuple[KltCodec, list[bytes], Tensor]:
+    """A codec of so many layers in one group, a chunk's parts up to a level, and its coefficients."""
+    geometry = LayerGeometry("full", HEADS, DIM, HEADS, DIM)
+    width = layers * HEADS * DIM
+    angles = 1e-4 ** (torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2))
+    eye = torch.eye(DIM).expand(layers * HEADS, DIM, DIM)
+    groups = tuple(Group(kind, 0, layers, eye, torch.randn(width, width) / width**0.5) for kind in (0, 1))
+    entries = torch.full((3, 2 * width), 60, dtype=torch.uint8)
+    profile = Profile(
+        (geometry,) * layers, Rotary("half", angles), torch.randn(2 * width), groups, STEP_CODE, entries[0],
+        entries[1:], {},
+    )  # fmt: skip
+    config = CacheGenConfig(transform="klt", measure=False)
+    whole = Geometry((geometry,) * layers, tokens=SPAN.total, batch=1, dtype="bfloat16")
+    spread = torch.logspace(2, -2, width).repeat(2)
+    spread[torch.arange(2 * width) % width >= (1 - silent) * width] = 0
+    y = torch.randn(TOKENS, 2 * width) * spread
+    counts, codec = fit.Counts(2 * width, 3), KltCodec(whole, config, profile)
+    counts.add(codec.inner.symbols(y)[0])
+    codec = KltCodec(whole, config, profile, counts.choose(codec.inner.values, codec.inner.digits)[0])
+    return codec, codec.inner.encode(y, SPAN)[:level], y
+
+
+def delta(layers: int, level: int) -> tuple[LossyCodec, list[bytes]]:
+    """As `klt`, of values whose neighbours are alike."""
+    vectors = torch.repeat_interleave(torch.arange(2 * layers), HEADS * DIM)
+    columns, config = Columns(vectors, vectors // 2 * 3 // layers), CacheGenConfig(transform="delta", measure=False)
+    rows = torch.randn(TOKENS, len(columns)).cumsum(0)
+    codec, _ = fit.fit(lambda: iter([(rows, SPAN)]), columns, config)
+    return codec, codec.encode(rows, SPAN)[:level]
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--kept", default=1.0, show_default=True, help="share of components that are not always zero")
-def main(rounds: int, kept: float) -> None:
-    """The price of a joint basis."""
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--level", default=2, show_default=True)
+@click.option("--silent", default=0.3, show_default=True, help="share of components that are zero at every level")
+def main(rounds: int, level: int, silent: float) -> None:
+    """Decoding klt beside delta, by layers a group."""
     torch.manual_seed(0)
-    _, _, decode = Symbols(0.5, 1).coder()
-    view = Table(
-        "layers a group", "profile, MB", "GFLOP per 512 tokens", "fp32 product / coder", "bf16 product / coder"
-    )
+    torch.set_num_threads(1)
+    found = Table(
+        "layers a group", "profile, MB", "klt / delta", "of it coder", "klt, float32 / delta", "product, ms",
+        "in float32, ms", "difference", title=f"8B geometry, level {level}, bfloat16 products: "
+        f"{'yes' if basis.multiplies_bfloat16() else 'no'}",
+    )  # fmt: skip
     for layers in (1, 2, 4, 8):
-        width = layers * CHANNELS
-        components = round(kept * width)
-        y, u = torch.randn(TOKENS, components), torch.randn(components, width)
-        y16, u16 = y.bfloat16(), u.bfloat16()
+        (codec, parts, _), (other, others) = klt(layers, level, silent), delta(layers, level)
+        y = codec.inner.decode(parts, SPAN)
+
+        def wide(codec: KltCodec = codec, parts: list[bytes] = parts) -> Tensor:
+            with mock.patch.object(basis, "multiplies_bfloat16", return_value=False):
+                return codec.decode(parts, SPAN, torch.bfloat16)
+
         seconds = best(
             {
-                "coder": decode,
-                "fp32": lambda y=y, u=u: y @ u,  # type: ignore[misc]
-                "bf16": lambda y=y16, u=u16: y @ u,  # type: ignore[misc]
+                "klt": lambda codec=codec, parts=parts: codec.decode(parts, SPAN, torch.bfloat16),  # type: ignore[misc]
+                "coder": lambda codec=codec, parts=parts: codec.inner.decode(parts, SPAN),  # type: ignore[misc]
+                "wide": wide,
+                "delta": lambda codec=other, parts=others: codec.decode(parts, SPAN, torch.bfloat16),  # type: ignore[misc]
+                "product": lambda codec=codec, y=y: codec.basis.rows(y, SPAN, torch.bfloat16),  # type: ignore[misc]
+                "float32": lambda codec=codec, y=y: codec.basis.rows(y, SPAN, torch.float32),  # type: ignore[misc]
             },
             rounds,
         )
-        groups = 2 * LAYERS // layers
-        megabytes = groups * components * width * 2 / 1e6
-        flops = groups * 2 * TOKENS * components * width / 1e9
-        coder = seconds["coder"] * width / COLUMNS  # the same number of elements
-        ratios = [seconds[name] / coder for name in ("fp32", "bf16")]
-        view.add_row(str(layers), f"{megabytes:.0f}", f"{flops:.0f}", *(f"{ratio:.1f}" for ratio in ratios))
-    Console(width=110).print(view)
+        exact = codec.basis.rows(y, SPAN, torch.float32)
+        error = (codec.basis.rows(y, SPAN, torch.bfloat16).float() - exact).norm() / exact.norm()
+        megabytes = sum(group.synthesis.numel() for group in codec.profile.groups) * 2 * LAYERS / layers / 1e6
+        ratios = (f"{seconds[name] / seconds['delta']:.1f}" for name in ("klt", "coder", "wide"))
+        found.add_row(
+            str(layers), f"{megabytes:,.0f}", *ratios,
+            f"{1e3 * seconds['product']:.1f}", f"{1e3 * seconds['float32']:.1f}", f"{float(error):.2%}",
+        )  # fmt: skip
+    Console(width=130).print(found)
 
 
 if __name__ == "__main__":
