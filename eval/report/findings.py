@@ -41,14 +41,14 @@ def able(metrics: dict[str, Any], score: str | None) -> bool:
 
 
 def representatives(metrics: dict[str, Any], score: str | None) -> list[dict[str, Any]]:
-    """One variant of each series for a plot of times: its smallest without loss, or else its finest; those whose
-    decoding was not measured are left out.
+    """One variant of each series for a plot of times: its smallest without loss, or else (and where the model cannot do
+    the task) its finest; those whose decoding was not measured are left out.
     """
     from eval.report.plots import series
 
     chosen = []
     for variants in series([v for v in metrics["variants"] if v["decode_seconds"] is not None]).values():
-        chosen.append(smallest(variants, score) or variants[-1])
+        chosen.append((smallest(variants, score) if able(metrics, score) else None) or variants[-1])
     return chosen
 
 

@@ -52,11 +52,15 @@ class Section:
 
     def warning(self) -> str | None:
         """Where the model cannot do the task, what the numbers mean."""
-        if findings.able(self.metrics, self.score) or self.score is None:
+        if findings.able(self.metrics, self.score):
             return None
+        exact = self.metrics["variants"][0]
+        reached = (
+            percent(exact["scores"][self.score]) if self.score else f"a perplexity of {exact['perplexity']['mean']:.3g}"
+        )
         return (
-            f"The model scores {percent(self.metrics['variants'][0]['scores'][self.score])} from the exact cache: it "
-            "cannot do this task, so scores say nothing of codecs here. Divergence, agreement and sizes do."
+            f"The model reaches {reached} from the exact cache: it cannot do this task, so that score says nothing of "
+            "codecs here. Divergence, agreement and sizes do."
         )
 
 
