@@ -96,8 +96,6 @@ class _Measure:
                 found = self._stream(folder, level=int(how.removeprefix("level ")))
             end = time.monotonic()
             found["ttft"], found["processor"] = end - start, time.process_time() - processor
-        if "ready_at" in found:
-            found["ready"] = found.pop("ready_at") - start
         return {"how": how, "slo": slo, **found}
 
     def _generate(self, **options: Any) -> None:
@@ -109,22 +107,25 @@ class _Measure:
         self._generate()
         return {"bytes": 0}
 
-    def _stream(self, folder: str, **choice: Any) -> dict[str, Any]:
-        from hf_cachegen import CacheGenCache
-        from hf_cachegen.streaming import Link
+    def _stream(self, folder: str, slo: float | None = None, level: int | None = None) -> dict[str, Any]:
+        from hf_cachegen.streaming import ContextReady, Event, Link
+
+        ready: list[ContextReady] = []
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, ContextReady):
+                ready.append(event)
 
         # A link of its own each time: nothing is known of it from an earlier run.
-        cache = CacheGenCache.stream(
-            self.artifact, self.model, prompt_tokens=self.prompt.shape[1] - self.tokens, cache_dir=folder, link=Link(),
-            **choice,
-        )  # fmt: skip
-        ready = time.monotonic()
-        self._generate(cache=cache)
-        report = cache.report
+        options = {"level": level, "cache_dir": folder, "link": Link(), "on_event": on_event}
+        self._generate(cache=self.artifact, slo=slo, stream=options)
+        if not ready:
+            raise RuntimeError("the prompt was computed without its cache")
+        report = ready[0].report
         decodes = [chunk.decode_seconds for chunk in report.chunks if chunk.decode_seconds]
         return {
-            "ready_at": ready,
-            "bytes": report.wire_bytes or report.loaded_bytes,
+            "ready": ready[0].seconds,
+            "bytes": report.loaded_bytes,
             "choices": [chunk.choice for chunk in report.chunks],
             "chunk_decode": statistics.median(decodes) if decodes else 0.0,
             "faults": list(report.faults),
@@ -143,13 +144,13 @@ class _Measure:
         heads, dim = config.num_key_value_heads, config.head_dim
         layers = (LayerGeometry("full", heads, dim, heads, dim),) * config.num_hidden_layers
         geometry = Geometry(layers, tokens=self.tokens, batch=1, dtype="bfloat16")
-        store = RemoteStore(open_files(self.uniform))
+        start, store = time.monotonic(), RemoteStore(open_files(self.uniform))
         keys, values, nbytes = uniform8.fetch(store, geometry)
-        ready = time.monotonic()
+        ready = time.monotonic() - start
         past = DynamicCache(list(zip(keys, values, strict=True)))
         mask = torch.ones_like(self.prompt)
         self._generate(past_key_values=past, attention_mask=mask)
-        return {"ready_at": ready, "bytes": nbytes}
+        return {"ready": ready, "bytes": nbytes}
 
 
 def main(threads: int) -> None:

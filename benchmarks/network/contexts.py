@@ -19,6 +19,8 @@ from benchmarks.network import uniform8
 from eval.reference import MODEL_PATH, held_out_lines
 from hf_cachegen import CacheGenCache, CacheGenConfig
 from hf_cachegen.artifact import Artifact
+from hf_cachegen.container.manifest import digest
+from hf_cachegen.profile import PROFILE_FILE
 
 VOCABULARY = 4096
 LARGER: dict[str, Any] = {
@@ -59,7 +61,9 @@ def load_model(path: Path) -> Any:
 
 def make(name: str, served: Path, tokens: int = 8192, chunk_tokens: int = 512) -> Context:
     """Makes the context of that name under `served`, or finds the one that an earlier call made there."""
-    folder = f"reference-{chunk_tokens}" if name == "reference" else f"larger-{tokens}-{chunk_tokens}"
+    # Artifacts are of one profile; the reference model's may be learnt anew.
+    profile = digest((MODEL_PATH / PROFILE_FILE).read_bytes())[:8]
+    folder = f"reference-{chunk_tokens}-{profile}" if name == "reference" else f"larger-{tokens}-{chunk_tokens}"
     note = served / folder / "context.json"
     if not note.exists():
         model, path, context, prompt = _reference() if name == "reference" else _larger(served / folder, tokens)
