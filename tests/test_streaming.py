@@ -119,7 +119,6 @@ def test_other_codecs(server: Server, tmp_path: Path, config: CacheGenConfig) ->
 @pytest.mark.parametrize("options", [
     {},
     {"slo": 30.0},
-    {"slo": 30.0, "refine": "off"},
     {"slo": 30.0, "policy": Adaptive(text=False, caution=1.0)},
     {"policy": Fixed()},
     {"connections": 1},
@@ -130,6 +129,14 @@ def test_with_time_enough_the_finest_level_comes(url: str, folder: Path, options
     assert cache.refinement is not None
     assert cache.refinement.done
     assert threads_end()
+
+
+def test_without_refining_each_chunk_comes_once_and_the_first_at_the_middle_level(url: str) -> None:
+    report = stream_report(stream(url, slo=30.0, refine="off"))
+    levels = [chunk.level for chunk in report.chunks]
+    assert levels == [chunk.first_level for chunk in report.chunks]
+    assert levels[-1] == 2
+    assert set(levels) == {2, 3}
 
 
 def test_a_folder_streams_too(folder: Path) -> None:
@@ -168,6 +175,7 @@ def test_neighbours_share_requests(server: Server, tmp_path: Path) -> None:
 
 def test_the_report_and_the_events(url: str, folder: Path) -> None:
     events: list[Event] = []
+    measure(shared("llama"))
     cache = stream(url, slo=30.0, on_event=events.append)
     report = stream_report(cache)
     assert report.context_tokens == CONTEXT_TOKENS

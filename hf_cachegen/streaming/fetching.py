@@ -24,11 +24,15 @@ from hf_cachegen.streaming.schedule import Part, Schedule
 from hf_cachegen.streaming.sources import GivenUp, Source
 
 ROUNDS = 2
-RUN_SECONDS = 0.5
-"""What is asked for at a time by all connections together should take so long: a plan can change as often."""
+WINDOW_SECONDS = 0.15
+"""What is under way at a time, over all connections, should take so long: more than a round trip, so that the link
+never waits; little, since it arrives all together, is decoded after that, and no plan can change it any more.
+"""
+FIRST_WINDOW_BYTES = 4 << 20
+"""Under way before anything was measured."""
+LEAST_REQUESTS = 2
+"""Under way in any case: one ends, the next is there."""
 LEAST_RUN_BYTES, MOST_RUN_BYTES = 1 << 18, 8 << 20
-FIRST_RUN_BYTES = 1 << 20
-"""Of a run before anything was measured."""
 WAKE_SECONDS = 0.1
 """How often a thread looks whether time alone has changed what there is to do."""
 
@@ -133,7 +137,7 @@ class Fetcher:
     def _next(self, epoch: int) -> list[Part]:
         """What to fetch next, waited for; nothing once given up."""
         while not self.given_up(epoch):
-            run = self.schedule.next_run(time.monotonic(), self.bandwidth.rate(), self._run_bytes())
+            run = self._wanted()
             if run:
                 now = time.monotonic()
                 self._begun.update((part, now) for part in run)
@@ -142,11 +146,15 @@ class Fetcher:
             self.changed.wait(WAKE_SECONDS)
         return []
 
-    def _run_bytes(self) -> float:
+    def _wanted(self) -> list[Part]:
+        """What to fetch next; nothing where enough is under way."""
         rate = self.bandwidth.rate()
-        if rate is None:
-            return FIRST_RUN_BYTES
-        return min(MOST_RUN_BYTES, max(LEAST_RUN_BYTES, rate * RUN_SECONDS / self._connections))
+        window = FIRST_WINDOW_BYTES if rate is None else rate * WINDOW_SECONDS
+        under_way = [chunk.wire[part] for chunk in self.schedule.chunks for part in chunk.asked if chunk.wire[part]]
+        if len(under_way) >= LEAST_REQUESTS and sum(under_way) >= window:
+            return []
+        run_bytes = min(MOST_RUN_BYTES, max(LEAST_RUN_BYTES, window / self._connections))
+        return self.schedule.next_run(time.monotonic(), rate, run_bytes)
 
     def _fetch(self, epoch: int, source: Source, run: list[Part]) -> None:
         source.open()

@@ -39,7 +39,7 @@ from hf_cachegen.streaming.link import Share
 from hf_cachegen.streaming.options import StreamOptions
 from hf_cachegen.streaming.placing import Placer
 from hf_cachegen.streaming.policy import TEXT, Fixed
-from hf_cachegen.streaming.prefill_speed import PrefillSpeed, measure, speed_of
+from hf_cachegen.streaming.prefill_speed import PROBES, PrefillSpeed, probe, speed_of
 from hf_cachegen.streaming.recompute import recompute
 from hf_cachegen.streaming.report import StreamReport
 from hf_cachegen.streaming.schedule import Chunk, Decode, Finished, Part, Recompute, Schedule, Stuck, Wait
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hf_cachegen.streaming")
 RESERVE = 0.05
 """Share of the SLO that is kept for what no estimate knows."""
-PROBE = 0.1
-"""Share of the SLO that measuring the model may take, while the first bytes are on their way."""
+PROBE = 0.02
+"""Share of the SLO that one measurement of the model may be expected to take, while nothing else can be done."""
 
 
 class Loader:
@@ -119,11 +119,10 @@ class Loader:
         """Until all chunks are in place. Raises what a source raised last, where nothing else helps."""
         fixed = isinstance(self.options.policy, Fixed) and self.options.policy.choice == TEXT
         codec = None if fixed else self._codec()
-        if self.options.slo is not None and not self._speed.known:
-            measure(self.model, PROBE * self.options.slo)
-            self.schedule.deadline = self._deadline()
+        probes = [] if self.options.slo is None or self._speed.known else list(PROBES[:-1])
         while True:
-            work = self._next_work()
+            due = bool(probes) and self._doubtful(probes[0])
+            work = self._next_work(patient=not due)
             if isinstance(work, Finished):
                 break
             if isinstance(work, Stuck):
@@ -132,10 +131,19 @@ class Loader:
                 self._decode(codec, work)
             elif isinstance(work, Recompute):
                 self._recompute_chunk(work.chunk)
+            elif due:
+                probe(self.model, self._speed, probes.pop(0))
+                self.schedule.deadline = self._deadline()
         kv = self.placer.kv()
         self._speed.save()
         self.tally.ready = time.monotonic() - self.began
         return kv
+
+    def _doubtful(self, tokens: int) -> bool:
+        """Whether the model's speed may matter, and can be measured with so many tokens at little cost."""
+        plan = self.schedule.plan(time.monotonic(), self.bandwidth.rate())
+        expected = self._speed.seconds(0, tokens) or 0.0
+        return expected <= PROBE * (self.options.slo or 0.0) and (plan is None or plan.sure < self.schedule.levels)
 
     def refine(self) -> None:
         """Everything that can still be made finer, until that is done or `stopped`."""
@@ -160,7 +168,7 @@ class Loader:
         schedule = self.schedule
         return schedule.refines and any(not c.text and c.level < c.best for c in schedule.chunks)
 
-    def _next_work(self) -> Decode | Recompute | Wait | Finished | Stuck:
+    def _next_work(self, *, patient: bool = True) -> Decode | Recompute | Wait | Finished | Stuck:
         with self.fetcher.changed:
             if self.fetcher.crash is not None:
                 raise self.fetcher.crash
@@ -168,7 +176,7 @@ class Loader:
                 raise StreamCancelledError("the stream was cancelled")
             self.fetcher.watch()
             work = self.schedule.next_work(time.monotonic(), self.bandwidth.rate())
-            if isinstance(work, Wait):
+            if isinstance(work, Wait) and patient:
                 self.fetcher.changed.wait(WAKE_SECONDS)
             decisions, self.schedule.decisions = self.schedule.decisions, []
         left = self.schedule.left(time.monotonic())

@@ -52,6 +52,7 @@ class Outlook:
 class Plan:
     """level: aimed at, for all chunks that are not text. sure: fetched first of every chunk, at most `level`.
     text: how many of the missing chunks, from the front, are recomputed. seconds: expected, until all are in place.
+    provisional: made before the first sample; where nothing is refined later it holds for the first chunk alone.
     """
 
     level: int
@@ -59,6 +60,7 @@ class Plan:
     text: int
     seconds: float
     why: str
+    provisional: bool = False
 
 
 class Policy(Protocol):
@@ -172,10 +174,11 @@ class Adaptive:
         middle = (costs.levels + 1) // 2
         whole = costs.recompute()
         if self.text and whole <= left <= whole * HEDGE and whole < math.inf:
-            return Plan(middle, 1, 1, whole, "no throughput yet; recomputing all just fits, so it begins")
-        return Plan(middle, 1 if self.refines else middle, 0, math.nan, "no throughput yet: the middle level")
+            return Plan(middle, 1, 1, whole, "no throughput yet; recomputing all just fits, so it begins", True)
+        return Plan(middle, 1 if self.refines else middle, 0, math.nan, UNMEASURED, True)
 
 
+UNMEASURED = "no throughput yet: the middle level"
 HEDGE = 1.25
 """Recomputing begins before anything is measured when the time left is at most so many times what it takes."""
 
@@ -201,7 +204,7 @@ class Paper:
             return Plan(1, 1, costs.count, whole, why)
         if outlook.bytes_per_second is None:
             middle = (costs.levels + 1) // 2
-            return Plan(middle, middle, 0, math.nan, "no throughput yet: the middle level")
+            return Plan(middle, middle, 0, math.nan, UNMEASURED, True)
         for level in range(costs.levels, 0, -1):
             seconds = costs.transfer(level)
             if seconds <= left and seconds < math.inf:

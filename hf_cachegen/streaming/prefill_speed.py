@@ -35,7 +35,7 @@ Sample = tuple[int, int, float]
 KEPT = 32
 """Samples that count, the latest."""
 PROBES = (16, 64, 256)
-"""Tokens of the forward passes of a measurement, each made only if it is expected to fit the budget."""
+"""Tokens of the forward passes of a measurement."""
 
 
 class PrefillSpeed:
@@ -107,28 +107,29 @@ def speed_of(model: PreTrainedModel) -> PrefillSpeed:
         return _known[str(path)]
 
 
-@torch.no_grad()
-def measure(model: PreTrainedModel, budget: float = math.inf) -> PrefillSpeed:
-    """Measures `model` by forward passes over PROBES tokens within about `budget` seconds, and keeps what was found.
+def measure(model: PreTrainedModel) -> PrefillSpeed:
+    """Measures `model` by forward passes over PROBES tokens, and keeps what was found.
 
-    Streams measure by themselves while they wait for the network; to measure before the first one, call this.
+    Streams measure by themselves while they wait for the network, less well; better is to call this once before.
     """
     speed = speed_of(model)
-    end = time.perf_counter() + budget
+    for tokens in PROBES:
+        probe(model, speed, tokens)
+    speed.save()
+    return speed
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, speed: PrefillSpeed, tokens: int) -> None:
+    """One measurement: a forward pass over so many tokens."""
     text = model.config.get_text_config(decoder=True)
     place = layer_devices(model, text.num_hidden_layers)[0]
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    ids = torch.arange(tokens, device=place)[None] % text.vocab_size
     with evaluation_mode(model):
-        for tokens in PROBES:
-            expected = speed.seconds(0, tokens) or 0.0
-            if time.perf_counter() + expected > end:
-                break
-            ids = torch.arange(tokens, device=place)[None] % text.vocab_size
-            start = time.perf_counter()
-            model(input_ids=ids, use_cache=False, return_dict=True, **options).logits.sum().item()
-            speed.add(0, tokens, time.perf_counter() - start)
-    speed.save()
-    return speed
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=False, return_dict=True, **options).logits.sum().item()
+        speed.add(0, tokens, time.perf_counter() - start)
 
 
 def _attention(model: PreTrainedModel) -> float:

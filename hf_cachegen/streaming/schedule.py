@@ -254,10 +254,13 @@ class Schedule:
         plan = self.plan(now, rate)
         if plan is None:
             return []
+        alone = plan.provisional and not self.refines
+        if alone and any(chunk.asked for chunk in self.chunks):
+            return []
         for chunk in reversed(self._open()[plan.text :]):
             for part in range(min(plan.sure, chunk.best)):
                 if chunk.lacks(part):
-                    run = self._run(chunk.index, part, run_bytes, lambda other: not other.placed)
+                    run = self._run(chunk.index, part, 0 if alone else run_bytes, lambda other: not other.placed)
                     for index, _ in run:
                         self._decide(self.chunks[index], f"level {max(plan.sure, part + 1)}", plan.why, rate)
                     return run
