@@ -98,10 +98,8 @@ def for_decoding(profile: ProfileLike, pin: Pin, store: Store, model_folder: str
     if profile == AUTO and (known := _known.get(pin.sha256 or "")) is not None:
         return known
     data = _in_folders(pin, store, model_folder if profile == AUTO else "", limits)
-    if data is None and profile == AUTO:
-        data = fetch_pinned(pin, store, access_of(store), limits)
     if data is None:
-        raise ProfileError(f"this artifact needs {pin}: pass it as profile=, or put it in the artifact's folder")
+        data = fetch_pinned(pin, store, access_of(store), limits, beside_alone=profile is None)
     found = Profile.from_bytes(data)
     object.__setattr__(found, "place", pin.place)
     return _known.setdefault(found.pin.sha256 or "", found)

@@ -187,6 +187,7 @@ def test_from_a_web_server(server: HubServer, model, profile: Profile, tmp_path:
         assert load(f"{web.url}/a", model=model, profile=f"{web.url}/p", headers={"X-Key": "secret"})
         assert {headers["X-Key"] for path, headers in web.requests if path.startswith("p/")} == {None}
         web.files[f"a/{PROFILE_FILE}"] = profile.to_bytes()
+        assert load(f"{web.url}/a", model=model, profile=None)
         assert load(f"{web.url}/a", model=model)
     assert load(f"{web.url}/a", model=model, local_files_only=True)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
 import pytest
+import xxhash
 
 pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'hf_cachegen[crypto]')")
 
-from hf_cachegen.container import Reader, Segment
+from hf_cachegen.container import Limits, Reader, Segment
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -21,6 +23,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.stores import Access, LocalStore, Patience, open_store
 from hf_cachegen.stores.http import HEAD_BYTES
+from hf_cachegen.stores.profiles import Pin, fetch_pinned
 from hf_cachegen.stores.sealed import BLOCK_BYTES, SealedStore, _cipher, _sealed, seal
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.stores.signed import sign
@@ -220,6 +223,8 @@ def test_signed_and_sealed_with_a_profile_beside(tmp_path: Path) -> None:
     assert Reader(store).verify()
     inner = SealedStore(LocalStore(tmp_path / "sealed"), OTHER)
     assert inner.read("cachegen_profile.safetensors", 0, 9) == b"a profile"
+    pin = Pin(xxhash.xxh3_128_hexdigest(b"a profile"), hashlib.sha256(b"a profile").hexdigest(), 9)
+    assert fetch_pinned(pin, store, Access(), Limits(), beside_alone=True) == b"a profile"
 
 
 def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +135,21 @@ def repositories(model_id: str, *namespaces: str) -> list[str]:
     return list(dict.fromkeys(one for one in found if one))
 
 
-def fetch_pinned(pin: Pin, store: Store, access: Access, limits: Limits) -> bytes:
+def fetch_pinned(
+    pin: Pin, store: Store, access: Access, limits: Limits, *, beside_alone: bool = False
+) -> bytes:
     """The file of the profile that the artifact in `store` needs: from the local cache, from beside the artifact, from
-    the repository that the artifact names, or from those of `repositories`.
+    the repository that the artifact names, or from those of `repositories`. (Local folders are not looked into here.)
 
     Raises ProfileError where it is in none of them, saying what is where; StoreError where one of them could not be
     asked; OfflineError where none may be.
     """
     cache = SegmentCache(access.cache_dir)
-    if not access.force_download and (kept := _kept(cache, pin.sha256)) is not None and pin.fits(kept):
+    kept = None if access.force_download or beside_alone else _kept(cache, pin.sha256)
+    if kept is not None and pin.fits(kept):
         return kept
     failures: list[tuple[str, CacheGenError]] = []
-    for place, fetch in _sources(pin, store, access, limits):
+    for place, fetch in islice(_sources(pin, store, access, limits), 1 if beside_alone else None):
         try:
             data = fetch()
             if not pin.fits(data):
@@ -216,7 +220,7 @@ def _sources(
     pin: Pin, store: Store, access: Access, limits: Limits
 ) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Where it may be, in the order of looking, and how to get it from there."""
-    yield f"beside the artifact, {store}", lambda: fetch_beside(pin, store, limits)
+    yield f"beside the artifact, {store}", partial(_beside, pin, store, limits)
     match = _ON_HUB.match(str(store))
     namespaces = [match["namespace"]] if match else []
     guesses = [f"hf://{REPO_TYPE}s/{name}" for name in repositories(pin.model, *namespaces)]
@@ -224,6 +228,12 @@ def _sources(
         yield pin.place, partial(_pinned_on_hub, pin, pin.place, access, limits)
     for url in guesses:
         yield url, partial(_pinned_on_hub, pin, url, replace(access, patience=access.patience or QUICK), limits)
+
+
+def _beside(pin: Pin, store: Store, limits: Limits) -> bytes:
+    if isinstance(store.store if isinstance(store, SignedStore) else store, LocalStore):
+        raise ArtifactNotFoundError("its folder was looked into before")
+    return fetch_beside(pin, store, limits)
 
 
 def _pinned_on_hub(pin: Pin, url: str, access: Access, limits: Limits) -> bytes:
