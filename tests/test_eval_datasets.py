@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from eval.chat import with_template
-from eval.datasets import LOADERS, load
+from eval.datasets import load
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example, Question, split, with_question
 from eval.reference import MODEL_PATH
@@ -288,9 +288,3 @@ def test_a_chat_template_is_cut_where_the_context_ends(tokenizer: Any) -> None:
     chat.chat_template = "{{ messages[0].content | upper }}"
     with pytest.raises(ConfigError, match="does not keep the context"):
         list(with_template(chat, [example]))
-
-
-def test_every_loader_is_documented() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
-    for name in LOADERS:
-        assert f"`{name}`" in text

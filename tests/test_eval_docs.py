@@ -1,0 +1,54 @@
+"""docs/evaluation.md knows every option, codec, score and data set of the code, and names none besides."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from eval.__main__ import run
+from eval.codecs import NAMES
+from eval.datasets import LOADERS
+from eval.scorers import SCORERS
+from hf_cachegen.cli import encode
+from hf_cachegen.encode_dataset import main as encode_dataset
+
+TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+
+
+def test_options_of_run() -> None:
+    options = {flag for parameter in run.params for flag in parameter.opts if flag != "--out"}
+    rows = re.findall(r"^\| (`--[^|]*) \|([^|]*)\|", TEXT, re.M)
+    assert {flag for cell, _ in rows for flag in re.findall(r"`(--[\w-]+)`", cell)} == options
+    for parameter in run.params:
+        default = parameter.default
+        if isinstance(default, str | int) and not isinstance(default, bool) and default not in ("auto", 0):
+            (row,) = [shown for cell, shown in rows if f"`{parameter.opts[0]}`" in cell]
+            assert str(default) in row
+
+
+def test_data_sets_and_their_options() -> None:
+    table = TEXT.split("## Data sets")[1].split("##")[0]
+    rows = dict(re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|.*\| ([^|]*(?:\\\|[^|]*)*) \|$", table, re.M))
+    named = {name: options for names, options in rows.items() for name in re.findall(r"`([\w-]+)`", names)}
+    assert set(named) == set(LOADERS)
+    for name, loader in LOADERS.items():
+        options = set(list(inspect.signature(loader).parameters)[1:])
+        if "the same" not in named[name]:
+            assert options <= set(re.findall(r"(\w+)=", named[name])), name
+
+
+def test_codecs_and_scores() -> None:
+    table = TEXT.split("| codec | what |")[1].split("##")[0]
+    assert set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| ([^|]*) \|", table, re.M)))) == set(NAMES)
+    for name in SCORERS:
+        assert f"`{name}`" in TEXT
+
+
+def test_options_of_encode_dataset() -> None:
+    part = TEXT.split("`encode_dataset` writes")[1].split("\n## ")[0]
+    shared = {flag for parameter in encode.params for flag in parameter.opts}
+    known = shared | {"--dataset", "--help"}
+    for parameter in encode_dataset.params:
+        for flag in parameter.opts:
+            assert flag in known or f"`{flag}`" in part, flag
