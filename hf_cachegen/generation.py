@@ -119,7 +119,7 @@ def generate(
             return _continue(model, cache, call, settings, mode, mask, on_mismatch)
         finally:
             if cache.refinement is not None:
-                cache.refinement.cancel()
+                cache.refinement.close()
     return _continue(model, cache, call, settings, mode, mask, on_mismatch)
 
 
