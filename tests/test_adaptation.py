@@ -29,7 +29,7 @@ def test_a_level_takes_its_transfer_and_the_decoding_that_nothing_hides(
 ) -> None:
     outcome = simulate(CHUNKS, traces.steady(rate), Fixed(level), 10.0, 0.1, round_trip, connections)
     transfer = 8 * TOTAL[level - 1] / rate
-    assert outcome.ttft >= transfer + 0.01 + 0.1
+    assert outcome.ttft >= transfer + 0.01 + 0.1 - 1e-9
     assert outcome.ttft <= transfer + 6 * 0.01 + 0.1 + 19 * round_trip + 1e-6
     assert outcome.choices == (level,) * 6
     assert outcome.nbytes == pytest.approx(TOTAL[level - 1])
@@ -111,9 +111,9 @@ def test_the_experiment_writes_what_it_found(results: Path) -> None:
 
 
 def test_the_report_can_show_it(results: Path) -> None:
-    shown = reported.load(results.with_suffix(".json")).html()
-    assert "violations" in shown
-    assert "adaptive" in shown
+    shown = reported.load(results.with_suffix(".json"))
+    assert shown.plots
+    assert any("adaptive" in str(table) for table in shown.tables)
 
 
 def test_traces_come_from_files_too(tmp_path: Path) -> None:
