@@ -11,6 +11,7 @@ from hf_cachegen.codec.into import Target
 from hf_cachegen.encoding import Encoder
 from hf_cachegen.errors import CorruptError, TruncatedError
 from tests.kv_samples import sample_kv
+from tests.lockstep import in_lockstep, needs_compiler
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 
@@ -52,6 +53,19 @@ def test_in_place_is_what_the_stages_make(
     direct, staged = both_ways(encoder(transform, protect, dtype), level)
     for x, y in zip(direct, staged, strict=True):
         assert torch.equal(x, y)
+
+
+@needs_compiler
+@pytest.mark.parametrize("transform", ["delta", "identity"])
+def test_the_kernels_write_the_same_bytes_and_values(transform: str) -> None:
+    here = encoder(transform)
+    chunks, expected = list(here.chunks()), [both_ways(here, level)[0] for level in (1, 2, 3)]
+    with in_lockstep():
+        there = encoder(transform)
+        assert there.codec.side_bytes() == here.codec.side_bytes()
+        assert list(there.chunks()) == chunks
+        for level, tensors in zip((1, 2, 3), expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(both_ways(there, level)[0], tensors, strict=True))
 
 
 def test_tensors_may_lie_anyhow() -> None:

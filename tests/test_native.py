@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,16 +23,11 @@ from hf_cachegen.codec import ops, passes, rans, rans_reference, tables
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 from hf_cachegen.native import TileStatus
 from tests.coder_support import Section, draw_section, laplace_tables
+from tests.lockstep import COMPILER, CPU_SOURCES, KERNEL_SOURCES, ROOT, STRICT, needs_compiler
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(map(str, (ROOT / "cuda_ext" / "cpu").glob("*.cpp")))
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-STRICT = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror", "-pthread"]
-STRICT += ["-ffp-contract=off"]
 HOSTILE_STREAMS = 100_000
 """Through every back-end."""
 
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_native = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 
 
@@ -80,8 +78,9 @@ def test_a_library_of_another_abi_is_an_error(library_at: pytest.MonkeyPatch) ->
 
 
 @needs_compiler
-def test_the_sources_compile_without_warnings(tmp_path: Path) -> None:
-    command = [str(COMPILER), *STRICT, "-O1", "-fPIC", "-shared", *SOURCES, "-o", str(tmp_path / "strict.so")]
+@pytest.mark.parametrize("sources", [CPU_SOURCES, KERNEL_SOURCES], ids=["cpu", "kernels in lockstep"])
+def test_the_sources_compile_without_warnings(sources: list[str], tmp_path: Path) -> None:
+    command = [str(COMPILER), *STRICT, "-O1", "-fPIC", "-shared", *sources, "-o", str(tmp_path / "strict.so")]
     subprocess.run(command, check=True)
     native.load(tmp_path / "strict.so")
 
@@ -106,7 +105,7 @@ def test_the_header_is_plain_c(tmp_path: Path) -> None:
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
-    variables = {**os.environ, **environment}
+    variables = {**os.environ, "CACHEGEN_BUILD_CUDA": "0", **environment}
     return subprocess.run(command, cwd=ROOT, env=variables, check=False, text=True, capture_output=True)
 
 
@@ -130,6 +129,39 @@ def test_setup_without_a_compiler_succeeds_with_a_notice(tmp_path: Path) -> None
     assert done.returncode == 0
     assert "reference coder stands in" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_cuda_is_built_when_it_is_asked_for_or_said_why_not(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    forced = build(tmp_path, CACHEGEN_BUILD_CUDA="1", NVCC=str(tmp_path / "no-nvcc"), CUDA_HOME=str(tmp_path))
+    assert forced.returncode != 0
+    assert "there is no nvcc" in forced.stderr
+    without = build(tmp_path, CACHEGEN_BUILD_CUDA="auto", NVCC=str(tmp_path / "no-nvcc"), CUDA_HOME=str(tmp_path))
+    assert without.returncode == 0
+    assert not list(tmp_path.rglob("_cuda.so"))
+    assert "must be auto, 0 or 1" in build(tmp_path, CACHEGEN_BUILD_CUDA="maybe").stderr
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    nvcc.chmod(0o755)
+    wrong = build(tmp_path, CACHEGEN_BUILD_CUDA="1", NVCC=str(nvcc), TORCH_CUDA_ARCH_LIST="Hopper")
+    assert wrong.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST names 'Hopper'" in wrong.stderr
+    broken = build(tmp_path, CACHEGEN_BUILD_CUDA="auto", NVCC=str(nvcc), TORCH_CUDA_ARCH_LIST="9.0a 8.0+PTX")
+    assert broken.returncode == 0
+    assert "the CPU's coder stands in" in broken.stderr
+    assert "-gencode=arch=compute_90a,code=sm_90a" in broken.stdout
+    assert "code=[sm_80,compute_80]" in broken.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA kernels are not compiled here")
+def test_the_cuda_library_was_built_for_three_architectures() -> None:
+    """The package's own build made it, with warnings as errors; it loads without a GPU."""
+    assert native.CUDA_LIBRARY.exists(), "run: python setup.py build_ext --inplace"
+    native.load(native.CUDA_LIBRARY)
+    assert native.available("cuda")
+    elf = native.CUDA_LIBRARY.read_bytes()
+    for architecture in (80, 90, 100):
+        assert f"sm_{architecture}".encode() in elf
 
 
 # The C ABI.
@@ -223,25 +255,59 @@ def test_offsets_are_checked() -> None:
         assert library.cg_decode(ctypes.byref(view), *arguments, ctypes.byref(run)) == TileStatus.BAD_ARGUMENT
 
 
-@needs_compiler
-@pytest.mark.parametrize(("driver", "count"), [("fuzz_decode", HOSTILE_STREAMS), ("fuzz_passes", 1000)])
-def test_hostile_input_under_the_sanitizers(driver: str, count: int, tmp_path: Path) -> None:
-    program = tmp_path / driver
-    source = str(ROOT / "tests" / "native" / f"{driver}.cpp")
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [str(COMPILER), *STRICT, "-O1", "-g", *sanitizers, source, *SOURCES, "-o", str(program)]
-    compiled = subprocess.run(command, check=False, text=True, capture_output=True)
-    if compiled.returncode and "cannot find" in compiled.stderr:
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compiled(arguments: list[str]) -> None:
+    done = subprocess.run([str(COMPILER), *arguments], check=False, text=True, capture_output=True)
+    if done.returncode and "cannot find" in done.stderr:
         pytest.skip("the compiler has no sanitizers")
-    assert compiled.returncode == 0, compiled.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
+def sanitized_objects(sources: tuple[str, ...]) -> list[str]:
+    """One of the two libraries under AddressSanitizer and UBSan, compiled once a process."""
+    folder = tempfile.mkdtemp(prefix="sanitized-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    objects = [f"{folder}/{Path(source).stem}.o" for source in sources]
+    for source, target in zip(sources, objects, strict=True):
+        compiled([*STRICT, *SANITIZERS, "-c", source, "-o", target])
+    return objects
+
+
+def sanitized(driver: str, sources: list[str], tmp_path: Path) -> Path:
+    """A fuzzer with one of the two libraries."""
+    program, source = tmp_path / f"{driver}-{len(sources)}", str(ROOT / "tests" / "native" / f"{driver}.cpp")
+    objects = sanitized_objects(tuple(sources))
+    compiled([*STRICT, *SANITIZERS, source, "-x", "none", *objects, "-o", str(program)])
+    return program
+
+
+def fuzz(program: Path, count: int, seed: int) -> re.Match[str]:
+    """(number of cases, of back-ends, digest) of a run."""
     # Its own process: it must not inherit a preloaded allocator.
     variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run([str(program), str(count), "1"], check=False, text=True, capture_output=True, env=variables)
+    command = [str(program), str(count), str(seed)]
+    done = subprocess.run(command, check=False, text=True, capture_output=True, env=variables)
     assert done.returncode == 0, done.stderr
-    found = re.match(r"(\d+) .*, (\d+) back-ends", done.stdout)
+    found = re.match(r"(\d+) .*, (\d+) back-ends,.* digest ([0-9a-f]{16})", done.stdout)
     assert found is not None
     assert int(found[1]) >= count
-    assert int(found[2]) == len(native.available_isas())
+    return found
+
+
+@needs_compiler
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("driver", "count", "shared"),
+    [("fuzz_decode", HOSTILE_STREAMS, 5000), ("fuzz_passes", 1000, 200), ("fuzz_into", 1500, 400)],
+)
+def test_hostile_input_under_the_sanitizers(driver: str, count: int, shared: int, tmp_path: Path) -> None:
+    cpu, kernels = (sanitized(driver, sources, tmp_path) for sources in (CPU_SOURCES, KERNEL_SOURCES))
+    assert int(fuzz(cpu, count, 1)[2]) == len(native.available_isas())
+    # The kernels, lane by lane, find and make the same of the same cases.
+    assert fuzz(kernels, shared, 2)[3] == fuzz(cpu, shared, 2)[3]
 
 
 # Instruction sets.

@@ -16,6 +16,7 @@ from hf_cachegen.codec import rans
 from hf_cachegen.codec.rans import Tables
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 from tests.coder_support import Section, draw_section, frequencies_of, laplace_tables
+from tests.lockstep import COMPILER, in_lockstep
 
 BACKENDS = (*(isa.name.lower() for isa in native.available_isas()), "reference")
 needs_native = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
@@ -54,7 +55,7 @@ def tables(draw: st.DrawFn) -> Tables:
 @given(
     tables(),
     st.one_of(st.integers(1, 300), st.sampled_from([256, 512, 800])),
-    st.one_of(st.integers(0, 40), st.sampled_from([255, 600])),
+    st.one_of(st.integers(0, 40), st.sampled_from([255, 3000])),
     st.sampled_from([1, 3]),
     st.integers(0, 2**32),
 )
@@ -66,6 +67,10 @@ def test_all_back_ends_give_the_same_bytes_and_decode_each_other(
     for backend in BACKENDS:
         assert section.encode(backend=backend) == streams
         assert torch.equal(section.decode(streams, backend=backend), section.symbols)
+    if COMPILER:
+        with in_lockstep():  # the CUDA kernels
+            assert section.encode(backend="native") == streams
+            assert torch.equal(section.decode(streams, backend="native"), section.symbols)
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 65, 255, 256, 257, 512, 530])

@@ -1,0 +1,161 @@
+"""The CUDA back-end on a GPU: the same bytes and values as on the CPU, from every door of the package.
+
+Without a GPU these tests skip, and with FAIL_WITHOUT_CUDA=1 they fail. The kernels are tested without one too,
+in lockstep (tests/test_native.py, tests/test_rans.py).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv, native
+from hf_cachegen.codec import passes, rans
+from hf_cachegen.codec.into import Target
+from hf_cachegen.encoding import Encoder
+from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
+from tests.coder_support import draw_section, laplace_tables
+from tests.kv_samples import sample_kv
+
+READY = torch.cuda.is_available() and native.available("cuda")
+if not READY and os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+    raise RuntimeError(
+        f"FAIL_WITHOUT_CUDA=1, but torch sees {torch.cuda.device_count()} GPUs and _cuda.so is "
+        f"{'there' if native.CUDA_LIBRARY.exists() else 'missing'}"
+    )
+pytestmark = pytest.mark.skipif(not READY, reason="NO GPU HERE: nothing of the CUDA back-end ran on a device")
+TABLES = laplace_tables([0.3, 0.7, 2.0, 9.0], 11)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.one_of(st.integers(1, 300), st.sampled_from([256, 4096])),
+    st.one_of(st.integers(0, 40), st.sampled_from([255, 3000])),
+    st.sampled_from([1, 3]),
+    st.integers(0, 2**32),
+)
+def test_each_decodes_what_the_other_encodes(columns: int, tokens: int, contexts: int, seed: int) -> None:
+    section = draw_section(seed, tokens, columns, TABLES, contexts)
+    streams = section.encode()
+    known = None if section.contexts is None else section.contexts.cuda()
+    assert rans.encode(section.symbols.cuda(), TABLES, section.table_ids, known) == streams
+    if not streams:
+        return
+    packed = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8).cuda()
+    sizes = torch.tensor([len(stream) for stream in streams])
+    side = (TABLES.on(packed.device), section.table_ids.cuda(), known)
+    assert torch.equal(torch.ops.cachegen.decode(packed, sizes, *side, tokens).cpu(), section.symbols)
+
+
+@pytest.mark.parametrize("contexts", [1, 3])
+def test_hostile_streams_end_in_errors(contexts: int) -> None:
+    section = draw_section(3, 40, 300, TABLES, contexts)
+    streams = section.encode()
+    side = (TABLES.on(torch.device("cuda", 0)), section.table_ids.cuda())
+    known = None if section.contexts is None else section.contexts.cuda()
+    chance, caught = random.Random(1), 0
+    for _ in range(500):
+        data = bytearray(b"".join(streams))
+        for _ in range(chance.randint(1, 30)):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        cut = chance.randrange(3) == 0
+        sizes = [len(streams[0]), len(streams[1]) - (chance.randrange(200) if cut else 0)]
+        packed = torch.frombuffer(data, dtype=torch.uint8).cuda()
+        try:
+            torch.ops.cachegen.decode(packed, torch.tensor(sizes), *side, known, 40)
+        except (CorruptError, TruncatedError):
+            caught += 1
+    assert caught > 400
+    torch.cuda.synchronize()
+
+
+def test_ops_refuse_tensors_on_different_devices() -> None:
+    section = draw_section(3, 40, 300, TABLES, 1)
+    with pytest.raises(TensorError, match="must be"):
+        torch.ops.cachegen.encode(section.symbols.cuda(), TABLES.native, section.table_ids, None)
+    with pytest.raises(TensorError, match="must be"):
+        torch.ops.cachegen.encode(section.symbols.cuda(), TABLES.on(torch.device("cuda", 0)), section.table_ids, None)
+
+
+def test_ops_pass_opcheck() -> None:
+    section = draw_section(3, 40, 300, TABLES, 3)
+    side = (TABLES.on(torch.device("cuda", 0)), section.table_ids.cuda(), section.contexts.cuda())  # type: ignore[union-attr]
+    torch.library.opcheck(torch.ops.cachegen.encode, (section.symbols.cuda(), *side))
+    packed, sizes = torch.ops.cachegen.encode(section.symbols.cuda(), *side)
+    torch.library.opcheck(torch.ops.cachegen.decode, (packed, sizes, *side, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("transform", ["delta", "identity"])
+def test_encoding_there_gives_the_bytes_of_here(transform: str, dtype: torch.dtype) -> None:
+    keys, values = sample_kv(dtype=dtype)
+    config = CacheGenConfig(transform=transform, chunk_tokens=64)
+    here = encode_kv(keys, values, config)
+    there = encode_kv([k.cuda() for k in keys], [v.cuda() for v in values], config)
+    assert (there.side, there.parts) == (here.side, here.parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("transform", ["delta", "identity"])
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_decoding_there_gives_the_values_of_here(transform: str, dtype: torch.dtype, level: int) -> None:
+    encoded = encode_kv(*sample_kv(dtype=dtype), CacheGenConfig(transform=transform, chunk_tokens=64))
+    for here, there in zip(decode_kv(encoded, level), decode_kv(encoded, level, device="cuda"), strict=True):
+        for x, y in zip(here, there, strict=True):
+            assert y.is_cuda
+            assert torch.equal(x, y.cpu())
+
+
+def test_passes_give_the_same_symbols() -> None:
+    rows = torch.randn(50, 1500).to(torch.bfloat16)
+    rows[3, 7] = 3e4  # fits no byte
+    grid = passes.Grid(torch.randn(5, 1500), 10, torch.randn(1500), torch.rand(1500) + 0.1)
+    here, there = passes.quantise(rows, grid, 3), passes.quantise(rows.cuda(), grid.to(torch.device("cuda")), 3)
+    for x, y in zip((here.base, here.digits, here.contexts), (there.base, there.digits, there.contexts), strict=True):
+        assert torch.equal(x, y.cpu())
+    assert torch.equal(here.wide.positions, there.wide.positions)
+    sums = [passes.moments(x, grid.to(x.device), 2, 40) for x in (rows, rows.cuda())]
+    assert torch.equal(sums[0], sums[1])
+
+
+def test_the_current_stream_is_used() -> None:
+    made = Encoder(*sample_kv(), CacheGenConfig(transform="delta", chunk_tokens=64))
+    parts, span = next(made.chunks()), made.spans[0]
+    expected = made.codec.decode(parts, span, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        rows = torch.empty(*expected.shape, dtype=torch.bfloat16, device="cuda")
+        made.codec.decode_into(parts, span, Target.matrix(rows), 0)
+    stream.synchronize()
+    assert torch.equal(rows.cpu(), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_the_tensors_device_is_used_not_the_current_one() -> None:
+    encoded = encode_kv(*sample_kv(), CacheGenConfig(transform="delta", chunk_tokens=64))
+    with torch.cuda.device(0):
+        keys, _ = decode_kv(encoded, 2, device="cuda:1")
+    assert torch.equal(keys[0].cpu(), decode_kv(encoded, 2)[0][0])
+
+
+def test_a_cache_loads_onto_the_models_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import hf_cachegen
+
+    path = "eval/reference/model"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    ids = torch.randint(5, 200, (1, 700))
+    place = tmp_path_factory.mktemp("cache")
+    CacheGenCache.from_context(model, ids, CacheGenConfig(transform="identity"), profile=None).save_pretrained(place)
+    here = CacheGenCache.from_pretrained(place, model=model)
+    model.cuda()
+    there = CacheGenCache.from_pretrained(place, model=model)
+    assert all(x.is_cuda and torch.equal(x.cpu(), y) for x, y in zip(there.kv.keys, here.kv.keys, strict=True))
+    answer = hf_cachegen.generate(model, ids.cuda(), cache=there, max_new_tokens=4, do_sample=False)
+    assert answer.shape == (1, 704)
