@@ -111,6 +111,21 @@ def test_decoding_there_gives_the_values_of_here(transform: str, dtype: torch.dt
             assert torch.equal(x, y.cpu())
 
 
+@pytest.mark.parametrize("level", [1, 3])
+def test_klt_decodes_there_to_a_rounding_of_here(level: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("eval/reference/model", dtype=torch.bfloat16)
+    cache = CacheGenCache.from_context(model, torch.randint(5, 200, (1, 700)))
+    profile = cache._profile
+    assert profile is not None
+    encoded = encode_kv(cache.kv.keys, cache.kv.values, CacheGenConfig(transform="klt"), profile)
+    for here, there in zip(decode_kv(encoded, level), decode_kv(encoded, level, device="cuda"), strict=True):
+        for x, y in zip(here, there, strict=True):
+            assert y.is_cuda
+            assert float((x.float() - y.cpu().float()).norm() / x.float().norm()) < 4e-3  # 2^-8
+
+
 def test_passes_give_the_same_symbols() -> None:
     rows = torch.randn(50, 1500).to(torch.bfloat16)
     rows[3, 7] = 3e4  # fits no byte

@@ -54,7 +54,7 @@ class Narrow(NamedTuple):
         """part float32 [tokens, components], all or the first of them, to bfloat16 [tokens, channels], means added."""
         extra = len(self.matrix) - self.components
         leading = (extra - MEAN_TERMS) // 2
-        y = torch.ones(len(part), extra + part.shape[1], dtype=torch.bfloat16)
+        y = torch.ones(len(part), extra + part.shape[1], dtype=torch.bfloat16, device=part.device)
         y[:, extra:] = part
         rounded = y[:, extra : extra + leading]
         y[:, MEAN_TERMS : MEAN_TERMS + leading] = rounded
@@ -62,8 +62,8 @@ class Narrow(NamedTuple):
         return y @ self.matrix[: y.shape[1]]
 
 
-_NARROW: WeakKeyDictionary[Profile, list[Narrow]] = WeakKeyDictionary()
-"""The matrices in bfloat16, made once for a profile."""
+_MATRICES: WeakKeyDictionary[Profile, dict[tuple[torch.device, bool], list[Any]]] = WeakKeyDictionary()
+"""For a device, and whether in bfloat16: of each group of a profile a Narrow, or (synthesis, mean); made once."""
 
 
 @lru_cache(maxsize=1)
@@ -95,21 +95,23 @@ class Basis:
         return torch.cat(found, 1)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None) -> Tensor:
-        """The inverse: y float32 [tokens, components] to rows [tokens, columns] of that dtype, on the CPU.
+        """The inverse: y float32 [tokens, components] to rows [tokens, columns] of that dtype, on the device of y.
 
         idle: bool [components], those that are likely to be zero in all tokens.
         """
-        rows = torch.empty(len(y), len(self.profile.means), dtype=dtype)
-        narrow = dtype == torch.bfloat16 and multiplies_bfloat16()
+        device = y.device
+        rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=device)
+        narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
         rotary = self.profile.rotary
-        angles = rotary.angles(torch.arange(span.first, span.first + span.tokens))
-        for index, (group, components) in enumerate(self._groups()):
+        angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
+        for (group, components), matrix in zip(self._groups(), self._matrices(device, narrow), strict=True):
             part = y[:, components]
             part = part if idle is None else _shortened(part, idle[components])
-            if narrow:
-                back = self._narrow(index).product(part)
+            if isinstance(matrix, Narrow):
+                back = matrix.product(part)
             else:
-                back = torch.addmm(self._mean(group), part, group.synthesis[: part.shape[1]])
+                synthesis, mean = matrix
+                back = torch.addmm(mean, part, synthesis[: part.shape[1]])
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
@@ -131,10 +133,19 @@ class Basis:
     def _mean(self, group: Group) -> Tensor:
         return torch.cat([self.profile.means[place] for place in self._places(group)])
 
-    def _narrow(self, index: int) -> Narrow:
-        if self.profile not in _NARROW:
-            _NARROW[self.profile] = [Narrow.of(group.synthesis, self._mean(group)) for group in self.profile.groups]
-        return _NARROW[self.profile][index]
+    def _matrices(self, device: torch.device, narrow: bool) -> list[Any]:
+        known = _MATRICES.setdefault(self.profile, {})
+        if (device, narrow) not in known:
+            made: list[Any] = []
+            for group in self.profile.groups:
+                mean = self._mean(group)
+                if narrow:
+                    one = Narrow.of(group.synthesis, mean)
+                    made.append(one._replace(matrix=one.matrix.to(device)))
+                else:
+                    made.append((group.synthesis.to(device), mean.to(device)))
+            known[device, narrow] = made
+        return known[device, narrow]
 
 
 def _rounded(x: Tensor) -> Tensor:

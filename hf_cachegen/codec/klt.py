@@ -131,14 +131,21 @@ class KltCodec:
         return self.inner.encode(self.checked(rows, span), span)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        y = self.inner.decode(parts, span)
+        """The inverse of `encode`: rows [tokens, columns], on the CPU. Raises TruncatedError or CorruptError."""
+        return self._decode(parts, span, dtype, torch.device("cpu"))
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        """As `decode`, on the target's device, to rows [row, row + tokens) of the target."""
+        target.put(self._decode(parts, span, target.dtype, target.device), row)
+
+    def _decode(
+        self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        y = torch.empty(span.tokens, self.entries.shape[1], device=device)
+        self.inner.decode_into(parts, span, Target.matrix(y))
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
         return self.basis.rows(y, span, dtype, idle=~coded.any(0))
-
-    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        """As `decode`, to rows [row, row + tokens) of the target."""
-        target.put(self.decode(parts, span, target.dtype), row)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         y = self.basis.coefficients(rows, span)
