@@ -47,6 +47,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Another machine: nothing is known there."""
+    finding._known.clear()
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
 
 

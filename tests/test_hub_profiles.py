@@ -78,7 +78,8 @@ def load(place: str | Path, **options: object) -> CacheGenCache:
 
 
 def emptied(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Another machine: nothing of it is in the local cache."""
+    """Another machine: nothing of it is in the local cache, or in use."""
+    finding._known.clear()
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
 
 
@@ -149,6 +150,8 @@ def test_a_profile_goes_along_where_nothing_says_where_it_is(
     assert server.repos["datasets/user/context"].files[PROFILE_FILE] == profile.to_bytes()
     emptied(monkeypatch, tmp_path / "elsewhere")
     assert load("user/context", model=model)
+    emptied(monkeypatch, tmp_path / "streamed")
+    assert CacheGenCache.stream("user/context", model, patience=IMPATIENT).kv.geometry.tokens == 60
     context(model, profile).push_to_hub("user/without", with_profile=False)
     emptied(monkeypatch, tmp_path / "third")
     with pytest.raises(ProfileError, match=f"{profile.digest}.*{REPO}"):
