@@ -1,7 +1,7 @@
 """What a stream tells while it runs: `on_event` is called with one of these, named as OpenTelemetry names things.
 
 An event's `name` and `attributes()` go into a span or a log record as they are. A callback is called by the thread that
-found something out, one call at a time; what it raises is logged and does not harm the stream.
+streams, generates or refines, one call at a time, in order; what it raises is logged and does not harm the stream.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ class Loader:
         self.began = began
         self.question_tokens = options.prompt_tokens
         self._speed: PrefillSpeed = speed_of(model)
-        self._telling = threading.RLock()
+        self._events: deque[Event] = deque()
+        self._telling = threading.Lock()
         self._parts: dict[Part, bytes] = {}
         self.tally = Tally()
 
@@ -182,13 +184,14 @@ class Loader:
         left = self.schedule.left(time.monotonic())
         for chunk, choice in decisions:
             self.tell(ChunkChosen, chunk.index, choice, chunk.why, chunk.rate, None if left == math.inf else left)
+        self.deliver()
         return work
 
     def _codec(self) -> Codec | None:
         """What decodes; None where its side information cannot be had: all is recomputed then."""
         for source in self.fetcher.sources:
             try:
-                return source.open().codec()
+                return source.codec()
             except (ArtifactError, StoreError) as error:  # noqa: PERF203
                 with self.fetcher.changed:
                     self._failed(source.place, error, None)
@@ -274,14 +277,20 @@ class Loader:
         return math.inf if seconds is None else seconds
 
     def tell(self, kind: Callable[..., Event], *values: Any) -> None:
-        """Tells `on_event`, if there is one."""
-        if self.options.on_event is None:
-            return
-        with self._telling:
+        """An event happened; `deliver` tells it."""
+        if self.options.on_event is not None:
+            self._events.append(kind(time.monotonic() - self.began, *values))
+
+    def deliver(self) -> None:
+        """Tells `on_event` what has happened; not to be called with a lock held, since it may do anything."""
+        while self._events and self._telling.acquire(blocking=False):
             try:
-                self.options.on_event(kind(time.monotonic() - self.began, *values))
-            except Exception:
+                while self._events and self.options.on_event is not None:
+                    self.options.on_event(self._events.popleft())
+            except Exception:  # noqa: PERF203
                 LOG.exception("on_event failed")
+            finally:
+                self._telling.release()
 
     def learn_question(self, tokens: int, seconds: float) -> None:
         """So long a model took to read so many tokens after the context."""

@@ -8,6 +8,7 @@ columns of the context; what the model has computed since stays.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from hf_cachegen.streaming.report import StreamReport
 if TYPE_CHECKING:
     from hf_cachegen.streaming.loader import Loader
 
+LOG = logging.getLogger("hf_cachegen.streaming")
 END_SECONDS = 5.0
 """How long ending a stream waits for its threads beyond a source's own time limit."""
 
@@ -83,12 +85,14 @@ class Refinement:
             with torch.no_grad():
                 self._loader.refine()
         except BaseException as error:
+            LOG.exception("the context stays as it is")
             self._error = error
         finally:
             self._loader.close()
             self._resources.close()
             self._done.set()
             self._loader.tell(StreamFinished, self.report)
+            self._loader.deliver()
 
     def snapshot(self) -> tuple[KVTensors, int]:
         """Keys and values that nobody changes any more, and how many changes they have."""
@@ -105,6 +109,7 @@ class Refinement:
             loader.tally.ttft = time.monotonic() - loader.began
             slo = loader.options.slo
             loader.tell(FirstToken, None if slo is None else loader.tally.ttft <= slo)
+            loader.deliver()
 
     def bring(self, cache: Cache, reuse: Reuse, seen: int) -> int:
         """Copies what has changed since `seen` changes into a generation's cache; returns the changes that it has now.

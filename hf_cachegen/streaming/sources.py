@@ -14,7 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import Segment, Store
+from hf_cachegen.codec.chunk import Codec
+from hf_cachegen.container import BASE_FILE, Segment, Store
+from hf_cachegen.encoding import SIDE
 from hf_cachegen.errors import ManifestError
 from hf_cachegen.stores import LocalStore, RemoteStore
 from hf_cachegen.stores.cached import CachedStore
@@ -135,6 +137,12 @@ class Source:
         if isinstance(inner, RemoteStore):
             self._wire = Wire(inner.files, self._meters, self._given_up)
             inner.files = self._wire
+
+    def codec(self) -> Codec:
+        """What decodes the artifact's chunks. Raises ArtifactError, StoreError, ProfileError."""
+        artifact = self.open()
+        self._open_file(artifact, artifact.manifest.segment(BASE_FILE, SIDE))
+        return artifact.codec()
 
     def here(self, segment: Segment) -> bool:
         """Whether a segment is on this disk (as far as one can tell without reading it)."""

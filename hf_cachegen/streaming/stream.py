@@ -63,6 +63,7 @@ def stream_context(
     else:
         refinement.close()
         loader.tell(StreamFinished, refinement.report)
+    loader.deliver()
     return found, kv, refinement
 
 
@@ -94,6 +95,7 @@ def _open(
             failed = failed or error
             loader.tally.failed(str(place), error, None)
             loader.tell(SourceFailed, str(place), f"{type(error).__name__}: {error}")
+            loader.deliver()
     raise failed or StoreError("no place to stream from")
 
 

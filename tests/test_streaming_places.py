@@ -1,0 +1,120 @@
+"""Streams of every kind of artifact and place; what they may be told to do while they run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+import transformers as hf
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import SignatureError
+from hf_cachegen.stores.sealed import seal
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen.stores.signed import sign
+from hf_cachegen.streaming import ChunkReady, Event, StreamReport
+from tests.http_server import Server, running
+from tests.streaming_support import CONTEXT, at_level, same_kv, serve, threads_end, write
+from tests.test_store_signed import KEY, PUBLIC, pem
+from tests.tiny_models import shared
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running(Server()) as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write("llama", tmp_path / "artifact")
+
+
+def stream(place: Any, **options: Any) -> CacheGenCache:
+    return CacheGenCache.stream(place, shared("llama"), **options)
+
+
+@pytest.mark.parametrize("config", [
+    CacheGenConfig(transform="delta", chunk_tokens=16),
+    CacheGenConfig(transform="identity", lossless=True, levels=1, chunk_tokens=16),
+    CacheGenConfig(transform="identity", chunk_tokens=512),
+], ids=["delta", "lossless", "one chunk"])  # fmt: skip
+def test_other_codecs(server: Server, tmp_path: Path, config: CacheGenConfig) -> None:
+    folder = tmp_path / "artifact"
+    CacheGenCache.from_context(shared("llama"), CONTEXT, config).save_pretrained(folder)
+    assert same_kv(stream(serve(server, folder), slo=30.0), at_level(folder))
+
+
+def test_sealed_and_signed_artifacts_stream(server: Server, folder: Path, tmp_path: Path) -> None:
+    sign(folder, pem(KEY, tmp_path / "key.pem"))
+    url = serve(server, folder, "signed")
+    assert same_kv(stream(url, public_key=PUBLIC), at_level(folder))
+    secret = tmp_path / "secret.key"
+    secret.write_bytes(bytes(range(32)))
+    seal(folder, tmp_path / "sealed", secret)
+    server.files.update({f"sealed/{path.name}": path.read_bytes() for path in (tmp_path / "sealed").iterdir()})
+    assert same_kv(stream(f"{server.url}/sealed", key=secret, slo=30.0), at_level(folder))
+
+
+def test_what_was_signed_by_nobody_does_not_stream(server: Server, folder: Path) -> None:
+    """Nor is it recomputed: the caller asked for a signature."""
+    with pytest.raises(SignatureError):
+        stream(serve(server, folder), public_key=PUBLIC, slo=30.0)
+
+
+def test_any_filesystem_streams(folder: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        files.pipe(f"/streamed/{path.name}", path.read_bytes())
+    cache = stream("memory://streamed", slo=30.0)
+    assert same_kv(cache, at_level(folder))
+    assert isinstance(cache.report, StreamReport)
+    assert cache.report.wire_bytes > 0
+
+
+def test_an_artifact_of_the_klt_transform(server: Server, tmp_path: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(ROOT / "eval" / "reference" / "model", dtype=torch.bfloat16)
+    ids = torch.arange(300)[None] % 200 + 3
+    config = CacheGenConfig(transform="klt", chunk_tokens=64)
+    CacheGenCache.from_context(model, ids, config).save_pretrained(tmp_path / "artifact")
+    url = serve(server, tmp_path / "artifact")
+    coarse, finest = (CacheGenCache.from_pretrained(tmp_path / "artifact", model, level) for level in (1, 3))
+    assert same_kv(CacheGenCache.stream(url, model, level=1), coarse)
+    cache = CacheGenCache.stream(url, model, refine="while_generating")
+    assert cache.refinement is not None
+    assert cache.refinement.wait(30)
+    assert same_kv(cache, finest)
+
+
+def test_a_callback_may_end_what_it_is_told_of(server: Server, folder: Path) -> None:
+    """Events are told with no lock held."""
+    url = serve(server, folder)
+    held: list[CacheGenCache] = []
+
+    def on_event(event: Event) -> None:
+        if held and isinstance(event, ChunkReady) and held[0].refinement is not None:
+            held[0].refinement.close(5.0)
+
+    gate = threading.Event()
+    server.always = lambda request, body, headers: (
+        gate.wait(30) if "refine" in request.path else None,
+        request.answer(206, body, headers),
+    )[1]
+    held.append(stream(url, refine="while_generating", on_event=on_event))
+    gate.set()
+    assert held[0].refinement is not None
+    assert held[0].refinement.wait(30)
+    assert threads_end()
