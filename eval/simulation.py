@@ -17,14 +17,14 @@ from eval.traces import Link
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.streaming import CONNECTIONS, Policy
 from hf_cachegen.streaming.bandwidth import Bandwidth
-from hf_cachegen.streaming.fetching import FIRST_RUN_BYTES, LEAST_RUN_BYTES, MOST_RUN_BYTES, RUN_SECONDS, WAKE_SECONDS
+from hf_cachegen.streaming.fetching import WAKE_SECONDS, request_bytes
 from hf_cachegen.streaming.loader import RESERVE
 from hf_cachegen.streaming.schedule import Chunk as Progress
 from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule
 
 SLICES = 8
 """Pieces in which a part's bytes arrive."""
-LONGEST = 1e4
+LONGEST = 600.0
 """Seconds of simulated time after which a stream counts as never ready."""
 
 
@@ -83,17 +83,13 @@ class _Run:
         self.number += 1  # so that events of one time keep their order
         heapq.heappush(self.events, (time, self.number, kind, what))
 
-    def run_bytes(self) -> float:
-        """As the product's fetcher asks for."""
-        rate = self.bandwidth.rate()
-        if rate is None:
-            return FIRST_RUN_BYTES
-        return min(MOST_RUN_BYTES, max(LEAST_RUN_BYTES, rate * RUN_SECONDS / self.connections))
-
     def fetch(self) -> None:
         """Sends requests while there is something to ask for, and a connection."""
         while self.under_way < self.connections:
-            run = self.schedule.next_run(self.now, self.bandwidth.rate(), self.run_bytes())
+            rate = self.bandwidth.rate()
+            under_way = [chunk.wire[part] for chunk in self.schedule.chunks for part in chunk.asked]
+            nbytes = request_bytes(rate, under_way, self.connections)
+            run = [] if nbytes is None else self.schedule.next_run(self.now, rate, nbytes)
             if not run:
                 return
             self.under_way += 1

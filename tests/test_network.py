@@ -23,7 +23,7 @@ from benchmarks.network import lab as labs
 from benchmarks.network import summary, uniform8
 from benchmarks.network.delay_line import enter
 from benchmarks.network.lab import URL, Lab, LabError
-from eval import traces, uniform
+from eval import adaptation, traces, uniform
 from hf_cachegen import CacheGenCache, CacheGenConfig
 from hf_cachegen.geometry import Geometry, LayerGeometry
 from hf_cachegen.stores import Patience, RemoteStore
@@ -178,3 +178,10 @@ def test_the_tables_say_what_was_measured() -> None:
     contexts = {"larger": {"tokens": 8192, "bytes": {"level 1": 125_000_000}}}
     found = {"link": link, "contexts": contexts, "records": RECORDS, "hardware": "", "date": ""}
     assert "paper x 1, SLO 2 s" in summary.markdown(json.loads(json.dumps(found)))
+
+
+@pytest.mark.parametrize("command", [program.main, adaptation.main], ids=["network", "adaptation"])
+def test_the_document_names_every_option(command: Any) -> None:
+    document = (Path(labs.ROOT) / "docs" / "network.md").read_text()
+    for parameter in command.params:
+        assert f"`{parameter.opts[0]}`" in document or f"{parameter.opts[0]} " in document, parameter.opts[0]

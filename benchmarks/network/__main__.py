@@ -147,7 +147,6 @@ def main(
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
-        out.with_suffix(".md").write_text(markdown(found))
 
 
 if __name__ == "__main__":

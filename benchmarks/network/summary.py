@@ -131,6 +131,8 @@ def markdown(found: dict[str, Any]) -> str:
     """All tables of a results file."""
     link = found["link"]
     lines = [
+        "# Time to the first token over a real network path",
+        "",
         f"Link: round trip {link['rtt_ms']:g} ms, loss {link['loss']:g}, {link['congestion']}, MTU {link['mtu']}. "
         f"{found['hardware']} {found['date']}.",
         "",
@@ -138,7 +140,7 @@ def markdown(found: dict[str, Any]) -> str:
     for name, about in found["contexts"].items():
         records = [record for record in found["records"] if record["context"] == name]
         sizes = ", ".join(f"{what} {size / 1e6:.2f} MB" for what, size in about["bytes"].items())
-        lines += [f"**{name}**: {about['tokens']} tokens; {sizes}. Median seconds to the first token:", ""]
+        lines += [f"## {name}", "", f"{about['tokens']} tokens; {sizes}. Median seconds to the first token:", ""]
         lines += [render(ttft_table(records))]
         lines += ["Over the transfer's own time:", "", render(overhead_table(records))]
         traced = trace_table(records)

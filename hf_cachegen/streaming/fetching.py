@@ -45,6 +45,16 @@ def abandoned() -> bool:
     return given_up is not None and given_up()
 
 
+def request_bytes(rate: float | None, under_way: Sequence[int], connections: int) -> float | None:
+    """Bytes that the next request should have, by the throughput and the bytes of all parts that are under way; None
+    where those are enough.
+    """
+    window = FIRST_WINDOW_BYTES if rate is None else rate * WINDOW_SECONDS
+    if len(under_way) >= LEAST_REQUESTS and sum(under_way) >= window:
+        return None
+    return min(MOST_RUN_BYTES, max(LEAST_RUN_BYTES, window / connections))
+
+
 class Fetcher:
     """sources: the first is used until it fails. segment_of: what a part is called in the artifact. on_arrival(part,
     data, wire) and on_failure(place, error, part or None) are called with `changed` held. error: the last failure of a
@@ -149,11 +159,10 @@ class Fetcher:
     def _wanted(self) -> list[Part]:
         """What to fetch next; nothing where enough is under way."""
         rate = self.bandwidth.rate()
-        window = FIRST_WINDOW_BYTES if rate is None else rate * WINDOW_SECONDS
         under_way = [chunk.wire[part] for chunk in self.schedule.chunks for part in chunk.asked if chunk.wire[part]]
-        if len(under_way) >= LEAST_REQUESTS and sum(under_way) >= window:
+        run_bytes = request_bytes(rate, under_way, self._connections)
+        if run_bytes is None:
             return []
-        run_bytes = min(MOST_RUN_BYTES, max(LEAST_RUN_BYTES, window / self._connections))
         return self.schedule.next_run(time.monotonic(), rate, run_bytes)
 
     def _fetch(self, epoch: int, source: Source, run: list[Part]) -> None:
