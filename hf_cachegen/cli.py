@@ -35,11 +35,13 @@ from hf_cachegen.cli_options import (
     encoder_options,
     encoder_settings,
     encoding_profile_option,
+    key_option,
     model_options,
     output_options,
     read_text,
     sampling_arguments,
     sampling_options,
+    trust_options,
 )
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_profile import learn
@@ -129,18 +131,21 @@ def encode(
 @click.option("--level", type=click.IntRange(min=1), help="Level to load, 1 the coarsest.  [default: the finest]")
 @sampling_options
 @decoding_profile_option
+@trust_options
 @model_options
 @output_options
 def generate(
     artifact: str, model: str, prompt: str, max_new_tokens: int, level: int | None, profile: str,
-    revision: str | None, device: str | None, as_json: bool, debug: bool, **options: Any,
+    public_key: str | None, key: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT, token by token on stdout."""
     arguments = sampling_arguments(options)
     question = sys.stdin.read() if prompt == "-" else prompt
     # The cached dtype is the one to run in; reading it also finds a missing artifact before the model is loaded.
-    dtype = describe(Reader(open_store(artifact)))["dtype"]
-    required = required_profile(artifact, profile, model)
+    access = Access(public_key=public_key, key=key)
+    dtype = describe(Reader(open_store(artifact, access)))["dtype"]
+    required = required_profile(artifact, profile, model, access)
     with step("loading the model", as_json):
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
     import torch
@@ -151,8 +156,9 @@ def generate(
 
     start = time.perf_counter()
     cache = CacheGenCache.from_pretrained(
-        artifact, loaded, level, profile=required, tokenizer=tokenizer, progress=bars(as_json)
-    )
+        artifact, loaded, level, profile=required, tokenizer=tokenizer, progress=bars(as_json), public_key=public_key,
+        key=key,
+    )  # fmt: skip
     ready = time.perf_counter()
     prompt_ids = with_question(cache.input_ids, token_ids(tokenizer, question, start=False), loaded.device)
     if options["seed"] is not None:
@@ -173,10 +179,11 @@ def generate(
 @main.command(short_help="Show what an artifact holds.")
 @artifact_argument
 @click.option("--plot", "target", type=click.Path(path_type=Path), help="Draw bits and errors by layer, too.")
+@key_option
 @output_options
-def inspect(artifact: str, target: Path | None, as_json: bool, debug: bool) -> None:
+def inspect(artifact: str, target: Path | None, key: str | None, as_json: bool, debug: bool) -> None:
     """Show what ARTIFACT holds: geometry, levels, sizes, bits and errors by layer, fingerprint."""
-    found = describe(Reader(open_store(artifact)))
+    found = describe(Reader(open_store(artifact, Access(key=key))))
     if target is not None:
         if target.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise click.BadParameter(f"expected a .png, .pdf or .svg file, got {target}", param_hint="'--plot'")
@@ -190,19 +197,20 @@ def inspect(artifact: str, target: Path | None, as_json: bool, debug: bool) -> N
 @main.command(short_help="Check every byte of an artifact.")
 @artifact_argument
 @click.option("--model", help="Check the fingerprint against this model and its tokenizer, too.")
-@click.option("--public-key", help="Check that it is signed with this key (PEM file), too.")
 @decoding_profile_option
+@trust_options
 @model_options
 @output_options
 def verify(
-    artifact: str, model: str | None, public_key: str | None, profile: str, revision: str | None, device: str | None,
-    as_json: bool, debug: bool,
+    artifact: str, model: str | None, profile: str, public_key: str | None, key: str | None, revision: str | None,
+    device: str | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Check every byte of ARTIFACT against its checksums; with --model, that it belongs to that model.
 
     With --model or --profile PLACE, also that the profile which it needs is there.
     """
-    reader = Reader(open_store(artifact, Access(public_key=public_key)))
+    access = Access(public_key=public_key, key=key)
+    reader = Reader(open_store(artifact, access))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
@@ -210,7 +218,7 @@ def verify(
         checked = reader.verify(progress=lambda done, total: progress.update(task, completed=done, total=total))
     required = None
     if model is not None or profile not in ("auto", "none"):
-        required = required_profile(artifact, profile, model or "")
+        required = required_profile(artifact, profile, model or "", access)
     if model is not None:
         with step("loading the model", as_json):
             dtype = describe(reader)["dtype"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_cachegen.stores import open_store
+from hf_cachegen.stores import Access, open_store
 
 if TYPE_CHECKING:
     from hf_cachegen.profile import Profile
@@ -80,13 +80,13 @@ def find_profile(choice: str, model: str) -> Profile | None:
     return find(None if choice == "none" else choice, model)
 
 
-def required_profile(artifact: str, choice: str, model: str) -> Profile | None:
+def required_profile(artifact: str, choice: str, model: str, access: Access | None = None) -> Profile | None:
     """The profile that decoding `artifact` takes, None where it takes none; see `find_profile`. Raises ProfileError
     where it is missing or another one.
     """
     from hf_cachegen.artifact import Artifact
 
-    return Artifact(open_store(artifact), None, None if choice == "none" else choice, model).profile()
+    return Artifact(open_store(artifact, access), None, None if choice == "none" else choice, model).profile()
 
 
 def _device(name: str | None) -> Any:

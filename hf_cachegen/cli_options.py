@@ -99,6 +99,13 @@ pushing_profile_option = _profile_option(
 )
 
 
+key_option = click.option("--key", help="Opens a sealed artifact: the file of 32 bytes that it was sealed with.")
+trust_options = _all(
+    click.option("--public-key", help="Accept only what is signed with the private half of this key (PEM file)."),
+    key_option,
+)
+
+
 def access_options(repo_type: str) -> Callable[[Function], Function]:
     """Where in a repository (of that kind by default), or below a URL."""
     return _all(

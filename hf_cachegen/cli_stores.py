@@ -12,7 +12,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from hf_cachegen.card import card, sealed_card
-from hf_cachegen.cli_options import access_options, output_options, place_argument, pushing_profile_option
+from hf_cachegen.cli_options import (
+    access_options,
+    key_option,
+    output_options,
+    place_argument,
+    pushing_profile_option,
+)
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_views import plain, size_text
 from hf_cachegen.container import Reader
@@ -134,7 +140,7 @@ def seal(folder: Path, out: Path, key: str, as_json: bool, debug: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @_access_options
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
-@click.option("--key", help="Opens a sealed artifact: the file of 32 bytes that it was sealed with.")
+@key_option
 @output_options
 def pull(
     place: str, out: Path, revision: str | None, repo_type: str, subfolder: str | None, overwrite: bool,
@@ -174,7 +180,7 @@ def ls(
 @click.command("serve-check", short_help="Check that a server serves artifacts rightly.")
 @place_argument
 @_access_options
-@click.option("--key", help="Opens a sealed artifact: the file of 32 bytes that it was sealed with.")
+@key_option
 @output_options
 @click.pass_context
 def check(

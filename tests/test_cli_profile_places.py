@@ -164,3 +164,35 @@ def test_a_model_its_profile_and_its_caches_all_on_the_hub(
     refused = run_json(*again, code=MISMATCH, stdin=text(120))
     assert (refused["error"]["type"], "profile" in refused["error"]["message"]) == ("WrongWeightsError", True)
     assert run(*again, "--profile", "none", stdin=text(120)).exit_code == 0
+
+
+def test_signed_and_sealed_with_its_profile(
+    server: HubServer, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that reading takes goes along in one sealed folder, but for two keys."""
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    from tests.test_store_signed import KEY, pem
+
+    private, public, secret = pem(KEY, tmp_path / "key.pem"), tmp_path / "public.pem", tmp_path / "secret.key"
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(KEY.public_key().public_bytes(serialization.Encoding.PEM, form))
+    secret.write_bytes(bytes(range(32)))
+    folder, sealed = tmp_path / "klt", tmp_path / "sealed"
+    assert encode(model, folder, "--profile", profile).exit_code == 0
+    (folder / PROFILE_FILE).write_bytes(profile.read_bytes())
+    for command in (("sign", folder, "--key", private), ("seal", folder, sealed, "--key", secret),
+                    ("push", sealed, "user/secret", "--key", secret)):  # fmt: skip
+        assert run(*command).exit_code == 0
+    names = server.repos["datasets/user/secret"].files
+    assert all(name.endswith((".sealed", ".gitattributes", ".md")) for name in names)
+    elsewhere(monkeypatch, tmp_path / "elsewhere")
+    keys = ("--key", secret, "--public-key", public)
+    assert run_json("inspect", "user/secret", "--key", secret)["profile"]["model"] == str(model)
+    assert run_json("verify", "user/secret", "--model", model, *keys)["sound"]
+    assert run_json(*ask("user/secret", model, *keys))["new_tokens"] > 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run_json(*ask("user/secret", model, *keys))["new_tokens"] > 0  # from the local cache, where it is sealed
+    kept = [path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()]
+    assert kept
+    assert not [data for data in kept if b"cachegen_profile" in data or b"safetensors" in data]
+    assert run_json(*ask("user/secret", model, "--key", private), code=USAGE)["error"]["type"] == "ConfigError"

@@ -258,6 +258,8 @@ def test_the_commands(tmp_path: Path) -> None:
     assert found["bytes"] == sum(map(len, contents(tmp_path / "sealed").values()))
     assert run("pull", tmp_path / "sealed", tmp_path / "out", "--key", tmp_path / "secret.key").exit_code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "context")
+    opened = run_json("verify", tmp_path / "sealed", "--key", tmp_path / "secret.key")
+    assert opened["bytes"] == sum(map(len, contents(tmp_path / "context").values()))
     (tmp_path / "secret.key").write_bytes(OTHER)
     wrong = run_json("pull", tmp_path / "sealed", tmp_path / "no", "--key", tmp_path / "secret.key", code=3)
     assert wrong["error"]["type"] == "CorruptError"

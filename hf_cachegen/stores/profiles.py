@@ -157,7 +157,8 @@ def fetch_pinned(
         except CacheGenError as error:
             failures.append((place, error))
             continue
-        _keep(cache, data)
+        if access.key is None:  # what was sealed stays sealed on the disk, too: its store sees to that
+            _keep(cache, data)
         return data
     raise _not_found(pin, failures)
 
