@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +32,7 @@ from hf_cachegen.container import Reader
 from hf_cachegen.stores import open_store
 
 if TYPE_CHECKING:
-    from hf_cachegen.streaming import Event, StreamReport
+    from hf_cachegen.streaming import ChunkReport, Event, StreamReport
 
 STYLES = {"": "dim", "text": "magenta", "1": "yellow", "2": "cyan", "3": "green"}
 """Of a chunk that is missing, recomputed, or there at a level."""
@@ -119,16 +120,20 @@ def _shown(view: StreamView, as_json: bool) -> Iterator[None]:
 
 
 def _table(report: StreamReport) -> Table:
-    """Each chunk's choice, why, and what it took."""
-    table = Table(title=_verdict(report), title_justify="left")
-    for column in ("chunk", "tokens", "choice", "bytes", "transfer", "decode", "recompute", "prefill would take"):
-        table.add_column(column, justify="left" if column == "choice" else "right")
-    table.add_column("why")
+    """Each chunk's choice, and what it took; why, below."""
+    reasons = [f"{_numbers(list(group))}: {why}" for why, group in groupby(report.chunks, lambda chunk: chunk.why)]
+    table = Table(title=_verdict(report), title_justify="left", caption="\n".join(reasons), caption_justify="left")
+    for column in ("chunk", "tokens", "choice", "bytes", "transfer", "decode", "recompute", "prefill"):
+        table.add_column(column, justify="left" if column == "choice" else "right", no_wrap=True)
     for chunk in report.chunks:
         times = (chunk.transfer_seconds, chunk.decode_seconds, chunk.recompute_seconds, chunk.prefill_seconds)
         shown = ["" if seconds is None else f"{1000 * seconds:.0f} ms" for seconds in times]
-        table.add_row(str(chunk.index), str(chunk.tokens), chunk.choice, f"{chunk.nbytes:,}", *shown, chunk.why)
+        table.add_row(str(chunk.index), str(chunk.tokens), chunk.choice, f"{chunk.nbytes:,}", *shown)
     return table
+
+
+def _numbers(chunks: list[ChunkReport]) -> str:
+    return str(chunks[0].index) if len(chunks) == 1 else f"{chunks[0].index}-{chunks[-1].index}"
 
 
 def _verdict(report: StreamReport) -> str:
@@ -229,5 +234,4 @@ def _show(cache: Any, prompt_ids: Any, answer: Any, tokenizer: Any, as_json: boo
         return
     if not echoed:
         click.echo(text)
-    console = Console(stderr=True, width=None if Console(stderr=True).is_terminal else 160)
-    console.print(_table(cache.report))
+    Console(stderr=True).print(_table(cache.report))

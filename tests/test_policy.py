@@ -319,3 +319,12 @@ def test_chunks_that_lie_side_by_side_share_a_request() -> None:
     assert schedule.next_run(0, None, 250) == [(1, 0), (2, 0)]
     assert schedule.next_run(0, None, 250) == [(0, 0)]
     assert schedule.next_run(0, None, 250) == []
+
+
+def test_what_is_on_this_disk_needs_no_throughput() -> None:
+    schedule = World(64, (100, 100, 100), 3, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), 10.0, "off")
+    for chunk in schedule.chunks:
+        chunk.wire = (0, 0, 0)
+    plan = schedule.plan(0.0, None)
+    assert plan is not None
+    assert (plan.level, plan.sure, plan.text, plan.provisional) == (3, 3, 0, False)

@@ -205,6 +205,12 @@ def test_a_speed_without_measurements_is_not_known() -> None:
     assert (speed.seconds(0, 200) or 0) == pytest.approx(4.0, rel=0.05)
 
 
+def test_the_last_measurement_of_the_same_tokens_counts() -> None:
+    speed = PrefillSpeed(0.0, [(0, 100, 50.0)])
+    speed.add(0, 100, 2.0)
+    assert speed.seconds(0, 100) == pytest.approx(2.0)
+
+
 def test_measurements_that_contradict_each_other_give_no_negative_times() -> None:
     speed = PrefillSpeed(0.0, [(0, 10, 5.0), (0, 1000, 1.0), (0, 100, 3.0)])
     assert all((speed.seconds(0, tokens) or 0) > 0 for tokens in (1, 10, 10_000))
@@ -241,7 +247,8 @@ def test_metrics(server: Server, tmp_path: Path) -> None:
     assert value("hf_cachegen_source_failures_total", {"error": "StoreAccessError"}) == 1
     sizes = (value("hf_cachegen_fetched_bytes_total", {"origin": origin}) for origin in ("network", "disk"))
     fetched = sum(size for size in sizes if size)
-    assert fetched == sum(chunk.nbytes for chunk in cache.report.chunks)  # type: ignore[attr-defined]
+    # What was on its way from a place that failed may come from the other one too.
+    assert fetched >= sum(chunk.nbytes for chunk in cache.report.chunks)  # type: ignore[attr-defined]
 
 
 def test_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

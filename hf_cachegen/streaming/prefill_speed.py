@@ -34,8 +34,9 @@ Sample = tuple[int, int, float]
 """(first token, tokens, seconds)"""
 KEPT = 32
 """Samples that count, the latest."""
-PROBES = (16, 64, 256)
-"""Tokens of the forward passes of a measurement."""
+KNOWN_TOKENS = 32
+PROBES = (16, 16, 64, 256)
+"""Tokens of the forward passes of a measurement. The first is a model's slowest, and is measured again."""
 
 
 class PrefillSpeed:
@@ -49,7 +50,8 @@ class PrefillSpeed:
 
     @property
     def known(self) -> bool:
-        return bool(self.samples)
+        """Whether enough tokens were measured at once to tell of a chunk; those of a question may be too few."""
+        return any(tokens >= KNOWN_TOKENS for _, tokens, _ in self.samples)
 
     def seconds(self, first: int, tokens: int) -> float | None:
         """What a forward pass over tokens [first, first + tokens) takes after those before them; None: not known."""
@@ -59,9 +61,10 @@ class PrefillSpeed:
         return forward + token * self._work(first, tokens)
 
     def add(self, first: int, tokens: int, seconds: float) -> None:
-        """Takes a measurement into account."""
+        """Takes a measurement into account, in the place of an earlier one of the same tokens."""
         with self._lock:
-            self.samples = [*self.samples, (first, tokens, seconds)][-KEPT:]
+            others = [sample for sample in self.samples if sample[:2] != (first, tokens)]
+            self.samples = [*others, (first, tokens, seconds)][-KEPT:]
             self._speeds = self._fit()
 
     def save(self) -> None:

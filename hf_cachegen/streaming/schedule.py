@@ -187,7 +187,10 @@ class Schedule:
         if not chunks:
             return None
         lost = sum(self._recompute(chunk) for chunk in self.chunks if not chunk.placed and not chunk.best)
-        outlook = Outlook(self.left(now) - lost, rate, tuple(self._missing(chunk) for chunk in chunks))
+        missing = tuple(self._missing(chunk) for chunk in chunks)
+        if rate is None and not any(chunk.wire_bytes[-1] for chunk in missing):
+            rate = math.inf  # all is on this disk
+        outlook = Outlook(self.left(now) - lost, rate, missing)
         plan = self.policy.plan(outlook)
         if not self.refines:
             return replace(plan, sure=plan.level)
