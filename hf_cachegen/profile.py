@@ -134,8 +134,8 @@ class Profile:
         """KL of each level, nats per token of the samples that were held out when learning; None if it does not say."""
         measured = self.about.get("measured")
         rows = measured if isinstance(measured, list) else []
-        found = [row.get("kl") for row in rows if isinstance(row, dict)]
-        sound = len(found) == self.levels and all(isinstance(kl, float) and 0 <= kl < math.inf for kl in found)
+        found = [kl for row in rows if isinstance(row, dict) and isinstance(kl := row.get("kl"), float)]
+        sound = len(found) == len(rows) == self.levels and all(0 <= kl < math.inf for kl in found)
         return found if sound else None
 
     @property
