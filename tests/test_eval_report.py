@@ -116,6 +116,8 @@ def test_the_page_says_what_was_found(report: Path) -> None:
     assert "26.7×" in page  # klt, level 1: 16 / 0.6
     assert "klt, level 1" in page
     assert "cannot do this task" in page
+    assert "cannot do the tasks of these data sets: Too hard." in page
+    assert page.count("class=card ") == 2
     assert "optimum is not installed" in page
     assert '"x:path=$D/y.jsonl"' in html.unescape(page)
     assert "1 longer than the model’s 4,096 tokens left out" in page.replace("model's", "model’s")

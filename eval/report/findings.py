@@ -13,7 +13,7 @@ from typing import Any
 from eval import codecs
 
 POINT = 0.01
-BASELINE_SCORE = 0.1
+BASELINE_SCORE = 0.25
 """Below this the exact cache itself cannot do the task, and no codec can be seen to lose by it."""
 BASELINE_PERPLEXITY = 1000.0
 """Above this the model does not know the language of the text."""

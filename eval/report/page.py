@@ -99,7 +99,8 @@ def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra:
 <header>
 <h1>{_text(title)}</h1>
 <p class=muted>{_text(where)}</p>
-<div class=cards>{"".join(map(_card, sections))}</div>
+<div class=cards>{"".join(_card(s) for s in sections if findings.able(s.metrics, s.score))}</div>
+{_unable(sections)}
 <p class="small muted">Each card: the smallest cache without loss, which means at most one point (for perplexity, one
 per cent) worse than the exact cache in the mean, with a paired 95 % interval that reaches zero. Sizes count everything
 that is fetched{_profile(sections)}.</p>
@@ -122,21 +123,25 @@ def _profile(sections: Sequence[Section]) -> str:
 
 def _card(section: Section) -> str:
     best = findings.smallest(findings.caches(section.metrics), section.score)
-    if not findings.able(section.metrics, section.score) or best is None:
-        told = "The model cannot do this task." if best is not None else "No codec keeps the quality."
-        return f'<a class=card href="#{section.key}" style="text-decoration:none"><b>{"–"}</b><span>{told}</span>' \
-               f"<span class=of>{_text(section.name)}</span></a>"  # fmt: skip
     exact = section.metrics["variants"][0]
-    if section.score:
-        pair = percent(best["scores"][section.score]), percent(exact["scores"][section.score])
-        what = f"{SCORE_TITLES[section.score]} {pair[0]}, exact cache {pair[1]}"
+    if best is None:
+        number, told, what = "–", "no codec keeps the quality", ""
     else:
-        what = f"perplexity {best['perplexity']['mean']:.4g}, exact cache {exact['perplexity']['mean']:.4g}"
+        number, told = ratio(best["ratio_to_fp16"]), f"smaller than fp16: {codecs.title(best['codec'], best['level'])}"
+        if section.score:
+            pair = percent(best["scores"][section.score]), percent(exact["scores"][section.score])
+            what = f": {SCORE_TITLES[section.score]} {pair[0]}, exact cache {pair[1]}"
+        else:
+            what = f": perplexity {best['perplexity']['mean']:.4g}, exact cache {exact['perplexity']['mean']:.4g}"
     return (
-        f'<a class=card href="#{section.key}" style="text-decoration:none"><b>{ratio(best["ratio_to_fp16"])}</b>'
-        f"<span>smaller than fp16: {_text(codecs.title(best['codec'], best['level']))}</span>"
-        f"<span class=of>{_text(section.name)}: {_text(what)}</span></a>"
+        f'<a class=card href="#{section.key}"><b>{number}</b><span>{_text(told)}</span>'
+        f"<span class=of>{_text(section.name + what)}</span></a>"
     )
+
+
+def _unable(sections: Sequence[Section]) -> str:
+    names = ", ".join(s.name for s in sections if not findings.able(s.metrics, s.score))
+    return f"<p class=note>The model cannot do the tasks of these data sets: {_text(names)}.</p>" if names else ""
 
 
 def _section(section: Section) -> str:
