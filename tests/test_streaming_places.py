@@ -11,10 +11,13 @@ import fsspec
 import pytest
 import torch
 import transformers as hf
+from transformers import DynamicCache
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.container import Reader
 from hf_cachegen.errors import SignatureError
+from hf_cachegen.stores import LocalStore
 from hf_cachegen.stores.sealed import seal
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.stores.signed import sign
@@ -22,7 +25,7 @@ from hf_cachegen.streaming import ChunkReady, Event, StreamReport
 from tests.http_server import Server, running
 from tests.streaming_support import CONTEXT, at_level, same_kv, serve, threads_end, write
 from tests.test_store_signed import KEY, PUBLIC, pem
-from tests.tiny_models import shared
+from tests.tiny_models import SUPPORTED, shared
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,3 +121,25 @@ def test_a_callback_may_end_what_it_is_told_of(server: Server, folder: Path) -> 
     assert held[0].refinement is not None
     assert held[0].refinement.wait(30)
     assert threads_end()
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_recomputed_chunk_follows_what_was_decoded_before_it(server: Server, tmp_path: Path, name: str) -> None:
+    """The stock model reads the chunk's tokens after the decoded ones; sliding windows keep all of theirs."""
+    folder = write(name, tmp_path / name)
+    segment = Reader(LocalStore(folder)).manifest.segment("base.safetensors", "chunk-00003")
+    url = serve(server, folder)
+    data = bytearray(server.files["base.safetensors"])
+    data[segment.offset] ^= 1
+    server.files["base.safetensors"] = bytes(data)
+    cache = CacheGenCache.stream(url, shared(name))
+    assert isinstance(cache.report, StreamReport)
+    assert [chunk.choice for chunk in cache.report.chunks][2:5] == ["level 3", "text", "level 3"]
+    past = DynamicCache()
+    for index, (keys, values) in enumerate(zip(cache.kv.keys, cache.kv.values, strict=True)):
+        past.update(keys[:, :, :48].clone(), values[:, :, :48].clone(), index)
+    with torch.no_grad():
+        shared(name)(input_ids=CONTEXT[:, 48:64], past_key_values=past, use_cache=True)
+    for layer, keys, values in zip(past.layers, cache.kv.keys, cache.kv.values, strict=True):
+        torch.testing.assert_close(layer.keys[:, :, 48:64], keys[:, :, 48:64], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.values[:, :, 48:64], values[:, :, 48:64], rtol=1e-4, atol=1e-4)

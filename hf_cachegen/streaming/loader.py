@@ -163,6 +163,8 @@ class Loader:
         self.stopped = True
         if hasattr(self, "fetcher"):
             self.fetcher.close(wait)
+            with self.fetcher.changed:
+                self._parts.clear()
 
     @property
     def more(self) -> bool:
@@ -203,7 +205,10 @@ class Loader:
 
     def _decode(self, codec: Codec, work: Decode) -> None:
         span, start = self.spans[work.chunk], time.perf_counter()
-        parts = [self._parts[work.chunk, part] for part in range(work.level)]
+        with self.fetcher.changed:
+            if self.stopped:  # by another thread, which took the parts away
+                return
+            parts = [self._parts[work.chunk, part] for part in range(work.level)]
         try:
             refined = self.schedule.chunks[work.chunk].level > 0
             if refined:
@@ -248,7 +253,7 @@ class Loader:
 
     def _arrived(self, part: Part, data: bytes, wire: bool) -> None:
         chunk = self.schedule.chunks[part[0]]
-        if not chunk.text:
+        if not chunk.text and not self.stopped:
             self._parts[part] = data
         self.tally.arrived(part, len(data), wire, self.fetcher.transfer_seconds(part))
         self.tell(ChunkFetched, part[0], part[1], len(data), wire, self.bandwidth.rate())

@@ -1,0 +1,87 @@
+"""Streams from servers that fail at random: each chunk is what its report says, or there is a typed error; all ends."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.errors import ArtifactError, StoreError
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen.streaming import StreamReport
+from tests import http_server as faults
+from tests.http_server import Request, Server, running
+from tests.streaming_support import at_level, same_kv, serve, threads_end, write
+from tests.tiny_models import shared
+
+FAULTS = (
+    faults.status(500), faults.status(403), faults.flip, faults.reset_in_body, faults.reset_at_once, faults.cut(0.5),
+    faults.silent(0.4), faults.stall_in_body(0.4), faults.other_range, faults.ignore_range, faults.no_http,
+    faults.trickle(0.0005),
+)  # fmt: skip
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"level": 2},
+    {"slo": 5.0},
+    {"slo": 0.3},
+    {"slo": 1.0, "policy": "paper"},
+    {"slo": 2.0, "refine": "off"},
+    {"refine": "while_generating"},
+    {"slo": 0.5, "refine": "while_generating"},
+)
+LIMIT_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write("llama", tmp_path_factory.mktemp("artifacts") / "artifact")
+
+
+def fail_at_random(server: Server, seed: int) -> None:
+    """All but the manifest, with a probability that the seed draws too."""
+    draw = random.Random(seed)
+    share = draw.choice([0, 0.1, 0.3, 0.8])
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if "cachegen.json" not in request.path and draw.random() < share:
+            draw.choice(FAULTS)(request, body, headers)
+        else:
+            request.answer(206, body, headers)
+
+    server.always = answer
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_what_it_says_or_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], seed: int
+) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
+    levels = {level: at_level(folder, level) for level in (1, 2, 3)}
+    start = time.monotonic()
+    with running(Server()) as one, running(Server()) as other:
+        fail_at_random(one, seed)
+        fail_at_random(other, seed + 100)
+        fallback = [serve(other, folder)] if seed % 2 else []
+        try:
+            cache = CacheGenCache.stream(
+                serve(one, folder), shared("llama"), fallback=fallback, stall_seconds=0.3, **way
+            )  # fmt: skip
+        except (StoreError, ArtifactError):
+            cache = None
+        else:
+            assert cache.refinement is not None
+            assert cache.refinement.wait(LIMIT_SECONDS)
+        assert threads_end()
+    assert time.monotonic() - start < LIMIT_SECONDS
+    if cache is not None:
+        assert isinstance(cache.report, StreamReport)
+        for chunk in cache.report.chunks:
+            where = slice(chunk.first, chunk.first + chunk.tokens)
+            assert chunk.level is None or same_kv(cache, levels[chunk.level], where)
+        assert all(bool(torch.isfinite(keys).all()) for keys in cache.kv.keys)
