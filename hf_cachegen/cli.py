@@ -55,7 +55,7 @@ from hf_cachegen.geometry import Geometry
 from hf_cachegen.stores import Access, LocalStore, open_store
 
 WITHOUT_PROFILE = (
-    "(coded without a profile: there is none of this model. With one, caches of the reference model took a fifth of "
+    "(coded without a profile: there is none of this model. With one, caches of the reference model took a seventh of "
     "the bytes at equal divergence, see docs/rate_distortion.md and 'hf-cachegen profile --help')"
 )
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save
+from transformers import GlmConfig, GlmForCausalLM
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
 from hf_cachegen.artifact import Artifact
@@ -74,6 +75,16 @@ def test_a_partial_rotation_is_found() -> None:
     assert rotary.style == "half"
     _, _, layers = prefill(model, torch.full((1, 20), 9))
     assert 2 * len(rotary.inv_freq) < layers[0].k_dim
+
+
+def test_an_interleaved_partial_rotation_is_found() -> None:
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    rotary = find_rotary(GlmForCausalLM(config).eval())
+    assert (rotary.style, len(rotary.inv_freq)) == ("interleaved", 4)
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
