@@ -104,12 +104,12 @@ class Refinement:
         stream's TTFT.
         """
         loader = self._loader
-        loader.learn_question(read, seconds)
         if loader.tally.ttft is None:
             loader.tally.ttft = time.monotonic() - loader.began
             slo = loader.options.slo
             loader.tell(FirstToken, None if slo is None else loader.tally.ttft <= slo)
             loader.deliver()
+            loader.learn_question(read, seconds)
 
     def bring(self, cache: Cache, reuse: Reuse, seen: int) -> int:
         """Copies what has changed since `seen` changes into a generation's cache; returns the changes that it has now.
