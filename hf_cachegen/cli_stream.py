@@ -25,11 +25,12 @@ from hf_cachegen.cli_options import (
     output_options,
     sampling_arguments,
     sampling_options,
+    trust_options,
 )
 from hf_cachegen.cli_output import print_json, step
 from hf_cachegen.cli_views import describe, size_text
 from hf_cachegen.container import Reader
-from hf_cachegen.stores import open_store
+from hf_cachegen.stores import Access, open_store
 
 if TYPE_CHECKING:
     from hf_cachegen.streaming import ChunkReport, Event, StreamReport
@@ -181,12 +182,14 @@ def _streamer(view: StreamView, tokenizer: Any, echo: bool) -> Any:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="At most.")
 @sampling_options
 @decoding_profile_option
+@trust_options
 @model_options
 @output_options
 def stream(
     artifact: str, model: str, prompt: str, slo: float | None, policy: str, level: Any, refine: str,
     fallback: tuple[str, ...], stall_seconds: float | None, connections: int, max_new_tokens: int, profile: str,
-    revision: str | None, device: str | None, as_json: bool, debug: bool, **options: Any,
+    public_key: str | None, key: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT while it streams in, and show how.
 
@@ -194,8 +197,9 @@ def stream(
     """
     arguments = sampling_arguments(options)
     question = sys.stdin.read() if prompt == "-" else prompt
-    dtype = describe(Reader(open_store(artifact)))["dtype"]
-    required = required_profile(artifact, profile, model)
+    access = Access(public_key=public_key, key=key)
+    dtype = describe(Reader(open_store(artifact, access)))["dtype"]
+    required = required_profile(artifact, profile, model, access)
     with step("loading the model", as_json):
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
     import torch
@@ -215,7 +219,7 @@ def stream(
         cache = CacheGenCache.stream(
             artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,  # type: ignore[arg-type]
             prompt_tokens=len(asked), fallback=fallback, profile=required, tokenizer=tokenizer, on_event=view.take,
-            stall_seconds=stall_seconds, connections=connections,
+            stall_seconds=stall_seconds, connections=connections, public_key=public_key, key=key,
         )  # fmt: skip
         prompt_ids = with_question(cache.input_ids, asked, loaded.device)
         try:

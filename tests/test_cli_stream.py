@@ -111,3 +111,11 @@ def test_the_view_follows_the_stream() -> None:
     with console.capture() as captured:
         console.print(view)
     assert "first token after 1.500 s" in captured.get()
+
+
+def test_a_sealed_artifact(artifact: Path, model: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.key"
+    secret.write_bytes(bytes(range(32)))
+    run_json("seal", artifact, tmp_path / "sealed", "--key", secret)
+    asked = ("--model", model, "--prompt", QUESTION, "--max-new-tokens", 2, "--refine", "before")
+    assert run_json("stream", tmp_path / "sealed", *asked, "--key", secret)["report"]["level"] == 3
