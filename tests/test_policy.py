@@ -66,8 +66,20 @@ def test_adaptive_takes_the_finest_level_that_any_amount_of_text_makes_fit(outlo
 @given(outlooks())
 def test_where_nothing_fits_adaptive_takes_the_fastest(outlook: Outlook) -> None:
     plan, costs = Adaptive().plan(outlook), Costs(outlook)
-    if cheapest(costs) > outlook.seconds_left:
+    too_late = 0 < outlook.seconds_left < outlook.missing[0].recompute_seconds
+    if cheapest(costs) > outlook.seconds_left and not too_late:
         assert costs.seconds(plan.level, plan.text) == cheapest(costs)
+
+
+@given(outlooks())
+def test_no_recompute_begins_that_would_end_too_late_while_the_link_lives(outlook: Outlook) -> None:
+    plan, left = Adaptive().plan(outlook), outlook.seconds_left
+    if 0 < left < outlook.missing[0].recompute_seconds:
+        assert plan.text == 0
+        assert plan.level == 1 or Costs(outlook).seconds(plan.level, 0) <= left
+    dead = Outlook(left, 0.0, outlook.missing)
+    if left > 0 and all(0 < chunk.wire_bytes[0] and chunk.recompute_seconds < math.inf for chunk in outlook.missing):
+        assert Adaptive().plan(dead).text == len(outlook.missing)
 
 
 @given(outlooks())

@@ -157,7 +157,9 @@ class Adaptive:
             if text is not None and (self.text or text == 0):
                 sure = self._sure(costs, left, level, text)
                 return Plan(level, sure, text, costs.seconds(level, text), _why(costs, level, text, left))
-        return _fastest(costs, left, self.text)
+        # A recompute that would end too late only keeps what arrives from being decoded, and the link may recover.
+        in_time = not 0 < left < outlook.missing[0].recompute_seconds or costs.transfer(1) == math.inf
+        return _fastest(costs, left, self.text and in_time)
 
     def _sure(self, costs: Costs, left: float, level: int, text: int) -> int:
         if not self.refines:
@@ -264,7 +266,8 @@ def _fastest(costs: Costs, left: float, text_allowed: bool, *, mixed: bool = Tru
         seconds, text = min((costs.seconds(1, text), text) for text in (0, costs.count))
     if not text_allowed:
         text, seconds = 0, costs.seconds(1, 0)
-    why = f"nothing fits the {max(0.0, left):.2f} s left: the fastest way, {seconds:.2f} s"
+    way = "the fastest way" if text_allowed else "level 1"
+    why = f"nothing fits the {max(0.0, left):.2f} s left: {way}, {seconds:.2f} s"
     return Plan(level, level, text, seconds, why)
 
 
