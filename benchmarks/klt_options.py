@@ -25,7 +25,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.rate_distortion import KV, Point, Test, bits_at, curves, learnt, learnt_pca, levels_of, test_of
+from benchmarks.rate_distortion import (
+    KV,
+    Point,
+    Test,
+    bits_at,
+    by_steps,
+    curves,
+    learnt,
+    learnt_pca,
+    levels_of,
+    test_of,
+)
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.calibration import Sample, learning, moments
@@ -238,6 +249,7 @@ def main(
         return within(partial(fewer_tables, count), with_config(profiles))
 
     learners["a basis for each head"] = apart
+    learners |= {name: partial(by_steps, name) for name in ("identity", "delta")}
     learners["PCA per layer"] = lambda: with_config(learnt_pca(model, mixed))
     for count in TABLES:
         learners[f"{count} tables"] = partial(few, count)

@@ -186,7 +186,7 @@ def compare(exact: Tensor, lossy: Tensor, test: Test) -> tuple[float, float, flo
 def bits_at(points: Sequence[Sequence[float]], kl: float) -> float:
     """Bits at this divergence: between the points of the lower hull, straight in log KL; NaN beyond them."""
     hull: list[Sequence[float]] = []
-    for bits, found, *_ in sorted(points):
+    for bits, found, *_ in sorted(map(list, points)):
         if not hull or found < hull[-1][1]:
             hull.append((bits, found))
     for (low, more), (high, less) in pairwise(hull):
