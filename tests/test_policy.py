@@ -78,7 +78,7 @@ def test_no_recompute_begins_that_would_end_too_late_while_the_link_lives(outloo
         assert plan.text == 0
         assert plan.level == 1 or Costs(outlook).seconds(plan.level, 0) <= left
     dead = Outlook(left, 0.0, outlook.missing)
-    if left > 0 and all(0 < chunk.wire_bytes[0] and chunk.recompute_seconds < math.inf for chunk in outlook.missing):
+    if left > 0 and all(chunk.wire_bytes[0] > 0 and chunk.recompute_seconds < math.inf for chunk in outlook.missing):
         assert Adaptive().plan(dead).text == len(outlook.missing)
 
 
