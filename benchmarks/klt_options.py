@@ -29,7 +29,9 @@ from benchmarks.rate_distortion import (
     KV,
     Point,
     Test,
+    as_released,
     bits_at,
+    by_bits,
     by_steps,
     curves,
     learnt,
@@ -250,6 +252,7 @@ def main(
 
     learners["a basis for each head"] = apart
     learners |= {name: partial(by_steps, name) for name in ("identity", "delta")}
+    learners |= {"uniform": lambda: by_bits, "CacheGen as released": lambda: as_released}
     learners["PCA per layer"] = lambda: with_config(learnt_pca(model, mixed))
     for count in TABLES:
         learners[f"{count} tables"] = partial(few, count)
