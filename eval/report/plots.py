@@ -95,21 +95,21 @@ def series(variants: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def quality(key: str, name: str, metrics: dict[str, Any], score: str | None) -> Plot:
-    """The data set's first score (or perplexity) against bits per element, with intervals."""
+    """The data set's first score (or perplexity) against bits per element, with the intervals of the difference."""
     figure, axis = _axes()
     stored = [v for v in metrics["variants"] if v["codec"] != codecs.TEXT]
-    factor = 100 if score else 1
+    factor, base = (100 if score else 1), metrics["variants"][0]
+    level = factor * (base["scores"][score] if score else base["perplexity"])["mean"]
+    unit = factor if score else level  # differences of perplexities are relative
     for line, variants in series(stored).items():
         found = [v["scores"][score] if score else v["perplexity"] for v in variants]
         x, y = [v["bits_per_element"] for v in variants], [factor * f["mean"] for f in found]
         spread = [
-            [factor * max(0.0, f["mean"] - f["low"]) for f in found],
-            [factor * max(0.0, f["high"] - f["mean"]) for f in found],
+            [max(0.0, f["difference"] - f["difference_low"]) * unit for f in found],
+            [max(0.0, f["difference_high"] - f["difference"]) * unit for f in found],
         ]
         axis.errorbar(x, y, yerr=spread, fmt="none", ecolor=_MARK[line], elinewidth=1, alpha=0.45)
         _line(axis, line, x, y)
-    base = metrics["variants"][0]
-    level = factor * (base["scores"][score] if score else base["perplexity"])["mean"]
     axis.axhline(level, color=_MARK["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     _bits_axis(axis, stored)
     what = f"{SCORE_TITLES[score]}, %" if score else "perplexity"
@@ -121,7 +121,7 @@ def quality(key: str, name: str, metrics: dict[str, Any], score: str | None) -> 
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, -4), min(high, 104))
     title = f"{what.removesuffix(', %').capitalize()} against size"
-    text = "Against bits per element, everything counted, with 95 % intervals. Dashed: the exact cache."
+    text = "Against bits per element, everything counted, with paired 95 % intervals. Dashed: the exact cache."
     return _finish(figure, f"{key}-quality", name, title, text)
 
 
