@@ -174,6 +174,8 @@ def test_the_tables_say_what_was_measured() -> None:
     assert rows == [["level 1", "1", "1.000", "0.050", "1.050", "0.050", "1.150", "yes"]]
     _, rows = summary.trace_table(RECORDS)
     assert rows == [["paper x 1, SLO 2 s", "2", "1/2", "0/0", "0/0", "0/0", "1/1", "2/2", "0/1"]]
+    typical = summary.with_typical_question([{"ttft": 2.0, "ready": 1.0}, {"ttft": 5.0, "ready": 1.5}, RECORDS[0]])
+    assert [record["ttft"] for record in typical] == [3.25, 3.75, 9.0]
     link = {"rtt_ms": 1, "loss": 0, "congestion": "cubic", "mtu": 1500}
     contexts = {"larger": {"tokens": 8192, "bytes": {"level 1": 125_000_000}}}
     found = {"link": link, "contexts": contexts, "records": RECORDS, "hardware": "", "date": ""}
