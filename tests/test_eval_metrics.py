@@ -126,6 +126,8 @@ def test_what_counts_as_without_loss() -> None:
     assert findings.keeps(exact, "line")
     assert not findings.keeps(lossy, "line")
     assert not findings.keeps(lossy, None)
+    for low, kept in ((-0.001, True), (0.001, False)):
+        assert findings.keeps({"perplexity": {"difference": 0.005, "difference_low": low}}, None) is kept
     assert findings.smallest([exact, lossy], "line") is exact
     assert findings.smallest([lossy], "line") is None
     assert findings.able(found, "line")

@@ -1,8 +1,8 @@
 """What a run says, in a sentence: pure functions of its metrics.
 
 "Without loss" is a rule, stated on the page: the score is at most one point below the exact cache's in the mean, and
-the paired interval of the difference reaches zero; for perplexity, at most one per cent above. Few examples make wide
-intervals, so the mean has its own limit.
+the paired interval of the difference reaches zero; for perplexity, at most one per cent above, likewise. Few examples
+make wide intervals, so the mean has its own limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ BASELINE_PERPLEXITY = 1000.0
 def keeps(variant: dict[str, Any], score: str | None) -> bool:
     """Whether this variant counts as without loss."""
     if score is None:
-        return bool(variant["perplexity"]["difference"] <= POINT)
+        found = variant["perplexity"]
+        return bool(found["difference"] <= POINT and found["difference_low"] <= 0)
     found = variant["scores"][score]
     return bool(found["difference"] >= -POINT and found["difference_high"] >= 0)
 
