@@ -129,6 +129,16 @@ def test_a_server_that_closes_after_each_answer(server: Any) -> None:
     assert used(server) == 4
 
 
+def test_another_process_has_its_own(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork both hold the same sockets; two that use one would read each other's answers."""
+    files = files_of(server)
+    files.open("data")
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert files.read("data", 5, 5) == DATA[5:10]
+    assert files.read("data", 6, 5) == DATA[6:11]
+    assert used(server) == 2
+
+
 def test_connections_end_with_the_files(server: Any) -> None:
     files = files_of(server)
     files.open("data")

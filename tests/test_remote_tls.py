@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from hf_cachegen.errors import StoreError, StoreTimeoutError
 from hf_cachegen.stores import Patience, RemoteStore
 from hf_cachegen.stores.remote import open_files
 from tests import http_server as faults
-from tests.http_server import Server, running
+from tests.http_server import Request, Server, running
 
 DATA = bytes(range(256)) * 1024
 PATIENCE = Patience(attempts=2, timeout=0.8, backoff=0.01, min_bytes_per_second=1 << 20)
@@ -81,3 +83,77 @@ def test_from_tls_to_none(server: Server, certificate: Path, monkeypatch: pytest
     server.always = faults.status(302, Location=f"http://127.0.0.1:{server.server_port}/data")
     with pytest.raises(StoreError, match="less safe"):
         store(server).size("data")
+
+
+def test_bytes_that_nobody_asked_for_are_not_taken_for_an_answer(
+    server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come in one record with the body's end: decrypted with it, they lie in wait above the socket."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    found = store(server)
+    assert found.size("data") == len(DATA)
+
+    def stray(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        evil = f"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 100000-100003/{len(DATA)}\r\n"
+        evil += f"ETag: {headers['ETag']}\r\nContent-Length: 4\r\n\r\nevil"
+        request.answer(206, body + evil.encode(), {**headers, "Content-Length": str(len(body))})
+
+    server.faults = [stray]
+    assert found.read("data", 50_000, 1000) == DATA[50_000:51_000]
+    assert found.read("data", 100_000, 4) == DATA[100_000:100_004]
+
+
+class Tunnel(Request):
+    """A proxy that connects whoever has the password."""
+
+    def do_CONNECT(self) -> None:
+        self.server.requests.append((self.path, self.headers))
+        host, _, port = self.path.partition(":")
+        with socket.create_connection((host, int(port))) as far:
+            self.send_response(200)
+            self.end_headers()
+            threading.Thread(target=self._relay, args=(far, self.connection), daemon=True).start()
+            self._relay(self.connection, far)
+        self.close_connection = True
+
+    @staticmethod
+    def _relay(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # one side went away
+
+
+def test_what_is_for_a_proxy_is_for_the_proxy_alone(
+    server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the tunnel is there already."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with running(Server(Tunnel)) as proxy:
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "")
+        monkeypatch.setenv("https_proxy", f"http://user:secret@127.0.0.1:{proxy.server_port}")
+        found = store(server)
+        for offset in (20_000, 30_000, 40_000):
+            assert found.read("data", offset, 10) == DATA[offset : offset + 10]
+        assert [headers["Proxy-Authorization"] for _, headers in proxy.requests] == ["Basic dXNlcjpzZWNyZXQ="]
+        assert len(server.requests) == 4
+        assert not any(headers["Proxy-Authorization"] for _, headers in server.requests)
+        del found
+
+
+def test_a_redirect_past_the_proxy_leaves_its_password_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Proxy(Request):
+        def do_GET(self) -> None:
+            self.server.requests.append((self.path, self.headers))
+            self.answer(302, b"", {"Location": f"{direct.url}/data"})
+
+    with running(Server(Proxy)) as proxy, running(Server()) as direct:
+        direct.files["data"] = DATA
+        monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{proxy.server_port}")
+        found = RemoteStore(open_files("http://far.invalid", patience=PATIENCE))
+        assert found.size("data") == len(DATA)
+        assert proxy.requests[0][1]["Proxy-Authorization"]
+        assert not direct.requests[0][1]["Proxy-Authorization"]

@@ -4,12 +4,14 @@ The standard library's opener closes a connection with its response. Here it goe
 read to its last byte; after anything else (an error, a body given up) it is closed. A server may close a kept
 connection at any time: one on which something arrives while it is idle, the end or bytes that nobody asked for, is not
 used again, and a request that finds its kept connection broken before the answer begins is sent once more over a new
-one.
+one. After a fork the parent's connections are the parent's: the child makes its own.
 """
 
 from __future__ import annotations
 
+import os
 import select
+import ssl
 import threading
 import urllib.request
 import weakref
@@ -30,10 +32,15 @@ class Pool:
     def __init__(self) -> None:
         self._idle: list[tuple[_Key, Connection]] = []
         self._lock = threading.Lock()
+        self._process = os.getpid()
         weakref.finalize(self, _close, self._idle)
 
     def take(self, key: _Key) -> Connection | None:
         """The one that was used last, if there is a sound one."""
+        if self._process != os.getpid():
+            # Two processes that use one would read each other's answers; and who forked may have held the lock.
+            self._lock, self._process = threading.Lock(), os.getpid()
+            _close(self._idle)
         with self._lock:
             own = [entry for entry in self._idle if entry[0] == key]
             for entry in reversed(own):
@@ -91,11 +98,12 @@ def _send(pool: Pool, key: _Key, connection: Connection, request: Request) -> Re
     headers = {**request.headers, **request.unredirected_hdrs}
     tunnel: str | None = key[2]
     connection.send_until(request.deadline, request.timeout)
+    # What is for a proxy is not for the host behind its tunnel, nor for one that a redirect leads to past it.
+    names = [] if request.has_proxy() else [name for name in headers if name.lower() == "proxy-authorization"]
+    for_proxy = {name: headers.pop(name) for name in names}
     try:
         if tunnel is not None and connection.sock is None:
-            # What is for the proxy is not for the host behind it.
-            names = [name for name in headers if name.lower() == "proxy-authorization"]
-            connection.set_tunnel(tunnel, headers={name: headers.pop(name) for name in names})
+            connection.set_tunnel(tunnel, headers=for_proxy)
         connection.request(request.get_method(), request.selector, headers=headers)
         response: Any = connection.getresponse()
     except BaseException:
@@ -109,7 +117,8 @@ def _send(pool: Pool, key: _Key, connection: Connection, request: Request) -> Re
 
 def _is_quiet(connection: Connection) -> bool:
     sock = connection.sock
-    if sock is None:
+    # Bytes that were decrypted together with a body's end wait above the socket.
+    if sock is None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
         return False
     poll = select.poll()
     poll.register(sock, select.POLLIN)
