@@ -281,3 +281,5 @@ def point_client_at(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Transformers keeps a client of its own, of the endpoint that there was when it was first asked for.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
