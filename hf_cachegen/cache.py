@@ -291,14 +291,14 @@ class CacheGenCache(DynamicCache):
         StreamCancelledError, and PromptMismatchError where `prompt` has nothing of the context.
         """
         options = StreamOptions(
-            slo, policy_of(policy, level), refine, prompt_tokens, tuple(fallback), on_event, stall_seconds, connections,
+            slo, policy_of(policy, level), refine, prompt_tokens, fallback, on_event, stall_seconds, connections,
             link, cancel, prompt,
         )  # fmt: skip
         found, kv, refinement = stream_context(path, model, options, profile, tokenizer, limits, access)
         artifact = found.artifact
         cache = cls(
             kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config,
-            profile=artifact.profile(), source=artifact.store,
+            profile=refinement.profile, source=artifact.store,
         )  # fmt: skip
         cache.refinement = refinement
         return cache
@@ -321,7 +321,8 @@ class CacheGenCache(DynamicCache):
         if self._source is not None:
             if config is not None and config != self._config:
                 raise ConfigError(f"this cache was decoded from {self._source}; encoding it anew would lose twice")
-            artifact = Artifact(self._source, profile=self._profile)
+            # What was recomputed throughout has taken no profile.
+            artifact = Artifact(self._source, profile="auto" if self._profile is None else self._profile)
             if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self._config):
                 raise ConfigError(f"{self._source} is no longer the artifact that this cache was loaded from")
             source = artifact.read()

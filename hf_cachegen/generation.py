@@ -88,10 +88,11 @@ def generate(
     stock, call = _stock(model), _arguments(input_ids, args, kwargs)
     if cache is None and isinstance(call.get("past_key_values"), CacheGenCache):
         cache = call.pop("past_key_values")
+    streamed = _streamed(slo, refine, stream or {})
     if cache is None:
+        if streamed:
+            raise ConfigError(f"{sorted(streamed)} are for an artifact's path: pass it as cache=")
         return stock(**call)
-    streamed = {"slo": slo, "refine": refine, **(stream or {})}
-    streamed = {name: value for name, value in streamed.items() if value is not None}
     if isinstance(cache, CacheGenCache):
         if streamed:
             raise ConfigError(f"{sorted(streamed)} are for an artifact's path; this cache is loaded already")
@@ -195,6 +196,15 @@ class _Attached:
             del model.__dict__["generate"]
         else:
             model.__dict__["generate"] = self.own
+
+
+def _streamed(slo: float | None, refine: Refine | None, stream: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of CacheGenCache.stream. Raises ConfigError for what is said twice."""
+    given = {name: value for name, value in {"slo": slo, "refine": refine}.items() if value is not None}
+    further = {name: value for name, value in stream.items() if value is not None}
+    if twice := sorted(further.keys() & {*given, "prompt", "prompt_tokens"}):
+        raise ConfigError(f"{twice} in stream= are told by other arguments of generate")
+    return {**given, **further}
 
 
 def _stock(model: PreTrainedModel) -> Callable[..., Any]:

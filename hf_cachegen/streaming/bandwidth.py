@@ -58,6 +58,7 @@ class Bandwidth:
         with self._lock:
             self._tick()
             self._bytes, self._busy, self._rate = 0, 0.0, None
+            self.last_byte = self._since
 
     def expect(self, rate: float | None) -> None:
         """What was known before the first sample."""

@@ -175,6 +175,8 @@ class Fetcher:
                 raise GivenUp
             for part, far, data in zip(run, wire, source.fetch(segments), strict=True):
                 with self.changed:
+                    if self.closed:  # whoever asked may have begun anew, with another artifact
+                        raise GivenUp
                     self._failures = 0
                     self.schedule.arrived(*part)
                     self._on_arrival(part, data, far)

@@ -26,6 +26,7 @@ from hf_cachegen.encoding import checked_level, spans_of
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError, UnsupportedModelError
 from hf_cachegen.layout import KVTensors, positions_change
 from hf_cachegen.opening import OpenContext
+from hf_cachegen.profile import Profile
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.events import (
     ChunkChosen,
@@ -61,11 +62,11 @@ class Loader:
     """Brings one context in. `run` returns when it is in place; `refine` goes on with finer levels.
 
     began: time.monotonic() of the call whose SLO it is. lock: held while keys and values change; changes: the chunks
-    that were decoded, in order. question_tokens: follow the context.
+    that were decoded, in order. question_tokens: follow the context. profile: that decoding took.
     """
 
     def __init__(self, model: PreTrainedModel, options: StreamOptions, began: float) -> None:
-        self.model, self.options = model, options
+        self.options, self._config = options, model.config  # not the model, which a cache must not keep
         self.bandwidth = Bandwidth(smoothing=options.policy.smoothing)
         self.lock = threading.Lock()
         self.changes: list[int] = []
@@ -76,13 +77,14 @@ class Loader:
         self._events: deque[Event] = deque()
         self._telling = threading.Lock()
         self._parts: dict[Part, bytes] = {}
+        self.profile: Profile | None = None
         self.tally = Tally()
 
     def begin(self, artifact: Artifact, sources: list[Source], share: Share) -> None:
         """The manifest is read: fetching begins, from the first source. Raises LevelError, UnsupportedModelError."""
         self.artifact, self.stopped, policy = artifact, False, self.options.policy
         choice = policy.choice if isinstance(policy, Fixed) else None
-        changes = positions_change(self.model.config, 1, artifact.geometry.tokens)
+        changes = positions_change(self._config, 1, artifact.geometry.tokens)
         if choice == TEXT and changes:
             raise UnsupportedModelError("this model's rotation depends on the whole length: no chunk can be recomputed")
         if choice is not None and choice != TEXT:
@@ -117,7 +119,7 @@ class Loader:
 
     # Running.
 
-    def run(self) -> KVTensors:
+    def run(self, model: PreTrainedModel) -> KVTensors:
         """Until all chunks are in place. Raises what a source raised last, where nothing else helps."""
         fixed = isinstance(self.options.policy, Fixed) and self.options.policy.choice == TEXT
         codec = None if fixed else self._codec()
@@ -132,9 +134,9 @@ class Loader:
             if isinstance(work, Decode) and codec is not None:
                 self._decode(codec, work)
             elif isinstance(work, Recompute):
-                self._recompute_chunk(work.chunk)
+                self._recompute_chunk(model, work.chunk)
             elif due:
-                probe(self.model, self._speed, probes.pop(0))
+                probe(model, self._speed, probes.pop(0))
                 self.schedule.deadline = self._deadline()
         kv = self.placer.kv()
         self._speed.save()
@@ -143,7 +145,8 @@ class Loader:
 
     def _doubtful(self, tokens: int) -> bool:
         """Whether the model's speed may matter, and can be measured with so many tokens at little cost."""
-        plan = self.schedule.plan(time.monotonic(), self.bandwidth.rate())
+        with self.fetcher.changed:
+            plan = self.schedule.plan(time.monotonic(), self.bandwidth.rate())
         expected = self._speed.seconds(0, tokens) or 0.0
         return expected <= PROBE * (self.options.slo or 0.0) and (plan is None or plan.sure < self.schedule.levels)
 
@@ -193,7 +196,9 @@ class Loader:
         """What decodes; None where its side information cannot be had: all is recomputed then."""
         for source in self.fetcher.sources:
             try:
-                return source.codec()
+                codec = source.codec()
+                self.profile = source.open().profile()
+                return codec
             except (ArtifactError, StoreError) as error:  # noqa: PERF203
                 with self.fetcher.changed:
                     self._failed(source.place, error, None)
@@ -222,6 +227,8 @@ class Loader:
                 self.schedule.unobtainable(work.chunk, work.level - 1)
             return
         with self.lock:
+            if self.stopped:  # those who read now do so without a lock
+                return
             if refined:
                 self.placer.put(rows, span)
             self.changes.append(work.chunk)
@@ -234,11 +241,11 @@ class Loader:
                 self._drop(work.chunk)
         self.tell(ChunkReady, work.chunk, work.level, seconds, refined)
 
-    def _recompute_chunk(self, index: int) -> None:
+    def _recompute_chunk(self, model: PreTrainedModel, index: int) -> None:
         span = self.spans[index]
         self.placer.settle()
         start = time.perf_counter()
-        recompute(self.model, self.found.input_ids, self.placer.keys, self.placer.values, span.first, span.tokens)
+        recompute(model, self.found.input_ids, self.placer.keys, self.placer.values, span.first, span.tokens)
         if self.placer.keys[0].is_cuda:
             torch.cuda.synchronize(self.placer.keys[0].device)
         seconds = time.perf_counter() - start
@@ -304,7 +311,8 @@ class Loader:
 
     def report(self, *, finished: bool) -> StreamReport:
         """How it stands."""
-        return self.tally.report(
-            self.artifact, self.schedule, self._speed, self.options.slo, self.bandwidth.rate(),
-            [source.place for source in self.fetcher.sources], finished=finished,
-        )  # fmt: skip
+        with self.fetcher.changed:
+            return self.tally.report(
+                self.artifact, self.schedule, self._speed, self.options.slo, self.bandwidth.rate(),
+                [source.place for source in self.fetcher.sources], finished=finished,
+            )  # fmt: skip

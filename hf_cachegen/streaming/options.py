@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -33,7 +34,7 @@ class StreamOptions:
     policy: Policy
     refine: Refine
     prompt_tokens: int
-    fallback: tuple[Fallback, ...]
+    fallback: Sequence[Fallback]
     on_event: Callable[[Event], None] | None
     stall_seconds: float | None
     connections: int
@@ -42,16 +43,19 @@ class StreamOptions:
     prompt: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.slo is not None and not self.slo > 0:
-            raise ConfigError(f"slo must be above 0 seconds, got {self.slo}")
+        if self.slo is not None and not 0 < self.slo < math.inf:
+            raise ConfigError(f"slo must be above 0 seconds and finite, got {self.slo}")
         if self.refine not in get_args(Refine):
             raise ConfigError(f"refine must be one of {get_args(Refine)}, got {self.refine!r}")
         if self.prompt_tokens < 0:
             raise ConfigError(f"prompt_tokens must not be negative, got {self.prompt_tokens}")
-        if self.stall_seconds is not None and not self.stall_seconds > 0:
-            raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds}")
+        if self.stall_seconds is not None and not 0 < self.stall_seconds < math.inf:
+            raise ConfigError(f"stall_seconds must be above 0 and finite, got {self.stall_seconds}")
         if self.connections < 1:
             raise ConfigError(f"connections must be at least 1, got {self.connections}")
+        places = self.fallback
+        if isinstance(places, str) or not isinstance(places, Sequence) or not all(map(_is_fallback, places)):
+            raise ConfigError(f"fallback must be a list of places, or of (place, access), got {places!r:.200}")
 
     @property
     def stall(self) -> float:
@@ -59,3 +63,8 @@ class StreamOptions:
         if self.stall_seconds is not None:
             return self.stall_seconds
         return STALL_SECONDS if self.slo is None else max(LEAST_STALL_SECONDS, self.slo / 4)
+
+
+def _is_fallback(fallback: Any) -> bool:
+    place, access = fallback if isinstance(fallback, tuple) and len(fallback) == 2 else (fallback, {})
+    return isinstance(place, str | os.PathLike) and isinstance(access, Mapping)

@@ -243,6 +243,8 @@ def policy_of(policy: Policy | str, level: int | Literal["text"] | None) -> Poli
         if policy not in named:
             raise ConfigError(f"policy must be one of {sorted(named)} or a Policy, got {policy!r}")
         return named[policy]
+    if isinstance(policy, type) or not callable(getattr(policy, "plan", None)):
+        raise ConfigError(f"policy must be a name or a Policy, with a method plan(outlook), got {policy!r}")
     return policy
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from hf_cachegen.layout import KVTensors
 from hf_cachegen.prefix import Reuse
+from hf_cachegen.profile import Profile
 from hf_cachegen.streaming.events import FirstToken, StreamFinished
 from hf_cachegen.streaming.report import StreamReport
 
@@ -42,6 +43,7 @@ class Refinement:
         self._thread: threading.Thread | None = None
         self._done = threading.Event()
         self._error: BaseException | None = None
+        self._ending = threading.Lock()
 
     @property
     def done(self) -> bool:
@@ -52,6 +54,11 @@ class Refinement:
     def report(self) -> StreamReport:
         """How the stream stands."""
         return self._loader.report(finished=self.done)
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile that decoding took."""
+        return self._loader.profile
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until nothing more will arrive; False where that took longer than `timeout` seconds.
@@ -72,7 +79,11 @@ class Refinement:
         self._loader.close(wait)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(wait)
-        self._resources.close()
+        self._end()
+
+    def _end(self) -> None:
+        with self._ending:
+            self._resources.close()
         self._done.set()
 
     def start(self) -> None:
@@ -89,8 +100,7 @@ class Refinement:
             self._error = error
         finally:
             self._loader.close()
-            self._resources.close()
-            self._done.set()
+            self._end()
             self._loader.tell(StreamFinished, self.report)
             self._loader.deliver()
 
@@ -99,9 +109,9 @@ class Refinement:
         with self._loader.lock:
             return (self._kv if self.done else self._kv.clone()), len(self._loader.changes)
 
-    def first_token(self, read: int, seconds: float) -> None:
-        """A generation has its first token, for which it read so many tokens in so many seconds. The first time is the
-        stream's TTFT.
+    def first_token(self, rows: int, read: int, seconds: float) -> None:
+        """A generation has its first token, for which it read so many tokens of so many rows in so many seconds. The
+        first time is the stream's TTFT.
         """
         loader = self._loader
         if loader.tally.ttft is None:
@@ -109,7 +119,8 @@ class Refinement:
             slo = loader.options.slo
             loader.tell(FirstToken, None if slo is None else loader.tally.ttft <= slo)
             loader.deliver()
-            loader.learn_question(read, seconds)
+            if rows == 1:  # a batch takes another time for each token
+                loader.learn_question(read, seconds)
 
     def bring(self, cache: Cache, reuse: Reuse, seen: int) -> int:
         """Copies what has changed since `seen` changes into a generation's cache; returns the changes that it has now.
@@ -137,9 +148,11 @@ class SwapIn(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores as they are."""
+        if int(self._cache.get_seq_length()) <= self._reuse.columns:
+            return scores  # of a draft: the model has not read anything yet
         if self._waiting is not None:
             self._refinement.first_token(
-                int(input_ids.shape[1]) - self._reuse.columns, time.monotonic() - self._waiting
+                len(scores), int(input_ids.shape[1]) - self._reuse.columns, time.monotonic() - self._waiting
             )
             self._waiting = None
         self._seen = self._refinement.bring(self._cache, self._reuse, self._seen)

@@ -190,7 +190,8 @@ class Schedule:
         missing = tuple(self._missing(chunk) for chunk in chunks)
         if rate is None and not any(chunk.wire_bytes[-1] for chunk in missing):
             rate = math.inf  # all is on this disk
-        outlook = Outlook(self.left(now) - lost, rate, missing)
+        left = self.left(now)
+        outlook = Outlook(left if left == math.inf else left - lost, rate, missing)
         plan = self.policy.plan(outlook)
         if not self.refines:
             return replace(plan, sure=plan.level)

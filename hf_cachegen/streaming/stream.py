@@ -50,12 +50,13 @@ def stream_context(
     """The arguments are those of `CacheGenCache.stream`, and so are the errors."""
     loader = Loader(model, options, time.monotonic())
     places = _places(path, options, access)
-    with ExitStack() as resources:
-        resources.callback(loader.close, END_SECONDS)
+    with ExitStack() as ending, ExitStack() as resources:
+        ending.callback(loader.close, END_SECONDS)
         check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer)
         found = _open(loader, resources, places, limits, check)
         loader.opened(found, _question(found, options))
-        kv = loader.run()
+        kv = loader.run(model)
+        ending.pop_all()  # a context that is in place waits for no thread
         refinement = Refinement(loader, kv, resources.pop_all())
     loader.tell(ContextReady, refinement.report)
     if options.refine == "while_generating" and loader.more:

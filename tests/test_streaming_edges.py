@@ -1,0 +1,286 @@
+"""Streams at their edges: what ends while something is under way, who is told what, and what may be asked for."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.container.manifest import digest
+from hf_cachegen.errors import ConfigError
+from hf_cachegen.generation import generate
+from hf_cachegen.stores import RemoteStore
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen.streaming import Adaptive, Event, FirstToken, Link, StreamReport
+from hf_cachegen.streaming.bandwidth import Bandwidth
+from hf_cachegen.streaming.fetching import Fetcher
+from hf_cachegen.streaming.schedule import Chunk, Schedule
+from hf_cachegen.streaming.sources import Wire
+from tests.http_server import Server, running
+from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, same_kv, serve, threads_end, write
+from tests.tiny_models import shared, tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = torch.cat([CONTEXT, tokens(7, seed=11)], 1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running(Server()) as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write("llama", tmp_path / "artifact")
+
+
+@pytest.fixture
+def url(server: Server, folder: Path) -> str:
+    return serve(server, folder)
+
+
+def refinements_wait(server: Server) -> threading.Event:
+    """Requests for refinements are answered once this is set."""
+    gate = threading.Event()
+    server.always = lambda request, body, headers: (
+        gate.wait(20) if "refine" in request.path else None,
+        request.answer(206, body, headers),
+    )[1]
+    return gate
+
+
+# What ends while something is under way.
+
+
+def test_a_context_in_place_does_not_wait_for_requests_that_hang(
+    server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would make the SLO a matter of the silent server's."""
+    monkeypatch.setattr("hf_cachegen.streaming.stream.END_SECONDS", 60.0)
+    gate = refinements_wait(server)
+    start = time.monotonic()
+    CacheGenCache.stream(url, shared("llama"), slo=1.0, stall_seconds=30.0)
+    assert time.monotonic() - start < 10
+    gate.set()
+    assert threads_end()
+
+
+def test_what_arrives_after_the_end_is_nobodys() -> None:
+    """Another stream's loader may have taken the place of the one that asked."""
+    arrived: list[Any] = []
+    sent, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        place = "slow"
+
+        def open(self) -> None: ...
+
+        def here(self, segment: Any) -> bool:
+            return True
+
+        def fetch(self, segments: Any) -> Iterator[bytes]:
+            sent.set()
+            go_on.wait(20)
+            yield from (b"data" for _ in segments)
+
+    chunk = Chunk(0, 0, 16, (4,), (0,), 1)
+    schedule = Schedule([chunk], Adaptive(), None, "before", lambda _: 1.0)
+    with Link().stream() as share:
+        fetcher = Fetcher(
+            schedule, [Slow()], lambda part: part, Bandwidth(), share, 1, 5.0,  # type: ignore[list-item, arg-type, return-value]
+            lambda *found: arrived.append(found), lambda *_: None,
+        )  # fmt: skip
+        fetcher.start()
+        assert sent.wait(20)
+        fetcher.close()
+        go_on.set()
+        fetcher.close(20)
+    assert arrived == []
+    assert chunk.arrived == set()
+
+
+def test_nothing_is_written_after_a_refinement_was_closed(server: Server, url: str, folder: Path) -> None:
+    """Generations that begin then share the tensors."""
+    gate = refinements_wait(server)
+    cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
+    assert cache.refinement is not None
+    placer, decoding, go_on = cache.refinement._loader.placer, threading.Event(), threading.Event()
+    rows = placer.rows
+
+    def slowly(*arguments: Any) -> Any:
+        decoding.set()
+        go_on.wait(20)
+        return rows(*arguments)
+
+    placer.rows = slowly  # type: ignore[method-assign]
+    gate.set()
+    assert decoding.wait(20)
+    cache.refinement.close()
+    assert cache.refinement.done
+    go_on.set()
+    assert threads_end()
+    assert same_kv(cache, at_level(folder, 1))
+
+
+def test_a_place_is_not_silent_for_another_that_was() -> None:
+    now = [0.0]
+    bandwidth = Bandwidth(clock=lambda: now[0])
+    bandwidth.began()
+    now[0] = 100.0
+    assert bandwidth.silence() == 100.0
+    bandwidth.forget()  # the next place, while the request to the first still hangs
+    bandwidth.began()
+    now[0] = 101.0
+    assert bandwidth.silence() == 1.0
+
+
+def test_wrong_bytes_of_a_bundle_are_fetched_a_second_time() -> None:
+    class Files:
+        good, reads = bytes(range(200)), 0
+
+        def open(self, name: str) -> tuple[int, bytes]:
+            return len(self.good), b""
+
+        def mark(self, name: str) -> str:
+            return ""
+
+        def read(self, name: str, offset: int, length: int) -> bytes:
+            self.reads += 1
+            return bytes(length) if self.reads == 1 else self.good[offset : offset + length]
+
+    store = RemoteStore(Files(), "somewhere")
+    store.files = wire = Wire(store.files, [], lambda: False)
+    held = wire.hold("data", 100, 50)
+    wanted = Files.good[100:120]
+    assert store.read("data", 100, 20, digest(wanted)) == wanted
+    wire.release(held)
+
+
+def test_a_cache_does_not_keep_its_model(url: str) -> None:
+    model = copy.deepcopy(shared("llama"))
+    cache = CacheGenCache.stream(url, model, slo=30.0)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert cache.kv.geometry.tokens == CONTEXT_TOKENS
+
+
+# Who is told what.
+
+
+def test_a_report_waits_for_what_changes_it(server: Server, url: str) -> None:
+    gate = refinements_wait(server)
+    cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
+    assert cache.refinement is not None
+    found: list[Any] = []
+    reader = threading.Thread(target=lambda: found.append(cache.report))
+    with cache.refinement._loader.fetcher.changed:
+        reader.start()
+        reader.join(0.3)
+        assert not found
+    reader.join(20)
+    assert isinstance(found[0], StreamReport)
+    gate.set()
+    assert cache.refinement.wait(30)
+
+
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
+def test_the_first_token_is_not_a_drafts(url: str, way: str) -> None:
+    """Candidates are drafted, and go through the processors, before the model has read the question."""
+    model = copy.deepcopy(shared("llama"))
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    seen: list[int] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, FirstToken):
+            seen.append(len(passes))
+
+    ids = torch.cat([CONTEXT, CONTEXT[:, 20:28]], 1)  # an n-gram of the context: lookup has a candidate at once
+    drafts: dict[str, dict[str, Any]] = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3}, "assistant": {"assistant_model": shared("llama")},
+    }  # fmt: skip
+    cache = CacheGenCache.stream(url, model, on_event=on_event)
+    passes.clear()
+    generate(model, ids, cache=cache, max_new_tokens=4, do_sample=False, **drafts[way])
+    assert seen
+    assert seen[0] > 0
+
+
+def test_the_speed_of_a_batch_is_not_taken_for_a_rows(url: str) -> None:
+    model = shared("llama")
+    cache = CacheGenCache.stream(url, model, level=1)
+    assert cache.refinement is not None
+    speed = cache.refinement._loader._speed
+    before = list(speed.samples)
+    generate(model, PROMPT.repeat(3, 1), cache=cache, max_new_tokens=2, do_sample=False)
+    assert speed.samples == before
+    cache = CacheGenCache.stream(url, model, level=1)
+    generate(model, PROMPT, cache=cache, max_new_tokens=2, do_sample=False)
+    assert speed.samples[-1][:2] == (CONTEXT_TOKENS, 7)
+
+
+# What may be asked for.
+
+
+def test_text_needs_no_profile(server: Server, tmp_path: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(ROOT / "eval" / "reference" / "model", dtype=torch.bfloat16)
+    config = CacheGenConfig(transform="klt", chunk_tokens=64)
+    exact = CacheGenCache.from_context(model, torch.arange(300)[None] % 200 + 3, config)
+    exact.save_pretrained(tmp_path / "artifact")
+    url = serve(server, tmp_path / "artifact")
+    cache = CacheGenCache.stream(url, model, level="text", profile=None)  # it is not beside the artifact
+    assert isinstance(cache.report, StreamReport)
+    assert cache.report.text_chunks == len(cache.report.chunks)
+    assert not any("profile" in path for path, _ in server.requests)
+
+
+def test_a_lost_chunk_does_not_make_the_others_coarse() -> None:
+    """How long its recomputing takes is not known; without an SLO that does not matter."""
+    chunks = [Chunk(index, 16 * index, 16, (10, 10, 10), (10, 10, 10), 3) for index in range(4)]
+    chunks[0].best = 0
+    schedule = Schedule(chunks, Adaptive(), None, "off", lambda _: float("inf"))
+    plan = schedule.plan(0.0, 1e6)
+    assert plan is not None
+    assert (plan.level, plan.sure) == (3, 3)
+
+
+@pytest.mark.parametrize("options", [
+    {"slo": float("inf")}, {"slo": float("nan")}, {"stall_seconds": float("inf")}, {"policy": None},
+    {"policy": Adaptive}, {"fallback": "https://mirror/report"}, {"fallback": ("https://mirror/report", {})},
+    {"fallback": [("https://mirror/report",)]},
+], ids=str)  # fmt: skip
+def test_options_that_mean_nothing(url: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        CacheGenCache.stream(url, shared("llama"), **options)
+
+
+CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "without a cache": lambda url: {"slo": 5.0},
+    "given twice": lambda url: {"cache": url, "slo": 5.0, "stream": {"slo": 1.0}},
+    "what generate gives itself": lambda url: {"cache": url, "stream": {"prompt": (PROMPT, torch.ones_like(PROMPT))}},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_of_generate_that_mean_nothing(url: str, call: str) -> None:
+    with pytest.raises(ConfigError):
+        generate(shared("llama"), PROMPT, max_new_tokens=2, **CALLS[call](url))
