@@ -5,8 +5,8 @@
 #   OUT=results bash benchmarks/gpu_check.sh          PYTHON=python3.12 names another interpreter
 #
 # Builds both libraries for this GPU, runs the CUDA tests (none may skip), the same hostile streams and a small decode under
-# compute-sanitizer, and the benchmarks. Writes into $OUT: tests.txt, sanitizer.txt, cuda.json, cpu.json, summary.txt. Exits
-# with 1 if anything failed, after all of it has run.
+# compute-sanitizer (memory, races in shared memory, barriers), and the benchmarks. Writes into $OUT: tests.txt, memcheck.txt,
+# racecheck.txt, synccheck.txt, cuda.json, cpu.json, summary.txt. Exits with 1 if anything failed, after all of it has run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -34,8 +34,10 @@ capability=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_c
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} CACHEGEN_BUILD_CUDA=1
 step build build.txt "$PYTHON" setup.py -q build_ext --inplace --force
 step tests tests.txt "$PYTHON" -m pytest -q -p no:cacheprovider -o addopts= tests/test_cuda.py
-step sanitizer sanitizer.txt compute-sanitizer --error-exitcode 7 "$PYTHON" -m pytest -q -p no:cacheprovider \
-    -o addopts= tests/test_cuda.py -k "hostile or values_of_here or same_symbols"
+for tool in memcheck racecheck synccheck; do  # of torch's kernels they would find what is not ours
+    step "$tool" "$tool.txt" compute-sanitizer --tool "$tool" --kernel-regex kns=cachegen --error-exitcode 7 "$PYTHON" -m \
+        pytest -q -p no:cacheprovider -o addopts= tests/test_cuda.py -k "hostile or values_of_here or same_symbols"
+done
 step bench_cuda bench_cuda.txt "$PYTHON" -m benchmarks.bench_cuda --out "$OUT/cuda.json"
 step bench_cpu bench_cpu.txt "$PYTHON" -m benchmarks.bench_codec --rounds 3 --out "$OUT/cpu.json"
 cat "$OUT/summary.txt"

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv, native
 from hf_cachegen.codec import passes, rans
+from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import Encoder
+from hf_cachegen.encoding import Encoder, gather
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
+from hf_cachegen.streaming.placing import Placer
 from tests.coder_support import draw_section, laplace_tables
 from tests.kv_samples import sample_kv
 
@@ -148,6 +150,19 @@ def test_the_current_stream_is_used() -> None:
         made.codec.decode_into(parts, span, Target.matrix(rows), 0)
     stream.synchronize()
     assert torch.equal(rows.cpu(), expected)
+
+
+def test_readers_get_what_was_put_before() -> None:
+    keys, values = sample_kv(tokens=3000, dim=128)
+    made = Encoder(keys, values, CacheGenConfig(transform="identity"))
+    placer = Placer(made.geometry, [torch.device("cuda", 0)] * len(keys))
+    rows = gather(keys, values, Span(0, 3000, 3000))
+    for sign in (1, -1):
+        placer.put(sign * rows, Span(0, 3000, 3000))
+        with placer.reading():
+            found = [x.clone() for x in placer.keys]
+        placer.put(0 * rows, Span(0, 3000, 3000))
+        assert all(torch.equal(x.cpu(), sign * y) for x, y in zip(found, keys, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")

@@ -23,6 +23,16 @@ CACHEGEN_DEVICE uint8_t* at_row(const cg_place& place, uint64_t row) {
   return reinterpret_cast<uint8_t*>(uintptr_t(place.address + row * place.stride));
 }
 
+// A value to its place, which on a device is one store only where the compiler knows that it is aligned.
+template <class Stored>
+CACHEGEN_DEVICE void store_value(uint8_t* to, Stored value) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<Stored*>(to) = value;
+#else
+  memcpy(to, &value, sizeof value);
+#endif
+}
+
 // What a refined symbol is before its own index: 0 for a base symbol.
 template <uint32_t kCoarser>
 CACHEGEN_DEVICE int32_t coarser_symbol(uint8_t base, uint8_t digit) {
@@ -52,8 +62,8 @@ CACHEGEN_DEVICE void put_value(const cg_output& output, const cg_chunk& chunk, u
   const bool anchored = kValues && chunk.group_tokens > 0;
   const float step = kValues ? chunk.steps[column] : 0, mean = kValues ? chunk.means[column] : 0;
   const float anchor = anchored ? chunk.anchors[place.anchor * chunk.columns + column] : 0;
-  const typename T::Stored value = value_of<T, kCoarser>(coarser, index, step, mean, anchor, anchored);
-  memcpy(at_row(output.places[column], output.row + place.row), &value, sizeof value);
+  store_value(at_row(output.places[column], output.row + place.row),
+              value_of<T, kCoarser>(coarser, index, step, mean, anchor, anchored));
 }
 
 // A Sink of decode_tile, of contexts that are given (or none) and symbols that stay in a matrix [tokens, columns].
@@ -97,14 +107,13 @@ class OutputSink {
   static constexpr bool kValues = sizeof(Stored) > 1;
 
   struct Lane {
-    uint32_t column[kMaxPerLane];  // of the chunk
-    uint32_t own;
-    bool adjacent;  // places one after the other, a vector
-    bool together;  // coarser symbols one after the other, too
-    bool fresh;     // the token opens a group, whose anchors are not here yet
+    uint32_t own, first;  // columns of the chunk: how many, and the first
+    bool adjacent;        // places one after the other, a vector
+    bool together;        // coarser symbols one after the other, too
+    bool fresh;           // the token opens a group, whose anchors are not here yet
     cg_place at;
-    Place place;      // of the token
-    uint64_t within;  // of the token in its group
+    Place place;          // of the token
+    uint64_t within;      // of the token in its group
     float step[kMaxPerLane], mean[kMaxPerLane], anchor[kMaxPerLane];
   };
 
@@ -126,24 +135,23 @@ class OutputSink {
       stand(own, row_of_token(output_, 0));
       bool found = false;
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
-        const uint64_t coded = tile_.first_column + lane * tile_.per_lane + c;
-        const uint64_t column = c >= own.own ? 0 : output_.columns ? output_.columns[coded] : coded;
-        own.column[c] = uint32_t(column);
         if (c >= own.own) continue;
+        const uint64_t column = listed(lane, c);
+        if (c == 0) own.first = uint32_t(column);
         if (column >= chunk_.columns) {
           found = true;
           continue;
         }
         const cg_place at = output_.places[column];
         if (c == 0) own.at = at;
-        own.together &= column == own.column[0] + c;
+        own.together &= column == own.first + c;
         own.adjacent &= at.stride == own.at.stride && at.address == own.at.address + c * sizeof(Stored);
         if (kValues) {
           own.step[c] = chunk_.steps[column];
           own.mean[c] = chunk_.means[column];
         }
       }
-      own.together = own.together && own.column[0] % kMaxPerLane == 0;  // a vector, that no block's end cuts
+      own.together = own.together && own.first % kMaxPerLane == 0;  // a vector, that no block's end cuts
       own.adjacent = own.adjacent && (own.at.address | own.at.stride) % alignof(Eight<T>) == 0;
       return found;
     });
@@ -154,17 +162,19 @@ class OutputSink {
     Lane& own = lanes_[lane];
     if (kValues && own.fresh && chunk_.group_tokens > 0) {
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++)
-        if (c < own.own) own.anchor[c] = chunk_.anchors[own.place.anchor * chunk_.columns + own.column[c]];
+        if (c < own.own) own.anchor[c] = chunk_.anchors[own.place.anchor * chunk_.columns + column_of(own, lane, c)];
     }
     if constexpr (kCoarser > 0) {
       Eight<Index8> base, digits;
       if (own.together) {
-        const uint64_t cell = coarser_at(rows_, row_of_token(output_, t), own.column[0]);
+        const uint64_t cell = coarser_at(rows_, row_of_token(output_, t), own.first);
         base = *reinterpret_cast<const Eight<Index8>*>(output_.coarser[0] + cell);
         if (kCoarser > 1) digits = *reinterpret_cast<const Eight<Index8>*>(output_.coarser[1] + cell);
       } else {
         CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
-          const uint64_t cell = coarser_at(rows_, row_of_token(output_, t), own.column[c < own.own ? c : 0]);
+          base.of[c] = digits.of[c] = 0;
+          if (c >= own.own) continue;
+          const uint64_t cell = coarser_at(rows_, row_of_token(output_, t), listed(lane, c));
           base.of[c] = output_.coarser[0][cell];
           if (kCoarser > 1) digits.of[c] = output_.coarser[1][cell];
         }
@@ -189,8 +199,7 @@ class OutputSink {
     } else {
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
         if (c >= own.own) continue;
-        const Stored one = value(row, own, c, anchored);
-        memcpy(at_row(output_.places[own.column[c]], r), &one, sizeof one);
+        store_value(at_row(output_.places[column_of(own, lane, c)], r), value(row, own, c, anchored));
       }
     }
     own.fresh = chunk_.group_tokens > 0 && ++own.within == chunk_.group_tokens - 1;
@@ -203,6 +212,15 @@ class OutputSink {
   }
 
  private:
+  // Which column of the chunk a lane's c-th is. Read anew where it is wanted, which is seldom: registers are few.
+  CACHEGEN_DEVICE uint64_t listed(uint32_t lane, uint32_t c) const {
+    const uint64_t coded = tile_.first_column + lane * tile_.per_lane + c;
+    return output_.columns ? output_.columns[coded] : coded;
+  }
+  CACHEGEN_DEVICE uint64_t column_of(const Lane& own, uint32_t lane, uint32_t c) const {
+    return own.together ? own.first + c : listed(lane, c);
+  }
+
   // The next token is this coded row.
   CACHEGEN_DEVICE void stand(Lane& own, uint64_t row) const {
     own.fresh = true;

@@ -37,7 +37,7 @@ CACHEGEN_HD uint32_t take(uint32_t x, SlotEntry entry, uint32_t prob_bits) {
 CACHEGEN_HD uint32_t refill(uint32_t x, uint32_t word) { return x << kWordBits | word; }
 
 // What the encoder knows of one symbol of one table; all zeros where the symbol has no frequency.
-struct SymbolEntry {
+struct alignas(16) SymbolEntry {
   uint32_t reciprocal;
   uint32_t bias;
   uint32_t limit;        // states from here on must give a word first

@@ -6,6 +6,8 @@
 // 2. A word past the end reads as 0; damage is noted on the way and told at the end. One test for all lanes, once a token,
 //    says whether any word of it could lie past the end.
 // 3. Lanes without a c-th column (of a narrow tile) vote no, and keep their state.
+// 4. A table is looked up by a Lut in memory. One of digits, of which a tile uses more than any near memory holds, is two
+//    numbers, which fit in a register: Digits.
 #pragma once
 
 #include "state.h"
@@ -24,7 +26,30 @@ struct Lut {
   const uint8_t* rank;
   uint32_t prob_bits, n_tables;
 
-  CACHEGEN_DEVICE uint32_t offset(uint8_t id) const { return uint32_t(rank ? rank[id] : id) << prob_bits; }
+  // What a lane keeps of a table, and the table's entry of a slot.
+  CACHEGEN_DEVICE uint32_t kept(uint8_t id) const { return uint32_t(rank ? rank[id] : id) << prob_bits; }
+  CACHEGEN_DEVICE SlotEntry entry(uint32_t kept, uint32_t slot) const { return slots[kept + slot]; }
+};
+
+// Tables of three symbols: a lane keeps where the second and the third begin.
+struct Digits {
+  const SymbolEntry* symbols;
+  uint32_t prob_bits, n_tables;
+
+  CACHEGEN_DEVICE uint32_t frequency(uint8_t id, uint32_t symbol) const {
+    return symbols[id * kMaxSymbols + symbol].limit >> (kStateBits - prob_bits);
+  }
+  CACHEGEN_DEVICE uint32_t kept(uint8_t id) const {
+    const uint32_t second = frequency(id, 0);
+    return second | (second + frequency(id, 1)) << 16;
+  }
+  CACHEGEN_DEVICE SlotEntry entry(uint32_t kept, uint32_t slot) const {
+    const uint32_t second = kept & 0xffff, third = kept >> 16;
+    const bool past_first = slot >= second, past_second = slot >= third;
+    const uint32_t first = past_second ? third : past_first ? second : 0;
+    const uint32_t last = past_second ? 1u << prob_bits : past_first ? third : second;
+    return slot_entry(slot - first, last - first, uint32_t(past_first) + uint32_t(past_second));
+  }
 };
 
 // What a lane owns of a tile.
@@ -56,27 +81,45 @@ CACHEGEN_DEVICE int32_t check_contexts(const Warp& warp, const cg_section& secti
   return bad ? CG_BAD_CONTEXT : CG_OK;
 }
 
+// Whether all tables of a tile are there, and have three symbols.
+CACHEGEN_DEVICE bool are_digits(const Warp& warp, const Digits& digits, const cg_section& section, const Tile& tile) {
+  const uint32_t count = tile.width * uint32_t(section.ids_per_column);
+  const uint8_t* ids = section.table_ids + tile.first_column * section.ids_per_column;
+  return warp.ballot([&](uint32_t lane) {
+    bool found = false;
+    for (uint32_t i = lane; i < count; i += kLanes) {
+      uint32_t sum = 0;
+      if (ids[i] < digits.n_tables)
+        for (uint32_t symbol = 0; symbol < 3; symbol++) sum += digits.frequency(ids[i], symbol);
+      found |= sum != 1u << digits.prob_bits;
+    }
+    return found;
+  }) == 0;
+}
+
 template <uint32_t kIds>
 struct DecoderLane {
   uint32_t x, own;
-  uint32_t offset[kMaxPerLane * kIds];
+  uint32_t kept[kMaxPerLane * kIds];
 };
 
 // One token. kTail: some of its words may lie past the end.
-template <uint32_t kIds, bool kTail, class Lanes, class Rows, class Sink>
-CACHEGEN_DEVICE uint64_t decode_token(const Warp& warp, const Lut& lut, const uint8_t* stream, uint64_t bytes, uint64_t at,
-                                      Lanes& lanes, Rows& rows, const Sink& sink) {
+template <uint32_t kIds, bool kTail, class Lookup, class Lanes, class Rows, class Sink>
+CACHEGEN_DEVICE uint64_t decode_token(const Warp& warp, const Lookup& lut, const uint8_t* stream, uint64_t bytes,
+                                      uint64_t at, Lanes& lanes, Rows& rows, const Sink& sink) {
   const uint32_t slot_mask = (1u << lut.prob_bits) - 1;
   CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
     const uint32_t votes = warp.ballot([&](uint32_t lane) {
       DecoderLane<kIds>& own = lanes[lane];
       if (c >= own.own) return false;
-      uint32_t offset = own.offset[c * kIds];
-      if (kIds > 1) {
+      uint32_t kept = own.kept[c * kIds];
+      if constexpr (kIds > 1) {
+        // Read before one is chosen: a choice among places would keep the array out of registers.
+        const uint32_t positive = own.kept[c * kIds + 1], negative = own.kept[c * kIds + 2];
         const uint32_t context = sink.context(rows[lane], c);
-        offset = context == 1 ? own.offset[c * kIds + 1] : context == 2 ? own.offset[c * kIds + 2] : offset;
+        kept = context == 1 ? positive : context == 2 ? negative : kept;
       }
-      const SlotEntry entry = lut.slots[offset + (own.x & slot_mask)];
+      const SlotEntry entry = lut.entry(kept, own.x & slot_mask);
       sink.put(rows[lane], c, uint8_t(entry));
       own.x = take(own.x, entry, lut.prob_bits);
       return own.x < kMinState;
@@ -92,8 +135,8 @@ CACHEGEN_DEVICE uint64_t decode_token(const Warp& warp, const Lut& lut, const ui
 }
 
 // A value of cg_status. The stream begins at an even address.
-template <uint32_t kIds, class Sink>
-CACHEGEN_DEVICE int32_t decode_tile(const Warp& warp, const Lut& lut, const cg_section& section, const Tile& tile,
+template <uint32_t kIds, class Lookup, class Sink>
+CACHEGEN_DEVICE int32_t decode_tile(const Warp& warp, const Lookup& lut, const cg_section& section, const Tile& tile,
                                     const uint8_t* stream, uint64_t bytes, Sink& sink) {
   if (const int32_t status = check_ids(warp, section, lut.n_tables, tile)) return status;
   if (const int32_t status = check_contexts(warp, section, tile)) return status;
@@ -107,7 +150,7 @@ CACHEGEN_DEVICE int32_t decode_tile(const Warp& warp, const Lut& lut, const cg_s
     own.own = own_columns(tile, lane);
     own.x = lane < tile.lanes ? load_state(stream + lane * kStateBytes) : kMinState;
     const uint8_t* ids = section.table_ids + (tile.first_column + lane * tile.per_lane) * kIds;
-    CACHEGEN_UNROLL for (uint32_t i = 0; i < kMaxPerLane * kIds; i++) own.offset[i] = i < own.own * kIds ? lut.offset(ids[i]) : 0;
+    CACHEGEN_UNROLL for (uint32_t i = 0; i < kMaxPerLane * kIds; i++) own.kept[i] = i < own.own * kIds ? lut.kept(ids[i]) : 0;
     return own.x < kMinState || own.x >= kMaxState;
   });
   if (astray) return CG_CORRUPT;

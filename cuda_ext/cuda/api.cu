@@ -36,15 +36,21 @@ int32_t decode_into(const cg_section& section, const uint8_t* streams, uint64_t 
   const cg_chunk chunk = *output.chunk;
   const uint64_t tiles = tile_count(section.tokens, section.columns);
   return for_each_tile(
-      run, section, tiles, tile_status, true,
-      [=] CACHEGEN_LAMBDA(const Warp& warp, const Tables&, const Lut& lut, uint64_t i) -> int32_t {
+      run, section, tiles, tile_status, kCoarser == 0,
+      [=] CACHEGEN_LAMBDA(const Warp& warp, const Tables& tables, const Lut& lut, uint64_t i) -> int32_t {
         const Tile tile = tile_at(i, section.columns);
         const Stream stream = stream_at(streams, bytes, offsets, i);
         if (stream.status) return stream.status;
         OutputSink<T, kCoarser> sink(output, chunk, tile);
         if (const int32_t status = sink.begin(warp)) return status;
-        constexpr uint32_t kIds = kCoarser == 0 ? 1 : kContexts;
-        return decode_tile<kIds>(warp, lut, section, tile, stream.data, stream.bytes, sink);
+        if constexpr (kCoarser > 0) {
+          const Digits digits = {tables.symbols, tables.prob_bits, tables.n_tables};
+          return are_digits(warp, digits, section, tile)
+                     ? decode_tile<kContexts>(warp, digits, section, tile, stream.data, stream.bytes, sink)
+                     : decode_tile<kContexts>(warp, lut, section, tile, stream.data, stream.bytes, sink);
+        } else {
+          return decode_tile<1>(warp, lut, section, tile, stream.data, stream.bytes, sink);
+        }
       });
 }
 
@@ -74,8 +80,7 @@ int32_t rows_into(const float* rows, uint64_t n_rows, uint64_t first, uint64_t e
                   const cg_run* run) {
   const uint64_t columns = output.chunk->columns;
   return for_each(run, n_rows * columns, [=] CACHEGEN_LAMBDA(uint64_t i) {
-    const typename T::Stored value = T::store(rows[i]);
-    memcpy(at_row(output.places[i % columns], output.row + first + i / columns * every), &value, sizeof value);
+    store_value(at_row(output.places[i % columns], output.row + first + i / columns * every), T::store(rows[i]));
   });
 }
 

@@ -3,8 +3,8 @@
 // Twists:
 // 1. Compiled by another compiler than nvcc the same calls loop on the host, a tile after the other, the lanes of its warp in
 //    lockstep (core/warp.h). Nobody ships that; the tests run it.
-// 2. The tables that a block's tiles use are staged in shared memory, if they fit: neighbouring columns share most of
-//    theirs, and a lookup that 32 lanes make at 32 places is several times faster there.
+// 2. The tables that a block's tiles use are staged in shared memory, if they fit (those of base symbols mostly do):
+//    neighbouring columns share most of theirs, and a lookup that 32 lanes make at 32 places is several times faster there.
 #pragma once
 
 #include <stdint.h>
@@ -22,8 +22,8 @@ namespace cachegen {
 #if defined(__CUDACC__)
 
 constexpr uint32_t kThreads = 256;             // of a block of for_each
-constexpr uint32_t kMaxWarps = 16;             // of a block
-constexpr uint32_t kStagedBytes = 80 << 10;    // two blocks fit on every architecture from sm_80 on
+constexpr uint32_t kMaxWarps = 6;              // of a block; two have room for their registers
+constexpr uint32_t kStagedBytes = 80 << 10;    // two blocks fit on an A100, an H100 and a B200; one on smaller GPUs
 constexpr uint32_t kMaxBlocks = 1u << 30;
 
 inline cudaStream_t stream_of(const cg_run* run) { return static_cast<cudaStream_t>(run->queue); }
@@ -105,8 +105,8 @@ int32_t for_each_tile(const cg_run* run, const cg_section& section, uint64_t til
   int device = 0, processors = 1;
   if (cudaGetDevice(&device) != cudaSuccess) return CG_FAILED;
   if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return CG_FAILED;
-  // Few tiles go to many multiprocessors; many share what is staged.
-  const uint64_t wanted = tiles / (2 * uint64_t(processors));
+  // Few tiles go to many multiprocessors, all at once; many share what is staged.
+  const uint64_t wanted = (tiles + 2 * uint64_t(processors) - 1) / (2 * uint64_t(processors));
   const uint32_t warps = uint32_t(wanted < 1 ? 1 : wanted > kMaxWarps ? kMaxWarps : wanted);
   const uint64_t blocks = (tiles + warps - 1) / warps;
   const uint32_t bytes = staged ? kStagedBytes : 0;

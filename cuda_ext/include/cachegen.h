@@ -163,7 +163,8 @@ CG_API int32_t cg_restore(const cg_chunk* chunk, uint64_t first, uint64_t last, 
 /* Decoding straight into place: a section's symbols become values while they are decoded, and are written to where they
  * are used, the layers' own tensors, so that no matrix of symbols or rows is made in between. */
 
-/* Where a column's values lie: that of row r at address + r * stride (bytes). On CUDA a device address. */
+/* Where a column's values lie: that of row r at address + r * stride (bytes). On CUDA device addresses, and multiples of
+ * the values' size. */
 typedef struct cg_place {
   uint64_t address;
   uint64_t stride;

@@ -116,15 +116,16 @@ class Counts:
         self.digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
 
     def add(self, symbols: passes.Symbols) -> None:
-        """Count one chunk."""
+        """Count one chunk, where its symbols are: 64 MB of counts are not carried from a device for each."""
+        self.base, self.digits = self.base.to(symbols.base.device), self.digits.to(symbols.base.device)
         passes.count(self.base, symbols.base)
         for part, digit, contexts in zip(self.digits, symbols.digits, symbols.contexts, strict=True):
             passes.count(part, digit, contexts)
 
     @property
     def parts(self) -> list[Tensor]:
-        """Histograms of the base and of each refinement, each int32 [columns, contexts x symbols]."""
-        return [self.base, *self.digits]
+        """Histograms of the base and of each refinement, each int32 [columns, contexts x symbols], on the CPU."""
+        return [self.base.cpu(), *self.digits.cpu()]
 
     def choose(self, values: Codebook, digits: Codebook) -> tuple[Tensor, Tensor]:
         """The cheapest tables: entries uint8 [levels, columns], and their bits float64 [levels, columns]."""

@@ -59,9 +59,10 @@ class Target:
     @classmethod
     def matrix(cls, rows: Tensor) -> Target:
         """rows [tokens, columns]."""
-        address = rows.data_ptr() + torch.arange(rows.shape[1]) * rows.stride(1) * rows.element_size()
+        column = torch.arange(rows.shape[1], device=rows.device)
+        address = rows.data_ptr() + column * rows.stride(1) * rows.element_size()
         stride = torch.full_like(address, rows.stride(0) * rows.element_size())
-        return cls(torch.stack([address, stride], 1).to(rows.device), rows.dtype, (rows,))
+        return cls(torch.stack([address, stride], 1), rows.dtype, (rows,))
 
     def put(self, rows: Tensor, row: int) -> None:
         """Copies rows [tokens, columns] to rows [row, row + tokens)."""
@@ -102,9 +103,9 @@ class Sections:
         """Decodes to indices, which other sections refine: uint8 [blocks, coded, 256], as cg_output has them."""
         blocks = -(-self.columns // _BLOCK)
         found = torch.empty(blocks, self.coded, _BLOCK, dtype=torch.uint8, device=self.device)
-        column = torch.arange(self.columns)
+        column = torch.arange(self.columns, device=self.device)
         address = found.data_ptr() + column // _BLOCK * (self.coded * _BLOCK) + column % _BLOCK
-        places = torch.stack([address, torch.full_like(address, _BLOCK)], 1).to(self.device)
+        places = torch.stack([address, torch.full_like(address, _BLOCK)], 1)
         target = Target(places, torch.uint8, (found,))
         self._decode(section, self._output(target, self._plain, 0, self.coded, rows, coarser))
         return found
@@ -145,7 +146,7 @@ class Sections:
         if len(dead):
             native.call("cg_fill_into", section.tokens, len(dead), _of(output, dead), device=self.device)
         if len(section.positions):
-            positions, indices = section.positions.to(self.device), section.indices.to(self.device)
+            positions, indices = (x.to(self.device, non_blocking=True) for x in (section.positions, section.indices))
             native.call("cg_patch_into", section.tokens, positions, indices, len(indices), output, device=self.device)
             self._kept.append((positions, indices))
         self._statuses.append(statuses)

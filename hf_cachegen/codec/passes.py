@@ -212,11 +212,12 @@ def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = 
 def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> None:
     """Adds to counts int32 [columns, bins] how often each index occurs in each column of symbols uint8 [rows, columns].
 
-    With contexts, uint8 of that shape, the bin is 3 x context + index. counts are on the CPU, the others on any device.
+    With contexts, uint8 of that shape, the bin is 3 x context + index. counts are on the CPU or with the others, which
+    are on any device.
     """
     bins, device = counts.shape[1], symbols.device
     if native.available(device):
-        here = counts if device.type == "cpu" else torch.zeros_like(counts, device=device)
+        here = counts if counts.device == device else torch.zeros_like(counts, device=device)
         native.call("cg_count", symbols, contexts, *symbols.shape, bins, here)
         if here is not counts:
             counts += here.cpu()
@@ -227,4 +228,5 @@ def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> No
     if contexts is not None:
         index += DIGIT_SYMBOLS * contexts
     index += torch.arange(len(counts)) * bins
-    counts += torch.bincount(index.flatten(), minlength=counts.numel()).reshape(counts.shape).int()
+    found = torch.bincount(index.flatten(), minlength=counts.numel()).reshape(counts.shape)
+    counts += found.to(counts.device, torch.int32)

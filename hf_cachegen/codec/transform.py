@@ -58,7 +58,8 @@ def quantise_anchors(rows: Tensor, vectors: Tensor) -> Anchors:
     rows = rows.float()
     widths = vectors.bincount().tolist()
     peak = torch.stack([part.abs().amax(1) for part in rows.split(widths, 1)], 1)
-    scales = bf16_at_least(peak / ANCHOR_PEAK).clamp_min(torch.finfo(torch.bfloat16).tiny)
+    # Not by a Python number: on CUDA torch multiplies by its reciprocal, which is not the same.
+    scales = bf16_at_least(peak / peak.new_full((), ANCHOR_PEAK)).clamp_min(torch.finfo(torch.bfloat16).tiny)
     symbols = (rows / scales.float().index_select(1, vectors)).round_().clamp_(-ANCHOR_PEAK, ANCHOR_PEAK)
     return Anchors(symbols.to(torch.int32), scales)
 

@@ -9,8 +9,8 @@ decoder nor the model waits for a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Placer:
         if self._target is not None and devices[0].type == "cuda":
             self._stream = torch.cuda.Stream(devices[0])
             self._stream.wait_stream(torch.cuda.current_stream(devices[0]))
+            for x in self._tensors:  # whoever drops them: their memory is not given away before that stream is done
+                x.record_stream(self._stream)
 
     def decode(self, codec: Codec, parts: Sequence[bytes], span: Span) -> None:
         """Into place. Raises what the codec does, and then the chunk's tokens mean nothing."""
@@ -62,6 +64,16 @@ class Placer:
         """What was decoded and put is there for whatever the calling thread does next."""
         if self._stream is not None:
             torch.cuda.current_stream(self._tensors[0].device).wait_stream(self._stream)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What the calling thread reads meanwhile is not written over before its device has read it; nothing else may
+        be decoded or put meanwhile.
+        """
+        self.settle()
+        yield
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._tensors[0].device))
 
     def kv(self) -> KVTensors:
         """All of it."""

@@ -106,7 +106,7 @@ class Refinement:
 
     def snapshot(self) -> tuple[KVTensors, int]:
         """Keys and values that nobody changes any more, and how many changes they have."""
-        with self._loader.lock:
+        with self._loader.lock, self._loader.placer.reading():
             return (self._kv if self.done else self._kv.clone()), len(self._loader.changes)
 
     def first_token(self, rows: int, read: int, seconds: float) -> None:
@@ -128,7 +128,7 @@ class Refinement:
         cache: made by `build_dynamic` or `build_static` from a snapshot for `reuse`, each row repeated any number of
         times, and no view of it any more (it has been through a forward pass).
         """
-        with self._loader.lock:
+        with self._loader.lock, self._loader.placer.reading():
             changes = self._loader.changes
             for chunk in sorted(set(changes[seen:])):
                 span = self._loader.spans[chunk]
