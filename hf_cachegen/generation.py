@@ -80,8 +80,9 @@ def generate(
     slo, refine: for an artifact's path: seconds from this call to the first token, and what is done with finer levels;
     stream: further arguments of CacheGenCache.stream, which loads it where one of the three is given.
 
-    Raises MismatchError where the cache is another model's, UnsupportedModelError for a way of generating that cannot
-    start from a cache, and whatever the stock generate raises.
+    Raises ConfigError for arguments that contradict each other, MismatchError where the cache is another model's,
+    UnsupportedModelError for a way of generating that cannot start from a cache, and whatever the stock generate
+    raises.
     """
     if on_mismatch not in ("recompute", "error"):
         raise ConfigError(f"on_mismatch must be 'recompute' or 'error', got {on_mismatch!r}")

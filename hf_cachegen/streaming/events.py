@@ -28,7 +28,7 @@ class Event:
 
 @dataclass(frozen=True)
 class StreamStarted(Event):
-    """The manifest is read and belongs to the model. bytes_per_level: of all chunks at level 1, 2, ..."""
+    """The manifest is read, fetching begins. bytes_per_level: of all chunks at level 1, 2, ..."""
 
     name: ClassVar[str] = "hf_cachegen.stream.started"
     place: str

@@ -72,7 +72,7 @@ class Refinement:
 
     def cancel(self) -> None:
         """Ends it; nothing is left running."""
-        self.close(self._loader.options.stall + END_SECONDS)
+        self.close(2 * self._loader.options.stall + END_SECONDS)  # a request is tried twice
 
     def close(self, wait: float = 0.0) -> None:
         """Ends it, and waits up to so many seconds for its threads."""
@@ -148,9 +148,9 @@ class SwapIn(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores as they are."""
-        if int(self._cache.get_seq_length()) <= self._reuse.columns:
-            return scores  # of a draft: the model has not read anything yet
         if self._waiting is not None:
+            if int(self._cache.get_seq_length()) <= self._reuse.columns:
+                return scores  # of a draft: the model has not read anything yet
             self._refinement.first_token(
                 len(scores), int(input_ids.shape[1]) - self._reuse.columns, time.monotonic() - self._waiting
             )

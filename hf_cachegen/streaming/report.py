@@ -13,8 +13,8 @@ class ChunkReport:
     """One chunk of a stream. Sizes in bytes, times in seconds; None where something did not happen or is not known.
 
     index, first, tokens: which chunk, its first token, its tokens.
-    level: in place now; None where it was recomputed from its tokens ("text"), which is exact. first_level: before
-        any refinement.
+    level: in place now; None where it was recomputed from its tokens ("text"), which is exact where all before it is
+        text, else as good as what was in place before it then. first_level: before any refinement.
     why: the reason of the choice. faults: what went wrong with it on the way.
     nbytes: coded bytes that were used; wire_bytes: those of them that did not come from this disk.
     transfer_seconds: from the first request for it to the last byte; decode_seconds; recompute_seconds: if it was.
