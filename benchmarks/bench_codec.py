@@ -88,7 +88,7 @@ class Symbols:
         """(streams, encode, decode) by the package's own door."""
         sections = (self.tables, self.ids, self.contexts)
         streams = rans.encode(self.symbols, *sections, **options)
-        data, sizes = b"".join(streams), list(map(len, streams))
+        data, sizes = bytearray(b"".join(streams)), list(map(len, streams))
         return (
             streams,
             lambda: rans.encode(self.symbols, *sections, **options),
@@ -148,7 +148,7 @@ def speed(bits: float, contexts: int, rounds: int) -> dict[str, Any]:
     except ImportError:
         print("constriction is left out: it is not installed")
     if machine()["processors_used"] > 1:
-        _, _, decode = sample.coder()
+        decode = sample.coder()[2]
 
         def two_threads() -> None:
             torch.set_num_threads(2)

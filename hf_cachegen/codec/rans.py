@@ -150,7 +150,8 @@ def decode(
         return torch.empty(tokens, columns, dtype=torch.uint8)
     chosen = _choose(coder, backend)
     if chosen in _ISAS:
-        packed = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)]
+        writable = bytearray(data) if data.readonly else data  # torch takes no other
+        packed = torch.frombuffer(writable or bytearray(1), dtype=torch.uint8)[: len(data)]
         sizes = torch.tensor(list(tile_bytes), dtype=torch.int64)
         isa = _ISAS[chosen]
         decoded: Tensor = torch.ops.cachegen.decode(packed, sizes, tables.native, table_ids, contexts, tokens, isa)
