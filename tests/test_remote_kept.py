@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_cachegen.stores import Patience
+from hf_cachegen.stores import Patience, connections
 from hf_cachegen.stores.http import HttpFiles
 from tests import http_server as faults
 from tests.http_server import Request, Server, running
@@ -139,14 +138,18 @@ def test_another_process_has_its_own(server: Any, monkeypatch: pytest.MonkeyPatc
     assert used(server) == 2
 
 
-def test_connections_end_with_the_files(server: Any) -> None:
-    files = files_of(server)
-    files.open("data")
-    connection = server.connections[0]
-    del files
-    gc.collect()
+def test_stores_share_connections_and_keep_few_idle_ones(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many caches live, of a host and of others."""
+    files_of(server).open("data")
+    files_of(server).open("data")
+    assert used(server) == 1
+    monkeypatch.setattr(connections, "MOST_IDLE", 1)
+    first = server.connections[0]
+    with running(Server()) as other:
+        other.files = server.files
+        files_of(other).open("data")
     for _ in range(500):
-        if connection.fileno() < 0:  # the server has seen the end, and closed its own
+        if first.fileno() < 0:  # the server has seen the end, and closed its own
             return
         time.sleep(0.01)
     pytest.fail("the connection is still open")

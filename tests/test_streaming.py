@@ -121,12 +121,11 @@ def test_with_time_enough_the_finest_level_comes(url: str, folder: Path, options
     assert threads_end()
 
 
-def test_without_refining_each_chunk_comes_once_and_the_first_at_the_middle_level(url: str) -> None:
+def test_without_refining_each_chunk_comes_once_and_none_below_the_middle_level(url: str) -> None:
     report = stream_report(stream(url, slo=30.0, refine="off"))
     levels = [chunk.level for chunk in report.chunks]
     assert levels == [chunk.first_level for chunk in report.chunks]
-    assert levels[-1] == 2
-    assert set(levels) <= {2, 3}
+    assert set(levels) <= {2, 3}  # the middle one before a throughput is known, which a file's first bytes may tell
 
 
 def test_a_folder_streams_too(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -284,3 +286,32 @@ CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
 def test_calls_of_generate_that_mean_nothing(url: str, call: str) -> None:
     with pytest.raises(ConfigError):
         generate(shared("llama"), PROMPT, max_new_tokens=2, **CALLS[call](url))
+
+
+EXITING = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+import torch
+from hf_cachegen.streaming import refine
+
+class Loader:
+    report = tell = deliver = lambda *a, **k: None
+    ended = False
+    def refine(self):
+        while not self.ended:  # decoding, in the interpreter and out of it
+            torch.randn(300, 300) @ torch.randn(300, 300)
+    def close(self, wait=0.0):
+        self.ended = True
+
+from contextlib import ExitStack
+refine.Refinement(Loader(), None, ExitStack()).start()
+time.sleep(0.05)
+print("over")
+"""
+
+
+def test_a_process_may_end_while_a_refinement_runs() -> None:
+    """Its thread ends first: one that is inside torch would end the process with an abort."""
+    script = EXITING.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", script], check=False, text=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")

@@ -21,13 +21,13 @@ from typing import Any
 from hf_cachegen.stores.deadline import Connection, Request, Response, SecureConnection
 
 MOST_IDLE = 16
-"""Connections that are kept at most; more are closed after their response."""
+"""Connections that a process keeps at most; another closes the one that has been idle for longest."""
 _Key = tuple[type[Connection], str, str | None]
 """The kind, the host and port (of the proxy, if there is one), and the host behind a proxy's tunnel."""
 
 
 class Pool:
-    """Idle connections; closed with the pool. Threads share it."""
+    """Idle connections, the oldest first; closed with the pool. Threads share it."""
 
     def __init__(self) -> None:
         self._idle: list[tuple[_Key, Connection]] = []
@@ -53,9 +53,11 @@ class Pool:
     def give(self, key: _Key, connection: Connection, whole: bool) -> None:
         """Back, after a response that was read whole, or to be closed."""
         with self._lock:
-            if whole and connection.sock is not None and len(self._idle) < MOST_IDLE:
+            if whole and connection.sock is not None:
                 self._idle.append((key, connection))
-                return
+                if len(self._idle) <= MOST_IDLE:
+                    return
+                _, connection = self._idle.pop(0)
         connection.close()
 
 
@@ -129,3 +131,7 @@ def _close(idle: list[tuple[_Key, Connection]]) -> None:
     for _, connection in idle:
         connection.close()
     idle.clear()
+
+
+POOL = Pool()
+"""One for the process: caches are many and long-lived, and each would keep its own connections to the same hosts."""

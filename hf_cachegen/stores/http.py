@@ -29,7 +29,7 @@ from hf_cachegen.errors import (
     StoreError,
     StoreTimeoutError,
 )
-from hf_cachegen.stores.connections import HTTPHandler, HTTPSHandler, Pool
+from hf_cachegen.stores.connections import POOL, HTTPHandler, HTTPSHandler
 from hf_cachegen.stores.deadline import Request
 from hf_cachegen.stores.retry import Again, Patience, persist
 
@@ -67,8 +67,7 @@ class HttpFiles:
         self.url_of = url_of
         self.patience = patience or Patience()
         self._headers = dict(headers or {})
-        pool = Pool()
-        self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(pool), HTTPSHandler(pool))
+        self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(POOL), HTTPSHandler(POOL))
         self._seen: dict[str, tuple[int, str]] = {}
         self.progress: Callable[[int], None] | None = None
 

@@ -8,9 +8,11 @@ columns of the context; what the model has computed since stays.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.cache_utils import Cache
 
+from hf_cachegen.errors import StreamCancelledError
 from hf_cachegen.layout import KVTensors
 from hf_cachegen.prefix import Reuse
 from hf_cachegen.profile import Profile
@@ -31,6 +34,16 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hf_cachegen.streaming")
 END_SECONDS = 5.0
 """How long ending a stream waits for its threads beyond a source's own time limit."""
+
+
+_RUNNING: weakref.WeakSet[Refinement] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is inside torch when the interpreter ends would end the process with an abort."""
+    for refinement in list(_RUNNING):
+        refinement.close(END_SECONDS)
 
 
 class Refinement:
@@ -89,12 +102,15 @@ class Refinement:
     def start(self) -> None:
         """Goes on in a thread of its own."""
         self._thread = threading.Thread(target=self._run, name="hf_cachegen-refine", daemon=True)
+        _RUNNING.add(self)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             with torch.no_grad():
                 self._loader.refine()
+        except StreamCancelledError as error:
+            self._error = error
         except BaseException as error:
             LOG.exception("the context stays as it is")
             self._error = error
