@@ -15,8 +15,11 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from hf_cachegen import errors
+from hf_cachegen.cli_output import printable
 
 PROGRAM = "hf-cachegen"
+MAX_CHARACTERS = 4000
+"""Of a message: what an artifact's manifest says may be in it, as long as the manifest."""
 UNEXPECTED, USAGE, ARTIFACT, MISMATCH, UNSUPPORTED, PROFILE, STORE, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
 
 EXIT_CODES = {
@@ -82,9 +85,7 @@ class ErrorGroup(click.Group):
         except EOFError as error:
             raise _EndOfFile(error) from error
 
-    def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any
-    ) -> Any:
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any) -> Any:
         """As click's; the process always ends with one of EXIT_CODES."""
         arguments = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
@@ -106,7 +107,8 @@ class ErrorGroup(click.Group):
 def report(error: Exception, arguments: Sequence[str]) -> int:
     """Says what happened, as `arguments` ask for it (--json, --debug), and returns the exit code.
 
-    The arguments are looked at unparsed, since the error may be that they cannot be parsed.
+    The arguments are looked at unparsed, since the error may be that they cannot be parsed. A message may quote a
+    stranger's file: it is cut to MAX_CHARACTERS and shown without the control characters that a terminal would obey.
     """
     code = exit_code(error)
     if "--debug" in arguments:
@@ -118,6 +120,7 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
             message = message.replace(python, option)
     if code == UNEXPECTED and not isinstance(error, errors.CacheGenError):
         message = f"{type(error).__name__}: {message}"
+    message = printable(message if len(message) <= MAX_CHARACTERS else f"{message[: MAX_CHARACTERS - 1]}…")
     if "--json" in arguments:
         click.echo(json.dumps({"error": {"type": type(error).__name__, "message": message, "exit_code": code}}))
         return code

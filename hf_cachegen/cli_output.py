@@ -11,6 +11,11 @@ import click
 from rich.console import Console
 
 
+def printable(text: str) -> str:
+    """A stranger's text without the control characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def print_json(value: dict[str, Any]) -> None:
     """The result of a command with --json."""
     click.echo(json.dumps(value, indent=2))

@@ -19,7 +19,7 @@ from hf_cachegen.cli_options import (
     place_argument,
     pushing_profile_option,
 )
-from hf_cachegen.cli_output import bars, print_json, step
+from hf_cachegen.cli_output import bars, print_json, printable, step
 from hf_cachegen.cli_views import plain, size_text
 from hf_cachegen.container import Reader
 from hf_cachegen.errors import ProfileError
@@ -174,7 +174,7 @@ def ls(
         print_json({"place": place, "artifacts": [{"folder": row.folder, "bytes": row.nbytes} for row in found]})
         return
     for row in found:
-        click.echo(f"{size_text(row.nbytes):>10}  {_line(row.folder) or '.'}")
+        click.echo(f"{size_text(row.nbytes):>10}  {printable(row.folder) or '.'}")
 
 
 @click.command("serve-check", short_help="Check that a server serves artifacts rightly.")
@@ -199,7 +199,7 @@ def check(
     else:
         for row in checks:
             mark = {True: "ok", False: "FAILED", None: "-"}[row.passed]
-            click.echo(f"{mark:>6}  {row.name}: {_line(row.detail)}")
+            click.echo(f"{mark:>6}  {row.name}: {printable(row.detail)}")
     context.exit(0 if passed else 1)
 
 
@@ -245,11 +245,6 @@ def cache_prune(cache_dir: Path | None, limit: str | None, as_json: bool, debug:
         print_json({"directory": str(found.directory), "removed": removed, "freed": freed})
     else:
         click.echo(f"removed {removed:,} files, {size_text(freed)}, from {os.fspath(found.directory)}")
-
-
-def _line(text: str) -> str:
-    """A stranger's text, without what a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _bytes(text: str) -> int:

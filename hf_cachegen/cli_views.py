@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from hf_cachegen.cli_output import printable
 from hf_cachegen.container import Reader
 from hf_cachegen.errors import ManifestError
 from hf_cachegen.geometry import Geometry
@@ -97,8 +98,7 @@ def _is_number(value: Any) -> bool:
 
 def plain(value: Any) -> str:
     """A stranger's value on one line, without control characters and without rich's markup."""
-    text = value if isinstance(value, str) else str(value)
-    return escape("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text))
+    return escape(printable(value if isinstance(value, str) else str(value)))
 
 
 def size_text(count: float) -> str:

@@ -53,6 +53,17 @@ def test_python_advice_becomes_options(capsys: pytest.CaptureFixture[str]) -> No
     assert said == "needs profile x: give it with --profile, or learn one with 'hf-cachegen profile'"
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_message_obeys_no_stranger(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    error = errors.WrongDtypeError("made in \x1b]0;owned\x07\n\x9b31m red" + "a" * 300_000)
+    assert cli_errors.report(error, options) == cli_errors.MISMATCH
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)["error"]["message"] if options else captured.err.removesuffix("\n")
+    assert said.isprintable()
+    assert "made in \ufffd]0;owned\ufffd \ufffd31m reda" in said
+    assert len(said) < 5000
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_cachegen.cli_profile.load_model", lambda *_, **__: (torch.nn.Linear(1, 1), None))
     wrong = text_file(tmp_path / "latin.txt", "caf\u00e9 w1".encode("latin-1"))
