@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hf_cachegen.streaming")
 RESERVE = 0.05
 """Share of the SLO that is kept for what no estimate knows."""
+QUESTION_VARIES = 0.4
+"""By so much more than its estimate reading a question may take, on a machine that other work shares."""
 PROBE = 0.02
 """Share of the SLO that one measurement of the model may be expected to take, while nothing else can be done."""
 
@@ -282,7 +284,7 @@ class Loader:
         question = 0.0
         if self.question_tokens:
             question = self._speed.seconds(self.artifact.geometry.tokens, self.question_tokens) or 0.0
-        return self.began + (1 - RESERVE) * slo - question
+        return self.began + (1 - RESERVE) * slo - (1 + QUESTION_VARIES) * question
 
     def _recompute_seconds(self, chunk: Chunk) -> float:
         seconds = self._speed.seconds(chunk.first, chunk.tokens)
