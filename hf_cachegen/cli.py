@@ -99,6 +99,10 @@ def encode(
     from hf_cachegen.cache import CacheGenCache
 
     input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if positions and input_ids.shape[1] > positions and not as_json:
+        note = f"the text has {input_ids.shape[1]:,} tokens, the model was made for {positions:,}: expect poor answers"
+        click.echo(f"hf-cachegen: note: {note}", err=True)
     start = time.perf_counter()
     # What nobody named must be of the model's weights, which are at hand only now.
     chosen = found_profile if found_profile is None or profile != "auto" else profile

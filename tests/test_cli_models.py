@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,21 @@ def test_encode_reports_what_it_wrote(tmp_path: Path, model: Path, document: Pat
     assert set(found["seconds"]) == {"prefill", "encode"}
     assert found["fingerprint"]["tokenizer"] is not None
     assert {**run_json("inspect", folder), "artifact": str(folder)}["levels"] == found["levels"]
+
+
+def test_encode_says_that_a_text_is_longer_than_the_models_positions(
+    tmp_path: Path, model: Path, document: Path
+) -> None:
+    said = "120 tokens, the model was made for 64"
+    short = tmp_path / "short"
+    shutil.copytree(model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    done = run("encode", document, "--model", short, "--out", tmp_path / "a")
+    assert done.exit_code == 0
+    assert said in done.stderr
+    assert said not in run("encode", document, "--model", model, "--out", tmp_path / "b").stderr
+    assert run_json("encode", document, "--model", short, "--out", tmp_path / "c")["tokens"] == CONTEXT_TOKENS
 
 
 def test_encode_from_stdin_and_twice_gives_the_same_bytes(tmp_path: Path, model: Path, document: Path) -> None:

@@ -81,7 +81,10 @@ def learn_profile(
     require_model(model)
     config = replace(config or CacheGenConfig(), transform="klt")
     if len(samples) < HELD_OUT_EVERY:
-        raise ConfigError(f"learning a profile takes at least {HELD_OUT_EVERY} samples, got {len(samples)}")
+        raise ConfigError(
+            f"learning a profile takes at least {HELD_OUT_EVERY} samples, got {len(samples)}: give more text, or make "
+            "shorter contexts of it"
+        )
     targets = _targets(target_kl, config.levels)
     if not 0 < floor < 100:
         raise ConfigError(f"floor must be positive and below 100, got {floor}")
