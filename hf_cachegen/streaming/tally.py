@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ from hf_cachegen.container import refine_file
 from hf_cachegen.streaming.prefill_speed import PrefillSpeed
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
 from hf_cachegen.streaming.schedule import Part, Schedule
+
+LOG = logging.getLogger("hf_cachegen.streaming")
 
 
 class Tally:
@@ -36,12 +39,16 @@ class Tally:
         self._recompute[chunk] = seconds
 
     def fault(self, chunk: int, what: str) -> None:
+        """A chunk has to do without something, and may stay coarser for it: that shall not go unseen."""
+        LOG.warning("chunk %d: %.500s", chunk, what)
         self._chunk_faults[chunk].append(what)
 
     def failed(self, place: str, error: Exception, part: Part | None) -> None:
         what = f"{place}: {type(error).__name__}: {error}"
         self.faults.append(what)
-        if part is not None:
+        if part is None:
+            LOG.warning("%.500s", what)
+        else:
             self.fault(part[0], what)
 
     def report(
