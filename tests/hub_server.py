@@ -9,15 +9,19 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
 
-from tests.http_server import Request, Server
+from hf_cachegen import finding
+from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from tests.http_server import Request, Server, running
 
 Files = dict[str, bytes]
 LFS_BYTES = 200
@@ -283,3 +287,16 @@ def point_client_at(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     # Transformers keeps a client of its own, of the endpoint that there was when it was first asked for.
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+
+
+@contextmanager
+def hub_of_profiles(monkeypatch: pytest.MonkeyPatch, segments: Path) -> Iterator[HubServer]:
+    """The Hub for its owner, segments kept in that folder, nothing remembered of where profiles were found."""
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(segments))
+    monkeypatch.setenv("HF_TOKEN", "owner")
+    finding._on_hub.cache_clear()
+    with running(HubServer()) as found:
+        assert isinstance(found, HubServer)
+        point_client_at(found, monkeypatch)
+        yield found
+    finding._on_hub.cache_clear()

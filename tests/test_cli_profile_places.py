@@ -13,8 +13,7 @@ from hf_cachegen.cli_errors import MISMATCH, PROFILE, USAGE
 from hf_cachegen.profile import PROFILE_FILE
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.cli_support import run, run_json, save_model, text
-from tests.http_server import running
-from tests.hub_server import HubServer, Repo, point_client_at
+from tests.hub_server import HubServer, Repo, hub_of_profiles
 from tests.test_cli_docs import DOCUMENT
 from tests.test_cli_profile import ENCODE, LEARN, ask, encode
 
@@ -36,14 +35,8 @@ def profile(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
-    monkeypatch.setenv("HF_TOKEN", "owner")
-    finding._on_hub.cache_clear()
-    with running(HubServer()) as found:
-        assert isinstance(found, HubServer)
-        point_client_at(found, monkeypatch)
+    with hub_of_profiles(monkeypatch, tmp_path / "segments") as found:
         yield found
-    finding._on_hub.cache_clear()
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -27,7 +27,7 @@ from hf_cachegen.profile import PROFILE_FILE
 from hf_cachegen.stores import LocalStore, Patience, SegmentCache
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.http_server import Server, running
-from tests.hub_server import HubServer, point_client_at
+from tests.hub_server import HubServer, hub_of_profiles
 from tests.small_artifact import contents
 from tests.test_klt import samples
 from tests.tiny_models import make
@@ -59,14 +59,8 @@ def profile(learnt: Profile) -> Profile:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
-    monkeypatch.setenv("HF_TOKEN", "owner")
-    finding._on_hub.cache_clear()
-    with running(HubServer()) as found:
-        assert isinstance(found, HubServer)
-        point_client_at(found, monkeypatch)
+    with hub_of_profiles(monkeypatch, tmp_path / "segments") as found:
         yield found
-    finding._on_hub.cache_clear()
 
 
 def context(model: torch.nn.Module, profile: Profile | str | None = "auto", **options: object) -> CacheGenCache:

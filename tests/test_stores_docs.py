@@ -15,11 +15,10 @@ import pytest
 import torch
 
 import hf_cachegen
-from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, finding
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
+from hf_cachegen import CacheGenCache, CacheGenConfig, Profile
 from tests.cli_support import run, save_model
 from tests.http_server import Server, running
-from tests.hub_server import HubServer, point_client_at
+from tests.hub_server import HubServer, hub_of_profiles
 from tests.small_artifact import contents
 from tests.test_klt import samples
 
@@ -39,14 +38,8 @@ ELSEWHERE = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
-    monkeypatch.setenv("HF_TOKEN", "owner")
-    finding._on_hub.cache_clear()
-    with running(HubServer()) as found:
-        assert isinstance(found, HubServer)
-        point_client_at(found, monkeypatch)
+    with hub_of_profiles(monkeypatch, tmp_path / "segments") as found:
         yield found
-    finding._on_hub.cache_clear()
 
 
 @pytest.fixture
