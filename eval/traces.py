@@ -99,7 +99,7 @@ class Trace:
         if self.period is not None:
             # So that the rest is above zero: a target met at the end of a period is not met after a silence later.
             whole = math.ceil(target / self._sent[-1]) - 1
-            target -= whole * self._sent[-1]
+            target = min(target - whole * self._sent[-1], self._sent[-1])
         step = min(bisect_right(self._sent, target), len(self.rates)) - 1
         while step and self._sent[step] >= target:
             step -= 1

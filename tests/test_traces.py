@@ -107,6 +107,8 @@ def test_a_silence_is_waited_for_only_by_what_comes_after_it() -> None:
     assert trace.finish(0.0, 1_000_001) == pytest.approx(10.000001)
     assert trace.finish(5.0, 1) == pytest.approx(10.000001)
     assert trace.finish(0.0, 3_000_000) == pytest.approx(21.0)
+    # 800 periods to the bit, which a rounding error must not carry into the silence.
+    assert Trace((0.0, 0.01), (2969803.0, 0.0), 1.01).finish(0.0, 2969803.0) == pytest.approx(799 * 1.01 + 0.01)
 
 
 def test_csv_files(tmp_path: Path) -> None:
