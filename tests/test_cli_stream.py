@@ -10,18 +10,14 @@ from rich.console import Console
 
 from hf_cachegen import cli_errors
 from hf_cachegen.cli_stream import StreamView
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.streaming import ChunkFetched, ChunkReady, FirstToken, SourceFailed, StreamStarted
 from tests.cli_support import run, run_json, save_model, text
 from tests.http_server import Server, running
 from tests.streaming_support import serve, threads_end
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 QUESTION = text(5, seed=3)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

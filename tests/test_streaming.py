@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from hf_cachegen.errors import (
     StreamCancelledError,
     WrongModelError,
 )
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.streaming import (
     Adaptive,
     ChunkChosen,
@@ -39,7 +37,7 @@ from hf_cachegen.streaming import (
 )
 from hf_cachegen.streaming.prefill_speed import speed_of
 from tests import http_server as faults
-from tests.http_server import Server, running
+from tests.http_server import Server
 from tests.streaming_support import (
     CHUNKS,
     CONTEXT_TOKENS,
@@ -52,28 +50,9 @@ from tests.streaming_support import (
 )
 from tests.tiny_models import SUPPORTED, shared, tokens
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running(Server()) as server:
-        yield server
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write("llama", tmp_path / "artifact")
-
-
-@pytest.fixture
-def url(server: Server, folder: Path) -> str:
-    return serve(server, folder)
 
 
 def stream(place: Any, name: str = "llama", **options: Any) -> CacheGenCache:

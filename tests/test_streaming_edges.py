@@ -23,39 +23,19 @@ from hf_cachegen.container.manifest import digest
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import generate
 from hf_cachegen.stores import RemoteStore
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.streaming import Adaptive, Event, FirstToken, Link, StreamReport
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.fetching import Fetcher
 from hf_cachegen.streaming.schedule import Chunk, Schedule
 from hf_cachegen.streaming.sources import Wire
-from tests.http_server import Server, running
-from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, same_kv, serve, threads_end, write
+from tests.http_server import Server
+from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, same_kv, serve, threads_end
 from tests.tiny_models import shared, tokens
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = torch.cat([CONTEXT, tokens(7, seed=11)], 1)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running(Server()) as server:
-        yield server
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write("llama", tmp_path / "artifact")
-
-
-@pytest.fixture
-def url(server: Server, folder: Path) -> str:
-    return serve(server, folder)
 
 
 def refinements_wait(server: Server) -> threading.Event:

@@ -16,33 +16,16 @@ from hf_cachegen.container import Reader
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, StoreError, UnsupportedModelError
 from hf_cachegen.layout import positions_change
 from hf_cachegen.stores import LocalStore
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.streaming import Adaptive, Event, SourceFailed, StreamReport
 from tests import http_server as faults
 from tests.http_server import Fault, Request, Server, running
-from tests.streaming_support import CHUNKS, at_level, exact, same_kv, serve, threads_end
+from tests.streaming_support import CHUNKS, CONFIG, at_level, same_kv, serve, threads_end
 from tests.tiny_models import shared, tokens
 
-PLAIN = CacheGenConfig(transform="identity", chunk_tokens=16, protect_first=2, protect_last=4)
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 LIMIT_SECONDS = 60.0
 """Far above what any of these streams takes; below what a hang would."""
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    exact("llama").save_pretrained(tmp_path / "artifact", PLAIN)
-    return tmp_path / "artifact"
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running(Server()) as server:
-        yield server
 
 
 @pytest.fixture
@@ -206,7 +189,7 @@ def test_all_places_gone(server: Server) -> None:
 
 def test_another_artifact_is_no_fallback(server: Server, spare: Server, folder: Path, tmp_path: Path) -> None:
     """It would decode, into another context's keys and values."""
-    CacheGenCache.from_context(shared("llama"), tokens(100, seed=8), PLAIN).save_pretrained(tmp_path / "other")
+    CacheGenCache.from_context(shared("llama"), tokens(100, seed=8), CONFIG).save_pretrained(tmp_path / "other")
     server.always = only("refine-2", faults.status(500))
     cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")])
     assert same_kv(cache, at_level(folder, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import ConfigError, PromptMismatchError, StoreAccessError, WrongModelError
 from hf_cachegen.generation import attach, detach, generate
 from hf_cachegen.prefix import Reuse, match
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.streaming import Event, FirstToken, StreamFinished, StreamReport, SwapIn
 from tests import http_server as faults
 from tests.generation_support import MODES
@@ -25,20 +24,11 @@ from tests.http_server import Request, Server, running
 from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, exact, same_kv, serve, threads_end, write
 from tests.tiny_models import shared, tokens
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 QUESTION = tokens(7, seed=11)
 PROMPT = torch.cat([CONTEXT, QUESTION], 1)
 NEW = 10
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running(Server()) as server:
-        yield server
 
 
 class Gate(LogitsProcessor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ import pytest
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import ConfigError, MissingExtraError
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.streaming import Link
 from hf_cachegen.streaming.bandwidth import SAMPLE_BYTES, Bandwidth
 from hf_cachegen.streaming.metrics import PrometheusExporter
 from hf_cachegen.streaming.prefill_speed import PrefillSpeed
 from tests import http_server as faults
-from tests.http_server import Server, running
+from tests.http_server import Server
 from tests.streaming_support import CHUNKS, at_level, same_kv, serve, write
 from tests.tiny_models import shared
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class Clock:
@@ -159,13 +159,6 @@ def test_a_stream_expects_its_share_of_what_others_had() -> None:
         Link(slots=0)
     assert Link.to("https://a") is Link.to("https://a")
     assert Link.to("https://a") is not Link.to("https://b")
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
-    with running(Server()) as server:
-        yield server
 
 
 def test_several_streams_at_once(server: Server, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,16 @@ from hf_cachegen.container import Reader
 from hf_cachegen.errors import SignatureError
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.stores.sealed import seal
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.stores.signed import sign
 from hf_cachegen.streaming import ChunkReady, Event, StreamReport
-from tests.http_server import Server, running
+from tests.http_server import Server
 from tests.streaming_support import CONTEXT, at_level, same_kv, serve, threads_end, write
 from tests.test_store_signed import KEY, PUBLIC, pem
 from tests.tiny_models import SUPPORTED, shared
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running(Server()) as server:
-        yield server
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write("llama", tmp_path / "artifact")
 
 
 def stream(place: Any, **options: Any) -> CacheGenCache:
