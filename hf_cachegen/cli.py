@@ -21,6 +21,8 @@ import hf_cachegen
 from hf_cachegen.cli_convert import convert
 from hf_cachegen.cli_errors import EXIT_CODES, PROGRAM, ErrorGroup
 from hf_cachegen.cli_models import (
+    begin,
+    load_for,
     load_model,
     no_padding,
     required_profile,
@@ -145,13 +147,10 @@ def generate(
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT, token by token on stdout."""
     arguments = sampling_arguments(options)
-    question = sys.stdin.read() if prompt == "-" else prompt
-    # The cached dtype is the one to run in; reading it also finds a missing artifact before the model is loaded.
-    access = Access(public_key=public_key, key=key)
-    dtype = describe(Reader(open_store(artifact, access)))["dtype"]
-    required = required_profile(artifact, profile, model, access)
-    with step("loading the model", as_json):
-        loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
+    loaded, tokenizer, required, question = begin(
+        artifact, Access(public_key=public_key, key=key), model, profile, prompt, revision=revision, device=device,
+        as_json=as_json,
+    )  # fmt: skip
     import torch
     from transformers import TextStreamer
 
@@ -221,12 +220,12 @@ def verify(
         task = progress.add_task("verifying", total=None)
         checked = reader.verify(progress=lambda done, total: progress.update(task, completed=done, total=total))
     required = None
-    if model is not None or profile not in ("auto", "none"):
-        required = required_profile(artifact, profile, model or "", access)
+    if model is None and profile not in ("auto", "none"):
+        required = required_profile(artifact, profile, "", access)
     if model is not None:
-        with step("loading the model", as_json):
-            dtype = describe(reader)["dtype"]
-            loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
+        loaded, tokenizer, required = load_for(
+            artifact, access, model, profile, revision=revision, device=device, as_json=as_json
+        )
         from hf_cachegen.fingerprint import Fingerprint
         from hf_cachegen.layout import require_geometry
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_cachegen.cli_output import step
+from hf_cachegen.cli_views import describe
+from hf_cachegen.container import Reader
 from hf_cachegen.stores import Access, open_store
 
 if TYPE_CHECKING:
@@ -20,24 +26,69 @@ def load_model(name: str, *, revision: str | None, dtype: str, device: str | Non
     dtype: "auto" is that of the checkpoint. device: None is CUDA where there is one, else the CPU.
     Raises click.BadParameter where there is no such model, dtype or device.
     """
+    place = _device(device)
+    tokenizer = _load_tokenizer(name, revision)
+    return _load_weights(name, revision, dtype, place), tokenizer
+
+
+def _load_tokenizer(name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def _load_weights(name: str, revision: str | None, dtype: str, place: Any) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
+        )
+    return model.to(place).eval()
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Quietly; what Transformers raises for a model that it cannot load becomes click.BadParameter."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    place = _device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
-        )
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()
         raise click.BadParameter(
             f"cannot load {name!r}: {reason[0] if reason else type(error).__name__}", param_hint="'--model'"
         ) from error
-    return model.to(place).eval(), tokenizer
+
+
+def load_for(
+    artifact: str, access: Access, name: str, profile: str, *, revision: str | None, device: str | None, as_json: bool
+) -> tuple[Any, Any, Profile | None]:
+    """(model, tokenizer, profile) for an artifact: the model `name` in the artifact's dtype, and the profile that
+    `profile` (the value of --profile) means, None where the artifact takes none.
+
+    What can be said at once is said before the weights are loaded, and of the model first. Raises click.BadParameter,
+    ArtifactError, StoreError, ProfileError.
+    """
+    dtype = describe(Reader(open_store(artifact, access)))["dtype"]
+    place = _device(device)
+    tokenizer = _load_tokenizer(name, revision)
+    required = required_profile(artifact, profile, name, access)
+    with step("loading the model", as_json):
+        return _load_weights(name, revision, dtype, place), tokenizer, required
+
+
+def begin(
+    artifact: str, access: Access, name: str, profile: str, prompt: str, *, revision: str | None, device: str | None,
+    as_json: bool,
+) -> tuple[Any, Any, Profile | None, str]:  # fmt: skip
+    """What answering a question about an artifact takes: that of `load_for`, and the question ("-": all of stdin)."""
+    question = sys.stdin.read() if prompt == "-" else prompt
+    return (*load_for(artifact, access, name, profile, revision=revision, device=device, as_json=as_json), question)
 
 
 def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:

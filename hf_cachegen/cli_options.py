@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _DEFAULT = CacheGenConfig()
+COLDEST = 1e-6
+"""Temperature: any logit divided by it is a number; at 0 --greedy is what is meant."""
+LARGEST_SEED = (1 << 64) - 1
+"""What torch.manual_seed takes."""
 
 
 def _all(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
@@ -116,14 +121,27 @@ def access_options(repo_type: str) -> Callable[[Function], Function]:
     )  # fmt: skip
 
 
+class _Number(click.FloatRange):
+    """A number within a range: "nan" is none, though it compares as if it were."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 sampling_options = _all(
     click.option("--sample/--greedy", default=False, show_default=True, help="Draw tokens, or take the likeliest."),
-    click.option("--temperature", type=float, help="With --sample: above 1 is more random, below 1 less."),
-    click.option("--top-k", type=int, help="With --sample: draw from the k likeliest tokens."),
-    click.option("--top-p", type=float, help="With --sample: draw from the likeliest tokens of this total share."),
-    click.option("--seed", type=int, help="With --sample: makes the draw repeatable."),
+    click.option("--temperature", type=_Number(min=COLDEST),
+                 help="With --sample: above 1 is more random, below 1 less; 0 is --greedy."),
+    click.option("--top-k", type=click.IntRange(min=0),
+                 help="With --sample: draw from the k likeliest tokens; 0: from all."),
+    click.option("--top-p", type=_Number(0, 1),
+                 help="With --sample: draw from the likeliest tokens of this total share."),
+    click.option("--seed", type=click.IntRange(0, LARGEST_SEED), help="With --sample: makes the draw repeatable."),
     click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="Beams of the search."),
-)
+)  # fmt: skip
 
 
 def encoder_settings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hf_cachegen.cli_models import load_model, no_padding, required_profile, token_counts, token_ids, with_question
+from hf_cachegen.cli_models import begin, no_padding, token_counts, token_ids, with_question
 from hf_cachegen.cli_options import (
     artifact_argument,
     decoding_profile_option,
@@ -27,10 +26,9 @@ from hf_cachegen.cli_options import (
     sampling_options,
     trust_options,
 )
-from hf_cachegen.cli_output import print_json, step
-from hf_cachegen.cli_views import describe, size_text
-from hf_cachegen.container import Reader
-from hf_cachegen.stores import Access, open_store
+from hf_cachegen.cli_output import print_json
+from hf_cachegen.cli_views import size_text
+from hf_cachegen.stores import Access
 
 if TYPE_CHECKING:
     from hf_cachegen.streaming import ChunkReport, Event, StreamReport
@@ -196,12 +194,10 @@ def stream(
     The clock starts when the model is loaded. The answer goes to stdout, the view to stderr.
     """
     arguments = sampling_arguments(options)
-    question = sys.stdin.read() if prompt == "-" else prompt
-    access = Access(public_key=public_key, key=key)
-    dtype = describe(Reader(open_store(artifact, access)))["dtype"]
-    required = required_profile(artifact, profile, model, access)
-    with step("loading the model", as_json):
-        loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
+    loaded, tokenizer, required, question = begin(
+        artifact, Access(public_key=public_key, key=key), model, profile, prompt, revision=revision, device=device,
+        as_json=as_json,
+    )  # fmt: skip
     import torch
 
     from hf_cachegen.cache import CacheGenCache

@@ -167,6 +167,24 @@ def test_sampling_options_need_sample(lossless: Path, model: Path, option: tuple
     assert f"{option[0]} needs --sample" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["generate", "stream"])
+@pytest.mark.parametrize("option", [
+    ("--temperature", 0), ("--temperature", -1), ("--temperature", "nan"), ("--temperature", "1e-40"), ("--top-k", -1),
+    ("--top-p", 1.5), ("--top-p", "nan"), ("--seed", -1), ("--seed", 1 << 64),
+], ids=str)  # fmt: skip
+def test_sampling_options_out_of_range(
+    lossless: Path, model: Path, command: str, option: tuple[object, ...]
+) -> None:
+    asked = (command, lossless, "--model", model, "--prompt", QUESTION, "--sample", *option)
+    found = run_json(*asked, code=cli_errors.USAGE)
+    assert f"'{option[0]}'" in found["error"]["message"]
+
+
+def test_sampling_at_the_ends_of_the_ranges(lossless: Path, model: Path) -> None:
+    for options in (("--temperature", 1e-6, "--seed", (1 << 64) - 1), ("--top-k", 0, "--top-p", 0, "--seed", 0)):
+        assert run_json(*ask(lossless, model, "--sample", *options))["new_tokens"] > 0
+
+
 def test_generate_refuses_a_level_that_is_not_there(lossless: Path, model: Path) -> None:
     found = run_json(*ask(lossless, model, "--level", 3), code=cli_errors.USAGE)
     assert found["error"]["type"] == "LevelError"

@@ -279,6 +279,13 @@ def test_decoding_takes_the_profile_that_the_artifact_names(
     assert run(*ready(beside)).exit_code == 0
 
 
+@pytest.mark.parametrize("command", ["generate", "stream", "verify"])
+def test_a_model_that_is_not_there_is_said_before_its_profile(tmp_path: Path, encoded: Path, command: str) -> None:
+    prompt = [] if command == "verify" else ["--prompt", "w1"]
+    found = run_json(command, encoded, "--model", tmp_path / "mistyped", *prompt, code=cli_errors.USAGE)
+    assert "cannot load" in found["error"]["message"]
+
+
 def test_verify_with_a_profile_alone(encoded: Path, profile: Path, tmp_path: Path) -> None:
     digest = Profile.load(profile).digest
     assert run_json("verify", encoded, "--profile", profile)["profile"] == digest
