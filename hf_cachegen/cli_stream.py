@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from rich.console import Console, Group
@@ -118,16 +118,25 @@ def _shown(view: StreamView, as_json: bool) -> Iterator[None]:
         yield
 
 
-def _table(report: StreamReport) -> Table:
-    """Each chunk's choice, and what it took; why, below."""
+def _table(report: StreamReport, bases_first: bool) -> Table:
+    """What each chunk came as, and what it took; what was aimed at and why, below.
+
+    bases_first: whether the call for the context returned with the bases, and finer levels came while the model
+    generated.
+    """
     reasons = [f"{_numbers(list(group))}: {why}" for why, group in groupby(report.chunks, lambda chunk: chunk.why)]
+    if bases_first:
+        finer = sum((chunk.level or 0) > (chunk.first_level or 0) for chunk in report.chunks)
+        later = f"{finer} of {len(report.chunks)} chunks became finer while the model generated"
+        reasons.append(f"this is aimed at: the bases came first, {later}")
     table = Table(title=_verdict(report), title_justify="left", caption="\n".join(reasons), caption_justify="left")
     for column in ("chunk", "tokens", "choice", "bytes", "transfer", "decode", "recompute", "prefill"):
         table.add_column(column, justify="left" if column == "choice" else "right", no_wrap=True)
     for chunk in report.chunks:
         times = (chunk.transfer_seconds, chunk.decode_seconds, chunk.recompute_seconds, chunk.prefill_seconds)
         shown = ["" if seconds is None else f"{1000 * seconds:.0f} ms" for seconds in times]
-        table.add_row(str(chunk.index), str(chunk.tokens), chunk.choice, f"{chunk.nbytes:,}", *shown)
+        refined = "" if chunk.level == chunk.first_level else f", first {chunk.first_level}"
+        table.add_row(str(chunk.index), str(chunk.tokens), f"{chunk.choice}{refined}", f"{chunk.nbytes:,}", *shown)
     return table
 
 
@@ -202,6 +211,7 @@ def stream(
 
     from hf_cachegen.cache import CacheGenCache
     from hf_cachegen.generation import generate
+    from hf_cachegen.streaming import policy_of
 
     asked = token_ids(tokenizer, question, start=False)
     view = StreamView(slo)
@@ -224,14 +234,12 @@ def stream(
         finally:
             if cache.refinement is not None:
                 cache.refinement.cancel()
-    _show(cache, prompt_ids, output[0, prompt_ids.shape[1] :], tokenizer, as_json, "streamer" in arguments and not live)
-
-
-def _show(cache: Any, prompt_ids: Any, answer: Any, tokenizer: Any, as_json: bool, echoed: bool) -> None:
+    answer, report = output[0, prompt_ids.shape[1] :], cast("StreamReport", cache.report)
     text = tokenizer.decode(answer, skip_special_tokens=True)
     if as_json:
-        print_json({"text": text, **token_counts(cache, prompt_ids, answer), "report": cache.report.to_dict()})
+        print_json({"text": text, **token_counts(cache, prompt_ids, answer), "report": report.to_dict()})
         return
-    if not echoed:
+    if "streamer" not in arguments or live:
         click.echo(text)
-    Console(stderr=True).print(_table(cache.report))
+    bases_first = slo is None and refine == "while_generating" and policy_of(policy, level).refines
+    Console(stderr=True).print(_table(report, bases_first))

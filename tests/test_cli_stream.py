@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,18 @@ import pytest
 from rich.console import Console
 
 from hf_cachegen import cli_errors
-from hf_cachegen.cli_stream import StreamView
-from hf_cachegen.streaming import ChunkFetched, ChunkReady, FirstToken, SourceFailed, StreamStarted
+from hf_cachegen.cli_stream import StreamView, _table
+from hf_cachegen.streaming import (
+    ChunkFetched,
+    ChunkReady,
+    ChunkReport,
+    FirstToken,
+    SourceFailed,
+    StreamReport,
+    StreamStarted,
+)
 from tests.cli_support import run, run_json, save_model, text
-from tests.http_server import Server, running
+from tests.http_server import Request, Server, running
 from tests.streaming_support import serve, threads_end
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -59,6 +68,45 @@ def test_people_get_the_answer_and_a_table(url: str, model: Path) -> None:
     assert done.stdout.strip()
     assert "the SLO of 60 s was met" in done.stderr
     assert "level" in done.stderr
+
+
+def test_without_an_slo_the_view_says_what_came_first_and_what_was_aimed_at(artifact: Path, model: Path) -> None:
+    """Nobody gives the refinements before the answer is there: level 1 is not "the finest level"."""
+    gate = threading.Event()
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if "refine" in request.path:
+            gate.wait(30)
+        request.answer(206, body, headers)
+
+    command = ("--model", model, "--prompt", QUESTION, "--max-new-tokens", 1)
+    with running(Server()) as server:
+        server.always = answer
+        try:
+            done = run("stream", serve(server, artifact), *command, "--stall-seconds", 0.3)
+        finally:
+            gate.set()
+        shown = " ".join(done.stderr.split())
+        assert "no SLO: the finest level" in shown
+        assert "level 1" in shown
+        assert "this is aimed at: the bases came first, 0 of 4 chunks became finer while the model generated" in shown
+    with running(Server()) as server:
+        shown = run("stream", serve(server, artifact), *command, "--refine", "before").stderr
+    assert "aimed at" not in shown
+
+
+def test_the_table_shows_both_levels_of_a_chunk_that_became_finer() -> None:
+    chunks = (
+        ChunkReport(0, 0, 16, 3, 1, "a reason"), ChunkReport(1, 16, 16, 1, 1, "a reason"),
+        ChunkReport(2, 32, 8, None, None, "no source has it"),
+    )  # fmt: skip
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(_table(StreamReport(40, 1000, chunks=chunks), bases_first=True))
+    shown = captured.get()
+    assert "level 3, first 1" in shown
+    assert "0-1: a reason" in shown
+    assert "1 of 3 chunks became finer" in shown
 
 
 @pytest.mark.parametrize("level", ["1", "text"])
