@@ -4,7 +4,8 @@ processes.
 Twists: an artifact's folder is called by the hash of everything that its bytes follow from (tokens, weights,
 configuration, dtype, tokenizer, encoder's options, profile), so what is there already is what would be made, and is
 left alone: a second run, or one after a kill, does only what is missing. Which process takes a text depends on the
-text, so equal texts meet in one process and are made once. An artifact is written whole or not at all.
+text, so equal texts meet in one process and are made once. An artifact is written whole or not at all. An index is
+replaced only by one that says the same of every row in it: that of the same run, or of more rows.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def main(
     debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Write the artifact of every text of a data set into a folder of its own below --out, and index.jsonl: a line for
-    each row, with its artifact. What is there already is not made again.
+    each row, with its artifact. What is there already is not made again; the index of another run is not replaced.
     """
     try:
         from accelerate import PartialState
@@ -168,13 +169,18 @@ def main(
 
 
 def encode_rows(encoding: Encoding, source: Source, out: Path, rank: int, processes: int, progress: bool) -> int:
-    """Makes the artifacts of this process's rows, and its part of the index; returns how many were made."""
-    made, lines = 0, []
+    """Makes the artifacts of this process's rows, and its part of the index; returns how many were made.
+
+    Raises ArtifactExistsError at the first row of which the index that is there says something else.
+    """
+    made, lines, earlier = 0, [], _indexed(out)
     for number, text in tqdm(source.rows(), "rows", unit="row", disable=not progress):
         if xxhash.xxh3_64_intdigest(text.encode()) % processes != rank:
             continue
         ids = token_ids(encoding.tokenizer, text, start=True)
         name = encoding.name(ids)
+        if earlier.get(number, name) != name:
+            raise _another_run(out, f"row {number} is another artifact there")
         if not (out / name / MANIFEST_FILE).is_file():
             made += encoding.write(ids, out / name)
         size = sum(Reader(LocalStore(out / name)).sizes.values())
@@ -184,15 +190,37 @@ def encode_rows(encoding: Encoding, source: Source, out: Path, rank: int, proces
 
 
 def write_index(out: Path, processes: int) -> tuple[int, int, int]:
-    """Joins the processes' parts in the order of the rows; returns (rows, artifacts, their bytes)."""
+    """Joins the processes' parts in the order of the rows; returns (rows, artifacts, their bytes).
+
+    Raises ArtifactExistsError where the index that is there has rows which this one would lack.
+    """
     parts = [_part(out, rank) for rank in range(processes)]
     lines = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: line["row"])
+    if lost := sorted(_indexed(out).keys() - {line["row"] for line in lines}):
+        raise _another_run(out, f"row {lost[0]} would be lost")
     _replace(out / INDEX_FILE, lines)
     for part in parts:
         part.unlink()
     sizes = {line["artifact"]: line["bytes"] for line in lines}
     return len(lines), len(sizes), sum(sizes.values())
+
+
+def _indexed(out: Path) -> dict[int, str]:
+    """The artifact of each row in the index that is there. Raises ArtifactExistsError for a file that is no index."""
+    try:
+        text = (out / INDEX_FILE).read_text(encoding="utf-8")
+        return {line["row"]: line["artifact"] for line in map(json.loads, text.splitlines())}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _another_run(out, "it is no index of artifacts") from error
+
+
+def _another_run(out: Path, why: str) -> ArtifactExistsError:
+    return ArtifactExistsError(
+        f"{out / INDEX_FILE} is of another run, and would be replaced: {why}; choose another --out, or remove it"
+    )
 
 
 def _part(out: Path, rank: int) -> Path:

@@ -15,7 +15,9 @@ import pytest
 
 from eval.reference import MODEL_PATH
 from hf_cachegen import CacheGenCache
-from hf_cachegen.encode_dataset import INDEX_FILE
+from hf_cachegen.encode_dataset import INDEX_FILE, Source, encode_rows, write_index
+from hf_cachegen.errors import ArtifactExistsError, ConfigError
+from tests.small_artifact import write as write_small
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -82,8 +84,9 @@ def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) 
     assert (out / INDEX_FILE).read_bytes() == listed
 
     other = called(arguments(texts, out, "--levels", "2", "--limit", "1"), tmp_path)
-    assert other.returncode == 0, other.stderr[-2000:]
-    assert len(list(out.glob("*/cachegen.json"))) == 6
+    assert (other.returncode, "is of another run" in other.stderr) == (2, True)
+    assert files(out) == before
+    assert (out / INDEX_FILE).read_bytes() == listed
 
 
 def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path, tmp_path: Path) -> None:
@@ -123,9 +126,6 @@ def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path,
     ],
 )
 def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, tmp_path: Path) -> None:
-    from hf_cachegen.encode_dataset import Source
-    from hf_cachegen.errors import ConfigError
-
     place = tmp_path / name
     if text is None:
         place.mkdir()
@@ -136,9 +136,62 @@ def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, t
     assert match in str(caught.value)
 
 
-def test_a_text_file_is_one_context(tmp_path: Path) -> None:
-    from hf_cachegen.encode_dataset import Source
+class Lengths:
+    """A tokenizer of one token a character."""
 
+    eos_token_id, eos_token = None, None
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text)))}
+
+
+class FakeEncoding:
+    """An artifact is called by the encoding's own name and its text's length."""
+
+    def __init__(self, name: str) -> None:
+        self.own, self.tokenizer = name, Lengths()
+        self.made: list[str] = []
+
+    def name(self, ids: list[int]) -> str:
+        return f"{self.own}-{len(ids)}"
+
+    def write(self, ids: list[int], folder: Path) -> bool:
+        write_small(folder)
+        self.made.append(folder.name)
+        return True
+
+
+def run_of(name: str, out: Path, *texts: str) -> list[str]:
+    """One run over those texts; returns what was made."""
+    place = out.parent / "rows.jsonl"
+    place.write_text("".join(json.dumps({"context": text}) + "\n" for text in texts))
+    encoding: Any = FakeEncoding(name)
+    out.mkdir(exist_ok=True)
+    encode_rows(encoding, Source(str(place)), out, 0, 1, False)
+    write_index(out, 1)
+    return encoding.made
+
+
+def test_an_index_of_another_run_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_of("a", out, "w", "ww", "www") == ["a-1", "a-2", "a-3"]
+    assert run_of("a", out, "w", "ww", "www") == []  # the same run
+    assert run_of("a", out, "w", "ww", "www", "wwww") == ["a-4"]  # the same with more rows
+    listed = (out / INDEX_FILE).read_bytes()
+    for name, texts in (("b", ["w", "ww", "www", "wwww"]), ("a", ["w", "wwww", "www", "ww"])):
+        with pytest.raises(ArtifactExistsError, match="is another artifact there"):
+            run_of(name, out, *texts)
+    with pytest.raises(ArtifactExistsError, match="row 2 would be lost"):
+        run_of("a", out, "w", "ww")
+    assert (out / INDEX_FILE).read_bytes() == listed
+    assert not list(out.glob("b-*"))
+    (out / INDEX_FILE).write_text("the user's own\n")
+    with pytest.raises(ArtifactExistsError, match="no index"):
+        run_of("a", out, "w")
+    assert (out / INDEX_FILE).read_text() == "the user's own\n"
+
+
+def test_a_text_file_is_one_context(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("First line.\n\nSecond.\n")
     (row,) = Source(str(tmp_path / "book.txt")).rows()
     assert row[1].startswith("First line.\n\nSecond.")
