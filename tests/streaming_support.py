@@ -49,6 +49,16 @@ def same_kv(a: Any, b: Any, tokens: slice = slice(None)) -> bool:
     return all(torch.equal(x[:, :, tokens], y[:, :, tokens]) for x, y in pairs)
 
 
+def refinements_wait(server: Server) -> threading.Event:
+    """Requests for refinements are answered once this is set."""
+    gate = threading.Event()
+    server.always = lambda request, body, headers: (
+        gate.wait(20) if "refine" in request.path else None,
+        request.answer(206, body, headers),
+    )[1]
+    return gate
+
+
 def threads_end(within: float = 10.0) -> bool:
     """Whether all threads of the package end; those that wait for nothing do so at once."""
     end = time.monotonic() + within

@@ -29,23 +29,13 @@ from hf_cachegen.streaming.fetching import Fetcher
 from hf_cachegen.streaming.schedule import Chunk, Schedule
 from hf_cachegen.streaming.sources import Wire
 from tests.http_server import Server
-from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, same_kv, serve, threads_end
+from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, refinements_wait, same_kv, serve, threads_end
 from tests.tiny_models import shared, tokens
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = torch.cat([CONTEXT, tokens(7, seed=11)], 1)
-
-
-def refinements_wait(server: Server) -> threading.Event:
-    """Requests for refinements are answered once this is set."""
-    gate = threading.Event()
-    server.always = lambda request, body, headers: (
-        gate.wait(20) if "refine" in request.path else None,
-        request.answer(206, body, headers),
-    )[1]
-    return gate
 
 
 # What ends while something is under way.
@@ -212,6 +202,8 @@ def test_the_speed_of_a_batch_is_not_taken_for_a_rows(url: str) -> None:
     cache = CacheGenCache.stream(url, model, level=1)
     assert cache.refinement is not None
     speed = cache.refinement._loader._speed
+    for _ in range(2):  # the first of a model is no measurement
+        speed.add(0, 64, 1.0)
     before = list(speed.samples)
     generate(model, PROMPT.repeat(3, 1), cache=cache, max_new_tokens=2, do_sample=False)
     assert speed.samples == before

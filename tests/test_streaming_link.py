@@ -193,6 +193,8 @@ def test_a_speed_without_measurements_is_not_known() -> None:
     speed = PrefillSpeed(1e-4)
     assert not speed.known
     assert speed.seconds(0, 1) is None
+    speed.add(0, 100, 3.0)  # the first is a warm-up
+    assert speed.seconds(0, 1) is None
     speed.add(0, 100, 2.0)
     assert speed.seconds(0, 100) == pytest.approx(2.0)
     assert (speed.seconds(0, 200) or 0) == pytest.approx(4.0, rel=0.05)
@@ -202,6 +204,44 @@ def test_the_last_measurement_of_the_same_tokens_counts() -> None:
     speed = PrefillSpeed(0.0, [(0, 100, 50.0)])
     speed.add(0, 100, 2.0)
     assert speed.seconds(0, 100) == pytest.approx(2.0)
+
+
+def test_a_warm_up_is_not_taken_for_the_models_speed() -> None:
+    speed = PrefillSpeed(1e-4, SPEED)
+    for first, tokens in ((1000, 20), (0, 100), (0, 4000)):
+        speed.add(first, tokens, 4000.0)
+        speed.add(0, 200, 2.1)  # as ever
+        assert sorted(speed.samples) == sorted(SPEED)
+    assert speed.seconds(0, 400) == pytest.approx(4.1, rel=0.05)
+
+
+def test_slower_for_its_work_is_no_warm_up() -> None:
+    """A pass over a few tokens takes as long as one over more; one after a long context is slow."""
+    speed = PrefillSpeed(1e-3, [(0, 100, 0.1)])
+    speed.add(0, 1, 0.9)
+    speed.add(100_000, 100, 80.0)
+    assert len(speed.samples) == 3
+
+
+def test_what_turns_out_to_have_been_a_warm_up_is_forgotten() -> None:
+    """Compiling once more, for another shape, when nothing else was known."""
+    speed = PrefillSpeed(0.0)
+    speed.add(0, 20, 40.0)
+    speed.add(0, 30, 30.0)
+    assert speed.samples == [(0, 30, 30.0)]
+    speed.add(0, 25, 0.1)
+    assert speed.samples == [(0, 25, 0.1)]
+
+
+def test_a_machine_that_has_become_slower_is_believed() -> None:
+    speed = PrefillSpeed(1e-4, SPEED)
+    for number in range(2):
+        speed.add(0, 300 + number, 300.0)
+    assert speed.samples == SPEED
+    speed.add(0, 302, 300.0)
+    assert speed.samples == [(0, 302, 300.0)]
+    speed.add(0, 100, 100.0)
+    assert speed.seconds(0, 200) == pytest.approx(200.0, rel=0.1)
 
 
 def test_measurements_that_contradict_each_other_give_no_negative_times() -> None:

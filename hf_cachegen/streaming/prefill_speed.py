@@ -5,6 +5,11 @@
 `forward` is what any forward pass costs, `token` what a token does. `attention` is the share of attention to one
 earlier token, which follows from the architecture: 2 * layers * heads * head_dim / parameters. The two speeds are
 fitted to the measurements: non-negative least squares of relative errors.
+
+Measurements err to one side: a model that is compiled on the way, or a device's first call, takes a hundred times as
+long as what comes after it. By the formula a pass takes at most as many times another's seconds as it has its work, or
+no longer where it has less. One that takes WARM_UP times that was a warm-up, and does not count; nor does the first of
+a model of which nothing is known, which nothing can be held against.
 """
 
 from __future__ import annotations
@@ -34,6 +39,11 @@ Sample = tuple[int, int, float]
 """(first token, tokens, seconds)"""
 KEPT = 32
 """Samples that count, the latest."""
+WARM_UP = 10.0
+"""How many times slower than any model is, by another measurement, a pass must be for a warm-up. Less is noise: a
+question's time has what a call of generate costs in it."""
+BELIEVED = 3
+"""So many such passes in a row are no warm-up: the machine is slower than it was."""
 KNOWN_TOKENS = 32
 PROBES = (16, 16, 64, 256)
 """Tokens of the forward passes of a measurement. The first is a model's slowest, and is measured again."""
@@ -46,6 +56,7 @@ class PrefillSpeed:
         self.attention, self._path = attention, path
         self.samples = list(samples or [])[-KEPT:]
         self._lock = threading.Lock()
+        self._in_doubt = 0
         self._speeds = self._fit()
 
     @property
@@ -61,11 +72,24 @@ class PrefillSpeed:
         return forward + token * self._work(first, tokens)
 
     def add(self, first: int, tokens: int, seconds: float) -> None:
-        """Takes a measurement into account, in the place of an earlier one of the same tokens."""
+        """Takes a measurement into account, in the place of an earlier one of the same tokens, unless it was a warm-up;
+        earlier ones that turn out to have been warm-ups, or that are believed no longer, are forgotten.
+        """
+        new = first, tokens, seconds
         with self._lock:
-            others = [sample for sample in self.samples if sample[:2] != (first, tokens)]
-            self.samples = [*others, (first, tokens, seconds)][-KEPT:]
+            faster = [sample for sample in self.samples if self._warmed_up(new, sample)]
+            self._in_doubt = self._in_doubt + 1 if faster or not self.samples else 0
+            if 0 < self._in_doubt < (BELIEVED if faster else 2):
+                return
+            self._in_doubt = 0
+            others = [sample for sample in self.samples if sample[:2] != new[:2] and sample not in faster]
+            self.samples = [*(sample for sample in others if not self._warmed_up(sample, new)), new][-KEPT:]
             self._speeds = self._fit()
+
+    def _warmed_up(self, slow: Sample, other: Sample) -> bool:
+        """Whether, by the other measurement, this one is of a warm-up."""
+        works = [self._work(first, tokens) for first, tokens, _ in (slow, other)]
+        return slow[2] > WARM_UP * other[2] * max(1.0, works[0] / works[1])
 
     def save(self) -> None:
         """Keeps the measurements for other processes; does nothing where that cannot be written."""
