@@ -378,10 +378,11 @@ class CacheGenCache(DynamicCache):
 
     def to_dynamic(self) -> DynamicCache:
         """A stock DynamicCache with copies of the keys and values, to do with as you like (sliding layers keep their
-        window).
+        window). Of a stream, what has come by now; refinements that come later do not reach the copy.
         """
         reuse = Reuse(pads=(0,), columns=self.kv.geometry.tokens, whole=True)
-        return build_dynamic(self.kv.clone(), reuse, 1, [keys.device for keys in self.kv.keys])
+        kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
+        return build_dynamic(kv.clone() if kv is self.kv else kv, reuse, 1, [keys.device for keys in self.kv.keys])
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises MismatchError unless this cache is `model`'s."""

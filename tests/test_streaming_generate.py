@@ -93,6 +93,7 @@ PROMPTS: dict[str, dict[str, Tensor]] = {
 WAYS = {name: MODES[name] for name in ("greedy", "sampling", "beams", "num_return_sequences", "static cache",
                                        "static cache with beams", "guidance")}  # fmt: skip
 WAYS["prompt lookup"] = {"prompt_lookup_num_tokens": 3, "do_sample": False}
+WAYS["assistant"] = {"assistant_model": shared("llama", 1), "do_sample": False}
 
 
 def holds(live: Any, finest: CacheGenCache, reuse: Reuse) -> None:
@@ -116,7 +117,7 @@ def holds(live: Any, finest: CacheGenCache, reuse: Reuse) -> None:
 def test_refinements_reach_a_generation_between_two_steps(
     server: Server, tmp_path: Path, swaps: list[SwapIn], name: str, way: str, kind: str
 ) -> None:
-    if way == "prompt lookup" and kind == "batch":
+    if way in ("prompt lookup", "assistant") and kind == "batch":
         pytest.skip("assisted decoding takes one row")
     folder = write(name, tmp_path / name)
     finest = at_level(folder)

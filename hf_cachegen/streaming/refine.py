@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hf_cachegen.streaming")
 END_SECONDS = 5.0
 """How long ending a stream waits for its threads beyond a source's own time limit."""
+SETTLE_SECONDS = 1.0
+"""How long it waits, in any case, for the thread that decodes: that ends with the chunk that it is at."""
 
 
 _RUNNING: weakref.WeakSet[Refinement] = weakref.WeakSet()
@@ -56,7 +58,8 @@ class Refinement:
         self._thread: threading.Thread | None = None
         self._done = threading.Event()
         self._error: BaseException | None = None
-        self._ending = threading.Lock()
+        self._ending, self._first = threading.Lock(), threading.Lock()
+        self._told = False
 
     @property
     def done(self) -> bool:
@@ -88,16 +91,23 @@ class Refinement:
         self.close(2 * self._loader.options.stall + END_SECONDS)  # a request is tried twice
 
     def close(self, wait: float = 0.0) -> None:
-        """Ends it, and waits up to so many seconds for its threads."""
+        """Ends it, and waits up to so many seconds for its threads. StreamFinished has been told when this returns
+        (unless it was called by `on_event` itself).
+        """
         self._loader.close(wait)
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(wait)
+            self._thread.join(max(wait, SETTLE_SECONDS))
         self._end()
 
     def _end(self) -> None:
         with self._ending:
             self._resources.close()
+            last = self._thread is not None and not self._told  # without a thread, who made it tells
+            self._told = True
         self._done.set()
+        if last:
+            self._loader.tell(StreamFinished, self.report)
+        self._loader.deliver()
 
     def start(self) -> None:
         """Goes on in a thread of its own."""
@@ -117,8 +127,6 @@ class Refinement:
         finally:
             self._loader.close()
             self._end()
-            self._loader.tell(StreamFinished, self.report)
-            self._loader.deliver()
 
     def snapshot(self) -> tuple[KVTensors, int]:
         """Keys and values that nobody changes any more, and how many changes they have."""
@@ -130,13 +138,15 @@ class Refinement:
         first time is the stream's TTFT.
         """
         loader = self._loader
-        if loader.tally.ttft is None:
-            loader.tally.ttft = time.monotonic() - loader.began
-            slo = loader.options.slo
-            loader.tell(FirstToken, None if slo is None else loader.tally.ttft <= slo)
-            loader.deliver()
-            if rows == 1:  # a batch takes another time for each token
-                loader.learn_question(read, seconds)
+        with self._first:
+            if loader.tally.ttft is not None:
+                return
+            loader.tally.ttft = ttft = time.monotonic() - loader.began
+        slo = loader.options.slo
+        loader.tell(FirstToken, None if slo is None else ttft <= slo)
+        loader.deliver()
+        if rows == 1:  # a batch takes another time for each token
+            loader.learn_question(read, seconds)
 
     def bring(self, cache: Cache, reuse: Reuse, seen: int) -> int:
         """Copies what has changed since `seen` changes into a generation's cache; returns the changes that it has now.
@@ -166,7 +176,8 @@ class SwapIn(LogitsProcessor):
         """The scores as they are."""
         if self._waiting is not None:
             if int(self._cache.get_seq_length()) <= self._reuse.columns:
-                return scores  # of a draft: the model has not read anything yet
+                self._waiting = time.monotonic()  # of a draft: the model has not read anything yet, nor begun to
+                return scores
             self._refinement.first_token(
                 len(scores), int(input_ids.shape[1]) - self._reuse.columns, time.monotonic() - self._waiting
             )

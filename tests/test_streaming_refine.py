@@ -1,0 +1,166 @@
+"""Refinements and who else is there: generations at once, copies taken meanwhile, the end of generate()."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.generation import generate
+from hf_cachegen.streaming import Event, FirstToken, StreamFinished
+from hf_cachegen.streaming.placing import Placer
+from hf_cachegen.streaming.refine import Refinement
+from tests.http_server import Server
+from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, refinements_wait, threads_end
+from tests.tiny_models import shared, tokens
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+PROMPT = torch.cat([CONTEXT, tokens(7, seed=11)], 1)
+
+
+class Tally:
+    """Whoever asks for the first token's time meets whoever else asks meanwhile."""
+
+    def __init__(self) -> None:
+        self.meeting, self.told = threading.Barrier(2), None
+
+    @property
+    def ttft(self) -> float | None:
+        found = self.told
+        with suppress(threading.BrokenBarrierError):
+            self.meeting.wait(0.5)
+        return found
+
+    @ttft.setter
+    def ttft(self, value: float) -> None:
+        self.told = value
+
+
+def test_two_generations_at_once_have_one_first_token() -> None:
+    told: list[Any] = []
+    learnt: list[Any] = []
+    loader: Any = SimpleNamespace(
+        tally=Tally(), began=0.0, options=SimpleNamespace(slo=1.0), tell=lambda *event: told.append(event),
+        deliver=lambda: None, learn_question=lambda *sample: learnt.append(sample),
+    )  # fmt: skip
+    refinement = Refinement(loader, None, ExitStack())  # type: ignore[arg-type]
+    threads = [threading.Thread(target=refinement.first_token, args=(1, 7, 0.1)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [kind for kind, _ in told] == [FirstToken]
+    assert len(learnt) == 1
+
+
+def test_what_a_draft_takes_is_not_the_models_time(url: str) -> None:
+    """The model reads the question when an assistant, here a slow one, has drafted."""
+    assistant = copy.deepcopy(shared("llama", 1))
+    passes: list[float] = []
+    assistant.register_forward_pre_hook(lambda *_: (passes.append(1.0), time.sleep(1.0))[1])
+    cache = CacheGenCache.stream(url, shared("llama"), level=1)
+    assert cache.refinement is not None
+    speed = cache.refinement._loader._speed
+    for _ in range(2):
+        speed.add(0, 64, 1.0)
+    generate(shared("llama"), PROMPT, cache=cache, max_new_tokens=4, do_sample=False, assistant_model=assistant)
+    assert len(passes) > 1
+    first, count, seconds = speed.samples[-1]
+    assert (first, count) == (CONTEXT_TOKENS, 7)
+    assert seconds < 1.0
+
+
+def test_a_copy_is_of_one_level_while_refinements_arrive(
+    server: Server, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refinements come, if they can, when the first layer is copied and the last one is not."""
+    gate = refinements_wait(server)
+    cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
+    assert cache.refinement is not None
+    refinement, first, clone = cache.refinement, cache.kv.keys[0], torch.Tensor.clone
+
+    def slowly(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        copied = clone(tensor, **options)
+        if tensor.data_ptr() == first.data_ptr() and threading.current_thread() is threading.main_thread():
+            gate.set()
+            refinement._done.wait(0.7)
+        return copied
+
+    monkeypatch.setattr(torch.Tensor, "clone", slowly)
+    found = cache.to_dynamic()
+    monkeypatch.undo()
+    gate.set()
+    coarse = at_level(folder, 1).kv
+    for layer, keys, values in zip(found.layers, coarse.keys, coarse.values, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+    assert refinement.wait(30)
+    finest = at_level(folder).kv
+    assert torch.equal(cache.to_dynamic().layers[-1].values, finest.values[-1])
+    assert cache.to_dynamic().layers[0].keys.data_ptr() != cache.kv.keys[0].data_ptr()
+
+
+def test_the_end_of_a_stream_is_told_before_generate_returns(server: Server, url: str) -> None:
+    """An exporter that is asked for its numbers then has them: of a thread that is at a chunk, too."""
+    gate = refinements_wait(server)
+    events: list[Event] = []
+    decoding = threading.Event()
+    rows = Placer.rows
+
+    def slowly(*arguments: Any) -> Any:
+        decoding.set()
+        threading.Event().wait(0.3)
+        return rows(*arguments)
+
+    def step(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        gate.set()
+        assert decoding.wait(20)
+        return scores
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Placer, "rows", slowly)
+        generate(
+            shared("llama"), PROMPT, cache=url, refine="while_generating", max_new_tokens=1, do_sample=False,
+            logits_processor=[step], stream={"on_event": events.append},
+        )  # fmt: skip
+        ended = list(events)
+        assert threads_end()
+    assert isinstance(ended[-1], StreamFinished)
+    assert ended[-1].report.finished
+    assert events == ended
+
+
+def test_the_end_is_told_though_a_thread_does_not_end(
+    server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_cachegen.streaming.refine.SETTLE_SECONDS", 0.1)
+    gate = refinements_wait(server)
+    events: list[Event] = []
+    cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating", on_event=events.append)
+    assert cache.refinement is not None
+    placer, decoding, go_on = cache.refinement._loader.placer, threading.Event(), threading.Event()
+    rows = placer.rows
+
+    def hanging(*arguments: Any) -> Any:
+        decoding.set()
+        go_on.wait(20)
+        return rows(*arguments)
+
+    placer.rows = hanging  # type: ignore[method-assign]
+    gate.set()
+    assert decoding.wait(20)
+    cache.refinement.close()
+    assert [type(event) for event in events].count(StreamFinished) == 1
+    go_on.set()
+    assert threads_end()
+    assert isinstance(events[-1], StreamFinished)
+    assert [type(event) for event in events].count(StreamFinished) == 1
