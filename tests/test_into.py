@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 
@@ -96,3 +99,26 @@ def test_damage_is_an_error_here_too() -> None:
         damaged[at] ^= 0x10
         with pytest.raises((CorruptError, TruncatedError)):
             made.codec.decode_into([bytes(damaged)], span, target, span.first)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernels", [False, True], ids=["here", "lockstep"])
+def test_contexts_are_the_coarser_symbols(kernels: bool) -> None:
+    """A section that names others, or has tables for contexts that there are none of, is refused by both libraries."""
+    with in_lockstep() if kernels else nullcontext():
+        made, library = encoder("identity"), native._need_library()
+        call, refused = library.cg_decode_into, []
+
+        def spy(section: Any, *arguments: Any) -> int:
+            for field, value in (("ids_per_column", 4 - section._obj.ids_per_column), ("contexts", 64)):
+                before = getattr(section._obj, field)
+                setattr(section._obj, field, value)
+                refused.append(call(section, *arguments))
+                setattr(section._obj, field, before)
+            return int(call(section, *arguments))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "cg_decode_into", spy)
+            direct, staged = both_ways(made, 3)
+    assert all(torch.equal(x, y) for x, y in zip(direct, staged, strict=True))
+    assert set(refused) == {native.TileStatus.BAD_ARGUMENT}

@@ -53,6 +53,12 @@ inline bool is_output(const cg_output* output, uint64_t tokens) {
   return true;
 }
 
+// A section that is decoded to such an output: its contexts are the coarser symbols there, if any.
+inline bool is_section_into(const cg_section* section, const cg_output* output) {
+  if (!is_section(section) || !is_output(output, section->tokens)) return false;
+  return section->contexts == nullptr && (section->ids_per_column == 1) == (output->n_coarser == 0);
+}
+
 // Rows first, first + every, ... of a chunk, of values.
 inline bool are_rows(const cg_output* output, const float* rows, uint64_t n_rows, uint64_t first, uint64_t every) {
   if (output == nullptr || !is_chunk(output->chunk) || output->chunk->dtype > CG_FLOAT16) return false;

@@ -126,8 +126,7 @@ int32_t cg_decode_into(const cg_section* section, const uint8_t* streams, uint64
                        const uint64_t* offsets, const cg_output* output, int32_t* tile_status,
                        const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
-  if (backend == nullptr || !is_section(section) || !is_output(output, section->tokens)) return CG_BAD_ARGUMENT;
-  if (section->contexts != nullptr || (section->ids_per_column == 1) != (output->n_coarser == 0)) return CG_BAD_ARGUMENT;
+  if (backend == nullptr || !is_section_into(section, output)) return CG_BAD_ARGUMENT;
   Tables tables;
   if (!open_tables(section->tables, section->tables_bytes, &tables)) return CG_BAD_TABLES;
   const uint64_t tiles = tile_count(section->tokens, section->columns);

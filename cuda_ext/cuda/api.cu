@@ -201,8 +201,7 @@ int32_t cg_decode(const cg_section* section, const uint8_t* streams, uint64_t st
 int32_t cg_decode_into(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes,
                        const uint64_t* offsets, const cg_output* output, int32_t* tile_status,
                        const cg_run* run) noexcept {
-  if (run == nullptr || !is_section(section) || !is_output(output, section->tokens)) return CG_BAD_ARGUMENT;
-  if (section->contexts != nullptr || (section->ids_per_column == 1) != (output->n_coarser == 0)) return CG_BAD_ARGUMENT;
+  if (run == nullptr || !is_section_into(section, output)) return CG_BAD_ARGUMENT;
   if (tile_count(section->tokens, section->columns) == 0) return CG_OK;
   if (!are_streams(streams, streams_bytes, offsets, tile_status)) return CG_BAD_ARGUMENT;
   return by_output(*output, DecodeInto{*section, streams, streams_bytes, offsets, *output, tile_status, run});
