@@ -14,7 +14,13 @@ from transformers import DynamicCache, LogitsProcessor
 
 import hf_cachegen
 from hf_cachegen.cache import CacheGenCache
-from hf_cachegen.errors import ConfigError, PromptMismatchError, StoreAccessError, WrongModelError
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    ConfigError,
+    PromptMismatchError,
+    StoreAccessError,
+    WrongModelError,
+)
 from hf_cachegen.generation import attach, detach, generate
 from hf_cachegen.prefix import Reuse, match
 from hf_cachegen.streaming import Event, FirstToken, StreamFinished, StreamReport, SwapIn
@@ -230,6 +236,17 @@ def test_where_no_place_answers_the_prompt_is_computed(caplog: pytest.LogCapture
     found = generate(model, PROMPT, cache=dead, slo=5.0, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(found, model.generate(PROMPT, max_new_tokens=NEW, do_sample=False))
     assert "computed without its cache" in caplog.text
+
+
+def test_a_place_that_is_not_there_is_an_error(server: Server, tmp_path: Path) -> None:
+    """A wrong name is no fault of the network's, which the prompt is computed for; another place may have it."""
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "slo": 30.0}
+    with pytest.raises(ArtifactNotFoundError):
+        generate(shared("llama"), PROMPT, cache=f"{server.url}/mistyped", **options)
+    folder = write("llama", tmp_path / "artifact")
+    found = generate(shared("llama"), PROMPT, cache=f"{server.url}/mistyped", stream={"fallback": [folder]}, **options)
+    expected = generate(shared("llama"), PROMPT, cache=at_level(folder), max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found, expected)
 
 
 def test_a_prompt_of_something_else_is_computed(server: Server, tmp_path: Path) -> None:

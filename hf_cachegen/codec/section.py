@@ -70,6 +70,7 @@ class Assignment:
         self.live, self.dead = live.int(), (entries == 0).nonzero().flatten().int()
         self.table_ids = book.table_ids(entries[live])
         self._elsewhere: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._bounds: dict[torch.device, tuple[Tensor, Tensor] | None] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -108,13 +109,16 @@ class Assignment:
             opened[:, run], at = symbols[:, at : at + width], at + width
         return opened if self._runs else opened.index_copy_(1, self.live.long().to(symbols.device), symbols)
 
-    @cached_property
-    def bounds(self) -> tuple[Tensor, Tensor, bool]:
-        """(lowest, highest index uint8 [columns, contexts] of each table's support, whether any is out of it)."""
-        tables = self.book.table_ids(self.entries).long()
-        low, high = self.book.low[tables], self.book.high[tables]
-        outside = int(low.max()) > 0 or int(high.min()) < self.book.tables.frequencies.shape[1] - 1
-        return low, high, outside
+    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """(lowest, highest index uint8 [columns, contexts] of each table's support), kept on that device, a context's
+        columns side by side; None where every index is within it.
+        """
+        if device not in self._bounds:
+            tables = self.book.table_ids(self.entries).long().T.contiguous()
+            low, high = self.book.low[tables], self.book.high[tables]
+            outside = len(self) and (int(low.max()) > 0 or int(high.min()) < self.book.tables.frequencies.shape[1] - 1)
+            self._bounds[device] = (low.to(device).T, high.to(device).T) if outside else None
+        return self._bounds[device]
 
 
 def encode(
@@ -129,9 +133,8 @@ def encode(
     book with three contexts; wide: the indices that no byte holds. symbols and contexts on one device, wide on the CPU.
     """
     inside, position, device = symbols, NONE_WIDE.positions, symbols.device
-    low, high, outside = columns.bounds if len(columns) else (None, None, False)
-    if outside and low is not None and high is not None:
-        inside, position = passes.clamp(symbols, low.to(device), high.to(device), contexts)
+    if (bounds := columns.bounds(device)) is not None:
+        inside, position = passes.clamp(symbols, *bounds, contexts)
     index = symbols.view(-1)[position.to(device)].int().cpu()
     if len(wide.positions):
         position = torch.cat([position, wide.positions]).unique()
