@@ -73,6 +73,32 @@ def test_all_back_ends_give_the_same_bytes_and_decode_each_other(
             assert torch.equal(section.decode(streams, backend="native"), section.symbols)
 
 
+@pytest.mark.parametrize("columns", [256, 512, 768])
+def test_tables_of_three_symbols_beside_others(columns: int, backend: str) -> None:
+    """Where a tile's tables all have three symbols a decoder may go another way: also with symbols that never come,
+    and with a neighbour whose tables have more.
+    """
+    rows = [
+        [1022, 1, 1, 0],
+        [1, 1022, 1, 0],
+        [0, 512, 512, 0],
+        [512, 0, 512, 0],
+        [512, 512, 0, 0],
+        [256, 256, 256, 256],
+    ]
+    chance = torch.Generator().manual_seed(columns)
+    table_ids = torch.randint(0, 5, (columns, 3), generator=chance).to(torch.uint8)
+    contexts = torch.randint(0, 3, (50, columns), generator=chance).to(torch.uint8)
+    for last in (0, 5):
+        table_ids[-1] = last
+        used = torch.tensor(rows)[table_ids.long()[torch.arange(columns), contexts.long()]].flatten(0, 1)
+        symbols = used.double().multinomial(1, generator=chance).reshape(50, columns).to(torch.uint8)
+        section = Section(symbols, Tables(torch.tensor(rows), 10), table_ids, contexts)
+        streams = section.encode(backend="reference")
+        assert section.encode(backend=backend) == streams
+        assert torch.equal(section.decode(streams, backend=backend), symbols)
+
+
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 65, 255, 256, 257, 512, 530])
 def test_tile_edges(columns: int, backend: str) -> None:
     section = draw_section(columns, 5, columns, laplace_tables([0.5, 3.0], 11), 1)

@@ -20,8 +20,8 @@ uint64_t bytes_of(uint32_t dtype) { return dtype == CG_UINT8 ? 1 : dtype == CG_F
 
 uint64_t column_of(const cg_output& output, uint64_t coded) { return output.columns ? output.columns[coded] : coded; }
 
-// The runs of coded columns [first, last).
-std::vector<Run> runs_of(const cg_output& output, uint64_t first, uint64_t last) {
+// The runs of coded columns [first, last); anywhere: those that need not lie one after the other in memory.
+std::vector<Run> runs_of(const cg_output& output, uint64_t first, uint64_t last, bool anywhere = false) {
   const uint64_t bytes = bytes_of(output.chunk->dtype);
   std::vector<Run> runs;
   for (uint64_t coded = first; coded < last; coded++) {
@@ -29,13 +29,23 @@ std::vector<Run> runs_of(const cg_output& output, uint64_t first, uint64_t last)
     const cg_place& place = output.places[column];
     Run* run = runs.empty() ? nullptr : &runs.back();
     const bool cut = output.n_coarser > 0 && column % kTileColumns == 0;  // coarser symbols go on elsewhere
-    if (run && !cut && column == run->column + run->columns && place.stride == run->stride &&
-        place.address == run->address + run->columns * bytes)
+    const bool next = anywhere || (run && place.stride == run->stride &&
+                                   place.address == run->address + run->columns * bytes);
+    if (run && !cut && column == run->column + run->columns && next)
       run->columns++;
     else
       runs.push_back({coded - first, column, 1, place.address, place.stride});
   }
   return runs;
+}
+
+// f(run) for the runs of `count` coded columns, blocks of them in threads.
+template <class F>
+void for_each_run(const cg_output& output, uint64_t count, uint64_t rows, uint32_t threads, const F& f) {
+  for_each((count + kTileColumns - 1) / kTileColumns, rows * count, threads, [&](uint64_t i) {
+    const uint64_t first = i * kTileColumns;
+    for (const Run& run : runs_of(output, first, std::min(first + kTileColumns, count))) f(run);
+  });
 }
 
 // The tokens before and after the gap: f(output without a gap, their first token, their number).
@@ -73,8 +83,9 @@ void decode_batch(const Backend& backend, const cg_section& section, const Table
     runs[i] = runs_of(output, tile.first_column, tile.first_column + tile.width);
     tile.first_column -= first;  // of the scratch memory from here on
     if (!digits) continue;
+    const std::vector<Run> wider = runs_of(output, first + tile.first_column, first + tile.first_column + tile.width, true);
     without_gap(output, section.tokens, [&](const cg_output& part, uint64_t t, uint64_t n) {
-      for (const Run& run : runs[i])
+      for (const Run& run : wider)
         backend.run_contexts(part, run, n, contexts + t * stride + tile.first_column + run.coded, stride);
     });
   }
@@ -106,20 +117,6 @@ void patch(const cg_output& output, uint64_t tokens, const uint64_t* positions, 
   }
 }
 
-template <class T>
-void rows_into(const float* rows, uint64_t n_rows, uint64_t first, uint64_t every, const cg_output& output) {
-  const uint64_t columns = output.chunk->columns;
-  for (const Run& run : runs_of(output, 0, columns))
-    for (uint64_t r = 0; r < n_rows; r++) {
-      uint8_t* to = reinterpret_cast<uint8_t*>(uintptr_t(run.address + (output.row + first + r * every) * run.stride));
-      const float* from = rows + r * columns + run.column;
-      for (uint64_t j = 0; j < run.columns; j++) {
-        const typename T::Stored value = T::store(from[j]);
-        memcpy(to + j * sizeof value, &value, sizeof value);
-      }
-    }
-}
-
 }  // namespace
 
 int32_t cg_decode_into(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes,
@@ -148,14 +145,11 @@ int32_t cg_decode_into(const cg_section* section, const uint8_t* streams, uint64
 int32_t cg_fill_into(uint64_t tokens, uint64_t count, const cg_output* output, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
   if (backend == nullptr || !is_output(output, tokens) || !are_columns(*output, count)) return CG_BAD_ARGUMENT;
-  const uint64_t blocks = (count + kTileColumns - 1) / kTileColumns;
-  for_each(blocks, tokens * count, run->threads, [&](uint64_t i) {
-    uint8_t zeros[kTileColumns];
-    memset(zeros, output->n_coarser ? kDigitZero : kZeroIndex, sizeof zeros);
-    const uint64_t first = i * kTileColumns, last = std::min(first + kTileColumns, count);
-    const std::vector<Run> runs = runs_of(*output, first, last);
+  uint8_t zeros[kTileColumns];
+  memset(zeros, output->n_coarser ? kDigitZero : kZeroIndex, sizeof zeros);
+  for_each_run(*output, count, tokens, run->threads, [&](const Run& one) {
     without_gap(*output, tokens, [&](const cg_output& part, uint64_t, uint64_t n) {
-      for (const Run& one : runs) backend->into(part, one, zeros, 0, n);
+      backend->into(part, one, zeros, 0, n);
     });
   });
   return CG_OK;
@@ -176,11 +170,11 @@ int32_t cg_patch_into(uint64_t tokens, const uint64_t* positions, const int32_t*
 
 int32_t cg_rows_into(const float* rows, uint64_t n_rows, uint64_t first, uint64_t every, const cg_output* output,
                      const cg_run* run) noexcept {
-  if (backend_for(run) == nullptr || !are_rows(output, rows, n_rows, first, every)) return CG_BAD_ARGUMENT;
-  switch (output->chunk->dtype) {
-    case CG_FLOAT32: rows_into<Float32>(rows, n_rows, first, every, *output); break;
-    case CG_BFLOAT16: rows_into<Bfloat16>(rows, n_rows, first, every, *output); break;
-    default: rows_into<Float16>(rows, n_rows, first, every, *output);
-  }
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || !are_rows(output, rows, n_rows, first, every)) return CG_BAD_ARGUMENT;
+  const uint64_t columns = output->chunk->columns;
+  for_each_run(*output, columns, n_rows, run->threads, [&](const Run& one) {
+    backend->rows_into(*output, one, rows + one.column, columns, n_rows, first, every);
+  });
   return CG_OK;
 }

@@ -53,6 +53,8 @@ struct Avx2 {
     return _mm256_i32gather_epi32(reinterpret_cast<const int*>(p), i, 8);
   }
   static CACHEGEN_HD Int choose(Int condition, Int yes, Int no) { return _mm256_blendv_epi8(no, yes, condition); }
+  static CACHEGEN_HD Int at_least(Int a, Int b) { return _mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a); }
+  static CACHEGEN_HD Int add_where(Int condition, Int a, Int b) { return add(a, both(condition, b)); }
   static CACHEGEN_HD uint32_t mask(Int x) { return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(x))); }
   static CACHEGEN_HD Int where_bit(Int x, uint32_t bit, Int yes, Int no) {
     const Int sign = left(x, 31 - bit);
@@ -111,7 +113,7 @@ struct Avx2 {
 }  // namespace
 
 const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    encode_tile<Avx2>, passes, contexts, clamp,
-                      count_digits,           into, run_contexts};
+                      count_digits,           into, rows_into, run_contexts};
 
 }  // namespace cachegen
 

@@ -39,6 +39,9 @@ struct Avx512 {
   static CACHEGEN_HD Int where_bit(Int x, uint32_t bit, Int yes, Int no) {
     return _mm512_mask_mov_epi32(no, _mm512_test_epi32_mask(x, all(1u << bit)), yes);
   }
+  static CACHEGEN_HD __mmask16 at_least(Int a, Int b) { return _mm512_cmpge_epu32_mask(a, b); }
+  static CACHEGEN_HD Int choose(__mmask16 condition, Int yes, Int no) { return _mm512_mask_mov_epi32(no, condition, yes); }
+  static CACHEGEN_HD Int add_where(__mmask16 condition, Int a, Int b) { return _mm512_mask_add_epi32(a, condition, a, b); }
   static CACHEGEN_HD Int is_zero(Int x) { return _mm512_maskz_mov_epi32(_mm512_testn_epi32_mask(x, x), all(1)); }
   static CACHEGEN_HD bool any(Int x) { return _mm512_test_epi32_mask(x, x) != 0; }
 
@@ -84,7 +87,7 @@ struct Avx512 {
 }  // namespace
 
 const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    encode_tile<Avx512>, passes, contexts, clamp,
-                        count_digits,           into, run_contexts};
+                        count_digits,           into, rows_into, run_contexts};
 
 }  // namespace cachegen
 

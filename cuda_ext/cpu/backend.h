@@ -54,6 +54,9 @@ struct Backend {
   void (*count_digits)(const Block& block, const uint8_t* symbols, const uint8_t* contexts, int32_t* counts);
   // symbols, and contexts, are a run's, with `stride` bytes from token to token.
   void (*into)(const cg_output& output, const Run& run, const uint8_t* symbols, uint64_t stride, uint64_t tokens);
+  // Rows of a run, `stride` floats apart, to the chunk's rows first, first + every, ...
+  void (*rows_into)(const cg_output& output, const Run& run, const float* rows, uint64_t stride, uint64_t n_rows,
+                    uint64_t first, uint64_t every);
   void (*run_contexts)(const cg_output& output, const Run& run, uint64_t tokens, uint8_t* contexts, uint64_t stride);
 };
 

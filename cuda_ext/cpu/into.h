@@ -54,6 +54,25 @@ void into(const cg_output& output, const Run& run, const uint8_t* symbols, uint6
   }
 }
 
+template <class T>
+void rows_of(const cg_output& output, const Run& run, const float* rows, uint64_t stride, uint64_t n_rows, uint64_t first,
+             uint64_t every) {
+  for (uint64_t r = 0; r < n_rows; r++) {
+    const float* __restrict from = rows + r * stride;
+    auto* __restrict to = reinterpret_cast<typename T::Stored*>(row_at(run, output.row + first + r * every));
+    for (uint64_t j = 0; j < run.columns; j++) to[j] = T::store(from[j]);
+  }
+}
+
+void rows_into(const cg_output& output, const Run& run, const float* rows, uint64_t stride, uint64_t n_rows, uint64_t first,
+               uint64_t every) {
+  switch (output.chunk->dtype) {
+    case CG_FLOAT32: return rows_of<Float32>(output, run, rows, stride, n_rows, first, every);
+    case CG_BFLOAT16: return rows_of<Bfloat16>(output, run, rows, stride, n_rows, first, every);
+    default: return rows_of<Float16>(output, run, rows, stride, n_rows, first, every);
+  }
+}
+
 // 1 where an index is above that of zero, 2 where it is below: in bytes, of which vectors hold most.
 CACHEGEN_HD uint8_t side_of(uint8_t index, uint8_t zero) { return uint8_t((index > zero) + 2 * (index < zero)); }
 

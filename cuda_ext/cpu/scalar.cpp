@@ -94,6 +94,6 @@ int32_t encode_scalar(const cg_section& section, const Tables& tables, const Til
   return CG_OK;
 }
 
-const Backend kScalar = {decode_tiles, 1, encode_scalar, passes, contexts, clamp, count_digits, into, run_contexts};
+const Backend kScalar = {decode_tiles, 1, encode_scalar, passes, contexts, clamp, count_digits, into, rows_into, run_contexts};
 
 }  // namespace cachegen

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "tile_decoder.h"
+#include "vector_lookup.h"
 
 namespace cachegen {
 namespace {
@@ -17,16 +18,17 @@ static_assert(kPerLane == 8, "a lane's symbols of a token are two 32-bit halves"
 
 inline bool is_whole(const Tile& tile) { return tile.width == kTileColumns; }
 
-// What every lane looks up at its c-th column, by context: ids[c][context][lane], scaled to offsets.
+// What every lane keeps of the tables of its c-th column, by context: kept(id).
 struct alignas(64) Bases {
   uint32_t of[kPerLane][kContexts][kLanes];
 
-  void fill(const cg_section& section, const Tile& tile, uint32_t scale_bits) {
+  template <class F>
+  void fill(const cg_section& section, const Tile& tile, const F& kept) {
     const uint64_t n = section.ids_per_column;
     const uint8_t* ids = section.table_ids + tile.first_column * n;
     for (uint32_t lane = 0; lane < kLanes; lane++)
       for (uint32_t c = 0; c < kPerLane; c++)
-        for (uint32_t k = 0; k < n; k++) of[c][k][lane] = uint32_t(ids[(lane * kPerLane + c) * n + k]) << scale_bits;
+        for (uint32_t k = 0; k < n; k++) of[c][k][lane] = kept(ids[(lane * kPerLane + c) * n + k]);
   }
 };
 
@@ -44,7 +46,7 @@ struct TokenBytes {
   }
 };
 
-// The offsets of group g at column c, by the context of every lane.
+// What group g keeps at column c, by the context of every lane.
 template <class V, uint32_t kIds>
 CACHEGEN_HD typename V::Int base_of(const Bases& bases, const TokenBytes<V>& contexts, uint32_t c, uint32_t g) {
   const auto& of = bases.of[c];
@@ -55,15 +57,15 @@ CACHEGEN_HD typename V::Int base_of(const Bases& bases, const TokenBytes<V>& con
   return V::where_bit(which, 8 * (c % 4) + 1, V::load(of[2] + g * V::kWidth), positive);
 }
 
-template <class V, uint32_t kIds, uint32_t kTiles>
+template <class V, class Lookup, uint32_t kIds, uint32_t kTiles>
 void decode_whole(const cg_section& section, const Tables& tables, const Tile* const* tiles,
                   TileDecoder* const* decoders, uint8_t* symbols) {
   constexpr uint32_t kGroups = kLanes / V::kWidth;
   using Int = typename V::Int;
+  const Lookup lookup(tables);
   Bases bases[kTiles];
-  for (uint32_t i = 0; i < kTiles; i++) bases[i].fill(section, *tiles[i], tables.prob_bits);
-  const Int slot_mask = V::all((1u << tables.prob_bits) - 1), frequency_mask = V::all(0xfff), byte = V::all(0xff);
-  const Int prob_bits = V::all(tables.prob_bits);
+  for (uint32_t i = 0; i < kTiles; i++)
+    bases[i].fill(section, *tiles[i], [&](uint8_t id) { return Lookup::kept(tables, id); });
   Int x[kTiles][kGroups];
   for (uint32_t i = 0; i < kTiles; i++)
     for (uint32_t g = 0; g < kGroups; g++) x[i][g] = V::load(decoders[i]->state + g * V::kWidth);
@@ -81,13 +83,9 @@ void decode_whole(const cg_section& section, const Tables& tables, const Tile* c
       for (uint32_t i = 0; i < kTiles; i++)
 #pragma GCC unroll 8
         for (uint32_t g = 0; g < kGroups; g++) {
-          const Int slot = V::add(V::both(x[i][g], slot_mask), base_of<V, kIds>(bases[i], contexts[i], c, g));
-          const Int entry = V::gather(tables.slots, slot);
-          const Int symbol = V::left(V::both(entry, byte), 8 * (c % 4));
-          Int& half = out[i].half[c / 4][g];
-          half = c % 4 == 0 ? symbol : V::either(half, symbol);
-          const Int frequency = V::both(V::right(entry, 8), frequency_mask);
-          x[i][g] = V::add(V::multiply(frequency, V::right_by(x[i][g], prob_bits)), V::right(entry, 20));
+          Int& bytes = out[i].half[c / 4][g];
+          if (c % 4 == 0) bytes = V::all(0);
+          x[i][g] = lookup.take(x[i][g], base_of<V, kIds>(bases[i], contexts[i], c, g), c % 4, bytes);
         }
 #pragma GCC unroll 8
       for (uint32_t i = 0; i < kTiles; i++)
@@ -103,6 +101,14 @@ void decode_whole(const cg_section& section, const Tables& tables, const Tile* c
     for (uint32_t g = 0; g < kGroups; g++) V::store(decoders[i]->state + g * V::kWidth, x[i][g]);
 }
 
+template <class V, uint32_t kTiles>
+auto decoder_of(const cg_section& section, const Tables& tables, const Tile* const* tiles) {
+  if (section.ids_per_column == 1) return decode_whole<V, Gathered<V>, 1, kTiles>;
+  for (uint32_t i = 0; i < kTiles; i++)
+    if (!Compared<V>::serves(tables, section, *tiles[i])) return decode_whole<V, Gathered<V>, kContexts, kTiles>;
+  return decode_whole<V, Compared<V>, kContexts, kTiles>;
+}
+
 // Narrow tiles go to the scalar code; whole ones wait for company, the last maybe in vain.
 template <class V, uint32_t kTiles>
 void decode_tiles(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
@@ -112,7 +118,6 @@ void decode_tiles(const cg_section& section, const Tables& tables, const DecodeJ
   const DecodeJob* mine[kTiles] = {};
   const Tile* tiles[kTiles] = {};
   uint32_t n = 0;
-  const bool contexts = section.ids_per_column > 1;
   for (uint32_t i = 0; i < count; i++) {
     if (!is_whole(jobs[i].tile)) {
       decode_scalar(section, tables, jobs[i], symbols);
@@ -123,10 +128,10 @@ void decode_tiles(const cg_section& section, const Tables& tables, const DecodeJ
     }
   }
   if (n == kTiles)
-    (contexts ? decode_whole<V, kContexts, kTiles> : decode_whole<V, 1, kTiles>)(section, tables, tiles, ready, symbols);
+    decoder_of<V, kTiles>(section, tables, tiles)(section, tables, tiles, ready, symbols);
   else
     for (uint32_t i = 0; i < n; i++)
-      (contexts ? decode_whole<V, kContexts, 1> : decode_whole<V, 1, 1>)(section, tables, tiles + i, ready + i, symbols);
+      decoder_of<V, 1>(section, tables, tiles + i)(section, tables, tiles + i, ready + i, symbols);
   for (uint32_t i = 0; i < n; i++) *mine[i]->status = decoders[i].finish(mine[i]->tile);
 }
 
@@ -138,8 +143,7 @@ uint8_t* encode_whole(const cg_section& section, const Tables& tables, const Til
   using Int = typename V::Int;
   constexpr uint32_t kEntryUnits = sizeof(SymbolEntry) / 8;  // a gather scales by 8 at most
   Bases bases;
-  bases.fill(section, tile, 9);
-  static_assert(kMaxSymbols * kEntryUnits == 1 << 9, "a table's entries, in the gather's units");
+  bases.fill(section, tile, [](uint8_t id) { return id * kMaxSymbols * kEntryUnits; });
   const Int byte = V::all(0xff), low_half = V::all(0xffff), total = V::all(1u << tables.prob_bits);
   const uint32_t limit_shift = kStateBits - tables.prob_bits;
   const Int limit_bits = V::all(limit_shift);

@@ -217,7 +217,7 @@ class LossyCodec:
         sections = Sections(target, row, span.tokens, coded, len(self.columns))
         grid, finest = self._scale(1 + len(read.rest), device), self._scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
-            anchors = Anchors(into.matrix(read.peaks, device).int() - ZERO_INDEX, read.scales.to(device))
+            anchors = Anchors(into.symbols(read.peaks, device), read.scales.to(device))
             values = anchors.values(self.columns.vectors.to(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.config.group_tokens) for g in (grid, finest))
             sections.anchors(grid)

@@ -176,11 +176,11 @@ def _of(output: native.Output, columns: Tensor) -> native.Output:
     return found
 
 
-def matrix(section: Coded, device: torch.device) -> Tensor:
-    """The indices of a section that nothing refines, uint8 [tokens, columns] on a device, waited for."""
-    found = torch.empty(section.tokens, len(section.columns), dtype=torch.uint8, device=device)
+def symbols(section: Coded, device: torch.device) -> Tensor:
+    """The symbols (not indices) of a section that nothing refines: float32 [tokens, columns], waited for."""
+    found = torch.empty(section.tokens, len(section.columns), device=device)
     sections = Sections(Target.matrix(found), 0, section.tokens, section.tokens, found.shape[1])
-    nothing = torch.empty(0, device=device)
-    sections.values(section, Rows(), [], Grid(None, 0, nothing, nothing))
+    unit = torch.ones(found.shape[1], device=device)
+    sections.values(section, Rows(), [], Grid(None, 0, torch.zeros_like(unit), unit))
     sections.finish()
     return found

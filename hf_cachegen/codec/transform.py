@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +25,17 @@ ANCHOR_PEAK = 127
 
 
 class Anchors(NamedTuple):
-    """symbols int32 [anchors, columns]; scales bfloat16 [anchors, vectors]."""
+    """symbols int32 (or float32) [anchors, columns]; scales bfloat16 [anchors, vectors]."""
 
     symbols: Tensor
     scales: Tensor
 
     def values(self, vectors: Tensor) -> Tensor:
-        """Decoded anchors, float32 [anchors, columns]; vectors int64 [columns] names each column's vector."""
+        """Decoded anchors, float32 [anchors, columns]; vectors int64 [columns], rising, names each column's vector."""
+        if self.symbols.device.type == "cpu":  # by numpy: torch's threads would spin where the coder's are to run next
+            found = np.repeat(self.scales.float().numpy(), vectors.bincount().numpy(), 1)
+            with np.errstate(all="ignore"):  # a damaged scale may be anything
+                return torch.from_numpy(np.multiply(found, self.symbols.float().numpy(), out=found))
         return self.symbols * self.scales.float().index_select(1, vectors)
 
 
