@@ -51,30 +51,6 @@ def test_normalise_refuses_an_empty_histogram() -> None:
         tables.normalise([0, 0, 0], 11)
 
 
-@pytest.mark.parametrize("config", LOSSY, ids=IDS)
-def test_bounds_of_columns_are_made_once_for_all_chunks(
-    config: CacheGenConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a device every chunk would wait for them to be copied there, and turned."""
-    seen: dict[tuple[int, int], set[int]] = {}
-    kept = []
-    clamp = passes.clamp
-
-    def spy(symbols: torch.Tensor, low: torch.Tensor, high: torch.Tensor, contexts: torch.Tensor | None) -> object:
-        assert low.T.is_contiguous()
-        assert high.T.is_contiguous()
-        kept.append((low, high))
-        seen.setdefault(tuple(low.shape), set()).add(low.data_ptr())
-        return clamp(symbols, low, high, contexts)
-
-    monkeypatch.setattr(passes, "clamp", spy)
-    made = Encoder(*sample_kv(), config)
-    assert len(list(made.chunks())) > 2
-    assert kept
-    # At most one of the anchors, of the base and of each refinement.
-    assert sum(map(len, seen.values())) <= 1 + config.levels
-
-
 @pytest.mark.parametrize("prob_bits", [10, 11, 12])
 def test_shipped_codebooks_fit_one_byte(prob_bits: int) -> None:
     values, digits = tables.shipped_codebooks(prob_bits)

@@ -1,0 +1,37 @@
+"""What a section's columns need is made once for all chunks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+from hf_cachegen.codec import passes
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.encoding import Encoder
+from tests.kv_samples import sample_kv
+
+
+@pytest.mark.parametrize("transform", ["delta", "identity"])
+def test_bounds_of_columns_are_made_once_for_all_chunks(
+    transform: Literal["delta", "identity"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device every chunk would wait for them to be copied there, and turned."""
+    seen: dict[tuple[int, int], set[int]] = {}
+    kept = []
+    clamp = passes.clamp
+
+    def spy(symbols: torch.Tensor, low: torch.Tensor, high: torch.Tensor, contexts: torch.Tensor | None) -> object:
+        assert low.T.is_contiguous()
+        assert high.T.is_contiguous()
+        kept.append((low, high))
+        seen.setdefault(tuple(low.shape), set()).add(low.data_ptr())
+        return clamp(symbols, low, high, contexts)
+
+    monkeypatch.setattr(passes, "clamp", spy)
+    made = Encoder(*sample_kv(), CacheGenConfig(chunk_tokens=64, transform=transform))
+    assert len(list(made.chunks())) > 2
+    assert kept
+    # At most one of the anchors, of the base and of each refinement.
+    assert sum(map(len, seen.values())) <= 1 + 3
