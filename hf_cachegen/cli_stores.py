@@ -26,7 +26,7 @@ from hf_cachegen.errors import ProfileError
 from hf_cachegen.stores import Access, LocalStore, SegmentCache
 from hf_cachegen.stores.profiles import PROFILE_FILE, Pin, fetch
 from hf_cachegen.stores.sealed import SUFFIX, sealed_names
-from hf_cachegen.stores.survey import find_artifacts, serve_check
+from hf_cachegen.stores.survey import find, serve_check
 from hf_cachegen.stores.survey import pull as copy_from
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -161,20 +161,27 @@ def pull(
         click.echo(f"{out}: {count:,} bytes")
 
 
-@click.command("ls", short_help="List the artifacts at a place.")
+@click.command("ls", short_help="List the artifacts and profiles at a place.")
 @place_argument
 @_access_options
 @output_options
 def ls(
     place: str, revision: str | None, repo_type: str, subfolder: str | None, as_json: bool, debug: bool
 ) -> None:
-    """List the artifacts at or below PLACE (a repository "user/name", an s3:// or like URL, a folder)."""
-    found = find_artifacts(place, Access(revision=revision, repo_type=repo_type, subfolder=subfolder))
+    """List the artifacts and profiles at or below PLACE (a repository "user/name", an s3:// or like URL, a folder).
+
+    hf://user lists those in all repositories of a user or an organisation.
+    """
+    found = find(place, Access(revision=revision, repo_type=repo_type, subfolder=subfolder))
     if as_json:
-        print_json({"place": place, "artifacts": [{"folder": row.folder, "bytes": row.nbytes} for row in found]})
+        artifacts = [{"folder": row.folder, "bytes": row.nbytes} for row in found if not row.profile]
+        profiles = [{"folder": row.folder, "bytes": row.nbytes, "kept": row.kept} for row in found if row.profile]
+        print_json({"place": place, "artifacts": artifacts, "profiles": profiles})
         return
     for row in found:
-        click.echo(f"{size_text(row.nbytes):>10}  {printable(row.folder) or '.'}")
+        older = f", {row.kept} older" if row.kept else ""
+        mark = f"  (profile{older})" if row.profile else ""
+        click.echo(f"{size_text(row.nbytes):>10}  {printable(row.folder) or '.'}{mark}")
 
 
 @click.command("serve-check", short_help="Check that a server serves artifacts rightly.")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
@@ -158,6 +158,19 @@ def info(request: HubRequest, kind: str, repo: str, revision: str | None) -> Non
         request.json({"id": repo, "sha": oid, "private": found.private, "siblings": [], "tags": [], "downloads": 0})
 
 
+def listing(request: HubRequest, kind: str) -> None:
+    """The repositories of an author, with the names of their files if that is asked for."""
+    asked = parse_qs(urlsplit(request.path).query)
+    rows = []
+    for name, repo in request.server.repos.items():
+        of_kind, _, repo_id = name.partition("/")
+        seen = not repo.private or request.user in ("owner", "reader")
+        if of_kind == kind and seen and [repo_id.split("/")[0]] == asked["author"]:
+            files = {"siblings": [{"rfilename": path} for path in repo.files]} if "siblings" in asked["expand"] else {}
+            rows.append({"id": repo_id, **files})
+    request.json(rows)
+
+
 def branch(request: HubRequest, kind: str, repo: str, revision: str) -> None:
     if found := request.repo(kind, repo, write=True):
         if revision in found.branches:
@@ -266,6 +279,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/api/repos/create", create),
     ("POST", r"/api/validate-yaml", validate_yaml),
     ("GET", r"/api/whoami-v2", whoami),
+    ("GET", r"/api/(?P<kind>models|datasets)", listing),
     ("GET", _API + r"(?:/revision/(?P<revision>[^/]+))?", info),
     ("POST", _API + r"/branch/(?P<revision>[^/]+)", branch),
     ("GET", _API + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),

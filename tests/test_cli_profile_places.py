@@ -14,6 +14,8 @@ from hf_cachegen.profile import PROFILE_FILE
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.cli_support import run, run_json, save_model, text
 from tests.hub_server import HubServer, Repo, hub_of_profiles
+from tests.small_artifact import contents
+from tests.test_cli_artifacts import write
 from tests.test_cli_docs import DOCUMENT
 from tests.test_cli_profile import ENCODE, LEARN, ask, encode
 
@@ -66,6 +68,48 @@ def test_there_and_back(server: HubServer, profile: Path, tmp_path: Path) -> Non
     again = ("pull-profile", "user/profiles", tmp_path / "mine.safetensors")
     assert run_json(*again, code=USAGE)["error"]["type"] == "ArtifactExistsError"
     assert run_json(*again, "--overwrite")["bytes"] == profile.stat().st_size
+
+
+def test_profiles_are_listed(server: HubServer, profile: Path, tmp_path: Path) -> None:
+    """By name, in a folder, and in a namespace beside the artifacts that are there."""
+    write(tmp_path / "context")
+    nbytes, size = profile.stat().st_size, sum(map(len, contents(tmp_path / "context").values()))
+    assert run("push-profile", profile, "user/profiles").exit_code == 0
+    assert run("push", tmp_path / "context", "user/context", "--subfolder", "a").exit_code == 0
+    repo = server.repos["models/user/profiles"]
+    repo.commit({**repo.files, f"{'0' * 32}.safetensors": b"an older one", "notes.safetensors": b"none"}, "more")
+    server.repos["models/user/unrelated"] = unrelated = Repo(False)
+    unrelated.commit({"README.md": b"weights", "model.safetensors": b"x"}, "hello")
+    server.repos["models/other/profiles"] = repo
+
+    row = {"folder": "", "bytes": nbytes, "kept": 1}
+    found = run_json("ls", "user/profiles", "--repo-type", "model")
+    assert found == {"place": "user/profiles", "artifacts": [], "profiles": [row]}
+    assert run("ls", "hf://models/user/profiles").stdout.split("  ")[-2:] == [".", "(profile, 1 older)\n"]
+    everything = run_json("ls", "hf://user")
+    assert everything["artifacts"] == [{"folder": "hf://datasets/user/context/a", "bytes": size}]
+    assert everything["profiles"] == [{**row, "folder": "hf://models/user/profiles"}]
+    lines = run("ls", "hf://user/").stdout.splitlines()
+    assert [line.endswith("(profile, 1 older)") for line in lines] == [False, True]
+    (tmp_path / "context" / PROFILE_FILE).write_bytes(profile.read_bytes())
+    local = run_json("ls", tmp_path)
+    assert local["artifacts"] == [{"folder": "context", "bytes": size}]
+    assert local["profiles"] == [{"folder": "context", "bytes": nbytes, "kept": 0}]
+    row_of_members = f"| `ls` | {', '.join(f'`{name}`' for name in local)} |"
+    assert row_of_members in DOCUMENT.read_text(encoding="utf-8").splitlines()
+    assert run_json("ls", "hf://user", "--subfolder", "a", code=USAGE)["error"]["type"] == "ConfigError"
+    assert run_json("ls", "hf://nobody")["artifacts"] == []
+
+
+def test_what_is_private_is_listed_for_those_who_may_see_it(
+    server: HubServer, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("push-profile", profile, "user/profiles").exit_code == 0
+    monkeypatch.setenv("HF_TOKEN", "stranger")
+    assert run_json("ls", "hf://user")["profiles"] == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run_json("ls", "hf://user", code=7)["error"]["type"] == "OfflineError"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ that it may exchange, so whatever is not its own is taken for a failed connectio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -46,6 +46,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _URL = re.compile(
     r"hf://(?:(?P<kind>datasets|spaces|models)/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.*))?"
 )
+_NAMESPACE = re.compile(r"hf://(?P<name>[\w][\w.-]*)/?")
 _FOLDER = re.compile(r"(?!\.{1,2}(?:/|$))[^/\\\0]+(?:/(?!\.{1,2}(?:/|$))[^/\\\0]+)*")
 Token = str | bool | None
 
@@ -149,6 +150,26 @@ def find_files(place: HubPlace, token: Token = None) -> dict[str, int]:
         sizes = {str(entry.path): int(entry.size) for entry in entries if hasattr(entry, "blob_id")}
     prefix = f"{place.subfolder}/" if place.subfolder else ""
     return {path.removeprefix(prefix): size for path, size in sizes.items()}
+
+
+def namespace(url: str) -> str | None:
+    """The user or organisation that hf://name means; None for what names a repository."""
+    match = _NAMESPACE.fullmatch(url)
+    return match and match["name"]
+
+
+def find_repositories(name: str, holds: Callable[[str], bool], token: Token = None) -> list[HubPlace]:
+    """The repositories of a user or an organisation with a file that `holds` is true of: those of data sets, where
+    artifacts are by default, then those of models, where profiles are. Raises StoreError.
+    """
+    places = []
+    with named(f"namespace {name}"):
+        api = client(token)
+        for kind, listed in (("dataset", api.list_datasets), ("model", api.list_models)):
+            for one in listed(author=name, expand=["siblings"]):
+                if any(holds(str(file.rfilename)) for file in one.siblings or []):
+                    places.append(HubPlace(str(one.id), kind))
+    return places
 
 
 def client(token: Token) -> HfApi:

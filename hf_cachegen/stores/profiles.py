@@ -116,6 +116,11 @@ class Pin:
         return data if self.fits(data) else None
 
 
+def is_kept_profile(name: str) -> bool:
+    """Whether a file of this name in a repository is a profile under its digest."""
+    return name.endswith(".safetensors") and _DIGEST.fullmatch(name.removesuffix(".safetensors")) is not None
+
+
 def repository(model_id: str, namespace: str | None = None) -> str | None:
     """Where profiles of this model on the Hub are looked for (in the model's namespace or in another one); None for
     what is no name of a model on the Hub.

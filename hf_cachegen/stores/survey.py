@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
-from hf_cachegen.stores.profiles import Pin, fetch_beside
+from hf_cachegen.stores.profiles import Pin, fetch_beside, is_kept_profile
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
 from hf_cachegen.stores.sealed import SUFFIX, SealedStore
 from hf_cachegen.stores.signed import SignedStore
@@ -37,10 +38,14 @@ CHECK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """folder: relative to the place, "" for itself; nbytes: of all files of the artifact."""
+    """folder: relative to the place, "" for itself; in a namespace of the Hub the folder's own URL. nbytes: of all
+    files of the artifact, or of the profile in use there. kept: of a profile, how many older ones the folder has.
+    """
 
     folder: str
     nbytes: int
+    profile: bool = False
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,37 +58,73 @@ class Check:
 
 
 def find_artifacts(place: str, access: Access | None = None) -> list[Found]:
-    """The artifacts, sealed ones too, at or below a folder, a repository or an fsspec URL, in alphabetical order.
+    """The artifacts among what `find` finds."""
+    return [found for found in find(place, access) if not found.profile]
+
+
+def find(place: str, access: Access | None = None) -> list[Found]:
+    """The artifacts, sealed ones too, and the profiles, at or below a folder, a repository or an fsspec URL, or in all
+    repositories of a namespace of the Hub (hf://name), in alphabetical order.
 
     Raises ConfigError for http(s), which cannot list; ArtifactNotFoundError, StoreError.
     """
     access = access or Access()
+    if place.startswith("hf://"):
+        from hf_cachegen.stores import hub
+
+        if (name := hub.namespace(place)) is not None:
+            if access.revision or access.subfolder:
+                raise ConfigError(f"{place} is no repository: it has no revision or folder")
+            repositories = hub.find_repositories(name, _is_listed, access.token)
+            files = {where.origin: hub.find_files(where, access.token) for where in repositories}
+            return [
+                replace(found, folder=f"{origin}/{found.folder}".rstrip("/"))
+                for origin, listed in files.items()
+                for found in _found(listed)
+            ]
     if is_repository(place):
         from hf_cachegen.stores import hub
 
-        files = hub.find_files(hub_place(place, access), access.token)
-    elif is_url(place):
+        return _found(hub.find_files(hub_place(place, access), access.token))
+    if is_url(place):
         source = open_files(place, storage_options=access.storage_options, patience=access.patience)
         if not isinstance(source, FilesystemFiles):
             raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(place)}")
-        files = source.find()
-    else:
-        if not os.path.isdir(place):
-            raise ArtifactNotFoundError(f"there is no folder {place}")
-        files = {
-            os.path.relpath(os.path.join(folder, name), place): os.path.getsize(os.path.join(folder, name))
-            for folder, _, names in os.walk(place)
-            for name in names
-            if is_own_file(name.removesuffix(SUFFIX))
-        }
+        return _found(source.find())
+    if not os.path.isdir(place):
+        raise ArtifactNotFoundError(f"there is no folder {place}")
+    return _found({
+        os.path.relpath(os.path.join(folder, name), place): os.path.getsize(os.path.join(folder, name))
+        for folder, _, names in os.walk(place)
+        for name in names
+        if is_own_file(name.removesuffix(SUFFIX)) or _is_listed(name) or is_kept_profile(name)
+    })  # fmt: skip
+
+
+def _found(files: Mapping[str, int]) -> list[Found]:
+    """What there is of artifacts and profiles among these files, path and size."""
     sizes: dict[str, int] = {}
+    profiles: dict[str, int] = {}
+    kept: Counter[str] = Counter()
     for path, size in files.items():
-        folder = str(PurePosixPath(path).parent)
-        if is_own_file(PurePosixPath(path).name.removesuffix(SUFFIX)):
+        folder, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
+        if is_own_file(name.removesuffix(SUFFIX)):
             sizes[folder] = sizes.get(folder, 0) + size
+        elif name.removesuffix(SUFFIX) == PROFILE_FILE:
+            profiles[folder] = size
+        elif is_kept_profile(name):
+            kept[folder] += 1
     manifests = (MANIFEST_FILE, MANIFEST_FILE + SUFFIX)
     whole = [folder for folder in sizes if any(str(PurePosixPath(folder, name)) in files for name in manifests)]
-    return [Found("" if folder == "." else folder, sizes[folder]) for folder in sorted(whole)]
+    found = [Found(folder, sizes[folder]) for folder in sorted(whole)]
+    # One of those that are kept, under its digest, is the one in use.
+    found += [Found(folder, profiles[folder], True, max(0, kept[folder] - 1)) for folder in sorted(profiles)]
+    return [replace(one, folder="") if one.folder == "." else one for one in found]
+
+
+def _is_listed(path: str) -> bool:
+    """Whether there is an artifact or a profile where this file is."""
+    return PurePosixPath(path).name.removesuffix(SUFFIX) in (MANIFEST_FILE, PROFILE_FILE)
 
 
 def pull(
