@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hf_cachegen import CacheGenConfig, native
 from hf_cachegen.codec.chunk import LossyCodec
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.section import Cursor
 from hf_cachegen.encoding import Encoder
 from hf_cachegen.errors import CorruptError, TruncatedError
 from tests.kv_samples import sample_kv
@@ -88,6 +91,22 @@ def test_values_that_fit_no_byte_take_the_long_way() -> None:
     direct, staged = both_ways(made, 3)
     assert all(torch.equal(x, y) for x, y in zip(direct, staged, strict=True))
     assert float((direct[0] - keys[0]).abs().max()) < 100
+
+
+def test_streams_are_read_where_they_lie_and_stay_as_long_as_they_are_read() -> None:
+    data = bytes(range(200)) * 5
+    cursor = Cursor(data)
+    cursor.take(3)
+    stream = cursor.stream(900)
+    assert stream.data_ptr() == np.frombuffer(data, np.uint8).ctypes.data + 3
+    assert cursor.stream(0).shape == (0,)
+    del cursor, data
+    gc.collect()
+    others = [bytes(1000) for _ in range(100)]  # would take freed memory
+    assert stream.tolist() == (list(range(200)) * 5)[3:903]
+    assert others[0] == others[99]
+    with pytest.raises(TruncatedError):
+        Cursor(b"12").stream(3)
 
 
 def test_damage_is_an_error_here_too() -> None:

@@ -18,6 +18,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,15 @@ from hf_cachegen.errors import CorruptError, TruncatedError
 
 MAX_RUNS = 16
 LARGEST_INDEX = LARGEST_SYMBOL + ZERO_INDEX
+
+
+class _Lent:
+    """Bytes as numpy takes them for writable: torch takes no others. Whoever holds the array holds them."""
+
+    def __init__(self, data: memoryview):
+        self.data = data
+        interface = np.frombuffer(data, np.uint8).__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
 class Cursor:
@@ -48,6 +58,13 @@ class Cursor:
         """The next `count` little-endian values, copied (so that they may be written to)."""
         data = self.take(count * dtype.itemsize)
         return torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+    def stream(self, count: int) -> Tensor:
+        """The next `count` bytes where they lie, uint8: never to be written to."""
+        data = self.take(count)
+        if not count:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.from_numpy(np.asarray(_Lent(data)))
 
     def u32(self, count: int) -> list[int]:
         return list(struct.unpack(f"<{count}I", self.take(4 * count)))
@@ -188,7 +205,7 @@ def read(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
     (count,) = cursor.u32(1)
     tile_bytes = cursor.u32(rans.tile_count(len(columns.live)) if tokens else 0)
     exceptions = cursor.tensor(2 * count, torch.int32).reshape(-1, 2)
-    streams = cursor.tensor(sum(tile_bytes), torch.uint8)
+    streams = cursor.stream(sum(tile_bytes))
     position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1].contiguous()
     if count:
         if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(columns):
