@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -103,9 +104,8 @@ class Sections:
         """Decodes to indices, which other sections refine: uint8 [blocks, coded, 256], as cg_output has them."""
         blocks = -(-self.columns // _BLOCK)
         found = torch.empty(blocks, self.coded, _BLOCK, dtype=torch.uint8, device=self.device)
-        column = torch.arange(self.columns, device=self.device)
-        address = found.data_ptr() + column // _BLOCK * (self.coded * _BLOCK) + column % _BLOCK
-        places = torch.stack([address, torch.full_like(address, _BLOCK)], 1)
+        places = _block_places(self.columns, self.coded, self.device).clone()
+        places[:, 0] += found.data_ptr()
         target = Target(places, torch.uint8, (found,))
         self._decode(section, self._output(target, self._plain, 0, self.coded, rows, coarser))
         return found
@@ -167,6 +167,14 @@ class Sections:
         """Waits for all of it. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
         native.check_decoded(torch.cat(self._statuses).tolist() if self._statuses else [])
         self._kept.clear()
+
+
+@lru_cache(maxsize=4)  # the chunks of a context are alike, but the last
+def _block_places(columns: int, coded: int, device: torch.device) -> Tensor:
+    """The places of a matrix in blocks, uint8 [blocks, coded, 256], that lies at address 0."""
+    column = torch.arange(columns, device=device)
+    address = column // _BLOCK * (coded * _BLOCK) + column % _BLOCK
+    return torch.stack([address, torch.full_like(address, _BLOCK)], 1)
 
 
 def _of(output: native.Output, columns: Tensor) -> native.Output:
