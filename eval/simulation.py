@@ -1,8 +1,8 @@
 """A stream in simulated time: the product's schedule, policy and bandwidth estimate over a link that is a trace.
 
 What decides is the product's own (`hf_cachegen.streaming`): here are only the clock, the link and the calling thread.
-Two twists: requests under way share the link, a slice of each in turn, after a round trip each; and the calling thread
-does one thing at a time, so an arrived chunk waits while another is decoded or recomputed.
+Two twists: what was asked for arrives in that order, since all connections fetch the same run together, after a round
+trip; and the calling thread does one thing at a time, so an arrived chunk waits while another is decoded or recomputed.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class _Request:
     """A run of parts on its way: the slices that have yet to come."""
 
     def __init__(self, parts: Sequence[tuple[int, int]], chunks: Sequence[Chunk]) -> None:
+        self.nbytes = round(sum(chunks[chunk].parts[part] for chunk, part in parts))
         self.slices = deque(
             (part, chunks[part[0]].parts[part[1]] / SLICES, number == SLICES - 1)
             for part in parts
@@ -73,8 +74,9 @@ class _Run:
         self.schedule = Schedule(
             progress, policy, deadline, "before", lambda found: chunks[found.index].recompute_seconds
         )
+        self.schedule.prepared()
         self.waiting: deque[_Request] = deque()
-        self.under_way = 0
+        self.under_way: list[_Request] = []
         self.line_busy = self.thread_busy = False
         self.events: list[tuple[float, int, str, object]] = []
         self.number = 0
@@ -84,17 +86,18 @@ class _Run:
         heapq.heappush(self.events, (time, self.number, kind, what))
 
     def fetch(self) -> None:
-        """Sends requests while there is something to ask for, and a connection."""
-        while self.under_way < self.connections:
+        """Sends requests while there is something to ask for."""
+        while True:
             rate = self.bandwidth.rate()
-            under_way = [chunk.wire[part] for chunk in self.schedule.chunks for part in chunk.asked]
-            nbytes = request_bytes(rate, under_way, self.connections)
+            under_way = [request.nbytes for request in self.under_way]
+            nbytes = request_bytes(rate, self.round_trip, under_way, self.connections)
             run = [] if nbytes is None else self.schedule.next_run(self.now, rate, nbytes)
             if not run:
                 return
-            self.under_way += 1
+            request = _Request(run, self.chunks)
+            self.under_way.append(request)
             self.bandwidth.began()
-            self.at(self.now + self.round_trip, "answered", _Request(run, self.chunks))
+            self.at(self.now + self.round_trip, "answered", request)
 
     def carry(self) -> None:
         """Puts the next slice on the line, if it is free."""
@@ -136,9 +139,9 @@ class _Run:
             if last:
                 self.schedule.arrived(*part)
             if what.slices:
-                self.waiting.append(what)
+                self.waiting.appendleft(what)
             else:
-                self.under_way -= 1
+                self.under_way.remove(what)
                 self.bandwidth.ended()
         elif isinstance(what, Decode):
             self.thread_busy = False

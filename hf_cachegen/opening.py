@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import Limits, Store
+from hf_cachegen.container import TOKENS_FILE, Limits, Store
 from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
-from hf_cachegen.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.fingerprint import Fingerprint, Identity, hash_tokens
 from hf_cachegen.layout import KVTensors, dtype_name, layer_devices, require_geometry, require_model
 
 if TYPE_CHECKING:
@@ -47,25 +47,25 @@ def open_context(
     profile: Profile | str | os.PathLike[str] | None = "auto",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    identity: Callable[[], Identity] | None = None,
+    likely: Sequence[int] = (),
     on_manifest: Callable[[Artifact], None] | None = None,
 ) -> OpenContext:
-    """The context of the artifact in `store`, whose manifest and tokens are fetched and held against the model.
+    """The context of the artifact in `store`: its manifest is held against the model, its tokens against the manifest.
 
-    limits, profile: as for `Artifact`. on_manifest: called before anything but the manifest is fetched.
+    limits, profile: as for `Artifact`. identity: gives the model's, asked once the manifest is here. likely: token ids
+    that may begin with the context; where they do, the stored ones are not fetched. on_manifest: called when the
+    manifest is checked, before anything else is fetched.
     Raises ArtifactError, StoreError, and MismatchError where it is another model's.
     """
     folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
     artifact = Artifact(store, limits, profile, folder)
-    if on_manifest is not None:
-        on_manifest(artifact)
-    if artifact.fingerprint is None or (stored := artifact.input_ids) is None:
+    if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
         raise ManifestError(
             f"{store} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
             "them with hf_cachegen.artifact.Artifact(path).decode()"
         )
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
-    if hash_tokens(stored) != fingerprint.tokens:
-        raise CorruptError(f"{store}: the stored tokens are not those of the fingerprint")
     if artifact.geometry.batch != 1:
         raise ManifestError(f"{store} holds {artifact.geometry.batch} rows; a context is one row")
     if artifact.geometry.dtype != fingerprint.dtype:
@@ -75,10 +75,22 @@ def open_context(
     places = None
     if model is not None:
         require_model(model)
-        fingerprint.check(model, tokenizer)
+        fingerprint.check(Identity.of(model) if identity is None else identity(), tokenizer)
         require_geometry(model.config, artifact.geometry)
         places = layer_devices(model, len(artifact.geometry.layers))
-    return OpenContext(artifact, fingerprint, torch.tensor([stored]), places)
+    if on_manifest is not None:
+        on_manifest(artifact)
+    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), places)
+
+
+def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:
+    count = artifact.geometry.tokens
+    ids = list(likely[:count])
+    if len(ids) < count or hash_tokens(ids) != fingerprint.tokens:
+        ids = artifact.input_ids or []
+        if hash_tokens(ids) != fingerprint.tokens:
+            raise CorruptError(f"{artifact.store}: the stored tokens are not those of the fingerprint")
+    return torch.tensor([ids])
 
 
 def one_row(input_ids: Tokens) -> Tensor:

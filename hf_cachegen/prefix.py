@@ -54,6 +54,11 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
     return Reuse(tuple(pads), min(*ends, input_ids.shape[1] - 1), whole)
 
 
+def tokens_of(input_ids: Tensor, attention_mask: Tensor) -> list[int]:
+    """The first prompt of [rows, length], without the pads before it."""
+    return input_ids[0, _leading(attention_mask[0] == 0) :].tolist()
+
+
 def _leading(flags: Tensor) -> int:
     """How many leading elements are true."""
     return int(flags.int().cumprod(0).sum())

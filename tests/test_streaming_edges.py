@@ -23,11 +23,11 @@ from hf_cachegen.container.manifest import digest
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import generate
 from hf_cachegen.stores import RemoteStore
-from hf_cachegen.streaming import Adaptive, Event, FirstToken, Link, StreamReport
+from hf_cachegen.streaming import Adaptive, Event, FirstToken, StreamReport
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.fetching import Fetcher
 from hf_cachegen.streaming.schedule import Chunk, Schedule
-from hf_cachegen.streaming.sources import Wire
+from hf_cachegen.streaming.sources import Range, Wire
 from tests.http_server import Server
 from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, refinements_wait, same_kv, serve, threads_end
 from tests.tiny_models import shared, tokens
@@ -67,23 +67,27 @@ def test_what_arrives_after_the_end_is_nobodys() -> None:
         def here(self, segment: Any) -> bool:
             return True
 
-        def fetch(self, segments: Any) -> Iterator[bytes]:
+        def ranges(self, segments: Any, most: float) -> list[Any]:
+            return []
+
+        def release(self, ranges: Any) -> None: ...
+
+        def read(self, segments: Any) -> Iterator[bytes]:
             sent.set()
             go_on.wait(20)
             yield from (b"data" for _ in segments)
 
     chunk = Chunk(0, 0, 16, (4,), (0,), 1)
     schedule = Schedule([chunk], Adaptive(), None, "before", lambda _: 1.0)
-    with Link().stream() as share:
-        fetcher = Fetcher(
-            schedule, [Slow()], lambda part: part, Bandwidth(), share, 1, 5.0,  # type: ignore[list-item, arg-type, return-value]
-            lambda *found: arrived.append(found), lambda *_: None,
-        )  # fmt: skip
-        fetcher.start()
-        assert sent.wait(20)
-        fetcher.close()
-        go_on.set()
-        fetcher.close(20)
+    fetcher = Fetcher(
+        schedule, [Slow()], lambda part: part, Bandwidth(), 1, 5.0, None,  # type: ignore[list-item, arg-type, return-value]
+        lambda *found: arrived.append(found), lambda *_: None,
+    )  # fmt: skip
+    fetcher.start()
+    assert sent.wait(20)
+    fetcher.close()
+    go_on.set()
+    fetcher.close(20)
     assert arrived == []
     assert chunk.arrived == set()
 
@@ -139,10 +143,10 @@ def test_wrong_bytes_of_a_bundle_are_fetched_a_second_time() -> None:
 
     store = RemoteStore(Files(), "somewhere")
     store.files = wire = Wire(store.files, [], lambda: False)
-    held = wire.hold("data", 100, 50)
+    wire.hold(Range("data", 100, 50))
     wanted = Files.good[100:120]
     assert store.read("data", 100, 20, digest(wanted)) == wanted
-    wire.release(held)
+    wire.release([Range("data", 100, 50)])
 
 
 def test_a_cache_does_not_keep_its_model(url: str) -> None:
@@ -232,6 +236,7 @@ def test_a_lost_chunk_does_not_make_the_others_coarse() -> None:
     chunks = [Chunk(index, 16 * index, 16, (10, 10, 10), (10, 10, 10), 3) for index in range(4)]
     chunks[0].best = 0
     schedule = Schedule(chunks, Adaptive(), None, "off", lambda _: float("inf"))
+    schedule.prepared()
     plan = schedule.plan(0.0, 1e6)
     assert plan is not None
     assert (plan.level, plan.sure) == (3, 3)

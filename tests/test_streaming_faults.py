@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.chunk import LossyCodec
@@ -101,11 +102,20 @@ def test_what_one_place_fails_to_give_another_does(
 
 @pytest.mark.parametrize("failure", ["lost connection", "wrong bytes", "server error"])
 def test_without_another_place_refinements_are_done_without(server: Server, folder: Path, failure: str) -> None:
+    """Recomputed where there is time for it, else left out."""
     server.always = only("refine-2", FAILURES[failure]())
-    cache = stream(serve(server, folder))
+    cache = stream(serve(server, folder), refine="while_generating")
+    assert cache.refinement is not None
+    cache.refinement.wait(60)
     assert same_kv(cache, at_level(folder, 2))
     assert report(cache).level == 2
     assert report(cache).faults
+
+    cache = stream(server.url)
+    assert report(cache).text_chunks == CHUNKS
+    exact = CacheGenCache.from_context(shared("llama"), cache.input_ids)
+    for one, other in zip(cache.kv.keys, exact.kv.keys, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("failure", ["stall in the body", "lost connection", "server error", "gone"])
@@ -140,9 +150,18 @@ def test_a_chunk_that_is_damaged_everywhere_is_recomputed(server: Server, spare:
     assert same_kv(cache, at_level(folder), slice(64, None))
 
 
-def test_a_refinement_that_is_damaged_everywhere_leaves_its_chunk_coarse(server: Server, folder: Path) -> None:
+def test_a_refinement_that_is_damaged_everywhere_is_done_without(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chunk alone is recomputed, or stays coarse where that cannot be done."""
     url = serve(server, folder)
     damaged(server, "refine-1.safetensors", offset(folder, "refine-1.safetensors", "chunk-00002"))
+    cache = stream(url)
+    assert [chunk.level for chunk in report(cache).chunks] == [3, 3, None] + [3] * (CHUNKS - 3)
+    assert report(cache).chunks[2].why == "no source has it finer than level 1"
+    assert same_kv(cache, at_level(folder, 3), slice(48, 100))
+
+    monkeypatch.setattr("hf_cachegen.streaming.loader.positions_change", lambda *_: True)
     cache = stream(url)
     assert [chunk.level for chunk in report(cache).chunks] == [3, 3, 1] + [3] * (CHUNKS - 3)
     assert same_kv(cache, at_level(folder, 1), slice(32, 48))
@@ -191,7 +210,9 @@ def test_another_artifact_is_no_fallback(server: Server, spare: Server, folder: 
     """It would decode, into another context's keys and values."""
     CacheGenCache.from_context(shared("llama"), tokens(100, seed=8), CONFIG).save_pretrained(tmp_path / "other")
     server.always = only("refine-2", faults.status(500))
-    cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")])
+    cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")], refine="while_generating")
+    assert cache.refinement is not None
+    cache.refinement.wait(60)
     assert same_kv(cache, at_level(folder, 2))
     assert "holds another artifact" in "".join(report(cache).faults)
 
@@ -237,7 +258,7 @@ def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Pat
     def bug(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("hf_cachegen.streaming.sources.Source.fetch", bug)
+    monkeypatch.setattr("hf_cachegen.streaming.sources.Source.read", bug)
     with pytest.raises(ZeroDivisionError):
         stream(serve(server, folder))
 

@@ -4,6 +4,8 @@ Time counts only while a request is under way, so a reader that pauses does not 
 after SAMPLE_SECONDS, or with the last request under way if it has SAMPLE_BYTES: fewer tell of round trips, not of the
 link. Between samples silence counts: once the current sample is longer than the last one was, its own rate, which
 falls with every second without bytes, is what may be expected.
+
+The shortest time from a request to its first byte is the round trip; whatever is longer is a queue, or a slow server.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ SAMPLE_BYTES = 1 << 18
 
 
 class Bandwidth:
-    """smoothing: the weight of what was before in each new estimate, 0 for none. Threads share it."""
+    """smoothing: the weight of what was before in each new estimate, 0 for none. total: bytes so far. round_trip:
+    seconds, None before any request was answered. Threads share it.
+    """
 
     def __init__(self, smoothing: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate: float | None = None
@@ -27,6 +31,7 @@ class Bandwidth:
         self._bytes, self._busy, self._since = 0, 0.0, 0.0
         self.last_byte = clock()
         self.total = 0
+        self.round_trip: float | None = None
 
     def began(self) -> None:
         """A request was sent."""
@@ -35,8 +40,13 @@ class Bandwidth:
                 self._since = self.last_byte = self._clock()
             self._under_way += 1
 
+    def answered(self, seconds: float) -> None:
+        """A request's first byte came so long after it was sent."""
+        with self._lock:
+            self.round_trip = seconds if self.round_trip is None else min(seconds, self.round_trip)
+
     def ended(self) -> None:
-        """A request was answered, or failed."""
+        """A request is over, or failed."""
         with self._lock:
             self._tick()
             self._under_way -= 1
@@ -57,7 +67,7 @@ class Bandwidth:
         """Nothing is known any more: what arrived so far was too small to tell anything, or came from elsewhere."""
         with self._lock:
             self._tick()
-            self._bytes, self._busy, self._rate = 0, 0.0, None
+            self._bytes, self._busy, self._rate, self.round_trip = 0, 0.0, None, None
             self.last_byte = self._since
 
     def expect(self, rate: float | None) -> None:

@@ -4,6 +4,11 @@ All share one lock, `changed`, with the thread that decodes: under it the schedu
 is left for the next one; after ROUNDS rounds of failures without a segment in between none is left, and the schedule is
 cut off. What one place has wrong another may have right: a part is given up when each has given it wrong.
 
+Two twists. What decoding takes (the side information, a profile) is fetched by one of the threads, beside the chunks,
+so that nobody waits for it who could recompute meanwhile. And a run of parts is cut into ranges that all threads fetch
+together: with as many connections as a link may need, chunks still arrive one after the other, and the first is decoded
+while the second comes, where as many whole chunks at a time would all arrive at the end.
+
 No thread waits without a limit. Those that nobody needs any more end with the next piece that arrives for them, at the
 latest when their request's time is over.
 """
@@ -12,27 +17,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 from hf_cachegen.container import Segment
 from hf_cachegen.errors import ArtifactError, StoreTimeoutError
 from hf_cachegen.streaming.bandwidth import Bandwidth
-from hf_cachegen.streaming.link import Share
 from hf_cachegen.streaming.schedule import Part, Schedule
-from hf_cachegen.streaming.sources import GivenUp, Source
+from hf_cachegen.streaming.sources import GivenUp, Range, Source
 
 ROUNDS = 2
-WINDOW_SECONDS = 0.15
-"""What is under way at a time, over all connections, should take so long: more than a round trip, so that the link
-never waits; little, since it arrives all together, is decoded after that, and no plan can change it any more.
+WINDOW_SECONDS, ROUND_TRIPS, MOST_WINDOW_SECONDS = 0.02, 3, 0.15
+"""What is under way at a time, over all connections, should take so long, and so many round trips more, since the link
+shall never wait; but not more than the last, since no plan can change it any more.
 """
-FIRST_WINDOW_BYTES = 4 << 20
+FIRST_WINDOW_BYTES = 1 << 20
 """Under way before anything was measured."""
 LEAST_REQUESTS = 2
 """Under way in any case: one ends, the next is there."""
-LEAST_RUN_BYTES, MOST_RUN_BYTES = 1 << 18, 8 << 20
+LEAST_REQUEST_BYTES, MOST_REQUEST_BYTES = 1 << 18, 8 << 20
+PREPARATION: Part = (-1, 0)
+"""Stands for what decoding takes, where failures are counted."""
 WAKE_SECONDS = 0.1
 """How often a thread looks whether time alone has changed what there is to do."""
 
@@ -45,20 +52,47 @@ def abandoned() -> bool:
     return given_up is not None and given_up()
 
 
-def request_bytes(rate: float | None, under_way: Sequence[int], connections: int) -> float | None:
-    """Bytes that the next request should have, by the throughput and the bytes of all parts that are under way; None
-    where those are enough.
+def request_bytes(
+    rate: float | None, round_trip: float | None, under_way: Sequence[int], connections: int
+) -> float | None:
+    """Bytes that the next request should have, by the throughput, the round trip and the bytes of the requests that are
+    under way; None where those are enough.
     """
-    window = FIRST_WINDOW_BYTES if rate is None else rate * WINDOW_SECONDS
+    seconds = MOST_WINDOW_SECONDS
+    if round_trip is not None:
+        seconds = min(seconds, WINDOW_SECONDS + ROUND_TRIPS * round_trip)
+    window = FIRST_WINDOW_BYTES if rate is None else rate * seconds
     if len(under_way) >= LEAST_REQUESTS and sum(under_way) >= window:
         return None
-    return min(MOST_RUN_BYTES, max(LEAST_RUN_BYTES, window / connections))
+    return min(MOST_REQUEST_BYTES, max(LEAST_REQUEST_BYTES, window / connections))
+
+
+@dataclass
+class _Run:
+    """Parts that lie side by side, handed out in their order by whoever brings the last of `ranges`; or [PREPARATION].
+
+    far: those that come over the network. missing: how many ranges are not here, or 1 where there are none: then it is
+    read at once. lost: whether one of them cannot be had. begun: seconds of the monotonic clock.
+    """
+
+    parts: list[Part]
+    segments: list[Segment] = field(default_factory=list)
+    far: list[Segment] = field(default_factory=list)
+    ranges: list[Range] = field(default_factory=list)
+    missing: int = 1
+    lost: bool = False
+    begun: float = field(default_factory=time.monotonic)
+
+
+_Task = tuple[_Run, Range | None]
+"""A run, and which of its ranges is to be fetched."""
 
 
 class Fetcher:
-    """sources: the first is used until it fails. segment_of: what a part is called in the artifact. on_arrival(part,
-    data, wire) and on_failure(place, error, part or None) are called with `changed` held. error: the last failure of a
-    source; crash: what ended a thread that should not have ended.
+    """sources: the first is used until it fails; one without the artifact goes. segment_of: what a part is called in
+    the artifact. prepare: fetches from a source what decoding takes; None where nothing will be decoded.
+    on_arrival(part, data, wire, seconds since the request) and on_failure(place, error, part or None) are called with
+    `changed` held. error: the last failure of a source; crash: what ended a thread that should not have ended.
     """
 
     def __init__(
@@ -67,23 +101,25 @@ class Fetcher:
         sources: Sequence[Source],
         segment_of: Callable[[Part], Segment],
         bandwidth: Bandwidth,
-        share: Share,
         connections: int,
         stall: float,
-        on_arrival: Callable[[Part, bytes, bool], None],
+        prepare: Callable[[Source], None] | None,
+        on_arrival: Callable[[Part, bytes, bool, float], None],
         on_failure: Callable[[str, Exception, Part | None], None],
     ) -> None:
         self.changed = threading.Condition()
-        self.schedule, self.sources, self.bandwidth, self.share = schedule, list(sources), bandwidth, share
+        self.schedule, self.sources, self.bandwidth = schedule, list(sources), bandwidth
         self.closed = False
         self.error: Exception | None = None
         self.crash: BaseException | None = None
         self._segment_of, self._connections, self._stall = segment_of, connections, stall
+        self._prepare, self._preparing = prepare, False
         self._on_arrival, self._on_failure = on_arrival, on_failure
         self._threads: list[threading.Thread] = []
-        self._current, self._epoch, self._failures = 0, 0, 0
+        self._current, self._epoch, self._failures, self._failed = 0, 0, 0, 0.0
         self._wrong: Counter[Part] = Counter()
-        self._begun: dict[Part, float] = {}
+        self._waiting: deque[_Task] = deque()
+        self._under_way: dict[int, int] = {}
 
     def start(self) -> None:
         """Begins to fetch."""
@@ -98,10 +134,6 @@ class Fetcher:
         end = time.monotonic() + wait
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-
-    def transfer_seconds(self, part: Part) -> float:
-        """Since the request for a part began."""
-        return time.monotonic() - self._begun.get(part, time.monotonic())
 
     def watch(self) -> None:
         """Gives up a place that has been silent for too long although its requests should have ended by themselves.
@@ -127,88 +159,140 @@ class Fetcher:
     def _run(self, epoch: int) -> None:
         source = self.sources[self._current]
         _LOCAL.given_up = lambda: self.given_up(epoch)
-        while True:
-            with self.changed:
-                run = self._next(epoch)
-            if not run:
-                return
+        while not self.given_up(epoch):
+            task: _Task | None = None
+            began = time.monotonic()
             try:
-                self._fetch(epoch, source, run)
+                source.open()
+                task, began = self._next(epoch, source), time.monotonic()
+                if task is not None:
+                    self._do(epoch, source, task)
             except GivenUp:
-                self._give_back(epoch, run)
+                self._give_back(epoch, source, task)
             except (ArtifactError, OSError) as error:
-                self._fail(epoch, error, self._give_back(epoch, run))
+                self._fail(epoch, error, self._give_back(epoch, source, task), began)
             except BaseException as error:
                 with self.changed:
                     self.crash, self.closed = error, True
                     self.changed.notify_all()
-                return
 
-    def _next(self, epoch: int) -> list[Part]:
-        """What to fetch next, waited for; nothing once given up."""
-        while not self.given_up(epoch):
-            run = self._wanted()
-            if run:
-                now = time.monotonic()
-                self._begun.update((part, now) for part in run)
-                self.changed.notify_all()  # a decision may be told
-                return run
-            self.changed.wait(WAKE_SECONDS)
-        return []
+    def _next(self, epoch: int, source: Source) -> _Task | None:
+        """What to do next, waited for; None once given up."""
+        me = threading.get_ident()
+        with self.changed:
+            self._under_way.pop(me, None)
+            while not self.given_up(epoch):
+                if self._prepare is not None and not self._preparing:
+                    self._preparing = True
+                    return _Run([PREPARATION]), None
+                if (task := self._wanted(source)) is not None:
+                    run, piece = task
+                    self._under_way[me] = sum(s.length for s in run.far) if piece is None else piece.length
+                    return task
+                self.changed.wait(WAKE_SECONDS)
+        return None
 
-    def _wanted(self) -> list[Part]:
-        """What to fetch next; nothing where enough is under way."""
-        rate = self.bandwidth.rate()
-        under_way = [chunk.wire[part] for chunk in self.schedule.chunks for part in chunk.asked if chunk.wire[part]]
-        run_bytes = request_bytes(rate, under_way, self._connections)
-        if run_bytes is None:
-            return []
-        return self.schedule.next_run(time.monotonic(), rate, run_bytes)
+    def _wanted(self, source: Source) -> _Task | None:
+        """What is to be fetched now; None where enough is under way."""
+        rate, under_way = self.bandwidth.rate(), [nbytes for nbytes in self._under_way.values() if nbytes]
+        nbytes = request_bytes(rate, self.bandwidth.round_trip, under_way, self._connections)
+        if nbytes is None:
+            return None
+        if not self._waiting:
+            parts = self.schedule.next_run(time.monotonic(), rate, nbytes)
+            if not parts:
+                return None
+            run = _Run(parts, [self._segment_of(part) for part in parts])
+            run.far = [segment for segment in run.segments if not source.here(segment)]
+            run.ranges = source.ranges(run.segments, nbytes)
+            run.missing = max(1, len(run.ranges))
+            pieces: Sequence[Range | None] = run.ranges or [None]
+            self._waiting.extend((run, piece) for piece in pieces)
+            self.changed.notify_all()  # more to fetch; and a decision may be told
+        return self._waiting.popleft()
 
-    def _fetch(self, epoch: int, source: Source, run: list[Part]) -> None:
-        source.open()
-        segments = [self._segment_of(part) for part in run]
-        wire = [not source.here(segment) for segment in segments]
-        turn = self.share.turn(lambda: self.given_up(epoch)) if any(wire) else nullcontext(True)
-        with turn as granted:
+    def _do(self, epoch: int, source: Source, task: _Task) -> None:
+        run, piece = task
+        if run.parts == [PREPARATION] and self._prepare is not None:
+            self._prepare(source)
+            with self.changed:
+                if not self.given_up(epoch):
+                    self._prepare = None
+                    self.schedule.prepared()
+                    self.changed.notify_all()
+            return
+        wire = piece is not None or bool(run.far)
+        with source.turn(lambda: self.given_up(epoch)) if wire else nullcontext(True) as granted:
             if not granted:
                 raise GivenUp
-            for part, far, data in zip(run, wire, source.fetch(segments), strict=True):
-                with self.changed:
-                    if self.closed:  # whoever asked may have begun anew, with another artifact
-                        raise GivenUp
-                    self._failures = 0
-                    self.schedule.arrived(*part)
-                    self._on_arrival(part, data, far)
-                    self.changed.notify_all()
+            if piece is not None:
+                source.hold(piece)
+            with self.changed:
+                run.missing -= 1
+                if run.missing and (run.lost or self.given_up(epoch)):
+                    raise GivenUp
+                if run.missing:
+                    return
+            self._hand_out(source, run)
 
-    def _give_back(self, epoch: int, run: list[Part]) -> Part | None:
-        """Those of a run that did not arrive; the first of them is returned."""
+    def _hand_out(self, source: Source, run: _Run) -> None:
+        for part, segment, data in zip(run.parts, run.segments, source.read(run.segments), strict=True):
+            with self.changed:
+                if self.closed:  # whoever asked may have begun anew, with another artifact
+                    raise GivenUp
+                if part[1] in self.schedule.chunks[part[0]].arrived:
+                    continue  # asked for once more when the place was left
+                self._failures = 0
+                self.schedule.arrived(*part)
+                self._on_arrival(part, data, segment in run.far, time.monotonic() - run.begun)
+                self.changed.notify_all()
+        source.release(run.ranges)
+
+    def _give_back(self, epoch: int, source: Source, task: _Task | None) -> Part | None:
+        """Those parts of a run that did not arrive; the first of them is returned."""
+        if task is None:
+            return None
+        run = task[0]
+        source.release(run.ranges)
         with self.changed:
-            if epoch != self._epoch:
+            if epoch != self._epoch or run.lost:
                 return None
-            lost = [(chunk, part) for chunk, part in run if part in self.schedule.chunks[chunk].asked]
+            run.lost = True
+            self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not run)
+            if run.parts == [PREPARATION]:
+                self._preparing = False
+                return PREPARATION
+            lost = [(chunk, part) for chunk, part in run.parts if part in self.schedule.chunks[chunk].asked]
             self.schedule.returned(lost)
             self.changed.notify_all()
             return lost[0] if lost else None
 
-    def _fail(self, epoch: int, error: Exception, part: Part | None) -> None:
-        """The source of that epoch failed, or gave that part wrong."""
+    def _fail(self, epoch: int, error: Exception, part: Part | None, began: float | None = None) -> None:
+        """The source of that epoch failed in what began then, or gave that part wrong."""
         with self.changed:
-            if self.given_up(epoch):
-                return
-            self.error = error
             wrong = part if isinstance(error, ArtifactError) else None
-            self._on_failure(self.sources[self._current].place, error, wrong)
-            if wrong is None:
+            if self.given_up(epoch) or (wrong is None and began is not None and began <= self._failed):
+                return  # of several that fail together one counts
+            self._failed = time.monotonic()
+            self.error = error
+            self._on_failure(self.sources[self._current].place, error, None if wrong == PREPARATION else wrong)
+            alone = len(self.sources) == 1
+            if part is None and isinstance(error, ArtifactError) and not alone:
+                del self.sources[self._current]  # it was opened in vain, and would be again
+                self._current -= 1
+            elif wrong is None:
                 self._failures += 1
             else:
                 self._wrong[wrong] += 1
                 if self._wrong[wrong] >= len(self.sources):
-                    self.schedule.unobtainable(*wrong)
-                    self.changed.notify_all()
+                    self._do_without(wrong)
                     return
+            if alone and began is not None and self._failures < ROUNDS:
+                return  # there is no other place, and what else is under way may come
             self._epoch += 1
+            self._preparing = False
+            self._waiting.clear()
+            self._under_way.clear()
             for chunk in self.schedule.chunks:
                 chunk.asked.clear()
             if self._failures >= ROUNDS * len(self.sources):
@@ -218,3 +302,11 @@ class Fetcher:
                 self.bandwidth.forget()
                 self._start()
             self.changed.notify_all()
+
+    def _do_without(self, part: Part) -> None:
+        if part == PREPARATION:
+            self._prepare = None
+            self.schedule.undecodable()
+        else:
+            self.schedule.unobtainable(*part)
+        self.changed.notify_all()

@@ -1,8 +1,8 @@
 """One stream: the calling thread opens the artifact, decodes and recomputes; other threads fetch (`fetching`).
 
-    open -> manifest -> fetchers begin
-                     -> tokens, fingerprint, side information, profile     (meanwhile)
-                     -> as the schedule says: decode, recompute, wait; until the context is in place
+    open -> manifest, fingerprint -> fetchers begin: side information, profile, chunks
+                                  -> tokens                                                  (meanwhile)
+                                  -> as the schedule says: decode, recompute, wait; until the context is in place
 
 Memory: the context's tensors, a chunk being decoded, the runs under way (at most 8 MiB a connection), and the coded
 bytes of chunks that may still be refined or have not been decoded yet.
@@ -37,7 +37,6 @@ from hf_cachegen.streaming.events import (
     StreamStarted,
 )
 from hf_cachegen.streaming.fetching import WAKE_SECONDS, Fetcher
-from hf_cachegen.streaming.link import Share
 from hf_cachegen.streaming.options import StreamOptions
 from hf_cachegen.streaming.placing import Placer
 from hf_cachegen.streaming.policy import TEXT, Fixed
@@ -80,9 +79,10 @@ class Loader:
         self._telling = threading.Lock()
         self._parts: dict[Part, bytes] = {}
         self.profile: Profile | None = None
+        self._codec: Codec | None = None
         self.tally = Tally()
 
-    def begin(self, artifact: Artifact, sources: list[Source], share: Share) -> None:
+    def begin(self, artifact: Artifact, sources: list[Source]) -> None:
         """The manifest is read: fetching begins, from the first source. Raises LevelError, UnsupportedModelError."""
         self.artifact, self.stopped, policy = artifact, False, self.options.policy
         choice = policy.choice if isinstance(policy, Fixed) else None
@@ -92,6 +92,7 @@ class Loader:
         if choice is not None and choice != TEXT:
             checked_level(choice, artifact.levels)
         self.spans = spans_of(artifact.geometry.tokens, artifact.config.chunk_tokens)
+        self._places = [source.place for source in sources]
         first, chunks = sources[0], []
         first.open()
         for index, span in enumerate(self.spans):
@@ -103,10 +104,11 @@ class Loader:
             chunks, policy, self._deadline(), self.options.refine, self._recompute_seconds, can_recompute=not changes
         )
         self.bandwidth.forget()
-        self.bandwidth.expect(share.expected)
+        self.bandwidth.expect(first.expected)
         self.fetcher = Fetcher(
-            self.schedule, sources, lambda part: artifact.segments(part[0], part[1] + 1)[-1], self.bandwidth, share,
-            self.options.connections, self.options.stall, self._arrived, self._failed,
+            self.schedule, sources, lambda part: artifact.segments(part[0], part[1] + 1)[-1], self.bandwidth,
+            self.options.connections, self.options.stall, None if choice == TEXT else self._prepare, self._arrived,
+            self._failed,
         )  # fmt: skip
         totals = [sum(chunk.sizes[part] for chunk in chunks) for part in range(artifact.levels)]
         levels = tuple(sum(totals[: level + 1]) for level in range(artifact.levels))
@@ -123,8 +125,6 @@ class Loader:
 
     def run(self, model: PreTrainedModel) -> KVTensors:
         """Until all chunks are in place. Raises what a source raised last, where nothing else helps."""
-        fixed = isinstance(self.options.policy, Fixed) and self.options.policy.choice == TEXT
-        codec = None if fixed else self._codec()
         probes = [] if self.options.slo is None or self._speed.known else list(PROBES[:-1])
         while True:
             due = bool(probes) and self._doubtful(probes[0])
@@ -133,8 +133,8 @@ class Loader:
                 break
             if isinstance(work, Stuck):
                 raise self.fetcher.error or StoreError(f"chunk {work.chunk} cannot be had")
-            if isinstance(work, Decode) and codec is not None:
-                self._decode(codec, work)
+            if isinstance(work, Decode):
+                self._decode(work)
             elif isinstance(work, Recompute):
                 self._recompute_chunk(model, work.chunk)
             elif due:
@@ -155,11 +155,10 @@ class Loader:
     def refine(self) -> None:
         """Everything that can still be made finer, until that is done or `stopped`."""
         self.schedule.generating = True
-        codec = self._codec()
-        while codec is not None and not self.stopped:
+        while not self.stopped:
             work = self._next_work()
             if isinstance(work, Decode):
-                self._decode(codec, work)
+                self._decode(work)
             elif not isinstance(work, Wait):
                 break
 
@@ -194,26 +193,15 @@ class Loader:
         self.deliver()
         return work
 
-    def _codec(self) -> Codec | None:
-        """What decodes; None where its side information cannot be had: all is recomputed then."""
-        for source in self.fetcher.sources:
-            try:
-                codec = source.codec()
-                self.profile = source.open().profile()
-                return codec
-            except (ArtifactError, StoreError) as error:  # noqa: PERF203
-                with self.fetcher.changed:
-                    self._failed(source.place, error, None)
-                    self.fetcher.error = error
-        with self.fetcher.changed:
-            for chunk in self.schedule.chunks:
-                self.schedule.unobtainable(chunk.index, 0)
-        return None
+    def _prepare(self, source: Source) -> None:
+        """What decodes; called by a thread of the fetcher."""
+        self._codec, self.profile = source.decoder()
 
-    def _decode(self, codec: Codec, work: Decode) -> None:
+    def _decode(self, work: Decode) -> None:
         span, start = self.spans[work.chunk], time.perf_counter()
         with self.fetcher.changed:
-            if self.stopped:  # by another thread, which took the parts away
+            codec = self._codec
+            if self.stopped or codec is None:  # by another thread, which took the parts away
                 return
             parts = [self._parts[work.chunk, part] for part in range(work.level)]
         try:
@@ -260,11 +248,11 @@ class Loader:
 
     # What others tell, with `changed` held.
 
-    def _arrived(self, part: Part, data: bytes, wire: bool) -> None:
+    def _arrived(self, part: Part, data: bytes, wire: bool, seconds: float) -> None:
         chunk = self.schedule.chunks[part[0]]
         if not chunk.text and not self.stopped:
             self._parts[part] = data
-        self.tally.arrived(part, len(data), wire, self.fetcher.transfer_seconds(part))
+        self.tally.arrived(part, len(data), wire, seconds)
         self.tell(ChunkFetched, part[0], part[1], len(data), wire, self.bandwidth.rate())
 
     def _failed(self, place: str, error: Exception, part: Part | None) -> None:
@@ -316,5 +304,5 @@ class Loader:
         with self.fetcher.changed:
             return self.tally.report(
                 self.artifact, self.schedule, self._speed, self.options.slo, self.bandwidth.rate(),
-                [source.place for source in self.fetcher.sources], finished=finished,
+                self._places, finished=finished,
             )  # fmt: skip

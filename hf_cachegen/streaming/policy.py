@@ -169,14 +169,15 @@ class Adaptive:
 
     def _unmeasured(self, costs: Costs, left: float) -> Plan:
         """Before the first sample: the base first. If recomputing all would just fit, it begins at once, since later
-        it would not.
+        it would not; and where it is too late for anything, it begins too, rather than wait.
         """
         if left == math.inf:
             return _whole(costs)
         middle = (costs.levels + 1) // 2
         whole = costs.recompute()
-        if self.text and whole <= left <= whole * HEDGE and whole < math.inf:
-            return Plan(middle, 1, 1, whole, "no throughput yet; recomputing all just fits, so it begins", True)
+        if self.text and whole < math.inf and (left <= 0 or whole <= left <= whole * HEDGE):
+            why = "it is too late to wait" if left <= 0 else "recomputing all just fits, so it begins"
+            return Plan(middle, 1, 1, whole, f"no throughput yet; {why}", True)
         return Plan(middle, 1 if self.refines else middle, 0, math.nan, UNMEASURED, True)
 
 

@@ -3,9 +3,13 @@
 A loader asks `next_run` for what to fetch and `next_work` for what the calling thread shall do, and says what came of
 it; times come from outside, so tests drive it with a clock of their own.
 
+Before what decoding takes is there, nothing is known of how long decoding will take to come: as before the first sample
+of the throughput, bases are fetched, and recomputing begins where it would be too late afterwards.
+
 Two passes. The first brings every chunk that is not recomputed to the plan's sure level, from the back of the context
 to its front. The second, where the policy refines, brings one finer level after the other in `refinement_order`, as
-long as the bytes and their decoding fit the time left.
+long as the bytes and their decoding fit the time left. Then a chunk whose finer parts nobody has is recomputed, if that
+fits.
 """
 
 from __future__ import annotations
@@ -110,12 +114,13 @@ class Schedule:
         self.chunks, self.policy, self.deadline, self.refine = list(chunks), policy, deadline, refine
         self.recompute_seconds, self.can_recompute = recompute_seconds, can_recompute
         self.levels = len(self.chunks[0].sizes)
-        self.generating = False
+        self.generating, self.decodable = False, False
         self.decisions: list[tuple[Chunk, str]] = []
         self._decode_per_token = 0.0
         self._order = refinement_order(len(self.chunks))
         self._version, self._planned = 0, (-1, -math.inf)
         self._plan: Plan | None = None
+        self._aim = 1
 
     # What happened.
 
@@ -136,11 +141,22 @@ class Schedule:
         found.best = min(found.best, part)
         self._version += 1
 
+    def prepared(self) -> None:
+        """What decoding takes is here."""
+        self.decodable = True
+        self._version += 1
+
+    def undecodable(self) -> None:
+        """What decoding takes cannot be had."""
+        for chunk in self.chunks:
+            chunk.best = 0
+        self._version += 1
+
     def cut_off(self) -> None:
         """No source is left: what is here is all that there will be."""
         for chunk in self.chunks:
             chunk.asked.clear()
-            chunk.best = min(chunk.best, chunk.have)
+            chunk.best = min(chunk.best, chunk.have if self.decodable else 0)
         self._version += 1
 
     def placed(self, chunk: int, level: int, seconds: float) -> None:
@@ -188,11 +204,14 @@ class Schedule:
             return None
         lost = sum(self._recompute(chunk) for chunk in self.chunks if not chunk.placed and not chunk.best)
         missing = tuple(self._missing(chunk) for chunk in chunks)
-        if rate is None and not any(chunk.wire_bytes[-1] for chunk in missing):
+        if not self.decodable:
+            rate = None
+        elif rate is None and not any(chunk.wire_bytes[-1] for chunk in missing):
             rate = math.inf  # all is on this disk
         left = self.left(now)
         outlook = Outlook(left if left == math.inf else left - lost, rate, missing)
         plan = self.policy.plan(outlook)
+        self._aim = plan.level
         if not self.refines:
             return replace(plan, sure=plan.level)
         if self.deadline is None and self.refine == "while_generating":
@@ -213,7 +232,7 @@ class Schedule:
     def next_work(self, now: float, rate: float | None) -> Work:
         """What the thread that decodes shall do."""
         plan = self.plan(now, rate)
-        for chunk in reversed(self.chunks):
+        for chunk in reversed(self.chunks) if self.decodable else ():
             if not chunk.placed and chunk.have and plan and chunk.have >= min(plan.sure, chunk.best):
                 return Decode(chunk.index, chunk.have)
         first = next((chunk for chunk in self.chunks if not chunk.placed), None)
@@ -225,6 +244,13 @@ class Schedule:
                 self._decide(first, "text", plan.why, rate)
                 return Recompute(first.index)
             return Wait()
+        finer = self._finer(now, rate)
+        if isinstance(finer, Decode) or self.generating:
+            return finer
+        return self._mended(now, rate) or finer
+
+    def _finer(self, now: float, rate: float | None) -> Work:
+        """What to do once all chunks are in place."""
         if not self.generating and (not self.refines or self.left(now) <= 0 or self._enough()):
             return Finished()
         for index in self._order:
@@ -233,6 +259,17 @@ class Schedule:
                 return Decode(index, chunk.have)
         under_way = any(chunk.asked for chunk in self.chunks)
         return Wait() if under_way or self._refinement(now, rate, 0) else Finished()
+
+    def _mended(self, now: float, rate: float | None) -> Work | None:
+        """Recomputing a chunk that stays coarser than it was meant to be, since nobody has its finer parts."""
+        if not self.can_recompute or self._enough():
+            return None
+        for chunk in self.chunks:
+            lacking = not chunk.text and chunk.level >= chunk.best and chunk.best < self._aim
+            if lacking and self.recompute_seconds(chunk) <= self.left(now):
+                self._decide(chunk, "text", f"no source has it finer than level {chunk.best}", rate)
+                return Recompute(chunk.index)
+        return None
 
     def _enough(self) -> bool:
         """Without an SLO a call returns with the first pass where the rest comes later."""

@@ -1,15 +1,20 @@
-"""Where a stream's bytes come from: an opened artifact whose transfers are counted, bundled and can be given up.
+"""Where a stream's bytes come from: an opened artifact whose transfers are counted, cut into ranges of any size, and
+can be given up.
 
 All checks stay where they are: segments are read through the artifact's own stores, which verify them. What is added
 sits below those, between a remote store and its files: a `Wire`. It tells a `Bandwidth` of every piece that arrives,
-ends a request under way when the stream is given up, and fetches a run of segments that lie side by side as one range,
-from which the reads above are then served.
+ends a request under way when the stream is given up, and holds ranges that were fetched ahead, each over a connection
+of its own, from which the reads above are then served: many small segments in one request, or a large one in many.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,16 +22,31 @@ from hf_cachegen.artifact import Artifact
 from hf_cachegen.codec.chunk import Codec
 from hf_cachegen.container import BASE_FILE, Segment, Store
 from hf_cachegen.encoding import SIDE
-from hf_cachegen.errors import ManifestError
+from hf_cachegen.errors import ArtifactNotFoundError, ManifestError, RangeError
+from hf_cachegen.profile import Profile
 from hf_cachegen.stores import LocalStore, RemoteStore
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.remote import Files
 from hf_cachegen.stores.sealed import SealedStore
 from hf_cachegen.streaming.bandwidth import Bandwidth
+from hf_cachegen.streaming.link import Link, Share
 
 
 class GivenUp(Exception):
     """Ends a request that nobody waits for any more; no user sees it."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes [offset, offset + length) of a file."""
+
+    file: str
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
 
 
 class Wire:
@@ -34,44 +54,49 @@ class Wire:
 
     def __init__(self, files: Files, meters: Sequence[Bandwidth], given_up: Callable[[], bool]) -> None:
         self._files, self._meters, self._given_up = files, meters, given_up
-        self._held: dict[tuple[str, int], bytes] = {}
+        self._held: dict[Range, bytes] = {}
         self._heads: dict[str, int] = {}
+        self._request = threading.local()
         self._pieces = hasattr(files, "progress")
         if self._pieces:
             files.progress = self._arrived  # type: ignore[attr-defined]
 
     def open(self, name: str) -> tuple[int, bytes]:
-        """As that of the files. What is held of the file goes: who opens it once more was given wrong bytes."""
-        for held in list(self._held):
-            if held[0] == name:
-                self.release(held)
-        size, head = self._counted(lambda: self._files.open(name), lambda found: len(found[1]))
-        self._heads[name] = len(head)
-        return size, head
+        """As that of the files. Who opens a file once more was given wrong bytes: what is held of it goes."""
+        if name in self._heads:
+            self.release([held for held in list(self._held) if held.file == name])
+        found: tuple[int, bytes] = self._counted(lambda: self._files.open(name), lambda found: len(found[1]))
+        self._heads[name] = len(found[1])
+        return found
+
+    def came(self, segment: Segment) -> bool:
+        """Whether a segment came with opening its file."""
+        return segment.offset + segment.length <= self._heads.get(segment.file, 0)
 
     def mark(self, name: str) -> str:
         """As that of the files."""
         return self._files.mark(name)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """As that of the files; from a run that is held, where the range lies in one."""
-        for (file, start), data in list(self._held.items()):
-            if file == name and start <= offset and offset + length <= start + len(data):
-                return data[offset - start : offset - start + length]
-        return self._counted(lambda: self._files.read(name, offset, length), len)
+        """As that of the files; from what is held, where that is all of it."""
+        wanted, found, end = Range(name, offset, length), [], offset
+        for held in sorted((held for held in list(self._held) if held.file == name), key=lambda held: held.offset):
+            data = self._held.get(held)
+            if data is not None and held.offset <= end < held.end and end < wanted.end:
+                found.append(memoryview(data)[end - held.offset : wanted.end - held.offset])
+                end = held.end
+        if length and end >= wanted.end:
+            return b"".join(found)
+        data = self._counted(lambda: self._files.read(name, offset, length), len)
+        return bytes(data)
 
-    def hold(self, name: str, offset: int, length: int) -> tuple[str, int] | None:
-        """Fetches a range for the reads to come, as far as it did not come with opening; `release` lets it go."""
-        skip = max(0, self._heads.get(name, 0) - offset)
-        if skip >= length:
-            return None
-        data = self._counted(lambda: self._files.read(name, offset + skip, length - skip), len)
-        self._held[name, offset + skip] = data
-        return name, offset + skip
+    def hold(self, wanted: Range) -> None:
+        """Fetches a range for the reads to come; `release` lets it go."""
+        self._held[wanted] = self._counted(lambda: self._files.read(wanted.file, wanted.offset, wanted.length), len)
 
-    def release(self, held: tuple[str, int] | None) -> None:
+    def release(self, ranges: Iterable[Range]) -> None:
         """What is held is not needed any more."""
-        if held is not None:
+        for held in ranges:
             self._held.pop(held, None)
 
     def _counted(self, fetch: Callable[[], Any], size: Callable[[Any], int]) -> Any:
@@ -79,6 +104,7 @@ class Wire:
             raise GivenUp
         for meter in self._meters:
             meter.began()
+        self._request.began = time.monotonic()
         try:
             found = fetch()
             if not self._pieces:
@@ -91,27 +117,33 @@ class Wire:
     def _arrived(self, count: int) -> None:
         if self._given_up():
             raise GivenUp
+        began, self._request.began = self._request.began, None
         for meter in self._meters:
+            if began is not None:
+                meter.answered(time.monotonic() - began)
             meter.add(count)
 
 
 class Source:
     """One place with the artifact. Threads may share it.
 
-    open_artifact: gives the artifact, opened; called once, by the first that needs it. same: the artifact that it must
-    be equal to, for a fallback. meters, given_up: as for `Wire`.
+    open_artifact: gives the artifact, opened; called once, by the first that needs it. link: over which it comes.
+    bandwidth: of the stream. given_up: as for `Wire`. same: the artifact that it must be equal to, for a fallback.
     """
 
     def __init__(
         self,
         place: str,
         open_artifact: Callable[[], Artifact],
-        meters: Sequence[Bandwidth],
+        link: Link,
+        bandwidth: Bandwidth,
         given_up: Callable[[], bool],
         same: Artifact | None = None,
     ) -> None:
-        self.place, self._open_artifact, self._meters, self._given_up = place, open_artifact, meters, given_up
-        self._same = same
+        self.place, self._open_artifact, self._given_up, self._same = place, open_artifact, given_up, same
+        self._link, self._meters = link, (bandwidth, link.bandwidth)
+        self._using, self._closed = ExitStack(), False
+        self._share: Share | None = None
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         self._artifact: Artifact | None = None
@@ -129,8 +161,25 @@ class Source:
                 if self._same is not None and found.manifest.files != self._same.manifest.files:
                     raise ManifestError(f"{self.place} holds another artifact than {self._same.store}")
                 self._attach(found)
+                if not self._closed:
+                    self._share = self._using.enter_context(self._link.stream())
                 self._artifact = found
             return self._artifact
+
+    def close(self) -> None:
+        """The link is left to others."""
+        with self._lock:
+            self._closed = True
+            self._using.close()
+
+    @property
+    def expected(self) -> float | None:
+        """Bytes a second that the link gave to others before, once opened; None where nothing is known."""
+        return None if self._share is None else self._share.expected
+
+    def turn(self, given_up: Callable[[], bool]) -> AbstractContextManager[bool]:
+        """Waits for the turn of one request on the link; False where `given_up` became true before."""
+        return nullcontext(True) if self._share is None else self._share.turn(given_up)
 
     def _attach(self, artifact: Artifact) -> None:
         """Puts a wire below an artifact's stores, if they are remote."""
@@ -141,11 +190,13 @@ class Source:
             self._wire = Wire(inner.files, self._meters, self._given_up)
             inner.files = self._wire
 
-    def codec(self) -> Codec:
-        """What decodes the artifact's chunks. Raises ArtifactError, StoreError, ProfileError."""
+    def decoder(self) -> tuple[Codec, Profile | None]:
+        """What decodes the artifact's chunks, and the profile that it takes. Raises ArtifactError, StoreError,
+        ProfileError.
+        """
         artifact = self.open()
         self._open_file(artifact, artifact.manifest.segment(BASE_FILE, SIDE))
-        return artifact.codec()
+        return artifact.codec(), artifact.profile()
 
     def here(self, segment: Segment) -> bool:
         """Whether a segment is on this disk (as far as one can tell without reading it)."""
@@ -159,24 +210,38 @@ class Source:
             for store in self._stores
         )
 
-    def fetch(self, segments: Sequence[Segment]) -> Iterator[bytes]:
-        """The bytes of segments that lie side by side in one file, each verified, one after the other.
-
-        Raises ArtifactError and StoreError; GivenUp.
+    def ranges(self, segments: Sequence[Segment], most: float) -> list[Range]:
+        """What to `hold` before these segments, which lie side by side in one file, are read: ranges of about `most`
+        bytes. None where nothing has to come from afar, or where reading does not go by the segments' ranges.
         """
+        if self._wire is None or not self._bundles:
+            return []
+        far = [segment for segment in segments if not self.here(segment) and not self._wire.came(segment)]
+        if not far or any(a.offset + a.length != b.offset for a, b in pairwise(far)):
+            return []
+        start, end = far[0].offset, far[-1].offset + far[-1].length
+        count = max(1, math.ceil((end - start) / most))
+        cuts = [start + (end - start) * number // count for number in range(count + 1)]
+        return [Range(far[0].file, first, last - first) for first, last in pairwise(cuts) if first < last]
+
+    def hold(self, wanted: Range) -> None:
+        """Fetches a range for the reads to come. Raises StoreError; GivenUp."""
+        # Where it cannot be had, reading says why.
+        with suppress(RangeError, ArtifactNotFoundError):
+            if self._wire is not None:
+                self._wire.hold(wanted)
+
+    def release(self, ranges: Iterable[Range]) -> None:
+        """What is held is not needed any more."""
+        if self._wire is not None:
+            self._wire.release(ranges)
+
+    def read(self, segments: Sequence[Segment]) -> Iterator[bytes]:
+        """The bytes of segments, each verified, one after the other. Raises ArtifactError and StoreError; GivenUp."""
         artifact = self.open()
         self._open_file(artifact, segments[0])
-        far, held = [segment for segment in segments if not self.here(segment)], None
-        side_by_side = all(a.offset + a.length == b.offset for a, b in pairwise(far))
-        try:
-            if self._wire is not None and self._bundles and len(far) > 1 and side_by_side:
-                length = far[-1].offset + far[-1].length - far[0].offset
-                held = self._wire.hold(far[0].file, far[0].offset, length)
-            for segment in segments:
-                yield artifact.reader.read(segment)
-        finally:
-            if self._wire is not None:
-                self._wire.release(held)
+        for segment in segments:
+            yield artifact.reader.read(segment)
 
     def _open_file(self, artifact: Artifact, segment: Segment) -> None:
         """Several threads shall not each ask for the head of a file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from hf_cachegen.artifact import Artifact
 from hf_cachegen.container import Limits
 from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError
 from hf_cachegen.finding import ProfileLike
+from hf_cachegen.fingerprint import Identity
 from hf_cachegen.layout import KVTensors
 from hf_cachegen.opening import OpenContext, open_context
-from hf_cachegen.prefix import match
+from hf_cachegen.prefix import match, tokens_of
 from hf_cachegen.stores import Access, Patience, open_store
 from hf_cachegen.streaming.events import ContextReady, SourceFailed, StreamFinished
 from hf_cachegen.streaming.fetching import abandoned
@@ -50,9 +52,15 @@ def stream_context(
     """The arguments are those of `CacheGenCache.stream`, and so are the errors."""
     loader = Loader(model, options, time.monotonic())
     places = _places(path, options, access)
-    with ExitStack() as ending, ExitStack() as resources:
+    with ExitStack() as ending, ExitStack() as resources, ThreadPoolExecutor(1, "hf_cachegen-model") as aside:
         ending.callback(loader.close, END_SECONDS)
-        check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer)
+        # Read from many weights, while the manifest is on its way and no other thread wants the interpreter.
+        identity = aside.submit(Identity.of, model)
+        likely = () if options.prompt is None else tokens_of(*options.prompt)
+        check = partial(
+            open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, identity=identity.result,
+            likely=likely,
+        )  # fmt: skip
         found = _open(loader, resources, places, limits, check)
         loader.opened(found, _question(found, options))
         kv = loader.run(model)
@@ -87,10 +95,9 @@ def _open(
     failed: Exception | None = None
     for number, (place, access) in enumerate(places):
         try:
-            link = loader.options.link or Link.to(_host(place))
             store = open_store(place, access, limits)
             in_turn = [*places[number:], *places[:number]]
-            found: OpenContext = check(store, on_manifest=partial(_begin, loader, resources, link, in_turn, limits))
+            found: OpenContext = check(store, on_manifest=partial(_begin, loader, resources, in_turn, limits))
             return found
         except (ArtifactError, StoreError) as error:  # noqa: PERF203
             failed = failed or error
@@ -101,20 +108,24 @@ def _open(
 
 
 def _begin(
-    loader: Loader, resources: ExitStack, link: Link, places: Sequence[tuple[Place, Access]], limits: Limits | None,
+    loader: Loader,
+    resources: ExitStack,
+    places: Sequence[tuple[Place, Access]],
+    limits: Limits | None,
     artifact: Artifact,
-) -> None:  # fmt: skip
+) -> None:
     loader.close()  # an earlier place, which failed in between
-    share = resources.enter_context(link.stream())
-    meters = (loader.bandwidth, link.bandwidth)
 
     def elsewhere(place: Place, access: Access) -> Artifact:
         return Artifact(open_store(place, access, limits), limits)
 
-    sources = [Source(str(places[0][0]), lambda: artifact, meters, abandoned)]
-    for place, access in places[1:]:
-        sources.append(Source(str(place), partial(elsewhere, place, access), meters, abandoned, artifact))
-    loader.begin(artifact, sources, share)
+    sources = []
+    for number, (place, access) in enumerate(places):
+        link = loader.options.link or Link.to(_host(place))
+        get, same = (partial(elsewhere, place, access), artifact) if number else (lambda: artifact, None)
+        sources.append(Source(str(place), get, link, loader.bandwidth, abandoned, same))
+        resources.callback(sources[-1].close)
+    loader.begin(artifact, sources)
 
 
 def _host(place: Place) -> str:
