@@ -83,8 +83,9 @@ class Assignment:
 
     def __init__(self, book: Codebook, entries: Tensor):
         self.book, self.entries = book, entries
-        live = entries.nonzero().flatten()
-        self.live, self.dead = live.int(), (entries == 0).nonzero().flatten().int()
+        # By numpy: torch's threads, whatever the size, would spin for milliseconds where the coder's are to run.
+        live, dead = (torch.from_numpy(np.flatnonzero(which)) for which in (entries.numpy(), entries.numpy() == 0))
+        self.live, self.dead = live.int(), dead.int()
         self.table_ids = book.table_ids(entries[live])
         self._elsewhere: dict[torch.device, tuple[Tensor, ...]] = {}
         self._bounds: dict[torch.device, tuple[Tensor, Tensor] | None] = {}
@@ -183,7 +184,7 @@ class Coded:
     def wide(self) -> Wide:
         """The exceptions that are no index of their tables."""
         which = (self.indices < 0) | (self.indices >= self.columns.book.tables.frequencies.shape[1])
-        return Wide(self.positions[which], self.indices[which])
+        return Wide(self.positions[which], self.indices[which]) if bool(which.any()) else NONE_WIDE
 
     def decode(self, contexts: Tensor | None = None, *, coder: str) -> Tensor:
         """uint8 [tokens, columns], on the CPU; an index that no byte holds becomes the nearest that one does.
