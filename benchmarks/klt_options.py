@@ -6,28 +6,27 @@
 Each variant changes one option of `learn_profile` or of the encoder, or does in its place what the encoder does not.
 Bits are read off the variant's curve at the target divergence, by task and on average; the last column is the ratio to
 the default. On the reference model "left out" rows learn from the two other tasks, and are measured on the one that was
-left out. Another model is measured on a text of which it sees one part as samples and another as tests.
+left out. Another model is measured on a text of which it sees one part as samples and another as tests. Results are
+written after each option; what the file of results has is not measured again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import klt_codebooks, klt_tokens, klt_variants
+from benchmarks.klt_variants import BASE, Bench, Coder, with_config
 from benchmarks.rate_distortion import (
-    KV,
-    Point,
+    Curve,
     Test,
     as_released,
     bits_at,
@@ -36,19 +35,12 @@ from benchmarks.rate_distortion import (
     curves,
     learnt,
     learnt_pca,
-    levels_of,
     test_of,
 )
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
-from hf_cachegen import CacheGenConfig, Profile
-from hf_cachegen.calibration import Sample, learning, moments
-from hf_cachegen.codec import fit
-from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.codec.tables import Codebook, shipped_codebooks
+from hf_cachegen.calibration import Sample
 
-BASE = CacheGenConfig(transform="klt", measure=False)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "default": {},
     "floor 0.1": {"floor": 0.1},
     "floor 1": {"floor": 1.0},
     "floor 2": {"floor": 2.0},
@@ -66,117 +58,8 @@ ENCODER: dict[str, dict[str, Any]] = {
     "chunks of 256 tokens": {"chunk_tokens": 256},
     "chunks of 1024 tokens": {"chunk_tokens": 1024},
 }
-DEAD_ZONES = (0.05, 0.1)
-"""Parts of the finest step by which a coefficient is moved towards zero before it is rounded."""
-LAMBDAS = (0.05, 0.1)
-"""Of rate-distortion optimised rounding: squared steps a bit is worth; at a high rate 0.115."""
-TABLES = (16, 32, 64)
-"""Entries of a codebook that is a part of the shipped one."""
-
-Coder = Callable[[KV], list[Point]]
-
-
-def with_config(profiles: list[Profile], config: CacheGenConfig = BASE) -> Coder:
-    """The profiles, coded with these options of the encoder."""
-    return lambda kv: [point for profile in profiles for point in levels_of(kv, config, profile)]
-
-
-def within(context: Callable[[], Any], coder: Coder) -> Coder:
-    """The coder, with something in it replaced."""
-
-    def coded(kv: KV) -> list[Point]:
-        with context():
-            return coder(kv)
-
-    return coded
-
-
-@contextmanager
-def heads_apart() -> Iterator[None]:
-    """Learning sees no correlation between heads, and so finds a basis for each."""
-    groups = moments.Moments.groups
-
-    def masked(self: moments.Moments, floor: float) -> Any:
-        kept = self.squares
-        self.squares = []
-        for square, (kind, first, count) in zip(kept, self.places, strict=True):
-            layers = range(first, first + count)
-            mean = torch.cat([self.sums[kind][layer] for layer in layers]) / self.count
-            outer = torch.outer(mean, mean) * self.count
-            blocks = [torch.ones(d, d) for layer in layers for h, d in [self.shapes[kind][layer]] for _ in range(h)]
-            self.squares.append((square - outer) * torch.block_diag(*blocks) + outer)
-        try:
-            return groups(self, floor)
-        finally:
-            self.squares = kept
-
-    with mock.patch.object(moments.Moments, "groups", masked):
-        yield
-
-
-@contextmanager
-def coefficients_changed(change: Callable[[KltCodec, Tensor], Tensor]) -> Iterator[None]:
-    """Coefficients are changed before they are rounded."""
-    checked = KltCodec.checked
-    with mock.patch.object(KltCodec, "checked", lambda self, rows, span: change(self, checked(self, rows, span))):
-        yield
-
-
-def dead_zone(width: float, codec: KltCodec, y: Tensor) -> Tensor:
-    """Coefficients that much of a step nearer to zero."""
-    return y.sign() * (y.abs() - width * codec.inner.steps).clamp_min(0)
-
-
-def optimised(worth: float, codec: KltCodec, y: Tensor) -> Tensor:
-    """The multiple of the step, nearest to y or next to that towards zero, of the least squared error and worth x bits
-    (those of the base and its digits together, estimated from the base's table at the finest step).
-    """
-    x = y / codec.inner.steps
-    near = x.round()
-    less = near - near.sign()
-    scale = 3.0 ** (codec.config.levels - 1)
-    cost = codec.inner.values.cost.float()[codec.entries[0].long()] / 256
-
-    def bits(symbols: Tensor) -> Tensor:  # between the base's symbols, straight
-        coarse = (symbols / scale).clamp(-127, 126)
-        low = coarse.floor()
-        share, index = coarse - low, (low + 128).long().mT
-        return torch.lerp(cost.gather(1, index), cost.gather(1, index + 1), share.mT).mT
-
-    better = (x - less).square() + worth * bits(less) < (x - near).square() + worth * bits(near)
-    return torch.where(better, less, near) * codec.inner.steps
-
-
-@contextmanager
-def fewer_tables(count: int) -> Iterator[None]:
-    """Contexts choose among `count` tables, evenly from the shipped ones."""
-    choose = Codebook.choose
-
-    def some(self: Codebook, histograms: Tensor) -> tuple[Tensor, Tensor]:
-        kept = torch.linspace(1, self.entries - 1, count - 1).round().long()
-        allowed = torch.zeros(self.entries, dtype=torch.bool)
-        allowed[0] = allowed[kept] = True
-        cost = self.cost
-        self.__dict__["cost"] = cost.masked_fill(~allowed[:, None], 1e12)
-        try:
-            return choose(self, histograms)
-        finally:
-            self.__dict__["cost"] = cost
-
-    with mock.patch.object(Codebook, "choose", some):
-        yield
-
-
-def retabled(model: Any, samples: list[Sample], profile: Profile) -> Profile:
-    """The profile's basis and step with tables chosen anew."""
-    values, digits = shipped_codebooks(BASE.prob_bits)
-    counts = fit.Counts(len(profile.base_entries), profile.levels)
-    for context, _ in samples:
-        rows, codec = learning._coded(model, profile, context, BASE)
-        y = codec.basis.coefficients(rows, learning.Span(0, len(rows), len(rows)))
-        counts.add(codec.inner.symbols(y)[0])
-    entries, _ = counts.choose(values, digits)
-    return replace(profile, base_entries=entries[0], refine_entries=entries[1:])
+KEPT_KL = (0.1, 0.02, 0.005, 0.001)
+"""Divergences at which fewer components are compared."""
 
 
 def pieces(tokenizer: Any, text: str, samples: int, tests: int, tokens: int) -> tuple[list[Sample], list[Test]]:
@@ -219,72 +102,88 @@ def main(
     else:
         mixed, some = pieces(tokenizer, text.read_text(encoding="utf-8"), samples, contexts, tokens)
         tests = {text.stem: some}
-    learners: dict[str, Callable[[], Coder]] = {
-        name: lambda options=options: with_config(learnt(model, mixed, **options))  # type: ignore[misc]
-        for name, options in OPTIONS.items()
-    }
-    default: list[Profile] = []
-
-    def usual() -> list[Profile]:
-        default[:] = default or learnt(model, mixed)
-        return default
-
-    learners["default"] = lambda: with_config(usual())
+    bench = Bench(model, mixed, tests)
+    coders: dict[str, Callable[[], Coder]] = {"default": lambda: with_config(bench.profiles)}
+    for name, options in OPTIONS.items():
+        coders[name] = lambda options=options: with_config(learnt(model, mixed, **options))  # type: ignore[misc]
     for name, options in ENCODER.items():
-        learners[name] = lambda options=options: with_config(usual(), replace(BASE, **options))  # type: ignore[misc]
-    for width in DEAD_ZONES:
-        change = partial(coefficients_changed, partial(dead_zone, width))
-        learners[f"dead zone {width}"] = lambda change=change: within(change, with_config(usual()))  # type: ignore[misc]
-    for worth in LAMBDAS:
-        change = partial(coefficients_changed, partial(optimised, worth))
-        learners[f"optimised rounding {worth}"] = lambda change=change: within(  # type: ignore[misc]
-            change, with_config(usual())
-        )
-
-    def apart() -> Coder:
-        with heads_apart():
-            return with_config(learnt(model, mixed))
-
-    def few(count: int) -> Coder:
-        with fewer_tables(count):
-            profiles = [retabled(model, mixed, profile) for profile in usual()]
-        return within(partial(fewer_tables, count), with_config(profiles))
-
-    learners["a basis for each head"] = apart
-    learners |= {name: partial(by_steps, name) for name in ("identity", "delta")}
-    learners |= {"uniform": lambda: by_bits, "CacheGen as released": lambda: as_released}
-    learners["PCA per layer"] = lambda: with_config(learnt_pca(model, mixed))
-    for count in TABLES:
-        learners[f"{count} tables"] = partial(few, count)
+        config = replace(BASE, **options)
+        coders[name] = lambda config=config: with_config(bench.profiles, config)  # type: ignore[misc]
+    coders |= klt_variants.variants(bench)
+    coders["PCA per layer"] = lambda: with_config(learnt_pca(model, mixed))
+    coders |= {name: partial(by_steps, name) for name in ("identity", "delta")}
+    coders |= {"uniform": lambda: by_bits, "CacheGen as released": lambda: as_released}
+    coders |= klt_tokens.variants(bench)
     if text is None:
         for task in TASKS:
             rest = mix(tuple(other for other in TASKS if other != task))
-            learners[f"{task} left out"] = lambda rest=rest: with_config(learnt(model, rest))  # type: ignore[misc]
-            learners[f"{task} left out, PCA per layer"] = lambda rest=rest: with_config(  # type: ignore[misc]
+            coders[f"{task} left out"] = lambda rest=rest: with_config(learnt(model, rest))  # type: ignore[misc]
+            coders[f"{task} left out, PCA per layer"] = lambda rest=rest: with_config(  # type: ignore[misc]
                 learnt_pca(model, rest)
             )
-    wanted = [name for name in learners if not only or name == "default" or name in only]
-    rows: dict[str, dict[str, float]] = {}
-    for name in wanted:
+
+    def coded(name: str, coder: Callable[[], Coder]) -> Curve:
         shown = {name.split()[0]: tests[name.split()[0]]} if "left out" in name else tests
-        curve = curves(model, {name: learners[name]()}, shown)[name]
-        rows[name] = {task: bits_at(points, kl) for task, points in curve.items()}
-        print(name, rows[name], flush=True)
-    write(out, rows, list(tests), kl)
+        return curves(model, {name: coder()}, shown)[name]
+
+    of = {"model": str(path or MODEL_PATH.name), "contexts": contexts, "tokens": tokens, "samples": samples}
+    found = Results(out, kl, list(tests), of)
+    measured: dict[str, Callable[[], Curve]] = {name: partial(coded, name, coder) for name, coder in coders.items()}
+    books = klt_codebooks.Codebooks(bench)
+    for name in klt_codebooks.NAMES:
+        measured[name] = lambda name=name: books.curve(name, found.curves["default"])  # type: ignore[misc]
+    for name in klt_variants.KEPT:
+        measured[name] = lambda name=name: coded(name, lambda: with_config(bench.kept(name)))  # type: ignore[misc]
+    for name, curve in measured.items():
+        if name not in found.curves and (not only or name == "default" or name in only):
+            found.curves[name] = {
+                task: [[round(bits, 5), round(nats, 7)] for bits, nats, *_ in points]
+                for task, points in curve().items()
+            }
+            print(name, {task: bits_at(points, kl) for task, points in found.curves[name].items()}, flush=True)
+            found.write()
+    if fewer := [name for name in klt_variants.KEPT if name in found.curves and name not in found.prices]:
+        found.prices |= klt_variants.prices(bench, fewer)
+        found.write()
 
 
-def write(out: Path, rows: dict[str, dict[str, float]], tasks: list[str], kl: float) -> None:
-    """The table, and the numbers as JSON."""
-    lines = [f"| option | {' | '.join(tasks)} | mean | to default |", "|---" * (len(tasks) + 3) + "|"]
-    for name, bits in rows.items():
-        cells = " | ".join(f"{bits[task]:.3f}" if task in bits else "" for task in tasks)
-        usual = sum(rows["default"][task] for task in bits)
-        lines.append(f"| {name} | {cells} | {sum(bits.values()) / len(bits):.3f} | {sum(bits.values()) / usual:.2f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(text)
-    out.with_suffix(".json").write_text(json.dumps({"kl": kl, "bits": rows}, indent=1) + "\n")
+class Results:
+    """Curves by option and task, [bits per element, KL] each point, and what fewer components cost; in two files, of
+    which the JSON is read again. of: what they were measured on. Raises UsageError for a file of something else.
+    """
+
+    def __init__(self, out: Path, kl: float, tasks: list[str], of: dict[str, Any]):
+        self.out, self.kl, self.tasks, self.of = out, kl, tasks, of
+        known = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").exists() else {"of": of}
+        if known.get("of") != of:
+            raise click.UsageError(f"{out}.json was measured on {known.get('of')}, not on {of}: remove it")
+        self.curves: dict[str, Curve] = known.get("curves", {})
+        self.prices: dict[str, list[float]] = known.get("prices", {})
+
+    def write(self) -> None:
+        rows = {
+            name: {task: bits_at(points, self.kl) for task, points in curve.items()}
+            for name, curve in self.curves.items()
+            if name not in klt_variants.KEPT
+        }
+        lines = [f"| option | {' | '.join(self.tasks)} | mean | to default |", "|---" * (len(self.tasks) + 3) + "|"]
+        for name, bits in rows.items():
+            cells = " | ".join(f"{bits[task]:.3f}" if task in bits else "" for task in self.tasks)
+            usual = sum(rows["default"][task] for task in bits)
+            mean = sum(bits.values()) / len(bits)
+            lines.append(f"| {name} | {cells} | {mean:.3f} | {sum(bits.values()) / usual:.3f} |")
+        lines += ["", "Bits per element, means over the tasks, with so many components of each group:", ""]
+        lines.append(f"| components | of all | {' | '.join(f'KL {kl}' for kl in KEPT_KL)} | profile, MB | decoding |")
+        lines.append("|---" * (len(KEPT_KL) + 4) + "|")
+        for name, (share, size, time) in self.prices.items():
+            curve = self.curves[name]
+            means = [sum(bits_at(points, kl) for points in curve.values()) / len(curve) for kl in KEPT_KL]
+            cells = " | ".join("-" if mean != mean else f"{mean:.3f}" for mean in means)
+            lines.append(f"| {name} | {share:.0%} | {cells} | {size / 1e6:.2f} | {time:.2f} |")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        known = {"of": self.of, "kl": self.kl, "curves": self.curves, "prices": self.prices}
+        self.out.with_suffix(".json").write_text(json.dumps(known) + "\n")
 
 
 if __name__ == "__main__":

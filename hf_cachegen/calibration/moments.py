@@ -5,7 +5,7 @@ Everything is added up in float64 and kept on the CPU; products are taken where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,31 +64,18 @@ class Moments:
         kind, first, count = place
         return sum(h * d for h, d in self.shapes[kind][first : first + count])
 
-    def _frame(self, x: Tensor, kind: int) -> Tensor:
-        """[1, heads, tokens, dim] to float32 [tokens, heads, dim], keys with their rotation undone."""
-        rows = x[0].detach().float().transpose(0, 1)
-        return self.rotary.apply(rows, torch.arange(len(rows), device=rows.device), -1) if kind == 0 else rows
-
     def _add(self, model: PreTrainedModel, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
         keys, values, _ = prefill(model, context)
         sides = (keys, values)
         self.count += context.shape[1]
         for square, (kind, first, count) in zip(self.squares, self.places, strict=True):
             layers = range(first, first + count)
-            framed = [self._frame(sides[kind][layer], kind).flatten(1) for layer in layers]
+            framed = [in_frame(sides[kind][layer], kind, self.rotary).flatten(1) for layer in layers]
             for layer, x in zip(layers, framed, strict=True):
                 self.sums[kind][layer] += x.cpu().sum(0, dtype=torch.float64)
             rows = torch.cat([x.to(framed[0].device) for x in framed], 1)
             square += (rows.mT @ rows).cpu().double()
-        leaves = [[x.detach().requires_grad_() for x in side] for side in sides]
-        with torch.enable_grad():
-            logits = continuation_logits(model, leaves[0], leaves[1], continuation)
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]
-            loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, leaves[0] + leaves[1])
-        for index, gradient in enumerate(gradients):
-            kind, layer = divmod(index, len(keys))
-            g = self._frame(gradient, kind) * (self.rotary.scaling**2 if kind == 0 else 1.0)
+        for kind, layer, g in gradients(model, keys, values, continuation, self.rotary, draws):
             self.fisher[kind][layer] += torch.einsum("thd,the->hde", g, g).cpu().double() / (
                 len(g) * continuation.shape[1]
             )
@@ -123,6 +110,30 @@ class Moments:
             synthesis = (basis.flip(1).mT @ inverse).half().float()  # as the file will have it
             found.append(Group(kind, first, count, sensitivity.float(), synthesis))
         return tuple(found)
+
+
+def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:
+    """K (kind 0) or V (1) of a layer, [1, heads, tokens, dim], as float32 [tokens, heads, dim], the rotation undone."""
+    rows = x[0].detach().float().transpose(0, 1)
+    return rotary.apply(rows, torch.arange(len(rows), device=rows.device), -1) if kind == 0 else rows
+
+
+def gradients(
+    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], continuation: Tensor, rotary: Rotary,
+    draws: torch.Generator,
+) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
+    """(kind, layer, gradient float32 [tokens, heads, dim] in the frame of the bases) of all layers' K, then V: of the
+    log-likelihood of labels that are drawn from what the model says at each token of the continuation.
+    """
+    leaves = [x.detach().requires_grad_() for x in (*keys, *values)]
+    with torch.enable_grad():
+        logits = continuation_logits(model, leaves[: len(keys)], leaves[len(keys) :], continuation)
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        found = torch.autograd.grad(loss, leaves)
+    for index, gradient in enumerate(found):
+        kind, layer = divmod(index, len(keys))
+        yield kind, layer, in_frame(gradient, kind, rotary) * (rotary.scaling**2 if kind == 0 else 1.0)
 
 
 def _zeros(*shape: int) -> Tensor:
