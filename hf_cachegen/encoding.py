@@ -350,10 +350,13 @@ def decode_chunks(
     return found[::2], found[1::2]
 
 
-def empty_kv(geometry: Geometry, device: torch.device | str | None) -> list[Tensor]:
-    """Room for a cache: layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim] each."""
+def empty_kv(geometry: Geometry, device: torch.device | str | Sequence[torch.device] | None = None) -> list[Tensor]:
+    """Room for a cache: layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim] each. device: one,
+    or that of each layer.
+    """
     dtype, found = getattr(torch, geometry.dtype), []
-    for layer in geometry.layers:
+    places = device if isinstance(device, Sequence) and not isinstance(device, str) else [device] * len(geometry.layers)
+    for layer, device in zip(geometry.layers, places, strict=True):
         for heads, dim in ((layer.heads, layer.k_dim), (layer.v_heads, layer.v_dim)):
             found.append(torch.empty(geometry.batch, heads, geometry.tokens, dim, dtype=dtype, device=device))
     return found

@@ -53,13 +53,15 @@ def open_context(
 ) -> OpenContext:
     """The context of the artifact in `store`: its manifest is held against the model, its tokens against the manifest.
 
-    limits, profile: as for `Artifact`. identity: gives the model's, asked once the manifest is here. likely: token ids
-    that may begin with the context; where they do, the stored ones are not fetched. on_manifest: called when the
-    manifest is checked, before anything else is fetched.
+    limits, profile: as for `Artifact`. identity: gives the model's. likely: token ids that may begin with the context;
+    where they do, the stored ones are not fetched. on_manifest: called before anything but the manifest is fetched or
+    checked.
     Raises ArtifactError, StoreError, and MismatchError where it is another model's.
     """
     folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
     artifact = Artifact(store, limits, profile, folder)
+    if on_manifest is not None:
+        on_manifest(artifact)
     if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
         raise ManifestError(
             f"{store} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
@@ -78,8 +80,6 @@ def open_context(
         fingerprint.check(Identity.of(model) if identity is None else identity(), tokenizer)
         require_geometry(model.config, artifact.geometry)
         places = layer_devices(model, len(artifact.geometry.layers))
-    if on_manifest is not None:
-        on_manifest(artifact)
     return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), places)
 
 

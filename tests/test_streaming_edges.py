@@ -149,6 +149,24 @@ def test_wrong_bytes_of_a_bundle_are_fetched_a_second_time() -> None:
     wire.release([Range("data", 100, 50)])
 
 
+@pytest.mark.parametrize("refine", ["off", "before", "while_generating"])
+def test_tensors_go_with_their_cache(url: str, refine: Any) -> None:
+    """At once: until Python looks for cycles there may be many contexts more."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = CacheGenCache.stream(url, shared("llama"), refine=refine)
+        assert cache.refinement is not None
+        cache.refinement.wait(30)
+        cache.refinement.cancel()
+        gone = weakref.ref(cache.kv.keys[0])
+        assert gone() is not None
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_a_cache_does_not_keep_its_model(url: str) -> None:
     model = copy.deepcopy(shared("llama"))
     cache = CacheGenCache.stream(url, model, slo=30.0)

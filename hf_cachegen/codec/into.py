@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,13 +50,16 @@ class Target:
     @classmethod
     def layers(cls, tensors: Sequence[Tensor]) -> Target:
         """tensors [batch, heads, tokens, dim], K and V of each layer in turn: of one dtype, on one device."""
+        offsets: dict[object, np.ndarray] = {}
         found = []
-        for x in tensors:
-            batch, heads, _, dim = (torch.arange(n) * s for n, s in zip(x.shape, x.stride(), strict=True))
-            element = (batch[:, None, None] + heads[:, None] + dim).flatten()
-            address = x.data_ptr() + element * x.element_size()
-            found.append(torch.stack([address, torch.full_like(address, x.stride(2) * x.element_size())], 1))
-        return cls(torch.cat(found).to(tensors[0].device), tensors[0].dtype, tuple(tensors))
+        for x in tensors:  # by numpy: there may be hundreds, and each operation of torch's lets another thread go first
+            shape = x.shape, x.stride()
+            if shape not in offsets:
+                batch, heads, _, dim = (np.arange(n) * s * x.element_size() for n, s in zip(*shape, strict=True))
+                element = (batch[:, None, None] + heads[:, None] + dim).ravel()
+                offsets[shape] = np.stack([element, np.full_like(element, x.stride(2) * x.element_size())], 1)
+            found.append(offsets[shape] + (x.data_ptr(), 0))
+        return cls(torch.from_numpy(np.concatenate(found)).to(tensors[0].device), tensors[0].dtype, tuple(tensors))
 
     @classmethod
     def matrix(cls, rows: Tensor) -> Target:

@@ -35,9 +35,12 @@ shall never wait; but not more than the last, since no plan can change it any mo
 """
 FIRST_WINDOW_BYTES = 1 << 20
 """Under way before anything was measured."""
-LEAST_REQUESTS = 2
-"""Under way in any case: one ends, the next is there."""
-LEAST_REQUEST_BYTES, MOST_REQUEST_BYTES = 1 << 18, 8 << 20
+LEAST_REQUESTS, SECONDS_PER_REQUEST = 2, 2.5e-3
+"""Under way in any case, since one ends and the next is there; and one for so much of a round trip, in which a
+connection grows slowly: a short path is filled by few, and each request costs work.
+"""
+LEAST_REQUEST_BYTES, SHARED_BYTES, MOST_REQUEST_BYTES = 1 << 18, 1 << 20, 8 << 20
+"""Requests are larger than SHARED_BYTES only where all connections have such."""
 PREPARATION: Part = (-1, 0)
 """Stands for what decoding takes, where failures are counted."""
 WAKE_SECONDS = 0.1
@@ -58,13 +61,15 @@ def request_bytes(
     """Bytes that the next request should have, by the throughput, the round trip and the bytes of the requests that are
     under way; None where those are enough.
     """
-    seconds = MOST_WINDOW_SECONDS
+    seconds, few = MOST_WINDOW_SECONDS, connections
     if round_trip is not None:
         seconds = min(seconds, WINDOW_SECONDS + ROUND_TRIPS * round_trip)
+        few = min(few, max(LEAST_REQUESTS, int(round_trip / SECONDS_PER_REQUEST)))
     window = FIRST_WINDOW_BYTES if rate is None else rate * seconds
     if len(under_way) >= LEAST_REQUESTS and sum(under_way) >= window:
         return None
-    return min(MOST_REQUEST_BYTES, max(LEAST_REQUEST_BYTES, window / connections))
+    nbytes = max(min(window / few, SHARED_BYTES), window / connections)
+    return min(MOST_REQUEST_BYTES, max(LEAST_REQUEST_BYTES, nbytes))
 
 
 @dataclass
@@ -130,6 +135,9 @@ class Fetcher:
         """Ends all threads; waits for them up to so many seconds."""
         with self.changed:
             self.closed = True
+            # Who is told holds this, and the context's tensors, which shall go as soon as nobody wants them any more.
+            self._on_arrival = self._on_failure = _nobody
+            self._prepare = None
             self.changed.notify_all()
         end = time.monotonic() + wait
         for thread in self._threads:
@@ -310,3 +318,7 @@ class Fetcher:
         else:
             self.schedule.unobtainable(*part)
         self.changed.notify_all()
+
+
+def _nobody(*_: object) -> None:
+    """Is told what happens after a stream was closed."""

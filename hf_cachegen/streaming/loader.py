@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,8 +102,9 @@ class Loader:
             wire = tuple(0 if first.here(segment) else segment.length for segment in segments)
             chunks.append(Chunk(index, span.first, span.tokens, sizes, wire, artifact.levels))
         self.schedule = Schedule(
-            chunks, policy, self._deadline(), self.options.refine, self._recompute_seconds, can_recompute=not changes
-        )
+            chunks, policy, self._deadline(), self.options.refine, partial(_recompute_seconds, self._speed),
+            can_recompute=not changes,
+        )  # fmt: skip
         self.bandwidth.forget()
         self.bandwidth.expect(first.expected)
         self.fetcher = Fetcher(
@@ -274,10 +276,6 @@ class Loader:
             question = self._speed.seconds(self.artifact.geometry.tokens, self.question_tokens) or 0.0
         return self.began + (1 - RESERVE) * slo - (1 + QUESTION_VARIES) * question
 
-    def _recompute_seconds(self, chunk: Chunk) -> float:
-        seconds = self._speed.seconds(chunk.first, chunk.tokens)
-        return math.inf if seconds is None else seconds
-
     def tell(self, kind: Callable[..., Event], *values: Any) -> None:
         """An event happened; `deliver` tells it."""
         if self.options.on_event is not None:
@@ -306,3 +304,8 @@ class Loader:
                 self.artifact, self.schedule, self._speed, self.options.slo, self.bandwidth.rate(),
                 self._places, finished=finished,
             )  # fmt: skip
+
+
+def _recompute_seconds(speed: PrefillSpeed, chunk: Chunk) -> float:
+    seconds = speed.seconds(chunk.first, chunk.tokens)
+    return math.inf if seconds is None else seconds

@@ -28,9 +28,7 @@ class Placer:
 
     def __init__(self, geometry: Geometry, devices: Sequence[torch.device]) -> None:
         self.geometry = geometry
-        shapes = empty_kv(geometry, "meta")
-        places = [device for device in devices for _ in "kv"]
-        self._tensors = [torch.empty_like(x, device=place) for x, place in zip(shapes, places, strict=True)]
+        self._tensors = empty_kv(geometry, devices)
         self.keys, self.values = self._tensors[::2], self._tensors[1::2]
         self._target = Target.layers(self._tensors) if len(set(devices)) == 1 else None
         self._stream = None

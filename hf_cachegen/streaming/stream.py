@@ -54,7 +54,7 @@ def stream_context(
     places = _places(path, options, access)
     with ExitStack() as ending, ExitStack() as resources, ThreadPoolExecutor(1, "hf_cachegen-model") as aside:
         ending.callback(loader.close, END_SECONDS)
-        # Read from many weights, while the manifest is on its way and no other thread wants the interpreter.
+        # Read from many weights, while the manifest is on its way.
         identity = aside.submit(Identity.of, model)
         likely = () if options.prompt is None else tokens_of(*options.prompt)
         check = partial(
