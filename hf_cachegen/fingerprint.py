@@ -77,22 +77,6 @@ _offloaded: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary(
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a cache asks of a model, read from it once; true as long as the model is left alone."""
-
-    name: str
-    config: dict[str, str]
-    weights: str
-    dtype: str
-    adapters: tuple[str, ...]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Identity:
-        """That of a model."""
-        return cls(_name(model), _config(model), _weights(model), dtype_name(model.dtype), _adapters(model))
-
-
-@dataclass(frozen=True)
 class Fingerprint:
     """`of` makes one, `check` compares one with a model at hand."""
 
@@ -111,37 +95,35 @@ class Fingerprint:
         cls, model: PreTrainedModel, input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Fingerprint:
         """The fingerprint of `model` (and of the tokenizer, where given) and a context's token ids."""
-        own = Identity.of(model)
         return cls(
             model_id=str(getattr(model.config, "_name_or_path", "")),
             commit=getattr(model.config, "_commit_hash", None),
-            config=own.config,
-            weights=own.weights,
-            dtype=own.dtype,
-            adapters=own.adapters,
+            config=_config(model),
+            weights=_weights(model),
+            dtype=dtype_name(model.dtype),
+            adapters=_adapters(model),
             tokens=hash_tokens(input_ids),
             tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
             transformers=transformers.__version__,
         )
 
-    def check(self, model: PreTrainedModel | Identity, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises WrongModelError, WrongDtypeError, WrongWeightsError or WrongTokenizerError if the cache is not this
         model's. The tokenizer is compared where both sides have one.
         """
-        own = model if isinstance(model, Identity) else Identity.of(model)
-        self._compare(own.name, own.config)
-        if own.dtype != self.dtype:
+        self.check_config(model)
+        if (dtype := dtype_name(model.dtype)) != self.dtype:
             raise WrongDtypeError(
-                f"the cache was made in {self.dtype}, {own.name} runs in {own.dtype}: load the model with "
+                f"the cache was made in {self.dtype}, {self._name(model)} runs in {dtype}: load the model with "
                 f"dtype={self.dtype!r}, or make the cache anew"
             )
-        if own.adapters != self.adapters:
+        if (adapters := _adapters(model)) != self.adapters:
             raise WrongWeightsError(
-                f"the cache was made with adapters {list(self.adapters)}, {own.name} has {list(own.adapters)}"
+                f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
             )
-        if own.weights != self.weights:
+        if _weights(model) != self.weights:
             raise WrongWeightsError(
-                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {own.name} "
+                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} "
                 "has the same configuration but other weights"
             )
         if tokenizer is not None and self.tokenizer is not None and _tokenizer(tokenizer) != self.tokenizer:
@@ -152,23 +134,25 @@ class Fingerprint:
 
     def check_config(self, model: PreTrainedModel) -> None:
         """Raises WrongModelError if the model is configured otherwise."""
-        self._compare(_name(model), _config(model))
-
-    def _compare(self, name: str, got: dict[str, str]) -> None:
-        expected = self.config
+        expected, got = self.config, _config(model)
         if expected == got:
             return
         names = set(expected) | set(got)
         if self.transformers != transformers.__version__:
             # Another release writes other defaults into a configuration; what both have must agree.
             names = set(expected) & set(got)
-        wrong = sorted(field for field in names if expected.get(field) != got.get(field))
+        wrong = sorted(name for name in names if expected.get(name) != got.get(name))
         if wrong:
-            shown = "; ".join(f"{field}: expected {expected.get(field)}, got {got.get(field)}" for field in wrong[:4])
+            shown = "; ".join(f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in wrong[:4])
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise WrongModelError(
-                f"the cache was made by {self.model_id or 'a model'!r}; {name} is configured otherwise: {shown}{more}"
+                f"the cache was made by {self.model_id or 'a model'!r}; {self._name(model)} is configured otherwise: "
+                f"{shown}{more}"
             )
+
+    @staticmethod
+    def _name(model: PreTrainedModel) -> str:
+        return f"this {type(model).__name__} ({getattr(model.config, '_name_or_path', '') or 'unnamed'})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -196,10 +180,6 @@ def hash_tokens(input_ids: Sequence[int]) -> str:
     if sys.byteorder == "big":
         ids.byteswap()
     return hashlib.sha256(ids).hexdigest()
-
-
-def _name(model: PreTrainedModel) -> str:
-    return f"this {type(model).__name__} ({getattr(model.config, '_name_or_path', '') or 'unnamed'})"
 
 
 def _config(model: PreTrainedModel) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_cachegen.artifact import Artifact
 from hf_cachegen.container import TOKENS_FILE, Limits, Store
 from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
-from hf_cachegen.fingerprint import Fingerprint, Identity, hash_tokens
+from hf_cachegen.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.layout import KVTensors, dtype_name, layer_devices, require_geometry, require_model
 
 if TYPE_CHECKING:
@@ -47,15 +47,13 @@ def open_context(
     profile: Profile | str | os.PathLike[str] | None = "auto",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    identity: Callable[[], Identity] | None = None,
     likely: Sequence[int] = (),
     on_manifest: Callable[[Artifact], None] | None = None,
 ) -> OpenContext:
     """The context of the artifact in `store`: its manifest is held against the model, its tokens against the manifest.
 
-    limits, profile: as for `Artifact`. identity: gives the model's. likely: token ids that may begin with the context;
-    where they do, the stored ones are not fetched. on_manifest: called before anything but the manifest is fetched or
-    checked.
+    limits, profile: as for `Artifact`. likely: token ids that may begin with the context; where they do, the stored
+    ones are not fetched. on_manifest: called before anything but the manifest is fetched or checked.
     Raises ArtifactError, StoreError, and MismatchError where it is another model's.
     """
     folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
@@ -77,7 +75,7 @@ def open_context(
     places = None
     if model is not None:
         require_model(model)
-        fingerprint.check(Identity.of(model) if identity is None else identity(), tokenizer)
+        fingerprint.check(model, tokenizer)
         require_geometry(model.config, artifact.geometry)
         places = layer_devices(model, len(artifact.geometry.layers))
     return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), places)

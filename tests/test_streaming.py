@@ -272,8 +272,8 @@ def test_memory_is_the_context_and_little_more(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     peak, context, chunk = map(int, done.stdout.split())
-    # Decoding a chunk takes a few times its size, and so do the symbols beside the values.
-    assert peak < context + 12 * chunk
+    # A chunk that is decoded, and what was read ahead of it.
+    assert peak < context + 5 * chunk
 
 
 PEAK = """
@@ -291,8 +291,9 @@ ids = torch.arange(4096)[None] % 64
 codec = CacheGenConfig(transform="identity", chunk_tokens=64, measure=False)
 if sys.argv[1] == "write":
     CacheGenCache.from_context(model, ids, codec).save_pretrained(sys.argv[2])
+    CacheGenCache.from_context(model, ids[:, :256], codec).save_pretrained(sys.argv[2] + "-small")
 else:
-    CacheGenCache.from_context(model, ids[:, :64], codec)  # what libraries load is there
+    CacheGenCache.stream(sys.argv[2] + "-small", model, level=1)  # what libraries load is there
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cache = CacheGenCache.stream(sys.argv[2], model, level=1)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

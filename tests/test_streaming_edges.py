@@ -25,7 +25,7 @@ from hf_cachegen.generation import generate
 from hf_cachegen.stores import RemoteStore
 from hf_cachegen.streaming import Adaptive, Event, FirstToken, StreamReport
 from hf_cachegen.streaming.bandwidth import Bandwidth
-from hf_cachegen.streaming.fetching import Fetcher
+from hf_cachegen.streaming.fetching import Fetcher, request_bytes
 from hf_cachegen.streaming.schedule import Chunk, Schedule
 from hf_cachegen.streaming.sources import Range, Wire
 from tests.http_server import Server
@@ -310,3 +310,72 @@ def test_a_process_may_end_while_a_refinement_runs() -> None:
     script = EXITING.format(root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", script], check=False, text=True, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
+
+
+@pytest.mark.parametrize(
+    ("rate", "round_trip", "under_way", "expected"),
+    [
+        (None, None, [], 1 << 19),  # nothing is known: a request for each connection
+        (None, 1e-3, [], 1 << 19),  # a short path: two requests, and then no more
+        (None, 1e-3, [1 << 19], 1 << 19),
+        (None, 1e-3, [1 << 19, 1 << 19], None),
+        (None, 20e-3, [1 << 19] * 7, 1 << 19),
+        (None, 20e-3, [1 << 19] * 8, None),
+        (125e6, 1e-3, [], 1 << 20),  # 1 Gbps for 23 ms are 2.9 MB, in a few requests
+        (125e6, 1e-3, [1 << 20, 1 << 20], 1 << 20),
+        (125e6, 1e-3, [1 << 20, 1 << 20, 1 << 20], None),
+        (125e6, 0.1, [], 125e6 * 0.32 / 8),  # a long path: all connections, three round trips
+        (125e6, 1.0, [], 125e6 * 0.5 / 8),
+        (1e10, 0.1, [], 8 << 20),
+        (1e6, 1e-3, [], 1 << 18),  # a slow link: small requests, two at a time
+        (1e6, 1e-3, [1 << 18], 1 << 18),
+        (1e6, 1e-3, [1 << 18, 1 << 18], None),
+    ],
+)
+def test_how_much_is_asked_for(
+    rate: float | None, round_trip: float | None, under_way: list[int], expected: float | None
+) -> None:
+    found = request_bytes(rate, round_trip, under_way, 8)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_what_a_link_gives_grows_with_what_is_asked_for() -> None:
+    """Where the round trip and not the rate was the limit: the window is more than what came in one round trip."""
+    for round_trip in (1e-3, 20e-3, 0.1, 0.2):
+        asked, rate = 0, 1e7
+        while (
+            nbytes := request_bytes(rate, round_trip, [asked] if asked < 2 else [asked // 2, asked // 2], 8)
+        ) is not None:
+            asked += int(nbytes)
+        assert asked >= 2 * rate * round_trip
+
+
+def test_one_request_many_segments_and_one_segment_many_requests() -> None:
+    """Ranges that were fetched ahead serve whatever is read from them, if all of it is there."""
+
+    class Files:
+        content, reads = bytes(range(250)), []  # type: ignore[var-annotated]
+
+        def open(self, name: str) -> tuple[int, bytes]:
+            return len(self.content), self.content[:10]
+
+        def mark(self, name: str) -> str:
+            return ""
+
+        def read(self, name: str, offset: int, length: int) -> bytes:
+            self.reads.append((offset, length))
+            return self.content[offset : offset + length]
+
+    wire = Wire(Files(), [], lambda: False)
+    ranges = [Range("data", 50, 20), Range("data", 70, 30), Range("data", 120, 10)]
+    for held in reversed(ranges):
+        wire.hold(held)
+    Files.reads.clear()
+    for offset, length in ((50, 50), (55, 10), (60, 30), (120, 10), (130, 0)):
+        assert wire.read("data", offset, length) == Files.content[offset : offset + length]
+    assert Files.reads == []
+    assert wire.read("data", 90, 40) == Files.content[90:130]  # ten of them are not here
+    assert wire.read("other", 50, 10) == Files.content[50:60]
+    wire.release(ranges[:1])
+    assert wire.read("data", 55, 10) == Files.content[55:65]
+    assert Files.reads == [(90, 40), (50, 10), (55, 10)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,16 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.chunk import LossyCodec
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Reader
-from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, StoreError, UnsupportedModelError
+from hf_cachegen.errors import (
+    ArtifactNotFoundError,
+    CorruptError,
+    StoreError,
+    StreamCancelledError,
+    UnsupportedModelError,
+)
 from hf_cachegen.layout import positions_change
 from hf_cachegen.stores import LocalStore
-from hf_cachegen.streaming import Adaptive, Event, SourceFailed, StreamReport
+from hf_cachegen.streaming import Adaptive, Event, SourceFailed, StreamReport, measure
 from tests import http_server as faults
 from tests.http_server import Fault, Request, Server, running
 from tests.streaming_support import CHUNKS, CONFIG, at_level, same_kv, serve, threads_end
@@ -181,6 +189,43 @@ def test_a_segment_that_is_sound_and_cannot_be_decoded_is_recomputed(
     cache = stream(serve(server, folder))
     assert [chunk.level for chunk in report(cache).chunks][:3] == [3, None, 3]
     assert "cannot be decoded" in report(cache).chunks[1].faults[0]
+
+
+@contextmanager
+def silent_side(server: Server) -> Iterator[None]:
+    """Of the base, what is no chunk (its head, and the side information) is not answered before the end."""
+    end = threading.Event()
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if "base" in request.path and int(request.headers["Range"].removeprefix("bytes=").split("-")[0]) < 1000:
+            end.wait(20)
+        request.answer(206, body, headers)
+
+    server.always = answer
+    start = time.monotonic()
+    try:
+        yield
+        assert time.monotonic() - start < 10
+    finally:
+        end.set()
+    assert threads_end()
+
+
+def test_silence_instead_of_side_information_holds_nobody_up(server: Server, folder: Path) -> None:
+    """What is recomputed needs none: it begins when it would be too late afterwards, not when the place has failed."""
+    measure(shared("llama"))
+    url = serve(server, folder)
+    with silent_side(server):
+        cache = CacheGenCache.stream(url, shared("llama"), slo=1.5, stall_seconds=20.0)
+    assert report(cache).text_chunks == CHUNKS
+    assert not report(cache).faults
+
+
+def test_a_stream_that_waits_for_side_information_can_be_cancelled(server: Server, folder: Path) -> None:
+    url, cancel = serve(server, folder), threading.Event()
+    threading.Timer(0.5, cancel.set).start()
+    with silent_side(server), pytest.raises(StreamCancelledError):
+        CacheGenCache.stream(url, shared("llama"), cancel=cancel, stall_seconds=20.0)
 
 
 def test_without_side_information_all_is_recomputed(server: Server, folder: Path) -> None:

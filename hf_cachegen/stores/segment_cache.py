@@ -61,6 +61,7 @@ class SegmentCache:
         if self.limit < 0:
             raise ConfigError(f"the limit of the cache must not be negative, got {self.limit}")
         self._unpruned: int | None = None
+        self._known: dict[str, Path] = {}
 
     def get(self, origin: str, xxh3: str, length: int) -> bytes | None:
         """The segment of that checksum, proved; None where it is not here."""
@@ -74,7 +75,7 @@ class SegmentCache:
 
     def has(self, origin: str, xxh3: str, length: int) -> bool:
         """Whether `get` is likely to find it."""
-        return self._segment(origin, xxh3, length).is_file()
+        return os.path.isfile(self._segment(origin, xxh3, length))
 
     def put(self, origin: str, xxh3: str, data: bytes) -> None:
         """Keeps a segment; the caller has proved that it hashes to `xxh3`."""
@@ -136,7 +137,9 @@ class SegmentCache:
             yield from (path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink())
 
     def _home(self, origin: str) -> Path:
-        return self.directory / hashlib.sha256(origin.encode()).hexdigest()[:32]
+        if origin not in self._known:  # asked for each segment of an artifact
+            self._known[origin] = self.directory / hashlib.sha256(origin.encode()).hexdigest()[:32]
+        return self._known[origin]
 
     def _segment(self, origin: str, xxh3: str, length: int) -> Path:
         return self._home(origin) / xxh3[:2] / f"{xxh3}-{length}"

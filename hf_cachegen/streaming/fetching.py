@@ -29,12 +29,13 @@ from hf_cachegen.streaming.schedule import Part, Schedule
 from hf_cachegen.streaming.sources import GivenUp, Range, Source
 
 ROUNDS = 2
-WINDOW_SECONDS, ROUND_TRIPS, MOST_WINDOW_SECONDS = 0.02, 3, 0.15
-"""What is under way at a time, over all connections, should take so long, and so many round trips more, since the link
-shall never wait; but not more than the last, since no plan can change it any more.
+WINDOW_SECONDS, ROUND_TRIPS, MOST_WINDOW_SECONDS = 0.02, 3, 0.5
+"""What is under way at a time, over all connections, should take so long, and so many round trips more: the link shall
+never wait, and where it did, as before anything was measured, what is asked for must grow from one round trip to the
+next. But not more than the last, since no plan can change what is under way.
 """
-FIRST_WINDOW_BYTES = 1 << 20
-"""Under way before anything was measured."""
+FIRST_REQUEST_BYTES = 1 << 19
+"""Before anything was measured."""
 LEAST_REQUESTS, SECONDS_PER_REQUEST = 2, 2.5e-3
 """Under way in any case, since one ends and the next is there; and one for so much of a round trip, in which a
 connection grows slowly: a short path is filled by few, and each request costs work.
@@ -65,7 +66,7 @@ def request_bytes(
     if round_trip is not None:
         seconds = min(seconds, WINDOW_SECONDS + ROUND_TRIPS * round_trip)
         few = min(few, max(LEAST_REQUESTS, int(round_trip / SECONDS_PER_REQUEST)))
-    window = FIRST_WINDOW_BYTES if rate is None else rate * seconds
+    window = few * FIRST_REQUEST_BYTES if rate is None else rate * seconds
     if len(under_way) >= LEAST_REQUESTS and sum(under_way) >= window:
         return None
     nbytes = max(min(window / few, SHARED_BYTES), window / connections)

@@ -85,7 +85,7 @@ class Wire:
             if data is not None and held.offset <= end < held.end and end < wanted.end:
                 found.append(memoryview(data)[end - held.offset : wanted.end - held.offset])
                 end = held.end
-        if length and end >= wanted.end:
+        if end >= wanted.end:
             return b"".join(found)
         data = self._counted(lambda: self._files.read(name, offset, length), len)
         return bytes(data)

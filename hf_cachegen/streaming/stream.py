@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from hf_cachegen.artifact import Artifact
 from hf_cachegen.container import Limits
 from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError
 from hf_cachegen.finding import ProfileLike
-from hf_cachegen.fingerprint import Identity
 from hf_cachegen.layout import KVTensors
 from hf_cachegen.opening import OpenContext, open_context
 from hf_cachegen.prefix import match, tokens_of
@@ -52,15 +50,10 @@ def stream_context(
     """The arguments are those of `CacheGenCache.stream`, and so are the errors."""
     loader = Loader(model, options, time.monotonic())
     places = _places(path, options, access)
-    with ExitStack() as ending, ExitStack() as resources, ThreadPoolExecutor(1, "hf_cachegen-model") as aside:
+    with ExitStack() as ending, ExitStack() as resources:
         ending.callback(loader.close, END_SECONDS)
-        # Read from many weights, while the manifest is on its way.
-        identity = aside.submit(Identity.of, model)
         likely = () if options.prompt is None else tokens_of(*options.prompt)
-        check = partial(
-            open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, identity=identity.result,
-            likely=likely,
-        )  # fmt: skip
+        check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, likely=likely)
         found = _open(loader, resources, places, limits, check)
         loader.opened(found, _question(found, options))
         kv = loader.run(model)
