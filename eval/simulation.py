@@ -52,6 +52,7 @@ class _Request:
     """A run of parts on its way: the slices that have yet to come."""
 
     def __init__(self, parts: Sequence[tuple[int, int]], chunks: Sequence[Chunk]) -> None:
+        self.began = 0
         self.nbytes = round(sum(chunks[chunk].parts[part] for chunk, part in parts))
         self.slices = deque(
             (part, chunks[part[0]].parts[part[1]] / SLICES, number == SLICES - 1)
@@ -96,7 +97,7 @@ class _Run:
                 return
             request = _Request(run, self.chunks)
             self.under_way.append(request)
-            self.bandwidth.began()
+            request.began = self.bandwidth.began()
             self.at(self.now + self.round_trip, "answered", request)
 
     def carry(self) -> None:
@@ -142,7 +143,7 @@ class _Run:
                 self.waiting.appendleft(what)
             else:
                 self.under_way.remove(what)
-                self.bandwidth.ended()
+                self.bandwidth.ended(what.began)
         elif isinstance(what, Decode):
             self.thread_busy = False
             self.schedule.placed(what.chunk, what.level, self.chunks[what.chunk].decode_seconds)

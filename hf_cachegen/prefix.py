@@ -34,13 +34,7 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
     At least the last column is left to compute, because the next token comes from its logits.
     Raises TensorError where the shapes do not fit.
     """
-    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
-        raise TensorError(f"input_ids must be [rows, tokens], got {list(input_ids.shape)}")
-    if attention_mask.shape != input_ids.shape:
-        raise TensorError(
-            f"the attention mask {list(attention_mask.shape)} must cover the whole prompt {list(input_ids.shape)}, "
-            "the cached context included"
-        )
+    require_prompts(input_ids, attention_mask)
     context = context.cpu()
     pads, ends, whole = [], [], True
     for ids, mask in zip(input_ids.cpu(), attention_mask.cpu() != 0, strict=True):
@@ -52,6 +46,17 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
         pads.append(pad)
         ends.append(pad + common)
     return Reuse(tuple(pads), min(*ends, input_ids.shape[1] - 1), whole)
+
+
+def require_prompts(input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Raises TensorError unless both are [rows, length], with a row and a column."""
+    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
+        raise TensorError(f"input_ids must be [rows, tokens], got {list(input_ids.shape)}")
+    if attention_mask.shape != input_ids.shape:
+        raise TensorError(
+            f"the attention mask {list(attention_mask.shape)} must cover the whole prompt {list(input_ids.shape)}, "
+            "the cached context included"
+        )
 
 
 def tokens_of(input_ids: Tensor, attention_mask: Tensor) -> list[int]:

@@ -312,60 +312,6 @@ def test_a_chunk_that_cannot_be_had_is_recomputed_when_those_before_it_are_there
     assert schedule.next_work(0, 1e6) == Recompute(2)
 
 
-@pytest.mark.parametrize(
-    ("slo", "refine", "can_recompute", "expected"),
-    [
-        (None, "before", True, Recompute(0)),
-        (None, "before", False, Finished()),
-        (None, "while_generating", True, Finished()),  # the call returns with the bases
-        (1.0, "before", True, Recompute(0)),
-        (0.01, "before", True, Finished()),  # recomputing takes 0.064 s
-    ],
-)
-def test_a_chunk_whose_finer_parts_nobody_has_is_recomputed_at_last_if_there_is_time(
-    slo: float | None, refine: str, can_recompute: bool, expected: Recompute | Finished
-) -> None:
-    schedule = World(64, (100, 100, 100), 1, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), slo, refine)
-    schedule.can_recompute = can_recompute
-    schedule.arrived(0, 0)
-    schedule.unobtainable(0, 1)
-    assert schedule.next_work(0, 1e6) == Decode(0, 1)
-    schedule.placed(0, 1, 1e-3)
-    assert schedule.next_work(0, 1e6) == expected
-    assert schedule.next_run(0, 1e6, 1e6) == []
-    if isinstance(expected, Recompute):
-        assert schedule.chunks[0].why == "no source has it finer than level 1"
-        schedule.recomputed(0)
-        assert schedule.next_work(0, 1e6) == Finished()
-
-
-@pytest.mark.parametrize(("slo", "first"), [(5.0, Wait()), (0.14, Recompute(0)), (0.05, Wait()), (-1.0, Recompute(0))])
-def test_without_what_decoding_takes_recomputing_begins_when_it_is_now_or_never(
-    slo: float, first: Wait | Recompute
-) -> None:
-    world = World(64, (100,), 2, lambda now: 1e6, 1e-3, 1e-3)
-    chunks = [Chunk(i, 64 * i, 64, (100,), (100,), 1) for i in range(2)]
-    schedule = Schedule(chunks, Adaptive(), slo, "before", world.recompute)
-    for index in range(2):
-        schedule.arrived(index, 0)
-    assert schedule.next_work(0, 1e6) == first
-    schedule.prepared()
-    assert schedule.next_work(0, 1e6) == Decode(1, 1)
-
-
-def test_who_cannot_decode_recomputes_all() -> None:
-    world = World(64, (100,), 2, lambda now: 1e6, 1e-3, 1e-3)
-    for happens in ("undecodable", "cut_off"):
-        chunks = [Chunk(i, 64 * i, 64, (100,), (100,), 1) for i in range(2)]
-        schedule = Schedule(chunks, Adaptive(), None, "before", world.recompute)
-        schedule.arrived(0, 0)
-        getattr(schedule, happens)()
-        for index in range(2):
-            assert schedule.next_work(0, 1e6) == Recompute(index)
-            schedule.recomputed(index)
-        assert schedule.next_work(0, 1e6) == Finished()
-
-
 def test_without_sources_and_without_recomputing_a_stream_is_stuck() -> None:
     schedule = World(64, (100,), 2, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), None)
     schedule.can_recompute = False

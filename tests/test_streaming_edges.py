@@ -143,10 +143,11 @@ def test_wrong_bytes_of_a_bundle_are_fetched_a_second_time() -> None:
 
     store = RemoteStore(Files(), "somewhere")
     store.files = wire = Wire(store.files, [], lambda: False)
-    wire.hold(Range("data", 100, 50))
+    held = Range("data", 100, 50)
+    wire.hold(held)
     wanted = Files.good[100:120]
     assert store.read("data", 100, 20, digest(wanted)) == wanted
-    wire.release([Range("data", 100, 50)])
+    wire.release([held])
 
 
 @pytest.mark.parametrize("refine", ["off", "before", "while_generating"])

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from hf_cachegen.artifact import Artifact, write
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.chunk import LossyCodec
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Reader
+from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CorruptError,
@@ -26,6 +28,8 @@ from hf_cachegen.errors import (
 from hf_cachegen.layout import positions_change
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import Adaptive, Event, SourceFailed, StreamReport, measure
+from hf_cachegen.streaming.fetching import ROUNDS
+from hf_cachegen.streaming.sources import Source
 from tests import http_server as faults
 from tests.http_server import Fault, Request, Server, running
 from tests.streaming_support import CHUNKS, CONFIG, at_level, same_kv, serve, threads_end
@@ -226,6 +230,56 @@ def test_a_stream_that_waits_for_side_information_can_be_cancelled(server: Serve
     threading.Timer(0.5, cancel.set).start()
     with silent_side(server), pytest.raises(StreamCancelledError):
         CacheGenCache.stream(url, shared("llama"), cancel=cancel, stall_seconds=20.0)
+
+
+def test_a_decoder_that_comes_too_late_is_another_artifacts(
+    server: Server, spare: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first place's manifest and side information come, its tokens do not; the next place has other steps, which
+    nothing in its streams tells from the first one's.
+    """
+    exact = CacheGenCache.from_context(shared("llama"), at_level(folder).input_ids)
+    first = Artifact(folder)
+    doubled = encode_kv([2 * x for x in exact.kv.keys], [2 * x for x in exact.kv.values], CONFIG)
+    write(doubled, tmp_path / "other", input_ids=first.input_ids, fingerprint=first.fingerprint)
+    decoder, late = Source.decoder, threading.Event()
+
+    def slowly(self: Source) -> Any:
+        found = decoder(self)
+        if self.place == server.url:
+            late.wait(1.0)
+        return found
+
+    monkeypatch.setattr(Source, "decoder", slowly)
+    server.always = only("tokens", faults.status(404))
+    cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")])
+    time.sleep(1.2)
+    assert same_kv(cache, at_level(tmp_path / "other"))
+
+
+def test_a_fallback_that_is_silent_holds_nobody_up(server: Server, spare: Server, folder: Path) -> None:
+    """All threads wait for its manifest: none of them is waited for."""
+    end = threading.Event()
+    server.always = only("base", faults.status(404))
+    spare.always = lambda request, body, headers: (end.wait(20), request.answer(206, body, headers))[1]
+    measure(shared("llama"))
+    start = time.monotonic()
+    try:
+        cache = CacheGenCache.stream(
+            serve(server, folder), shared("llama"), slo=2.0, stall_seconds=5.0, fallback=[serve(spare, folder)]
+        )
+        assert time.monotonic() - start < 10
+        assert report(cache).text_chunks == CHUNKS
+    finally:
+        end.set()
+    assert threads_end()
+
+
+def test_that_no_source_is_left_is_said_once(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long recomputing takes while a request hangs."""
+    monkeypatch.setattr("hf_cachegen.streaming.bandwidth.Bandwidth.silence", lambda _: 1000.0)
+    cache = stream(serve(server, folder))
+    assert 1 <= len(report(cache).faults) <= 2 * ROUNDS
 
 
 def test_without_side_information_all_is_recomputed(server: Server, folder: Path) -> None:

@@ -67,10 +67,10 @@ def test_the_rate_smoothed(clock: Clock) -> None:
 def test_pauses_between_requests_do_not_count(clock: Clock) -> None:
     bandwidth = Bandwidth(clock=clock)
     for _ in range(2):
-        bandwidth.began()
+        request = bandwidth.began()
         clock.now += 0.04
         bandwidth.add(SAMPLE_BYTES)
-        bandwidth.ended()
+        bandwidth.ended(request)
         clock.now += 1000
     assert bandwidth.rate() == pytest.approx(SAMPLE_BYTES / 0.04)
     assert bandwidth.silence() == 0
@@ -295,3 +295,34 @@ def test_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match="prometheus"):
         PrometheusExporter()
+
+
+def test_a_request_that_hangs_holds_others_up_for_a_limited_time() -> None:
+    link = Link(slots=1)
+    with link.stream() as hung, link.stream() as other, hung.turn(lambda: False) as first:
+        assert first
+        with other.turn(lambda: False, limit=0.3) as granted:
+            assert granted
+        with other.turn(lambda: True, limit=0.3) as granted:
+            assert not granted
+    with link.stream() as again, again.turn(lambda: False, limit=0.3) as granted:  # the slot is there once more
+        assert granted
+        assert link._free == 0
+    assert link._free == 1
+
+
+def test_a_request_to_a_place_that_was_left_does_not_count(clock: Clock) -> None:
+    """It hangs; the next place's bytes tell the rate, and that there is nothing to ask for is no silence."""
+    bandwidth = Bandwidth(clock=clock)
+    hung = bandwidth.began()
+    clock.now += 5
+    bandwidth.forget()
+    request = bandwidth.began()
+    clock.now += 0.1
+    bandwidth.add(10**6)
+    bandwidth.ended(request)
+    clock.now += 100
+    assert bandwidth.rate() == pytest.approx(1e7)
+    assert bandwidth.silence() == 0
+    bandwidth.ended(hung)
+    assert bandwidth.silence() == 0

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Reader
-from hf_cachegen.errors import SignatureError
+from hf_cachegen.errors import LevelError, MismatchError, SignatureError, TensorError
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.stores.sealed import seal
 from hf_cachegen.stores.signed import sign
@@ -127,3 +127,40 @@ def test_a_recomputed_chunk_follows_what_was_decoded_before_it(server: Server, t
     for layer, keys, values in zip(past.layers, cache.kv.keys, cache.kv.values, strict=True):
         torch.testing.assert_close(layer.keys[:, :, 48:64], keys[:, :, 48:64], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.values[:, :, 48:64], values[:, :, 48:64], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask"), [((100,), (100,)), ((0, 100), (0, 100)), ((1, 0), (1, 0)), ((1, 100), (1, 3))]
+)
+def test_prompts_that_are_none(server: Server, folder: Path, ids: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    """Before anything is fetched."""
+    with pytest.raises(TensorError):
+        stream(serve(server, folder), prompt=(torch.zeros(ids, dtype=torch.long), torch.ones(mask, dtype=torch.long)))
+    assert not server.requests
+
+
+def test_a_foreign_artifact_is_that_first_of_all(server: Server, tmp_path: Path) -> None:
+    """Not one of too few levels."""
+    url = serve(server, write("llama", tmp_path / "artifact"))
+    with pytest.raises(MismatchError):
+        CacheGenCache.stream(url, shared("mistral"), level=9)
+    with pytest.raises(LevelError):
+        stream(url, level=9)
+    assert threads_end()
+
+
+def test_a_prompt_that_begins_with_the_context_needs_no_tokens(server: Server, folder: Path) -> None:
+    """Their hash is in the manifest; any other prompt is held against the stored ones."""
+    url = serve(server, folder)
+    asked = torch.cat([torch.zeros(1, 3, dtype=torch.long), CONTEXT, CONTEXT[:, :5]], 1)
+    mask = torch.ones_like(asked)
+    mask[:, :3] = 0
+    cache = stream(url, prompt=(asked, mask))
+    assert torch.equal(cache.input_ids, CONTEXT)
+    assert same_kv(cache, at_level(folder))
+    assert not any("tokens" in path for path, _ in server.requests)
+
+    other = asked.clone()
+    other[0, 50] += 1
+    assert torch.equal(stream(url, prompt=(other, mask)).input_ids, CONTEXT)
+    assert any("tokens" in path for path, _ in server.requests)

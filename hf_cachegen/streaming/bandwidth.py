@@ -27,27 +27,30 @@ class Bandwidth:
         self._rate: float | None = None
         self._smoothing, self._clock = smoothing, clock
         self._lock = threading.Lock()
-        self._under_way = 0
+        self._under_way, self._age = 0, 0
         self._bytes, self._busy, self._since = 0, 0.0, 0.0
         self.last_byte = clock()
         self.total = 0
         self.round_trip: float | None = None
 
-    def began(self) -> None:
-        """A request was sent."""
+    def began(self) -> int:
+        """A request was sent; what is returned tells `ended` which."""
         with self._lock:
             if not self._under_way:
                 self._since = self.last_byte = self._clock()
             self._under_way += 1
+            return self._age
 
     def answered(self, seconds: float) -> None:
         """A request's first byte came so long after it was sent."""
         with self._lock:
             self.round_trip = seconds if self.round_trip is None else min(seconds, self.round_trip)
 
-    def ended(self) -> None:
+    def ended(self, began: int) -> None:
         """A request is over, or failed."""
         with self._lock:
+            if began != self._age:
+                return
             self._tick()
             self._under_way -= 1
             if not self._under_way and self._bytes >= SAMPLE_BYTES:
@@ -64,9 +67,13 @@ class Bandwidth:
                 self._close()
 
     def forget(self) -> None:
-        """Nothing is known any more: what arrived so far was too small to tell anything, or came from elsewhere."""
+        """Nothing is known any more: what arrived so far was too small to tell anything, or came from elsewhere. Nor do
+        the requests count that are under way.
+        """
         with self._lock:
             self._tick()
+            self._age += 1
+            self._under_way = 0
             self._bytes, self._busy, self._rate, self.round_trip = 0, 0.0, None, None
             self.last_byte = self._since
 

@@ -42,8 +42,6 @@ connection grows slowly: a short path is filled by few, and each request costs w
 """
 LEAST_REQUEST_BYTES, SHARED_BYTES, MOST_REQUEST_BYTES = 1 << 18, 1 << 20, 8 << 20
 """Requests are larger than SHARED_BYTES only where all connections have such."""
-PREPARATION: Part = (-1, 0)
-"""Stands for what decoding takes, where failures are counted."""
 WAKE_SECONDS = 0.1
 """How often a thread looks whether time alone has changed what there is to do."""
 
@@ -75,30 +73,32 @@ def request_bytes(
 
 @dataclass
 class _Run:
-    """Parts that lie side by side, handed out in their order by whoever brings the last of `ranges`; or [PREPARATION].
+    """Parts that lie side by side, handed out in their order by whoever brings the last of `ranges`.
 
     far: those that come over the network. missing: how many ranges are not here, or 1 where there are none: then it is
     read at once. lost: whether one of them cannot be had. begun: seconds of the monotonic clock.
     """
 
     parts: list[Part]
-    segments: list[Segment] = field(default_factory=list)
-    far: list[Segment] = field(default_factory=list)
-    ranges: list[Range] = field(default_factory=list)
-    missing: int = 1
+    segments: list[Segment]
+    far: list[Segment]
+    ranges: list[Range]
+    missing: int
     lost: bool = False
     begun: float = field(default_factory=time.monotonic)
 
 
-_Task = tuple[_Run, Range | None]
+_Piece = tuple[_Run, Range | None]
 """A run, and which of its ranges is to be fetched."""
+Prepare = Callable[[Source], Callable[[], None]]
+"""Fetches from a source what decoding takes, and gives what puts it to use."""
 
 
 class Fetcher:
     """sources: the first is used until it fails; one without the artifact goes. segment_of: what a part is called in
-    the artifact. prepare: fetches from a source what decoding takes; None where nothing will be decoded.
-    on_arrival(part, data, wire, seconds since the request) and on_failure(place, error, part or None) are called with
-    `changed` held. error: the last failure of a source; crash: what ended a thread that should not have ended.
+    the artifact. prepare: None where nothing will be decoded. What it gives, on_arrival(part, data, wire, seconds since
+    the request) and on_failure(place, error, part or None) are called with `changed` held. error: the last failure of a
+    source; crash: what ended a thread that should not have ended.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Fetcher:
         bandwidth: Bandwidth,
         connections: int,
         stall: float,
-        prepare: Callable[[Source], None] | None,
+        prepare: Prepare | None,
         on_arrival: Callable[[Part, bytes, bool, float], None],
         on_failure: Callable[[str, Exception, Part | None], None],
     ) -> None:
@@ -119,12 +119,12 @@ class Fetcher:
         self.error: Exception | None = None
         self.crash: BaseException | None = None
         self._segment_of, self._connections, self._stall = segment_of, connections, stall
-        self._prepare, self._preparing = prepare, False
+        self._prepare, self._preparing, self._unprepared = prepare, False, 0
         self._on_arrival, self._on_failure = on_arrival, on_failure
         self._threads: list[threading.Thread] = []
-        self._current, self._epoch, self._failures, self._failed = 0, 0, 0, 0.0
+        self._current, self._epoch, self._failures, self._failed, self._cut = 0, 0, 0, 0.0, False
         self._wrong: Counter[Part] = Counter()
-        self._waiting: deque[_Task] = deque()
+        self._waiting: deque[_Piece] = deque()
         self._under_way: dict[int, int] = {}
 
     def start(self) -> None:
@@ -149,13 +149,15 @@ class Fetcher:
 
         To be called now and then, with `changed` held.
         """
-        if not self.closed and self.bandwidth.silence() > 2 * self._stall + 1:
+        if not self.closed and not self._cut and self.bandwidth.silence() > 2 * self._stall + 1:
             place = self.sources[self._current].place
-            self._fail(self._epoch, StoreTimeoutError(f"{place}: silent for {self.bandwidth.silence():.1f} s"), None)
+            self._note(StoreTimeoutError(f"{place}: silent for {self.bandwidth.silence():.1f} s"), None)
+            self._failures += 1
+            self._leave()
 
     def given_up(self, epoch: int) -> bool:
         """Whether requests of that epoch (the time of one source) are not waited for any more."""
-        return self.closed or epoch != self._epoch
+        return self.closed or self._cut or epoch != self._epoch
 
     def _start(self) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -166,26 +168,41 @@ class Fetcher:
             thread.start()
 
     def _run(self, epoch: int) -> None:
-        source = self.sources[self._current]
+        with self.changed:
+            source = self.sources[self._current]
         _LOCAL.given_up = lambda: self.given_up(epoch)
         while not self.given_up(epoch):
-            task: _Task | None = None
-            began = time.monotonic()
             try:
                 source.open()
-                task, began = self._next(epoch, source), time.monotonic()
-                if task is not None:
-                    self._do(epoch, source, task)
             except GivenUp:
-                self._give_back(epoch, source, task)
+                return
             except (ArtifactError, OSError) as error:
-                self._fail(epoch, error, self._give_back(epoch, source, task), began)
+                self._cannot_open(epoch, error)
+                return
+            try:
+                self._work(epoch, source)
             except BaseException as error:
                 with self.changed:
                     self.crash, self.closed = error, True
                     self.changed.notify_all()
 
-    def _next(self, epoch: int, source: Source) -> _Task | None:
+    def _work(self, epoch: int, source: Source) -> None:
+        """Does what is to be done next, once there is something."""
+        task, began = self._next(epoch, source), time.monotonic()
+        if task is None:
+            return
+        if not isinstance(task, tuple):
+            self._make_ready(epoch, source, task)
+            return
+        run, piece = task
+        try:
+            self._fetch(epoch, source, run, piece)
+        except GivenUp:
+            self._give_back(epoch, source, run)
+        except (ArtifactError, OSError) as error:
+            self._cannot_fetch(epoch, error, self._give_back(epoch, source, run), began)
+
+    def _next(self, epoch: int, source: Source) -> _Piece | Prepare | None:
         """What to do next, waited for; None once given up."""
         me = threading.get_ident()
         with self.changed:
@@ -193,7 +210,7 @@ class Fetcher:
             while not self.given_up(epoch):
                 if self._prepare is not None and not self._preparing:
                     self._preparing = True
-                    return _Run([PREPARATION]), None
+                    return self._prepare
                 if (task := self._wanted(source)) is not None:
                     run, piece = task
                     self._under_way[me] = sum(s.length for s in run.far) if piece is None else piece.length
@@ -201,7 +218,7 @@ class Fetcher:
                 self.changed.wait(WAKE_SECONDS)
         return None
 
-    def _wanted(self, source: Source) -> _Task | None:
+    def _wanted(self, source: Source) -> _Piece | None:
         """What is to be fetched now; None where enough is under way."""
         rate, under_way = self.bandwidth.rate(), [nbytes for nbytes in self._under_way.values() if nbytes]
         nbytes = request_bytes(rate, self.bandwidth.round_trip, under_way, self._connections)
@@ -211,27 +228,33 @@ class Fetcher:
             parts = self.schedule.next_run(time.monotonic(), rate, nbytes)
             if not parts:
                 return None
-            run = _Run(parts, [self._segment_of(part) for part in parts])
-            run.far = [segment for segment in run.segments if not source.here(segment)]
-            run.ranges = source.ranges(run.segments, nbytes)
-            run.missing = max(1, len(run.ranges))
-            pieces: Sequence[Range | None] = run.ranges or [None]
-            self._waiting.extend((run, piece) for piece in pieces)
+            segments = [self._segment_of(part) for part in parts]
+            pieces: list[Range] = source.ranges(segments, nbytes)
+            far = [segment for segment in segments if not source.here(segment)]
+            run = _Run(parts, segments, far, pieces, max(1, len(pieces)))
+            tasks: list[_Piece] = [(run, piece) for piece in pieces]
+            self._waiting.extend(tasks or [(run, None)])
             self.changed.notify_all()  # more to fetch; and a decision may be told
         return self._waiting.popleft()
 
-    def _do(self, epoch: int, source: Source, task: _Task) -> None:
-        run, piece = task
-        if run.parts == [PREPARATION] and self._prepare is not None:
-            self._prepare(source)
-            with self.changed:
-                if not self.given_up(epoch):
-                    self._prepare = None
-                    self.schedule.prepared()
-                    self.changed.notify_all()
+    def _make_ready(self, epoch: int, source: Source, prepare: Prepare) -> None:
+        try:
+            install = prepare(source)
+        except GivenUp:
             return
+        except (ArtifactError, OSError) as error:
+            self._cannot_prepare(epoch, error)
+            return
+        with self.changed:
+            if not self.given_up(epoch):  # else it may be another artifact's
+                install()
+                self._prepare = None
+                self.schedule.prepared()
+                self.changed.notify_all()
+
+    def _fetch(self, epoch: int, source: Source, run: _Run, piece: Range | None) -> None:
         wire = piece is not None or bool(run.far)
-        with source.turn(lambda: self.given_up(epoch)) if wire else nullcontext(True) as granted:
+        with source.turn(lambda: self.given_up(epoch), self._stall) if wire else nullcontext(True) as granted:
             if not granted:
                 raise GivenUp
             if piece is not None:
@@ -257,67 +280,85 @@ class Fetcher:
                 self.changed.notify_all()
         source.release(run.ranges)
 
-    def _give_back(self, epoch: int, source: Source, task: _Task | None) -> Part | None:
+    def _give_back(self, epoch: int, source: Source, run: _Run) -> Part | None:
         """Those parts of a run that did not arrive; the first of them is returned."""
-        if task is None:
-            return None
-        run = task[0]
         source.release(run.ranges)
         with self.changed:
             if epoch != self._epoch or run.lost:
                 return None
             run.lost = True
             self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not run)
-            if run.parts == [PREPARATION]:
-                self._preparing = False
-                return PREPARATION
             lost = [(chunk, part) for chunk, part in run.parts if part in self.schedule.chunks[chunk].asked]
             self.schedule.returned(lost)
             self.changed.notify_all()
             return lost[0] if lost else None
 
-    def _fail(self, epoch: int, error: Exception, part: Part | None, began: float | None = None) -> None:
-        """The source of that epoch failed in what began then, or gave that part wrong."""
+    def _cannot_open(self, epoch: int, error: Exception) -> None:
         with self.changed:
-            wrong = part if isinstance(error, ArtifactError) else None
-            if self.given_up(epoch) or (wrong is None and began is not None and began <= self._failed):
-                return  # of several that fail together one counts
-            self._failed = time.monotonic()
-            self.error = error
-            self._on_failure(self.sources[self._current].place, error, None if wrong == PREPARATION else wrong)
-            alone = len(self.sources) == 1
-            if part is None and isinstance(error, ArtifactError) and not alone:
-                del self.sources[self._current]  # it was opened in vain, and would be again
-                self._current -= 1
-            elif wrong is None:
+            if self.given_up(epoch):
+                return
+            self._note(error, None)
+            if isinstance(error, ArtifactError) and len(self.sources) > 1:
+                del self.sources[self._current]  # it would be in vain again; the others are asked once more
+                self._current, self._failures = self._current - 1, 0
+            else:
                 self._failures += 1
-            else:
-                self._wrong[wrong] += 1
-                if self._wrong[wrong] >= len(self.sources):
-                    self._do_without(wrong)
-                    return
-            if alone and began is not None and self._failures < ROUNDS:
-                return  # there is no other place, and what else is under way may come
-            self._epoch += 1
-            self._preparing = False
-            self._waiting.clear()
-            self._under_way.clear()
-            for chunk in self.schedule.chunks:
-                chunk.asked.clear()
-            if self._failures >= ROUNDS * len(self.sources):
-                self.schedule.cut_off()
-            else:
-                self._current = (self._current + 1) % len(self.sources)
-                self.bandwidth.forget()
-                self._start()
-            self.changed.notify_all()
+            self._leave()
 
-    def _do_without(self, part: Part) -> None:
-        if part == PREPARATION:
-            self._prepare = None
-            self.schedule.undecodable()
+    def _cannot_prepare(self, epoch: int, error: Exception) -> None:
+        """Counted apart: a profile may come from elsewhere."""
+        with self.changed:
+            if self.given_up(epoch):
+                return
+            self._note(error, None)
+            self._preparing = False
+            self._unprepared += ROUNDS if isinstance(error, ArtifactError) else 1
+            if self._unprepared >= ROUNDS * len(self.sources):
+                self._prepare = None
+                self.schedule.undecodable()
+                self.changed.notify_all()
+            elif len(self.sources) > 1:
+                self._leave()
+
+    def _cannot_fetch(self, epoch: int, error: Exception, part: Part | None, began: float) -> None:
+        """part: the first that is lacking; where none is, others have brought them."""
+        with self.changed:
+            wrong, alone = isinstance(error, ArtifactError), len(self.sources) == 1
+            if self.given_up(epoch) or part is None or (not wrong and began <= self._failed):
+                return  # of several that fail together one counts
+            self._note(error, part if wrong else None)
+            if wrong:
+                self._wrong[part] += 1
+                if self._wrong[part] >= len(self.sources):
+                    self.schedule.unobtainable(*part)
+                    self.changed.notify_all()
+                    return
+            else:
+                self._failed = time.monotonic()
+                self._failures += 1
+                if alone and self._failures < ROUNDS:
+                    return  # there is no other place, and what else is under way may come
+            self._leave()
+
+    def _note(self, error: Exception, part: Part | None) -> None:
+        self.error = error
+        self._on_failure(self.sources[self._current].place, error, part)
+
+    def _leave(self) -> None:
+        """The current source is left for the next one, if failures have not become too many."""
+        self._epoch += 1
+        self._preparing = False
+        self._waiting.clear()
+        self._under_way.clear()
+        for chunk in self.schedule.chunks:
+            chunk.asked.clear()
+        if self._failures >= ROUNDS * len(self.sources):
+            self._cut = True
+            self.schedule.cut_off()
         else:
-            self.schedule.unobtainable(*part)
+            self._current = (self._current + 1) % len(self.sources)
+            self.bandwidth.forget()
+            self._start()
         self.changed.notify_all()
 
 

@@ -7,6 +7,7 @@ request whose stream has had the fewest so far; among equals, to the first that 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,25 +69,30 @@ class Share:
         self.expected: float | None = None
 
     @contextmanager
-    def turn(self, given_up: Callable[[], bool]) -> Iterator[bool]:
-        """Waits for the turn of one request; False where `given_up` became true before."""
-        link = self.link
+    def turn(self, given_up: Callable[[], bool], limit: float = math.inf) -> Iterator[bool]:
+        """Waits for the turn of one request; False where `given_up` became true before. After `limit` seconds it goes
+        on without one: requests that hang must not hold up others for ever.
+        """
+        link, end = self.link, time.monotonic() + limit
         with link._changed:
             entry = (self.turns, next(link._arrivals))
             self.turns += 1
             link._waiting.append(entry)
-            while not given_up() and not (link._free and min(link._waiting) == entry):
+            while not given_up() and time.monotonic() < end and not self._is_next(entry):
                 link._changed.wait(WAKE_SECONDS)
+            slot = not given_up() and self._is_next(entry)
             link._waiting.remove(entry)
-            granted = not given_up()
-            link._free -= granted
+            link._free -= slot
             link._changed.notify_all()
         try:
-            yield granted
+            yield slot or not given_up()
         finally:
             with link._changed:
-                link._free += granted
+                link._free += slot
                 link._changed.notify_all()
+
+    def _is_next(self, entry: tuple[int, int]) -> bool:
+        return self.link._free > 0 and min(self.link._waiting) == entry
 
 
 WAKE_SECONDS = 0.2

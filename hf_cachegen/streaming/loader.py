@@ -82,16 +82,12 @@ class Loader:
         self.profile: Profile | None = None
         self._codec: Codec | None = None
         self.tally = Tally()
+        self._choice = options.policy.choice if isinstance(options.policy, Fixed) else None
 
     def begin(self, artifact: Artifact, sources: list[Source]) -> None:
-        """The manifest is read: fetching begins, from the first source. Raises LevelError, UnsupportedModelError."""
+        """The manifest is read: fetching begins, from the first source."""
         self.artifact, self.stopped, policy = artifact, False, self.options.policy
-        choice = policy.choice if isinstance(policy, Fixed) else None
-        changes = positions_change(self._config, 1, artifact.geometry.tokens)
-        if choice == TEXT and changes:
-            raise UnsupportedModelError("this model's rotation depends on the whole length: no chunk can be recomputed")
-        if choice is not None and choice != TEXT:
-            checked_level(choice, artifact.levels)
+        self._codec = self.profile = None
         self.spans = spans_of(artifact.geometry.tokens, artifact.config.chunk_tokens)
         self._places = [source.place for source in sources]
         first, chunks = sources[0], []
@@ -103,14 +99,14 @@ class Loader:
             chunks.append(Chunk(index, span.first, span.tokens, sizes, wire, artifact.levels))
         self.schedule = Schedule(
             chunks, policy, self._deadline(), self.options.refine, partial(_recompute_seconds, self._speed),
-            can_recompute=not changes,
+            can_recompute=not positions_change(self._config, 1, artifact.geometry.tokens),
         )  # fmt: skip
         self.bandwidth.forget()
         self.bandwidth.expect(first.expected)
         self.fetcher = Fetcher(
             self.schedule, sources, lambda part: artifact.segments(part[0], part[1] + 1)[-1], self.bandwidth,
-            self.options.connections, self.options.stall, None if choice == TEXT else self._prepare, self._arrived,
-            self._failed,
+            self.options.connections, self.options.stall, None if self._choice == TEXT else self._prepare,
+            self._arrived, self._failed,
         )  # fmt: skip
         totals = [sum(chunk.sizes[part] for chunk in chunks) for part in range(artifact.levels)]
         levels = tuple(sum(totals[: level + 1]) for level in range(artifact.levels))
@@ -118,7 +114,11 @@ class Loader:
         self.fetcher.start()
 
     def opened(self, found: OpenContext, question_tokens: int) -> None:
-        """The artifact belongs to the model."""
+        """The artifact belongs to the model. Raises LevelError, UnsupportedModelError for a choice that it has not."""
+        if self._choice == TEXT and not self.schedule.can_recompute:
+            raise UnsupportedModelError("this model's rotation depends on the whole length: no chunk can be recomputed")
+        if self._choice is not None and self._choice != TEXT:
+            checked_level(self._choice, self.artifact.levels)
         self.found, self.question_tokens = found, question_tokens
         self.schedule.deadline = self._deadline()
         self.placer = Placer(self.artifact.geometry, found.places or [])
@@ -195,9 +195,14 @@ class Loader:
         self.deliver()
         return work
 
-    def _prepare(self, source: Source) -> None:
-        """What decodes; called by a thread of the fetcher."""
-        self._codec, self.profile = source.decoder()
+    def _prepare(self, source: Source) -> Callable[[], None]:
+        """What decodes; called by a thread of the fetcher, which may not count any more when it is here."""
+        codec, profile = source.decoder()
+
+        def install() -> None:
+            self._codec, self.profile = codec, profile
+
+        return install
 
     def _decode(self, work: Decode) -> None:
         span, start = self.spans[work.chunk], time.perf_counter()

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.prefix import require_prompts
 from hf_cachegen.streaming.events import Event
 from hf_cachegen.streaming.link import Link
 from hf_cachegen.streaming.policy import Policy
@@ -28,7 +29,9 @@ LEAST_STALL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The options of `CacheGenCache.stream` under their names. Raises ConfigError for one that is out of range."""
+    """The options of `CacheGenCache.stream` under their names. Raises ConfigError for one that is out of range, and
+    TensorError for a prompt that is none.
+    """
 
     slo: float | None
     policy: Policy
@@ -53,6 +56,8 @@ class StreamOptions:
             raise ConfigError(f"stall_seconds must be above 0 and finite, got {self.stall_seconds}")
         if self.connections < 1:
             raise ConfigError(f"connections must be at least 1, got {self.connections}")
+        if self.prompt is not None:
+            require_prompts(*self.prompt)
         places = self.fallback
         if isinstance(places, str) or not isinstance(places, Sequence) or not all(map(_is_fallback, places)):
             raise ConfigError(f"fallback must be a list of places, or of (place, access), got {places!r:.200}")

@@ -229,7 +229,7 @@ class Fixed:
         costs = Costs(outlook)
         if self.choice == TEXT:
             return Plan(1, 1, costs.count, costs.recompute(), "as asked for")
-        level = costs.levels if self.choice is None else int(self.choice)
+        level = costs.levels if self.choice is None else min(int(self.choice), costs.levels)
         return Plan(level, level, 0, costs.seconds(level, 0), "as asked for")
 
 

@@ -211,6 +211,8 @@ class Schedule:
         left = self.left(now)
         outlook = Outlook(left if left == math.inf else left - lost, rate, missing)
         plan = self.policy.plan(outlook)
+        if not self.can_recompute:
+            plan = replace(plan, text=0)
         self._aim = plan.level
         if not self.refines:
             return replace(plan, sure=plan.level)

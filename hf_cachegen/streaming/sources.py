@@ -36,9 +36,11 @@ class GivenUp(Exception):
     """Ends a request that nobody waits for any more; no user sees it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Range:
-    """Bytes [offset, offset + length) of a file."""
+    """Bytes [offset, offset + length) of a file; each is one of its own, since one may be let go while its successor is
+    fetched.
+    """
 
     file: str
     offset: int
@@ -102,8 +104,7 @@ class Wire:
     def _counted(self, fetch: Callable[[], Any], size: Callable[[Any], int]) -> Any:
         if self._given_up():
             raise GivenUp
-        for meter in self._meters:
-            meter.began()
+        ages = [meter.began() for meter in self._meters]
         self._request.began = time.monotonic()
         try:
             found = fetch()
@@ -111,8 +112,8 @@ class Wire:
                 self._arrived(size(found))
             return found
         finally:
-            for meter in self._meters:
-                meter.ended()
+            for meter, age in zip(self._meters, ages, strict=True):
+                meter.ended(age)
 
     def _arrived(self, count: int) -> None:
         if self._given_up():
@@ -144,7 +145,7 @@ class Source:
         self._link, self._meters = link, (bandwidth, link.bandwidth)
         self._using, self._closed = ExitStack(), False
         self._share: Share | None = None
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         self._artifact: Artifact | None = None
         self._wire: Wire | None = None
@@ -157,18 +158,21 @@ class Source:
         """
         with self._lock:
             if self._artifact is None:
+                if self._given_up():  # while another thread tried
+                    raise GivenUp
                 found = self._open_artifact()
-                if self._same is not None and found.manifest.files != self._same.manifest.files:
+                if self._same is not None and _content(found) != _content(self._same):
                     raise ManifestError(f"{self.place} holds another artifact than {self._same.store}")
                 self._attach(found)
-                if not self._closed:
-                    self._share = self._using.enter_context(self._link.stream())
+                with self._ending:
+                    if not self._closed:
+                        self._share = self._using.enter_context(self._link.stream())
                 self._artifact = found
             return self._artifact
 
     def close(self) -> None:
-        """The link is left to others."""
-        with self._lock:
+        """The link is left to others. Waits for nobody who is still opening."""
+        with self._ending:
             self._closed = True
             self._using.close()
 
@@ -177,9 +181,9 @@ class Source:
         """Bytes a second that the link gave to others before, once opened; None where nothing is known."""
         return None if self._share is None else self._share.expected
 
-    def turn(self, given_up: Callable[[], bool]) -> AbstractContextManager[bool]:
-        """Waits for the turn of one request on the link; False where `given_up` became true before."""
-        return nullcontext(True) if self._share is None else self._share.turn(given_up)
+    def turn(self, given_up: Callable[[], bool], limit: float) -> AbstractContextManager[bool]:
+        """As that of the link's share."""
+        return nullcontext(True) if self._share is None else self._share.turn(given_up, limit)
 
     def _attach(self, artifact: Artifact) -> None:
         """Puts a wire below an artifact's stores, if they are remote."""
@@ -250,6 +254,12 @@ class Source:
         with lock:
             if not self.here(segment):
                 artifact.store.size(segment.file)
+
+
+def _content(artifact: Artifact) -> tuple[object, ...]:
+    """What two copies of an artifact have in common."""
+    pin = artifact.pin
+    return artifact.manifest.files, artifact.geometry, artifact.config, None if pin is None else pin.digest
 
 
 def _chain(store: Store) -> Iterator[Any]:

@@ -50,7 +50,7 @@ def stream_context(
     """The arguments are those of `CacheGenCache.stream`, and so are the errors."""
     loader = Loader(model, options, time.monotonic())
     places = _places(path, options, access)
-    with ExitStack() as ending, ExitStack() as resources:
+    with ExitStack() as resources, ExitStack() as ending:
         ending.callback(loader.close, END_SECONDS)
         likely = () if options.prompt is None else tokens_of(*options.prompt)
         check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, likely=likely)

@@ -1,0 +1,86 @@
+"""What a stream does next, in the cases that whole simulated streams do not come to (those are in test_policy.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hf_cachegen.streaming.policy import Adaptive, Outlook, Plan
+from hf_cachegen.streaming.schedule import Chunk, Decode, Finished, Recompute, Schedule, Wait
+
+RECOMPUTE = 0.064
+"""Seconds, of any chunk."""
+
+
+def made(chunks: int, levels: int, policy: Any, slo: float | None, refine: Any = "before") -> Schedule:
+    """Chunks of 64 tokens, whose parts have 100 bytes each."""
+    sizes = (100,) * levels
+    found = [Chunk(index, 64 * index, 64, sizes, sizes, levels) for index in range(chunks)]
+    return Schedule(found, policy, slo, refine, lambda _: RECOMPUTE)
+
+
+@pytest.mark.parametrize(
+    ("slo", "refine", "can_recompute", "expected"),
+    [
+        (None, "before", True, Recompute(0)),
+        (None, "before", False, Finished()),
+        (None, "while_generating", True, Finished()),  # the call returns with the bases
+        (1.0, "before", True, Recompute(0)),
+        (0.01, "before", True, Finished()),  # recomputing takes 0.064 s
+    ],
+)
+def test_a_chunk_whose_finer_parts_nobody_has_is_recomputed_at_last_if_there_is_time(
+    slo: float | None, refine: str, can_recompute: bool, expected: Recompute | Finished
+) -> None:
+    schedule = made(1, 3, Adaptive(), slo, refine)
+    schedule.prepared()
+    schedule.can_recompute = can_recompute
+    schedule.arrived(0, 0)
+    schedule.unobtainable(0, 1)
+    assert schedule.next_work(0, 1e6) == Decode(0, 1)
+    schedule.placed(0, 1, 1e-3)
+    assert schedule.next_work(0, 1e6) == expected
+    assert schedule.next_run(0, 1e6, 1e6) == []
+    if isinstance(expected, Recompute):
+        assert schedule.chunks[0].why == "no source has it finer than level 1"
+        schedule.recomputed(0)
+        assert schedule.next_work(0, 1e6) == Finished()
+
+
+@pytest.mark.parametrize(("slo", "first"), [(5.0, Wait()), (0.14, Recompute(0)), (0.05, Wait()), (-1.0, Recompute(0))])
+def test_without_what_decoding_takes_recomputing_begins_when_it_is_now_or_never(
+    slo: float, first: Wait | Recompute
+) -> None:
+    schedule = made(2, 1, Adaptive(), slo)
+    for index in range(2):
+        schedule.arrived(index, 0)
+    assert schedule.next_work(0, 1e6) == first
+    schedule.prepared()
+    assert schedule.next_work(0, 1e6) == Decode(1, 1)
+
+
+def test_who_cannot_decode_recomputes_all() -> None:
+    for happens in ("undecodable", "cut_off"):
+        schedule = made(2, 1, Adaptive(), None)
+        schedule.arrived(0, 0)
+        getattr(schedule, happens)()
+        for index in range(2):
+            assert schedule.next_work(0, 1e6) == Recompute(index)
+            schedule.recomputed(index)
+        assert schedule.next_work(0, 1e6) == Finished()
+
+
+def test_a_policy_s_text_is_fetched_where_nothing_can_be_recomputed() -> None:
+    """One of the user's own may say so."""
+
+    class Own:
+        smoothing, refines = 0.0, False
+
+        def plan(self, outlook: Outlook) -> Plan:
+            return Plan(1, 1, len(outlook.missing), 1.0, "my own way")
+
+    schedule = made(3, 1, Own(), 1.0)
+    schedule.prepared()
+    schedule.can_recompute = False
+    assert schedule.next_run(0, 1e6, 1e6) == [(0, 0), (1, 0), (2, 0)]
