@@ -20,6 +20,7 @@ from hf_cachegen.container import Reader
 from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
+    ConfigError,
     CorruptError,
     StoreError,
     StreamCancelledError,
@@ -360,6 +361,16 @@ def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Pat
     monkeypatch.setattr("hf_cachegen.streaming.sources.Source.read", bug)
     with pytest.raises(ZeroDivisionError):
         stream(serve(server, folder))
+
+
+def test_a_fallback_that_cannot_be_a_place_ends_the_stream(server: Server, folder: Path) -> None:
+    """Once it is needed."""
+    url = serve(server, folder)
+    server.always = only("base", faults.status(500))
+    with pytest.raises(ConfigError):
+        stream(url, fallback=["nonsense://somewhere/else"])
+    server.always = None
+    assert report(stream(url, fallback=["nonsense://somewhere/else"])).level == 3
 
 
 def test_a_refinement_that_cannot_be_decoded_leaves_what_is_there(

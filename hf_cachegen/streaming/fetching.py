@@ -171,7 +171,7 @@ class Fetcher:
         with self.changed:
             source = self.sources[self._current]
         _LOCAL.given_up = lambda: self.given_up(epoch)
-        while not self.given_up(epoch):
+        try:
             try:
                 source.open()
             except GivenUp:
@@ -179,12 +179,12 @@ class Fetcher:
             except (ArtifactError, OSError) as error:
                 self._cannot_open(epoch, error)
                 return
-            try:
+            while not self.given_up(epoch):
                 self._work(epoch, source)
-            except BaseException as error:
-                with self.changed:
-                    self.crash, self.closed = error, True
-                    self.changed.notify_all()
+        except BaseException as error:
+            with self.changed:
+                self.crash, self.closed = error, True
+                self.changed.notify_all()
 
     def _work(self, epoch: int, source: Source) -> None:
         """Does what is to be done next, once there is something."""
