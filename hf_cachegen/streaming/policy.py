@@ -178,7 +178,9 @@ class Adaptive:
         if self.text and whole < math.inf and (left <= 0 or whole <= left <= whole * HEDGE):
             why = "it is too late to wait" if left <= 0 else "recomputing all just fits, so it begins"
             return Plan(middle, 1, 1, whole, f"no throughput yet; {why}", True)
-        return Plan(middle, 1 if self.refines else middle, 0, math.nan, UNMEASURED, True)
+        if self.refines:
+            return Plan(middle, 1, 0, math.nan, "no throughput yet: the base first, then what is finer", True)
+        return Plan(middle, middle, 0, math.nan, UNMEASURED, True)
 
 
 UNMEASURED = "no throughput yet: the middle level"
