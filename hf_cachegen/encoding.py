@@ -343,20 +343,19 @@ def decode_chunks(
     progress: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(keys, values) from the parts of each chunk, decoded one by one straight into their tensors."""
-    found = empty_kv(geometry, device)
+    found = empty_kv(geometry, [device] * len(geometry.layers))
     target = Target.layers(found)
     for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
         codec.decode_into(parts_of(index), span, target, span.first)
     return found[::2], found[1::2]
 
 
-def empty_kv(geometry: Geometry, device: torch.device | str | Sequence[torch.device] | None = None) -> list[Tensor]:
-    """Room for a cache: layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim] each. device: one,
-    or that of each layer.
+def empty_kv(geometry: Geometry, devices: Sequence[torch.device | str | None]) -> list[Tensor]:
+    """Room for a cache: layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim] each. devices: of
+    each layer.
     """
     dtype, found = getattr(torch, geometry.dtype), []
-    places = device if isinstance(device, Sequence) and not isinstance(device, str) else [device] * len(geometry.layers)
-    for layer, device in zip(geometry.layers, places, strict=True):
+    for layer, device in zip(geometry.layers, devices, strict=True):
         for heads, dim in ((layer.heads, layer.k_dim), (layer.v_heads, layer.v_dim)):
             found.append(torch.empty(geometry.batch, heads, geometry.tokens, dim, dtype=dtype, device=device))
     return found

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from array import array
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -176,10 +175,7 @@ class Fingerprint:
 
 def hash_tokens(input_ids: Sequence[int]) -> str:
     """SHA-256 of token ids as little-endian 64-bit integers."""
-    ids = array("q", input_ids)
-    if sys.byteorder == "big":
-        ids.byteswap()
-    return hashlib.sha256(ids).hexdigest()
+    return hashlib.sha256(struct.pack(f"<{len(input_ids)}q", *input_ids)).hexdigest()
 
 
 def _config(model: PreTrainedModel) -> dict[str, str]:

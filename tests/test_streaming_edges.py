@@ -29,7 +29,16 @@ from hf_cachegen.streaming.fetching import Fetcher, request_bytes
 from hf_cachegen.streaming.schedule import Chunk, Schedule
 from hf_cachegen.streaming.sources import Range, Wire
 from tests.http_server import Server
-from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, refinements_wait, same_kv, serve, threads_end
+from tests.streaming_support import (
+    CONTEXT,
+    CONTEXT_TOKENS,
+    at_level,
+    refinements_wait,
+    refining_waits,
+    same_kv,
+    serve,
+    threads_end,
+)
 from tests.tiny_models import shared, tokens
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -97,15 +106,7 @@ def test_nothing_is_written_after_a_refinement_was_closed(server: Server, url: s
     gate = refinements_wait(server)
     cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
     assert cache.refinement is not None
-    placer, decoding, go_on = cache.refinement._loader.placer, threading.Event(), threading.Event()
-    rows = placer.rows
-
-    def slowly(*arguments: Any) -> Any:
-        decoding.set()
-        go_on.wait(20)
-        return rows(*arguments)
-
-    placer.rows = slowly  # type: ignore[method-assign]
+    decoding, go_on = refining_waits(cache)
     gate.set()
     assert decoding.wait(20)
     cache.refinement.close()

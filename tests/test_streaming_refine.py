@@ -19,7 +19,7 @@ from hf_cachegen.streaming import Event, FirstToken, StreamFinished
 from hf_cachegen.streaming.placing import Placer
 from hf_cachegen.streaming.refine import Refinement
 from tests.http_server import Server
-from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, refinements_wait, threads_end
+from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, refinements_wait, refining_waits, threads_end
 from tests.tiny_models import shared, tokens
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -147,15 +147,7 @@ def test_the_end_is_told_though_a_thread_does_not_end(
     events: list[Event] = []
     cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating", on_event=events.append)
     assert cache.refinement is not None
-    placer, decoding, go_on = cache.refinement._loader.placer, threading.Event(), threading.Event()
-    rows = placer.rows
-
-    def hanging(*arguments: Any) -> Any:
-        decoding.set()
-        go_on.wait(20)
-        return rows(*arguments)
-
-    placer.rows = hanging  # type: ignore[method-assign]
+    decoding, go_on = refining_waits(cache)
     gate.set()
     assert decoding.wait(20)
     cache.refinement.close()

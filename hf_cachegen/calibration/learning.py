@@ -246,7 +246,7 @@ def _levels(
     codec, rows = _codec(profile, keys, config), _rows(keys, values)
     span = Span(0, len(rows), len(rows))
     for approximation in codec.approximations(rows, span):
-        found = empty_kv(codec.geometry)
+        found = empty_kv(codec.geometry, [None] * len(codec.geometry.layers))
         scatter(approximation, found, span)
         moved = [x.to(exact.device) for x, exact in zip(found[::2], keys, strict=True)]
         yield moved, [x.to(exact.device) for x, exact in zip(found[1::2], values, strict=True)]

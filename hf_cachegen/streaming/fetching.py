@@ -229,8 +229,8 @@ class Fetcher:
             if not parts:
                 return None
             segments = [self._segment_of(part) for part in parts]
-            pieces: list[Range] = source.ranges(segments, nbytes)
             far = [segment for segment in segments if not source.here(segment)]
+            pieces: list[Range] = source.ranges(far, nbytes)
             run = _Run(parts, segments, far, pieces, max(1, len(pieces)))
             tasks: list[_Piece] = [(run, piece) for piece in pieces]
             self._waiting.extend(tasks or [(run, None)])

@@ -81,16 +81,16 @@ class Wire:
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """As that of the files; from what is held, where that is all of it."""
-        wanted, found, end = Range(name, offset, length), [], offset
+        found, end, stop = [], offset, offset + length
         for held in sorted((held for held in list(self._held) if held.file == name), key=lambda held: held.offset):
             data = self._held.get(held)
-            if data is not None and held.offset <= end < held.end and end < wanted.end:
-                found.append(memoryview(data)[end - held.offset : wanted.end - held.offset])
+            if data is not None and held.offset <= end < held.end and end < stop:
+                found.append(memoryview(data)[end - held.offset : stop - held.offset])
                 end = held.end
-        if end >= wanted.end:
+        if end >= stop:
             return b"".join(found)
-        data = self._counted(lambda: self._files.read(name, offset, length), len)
-        return bytes(data)
+        fetched: bytes = self._counted(lambda: self._files.read(name, offset, length), len)
+        return fetched
 
     def hold(self, wanted: Range) -> None:
         """Fetches a range for the reads to come; `release` lets it go."""
@@ -214,19 +214,19 @@ class Source:
             for store in self._stores
         )
 
-    def ranges(self, segments: Sequence[Segment], most: float) -> list[Range]:
-        """What to `hold` before these segments, which lie side by side in one file, are read: ranges of about `most`
-        bytes. None where nothing has to come from afar, or where reading does not go by the segments' ranges.
+    def ranges(self, far: Sequence[Segment], most: float) -> list[Range]:
+        """What to `hold` before these segments of one file, which are not here, are read: ranges of about `most` bytes.
+        None where they came with opening it, do not lie side by side, or where reading does not go by their ranges.
         """
         if self._wire is None or not self._bundles:
             return []
-        far = [segment for segment in segments if not self.here(segment) and not self._wire.came(segment)]
-        if not far or any(a.offset + a.length != b.offset for a, b in pairwise(far)):
+        lacking = [segment for segment in far if not self._wire.came(segment)]
+        if not lacking or any(a.offset + a.length != b.offset for a, b in pairwise(lacking)):
             return []
-        start, end = far[0].offset, far[-1].offset + far[-1].length
+        start, end = lacking[0].offset, lacking[-1].offset + lacking[-1].length
         count = max(1, math.ceil((end - start) / most))
         cuts = [start + (end - start) * number // count for number in range(count + 1)]
-        return [Range(far[0].file, first, last - first) for first, last in pairwise(cuts) if first < last]
+        return [Range(lacking[0].file, first, last - first) for first, last in pairwise(cuts) if first < last]
 
     def hold(self, wanted: Range) -> None:
         """Fetches a range for the reads to come. Raises StoreError; GivenUp."""
