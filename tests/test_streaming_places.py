@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -164,3 +166,31 @@ def test_a_prompt_that_begins_with_the_context_needs_no_tokens(server: Server, f
     other[0, 50] += 1
     assert torch.equal(stream(url, prompt=(other, mask)).input_ids, CONTEXT)
     assert any("tokens" in path for path, _ in server.requests)
+
+
+def test_a_process_may_end_while_a_decoder_is_made(folder: Path) -> None:
+    """Nobody waits for it any more: all is recomputed. It is inside torch when the interpreter ends."""
+    script = f"""if True:
+        import threading, time, torch
+        from hf_cachegen.cache import CacheGenCache
+        from hf_cachegen.streaming import measure
+        from hf_cachegen.streaming.sources import Source
+        from tests.tiny_models import shared
+        decoder, over = Source.decoder, threading.Event()
+
+        def slow(self):
+            over.wait(60)
+            end, x = time.monotonic() + 0.4, torch.eye(200)
+            while time.monotonic() < end:
+                x = x @ x
+            return decoder(self)
+
+        Source.decoder = slow
+        measure(shared("llama"))
+        cache = CacheGenCache.stream({str(folder)!r}, shared("llama"), slo=0.5)
+        print(sorted({{chunk.choice for chunk in cache.report.chunks}}), flush=True)
+        over.set()"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, text=True, capture_output=True, timeout=120, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['text']\n", "")

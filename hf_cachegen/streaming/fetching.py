@@ -15,6 +15,7 @@ latest when their request's time is over.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import Counter, deque
@@ -45,7 +46,19 @@ LEAST_REQUEST_BYTES, SHARED_BYTES, MOST_REQUEST_BYTES = 1 << 18, 1 << 20, 8 << 2
 WAKE_SECONDS = 0.1
 """How often a thread looks whether time alone has changed what there is to do."""
 
+EXIT_SECONDS = 1.0
+"""How long the interpreter's end waits for decoders that are being made."""
+
 _LOCAL = threading.local()
+_PREPARING: set[threading.Thread] = set()
+
+
+@atexit.register
+def _let_them_be_made() -> None:
+    """A thread that is inside torch when the interpreter ends would end the process with an abort."""
+    end = time.monotonic() + EXIT_SECONDS
+    while any(thread.is_alive() for thread in list(_PREPARING)) and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def abandoned() -> bool:
@@ -238,6 +251,7 @@ class Fetcher:
         return self._waiting.popleft()
 
     def _make_ready(self, epoch: int, source: Source, prepare: Prepare) -> None:
+        _PREPARING.add(threading.current_thread())
         try:
             install = prepare(source)
         except GivenUp:
@@ -245,6 +259,8 @@ class Fetcher:
         except (ArtifactError, OSError) as error:
             self._cannot_prepare(epoch, error)
             return
+        finally:
+            _PREPARING.discard(threading.current_thread())
         with self.changed:
             if not self.given_up(epoch):  # else it may be another artifact's
                 install()
