@@ -25,6 +25,13 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
+def spare() -> Iterator[Server]:
+    """Another one."""
+    with running(Server()) as found:
+        yield found
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The artifact of the context of streaming_support, of the model "llama"."""
     from tests.streaming_support import write  # torch, which most tests do without

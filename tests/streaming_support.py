@@ -12,7 +12,8 @@ import torch
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
-from tests.http_server import Server
+from hf_cachegen.streaming import StreamReport
+from tests.http_server import Fault, Request, Server
 from tests.small_artifact import contents
 from tests.tiny_models import shared, tokens
 
@@ -47,6 +48,37 @@ def at_level(folder: Path, level: int | None = None) -> CacheGenCache:
 def same_kv(a: Any, b: Any, tokens: slice = slice(None)) -> bool:
     pairs = zip((*a.kv.keys, *a.kv.values), (*b.kv.keys, *b.kv.values), strict=True)
     return all(torch.equal(x[:, :, tokens], y[:, :, tokens]) for x, y in pairs)
+
+
+LIMIT_SECONDS = 60.0
+"""Far above what any of these streams takes; below what a hang would."""
+
+
+def stream(place: Any, **options: Any) -> CacheGenCache:
+    """The stream of a place that may fail; neither hangs, nor leaves a thread."""
+    start = time.monotonic()
+    try:
+        return CacheGenCache.stream(place, shared("llama"), stall_seconds=0.5, **options)
+    finally:
+        assert time.monotonic() - start < LIMIT_SECONDS
+        assert threads_end()
+
+
+def report(cache: CacheGenCache) -> StreamReport:
+    assert isinstance(cache.report, StreamReport)
+    return cache.report
+
+
+def only(files: str, fault: Fault) -> Fault:
+    """The fault for those files; others are answered rightly. Heads too: whatever is asked of the file."""
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if files in request.path:
+            fault(request, body, headers)
+        else:
+            request.answer(206, body, headers)
+
+    return answer
 
 
 def refinements_wait(server: Server) -> threading.Event:

@@ -19,8 +19,6 @@ from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Reader
 from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
-    ArtifactNotFoundError,
-    ConfigError,
     CorruptError,
     StoreError,
     StreamCancelledError,
@@ -28,50 +26,15 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.layout import positions_change
 from hf_cachegen.stores import LocalStore
-from hf_cachegen.streaming import Adaptive, Event, SourceFailed, StreamReport, measure
+from hf_cachegen.streaming import Adaptive, Event, SourceFailed, measure
 from hf_cachegen.streaming.fetching import ROUNDS
 from hf_cachegen.streaming.sources import Source
 from tests import http_server as faults
-from tests.http_server import Fault, Request, Server, running
-from tests.streaming_support import CHUNKS, CONFIG, at_level, same_kv, serve, threads_end
+from tests.http_server import Fault, Request, Server
+from tests.streaming_support import CHUNKS, CONFIG, at_level, only, report, same_kv, serve, stream, threads_end
 from tests.tiny_models import shared, tokens
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-LIMIT_SECONDS = 60.0
-"""Far above what any of these streams takes; below what a hang would."""
-
-
-@pytest.fixture
-def spare() -> Iterator[Server]:
-    with running(Server()) as server:
-        yield server
-
-
-def stream(place: Any, **options: Any) -> CacheGenCache:
-    start = time.monotonic()
-    try:
-        return CacheGenCache.stream(place, shared("llama"), stall_seconds=0.5, **options)
-    finally:
-        assert time.monotonic() - start < LIMIT_SECONDS
-        assert threads_end()
-
-
-def report(cache: CacheGenCache) -> StreamReport:
-    assert isinstance(cache.report, StreamReport)
-    return cache.report
-
-
-def only(files: str, fault: Fault) -> Fault:
-    """The fault for those files; others are answered rightly. Heads too: whatever is asked of the file."""
-
-    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
-        if files in request.path:
-            fault(request, body, headers)
-        else:
-            request.answer(206, body, headers)
-
-    return answer
 
 
 def damaged(server: Server, name: str, where: int) -> None:
@@ -289,34 +252,6 @@ def test_without_side_information_all_is_recomputed(server: Server, folder: Path
     assert report(stream(url)).text_chunks == CHUNKS
 
 
-def test_the_first_place_may_be_gone_altogether(spare: Server, folder: Path) -> None:
-    with running(Server()) as gone:
-        dead = gone.url
-    cache = stream(dead, fallback=[serve(spare, folder)])
-    assert same_kv(cache, at_level(folder))
-    assert dead in report(cache).faults[0]
-
-
-def test_all_places_gone(server: Server) -> None:
-    with running(Server()) as gone:
-        dead = gone.url
-    with pytest.raises(StoreError):
-        stream(dead, fallback=[dead])
-    with pytest.raises(ArtifactNotFoundError):
-        stream(server.url, fallback=[dead])
-
-
-def test_another_artifact_is_no_fallback(server: Server, spare: Server, folder: Path, tmp_path: Path) -> None:
-    """It would decode, into another context's keys and values."""
-    CacheGenCache.from_context(shared("llama"), tokens(100, seed=8), CONFIG).save_pretrained(tmp_path / "other")
-    server.always = only("refine-2", faults.status(500))
-    cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")], refine="while_generating")
-    assert cache.refinement is not None
-    cache.refinement.wait(60)
-    assert same_kv(cache, at_level(folder, 2))
-    assert "holds another artifact" in "".join(report(cache).faults)
-
-
 def test_where_nothing_can_be_recomputed_the_last_error_is_raised(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,18 +263,6 @@ def test_where_nothing_can_be_recomputed_the_last_error_is_raised(
     server.always = None
     with pytest.raises(UnsupportedModelError):
         stream(server.url, level="text")
-
-
-def test_credentials_do_not_go_to_the_other_place(server: Server, spare: Server, folder: Path) -> None:
-    server.always = only("refine", faults.status(500))
-    stream(serve(server, folder), fallback=[serve(spare, folder)], headers={"Authorization": "Bearer secret"})
-    assert all(headers.get("Authorization") == "Bearer secret" for _, headers in server.requests)
-    assert spare.requests
-    assert not any(headers.get("Authorization") for _, headers in spare.requests)
-    spare.requests.clear()
-    other = (spare.url, {"headers": {"Authorization": "Bearer other"}})
-    stream(server.url, fallback=[other], force_download=True)
-    assert {headers.get("Authorization") for _, headers in spare.requests} == {"Bearer other"}
 
 
 def test_an_interrupt_from_the_keyboard_leaves_no_thread(server: Server, folder: Path, monkeypatch: Any) -> None:
@@ -361,16 +284,6 @@ def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Pat
     monkeypatch.setattr("hf_cachegen.streaming.sources.Source.read", bug)
     with pytest.raises(ZeroDivisionError):
         stream(serve(server, folder))
-
-
-def test_a_fallback_that_cannot_be_a_place_ends_the_stream(server: Server, folder: Path) -> None:
-    """Once it is needed."""
-    url = serve(server, folder)
-    server.always = only("base", faults.status(500))
-    with pytest.raises(ConfigError):
-        stream(url, fallback=["nonsense://somewhere/else"])
-    server.always = None
-    assert report(stream(url, fallback=["nonsense://somewhere/else"])).level == 3
 
 
 def test_a_refinement_that_cannot_be_decoded_leaves_what_is_there(

@@ -1,8 +1,9 @@
 """The threads that fetch what a schedule wants, and what becomes of a place that fails.
 
 All share one lock, `changed`, with the thread that decodes: under it the schedule is asked and told. A place that fails
-is left for the next one; after ROUNDS rounds of failures without a segment in between none is left, and the schedule is
-cut off. What one place has wrong another may have right: a part is given up when each has given it wrong.
+is left for the next one. After ROUNDS rounds of failures without a segment in between, those parts are given up that no
+place gave, and all finer ones; coarser ones are asked for once more, since a place may lack one file only. What one
+place has wrong another may have right: a part is given up when each has given it wrong.
 
 Two twists. What decoding takes (the side information, a profile) is fetched by one of the threads, beside the chunks,
 so that nobody waits for it who could recompute meanwhile. And a run of parts is cut into ranges that all threads fetch
@@ -135,7 +136,8 @@ class Fetcher:
         self._prepare, self._preparing, self._unprepared = prepare, False, 0
         self._on_arrival, self._on_failure = on_arrival, on_failure
         self._threads: list[threading.Thread] = []
-        self._current, self._epoch, self._failures, self._failed, self._cut = 0, 0, 0, 0.0, False
+        self._current, self._epoch, self._failed, self._cut = 0, 0, 0.0, False
+        self._failures: list[tuple[str, int]] = []  # each one's place, and the part that it was about
         self._wrong: Counter[Part] = Counter()
         self._waiting: deque[_Piece] = deque()
         self._under_way: dict[int, int] = {}
@@ -165,7 +167,7 @@ class Fetcher:
         if not self.closed and not self._cut and self.bandwidth.silence() > 2 * self._stall + 1:
             place = self.sources[self._current].place
             self._note(StoreTimeoutError(f"{place}: silent for {self.bandwidth.silence():.1f} s"), None)
-            self._failures += 1
+            self._failures.append((place, 0))
             self._leave()
 
     def given_up(self, epoch: int) -> bool:
@@ -290,7 +292,7 @@ class Fetcher:
                     raise GivenUp
                 if part[1] in self.schedule.chunks[part[0]].arrived:
                     continue  # asked for once more when the place was left
-                self._failures = 0
+                self._failures.clear()
                 self.schedule.arrived(*part)
                 self._on_arrival(part, data, segment in run.far, time.monotonic() - run.begun)
                 self.changed.notify_all()
@@ -316,9 +318,10 @@ class Fetcher:
             self._note(error, None)
             if isinstance(error, ArtifactError) and len(self.sources) > 1:
                 del self.sources[self._current]  # it would be in vain again; the others are asked once more
-                self._current, self._failures = self._current - 1, 0
+                self._current -= 1
+                self._failures.clear()
             else:
-                self._failures += 1
+                self._failures.append((self.sources[self._current].place, 0))
             self._leave()
 
     def _cannot_prepare(self, epoch: int, error: Exception) -> None:
@@ -342,6 +345,8 @@ class Fetcher:
             wrong, alone = isinstance(error, ArtifactError), len(self.sources) == 1
             if self.given_up(epoch) or part is None or (not wrong and began <= self._failed):
                 return  # of several that fail together one counts
+            if part[1] >= self.schedule.chunks[part[0]].best:
+                return  # given up already
             self._note(error, part if wrong else None)
             if wrong:
                 self._wrong[part] += 1
@@ -351,8 +356,8 @@ class Fetcher:
                     return
             else:
                 self._failed = time.monotonic()
-                self._failures += 1
-                if alone and self._failures < ROUNDS:
+                self._failures.append((self.sources[self._current].place, part[1]))
+                if alone and len(self._failures) < ROUNDS:
                     return  # there is no other place, and what else is under way may come
             self._leave()
 
@@ -368,14 +373,23 @@ class Fetcher:
         self._under_way.clear()
         for chunk in self.schedule.chunks:
             chunk.asked.clear()
-        if self._failures >= ROUNDS * len(self.sources):
-            self._cut = True
-            self.schedule.cut_off()
-        else:
+        if len(self._failures) >= ROUNDS * len(self.sources):
+            self._cut_off()
+        if not self._cut:
             self._current = (self._current + 1) % len(self.sources)
             self.bandwidth.forget()
             self._start()
         self.changed.notify_all()
+
+    def _cut_off(self) -> None:
+        """What the place that failed least could not give is given up."""
+        coarsest: dict[str, int] = {}
+        for place, part in self._failures:
+            coarsest[place] = min(part, coarsest.get(place, part))
+        self._failures.clear()
+        part = max(coarsest.values())
+        self.schedule.cut_off(part)
+        self._cut = part == 0
 
 
 def _nobody(*_: object) -> None:

@@ -152,11 +152,12 @@ class Schedule:
             chunk.best = 0
         self._version += 1
 
-    def cut_off(self) -> None:
-        """No source is left: what is here is all that there will be."""
+    def cut_off(self, part: int = 0) -> None:
+        """No source is left for that part and all finer ones: what is here of them is all that there will be."""
         for chunk in self.chunks:
-            chunk.asked.clear()
-            chunk.best = min(chunk.best, chunk.have if self.decodable else 0)
+            chunk.asked = {asked for asked in chunk.asked if asked < part}
+            here = next((finer for finer in range(part, chunk.best) if finer not in chunk.arrived), chunk.best)
+            chunk.best = here if self.decodable or part else 0
         self._version += 1
 
     def placed(self, chunk: int, level: int, seconds: float) -> None:

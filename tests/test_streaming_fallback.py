@@ -1,0 +1,88 @@
+"""Streams that have more than one place."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, StoreError
+from tests import http_server as faults
+from tests.http_server import Request, Server, running
+from tests.streaming_support import CONFIG, at_level, only, report, same_kv, serve, stream
+from tests.tiny_models import shared, tokens
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_the_first_place_may_be_gone_altogether(spare: Server, folder: Path) -> None:
+    with running(Server()) as gone:
+        dead = gone.url
+    cache = stream(dead, fallback=[serve(spare, folder)])
+    assert same_kv(cache, at_level(folder))
+    assert dead in report(cache).faults[0]
+
+
+def test_all_places_gone(server: Server) -> None:
+    with running(Server()) as gone:
+        dead = gone.url
+    with pytest.raises(StoreError):
+        stream(dead, fallback=[dead])
+    with pytest.raises(ArtifactNotFoundError):
+        stream(server.url, fallback=[dead])
+
+
+def test_another_artifact_is_no_fallback(server: Server, spare: Server, folder: Path, tmp_path: Path) -> None:
+    """It would decode, into another context's keys and values."""
+    CacheGenCache.from_context(shared("llama"), tokens(100, seed=8), CONFIG).save_pretrained(tmp_path / "other")
+    server.always = only("refine-2", faults.status(500))
+    cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")], refine="while_generating")
+    assert cache.refinement is not None
+    cache.refinement.wait(60)
+    assert same_kv(cache, at_level(folder, 2))
+    assert "holds another artifact" in "".join(report(cache).faults)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_fails_does_not_take_the_place_away(server: Server, folder: Path, gone: bool) -> None:
+    """A finer part fails again and again before the coarser one, asked for meanwhile, has come."""
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if "refine-2" in request.path:
+            faults.status(500)(request, body, headers)
+            return
+        if "refine-1" in request.path:
+            time.sleep(0.3)
+        request.answer(206, body, headers)
+
+    with running(Server()) as other:
+        dead = other.url
+    server.always = answer
+    cache = stream(serve(server, folder), fallback=[dead] if gone else [], refine="while_generating")
+    assert cache.refinement is not None
+    cache.refinement.wait(60)
+    assert same_kv(cache, at_level(folder, 2))
+
+
+def test_credentials_do_not_go_to_the_other_place(server: Server, spare: Server, folder: Path) -> None:
+    server.always = only("refine", faults.status(500))
+    stream(serve(server, folder), fallback=[serve(spare, folder)], headers={"Authorization": "Bearer secret"})
+    assert all(headers.get("Authorization") == "Bearer secret" for _, headers in server.requests)
+    assert spare.requests
+    assert not any(headers.get("Authorization") for _, headers in spare.requests)
+    spare.requests.clear()
+    other = (spare.url, {"headers": {"Authorization": "Bearer other"}})
+    stream(server.url, fallback=[other], force_download=True)
+    assert {headers.get("Authorization") for _, headers in spare.requests} == {"Bearer other"}
+
+
+def test_a_fallback_that_cannot_be_a_place_ends_the_stream(server: Server, folder: Path) -> None:
+    """Once it is needed."""
+    url = serve(server, folder)
+    server.always = only("base", faults.status(500))
+    with pytest.raises(ConfigError):
+        stream(url, fallback=["nonsense://somewhere/else"])
+    server.always = None
+    assert report(stream(url, fallback=["nonsense://somewhere/else"])).level == 3
