@@ -48,6 +48,19 @@ def test_a_chunk_whose_finer_parts_nobody_has_is_recomputed_at_last_if_there_is_
         assert schedule.next_work(0, 1e6) == Finished()
 
 
+@pytest.mark.parametrize("rate", [None, 0.0, 1e6])
+def test_silence_does_not_end_a_stream_that_has_time(rate: float | None) -> None:
+    """So it is while another place is opened, too."""
+    schedule = made(1, 3, Adaptive(), 1.0)
+    schedule.prepared()
+    schedule.arrived(0, 0)
+    schedule.placed(0, 1, 1e-3)
+    assert schedule.next_work(0.5, rate) == Wait()
+    assert schedule.next_run(0.5, rate, 1e6) == [(0, 1)]
+    assert schedule.next_run(0.5, rate, 1e6) == [(0, 2)]
+    assert schedule.next_work(1.1, rate) == Finished()
+
+
 @pytest.mark.parametrize(("slo", "first"), [(5.0, Wait()), (0.14, Recompute(0)), (0.05, Wait()), (-1.0, Recompute(0))])
 def test_without_what_decoding_takes_recomputing_begins_when_it_is_now_or_never(
     slo: float, first: Wait | Recompute

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, StoreError
+from hf_cachegen.streaming.bandwidth import Bandwidth
+from hf_cachegen.streaming.fetching import Fetcher
 from tests import http_server as faults
 from tests.http_server import Request, Server, running
 from tests.streaming_support import CONFIG, at_level, only, report, same_kv, serve, stream
@@ -64,6 +68,27 @@ def test_a_file_that_fails_does_not_take_the_place_away(server: Server, folder: 
     assert cache.refinement is not None
     cache.refinement.wait(60)
     assert same_kv(cache, at_level(folder, 2))
+
+
+def test_a_place_is_left_in_one_step(
+    server: Server, spare: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would seem meanwhile, on a slow link, that nothing is to come any more."""
+    give_back, rate, leaving = Fetcher._give_back, Bandwidth.rate, threading.Event()
+
+    def slowly(self: Fetcher, *arguments: Any) -> Any:
+        leaving.set()
+        try:
+            return give_back(self, *arguments)
+        finally:
+            time.sleep(0.3)
+            leaving.clear()
+
+    monkeypatch.setattr(Fetcher, "_give_back", slowly)
+    monkeypatch.setattr(Bandwidth, "rate", lambda self: 1e-9 if leaving.is_set() else rate(self))
+    server.always = only("refine", faults.status(403))
+    cache = stream(serve(server, folder), fallback=[serve(spare, folder)], slo=20.0)
+    assert same_kv(cache, at_level(folder))
 
 
 def test_credentials_do_not_go_to_the_other_place(server: Server, spare: Server, folder: Path) -> None:

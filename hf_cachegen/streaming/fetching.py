@@ -215,7 +215,8 @@ class Fetcher:
         except GivenUp:
             self._give_back(epoch, source, run)
         except (ArtifactError, OSError) as error:
-            self._cannot_fetch(epoch, error, self._give_back(epoch, source, run), began)
+            with self.changed:  # at once, or it would seem that nothing is to come any more
+                self._cannot_fetch(epoch, error, self._give_back(epoch, source, run), began)
 
     def _next(self, epoch: int, source: Source) -> _Piece | Prepare | None:
         """What to do next, waited for; None once given up."""

@@ -316,8 +316,8 @@ class Schedule:
             chunk = self.chunks[index]
             if not chunk.text and chunk.lacks(part):
                 room = self._room(now, rate) - self.decode_seconds(chunk)
-                # Before anything is measured it is tried: a refinement that comes too late delays nothing.
-                nbytes = math.inf if rate is None or room == math.inf else room * rate
+                # Before anything is measured, and in silence, it is tried: one that comes too late delays nothing.
+                nbytes = room * rate if rate and room < math.inf else math.inf
                 if room < 0 or chunk.wire[part] > nbytes:
                     return []
                 return self._run(index, part, min(run_bytes, nbytes), lambda other: not other.text)
@@ -328,9 +328,7 @@ class Schedule:
         nbytes = sum(chunk.wire[part] for chunk in self.chunks for part in chunk.asked)
         decode = sum(self.decode_seconds(chunk) for chunk in self.chunks if chunk.asked or chunk.have > chunk.level)
         left = self._more(now)
-        if left == math.inf or rate is None or not nbytes:
-            return left - decode
-        return left - decode - (nbytes / rate if rate else math.inf)
+        return left - decode - (nbytes / rate if rate else 0.0)
 
     def _more(self, now: float) -> float:
         """Seconds left for refinements; no deadline holds once the model generates."""
