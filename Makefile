@@ -21,8 +21,8 @@ OLDEST ?= .venv-oldest
 TORCH_INDEX ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
-# Two processes of one thread each: the tests need no more than two cores.
-PYTEST := -m pytest -n 2 --dist worksteal
+# Two processes of one thread each: the tests need no more than two cores. torchac looks for ninja on the path.
+TEST_WITH = PATH="$(abspath $(1))/bin:$$PATH" OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist worksteal
 
 TORCH := $(shell grep -m 1 '^torch==' requirements-dev.txt)
 OLDEST_TORCH := torch==2.8.0
@@ -39,14 +39,14 @@ demo: setup
 	@$(VENV)/bin/hf-cachegen demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(call TEST_WITH,$(VENV)) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
+	$(call TEST_WITH,$(VENV)) $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.package
 	@$(OLDEST)/bin/python -c "import torch, transformers as t; print('== torch', torch.__version__, 'transformers', t.__version__)"
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(call TEST_WITH,$(OLDEST)) -m "not slow" $(PYTEST_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -142,6 +142,7 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> No
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """Killed after its first example, interrupted after its second, then run to the end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background all would ignore it
     out = tmp_path / "killed"
     shard = out / "predictions-000.jsonl"
     for number, (signal_, code) in enumerate(((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)), 1):
