@@ -173,7 +173,7 @@ def test_importing_is_cheap(statement: str) -> None:
 
 
 def test_versions_and_dependencies_agree() -> None:
-    tomllib = pytest.importorskip("tomllib")
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == hf_cachegen.__version__
     assert f"## {hf_cachegen.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

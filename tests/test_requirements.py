@@ -1,0 +1,99 @@
+"""requirements-dev.txt holds for every Python that the project claims, though a run of the tests has one of them alone:
+what the installed packages say about themselves (`Requires-Python`, markers) is asked about the others as well."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest needs there
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = re.findall(r"Python :: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), re.MULTILINE)
+PINS = [
+    Requirement(line.split("  #")[0])
+    for line in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
+BRINGS_ITS_OWN = {"torch"}  # CUDA or not, by platform and index: what it needs is left to pip
+
+
+def environment(python: str, extra: str = "") -> dict[str, str]:
+    """What markers are asked about: this machine with another Python."""
+    return {**default_environment(), "python_version": python, "python_full_version": f"{python}.0", "extra": extra}
+
+
+def holds(requirement: Requirement, python: str, extra: str = "") -> bool:
+    return requirement.marker is None or requirement.marker.evaluate(environment(python, extra))
+
+
+def pinned(python: str) -> dict[str, str]:
+    """The version of each package for a Python."""
+    return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in PINS if holds(pin, python)}
+
+
+def installed(name: str) -> metadata.Distribution | None:
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def test_the_pins_are_for_the_pythons_that_are_claimed() -> None:
+    allowed = SpecifierSet(PROJECT["requires-python"])
+    assert [f"3.{minor}" for minor in range(30) if f"3.{minor}.0" in allowed] == PYTHONS
+    for path in ("README.md", "CONTRIBUTING.md", "Makefile"):
+        assert f"{PYTHONS[0]} to {PYTHONS[-1]}" in (ROOT / path).read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_a_package_is_pinned_once_to_one_version(python: str) -> None:
+    names = [canonicalize_name(pin.name) for pin in PINS if holds(pin, python)]
+    assert sorted(names) == sorted(set(names))
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in PINS)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_a_pinned_version_can_be_installed(python: str) -> None:
+    """A release that takes no Python so old needs another line, with a marker."""
+    refused, seen = {}, 0
+    for name, version in pinned(python).items():
+        found = installed(name)
+        if found is None or found.version.split("+")[0] != version:
+            continue  # pinned for another Python, or the oldest releases are at work: nothing to ask
+        seen += 1
+        needs = found.metadata["Requires-Python"] or ""
+        if f"{python}.0" not in SpecifierSet(needs):
+            refused[f"{name}=={version}"] = needs
+    assert not refused
+    assert seen > len(PINS) // 2
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_a_package_needs_is_pinned_too(python: str) -> None:
+    pins, missing, seen = pinned(python), set[str](), set[tuple[str, str]]()
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    waiting = [("hf_cachegen", needed) for each in lists for needed in map(Requirement, each)]
+    while waiting:
+        by, needed = waiting.pop()
+        name = canonicalize_name(needed.name)
+        if name not in {*pins, "hf-cachegen"}:
+            missing.add(f"{name}, for {by}")
+        found = None if name in BRINGS_ITS_OWN else installed(name)
+        for extra in {"", *needed.extras} if found else ():
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                waiting += [
+                    (name, each) for each in map(Requirement, found.requires or []) if holds(each, python, extra)
+                ]
+    assert not missing
+    assert len(seen) > len(pins) // 2
