@@ -3,7 +3,8 @@
 #   make demo          answer questions about a long context from a compressed cache
 #   make test          lint, types and tests                 make test-slow     the long tests as well
 #   make lint          ruff and mypy alone                   make test-oldest   against the oldest supported releases
-#   make clean         remove what was built                 make distclean     and the environments
+#   make clean         remove what was built                 make test-pythons  make test with Python 3.10, 3.11, 3.12, 3.13
+#   make distclean     and the environments
 #
 #   PYTHON=python3.12  the interpreter (3.10 to 3.13); the first suitable one otherwise
 #   TORCH_INDEX=URL    where torch comes from; on Linux without a GPU https://download.pytorch.org/whl/cpu saves gigabytes
@@ -18,6 +19,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	if $$p -c '$(SUITABLE)' 2>/dev/null; then echo $$p; break; fi; done)
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+# Names or paths. Each gets an environment of its own, .venv-3.10 and so on.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 TORCH_INDEX ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
@@ -33,7 +36,7 @@ NATIVE := $(shell find cuda_ext -type f 2>/dev/null)
 INSTALL_WITH = $(1)/bin/python setup.py --quiet build_ext --inplace && \
 	$(1)/bin/python -m pip install -qq --no-build-isolation --no-deps --editable .
 
-.PHONY: demo test test-slow test-oldest lint setup clean distclean
+.PHONY: demo test test-slow test-oldest test-pythons lint setup clean distclean
 
 demo: setup
 	@$(VENV)/bin/hf-cachegen demo
@@ -47,6 +50,13 @@ test-slow: lint
 test-oldest: $(OLDEST)/.package
 	@$(OLDEST)/bin/python -c "import torch, transformers as t; print('== torch', torch.__version__, 'transformers', t.__version__)"
 	$(call TEST_WITH,$(OLDEST)) -m "not slow" $(PYTEST_ARGS)
+
+# An interpreter that is not there is an error: what was not tested does not pass.
+test-pythons:
+	@for python in $(PYTHONS); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		echo "== Python $$version"; $(MAKE) PYTHON=$$python VENV=.venv-$$version test; \
+	done
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -79,11 +89,12 @@ $(VENV)/.package: $(VENV)/.requirements pyproject.toml setup.py $(NATIVE)
 	@$(call INSTALL_WITH,$(VENV))
 	@touch $@
 
-# The oldest torch comes from the CPU index alone (elsewhere it brings CUDA); where that is out of reach, today's pin serves.
+# PyPI's torch for Linux brings CUDA, gigabytes of it: it is taken where the index without is out of reach, since with
+# another release than the oldest this would test nothing.
 $(OLDEST)/.requirements: requirements-dev.txt | $(OLDEST)/.created
 	@echo "== $(OLDEST_TORCH), $(OLDEST_TRANSFORMERS)"
-	@$(OLDEST)/bin/python -m pip install --retries 0 --timeout 15 $(OLDEST_TORCH) --index-url $(CPU_INDEX) \
-		|| $(OLDEST)/bin/python -m pip install $(TORCH)
+	@$(OLDEST)/bin/python -m pip install --retries 0 --timeout 15 $(OLDEST_TORCH) \
+		--index-url $(or $(TORCH_INDEX),$(CPU_INDEX)) || $(OLDEST)/bin/python -m pip install $(OLDEST_TORCH)
 	@grep -vE '^(torch|transformers|tokenizers|huggingface-hub)==' requirements-dev.txt > $(@D)/requirements.txt
 	@$(OLDEST)/bin/python -m pip install -qq "$(OLDEST_TRANSFORMERS)" -r $(@D)/requirements.txt
 	@touch $@
@@ -98,4 +109,4 @@ clean:
 	find hf_cachegen eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) .venv-3.1[0-3]
