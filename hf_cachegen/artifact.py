@@ -112,6 +112,10 @@ class Artifact:
         if ids and ids.segments[0].length != 8 * self.geometry.tokens:
             raise ManifestError("the number of input_ids is not the geometry's number of tokens")
 
+    def elsewhere(self, place: Store) -> Artifact:
+        """Another artifact, opened as this one was. Raises what opening does."""
+        return Artifact(place, self.reader.limits, self._profile, self._model_folder)
+
     @property
     def levels(self) -> int:
         return self.manifest.levels

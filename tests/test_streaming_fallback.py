@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers as hf
 
+from eval.reference import MODEL_PATH
+from hf_cachegen import CacheGenConfig
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, StoreError
 from hf_cachegen.streaming.bandwidth import Bandwidth
@@ -101,6 +105,19 @@ def test_credentials_do_not_go_to_the_other_place(server: Server, spare: Server,
     other = (spare.url, {"headers": {"Authorization": "Bearer other"}})
     stream(server.url, fallback=[other], force_download=True)
     assert {headers.get("Authorization") for _, headers in spare.requests} == {"Bearer other"}
+
+
+def test_a_fallback_is_decoded_with_the_profile_in_the_models_folder(
+    server: Server, spare: Server, tmp_path: Path
+) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.bfloat16)
+    exact = CacheGenCache.from_context(model, torch.arange(100)[None] + 3, CacheGenConfig(transform="klt"))
+    exact.save_pretrained(tmp_path / "klt")
+    server.always = only("base", faults.status(500))
+    url, other = serve(server, tmp_path / "klt"), serve(spare, tmp_path / "klt")
+    cache = CacheGenCache.stream(url, model, fallback=[other], stall_seconds=0.5)
+    assert same_kv(cache, CacheGenCache.from_pretrained(tmp_path / "klt", model))
+    assert report(cache).text_chunks == 0
 
 
 def test_a_fallback_that_cannot_be_a_place_ends_the_stream(server: Server, folder: Path) -> None:

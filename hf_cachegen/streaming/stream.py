@@ -110,7 +110,7 @@ def _begin(
     loader.close()  # an earlier place, which failed in between
 
     def elsewhere(place: Place, access: Access) -> Artifact:
-        return Artifact(open_store(place, access, limits), limits)
+        return artifact.elsewhere(open_store(place, access, limits))
 
     sources = []
     for number, (place, access) in enumerate(places):
