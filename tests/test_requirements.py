@@ -41,11 +41,13 @@ def pinned(python: str) -> dict[str, str]:
     return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in PINS if holds(pin, python)}
 
 
-def installed(name: str) -> metadata.Distribution | None:
+def installed(name: str, version: str | None) -> metadata.Distribution | None:
+    """The package, where it is here in this version; another Python's or the oldest one has nothing to say about it."""
     try:
-        return metadata.distribution(name)
+        found = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         return None
+    return found if found.version.split("+")[0] == version else None
 
 
 def test_the_pins_are_for_the_pythons_that_are_claimed() -> None:
@@ -67,11 +69,9 @@ def test_a_pinned_version_can_be_installed(python: str) -> None:
     """A release that takes no Python so old needs another line, with a marker."""
     refused, seen = {}, 0
     for name, version in pinned(python).items():
-        found = installed(name)
-        if found is None or found.version.split("+")[0] != version:
-            continue  # pinned for another Python, or the oldest releases are at work: nothing to ask
-        seen += 1
-        needs = found.metadata["Requires-Python"] or ""
+        found = installed(name, version)
+        needs = (found.metadata["Requires-Python"] or "") if found else ""
+        seen += found is not None
         if f"{python}.0" not in SpecifierSet(needs):
             refused[f"{name}=={version}"] = needs
     assert not refused
@@ -83,12 +83,13 @@ def test_what_a_package_needs_is_pinned_too(python: str) -> None:
     pins, missing, seen = pinned(python), set[str](), set[tuple[str, str]]()
     lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
     waiting = [("hf_cachegen", needed) for each in lists for needed in map(Requirement, each)]
+    waiting += [("requirements-dev.txt", Requirement(name)) for name in pins]
     while waiting:
         by, needed = waiting.pop()
         name = canonicalize_name(needed.name)
         if name not in {*pins, "hf-cachegen"}:
             missing.add(f"{name}, for {by}")
-        found = None if name in BRINGS_ITS_OWN else installed(name)
+        found = None if name in BRINGS_ITS_OWN else installed(name, pins.get(name))
         for extra in {"", *needed.extras} if found else ():
             if (name, extra) not in seen:
                 seen.add((name, extra))
