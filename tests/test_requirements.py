@@ -4,7 +4,10 @@ what the installed packages say about themselves (`Requires-Python`, markers) is
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import shutil
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -98,3 +101,15 @@ def test_what_a_package_needs_is_pinned_too(python: str) -> None:
                 ]
     assert not missing
     assert len(seen) > len(pins) // 2
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_oldest_that_is_allowed_is_what_test_oldest_installs(tmp_path: Path) -> None:
+    oldest, own = tmp_path / "oldest", {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "-n", f"PYTHON={sys.executable}", f"OLDEST={oldest}", f"{oldest}/.requirements"]
+    steps = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout
+    floors = [re.sub(r">=([\d.]+)(,<\d+)?$", r"==\1", needed) for needed in PROJECT["dependencies"]]
+    assert all(re.fullmatch(r"[a-z_]+==[\d.]+", floor) for floor in floors)
+    installs = [line.split() for line in steps.splitlines() if "pip install" in line]
+    assert [word for word in installs[-1] if "==" in word] == floors
+    assert all(floors[0] in words for words in installs), "torch comes first, wherever from, and is not replaced"
