@@ -49,7 +49,7 @@ def main(contexts: int, samples: int, tokens: int) -> None:
 
     def counted(keys: list[Tensor], values: list[Tensor], codec: KltCodec, counts: Counts) -> None:
         for span in spans_of(keys[0].shape[2], CONFIG.chunk_tokens):
-            counts.add(codec.inner.symbols(codec.checked(gather(keys, values, span), span)[0])[0])
+            counts.add(codec.inner.symbols(codec.checked(gather(keys, values, span), span))[0])
 
     learnt = Counts(len(profile.base_entries), profile.levels)
     for task in TASKS:

@@ -48,7 +48,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups of 2 layers": {"group_layers": 2},
     "groups of 4 layers": {"group_layers": 4},
     "keys as cached": {"undo_rotation": False},
-    "a step for each token": {"token_steps": True},
 }
 ENCODER: dict[str, dict[str, Any]] = {
     "no protected tokens": {"protect_first": 0, "protect_last": 0},

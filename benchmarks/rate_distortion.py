@@ -86,8 +86,8 @@ def test_of(tokenizer: Any, task: str, seed: int, tokens: int) -> Test:
 
 
 def learnt(model: Any, samples: Sequence[Sample], **options: Any) -> list[Profile]:
-    """A profile, and the same at other steps, for a longer curve; with one step for all tokens unless asked."""
-    profile = learn_profile(model, samples, **{"token_steps": False, **options})
+    """A profile, and the same at other steps, for a longer curve."""
+    profile = learn_profile(model, samples, **options)
     return [profile, *(replace(profile, step_code=profile.step_code + more) for more in STEP_CODES)]
 
 

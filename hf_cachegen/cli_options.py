@@ -82,8 +82,6 @@ learning_options = _all(
     click.option("--group-layers", type=click.IntRange(min=1), help="Layers with a joint basis.  [default: by width]"),
     click.option("--undo-rotation/--no-undo-rotation", default=True, show_default=True,
                  help="Turn keys back to position 0 before anything else, where the model's rotation is known."),
-    click.option("--token-steps/--no-token-steps", default=True, show_default=True,
-                 help="Give each token a step of its own, by the norms of its keys."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the draws."),
 )  # fmt: skip
 

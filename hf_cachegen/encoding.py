@@ -231,10 +231,7 @@ def manifest_of(
     side: bytes,
 ) -> Manifest:
     """The manifest, its files not yet known."""
-    required: tuple[str, ...] = ()
-    if profile is not None:
-        features = {"klt": True, "klt-steps": profile.token_steps is not None, "klt-tables": len(side) > DIGEST_BYTES}
-        required = tuple(name for name, needed in features.items() if needed)
+    required = () if profile is None else ("klt",) if len(side) == DIGEST_BYTES else ("klt", "klt-tables")
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
         codec["profile"] = profile.named.to_dict()

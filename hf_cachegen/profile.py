@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +42,6 @@ MAX_HEADER_BYTES = 1 << 25
 LARGEST_NUMBER = 1e15
 """Of means, sensitivities and frequencies; a real profile's are of order 1, or of its model's keys and values."""
 LARGEST_SCALING = 1e3
-LEAST_TOKEN_CODE, LARGEST_TOKEN_CODE, MOST_TOKEN_EDGES = -8, 7, 255
 RotaryStyle = Literal["none", "half", "interleaved"]
 
 
@@ -106,21 +104,6 @@ class Group:
         return torch.bmm(self.sensitivity, columns).reshape(heads * dim, -1).contiguous()
 
 
-@dataclass(frozen=True)
-class TokenSteps:
-    """Steps of tokens by the norms of their keys (`codec.token_steps`): codes[i] up to edges[i], the last beyond."""
-
-    edges: tuple[float, ...]
-    codes: tuple[int, ...]
-
-    def is_sound(self) -> bool:
-        """Whether it says something of every norm, and nothing absurd."""
-        rising = all(a < b for a, b in pairwise(self.edges))
-        edges = len(self.edges) <= MOST_TOKEN_EDGES and all(abs(edge) <= LARGEST_NUMBER for edge in self.edges)
-        codes = all(LEAST_TOKEN_CODE <= code <= LARGEST_TOKEN_CODE for code in self.codes)
-        return rising and edges and codes and len(self.codes) == len(self.edges) + 1
-
-
 @dataclass(frozen=True, eq=False)
 class Profile:
     """Everything that the klt transform needs of one model. Make one by `learn`, or `load` it.
@@ -128,8 +111,8 @@ class Profile:
     means float32 [columns of one row of the batch]; step_code: the finest step, as `codec.quantize` codes it;
     base_entries uint8 [components] and refine_entries uint8 [levels - 1, components] name tables of the shipped
     codebook; `about` says which model (its fingerprint), from how much text, and the divergence measured at each
-    level; token_steps: what a token's step goes by, None where all have the same; place: the repository and commit
-    (hf://...) that it was loaded from or pushed to, if any, which artifacts made with it will name.
+    level; place: the repository and commit (hf://...) that it was loaded from or pushed to, if any, which artifacts
+    made with it will name.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -140,7 +123,6 @@ class Profile:
     base_entries: Tensor
     refine_entries: Tensor
     about: dict[str, Any]
-    token_steps: TokenSteps | None = None
     place: str | None = field(init=False, default=None)
 
     @property
@@ -197,8 +179,6 @@ class Profile:
             "step_code": self.step_code,
             "about": self.about,
         }
-        if self.token_steps is not None:
-            described["token_steps"] = {"edges": self.token_steps.edges, "codes": self.token_steps.codes}
         return save_tensors(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             {"cachegen_profile": json.dumps(described, sort_keys=True)},
@@ -224,13 +204,9 @@ class Profile:
             )
             rotary = Rotary(described["rotary"]["style"], tensors["inv_freq"], float(described["rotary"]["scaling"]))
             layers = tuple(LayerGeometry.from_dict(layer) for layer in described["layers"])
-            by_token = described.get("token_steps")
             profile = cls(
                 layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
                 tensors["refine_entries"], dict(described["about"]),
-                None if by_token is None else TokenSteps(
-                    tuple(map(float, by_token["edges"])), tuple(map(int, by_token["codes"]))
-                ),
             )  # fmt: skip
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"this is not a profile: {error}") from error
@@ -243,7 +219,6 @@ class Profile:
         channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         components, covered = 0, []
         sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
-        sound = sound and (self.token_steps is None or self.token_steps.is_sound())
         for group in self.groups:
             inside = group.kind in (0, 1) and 0 <= group.first < group.first + group.count <= len(channels)
             places = (

@@ -23,7 +23,7 @@ from hf_cachegen.container.manifest import loads
 from hf_cachegen.encoding import Encoder, gather, spans_of
 from hf_cachegen.errors import UnsupportedFormatError
 from hf_cachegen.geometry import LayerGeometry
-from hf_cachegen.profile import PROFILE_FILE, Group, Profile, Rotary, TokenSteps
+from hf_cachegen.profile import PROFILE_FILE, Group, Profile, Rotary
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -31,7 +31,6 @@ CASES = {
     "delta": CacheGenConfig(transform="delta", chunk_tokens=32, protect_last=8),
     "identity": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "klt": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
-    "klt-steps": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-tables": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
 }
@@ -50,9 +49,9 @@ def golden_kv() -> tuple[list[Tensor], list[Tensor]]:
     return list(x[0]), list(x[1])
 
 
-def golden_profile(name: str = "klt") -> Profile:
+def golden_profile() -> Profile:
     """A profile of the golden cache's two layers whose products have no rounding: no rotation, a basis of ones and
-    quarters, steps of whole octaves.
+    quarters.
     """
     layer = LayerGeometry("full", 2, 12, 2, 12)
     mixing = torch.eye(48) + torch.eye(48).flip(0) / 4
@@ -67,7 +66,6 @@ def golden_profile(name: str = "klt") -> Profile:
         base_entries=(components % 30 + 30).to(torch.uint8),
         refine_entries=torch.stack([components % 20 + 5, components % 15 + 10]).to(torch.uint8),
         about={"model": "golden"},
-        token_steps=TokenSteps((2.45, 2.9), (4, 0, -4)) if name == "klt-steps" else None,
     )
 
 
@@ -76,7 +74,7 @@ def digest(tensors: list[Tensor]) -> str:
 
 
 def write_golden(directory: Path, config: CacheGenConfig) -> None:
-    profile = golden_profile(directory.name) if config.transform == "klt" else None
+    profile = golden_profile() if config.transform == "klt" else None
     write(Encoder(*golden_kv(), config, profile), directory, input_ids=list(range(50)), fingerprint={"model": "golden"})
 
 
@@ -113,8 +111,8 @@ def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None
     assert codec.side_bytes() == old.side
 
 
-def test_what_old_readers_do_not_know_is_a_required_feature() -> None:
-    for name, features in (("klt", ("klt",)), ("klt-steps", ("klt", "klt-steps", "klt-tables"))):
+def test_tables_of_a_contexts_own_are_a_required_feature() -> None:
+    for name, features in (("klt", ("klt",)), ("klt-tables", ("klt", "klt-tables"))):
         data = (GOLDEN / name / "cachegen.json").read_bytes()
         assert loads(data).required == features
         for left_out in features:

@@ -15,7 +15,7 @@ from hf_cachegen.errors import ConfigError
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
-STAGES = ("learn", "tokens", "step", "tables")
+STAGES = ("learn", "step", "tables")
 
 
 def samples(seed: int = 0) -> list[Sample]:
@@ -85,7 +85,6 @@ def test_a_journal_belongs_to_one_learning(model, tmp_path, monkeypatch) -> None
     learn_until(model, path, "learn", monkeypatch)
     kept = path.read_bytes()
     others: list[dict[str, Any]] = [{"seed": 4}, {"floor": 1.0}, {"target_kl": 0.1}, {"undo_rotation": False}]
-    others += [{"token_steps": False}]
     for options in others:
         with pytest.raises(ConfigError, match="another learning"):
             learn_profile(model, samples(), **{"config": CONFIG, "seed": 3, "journal": path, **options})

@@ -1,5 +1,4 @@
-"""learn_profile: moments of the training samples, then what tokens' steps go by, then the step by the divergence of
-held-out ones, then the tables.
+"""learn_profile: moments of the training samples, then the step by the divergence of held-out ones, then the tables.
 
 Every fifth sample is held out (the first of every five, 12 at most), and what a profile says of its levels' divergence
 and bits is measured on those.
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_cachegen.calibration.journal import Journal, unknown
-from hf_cachegen.calibration.moments import Moments, gradients, sensitivity_of
+from hf_cachegen.calibration.moments import Moments
 from hf_cachegen.calibration.running import (
     NO_ROTATION,
     Sample,
@@ -32,14 +31,13 @@ from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.tables import shipped_codebooks
-from hf_cachegen.codec.token_steps import key_norms, steps_by_norm
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.encoding import empty_kv, gather, scatter
 from hf_cachegen.errors import ConfigError, ProfileError
 from hf_cachegen.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.layout import evaluation_mode, require_model
-from hf_cachegen.profile import Profile, TokenSteps
+from hf_cachegen.profile import Profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +48,6 @@ HELD_OUT_EVERY = 5
 MAX_HELD_OUT = 12
 STEP_CODES = 256
 MAX_GAP = 32
-TOKEN_SAMPLES, TOKEN_DRAWS = 16, 4
-"""Samples that say what a token's keys tell of its sensitivity, and how often labels are drawn for each."""
 KEPT_PEAK = 0.25
 """A component stays if a sample's coefficient reaches this part of the finest step: half a step is what a symbol takes,
 and contexts of another kind reach further."""
@@ -66,7 +62,6 @@ def learn_profile(
     floor: float = 0.5,
     group_layers: int | None = None,
     undo_rotation: bool = True,
-    token_steps: bool = True,
     seed: int = 0,
     progress: bool = False,
     journal: str | os.PathLike[str] | None = None,
@@ -78,10 +73,10 @@ def learn_profile(
     is the finest's. Levels differ by 3 in step, about 4 to 9 in divergence, so one target binds and the others are
     bettered; `Profile.about["measured"]` has what each level came to. floor: under the sensitivities, in units of the
     mean of each layer's K or V. group_layers: layers that share a basis (default: as many as have
-    DEFAULT_GROUP_CHANNELS channels). token_steps: give each token a step of its own, by the norms of its keys. Every
-    fifth sample is held out and measured by. The model runs in eval mode, and comes back in its own. journal: a file
-    that keeps what has been done, from which the same call goes on after it was killed, to the same profile; remove it
-    when the profile is saved. Raises ConfigError, TensorError, ProfileError, UnsupportedModelError.
+    DEFAULT_GROUP_CHANNELS channels). Every fifth sample is held out and measured by. The model runs in eval mode, and
+    comes back in its own. journal: a file that keeps what has been done, from which the same call goes on after it was
+    killed, to the same profile; remove it when the profile is saved. Raises ConfigError, TensorError, ProfileError,
+    UnsupportedModelError.
     """
     require_model(model)
     config = replace(config or CacheGenConfig(), transform="klt")
@@ -99,7 +94,7 @@ def learn_profile(
         require_sample(index, sample)
     with evaluation_mode(model):
         return _Learning(model, samples, config, targets, seed, journal, progress).profile(
-            floor, group_layers, undo_rotation, token_steps
+            floor, group_layers, undo_rotation
         )
 
 
@@ -124,9 +119,9 @@ class _Learning:
         self.training = [sample for index, sample in enumerate(samples) if index % HELD_OUT_EVERY]
         self.fingerprint = Fingerprint.of(model, []).to_dict()
 
-    def profile(self, floor: float, group_layers: int | None, undo_rotation: bool, by_token: bool) -> Profile:
+    def profile(self, floor: float, group_layers: int | None, undo_rotation: bool) -> Profile:
         options = {"floor": floor, "target_kl": list(self.targets), "seed": self.seed, "samples": len(self.samples)}
-        key = self._key({**options, "group_layers": group_layers, "undo_rotation": undo_rotation, "steps": by_token})
+        key = self._key({**options, "group_layers": group_layers, "undo_rotation": undo_rotation})
         journal = Journal(self.path, key, progress=self.progress)
         rotary = find_rotary(self.model) if undo_rotation else NO_ROTATION
         moments = Moments(self.model, self.training, rotary, group_layers, self.seed, journal)
@@ -141,7 +136,6 @@ class _Learning:
         nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
         finer = nothing.expand(self.config.levels - 1, -1)
         blank = Profile(moments.layers, rotary, moments.means.float(), groups, 0, nothing, finer, about)
-        blank = replace(blank, token_steps=self._token_steps(blank, journal) if by_token else None)
         profile = self._with_entries(replace(blank, step_code=self._step(blank, journal)), journal)
         measured = measure(self.model, profile, self.held_out, self.config)
         return replace(profile, about={**about, "measured": measured})
@@ -154,24 +148,6 @@ class _Learning:
             for ids in sample:
                 found.update(f"{ids.shape[1]}:".encode() + ids.cpu().to(torch.int64).contiguous().numpy().tobytes())
         return found.hexdigest()
-
-    def _token_steps(self, profile: Profile, journal: Journal) -> TokenSteps | None:
-        """What the norms of tokens' keys tell of their sensitivities, each in units of its sample's mean."""
-        chosen = self.training[:: -(-len(self.training) // TOKEN_SAMPLES)]
-        shape = len(chosen), max(context.shape[1] for context, _ in chosen)
-        norms, sensitivities = unknown(*shape), unknown(*shape)
-        sums = {"norms": norms, "sensitivities": sensitivities}
-        for index, (context, continuation) in journal.each("tokens", list(enumerate(chosen)), sums):
-            draws = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % (1 << 63))
-            keys, values, _ = prefill(self.model, context)
-            here = sensitivities[index, : context.shape[1]].zero_()
-            for _ in range(TOKEN_DRAWS):
-                here += sensitivity_of(
-                    profile, gradients(self.model, keys, values, continuation, profile.rotary, draws)
-                )
-            here /= here.mean().clamp_min(1e-30)
-            norms[index, : len(here)] = key_norms(_rows(keys, values), _geometry(profile, keys))
-        return steps_by_norm(norms[~norms.isnan()], sensitivities[~norms.isnan()])
 
     def _step(self, profile: Profile, journal: Journal) -> int:
         """Bisects for the largest step code with which every level is within its target."""
@@ -202,7 +178,7 @@ class _Learning:
         sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
         for context, _ in journal.each("tables", self.training, sums):
             rows, codec = _coded(self.model, profile, context, self.config)
-            y, _ = codec.coefficients(rows, Span(0, len(rows), len(rows)))
+            y = codec.basis.coefficients(rows, Span(0, len(rows), len(rows)))
             counts.add(codec.inner.symbols(y)[0])
             torch.maximum(peaks, y.abs().amax(0), out=peaks)
         values, digits = shipped_codebooks(self.config.prob_bits)
@@ -243,13 +219,9 @@ def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     return gather(keys, values, Span(0, tokens, tokens)).float().cpu()
 
 
-def _geometry(profile: Profile, keys: Sequence[Tensor]) -> Geometry:
-    dtype = str(keys[0].dtype).removeprefix("torch.")
-    return Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype)
-
-
 def _codec(profile: Profile, keys: Sequence[Tensor], config: CacheGenConfig) -> KltCodec:
-    return KltCodec(_geometry(profile, keys), config, profile)
+    dtype = str(keys[0].dtype).removeprefix("torch.")
+    return KltCodec(Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype), config, profile)
 
 
 @torch.no_grad()

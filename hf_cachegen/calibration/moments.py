@@ -5,7 +5,7 @@ Everything is added up in float64 and kept on the CPU; products are taken where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_cachegen.calibration.journal import Journal
 from hf_cachegen.calibration.running import Sample, continuation_logits, prefill
-from hf_cachegen.profile import Group, Profile, Rotary
+from hf_cachegen.profile import Group, Rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,19 +134,6 @@ def gradients(
     for index, gradient in enumerate(found):
         kind, layer = divmod(index, len(keys))
         yield kind, layer, in_frame(gradient, kind, rotary) * (rotary.scaling**2 if kind == 0 else 1.0)
-
-
-def sensitivity_of(profile: Profile, found: Iterable[tuple[int, int, Tensor]]) -> Tensor:
-    """How much more than others the model minds an error of a step in a token's coefficients, float64 [tokens]: the
-    squared length of its `gradients` in the metric of the profile's sensitivities.
-    """
-    parts = []
-    for kind, layer, g in found:
-        group = next(one for one in profile.groups if one.kind == kind and 0 <= layer - one.first < one.count)
-        at = sum((one.heads, one.v_heads)[kind] for one in profile.layers[group.first : layer])
-        g = g.cpu().permute(1, 2, 0)
-        parts.append((g * torch.linalg.solve(group.sensitivity[at : at + len(g)], g)).sum((0, 1), dtype=torch.float64))
-    return torch.stack(parts).sum(0)
 
 
 def _zeros(*shape: int) -> Tensor:

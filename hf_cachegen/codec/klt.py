@@ -2,8 +2,7 @@
 
 Keys are turned back to position zero where the model's rotation is known (a third fewer bits), means are taken off,
 and each group of layers goes through one matrix product. Coefficients are coded as `LossyCodec` codes the identity's
-values: with one step for all, no means, and the profile's table entries. Where the profile has steps for tokens
-(`token_steps`), coefficients are in units of their token's.
+values: with one step for all, no means, and the profile's table entries.
 
 A context unlike those that the profile was learnt from has coefficients larger than their tables know, each an
 exception of eight bytes: a task that the profile has not seen took three times the bits it takes with tables of its
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import basis, quantize, token_steps
+from hf_cachegen.codec import basis, quantize
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Chunks, Counts, repeated, require_finite
 from hf_cachegen.codec.into import Target
@@ -73,7 +72,7 @@ class KltCodec:
         codec = cls(geometry, config, profile)
         counts = Counts(codec.entries.shape[1], config.levels)
         for rows, span in chunks():
-            counts.add(codec.inner.symbols(codec.checked(rows, span)[0])[0])
+            counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
         entries, saved = [], 0.0
         books = repeated(codec.inner.values, codec.inner.digits)
         for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
@@ -119,27 +118,17 @@ class KltCodec:
                 found += [np.packbits(mine.numpy(), bitorder="little").tobytes(), row[mine].numpy().tobytes()]
         return b"".join(found)
 
-    def coefficients(self, rows: Tensor, span: Span) -> tuple[Tensor, Tensor | None]:
-        """What is coded, float32 [tokens, components], and the codes of the tokens' steps, where they have such."""
-        y, steps = self.basis.coefficients(rows, span), self.profile.token_steps
-        if steps is None:
-            return y, None
-        codes = token_steps.codes_of(rows, self.geometry, steps)
-        return y.mul_(token_steps.finer(codes)), codes
-
-    def checked(self, rows: Tensor, span: Span) -> tuple[Tensor, Tensor | None]:
-        """As `coefficients`. Raises TensorError where they cannot be coded."""
-        y, codes = self.coefficients(rows, span)
+    def checked(self, rows: Tensor, span: Span) -> Tensor:
+        """The coefficients, float32 [tokens, components]. Raises TensorError where they cannot be coded."""
+        y = self.basis.coefficients(rows, span)
         if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
             require_finite(rows, _vectors(self.geometry))
             raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
-        return y, codes
+        return y
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         """rows [tokens, columns] to the bytes of every part. Raises TensorError as `fit` does."""
-        y, codes = self.checked(rows, span)
-        base, *rest = self.inner.encode(y, span)
-        return [base if codes is None else token_steps.to_bytes(codes) + base, *rest]
+        return self.inner.encode(self.checked(rows, span), span)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         """The inverse of `encode`: rows [tokens, columns], on the CPU. Raises TruncatedError or CorruptError."""
@@ -153,22 +142,14 @@ class KltCodec:
         self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         y = torch.empty(span.tokens, self.entries.shape[1], device=device)
-        cursor, finer = Cursor(parts[0]), None
-        if self.profile.token_steps is not None:
-            finer = token_steps.finer(token_steps.from_bytes(cursor, span.tokens))
-        self.inner.decode_into([cursor.rest(), *parts[1:]], span, Target.matrix(y))
-        if finer is not None:
-            y /= finer.to(device)
+        self.inner.decode_into(parts, span, Target.matrix(y))
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
         return self.basis.rows(y, span, dtype, idle=~coded.any(0))
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        y, codes = self.coefficients(rows, span)
-        levels = self.inner.approximations(y, span)
-        if codes is not None:
-            levels = [level / token_steps.finer(codes).cpu() for level in levels]
-        return [self.basis.rows(level, span) for level in levels]
+        y = self.basis.coefficients(rows, span)
+        return [self.basis.rows(level, span) for level in self.inner.approximations(y, span)]
 
 
 def _vectors(geometry: Geometry) -> Tensor:

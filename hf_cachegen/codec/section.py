@@ -69,10 +69,6 @@ class Cursor:
     def u32(self, count: int) -> list[int]:
         return list(struct.unpack(f"<{count}I", self.take(4 * count)))
 
-    def rest(self) -> memoryview:
-        """All that is left, which another cursor reads."""
-        return self.data[self.at :]
-
     def finish(self) -> None:
         if self.at != len(self.data):
             raise CorruptError(f"a segment of {len(self.data)} bytes has {len(self.data) - self.at} bytes too many")
