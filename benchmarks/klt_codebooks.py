@@ -89,7 +89,7 @@ class Seen:
         counts = [Counts(len(profile.base_entries), profile.levels) for profile in bench.profiles]
         for context in contexts:
             rows, codec = learning._coded(bench.model, bench.profiles[0], context, BASE)
-            y = codec.basis.coefficients(rows, Span(0, len(rows), len(rows)))
+            y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
             for profile, found in zip(bench.profiles, counts, strict=True):
                 found.add(KltCodec(codec.geometry, BASE, profile).inner.symbols(y)[0])
         return cls([found.parts for found in counts])

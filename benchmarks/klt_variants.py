@@ -56,7 +56,7 @@ class Bench:
         profile, squares = self.profiles[0], torch.zeros(())
         for context, _ in self.mixed:
             rows, codec = learning._coded(self.model, profile, context, BASE)
-            squares = squares + codec.basis.coefficients(rows, Span(0, len(rows), len(rows))).square().sum(0)
+            squares = squares + codec.coefficients(rows, Span(0, len(rows), len(rows))).square().sum(0)
         parts = squares.split([len(group.synthesis) for group in profile.groups])
         return [part.cumsum(0) / part.sum() for part in parts]
 

@@ -18,8 +18,9 @@ from hf_cachegen import __version__
 from hf_cachegen.codec import fit, tables
 from hf_cachegen.codec.chunk import Codec, Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.into import Target
-from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec
+from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec, has_sinks
 from hf_cachegen.codec.lossless import LosslessCodec
+from hf_cachegen.codec.sinks import FirstToken, find_sinks, without_first
 from hf_cachegen.config import CacheGenConfig, TransformName
 from hf_cachegen.container import BASE_FILE, Manifest, artifact_sizes, chunk_name, nbytes_at, refine_file
 from hf_cachegen.errors import ConfigError, CorruptError, LevelError, TensorError, TruncatedError
@@ -92,17 +93,18 @@ class Encoder:
         self.keys, self.values, self.progress = keys, values, progress
         self.columns = _columns(self.geometry)
         self.spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
+        self._sinks = find_sinks(keys)
         if self.config.transform == "auto":
             self.config = replace(self.config, transform=self._best_transform(profile))
         self.profile = profile if self.config.transform == "klt" else None
         self.codec: Codec
         self._bits: Tensor | None = None
         if self.config.transform == "klt":
-            self.codec = KltCodec.fit(self._rows, self.geometry, self.config, _required(profile))
+            self.codec = KltCodec.fit(self._rows, self.geometry, self.config, _required(profile), self._sinks)
         elif self.config.lossless:
             self.codec, self._bits = LosslessCodec.fit(self._rows, self.columns, self.config, keys[0].dtype)
         else:
-            self.codec, self._bits = fit.fit(self._rows, self.columns, self.config)
+            self.codec, self._bits = self._fitted(self._rows, self.config)
         self._bytes = [len(self.codec.side_bytes())] + [0] * (self.codec.parts - 1)
         vectors = 2 * len(self.geometry.layers)
         self._errors = torch.zeros(self.codec.parts, vectors, dtype=torch.float64)
@@ -125,9 +127,18 @@ class Encoder:
         cost: dict[TransformName, float] = {}
         names: tuple[TransformName, ...] = ("delta", "identity")
         for name in names:
-            codec, bits = fit.fit(rows, self.columns, replace(self.config, transform=name))
+            codec, bits = self._fitted(rows, replace(self.config, transform=name))
             cost[name] = float(bits.sum() + tokens * codec.steps.log2().sum())
         return min(names, key=cost.__getitem__)
+
+    def _fitted(self, chunks: fit.Chunks, config: CacheGenConfig) -> tuple[LossyCodec | FirstToken, Tensor]:
+        """As `fit.fit`; identity keeps the first token apart, if that is a sink."""
+        if config.transform == "delta" or 0 not in self._sinks:
+            return fit.fit(chunks, self.columns, config)
+        first = gather(self.keys, self.values, Span(0, 1, 1)).cpu()
+        fit.require_finite(first, self.columns.vectors)
+        codec, bits = fit.fit(without_first(chunks), self.columns, config)
+        return FirstToken(codec, first[0]), bits
 
     def _rows(self) -> Iterator[tuple[Tensor, Span]]:
         for span in self.spans:
@@ -231,7 +242,9 @@ def manifest_of(
     side: bytes,
 ) -> Manifest:
     """The manifest, its files not yet known."""
-    required = () if profile is None else ("klt",) if len(side) == DIGEST_BYTES else ("klt", "klt-tables")
+    sinks = len(side) > _own_length(geometry, config) if profile is None else has_sinks(side, profile)
+    features = {"klt": profile is not None, "klt-tables": profile is not None and len(side) > DIGEST_BYTES}
+    required = tuple(name for name, used in {**features, "sinks": sinks and not config.lossless}.items() if used)
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
         codec["profile"] = profile.named.to_dict()
@@ -255,16 +268,21 @@ def _required(profile: Profile | None) -> Profile:
 
 
 def side_lengths(geometry: Geometry, config: CacheGenConfig) -> range:
-    """The lengths that the side information of such a cache can have; one alone for delta and identity."""
+    """The lengths that the side information of such a cache can have: for identity with the first token or without."""
     columns = geometry.elements // geometry.tokens
     if config.transform == "klt":
-        return range(DIGEST_BYTES, DIGEST_BYTES + config.levels * (-(-columns // 8) + columns) + 1)
+        most = config.levels * (-(-columns // 8) + columns) + 4 * geometry.tokens
+        return range(DIGEST_BYTES, DIGEST_BYTES + most + 1)
     if config.lossless:
         rest, table = 1 + columns * DTYPE_BYTES[geometry.dtype], 2 * tables.VALUE_SYMBOLS
         return range(rest + table, rest + MAX_LOSSLESS_TABLES * table + 1, table)
-    own = 1 if config.transform == "delta" else 2
-    length = columns * (1 + own + config.levels)
-    return range(length, length + 1)
+    length, first = _own_length(geometry, config), columns * DTYPE_BYTES[geometry.dtype]
+    return range(length, length + 1) if config.transform == "delta" else range(length, length + first + 1, first)
+
+
+def _own_length(geometry: Geometry, config: CacheGenConfig) -> int:
+    """Of delta's and identity's side information, without the first token."""
+    return geometry.elements // geometry.tokens * ((2 if config.transform == "delta" else 3) + config.levels)
 
 
 def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Codec:
@@ -281,7 +299,10 @@ def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: P
     columns = _columns(geometry)
     if config.lossless:
         return LosslessCodec.from_bytes(side, columns, config, getattr(torch, geometry.dtype))
-    return LossyCodec(columns, config, Side.from_bytes(side, len(columns), config))
+    codec = LossyCodec(columns, config, Side.from_bytes(side[: lengths[0]], len(columns), config))
+    if len(side) == lengths[0]:
+        return codec
+    return FirstToken(codec, torch.frombuffer(bytearray(side[lengths[0] :]), dtype=getattr(torch, geometry.dtype)))
 
 
 def checked_level(level: int | None, levels: int) -> int:

@@ -30,14 +30,18 @@ PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
 CASES = {
     "delta": CacheGenConfig(transform="delta", chunk_tokens=32, protect_last=8),
     "identity": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
+    "identity-sinks": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8),
     "klt": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
+    "klt-sinks": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-tables": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
 }
 
 
-def golden_kv() -> tuple[list[Tensor], list[Tensor]]:
-    """Two layers, 50 tokens, from integers alone: the same on every machine and in every release of torch."""
+def golden_kv(name: str = "") -> tuple[list[Tensor], list[Tensor]]:
+    """Two layers, 50 tokens, from integers alone: the same on every machine and in every release of torch. Tokens 0 and
+    40 are sinks where the name says so.
+    """
     numbers = np.arange(2 * 2 * 2 * 50 * 12, dtype=np.uint64)
     for _ in range(3):
         numbers = numbers * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
@@ -46,6 +50,8 @@ def golden_kv() -> tuple[list[Tensor], list[Tensor]]:
     x = torch.from_numpy(noise).reshape(2, 2, 1, 2, 50, 12).float() / 32768
     x = x.cumsum(4) * torch.tensor([2.0 ** (c % 5 - 2) for c in range(12)]) + torch.arange(12) / 2 - 3
     x = x.bfloat16()
+    if name.endswith("-sinks"):
+        x[0, :, :, :, [0, 40]] /= 256
     return list(x[0]), list(x[1])
 
 
@@ -75,7 +81,12 @@ def digest(tensors: list[Tensor]) -> str:
 
 def write_golden(directory: Path, config: CacheGenConfig) -> None:
     profile = golden_profile() if config.transform == "klt" else None
-    write(Encoder(*golden_kv(), config, profile), directory, input_ids=list(range(50)), fingerprint={"model": "golden"})
+    write(
+        Encoder(*golden_kv(directory.name), config, profile),
+        directory,
+        input_ids=list(range(50)),
+        fingerprint={"model": "golden"},
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,13 +122,16 @@ def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None
     assert codec.side_bytes() == old.side
 
 
-def test_tables_of_a_contexts_own_are_a_required_feature() -> None:
-    for name, features in (("klt", ("klt",)), ("klt-tables", ("klt", "klt-tables"))):
-        data = (GOLDEN / name / "cachegen.json").read_bytes()
-        assert loads(data).required == features
-        for left_out in features:
-            with pytest.raises(UnsupportedFormatError, match=left_out):
-                loads(data, features=set(features) - {left_out})
+@pytest.mark.parametrize(("name", "features"), [
+    ("identity", ()), ("identity-sinks", ("sinks",)), ("klt", ("klt",)), ("klt-tables", ("klt", "klt-tables")),
+    ("klt-sinks", ("klt", "klt-tables", "sinks")),
+], ids=str)  # fmt: skip
+def test_what_older_readers_do_not_know_is_a_required_feature(name: str, features: tuple[str, ...]) -> None:
+    data = (GOLDEN / name / "cachegen.json").read_bytes()
+    assert loads(data).required == features
+    for left_out in features:
+        with pytest.raises(UnsupportedFormatError, match=left_out):
+            loads(data, features=set(features) - {left_out})
 
 
 def test_a_profile_is_written_to_the_same_bytes() -> None:

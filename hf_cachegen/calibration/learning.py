@@ -30,6 +30,7 @@ from hf_cachegen.calibration.running import (
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.encoding import empty_kv, gather, scatter
@@ -178,7 +179,7 @@ class _Learning:
         sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
         for context, _ in journal.each("tables", self.training, sums):
             rows, codec = _coded(self.model, profile, context, self.config)
-            y = codec.basis.coefficients(rows, Span(0, len(rows), len(rows)))
+            y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
             counts.add(codec.inner.symbols(y)[0])
             torch.maximum(peaks, y.abs().amax(0), out=peaks)
         values, digits = shipped_codebooks(self.config.prob_bits)
@@ -221,7 +222,8 @@ def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 
 def _codec(profile: Profile, keys: Sequence[Tensor], config: CacheGenConfig) -> KltCodec:
     dtype = str(keys[0].dtype).removeprefix("torch.")
-    return KltCodec(Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype), config, profile)
+    geometry = Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype)
+    return KltCodec(geometry, config, profile, sinks=find_sinks(keys))
 
 
 @torch.no_grad()

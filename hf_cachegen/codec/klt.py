@@ -10,7 +10,8 @@ own. So the side information, which is the profile's digest alone where that ser
 
     digest[16]; for each part: u8 bitmap[ceil(components / 8)], u8 entry[ones in the bitmap]
 
-with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has an entry of its own.
+with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has an entry of its own. Behind these, in a context
+that has sinks (`sinks`), their positions, u32 each: coefficients of a sink are in units of a finer step.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Chunks, Counts, repeated, require_finite
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.sinks import FINER
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
@@ -41,10 +43,14 @@ class KltCodec:
     """Encodes and decodes the chunks of one artifact by a profile.
 
     entries uint8 [parts, components]: the table entries of the base and of each refinement; None: the profile's.
+    sinks int64 [n]: positions of tokens with finer steps, rising; None: no token has.
     Raises ProfileError where the profile does not fit, ConfigError for what the transform cannot do.
     """
 
-    def __init__(self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None):
+    def __init__(
+        self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ):  # fmt: skip
         require_layers(profile, geometry.layers)
         if geometry.batch != 1:
             raise ConfigError(f"the klt transform codes one row of the batch, got {geometry.batch}")
@@ -55,6 +61,7 @@ class KltCodec:
             raise ProfileError("the profile names a table that the codebook does not have")
         self.geometry, self.config, self.profile = geometry, config, profile
         self.entries = profile.entries if entries is None else entries
+        self.sinks = torch.empty(0, dtype=torch.int64) if sinks is None else sinks
         components = self.entries.shape[1]
         nothing = torch.zeros(components, dtype=torch.uint8)
         codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
@@ -64,12 +71,14 @@ class KltCodec:
         self.basis = basis.Basis(geometry, profile)
 
     @classmethod
-    def fit(cls, chunks: Chunks, geometry: Geometry, config: CacheGenConfig, profile: Profile) -> KltCodec:
+    def fit(
+        cls, chunks: Chunks, geometry: Geometry, config: CacheGenConfig, profile: Profile, sinks: Tensor | None = None
+    ) -> KltCodec:
         """The codec of one context, with entries of its own where they save more than they take.
 
         Raises TensorError for values that are not finite, or so large that the profile's step cannot express them.
         """
-        codec = cls(geometry, config, profile)
+        codec = cls(geometry, config, profile, sinks=sinks)
         counts = Counts(codec.entries.shape[1], config.levels)
         for rows, span in chunks():
             counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
@@ -83,7 +92,9 @@ class KltCodec:
             entries.append(torch.where(gain > 0, own, given))
             saved += float(gain.clamp_min(0).sum())
         bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
-        return cls(geometry, config, profile, torch.stack(entries)) if saved > bitmaps else codec
+        if saved > bitmaps or len(codec.sinks):  # sinks stand behind the bitmaps
+            return cls(geometry, config, profile, torch.stack(entries), sinks)
+        return codec
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile) -> KltCodec:
@@ -103,8 +114,11 @@ class KltCodec:
             row[own] = cursor.tensor(int(own.sum()), torch.uint8)
             if bool((row >= (codec.inner.digits if part else codec.inner.values).entries).any()):
                 raise CorruptError("the side information names a table that the codebook does not have")
+        found = cursor.tensor(len(cursor.rest()) // 4, torch.int32).long()
         cursor.finish()
-        return cls(geometry, config, profile, entries)
+        if bool((found[1:] <= found[:-1]).any()) or bool(((found < 0) | (found >= geometry.tokens)).any()):
+            raise CorruptError("the side information names sinks that do not rise, or that the context does not have")
+        return cls(geometry, config, profile, entries, found)
 
     @property
     def parts(self) -> int:
@@ -113,14 +127,24 @@ class KltCodec:
     def side_bytes(self) -> bytes:
         found = [bytes.fromhex(self.profile.digest)]
         own = self.entries != self.profile.entries
-        if bool(own.any()):
+        if bool(own.any()) or len(self.sinks):
             for row, mine in zip(self.entries, own, strict=True):
                 found += [np.packbits(mine.numpy(), bitorder="little").tobytes(), row[mine].numpy().tobytes()]
-        return b"".join(found)
+        return b"".join([*found, self.sinks.to(torch.int32).numpy().tobytes()])
+
+    def _finer(self, span: Span, device: torch.device) -> Tensor:
+        """What coefficients of the chunk's tokens are multiplied by, float32 [tokens, 1]."""
+        found = torch.ones(span.tokens, 1)
+        found[self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first] = FINER
+        return found.to(device)
+
+    def coefficients(self, rows: Tensor, span: Span) -> Tensor:
+        """What is coded: float32 [tokens, components], on the device of rows."""
+        return self.basis.coefficients(rows, span).mul_(self._finer(span, rows.device))
 
     def checked(self, rows: Tensor, span: Span) -> Tensor:
-        """The coefficients, float32 [tokens, components]. Raises TensorError where they cannot be coded."""
-        y = self.basis.coefficients(rows, span)
+        """As `coefficients`. Raises TensorError where they cannot be coded."""
+        y = self.coefficients(rows, span)
         if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
             require_finite(rows, _vectors(self.geometry))
             raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
@@ -143,13 +167,22 @@ class KltCodec:
     ) -> Tensor:
         y = torch.empty(span.tokens, self.entries.shape[1], device=device)
         self.inner.decode_into(parts, span, Target.matrix(y))
+        y /= self._finer(span, device)
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
         return self.basis.rows(y, span, dtype, idle=~coded.any(0))
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        y = self.basis.coefficients(rows, span)
-        return [self.basis.rows(level, span) for level in self.inner.approximations(y, span)]
+        levels, finer = self.inner.approximations(self.coefficients(rows, span), span), self._finer(span, rows.device)
+        return [self.basis.rows(level.div_(finer.to(level.device)), span) for level in levels]
+
+
+def has_sinks(side: bytes, profile: Profile) -> bool:
+    """Whether this side information, which an encoder wrote, names sinks."""
+    at, width = DIGEST_BYTES, -(-profile.entries.shape[1] // 8)
+    for _ in range(profile.levels):
+        at += width + int.from_bytes(side[at : at + width], "little").bit_count()
+    return at < len(side)
 
 
 def _vectors(geometry: Geometry) -> Tensor:

@@ -69,6 +69,10 @@ class Cursor:
     def u32(self, count: int) -> list[int]:
         return list(struct.unpack(f"<{count}I", self.take(4 * count)))
 
+    def rest(self) -> memoryview:
+        """What is left."""
+        return self.data[self.at :]
+
     def finish(self) -> None:
         if self.at != len(self.data):
             raise CorruptError(f"a segment of {len(self.data)} bytes has {len(self.data) - self.at} bytes too many")

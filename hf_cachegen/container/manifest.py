@@ -38,9 +38,9 @@ SIGNATURE_FILE = "cachegen.sig"
 PROFILE_FILE = "cachegen_profile.safetensors"
 """A profile's name beside an artifact, in a model's folder, and in a repository (hf_cachegen.stores.profiles)."""
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset({"klt", "klt-tables"})
+FEATURES: frozenset[str] = frozenset({"klt", "klt-tables", "sinks"})
 """Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-tables:
-the side information names tables that differ from the profile's."""
+the side information names tables that differ from the profile's; sinks: some tokens are finer than the rest."""
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")
 _SEGMENT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
