@@ -6,8 +6,9 @@
 Each variant changes one option of `learn_profile` or of the encoder, or does in its place what the encoder does not.
 Bits are read off the variant's curve at the target divergence, by task and on average; the last column is the ratio to
 the default. On the reference model "left out" rows learn from the two other tasks, and are measured on the one that was
-left out. Another model is measured on a text of which it sees one part as samples and another as tests. Results are
-written after each option; what the file of results has is not measured again.
+left out. Attention sinks are coded as all tokens are (`benchmarks.sinks` has what they are worth). Another model is
+measured on a text of which it sees one part as samples and another as tests. Results are written after each option;
+what the file of results has is not measured again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from benchmarks.rate_distortion import (
     curves,
     learnt,
     learnt_pca,
+    no_sinks,
     test_of,
 )
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
@@ -81,6 +83,7 @@ def pieces(tokenizer: Any, text: str, samples: int, tests: int, tokens: int) -> 
 @click.option("--samples", default=12, show_default=True, help="samples of each task that profiles are learnt from")
 @click.option("--kl", default=0.005, show_default=True, help="divergence, nats per token, at which bits are compared")
 @click.option("--only", multiple=True, help="these options alone, and the default")
+@no_sinks()
 def main(
     out: Path, path: Path | None, text: Path | None, contexts: int, tokens: int, samples: int, kl: float,
     only: tuple[str, ...],

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,8 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval import uniform
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, document, sample
 from eval.released import released
-from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
-from hf_cachegen.calibration import Sample, continuation_logits, moments, prefill
+from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, encoding, learn_profile
+from hf_cachegen.calibration import Sample, continuation_logits, learning, moments, prefill
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -67,6 +68,16 @@ class Test(NamedTuple):
     context: Tensor
     continuation: Tensor
     answers: list[list[int]]
+
+
+@contextmanager
+def no_sinks() -> Iterator[None]:
+    """Neither learning nor encoding sees any sinks."""
+    with ExitStack() as stack:
+        for module in (learning, encoding):
+            none = torch.empty(0, dtype=torch.int64)
+            stack.enter_context(mock.patch.object(module, "find_sinks", return_value=none))
+        yield
 
 
 def test_of(tokenizer: Any, task: str, seed: int, tokens: int) -> Test:
