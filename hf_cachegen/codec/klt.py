@@ -132,15 +132,16 @@ class KltCodec:
                 found += [np.packbits(mine.numpy(), bitorder="little").tobytes(), row[mine].numpy().tobytes()]
         return b"".join([*found, self.sinks.to(torch.int32).numpy().tobytes()])
 
-    def _finer(self, span: Span, device: torch.device) -> Tensor:
-        """What coefficients of the chunk's tokens are multiplied by, float32 [tokens, 1]."""
-        found = torch.ones(span.tokens, 1)
-        found[self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first] = FINER
-        return found.to(device)
-
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """What is coded: float32 [tokens, components], on the device of rows."""
-        return self.basis.coefficients(rows, span).mul_(self._finer(span, rows.device))
+        return self._scaled(self.basis.coefficients(rows, span), span, FINER)
+
+    def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
+        """Coefficients with those of the chunk's sinks multiplied, in place."""
+        here = self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first
+        if len(here):
+            y[here.to(y.device)] *= factor
+        return y
 
     def checked(self, rows: Tensor, span: Span) -> Tensor:
         """As `coefficients`. Raises TensorError where they cannot be coded."""
@@ -167,14 +168,14 @@ class KltCodec:
     ) -> Tensor:
         y = torch.empty(span.tokens, self.entries.shape[1], device=device)
         self.inner.decode_into(parts, span, Target.matrix(y))
-        y /= self._finer(span, device)
+        self._scaled(y, span, 1 / FINER)
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
         return self.basis.rows(y, span, dtype, idle=~coded.any(0))
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        levels, finer = self.inner.approximations(self.coefficients(rows, span), span), self._finer(span, rows.device)
-        return [self.basis.rows(level.div_(finer.to(level.device)), span) for level in levels]
+        levels = self.inner.approximations(self.coefficients(rows, span), span)
+        return [self.basis.rows(self._scaled(level, span, 1 / FINER), span) for level in levels]
 
 
 def has_sinks(side: bytes, profile: Profile) -> bool:
