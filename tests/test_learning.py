@@ -51,13 +51,13 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SHARE_OF_TIME", 0)
 
 
-def learn_until(model, path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A learning that is killed behind the second record of a stage."""
+def learn_until(model, path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, records: int = 2) -> None:
+    """A learning that is killed behind so many records of a stage."""
     keep = journal.Journal.keep
 
     def dying(self, name: str, sums, done: int) -> None:
         keep(self, name, sums, done)
-        if (name, done) == (stage, 2):
+        if (name, done) == (stage, records):
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -77,6 +77,13 @@ def test_a_killed_learning_goes_on_to_the_same_profile(model, whole, stage, tmp_
     assert learn_profile(model, samples(), config=CONFIG, seed=3, journal=path).digest == whole.digest
     assert seen.count("learn") == {"learn": 3}.get(stage, 0)  # of 5: 2 of 7 are held out
     assert seen.count("tables") == {"tables": 3}.get(stage, 5)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_learning_that_was_killed_at_the_very_end_is_finished(model, whole, tmp_path, monkeypatch) -> None:
+    learn_until(model, tmp_path / "journal", "tables", monkeypatch, 5)
+    again = learn_profile(model, samples(), config=CONFIG, seed=3, journal=tmp_path / "journal")
+    assert again.digest == whole.digest
 
 
 @pytest.mark.usefixtures("eager")

@@ -30,6 +30,7 @@ from hf_cachegen.calibration.running import (
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.codec.quantize import steps_of
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
@@ -186,7 +187,7 @@ class _Learning:
         entries, _ = counts.choose(values, digits)
         for row, book in zip(entries, repeated(values, digits), strict=False):
             _close_gaps(row, book.narrowest)
-        kept = peaks >= KEPT_PEAK * float(codec.inner.steps[0])
+        kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(profile.step_code, dtype=torch.uint8)))
         groups, at = [], 0
         for group in profile.groups:
             mine = kept[at : at + len(group.synthesis)]
