@@ -74,7 +74,7 @@ class _Tiles:
 
     def step(self, t: int, c: int) -> tuple[slice, Array, Array]:
         """The lanes that have a c-th column, those columns, and the tables [tile, lane] of their symbols of token t."""
-        columns = np.arange(self.lanes) * self.per_lane + c
+        columns: Array = np.arange(self.lanes) * self.per_lane + c
         columns = columns[columns < self.shape[1]]
         ids = self.ids[:, columns]
         chosen = 0 if self.contexts is None else self.contexts[t][:, columns, None]

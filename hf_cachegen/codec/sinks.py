@@ -24,7 +24,7 @@ from hf_cachegen.codec.fit import Chunks
 from hf_cachegen.codec.into import Target
 
 FINER = 4.0
-LEAST_GAP, GAP_DEVIATIONS = 0.14, 3.5
+LEAST_GAP, GAP_DEVIATIONS = 0.17, 3.5
 """A sink's keys are shorter than the context's median by so much of a nat, and by so many deviations of the others."""
 DEVIATION = 1.4826
 """Of a normal distribution, in units of the median distance from the median."""
