@@ -19,15 +19,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.klt_options import pieces
+from benchmarks.klt_tokens import DRAWS, sensitivity
+from benchmarks.klt_variants import Bench
 from benchmarks.rate_distortion import (
     KV,
+    Curve,
     Point,
     Test,
     bits_at,
     by_profiles,
     by_steps,
     curves,
-    learnt,
     no_sinks,
     test_of,
 )
@@ -42,6 +44,30 @@ def without(coder: Callable[[KV], list[Point]], kv: KV) -> list[Point]:
     """As the coder does where there are no sinks."""
     with no_sinks():
         return coder(kv)
+
+
+def share_of(bench: Bench, test: Test) -> tuple[int, float, float]:
+    """How many sinks a context has, and what share of its tokens' sensitivities the first token and the sinks have."""
+    with torch.no_grad():
+        sinks = find_sinks(prefill(bench.model, test.context)[0])
+    found = sensitivity(bench, test.context, [test.continuation], DRAWS).sum(1)
+    return len(sinks), float(found[0] / found.sum()), float(found[sinks].sum() / found.sum())
+
+
+def table(shares: dict[str, list[tuple[int, float, float]]], found: dict[str, Curve]) -> str:
+    """What the contexts have, and bits with and without."""
+    lines = ["| text | sinks of each context | of the sensitivity: the first token | all sinks |", "|---|---|---|---|"]
+    for task, some in shares.items():
+        counts, first, every = zip(*some, strict=True)
+        cells = [", ".join(map(str, counts)), *(", ".join(f"{x:.0%}" for x in column) for column in (first, every))]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    lines += ["", "| codec | text | KL, nats | bits without | bits with | to without |", "|---|---|---|---|---|---|"]
+    for name in ("klt", "identity"):
+        for task in shares:
+            for kl in KL:
+                a, b = (bits_at(found[which][task], kl) for which in (f"{name}, without", name))
+                lines.append(f"| {name} | {task} | {kl} | {a:.3f} | {b:.3f} | {b / a:.3f} |")
+    return "\n".join(lines) + "\n"
 
 
 @click.command()
@@ -65,27 +91,16 @@ def main(out: Path, path: Path | None, text: Path | None, contexts: int, tokens:
     else:
         mixed, some = pieces(tokenizer, text.read_text(encoding="utf-8"), samples, contexts, tokens)
         tests = {text.stem: some}
-    coders = {"klt": by_profiles(learnt(model, mixed)), "identity": by_steps("identity")}
+    bench = Bench(model, mixed, tests)
+    coders = {"klt": by_profiles(bench.profiles), "identity": by_steps("identity")}
     coders |= {f"{name}, without": partial(without, coder) for name, coder in coders.items()}
-    with torch.no_grad():
-        sinks = {
-            task: [len(find_sinks(prefill(model, test.context)[0])) for test in some] for task, some in tests.items()
-        }
+    shares = {task: [share_of(bench, test) for test in some] for task, some in tests.items()}
     found = curves(model, coders, tests)
-    lines = [
-        "| codec | text | sinks | KL, nats | bits without | bits with | to without |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in ("klt", "identity"):
-        for task in tests:
-            for kl in KL:
-                a, b = (bits_at(found[which][task], kl) for which in (f"{name}, without", name))
-                each = ", ".join(map(str, sinks[task]))
-                lines.append(f"| {name} | {task} | {each} | {kl} | {a:.3f} | {b:.3f} | {b / a:.3f} |")
+    shown = table(shares, found)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    out.with_suffix(".json").write_text(json.dumps({"sinks": sinks, "curves": found}), encoding="utf-8")
-    click.echo("\n".join(lines))
+    out.with_suffix(".md").write_text(shown, encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps({"sinks": shares, "curves": found}), encoding="utf-8")
+    click.echo(shown)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Attention sinks: the few tokens that a model looks at whatever it is asked, the first of a context above all.
 
 An error in a sink reaches every answer. On SmolLM2-135M the first token has three fifths of the sensitivity of a whole
-context, and the 2 % of tokens whose keys are much shorter than others' have nine tenths (that short keys are looked at
-most is known from Devoto et al., "A simple and effective L2 norm-based strategy for KV cache compression", 2024). So
+context, and the few per cent of tokens whose keys are much shorter than others' have more than four fifths (that short
+keys are looked at most is known from Devoto et al., "A simple and effective L2 norm-based strategy for KV cache
+compression", 2024). So
 
 - klt codes sinks with steps FINER times as fine, at every level, and lists them in the side information;
 - identity, where the first token alone matters, keeps that one exactly, if it is a sink (`FirstToken`); for delta it is
