@@ -216,7 +216,7 @@ def test_retry_after_is_honoured(server: Server, kind: str) -> None:
     server.faults = [faults.status(503, Retry_After=asked)]
     start = time.monotonic()
     assert store.read("data", HEAD_BYTES, 1) == DATA[HEAD_BYTES : HEAD_BYTES + 1]
-    assert 0.9 < time.monotonic() - start < 4
+    assert 0.9 < time.monotonic() - start < 15
 
 
 def test_nobody_listens(server: Server) -> None:

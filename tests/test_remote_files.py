@@ -157,14 +157,14 @@ def test_a_filesystem_that_stalls() -> None:
         protocol = "asleep"
 
         async def _info(self, path: str, **options: Any) -> dict[str, Any]:
-            await asyncio.sleep(5)
+            await asyncio.sleep(30)
             return {}
 
     fsspec.register_implementation("asleep", Asleep, clobber=True)
     start = time.monotonic()
     with pytest.raises(StoreTimeoutError):
         RemoteStore(open_files("asleep://context", patience=IMPATIENT)).size("data")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15
 
 
 def test_a_filesystem_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
