@@ -74,22 +74,25 @@ def pieces(tokenizer: Any, text: str, samples: int, tests: int, tokens: int) -> 
     return cut[:samples], [Test(context, continuation, []) for context, continuation in cut[samples:]]
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="path of the results, without suffix")
-@click.option("--model", "path", type=click.Path(path_type=Path), help="another model than the reference")
-@click.option("--text", type=click.Path(path_type=Path), help="what the other model is measured on")
-@click.option("--contexts", default=3, show_default=True, help="test contexts of each task")
-@click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about")
-@click.option("--samples", default=12, show_default=True, help="samples of each task that profiles are learnt from")
-@click.option("--kl", default=0.005, show_default=True, help="divergence, nats per token, at which bits are compared")
-@click.option("--only", multiple=True, help="these options alone, and the default")
-@no_sinks()
-def main(
-    out: Path, path: Path | None, text: Path | None, contexts: int, tokens: int, samples: int, kl: float,
-    only: tuple[str, ...],
-) -> None:  # fmt: skip
-    """What each choice is worth."""
-    torch.manual_seed(0)
+def benched(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a benchmark of one model and its texts, but for the samples."""
+    place = click.Path(path_type=Path)
+    options = (
+        click.option("--out", type=place, required=True, help="path of the results, without suffix"),
+        click.option("--model", "path", type=place, help="another model than the reference"),
+        click.option("--text", type=place, help="what the other model is measured on"),
+        click.option("--contexts", default=3, show_default=True, help="test contexts of each task"),
+        click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def bench_of(
+    path: Path | None, text: Path | None, samples: int, contexts: int, tokens: int
+) -> tuple[Bench, Callable[[tuple[str, ...]], list[Sample]]]:
+    """What these options ask for; and samples of some of the reference model's tasks. Raises UsageError."""
     if (path is None) != (text is None):
         raise click.UsageError("--model and --text go together")
     model = AutoModelForCausalLM.from_pretrained(path or MODEL_PATH, dtype=torch.float32)
@@ -100,12 +103,26 @@ def main(
         return [sample(tokenizer, task, CALIBRATION_SEED + n, tokens) for n in range(samples) for task in tasks]
 
     if text is None:
-        mixed = mix(TASKS)
         tests = {task: [test_of(tokenizer, task, HELD_OUT_SEED + n, tokens) for n in range(contexts)] for task in TASKS}
-    else:
-        mixed, some = pieces(tokenizer, text.read_text(encoding="utf-8"), samples, contexts, tokens)
-        tests = {text.stem: some}
-    bench = Bench(model, mixed, tests)
+        return Bench(model, mix(TASKS), tests), mix
+    mixed, some = pieces(tokenizer, text.read_text(encoding="utf-8"), samples, contexts, tokens)
+    return Bench(model, mixed, {text.stem: some}), mix
+
+
+@click.command()
+@benched
+@click.option("--samples", default=12, show_default=True, help="samples of each task that profiles are learnt from")
+@click.option("--kl", default=0.005, show_default=True, help="divergence, nats per token, at which bits are compared")
+@click.option("--only", multiple=True, help="these options alone, and the default")
+@no_sinks()
+def main(
+    out: Path, path: Path | None, text: Path | None, contexts: int, tokens: int, samples: int, kl: float,
+    only: tuple[str, ...],
+) -> None:  # fmt: skip
+    """What each choice is worth."""
+    torch.manual_seed(0)
+    bench, mix = bench_of(path, text, samples, contexts, tokens)
+    model, mixed, tests = bench.model, bench.mixed, bench.tests
     coders: dict[str, Callable[[], Coder]] = {"default": lambda: with_config(bench.profiles)}
     for name, options in OPTIONS.items():
         coders[name] = lambda options=options: with_config(learnt(model, mixed, **options))  # type: ignore[misc]

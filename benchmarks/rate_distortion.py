@@ -16,7 +16,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -73,10 +73,8 @@ class Test(NamedTuple):
 @contextmanager
 def no_sinks() -> Iterator[None]:
     """Neither learning nor encoding sees any sinks."""
-    with ExitStack() as stack:
-        for module in (learning, encoding):
-            none = torch.empty(0, dtype=torch.int64)
-            stack.enter_context(mock.patch.object(module, "find_sinks", return_value=none))
+    none = {"return_value": torch.empty(0, dtype=torch.int64)}
+    with mock.patch.object(learning, "find_sinks", **none), mock.patch.object(encoding, "find_sinks", **none):
         yield
 
 

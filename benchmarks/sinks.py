@@ -16,9 +16,8 @@ from pathlib import Path
 
 import click
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.klt_options import pieces
+from benchmarks.klt_options import bench_of, benched
 from benchmarks.klt_tokens import DRAWS, sensitivity
 from benchmarks.klt_variants import Bench
 from benchmarks.rate_distortion import (
@@ -31,9 +30,7 @@ from benchmarks.rate_distortion import (
     by_steps,
     curves,
     no_sinks,
-    test_of,
 )
-from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen.calibration import prefill
 from hf_cachegen.codec.sinks import find_sinks
 
@@ -71,31 +68,15 @@ def table(shares: dict[str, list[tuple[int, float, float]]], found: dict[str, Cu
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="path of the results, without suffix")
-@click.option("--model", "path", type=click.Path(path_type=Path), help="another model than the reference")
-@click.option("--text", type=click.Path(path_type=Path), help="what the other model is measured on")
-@click.option("--contexts", default=3, show_default=True, help="test contexts of each task")
-@click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about")
+@benched
 @click.option("--samples", default=10, show_default=True, help="samples of each task that the profile is learnt from")
 def main(out: Path, path: Path | None, text: Path | None, contexts: int, tokens: int, samples: int) -> None:
     """Bits with sinks and without."""
-    if (path is None) != (text is None):
-        raise click.UsageError("--model and --text go together")
-    model = AutoModelForCausalLM.from_pretrained(path or MODEL_PATH, dtype=torch.float32)
-    model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(path or MODEL_PATH)
-    tests: dict[str, list[Test]]
-    if text is None:
-        mixed = [sample(tokenizer, task, CALIBRATION_SEED + n, tokens) for n in range(samples) for task in TASKS]
-        tests = {task: [test_of(tokenizer, task, HELD_OUT_SEED + n, tokens) for n in range(contexts)] for task in TASKS}
-    else:
-        mixed, some = pieces(tokenizer, text.read_text(encoding="utf-8"), samples, contexts, tokens)
-        tests = {text.stem: some}
-    bench = Bench(model, mixed, tests)
+    bench, _ = bench_of(path, text, samples, contexts, tokens)
     coders = {"klt": by_profiles(bench.profiles), "identity": by_steps("identity")}
     coders |= {f"{name}, without": partial(without, coder) for name, coder in coders.items()}
-    shares = {task: [share_of(bench, test) for test in some] for task, some in tests.items()}
-    found = curves(model, coders, tests)
+    shares = {task: [share_of(bench, test) for test in some] for task, some in bench.tests.items()}
+    found = curves(bench.model, coders, bench.tests)
     shown = table(shares, found)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(shown, encoding="utf-8")

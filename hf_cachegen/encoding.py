@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,6 @@ class Encoder:
         self.keys, self.values, self.progress = keys, values, progress
         self.columns = _columns(self.geometry)
         self.spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
-        self._sinks = find_sinks(keys)
         if self.config.transform == "auto":
             self.config = replace(self.config, transform=self._best_transform(profile))
         self.profile = profile if self.config.transform == "klt" else None
@@ -109,6 +109,10 @@ class Encoder:
         vectors = 2 * len(self.geometry.layers)
         self._errors = torch.zeros(self.codec.parts, vectors, dtype=torch.float64)
         self._energy = torch.zeros(vectors, dtype=torch.float64)
+
+    @cached_property
+    def _sinks(self) -> Tensor:
+        return find_sinks(self.keys)
 
     def _best_transform(self, profile: Profile | None) -> TransformName:
         """klt where there is a profile; else what codes two chunks of the context smaller at equal steps: a step twice
@@ -242,9 +246,6 @@ def manifest_of(
     side: bytes,
 ) -> Manifest:
     """The manifest, its files not yet known."""
-    sinks = len(side) > _own_length(geometry, config) if profile is None else has_sinks(side, profile)
-    features = {"klt": profile is not None, "klt-tables": profile is not None and len(side) > DIGEST_BYTES}
-    required = tuple(name for name, used in {**features, "sinks": sinks and not config.lossless}.items() if used)
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
         codec["profile"] = profile.named.to_dict()
@@ -254,9 +255,18 @@ def manifest_of(
         chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
         report=report,
         fingerprint=fingerprint,
-        required=required,
+        required=_features(geometry, config, profile, side),
         writer=WRITER,
     )
+
+
+def _features(geometry: Geometry, config: CacheGenConfig, profile: Profile | None, side: bytes) -> tuple[str, ...]:
+    """What a reader must know of beyond the first readers' formats (`container.manifest.FEATURES`)."""
+    if profile is None:
+        return ("sinks",) if not config.lossless and len(side) > _own_length(geometry, config) else ()
+    if len(side) == DIGEST_BYTES:
+        return ("klt",)
+    return ("klt", "klt-tables", "sinks") if has_sinks(side, profile) else ("klt", "klt-tables")
 
 
 def _required(profile: Profile | None) -> Profile:

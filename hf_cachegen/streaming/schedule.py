@@ -54,7 +54,11 @@ class Chunk:
     @property
     def have(self) -> int:
         """The level that can be decoded from what is here."""
-        return next((part for part in range(self.best) if part not in self.arrived), self.best)
+        return self.first_lacking(0)
+
+    def first_lacking(self, part: int) -> int:
+        """The first part from that one on that can be had and is not here; how many can be had where all are."""
+        return next((finer for finer in range(part, self.best) if finer not in self.arrived), self.best)
 
     def lacks(self, part: int) -> bool:
         return part < self.best and part not in self.arrived and part not in self.asked
@@ -156,8 +160,7 @@ class Schedule:
         """No source is left for that part and all finer ones: what is here of them is all that there will be."""
         for chunk in self.chunks:
             chunk.asked = {asked for asked in chunk.asked if asked < part}
-            here = next((finer for finer in range(part, chunk.best) if finer not in chunk.arrived), chunk.best)
-            chunk.best = here if self.decodable or part else 0
+            chunk.best = chunk.first_lacking(part) if self.decodable or part else 0
         self._version += 1
 
     def placed(self, chunk: int, level: int, seconds: float) -> None:
