@@ -73,6 +73,7 @@ def find(profile: ProfileLike, model: str) -> Profile | None:
         return profile
     if profile != AUTO:
         return _named(profile, Access())
+    model = os.path.expanduser(model)
     if model and Path(model, PROFILE_FILE).is_file():
         return Profile.load(model)
     # A model whose folder has been moved since it was loaded is none of the Hub's.

@@ -104,6 +104,9 @@ def test_serve_check(web: Server) -> None:
     assert [row["passed"] for row in found["checks"]] == [True, True, True, True, None]
     assert "ok  ranges" in run("serve-check", f"{web.url}/context").stdout
     web.always = faults.ignore_range
+    assert run_json("serve-check", f"{web.url}/context")["passed"]
+    assert "-  ranges: ignored" in run("serve-check", f"{web.url}/context").stdout
+    web.always = faults.whole_without_length
     assert not run_json("serve-check", f"{web.url}/context", code=1)["passed"]
     assert "FAILED  manifest" in run("serve-check", f"{web.url}/context").stdout
 

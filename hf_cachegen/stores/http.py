@@ -2,10 +2,11 @@
 
 General HTTP libraries hand out whatever body a server sends. Here a range counts only as a 206 whose Content-Range
 names exactly the bytes asked for, uncompressed, of the same size and ETag as the file's first response; a body that
-breaks off is continued from the byte where it broke. A server that ignores ranges sends the whole file as status 200: it
-is taken where its announced length is the file's, kept on disk, and ranges are served from there. The standard library's client serves: it honours proxies from the
-environment and needs no event loop. Headers that the user gives (tokens) go to the first host alone, never along a
-redirect to another one.
+breaks off is continued from the byte where it broke. A server that ignores ranges sends the whole file with status 200:
+it is accepted if its announced length is the file's, and kept on disk to serve ranges from.
+
+The standard library's client serves: it honours proxies from the environment and needs no event loop. Headers that the
+user gives (tokens) go to the first host alone, never along a redirect to another one.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ most manifests and all headers fit, and need no request of their own.
 WHOLE_HEAD_BYTES = 1 << 20
 """A file of at most this size is taken whole when it is opened, if its server ignores ranges: all manifests are.
 
-Of a larger one HEAD_BYTES are read and the connection is closed, since its size is not yet proved. The reader compares it
-with the manifest, then asks for a range; only then the rest is fetched.
+Of a larger one HEAD_BYTES are read and the connection is closed, since its size is not proved yet. The reader compares
+the size with the manifest, whose sizes are within the limits, and asks for a range: only then the rest is fetched.
 """
 _PIECE_BYTES = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -130,8 +131,8 @@ class HttpFiles:
     def _receive(
         self, name: str, offset: int, length: int, append: Callable[[bytes], None], *, whole: bool = True
     ) -> int:
-        """One attempt: passes to `append` what comes of the range, and returns the file's size. whole: it must all come;
-        else the file may end before the range does. Raises _RangeIgnored where a whole file came for a part of it.
+        """One attempt: passes to `append` what comes of the range, and returns the file's size. whole: all of it must
+        come; else the file may end before the range does. Raises _RangeIgnored if a whole file came for a part of it.
         """
         url = self.url_of(name)
         place = shown(url)

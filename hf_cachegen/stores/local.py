@@ -1,11 +1,10 @@
 """Files in a directory that the user named, read by range.
 
 What is safe here. The names of files come from a stranger's manifest, so a name is a plain file name and nothing else:
-no separator, no "..". Where the directory's entries lead is up to the user, who chose the directory: links are followed
-as every program follows them. The Hub's cache (snapshots/<commit>/* -> ../../blobs/*), git-annex, DVC and Nix keep their
-files behind links that leave the directory. A stranger's directory, unpacked here, can so make the user's own files be
-read, on the user's own machine, and only those whose checksums the stranger knows. To hand them on is another matter:
-whoever publishes passes `within`.
+no separator, no "..". The directory itself was chosen by the user, so its links are followed, as every program follows
+them: the Hub's cache (snapshots/<commit>/* -> ../../blobs/*), git-annex, DVC and Nix keep files behind links that leave
+the directory. With a link in a directory that was unpacked here a stranger can at most make this process read a file of
+the user's whose checksum the stranger knows. Publishing such a file would reveal it, so publishing passes `within`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ class LocalStore:
         opened.
 
     A file that is not there raises ArtifactNotFoundError; a link that leads out of `within`, or something that is no
-    regular file, CorruptError; other failures (no permission) their OSError. Every read opens the file anew, so threads may share it.
+    regular file, CorruptError; other failures (no permission) their OSError. Every read opens the file, so threads may
+    share it.
     """
 
     def __init__(self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> None:

@@ -27,8 +27,8 @@ HUB = "hf://"
 SUFFIXES = (".cachegen", ".sealed", ".safetensors", ".json", ".pt")
 """What files and folders of this package are called, and no repository is asked for."""
 _PART = r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_REPO_ID = re.compile(rf"(?:(?P<namespace>{_PART})/)(?P<name>{_PART})")
-_MODEL_ID = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})")
+_REPO_ID = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})")
+_HUB_ID = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})")
 _SQUEEZED_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 """What a path object makes of a URL."""
 
@@ -48,9 +48,10 @@ def is_repository(location: str | os.PathLike[str]) -> bool:
     return isinstance(location, str) and (location.startswith(HUB) or _matches(_REPO_ID, location))
 
 
-def is_model_repository(location: str) -> bool:
-    """The same for models, whose names may lack a namespace ("gpt2")."""
-    return not os.path.isdir(location) and (location.startswith(HUB) or _matches(_MODEL_ID, location))
+def is_hub_id(location: str) -> bool:
+    """Whether `location`, which is not here, may name a model or a data set: their names may lack a namespace (gpt2).
+    """
+    return _matches(_HUB_ID, location)
 
 
 def _matches(pattern: re.Pattern[str], location: str) -> bool:

@@ -145,6 +145,7 @@ def pull(
     The folder holds all of it or nothing. progress: called with (bytes copied, bytes in all). Raises ArtifactError,
     StoreError.
     """
+    directory = os.path.expanduser(directory)
     reader = Reader(open_store(place, access, limits), limits or Limits())
     manifest = reader.manifest
     segments = manifest.segments

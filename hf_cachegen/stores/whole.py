@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 from urllib.parse import urlsplit
 
 from hf_cachegen.errors import StoreError
@@ -32,6 +33,7 @@ class Whole:
             )
         self.size = size
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
     def append(self, data: bytes) -> None:
         """Adds the next bytes."""
