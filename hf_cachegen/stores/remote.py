@@ -25,12 +25,12 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)", re.IGNORECASE)
 
 
 class Files(Protocol):
-    """What a kind of place must know; all raise ArtifactNotFoundError and StoreError, and threads may share them.
+    """What a kind of place must know; all raise ArtifactNotFoundError and StoreError, and threads may share them."""
 
-    ranged: False once the server turned out to ignore byte ranges; reading then takes whole files.
-    """
-
-    ranged: bool
+    @property
+    def ranged(self) -> bool:
+        """False once the server turned out to ignore byte ranges; reading then takes whole files."""
+        ...
 
     def open(self, name: str) -> tuple[int, bytes]:
         """The file's size, and as many of its first bytes as came with it."""
