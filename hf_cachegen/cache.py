@@ -29,9 +29,9 @@ from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
 from hf_cachegen.finding import ProfileLike, profile_to_push
 from hf_cachegen.generation import attach as attach_to
-from hf_cachegen.layout import build_dynamic
+from hf_cachegen.models.layers import build_dynamic
+from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.opening import Tokens
-from hf_cachegen.prefix import Reuse
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import CONNECTIONS, Event, Fallback, Link, Policy, Refine
 

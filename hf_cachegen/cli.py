@@ -99,7 +99,7 @@ def encode(
     import torch
 
     from hf_cachegen.cache import CacheGenCache
-    from hf_cachegen.layout import require_length
+    from hf_cachegen.models.requirements import require_length
 
     input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
     require_length(loaded, input_ids.shape[1])
@@ -229,7 +229,7 @@ def verify(
             artifact, access, model, profile, revision=revision, device=device, as_json=as_json
         )
         from hf_cachegen.fingerprint import Fingerprint
-        from hf_cachegen.layout import require_geometry
+        from hf_cachegen.models.requirements import require_geometry
 
         if reader.manifest.fingerprint is None:
             raise WrongModelError(f"{artifact} has no fingerprint: nothing says which model it was made with")

@@ -22,18 +22,16 @@ from hf_cachegen.container import Limits, Store
 from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
 from hf_cachegen.finding import ProfileLike, for_encoding
 from hf_cachegen.fingerprint import Fingerprint
-from hf_cachegen.layout import (
-    KVTensors,
-    capture,
-    evaluation_mode,
-    layer_devices,
+from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.layers import KVTensors, capture
+from hf_cachegen.models.requirements import (
     layer_kinds,
     positions_change,
     require_geometry,
     require_length,
     require_model,
 )
-from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
 from hf_cachegen.profile import Profile

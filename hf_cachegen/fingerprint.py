@@ -29,8 +29,8 @@ from hf_cachegen.errors import (
     WrongTokenizerError,
     WrongWeightsError,
 )
-from hf_cachegen.layout import dtype_name
 from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.layers import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,9 @@ from hf_cachegen.artifact import Artifact
 from hf_cachegen.container import TOKENS_FILE, Limits, Store
 from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
 from hf_cachegen.fingerprint import Fingerprint, hash_tokens
-from hf_cachegen.layout import KVTensors, dtype_name, layer_devices, require_geometry, require_model
+from hf_cachegen.models.layers import KVTensors, dtype_name
+from hf_cachegen.models.requirements import require_geometry, require_model
+from hf_cachegen.models.running import layer_devices
 
 if TYPE_CHECKING:
     import os

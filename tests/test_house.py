@@ -26,16 +26,17 @@ FLOORS = (
     ("card",),
     ("profile",),
     ("native",),
-    ("codec", "prefix"),
-    ("layout",),
+    ("codec",),
+    ("models",),
     ("fingerprint",),
     ("encoding", "finding"),
     ("artifact",),
     ("opening",),
     ("streaming",),
     ("calibration", "convert"),
-    ("cache",),
+    ("context",),
     ("generation",),
+    ("cache",),
     ("cli",),
     ("encode_dataset",),
 )
@@ -44,8 +45,8 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 
 ONLY_IN = {
     "transformers": {
-        "calibration", "convert", "layout", "fingerprint", "finding", "opening", "streaming", "cache", "generation",
-        "cli",
+        "calibration", "convert", "models", "fingerprint", "finding", "opening", "streaming", "context", "cache",
+        "generation", "cli",
     },
     "huggingface_hub": {"stores"},
     "fsspec": {"stores"},

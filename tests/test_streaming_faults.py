@@ -25,7 +25,7 @@ from hf_cachegen.errors import (
     StreamCancelledError,
     UnsupportedModelError,
 )
-from hf_cachegen.layout import positions_change
+from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import Adaptive, Event, SourceFailed, measure
 from hf_cachegen.streaming.fetching import ROUNDS

@@ -38,7 +38,8 @@ from hf_cachegen.encoding import empty_kv, gather, scatter
 from hf_cachegen.errors import ConfigError, ProfileError
 from hf_cachegen.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.geometry import Geometry
-from hf_cachegen.layout import evaluation_mode, require_model
+from hf_cachegen.models.requirements import require_model
+from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.profile import Profile
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 from hf_cachegen.errors import TensorError
 from hf_cachegen.geometry import LayerGeometry
-from hf_cachegen.layout import capture, positions_change
 from hf_cachegen.models.compat import run
+from hf_cachegen.models.layers import capture
+from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.profile import Rotary
 

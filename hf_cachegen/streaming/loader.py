@@ -25,7 +25,8 @@ from hf_cachegen.artifact import Artifact
 from hf_cachegen.codec.chunk import Codec
 from hf_cachegen.encoding import checked_level, spans_of
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError, UnsupportedModelError
-from hf_cachegen.layout import KVTensors, positions_change
+from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.opening import OpenContext
 from hf_cachegen.profile import Profile
 from hf_cachegen.streaming.bandwidth import Bandwidth

@@ -20,7 +20,7 @@ from hf_cachegen.codec.chunk import Codec, Span
 from hf_cachegen.codec.into import Target
 from hf_cachegen.encoding import empty_kv, scatter
 from hf_cachegen.geometry import Geometry
-from hf_cachegen.layout import KVTensors
+from hf_cachegen.models.layers import KVTensors
 
 
 class Placer:

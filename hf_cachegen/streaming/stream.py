@@ -14,9 +14,9 @@ from hf_cachegen.artifact import Artifact
 from hf_cachegen.container import Limits
 from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError
 from hf_cachegen.finding import ProfileLike
-from hf_cachegen.layout import KVTensors
+from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.prefix import match, tokens_of
 from hf_cachegen.opening import OpenContext, open_context
-from hf_cachegen.prefix import match, tokens_of
 from hf_cachegen.stores import Access, Patience, open_store
 from hf_cachegen.streaming.events import ContextReady, SourceFailed, StreamFinished
 from hf_cachegen.streaming.fetching import abandoned

@@ -15,18 +15,11 @@ from hf_cachegen.errors import (
     UnsupportedModelError,
 )
 from hf_cachegen.geometry import Geometry, LayerGeometry
-from hf_cachegen.layout import (
-    KVTensors,
-    build_dynamic,
-    build_static,
-    capture,
-    layer_devices,
-    layer_kinds,
-    positions_change,
-    require_model,
-)
 from hf_cachegen.models.compat import CACHE_ARGUMENT
-from hf_cachegen.prefix import Reuse, match
+from hf_cachegen.models.layers import KVTensors, build_dynamic, build_static, capture
+from hf_cachegen.models.prefix import Reuse, match
+from hf_cachegen.models.requirements import layer_kinds, positions_change, require_model
+from hf_cachegen.models.running import layer_devices
 from tests import tiny_models
 
 CPU = torch.device("cpu")
