@@ -87,7 +87,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 docs: $(DOCS)/.requirements
-	$(DOCS)/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 setup: $(VENV)/.package
 
