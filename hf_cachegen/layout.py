@@ -9,7 +9,6 @@ the stock one does.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +28,15 @@ from transformers.cache_utils import (
 
 from hf_cachegen.errors import TensorError, UnsupportedLayerError, UnsupportedModelError, WrongModelError
 from hf_cachegen.geometry import Geometry, LayerGeometry, LayerKind
+from hf_cachegen.models.compat import takes_cache, unwrapped
 from hf_cachegen.prefix import Reuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)")
+"""Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +79,40 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The Transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def require_model(model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError, or UnsupportedLayerError, for a model whose cache cannot be kept and reused."""
-    name = type(model).__name__
+    name = type(unwrapped(model)).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
     layer_kinds(model.config)
-    stateful = bool(getattr(model, "_is_stateful", False))
-    if stateful or "past_key_values" not in inspect.signature(base_model(model).forward).parameters:
+    if bool(getattr(model, "_is_stateful", False)):
+        raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be cut to a prefix")
+    if not takes_cache(model):
+        raise UnsupportedModelError(f"the forward pass of {name} takes no key-value cache")
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return the number of positions that a model has learnt or tabulated, None for one that computes them."""
+    limits = []
+    base = unwrapped(model)
+    for path, module in base.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name):
+            limits.append(module.num_embeddings - int(getattr(module, "offset", 0)))
+        if isinstance(table := module._buffers.get("embed_positions"), Tensor):
+            limits.append(len(table))
+    return min(limits, default=None)
+
+
+def require_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise UnsupportedModelError unless `model` has positions for a context of so many tokens."""
+    limit = position_limit(model)
+    if limit is not None and tokens > limit:
         raise UnsupportedModelError(
-            f"{name} keeps a recurrent state, or no key-value cache that can be cut to a prefix"
+            f"{type(unwrapped(model)).__name__} has {limit} learnt positions, the context has {tokens} tokens: cut the "
+            "context, or take a model for longer texts"
         )
 
 
@@ -232,7 +253,7 @@ def build_static(
 
 def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     """Where each decoder layer computes: accelerate's execution device where it placed the model, else its weights'."""
-    base = base_model(model)
+    base = unwrapped(model)
     # A model that accelerate offloads says that it is on the meta device; its inputs may come from anywhere.
     device = base.device if base.device.type != "meta" else torch.device("cpu")
     for module in base.modules():

@@ -10,7 +10,7 @@ counts columns, pads included.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,12 +20,13 @@ from hf_cachegen.errors import TensorError
 @dataclass(frozen=True)
 class Reuse:
     """pads: masked columns before each row's first token; columns: how many leading columns of all rows are cached;
-    whole: whether every row begins with the whole context.
+    whole: whether every row begins with the whole context; common: tokens of the context that every row begins with.
     """
 
     pads: tuple[int, ...]
     columns: int
     whole: bool
+    common: int = field(default=0, compare=False)
 
 
 def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
@@ -36,16 +37,15 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
     """
     require_prompts(input_ids, attention_mask)
     context = context.cpu()
-    pads, ends, whole = [], [], True
+    pads, shared = [], []
     for ids, mask in zip(input_ids.cpu(), attention_mask.cpu() != 0, strict=True):
         pad = _leading(~mask)
         tokens = ids[pad : pad + _leading(mask[pad:])]
         size = min(len(tokens), len(context))
-        common = _leading(tokens[:size] == context[:size])
-        whole = whole and common == len(context)
+        shared.append(_leading(tokens[:size] == context[:size]))
         pads.append(pad)
-        ends.append(pad + common)
-    return Reuse(tuple(pads), min(*ends, input_ids.shape[1] - 1), whole)
+    ends = [pad + common for pad, common in zip(pads, shared, strict=True)]
+    return Reuse(tuple(pads), min(*ends, input_ids.shape[1] - 1), min(shared) == len(context), min(shared))
 
 
 def require_prompts(input_ids: Tensor, attention_mask: Tensor) -> None:

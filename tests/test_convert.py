@@ -22,6 +22,7 @@ from hf_cachegen.errors import (
     UnsupportedLayerError,
 )
 from hf_cachegen.geometry import LayerGeometry
+from hf_cachegen.models.compat import CACHE_ARGUMENT
 from tests import tiny_models
 from tests.cli_support import run_json, save_model
 
@@ -152,7 +153,7 @@ def test_the_command_with_the_model(tmp_path: Path) -> None:
     ids = list(range(5, 25))
     past = DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.tensor([ids]), past_key_values=past, use_cache=True)
+        model(input_ids=torch.tensor([ids]), **{CACHE_ARGUMENT: past}, use_cache=True)
     path = saved(past, tmp_path / "past.pt")
     (tmp_path / "ids.json").write_text(json.dumps(ids))
     options = ["--model", folder, "--input-ids", tmp_path / "ids.json", "--dtype", "float32"]

@@ -119,7 +119,7 @@ def test_klt_decodes_there_to_a_rounding_of_here(level: int) -> None:
 
     model = AutoModelForCausalLM.from_pretrained("eval/reference/model", dtype=torch.bfloat16)
     cache = CacheGenCache.from_context(model, torch.randint(5, 200, (1, 700)))
-    profile = cache._profile
+    profile = cache.profile
     assert profile is not None
     encoded = encode_kv(cache.kv.keys, cache.kv.values, CacheGenConfig(transform="klt"), profile)
     for here, there in zip(decode_kv(encoded, level), decode_kv(encoded, level, device="cuda"), strict=True):

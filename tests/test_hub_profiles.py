@@ -194,23 +194,23 @@ def test_a_model_on_the_hub_finds_its_profile(server: HubServer, model, profile:
     profile.push_to_hub(REPO)
     server.calls.clear()
     cache = context(model)
-    assert cache._profile is not None
-    assert cache._profile.place == profile.place
+    assert cache.profile is not None
+    assert cache.profile.place == profile.place
     asked = list(server.calls)
     assert len(asked) <= 3
     context(model)
     assert server.calls == asked  # once in a process
     finding._on_hub.cache_clear()
     monkeypatch.setenv("HF_CACHEGEN_PROFILES", "")
-    assert context(model)._profile is None
+    assert context(model).profile is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_CACHEGEN_PROFILES")
-    assert context(model)._profile is not None  # from the local cache
+    assert context(model).profile is not None  # from the local cache
     assert server.calls == asked
 
 
 def test_a_model_on_the_hub_without_a_profile(server: HubServer, model) -> None:
-    assert context(model)._profile is None
+    assert context(model).profile is None
     assert server.calls == [f"GET /api/models/{REPO}/revision/main"]
     context(model)
     assert len(server.calls) == 1
@@ -221,7 +221,7 @@ def test_a_hub_that_is_down_is_said(server: HubServer, model, monkeypatch: pytes
         monkeypatch.setattr(constants, "ENDPOINT", gone.url)
     monkeypatch.setattr(finding, "QUICK", IMPATIENT)
     with pytest.warns(UserWarning, match=re.escape(f"whether there is a profile in {REPO} is not known")):
-        assert context(model)._profile is None
+        assert context(model).profile is None
 
 
 def test_a_name_is_not_believed(server: HubServer, model, profile: Profile) -> None:

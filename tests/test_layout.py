@@ -25,6 +25,7 @@ from hf_cachegen.layout import (
     positions_change,
     require_model,
 )
+from hf_cachegen.models.compat import CACHE_ARGUMENT
 from hf_cachegen.prefix import Reuse, match
 from tests import tiny_models
 
@@ -34,7 +35,7 @@ CONTEXT = 40
 
 def prefill(name: str, cache: DynamicCache, count: int = CONTEXT) -> DynamicCache:
     with torch.no_grad():
-        tiny_models.shared(name)(tiny_models.tokens(count), past_key_values=cache, use_cache=True)
+        tiny_models.shared(name)(tiny_models.tokens(count), **{CACHE_ARGUMENT: cache}, use_cache=True)
     return cache
 
 

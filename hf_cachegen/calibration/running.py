@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from hf_cachegen.errors import TensorError
 from hf_cachegen.geometry import LayerGeometry
 from hf_cachegen.layout import capture, positions_change
+from hf_cachegen.models.compat import run
+from hf_cachegen.models.state import fresh_state
 from hf_cachegen.profile import Rotary
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ def require_sample(index: int, sample: Sample) -> None:
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
     """Exact (keys, values, layers) of a context [1, tokens]."""
     past = DynamicCache()
-    model(input_ids=ids.to(model.device), past_key_values=past, use_cache=True)
+    with fresh_state(model):
+        run(model, ids.to(model.device), past)
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
 
@@ -56,7 +59,7 @@ def continuation_logits(
     past = DynamicCache()
     for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
         past.update(k, v, layer)
-    logits: Tensor = model(input_ids=ids.to(model.device), past_key_values=past, use_cache=True).logits[0]
+    logits: Tensor = run(model, ids.to(model.device), past).logits[0]
     return logits.float()
 
 

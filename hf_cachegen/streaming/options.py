@@ -33,15 +33,15 @@ class StreamOptions:
     TensorError for a prompt that is none.
     """
 
-    slo: float | None
     policy: Policy
-    refine: Refine
-    prompt_tokens: int
-    fallback: Sequence[Fallback]
-    on_event: Callable[[Event], None] | None
-    stall_seconds: float | None
-    connections: int
-    link: Link | None
+    slo: float | None = None
+    refine: Refine = "before"
+    prompt_tokens: int = 0
+    fallback: Sequence[Fallback] = ()
+    on_event: Callable[[Event], None] | None = None
+    stall_seconds: float | None = None
+    connections: int = CONNECTIONS
+    link: Link | None = None
     cancel: threading.Event | None = None
     prompt: tuple[Tensor, Tensor] | None = None
 

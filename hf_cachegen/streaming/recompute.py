@@ -6,7 +6,6 @@ layer is a view of the context's tensors up to where the model has read: what is
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_cachegen.layout import evaluation_mode
+from hf_cachegen.models.compat import run
+from hf_cachegen.models.state import fresh_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,6 @@ def recompute(
     cache = DynamicCache()
     cache.layer_class_to_replicate = None
     cache.layers = [_InPlaceLayer(*pair, first) for pair in zip(keys, values, strict=True)]
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     ids = input_ids[:, first : first + tokens].to(keys[0].device)
-    with evaluation_mode(model):
-        model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
+    with evaluation_mode(model), fresh_state(model):
+        run(model, ids, cache, last_logits_only=True)

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from hf_cachegen.errors import StreamCancelledError
 from hf_cachegen.layout import KVTensors
+from hf_cachegen.models.compat import tokens_seen
 from hf_cachegen.prefix import Reuse
 from hf_cachegen.profile import Profile
 from hf_cachegen.streaming.events import FirstToken, StreamFinished
@@ -190,8 +191,7 @@ def _first_column(layer: Any) -> int:
     """The column that a layer's first token stands for: a sliding layer has dropped what left its window."""
     if not layer.is_sliding:
         return 0
-    seen = getattr(layer, "cumulative_length_int", None)
-    return max(0, (layer.cumulative_length if seen is None else seen) - layer.keys.shape[2])
+    return max(0, tokens_seen(layer) - layer.keys.shape[2])
 
 
 def _copy(live: Tensor, known: Tensor, first: int, tokens: int, held: int, reuse: Reuse) -> None:
