@@ -1,7 +1,7 @@
 """Publish the repository's files that a page links to, so that one link works on the site and in the repository.
 
-A page in docs/ links to `../benchmarks/results/a.json`, which lies outside of the site's folder. The file is copied to the same
-path below `repository/` on the site, and the link is changed to lead there.
+A page in docs/ links to `../benchmarks/results/a.json`, which lies outside of the site's folder. The file is copied to
+the same path below `repository/` on the site, and the link is changed to lead there.
 """
 
 from __future__ import annotations
