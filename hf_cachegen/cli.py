@@ -99,8 +99,10 @@ def encode(
     import torch
 
     from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.layout import require_length
 
     input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
+    require_length(loaded, input_ids.shape[1])
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if positions and input_ids.shape[1] > positions and not as_json:
         note = f"the text has {input_ids.shape[1]:,} tokens, the model was made for {positions:,}: expect poor answers"

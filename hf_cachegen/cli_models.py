@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from hf_cachegen.cli_output import step
 from hf_cachegen.cli_views import describe
 from hf_cachegen.container import Reader
 from hf_cachegen.stores import Access, open_store
+from hf_cachegen.stores.naming import is_hub_id
 
 if TYPE_CHECKING:
     from hf_cachegen.profile import Profile
@@ -34,34 +36,41 @@ def load_model(name: str, *, revision: str | None, dtype: str, device: str | Non
 def _load_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    with _loading(name):
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+    with _loading(name) as found:
+        return AutoTokenizer.from_pretrained(found, revision=revision)
 
 
 def _load_weights(name: str, revision: str | None, dtype: str, place: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _loading(name):
+    with _loading(name) as found:
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
+            found, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
         )
     return model.to(place).eval()
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Quietly; what Transformers raises for a model that it cannot load becomes click.BadParameter."""
+def _loading(name: str) -> Iterator[str]:
+    """Yield the model's folder or id, with "~" expanded, and keep Transformers quiet. What it raises for a model that
+    it cannot load becomes click.BadParameter, which names the folder too; for a path the Hub is not asked.
+    """
     from transformers.utils import logging
 
+    folder = os.path.expanduser(name)
+    missing = "" if os.path.isdir(folder) else f"there is no folder {os.path.abspath(folder)}"
+    if missing and not is_hub_id(name):
+        raise click.BadParameter(f"cannot load {name!r}: {missing}", param_hint="'--model'")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        yield folder
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()
+        first = f"{missing}, and as a model on the Hub: " if missing else ""
         raise click.BadParameter(
-            f"cannot load {name!r}: {reason[0] if reason else type(error).__name__}", param_hint="'--model'"
+            f"cannot load {name!r}: {first}{reason[0] if reason else type(error).__name__}", param_hint="'--model'"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def _place(model: str, out: Path | None, overwrite: bool) -> Path:
     """Where the profile goes, found before anything slow begins."""
     from hf_cachegen.profile import PROFILE_FILE
 
+    model = os.path.expanduser(model)
     if out is None and not Path(model).is_dir():
         raise click.UsageError(f"give --out: {model!r} is not a folder", click.get_current_context())
     folder = Path(model) if out is None else out

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Limits, Store
-from hf_cachegen.errors import ConfigError, TensorError
+from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
 from hf_cachegen.finding import ProfileLike, for_encoding
 from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.layout import (
@@ -33,7 +33,7 @@ from hf_cachegen.layout import (
     require_length,
     require_model,
 )
-from hf_cachegen.models.compat import run
+from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
 from hf_cachegen.profile import Profile
@@ -120,12 +120,45 @@ def compute_context(
     device = layer_devices(model, len(layer_kinds(model.config)))[0]
     chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
     with evaluation_mode(model), fresh_state(model):
+        _require_continuation(model, chunks[0])
         for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
             run(model, chunk, past, last_logits_only=True)
+    _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
     kv = checked_kv(capture(past, model.config), model, ids)
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
     return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
+
+
+_continues: set[type] = set()
+"""Classes of models that are known to read several tokens after a cache."""
+
+
+def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise UnsupportedModelError unless a model reads several tokens after a cache: tried once for each class."""
+    kind = type(unwrapped(model))
+    if kind in _continues:
+        return
+    past = DynamicCache()
+    try:
+        for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
+            run(model, tokens, past, last_logits_only=True)
+    except (AssertionError, NotImplementedError) as error:
+        message = f"{kind.__name__} cannot read a question after a cached context: {error}"
+        raise UnsupportedModelError(message) from error
+    _continues.add(kind)
+
+
+def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
+    """Raise UnsupportedModelError unless every layer of a filled cache holds one key for each token."""
+    for index, layer in enumerate(past.layers):
+        held = int(layer.get_seq_length()) if layer.is_initialized else 0
+        if held != tokens:
+            why = "cross-attention, or keys of another layer" if held == 0 else "tokens of the model's own"
+            raise UnsupportedModelError(
+                f"layer {index} of {name} holds {held} tokens after a context of {tokens} ({why}): such a cache cannot "
+                "be kept"
+            )
 
 
 def wrap_cache(

@@ -28,8 +28,9 @@ from hf_cachegen.errors import (
 from hf_cachegen.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.profile import Profile
 from hf_cachegen.stores import Access, LocalStore
-from hf_cachegen.stores.places import access_of, is_repository
-from hf_cachegen.stores.profiles import PROFILE_FILE, QUICK, Pin, fetch_pinned, repositories
+from hf_cachegen.stores.naming import HUB, is_repository
+from hf_cachegen.stores.places import access_of
+from hf_cachegen.stores.profiles import PROFILE_FILE, QUICK, REPO_TYPE, Pin, fetch_pinned, repositories
 from hf_cachegen.stores.signed import SignedStore
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ def find(profile: ProfileLike, model: str) -> Profile | None:
         return profile
     if profile != AUTO:
         return _named(profile, Access())
+    model = os.path.expanduser(model)
     if model and Path(model, PROFILE_FILE).is_file():
         return Profile.load(model)
-    return None if not model or os.path.exists(model) else _on_hub(tuple(repositories(model)))
+    # A model whose folder has been moved since it was loaded is none of the Hub's.
+    return _on_hub(tuple(repositories(model))) if is_repository(model) else None
 
 
 def for_decoding(profile: ProfileLike, pin: Pin, store: Store, model_folder: str, limits: Limits) -> Profile:
@@ -146,7 +149,7 @@ def _on_hub(repositories: tuple[str, ...]) -> Profile | None:
 def _in_repository(repo_id: str) -> Profile | None:
     """The profile in use there, None where there is none or nobody can tell."""
     try:
-        return Profile.from_pretrained(repo_id, patience=QUICK)
+        return Profile.from_pretrained(f"{HUB}{REPO_TYPE}s/{repo_id}", patience=QUICK)
     except (OfflineError, StoreAccessError):
         return None
     except ProfileError as error:

@@ -30,6 +30,7 @@ from hf_cachegen.errors import (
     WrongWeightsError,
 )
 from hf_cachegen.layout import dtype_name
+from hf_cachegen.models.compat import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -231,7 +232,7 @@ def _probes(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights and persistent buffers. The others are left out: rope rewrites its own while the model runs."""
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")  # what torch.compile puts into names
         buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for name, tensor in {**module._parameters, **buffers}.items():
@@ -265,7 +266,7 @@ def _offloaded_probe(model: nn.Module, name: str) -> Tensor:
     known = _offloaded.setdefault(model, {})
     if name not in known:
         path, _, local = name.rpartition(".")
-        hook = getattr(model.get_submodule(path), "_hf_hook", None)
+        hook = getattr(unwrapped(model).get_submodule(path), "_hf_hook", None)
         maps = (getattr(inner, "weights_map", None) for inner in getattr(hook, "hooks", (hook,)))
         try:
             weight = next(weights for weights in maps if weights is not None)[local]

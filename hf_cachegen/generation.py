@@ -10,7 +10,6 @@ context is computed.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -28,46 +27,20 @@ from hf_cachegen.errors import (
     PromptMismatchError,
     StoreAccessError,
     StoreError,
-    TensorError,
-    UnsupportedModelError,
 )
 from hf_cachegen.layout import build_dynamic, build_static, layer_devices, positions_change
-from hf_cachegen.models.compat import (
-    CACHE_ARGUMENT,
-    CACHE_NAMES,
-    drafts_from_hidden_states,
-    longest_cache,
-    prepared_inputs,
-    unwrapped,
-)
+from hf_cachegen.models.call import GenerateCall
+from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, prepared_inputs, unwrapped
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.prefix import Reuse, match
 from hf_cachegen.streaming import Refine, SwapIn
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     OnMismatch = Literal["recompute", "error"]
 
 LOG = logging.getLogger("hf_cachegen.generation")
-POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
-"""Names of the stock generate's own parameters, in order, without `self` and `**kwargs`."""
-HELPERS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
-"""Keywords that the stock generate takes out of its kwargs before it reads the generation settings."""
-STRATEGIES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-    GenerationMode.ASSISTED_GENERATION,
-)
-MODEL_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "logits_to_keep", "return_dict", "use_cache")
-"""Inputs of the model's forward pass that a text prompt may come with; any other may change what the cache should
-hold."""
-DEFAULT_NEW_TOKENS = 20
-"""What the stock generate adds where no length is set."""
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -120,7 +93,7 @@ def generate(
         given.check(model)
     elif not streamed:
         given = load_context(given, model, {})
-    call = _Call(model, args, kwargs)
+    call = GenerateCall(model, args, kwargs)
 
     if not isinstance(given, CachedContext):
         try:
@@ -140,78 +113,7 @@ def generate(
     return _continue(model, given, call, on_mismatch)
 
 
-class _Call:
-    """One call of generate: its arguments by name, and what they ask for.
-
-    The prompt keeps the name under which it was given (positional, `inputs` or `input_ids`), since wrappers of the
-    stock generate look for it there.
-
-    Raises:
-        TypeError: an argument is given twice.
-        TensorError: the prompt is no matrix of token ids.
-        UnsupportedModelError: the call cannot start from a cache.
-    """
-
-    def __init__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
-        if len(args) > len(POSITIONAL):
-            raise TypeError(f"generate takes at most {len(POSITIONAL)} positional arguments after the model")
-        self.prompt, options = args[:1], dict(zip(POSITIONAL[1:], args[1:], strict=False))
-        if twice := sorted(options.keys() & kwargs.keys()):
-            raise TypeError(f"arguments given twice: {twice}")
-        self.arguments = {**options, **kwargs}
-        given = [*self.prompt, *(kwargs.get(name) for name in ("inputs", "input_ids"))]
-        prompts = [ids for ids in given if ids is not None]
-        if len(prompts) > 1:
-            raise TypeError("the prompt is given twice: pass either inputs or input_ids")
-        self.ids: Tensor = prompts[0] if prompts else None  # type: ignore[assignment]
-        stock = (*POSITIONAL, *HELPERS, "input_ids")
-        named = {name: value for name, value in self.arguments.items() if name not in stock}
-        self.settings, inputs = model._prepare_generation_config(self.arguments.get("generation_config"), **named)
-        self.mode = self.settings.get_generation_mode(self.arguments.get("assistant_model"))
-        self._require_supported(model, inputs)
-        self.mask = _mask(model, self.ids, self.settings, inputs)
-
-    def _require_supported(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-        """Raise UnsupportedModelError, with what to do, for a call that cannot start from a cache."""
-        settings = self.settings
-        token_types = inputs.get("token_type_ids")
-        foreign = sorted(name for name, value in inputs.items() if value is not None and name not in MODEL_INPUTS)
-        static = settings.cache_implementation == "static"
-        assisted = self.mode is GenerationMode.ASSISTED_GENERATION
-        drafts = drafts_from_hidden_states(settings)
-        refusals = {
-            "inputs_embeds: pass input_ids, which can be compared with the context": inputs.get("inputs_embeds")
-            is not None,
-            "no input_ids: pass the whole prompt, the context included": self.ids is None,
-            "use_cache=False": self._asks_for_no_cache(model),
-            "custom_generate": self.arguments.get("custom_generate") is not None,
-            f"the strategy {self.mode.value}": self.mode not in STRATEGIES,
-            "token_healing, which rewrites the prompt": bool(settings.token_healing),
-            f"{drafts}, which drafts from hidden states of the context": drafts is not None,
-            "output_attentions or output_hidden_states: a cache has none of its context": bool(
-                settings.output_attentions or settings.output_hidden_states
-            ),
-            f"cache_implementation={settings.cache_implementation!r}: use 'dynamic' or 'static'": (
-                settings.cache_implementation not in (None, "dynamic", "static")
-            ),
-            "assisted decoding with cache_implementation='static'": static and assisted,
-            "token_type_ids other than 0": token_types is not None and bool(token_types.any()),
-            f"model inputs {foreign}, which may change what the cache should hold": bool(foreign),
-        }
-        for refusal, found in refusals.items():
-            if found:
-                raise UnsupportedModelError(f"generating from a cache does not support {refusal}")
-
-    def _asks_for_no_cache(self, model: PreTrainedModel) -> bool:
-        """Report whether the caller, and not a default that the model was saved with, asks for no cache."""
-        given = self.arguments.get("use_cache")
-        if given is not None:
-            return given is False
-        config = self.arguments.get("generation_config")
-        return getattr(config, "use_cache", None) is False and model.generation_config.use_cache is not False
-
-
-def _continue(model: PreTrainedModel, context: CachedContext, call: _Call, on_mismatch: OnMismatch) -> Any:
+def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall, on_mismatch: OnMismatch) -> Any:
     """Call the stock generate with a stock cache of what is known of the prompt."""
     stock, ids, mask, settings = _stock(model), call.ids, call.mask, call.settings
     reuse = match(context.input_ids[0], ids, mask)
@@ -233,7 +135,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: _Call, on_mi
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     devices = layer_devices(model, len(kv.keys))
     if settings.cache_implementation == "static":
-        cache: Any = build_static(kv, reuse, repeats, devices, model.config, _longest(settings, ids.shape[1]))
+        cache: Any = build_static(kv, reuse, repeats, devices, model.config, call.longest)
     else:
         cache = build_dynamic(kv, reuse, repeats, devices)
     del kv
@@ -260,24 +162,33 @@ def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: boo
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make `model.generate` take `cache=` and what goes with it as `generate` does; without a cache it is unchanged."""
-    if not isinstance(model.__dict__.get("generate"), _Attached):
-        model.__dict__["generate"] = _Attached(model)
+    """Prepare a model: `model.generate` takes `cache=` and its options as `generate` does.
+
+    Without a cache of this package the call is the stock one. Making a CacheGenCache for a model does this by default.
+
+    Args:
+        model: the model; of a wrapper, the wrapper and the model inside are prepared.
+
+    Returns:
+        The same model.
+    """
+    for part in {id(part): part for part in (unwrapped(model), model)}.values():
+        if not isinstance(part.__dict__.get("generate"), _Attached):
+            part.__dict__["generate"] = _Attached(part)
     return model
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`; nothing happens to a model that is not attached."""
-    attached = model.__dict__.get("generate")
-    if isinstance(attached, _Attached):
-        attached.undo(model)
+    """Undo `attach`; a model that is not attached stays as it is. Return the model."""
+    for part in (model, unwrapped(model)):
+        attached = part.__dict__.get("generate")
+        if isinstance(attached, _Attached):
+            attached.undo(part)
     return model
 
 
 class _Attached:
-    """The `generate` of an attached model: an object rather than a closure, so that models can be copied and
-    pickled.
-    """
+    """The `generate` of a prepared model. An object, not a closure, so that models can be copied and pickled."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.own, self.stock = model, model.__dict__.get("generate"), model.generate
@@ -290,6 +201,26 @@ class _Attached:
             del model.__dict__["generate"]
         else:
             model.__dict__["generate"] = self.own
+
+
+def _hand_over(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the stock generate of all models, which hands a call with a CacheGenCache to its prepared model.
+
+    In `model.generate(cache=CacheGenCache.from_pretrained(..., model=model))` Python looks up `model.generate` before
+    the argument is computed, and so before the model is prepared. Every other call is the stock one.
+    """
+
+    @functools.wraps(stock)
+    def generate_or_hand_over(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attached = self.__dict__.get("generate")
+        if isinstance(attached, _Attached) and any(isinstance(kwargs.get(n), CachedContext) for n in CACHE_NAMES):
+            return attached(*args, **kwargs)
+        return stock(self, *args, **kwargs)
+
+    return generate_or_hand_over
+
+
+GenerationMixin.generate = _hand_over(GenerationMixin.generate)
 
 
 def _cache_given(cache: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -328,30 +259,6 @@ def _streamed(slo: float | None, refine: Refine | None, stream: Mapping[str, Any
 def _stock(model: PreTrainedModel) -> Callable[..., Any]:
     attached = model.__dict__.get("generate")
     return attached.stock if isinstance(attached, _Attached) else model.generate
-
-
-def _mask(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, inputs: dict[str, Any]) -> Tensor:
-    """Return the attention mask given, else the one that the stock generate infers from pad tokens."""
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise TensorError(f"input_ids must be a tensor [rows, tokens], got {getattr(ids, 'shape', type(ids).__name__)}")
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        model._prepare_special_tokens(settings, True, device=ids.device, batch_size=ids.shape[0])
-        mask = model._prepare_attention_mask_for_generation(ids, settings, {})
-    positions = inputs.get("position_ids")
-    if positions is not None:
-        usual = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        if positions.shape[-1] != usual.shape[-1] or bool(((positions != usual) & (mask != 0)).any()):
-            raise UnsupportedModelError(
-                "position_ids other than those of the attention mask do not fit a cached context"
-            )
-    return mask
-
-
-def _longest(settings: GenerationConfig, prompt: int) -> int:
-    """Return the number of tokens of the longest possible result."""
-    most = prompt + (settings.max_new_tokens or DEFAULT_NEW_TOKENS)
-    return max(most, settings.max_length or 0, longest_cache(settings))
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,6 +10,7 @@ the stock one does.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
+"""Functions of Transformers with which a model masks the tokens outside a window; its module imports one."""
+LAYER_REASONS = {
+    "DummyLayer": "it has no keys of its own but reads those of another layer",
+    "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
+}
+"""Why a kind of cache layer is refused, by class name."""
 POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)")
 """Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
 
@@ -91,6 +99,18 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be cut to a prefix")
     if not takes_cache(model):
         raise UnsupportedModelError(f"the forward pass of {name} takes no key-value cache")
+    if any(kind == "sliding" for kind, _ in layer_kinds(model.config)) and not _masks_windows(unwrapped(model)):
+        raise UnsupportedModelError(
+            f"{name} drops tokens from its cache that its attention still reads (a sliding cache without a sliding "
+            "mask), so its answers depend on how a prompt is split"
+        )
+
+
+def _masks_windows(model: nn.Module) -> bool:
+    """Report whether a model masks tokens outside its window; models from outside Transformers are taken to."""
+    names = {type(module).__module__ for module in model.modules()}
+    sources = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    return not sources or any(hasattr(source, mask) for source in sources for mask in WINDOW_MASKS)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -147,10 +167,9 @@ def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
         elif type(layer) is DynamicLayer:
             kinds.append(("mla" if latent else "full", None))
         else:
-            raise UnsupportedLayerError(
-                f"layer {index} of {config.model_type!r} is a {type(layer).__name__}; this version handles full "
-                "attention, sliding windows and latent attention (MLA)"
-            )
+            name = type(layer).__name__
+            reason = LAYER_REASONS.get(name, "this version handles full attention, sliding windows and MLA")
+            raise UnsupportedLayerError(f"layer {index} of {config.model_type!r} is a {name}: {reason}")
     return kinds
 
 

@@ -328,7 +328,7 @@ class Profile:
 
 def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> Path:
     """As `Profile.save`, of a profile's file as it is."""
-    place = Path(path)
+    place = Path(os.path.expanduser(path))
     place = place if place.suffix == ".safetensors" else place / PROFILE_FILE
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists() and not overwrite:

@@ -144,14 +144,14 @@ WRITES: dict[str, Any] = {
 @pytest.mark.parametrize("write_into", WRITES.values(), ids=WRITES.keys())
 def test_it_is_read_only(cache: CacheGenCache, write_into: Any) -> None:
     before = copy.deepcopy(cache)
-    with pytest.raises(ReadOnlyCacheError, match=r"hf_cachegen.generate.*attach.*to_dynamic"):
+    with pytest.raises(ReadOnlyCacheError, match=r"read-only.*hf_cachegen.attach.*to_dynamic"):
         write_into(cache)
     assert same(cache, before)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_passed_to_a_plain_generate_it_raises(cache: CacheGenCache, options: dict[str, Any]) -> None:
-    model = tiny_models.shared("llama")
+def test_passed_to_a_model_that_is_not_prepared_it_raises(cache: CacheGenCache, options: dict[str, Any]) -> None:
+    model = tiny_models.make("llama")
     prompt = torch.cat([CONTEXT, tiny_models.tokens(5, 9)], dim=1)
     for ids in (prompt, CONTEXT, prompt[:, :20]):
         with pytest.raises(ReadOnlyCacheError):

@@ -306,7 +306,7 @@ def test_another_models_profile_is_a_mismatch(tmp_path: Path, profile: Path) -> 
     [
         (["--transform", "klt"], False, cli_errors.USAGE, "--transform klt needs a profile"),
         (["--transform", "klt", "--profile", "none"], False, cli_errors.USAGE, "--transform klt needs a profile"),
-        (["--profile", "nowhere"], False, cli_errors.PROFILE, "there is no profile at nowhere"),
+        (["--profile", "nowhere"], False, cli_errors.PROFILE, "nowhere; learn one"),
         (["--transform", "delta"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
         (["--lossless"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
         (["--levels", 2], True, cli_errors.USAGE, "the profile has 3 levels"),

@@ -130,7 +130,7 @@ def test_a_place_is_not_silent_for_another_that_was() -> None:
 
 def test_wrong_bytes_of_a_bundle_are_fetched_a_second_time() -> None:
     class Files:
-        good, reads = bytes(range(200)), 0
+        good, reads, ranged = bytes(range(200)), 0, True
 
         def open(self, name: str) -> tuple[int, bytes]:
             return len(self.good), b""
@@ -356,7 +356,7 @@ def test_one_request_many_segments_and_one_segment_many_requests() -> None:
     """Ranges that were fetched ahead serve whatever is read from them, if all of it is there."""
 
     class Files:
-        content, reads = bytes(range(250)), []  # type: ignore[var-annotated]
+        ranged, content, reads = True, bytes(range(250)), []  # type: ignore[var-annotated]
 
         def open(self, name: str) -> tuple[int, bytes]:
             return len(self.content), self.content[:10]

@@ -67,7 +67,7 @@ class ArtifactWriter:
     def __init__(
         self, directory: str | os.PathLike[str], *, overwrite: bool = False, limits: Limits = DEFAULT_LIMITS
     ) -> None:
-        self._path = Path(directory)
+        self._path = Path(os.path.expanduser(directory))
         self._overwrite = overwrite
         self._limits = limits
         self._spools: dict[str, BinaryIO] = {}

@@ -39,6 +39,8 @@ class FilesystemFiles:
     unknown scheme, and then ArtifactNotFoundError and StoreError.
     """
 
+    ranged = True
+
     def __init__(
         self, url: str, storage_options: Mapping[str, Any] | None = None, patience: Patience | None = None
     ) -> None:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hf_cachegen.container import Limits, Store
+from hf_cachegen.container import MANIFEST_FILE, Limits, Store
 from hf_cachegen.errors import ConfigError, OfflineError
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.naming import (
+    alternative,
+    is_guess,
+    is_repository,
+    local_path,
+    named_both_ways,
+    require_folder,
+)
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.sealed import Kept, SealedStore, Secret
 from hf_cachegen.stores.segment_cache import SegmentCache
 from hf_cachegen.stores.signed import KeyLike, SignedStore
 
-_REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 _UNCACHED = ("file", "memory")
 """Schemes that are no farther than the cache."""
 _ACCESS = "access"
@@ -57,22 +62,18 @@ class Access:
 def open_store(
     place: str | os.PathLike[str], access: Access | None = None, limits: Limits | None = None
 ) -> Store:
-    """The store of the artifact at `place`: a folder that exists, a URL (hf:// too), or a repository ("user/name").
+    """The store of the artifact at `place`: a folder, a URL (hf:// too), or a repository ("user/name").
 
-    A path object is always a folder. Raises SignatureError, ConfigError, ArtifactNotFoundError, StoreError.
+    `naming` says which strings are paths. A path object is always a folder. Raises SignatureError, ConfigError,
+    ArtifactNotFoundError, StoreError.
     """
     access = access or Access()
     if access.local_files_only and access.force_download:
         raise ConfigError("local_files_only and force_download contradict each other")
-    store = _open(place, access, limits)
-    if access.key is not None:
-        if isinstance(store, CachedStore):
-            kept = Kept(store.cache, store.origin, store.version, store.anew)
-            store = SealedStore(store.store, access.key, kept)
-        else:
-            store = SealedStore(store, access.key)
-    if access.public_key is not None:
-        store = SignedStore(store, access.public_key)
+    with named_both_ways(place):
+        store = _layered(_open(place, access, limits), access)
+        if is_guess(place):
+            store.size(MANIFEST_FILE)  # now, so that its error names the folder too; readers ask for it next anyway
     setattr(store, _ACCESS, access)
     return store
 
@@ -83,6 +84,17 @@ def access_of(store: Store) -> Access:
     return found if isinstance(found, Access) else Access()
 
 
+def _layered(store: Store, access: Access) -> Store:
+    """What opens seals and checks signatures in front of `store`."""
+    if access.key is not None:
+        if isinstance(store, CachedStore):
+            kept = Kept(store.cache, store.origin, store.version, store.anew)
+            store = SealedStore(store.store, access.key, kept)
+        else:
+            store = SealedStore(store, access.key)
+    return store if access.public_key is None else SignedStore(store, access.public_key)
+
+
 def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) -> Store:
     if is_repository(place):
         return _hub(str(place), access, limits)
@@ -90,15 +102,13 @@ def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) 
         return _url(place, access, limits)
     for name in ("revision", "headers", "storage_options"):
         if getattr(access, name):
-            raise ConfigError(f"{name} is for places on the network; {os.fspath(place)!r} is taken for a folder")
-    return LocalStore(Path(place, access.subfolder or ""))
-
-
-def is_repository(place: str | os.PathLike[str]) -> bool:
-    """Whether this names a repository on the Hub: an hf:// URL, or "user/name" where there is no such folder."""
-    if not isinstance(place, str):
-        return False
-    return place.startswith("hf://") or (_REPO_ID.fullmatch(place) is not None and not os.path.exists(place))
+            raise ConfigError(
+                f"{name} is for places on the network; {os.fspath(place)!r} is taken for a folder"
+                f"{alternative(place, access.repo_type)}"
+            )
+    path = local_path(place) / (access.subfolder or "")
+    require_folder(path, place, access.repo_type)
+    return LocalStore(path)
 
 
 def _url(url: str, access: Access, limits: Limits | None) -> Store:

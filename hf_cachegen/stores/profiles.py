@@ -37,7 +37,8 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.local import LocalStore
-from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
+from hf_cachegen.stores.naming import alternative, is_repository, local_path, named_both_ways
+from hf_cachegen.stores.places import Access, hub_place, open_store
 from hf_cachegen.stores.remote import RemoteStore, is_url
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache
@@ -190,17 +191,23 @@ def fetch(
     """
     cache = SegmentCache(access.cache_dir)
     if is_repository(place):
-        data, where = _from_hub(str(place), access, limits, digest, cache)
+        with named_both_ways(place):
+            data, where = _from_hub(str(place), access, limits, digest, cache)
     elif isinstance(place, str) and is_url(place):
         data, where = _from_url(place, access, limits, cache), None
     else:
-        path = Path(place, access.subfolder or "")
-        path = path / PROFILE_FILE if path.is_dir() else path
+        path = local_path(place) / (access.subfolder or "")
+        path = path / PROFILE_FILE if os.path.isdir(path) else path
         if access.revision is not None:
-            raise ConfigError(f"a revision is for repositories on the Hub; {path} has none")
-        if not path.is_file():
-            raise ProfileError(f"there is no profile at {path}; learn one with hf_cachegen.learn_profile")
-        data, where = download(LocalStore(path.parent, path.resolve().parent), path.name, limits), None
+            raise ConfigError(
+                f"a revision is for repositories on the Hub; {path} has none{alternative(place, access.repo_type)}"
+            )
+        if not os.path.isfile(path):
+            raise ProfileError(
+                f"there is no profile at {os.path.abspath(path)}; learn one with hf_cachegen.learn_profile"
+                f"{alternative(place, access.repo_type)}"
+            )
+        data, where = download(LocalStore(path.parent), path.name, limits), None
     if digest is not None and xxhash.xxh3_128_hexdigest(data) != digest:
         raise ProfileError(f"the profile at {place} is not {digest} but {xxhash.xxh3_128_hexdigest(data)}")
     return data, where

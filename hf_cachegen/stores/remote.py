@@ -21,11 +21,16 @@ THREADS = 8
 AHEAD_BYTES = 256 << 20
 """Most bytes that wait for their reader."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)", re.IGNORECASE)
 
 
 class Files(Protocol):
     """What a kind of place must know; all raise ArtifactNotFoundError and StoreError, and threads may share them."""
+
+    @property
+    def ranged(self) -> bool:
+        """False once the server turned out to ignore byte ranges; reading then takes whole files."""
+        ...
 
     def open(self, name: str) -> tuple[int, bytes]:
         """The file's size, and as many of its first bytes as came with it."""
@@ -34,7 +39,6 @@ class Files(Protocol):
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Exactly that range of a file that was opened."""
         ...
-
 
     def mark(self, name: str) -> str:
         """What tells that an opened file was changed; empty where nothing does."""
@@ -88,6 +92,8 @@ class RemoteStore:
         names = list(dict.fromkeys(segment.file for segment in wanted))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="hf_cachegen-open") as pool:
             opened = dict(zip(names, pool.map(self._open, names), strict=True))
+        if not self.files.ranged:
+            return  # a read takes the whole file, once its size was held against the manifest: there is no part to plan
         # What came with opening is here already, and what the file has not is for `read` to refuse.
         ranges = [
             (s.file, s.offset, s.length)
@@ -130,7 +136,8 @@ def open_files(
     scheme = _SCHEME.match(url)
     if scheme is None:
         raise ConfigError(f"expected a URL with a scheme, such as https://... or s3://..., got {url!r:.200}")
-    if scheme[0] not in ("http", "https"):
+    url = scheme[0].lower() + url[scheme.end() :]
+    if not url.startswith(("http://", "https://")):
         if headers:
             raise ConfigError(f"headers are for http(s) URLs; pass storage_options for {shown(url)}")
         return FilesystemFiles(url, storage_options, patience)

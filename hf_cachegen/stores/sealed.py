@@ -211,7 +211,7 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
     """
     secret = _secret(key)
     _cryptography()
-    store, target = LocalStore(directory), Path(out)
+    store, target = LocalStore(directory), Path(os.path.expanduser(out))
     reader = Reader(store)
     reader.verify()
     names = [*sorted(set(reader.sizes) - {MANIFEST_FILE}), MANIFEST_FILE]
@@ -271,7 +271,7 @@ def _cipher(key: bytes, header: bytes, name: str) -> Any:
 def _secret(key: Secret) -> bytes:
     if not isinstance(key, bytes):
         try:
-            key = Path(key).read_bytes()
+            key = Path(os.path.expanduser(key)).read_bytes()
         except OSError as error:
             raise ConfigError(f"there is no key to be read at {os.fspath(key)!r}: {error.strerror}") from error
     if len(key) != KEY_BYTES:

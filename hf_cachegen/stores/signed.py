@@ -87,8 +87,8 @@ def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
         wanted += [(name, segment.offset, segment.length) for segment in entry.segments]
     ranges = [[*place, hashlib.sha256(store.read(*place)).hexdigest()] for place in wanted]
     statement = json.dumps({"ranges": ranges, "signed": _SIGNED}, separators=(",", ":")).encode()
-    target = Path(directory, SIGNATURE_FILE)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=directory)
+    target = store.directory / SIGNATURE_FILE
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=store.directory)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(key.sign(statement).hex().encode() + b"\n" + statement)
@@ -164,7 +164,7 @@ def _cryptography() -> tuple[Any, Any]:
 
 def _pem(path: str | os.PathLike[str]) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise ConfigError(f"there is no key to be read at {os.fspath(path)}: {error.strerror}") from error
 

@@ -26,7 +26,8 @@ from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import shown
-from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
+from hf_cachegen.stores.naming import is_repository, local_path, named_both_ways, require_folder
+from hf_cachegen.stores.places import Access, hub_place, open_store
 from hf_cachegen.stores.profiles import Pin, fetch_beside, is_kept_profile
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
 from hf_cachegen.stores.sealed import SUFFIX, SealedStore
@@ -85,19 +86,21 @@ def find(place: str, access: Access | None = None) -> list[Found]:
     if is_repository(place):
         from hf_cachegen.stores import hub
 
-        return _found(hub.find_files(hub_place(place, access), access.token))
+        with named_both_ways(place):
+            return _found(hub.find_files(hub_place(place, access), access.token))
     if is_url(place):
         source = open_files(place, storage_options=access.storage_options, patience=access.patience)
         if not isinstance(source, FilesystemFiles):
             raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(place)}")
         return _found(source.find())
-    if not os.path.isdir(place):
-        raise ArtifactNotFoundError(f"there is no folder {place}")
+    root = local_path(place) / (access.subfolder or "")
+    require_folder(root, place, access.repo_type)
     return _found({
-        os.path.relpath(os.path.join(folder, name), place): os.path.getsize(os.path.join(folder, name))
-        for folder, _, names in os.walk(place)
+        os.path.relpath(path, root): os.path.getsize(path)
+        for folder, _, names in os.walk(root)
         for name in names
         if is_own_file(name.removesuffix(SUFFIX)) or _is_listed(name) or is_kept_profile(name)
+        if os.path.isfile(path := os.path.join(folder, name))  # a link may lead nowhere
     })  # fmt: skip
 
 
@@ -142,6 +145,7 @@ def pull(
     The folder holds all of it or nothing. progress: called with (bytes copied, bytes in all). Raises ArtifactError,
     StoreError.
     """
+    directory = os.path.expanduser(directory)
     reader = Reader(open_store(place, access, limits), limits or Limits())
     manifest = reader.manifest
     segments = manifest.segments
@@ -200,6 +204,8 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
     def ranges() -> Check:
         store, longest = _remote(state["reader"], place), _longest(state["reader"])
         store.size(longest.file)
+        if not store.files.ranged:
+            return Check("ranges", None, "ignored: every file is fetched whole, once for each load")
         first, last = longest.offset + longest.length // 3, longest.offset + longest.length
         for offset, length in ((first, last - first), (last - 1, 1)):
             data = store.files.read(longest.file, offset, length)

@@ -63,6 +63,11 @@ class Wire:
         if self._pieces:
             files.progress = self._arrived  # type: ignore[attr-defined]
 
+    @property
+    def ranged(self) -> bool:
+        """As that of the files."""
+        return self._files.ranged
+
     def open(self, name: str) -> tuple[int, bytes]:
         """As that of the files. Who opens a file once more was given wrong bytes: what is held of it goes."""
         if name in self._heads:
@@ -218,7 +223,7 @@ class Source:
         """What to `hold` before these segments of one file, which are not here, are read: ranges of about `most` bytes.
         None where they came with opening it, do not lie side by side, or where reading does not go by their ranges.
         """
-        if self._wire is None or not self._bundles:
+        if self._wire is None or not self._wire.ranged or not self._bundles:
             return []
         lacking = [segment for segment in far if not self._wire.came(segment)]
         if not lacking or any(a.offset + a.length != b.offset for a, b in pairwise(lacking)):
