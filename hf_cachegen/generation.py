@@ -58,9 +58,10 @@ def generate(
 
     Args:
         model: the model; wrappers of torch.compile, PEFT and accelerate are looked through.
-        args, kwargs: the arguments of the stock generate. The prompt is the whole one, int64 [rows, tokens], the
+        *args: positional arguments of the stock generate. The prompt is the whole one, int64 [rows, tokens], the
             context included, as for a call without a cache; rows of different length are left-padded as usual, with
             their attention_mask.
+        **kwargs: keyword arguments of the stock generate.
         cache: a CacheGenCache, or the location of an artifact. Any other cache, and None, goes to the stock generate
             with all other arguments as they were given.
         on_mismatch: where a prompt does not begin with the whole context, "recompute" reuses the longest common prefix
