@@ -22,11 +22,12 @@ import click
 import torch
 
 from benchmarks.bench_codec import machine
-from hf_cachegen import CacheGenConfig, decode_kv, native
-from hf_cachegen.codec import chunk, into
+from hf_cachegen import CacheGenConfig, decode_kv
+from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.codec import chunk, into, native
 from hf_cachegen.codec.chunk import LossyCodec, Span
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import EncodedContext, Encoder
 
 HEADS, DIM, CHUNK = 8, 128, 256
 ROUNDS, STREAMS = 10, 8

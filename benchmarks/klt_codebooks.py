@@ -18,13 +18,13 @@ from torch import Tensor
 
 from benchmarks.klt_variants import BASE, Bench
 from benchmarks.rate_distortion import Curve
-from hf_cachegen.calibration import learning
-from hf_cachegen.calibration.learning import HELD_OUT_EVERY
 from hf_cachegen.codec import codebook
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.klt import ENTRY_BITS, KltCodec
 from hf_cachegen.codec.tables import Codebook, normalise, shipped_codebooks
+from hf_cachegen.profiles.learning import learning
+from hf_cachegen.profiles.learning.learning import HELD_OUT_EVERY
 
 SIZES = (16, 32, 64)
 LEARNT_SIZES = (16, 64, 256)

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen import CacheGenConfig, Profile, encode_kv
-from hf_cachegen.calibration import prefill
+from hf_cachegen.codec.context import gather, spans_of
 from hf_cachegen.codec.fit import Counts
 from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.tables import DIGIT_SYMBOLS, VALUE_SYMBOLS
-from hf_cachegen.encoding import gather, spans_of
+from hf_cachegen.profiles.learning import prefill
 
 CONFIG = CacheGenConfig(transform="klt", protect_first=0, protect_last=0, measure=False)
 PRIOR = 0.02

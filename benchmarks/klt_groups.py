@@ -25,9 +25,9 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.codec import basis, fit
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Span
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.geometry import Geometry, LayerGeometry
-from hf_cachegen.profile import Group, Rotary
+from hf_cachegen.codec.profile import Group, Rotary
 
 LAYERS, HEADS, DIM = 32, 8, 128
 TOKENS = 512

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.rate_distortion import KV, Point, Test, learnt, levels_of
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
-from hf_cachegen.calibration import Sample, learning, moments, prefill
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.profile import Group
+from hf_cachegen.codec.profile import Group
+from hf_cachegen.profiles.learning import Sample, learning, moments, prefill
 
 BASE = CacheGenConfig(transform="klt", measure=False)
 DEAD_ZONES = (0.05, 0.1)

@@ -24,17 +24,16 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_cachegen.artifact import Artifact, write
-from hf_cachegen.card import card
+from hf_cachegen.artifact import Limits, Reader, Store
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Limits, Reader, Store
-from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import (
     ConfigError,
     ReadOnlyCacheError,
     TensorError,
 )
-from hf_cachegen.finding import ProfileLike, for_encoding, profile_to_push
 from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.layout import (
     KVTensors,
@@ -49,9 +48,11 @@ from hf_cachegen.layout import (
 )
 from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
 from hf_cachegen.prefix import Reuse
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of, profile_to_push
 from hf_cachegen.report import CacheReport
 from hf_cachegen.stores import Access, LocalStore, open_store
+from hf_cachegen.stores.card import card
 from hf_cachegen.streaming import (
     CONNECTIONS,
     Event,
@@ -222,8 +223,9 @@ class CacheGenCache(DynamicCache):
         Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
         """
         start = time.perf_counter()
-        found = open_context(open_store(path, Access(**access), limits), model, limits, profile, tokenizer=tokenizer)
-        artifact, places = found.artifact, found.places
+        found = open_context(open_store(path, Access(**access), limits), model, limits, tokenizer=tokenizer)
+        taken = profile_of(found.artifact, profile, model_folder(model))
+        artifact, places = found.artifact.with_profile(taken), found.places
         if device is None and places is not None and len(set(places)) == 1:
             device = places[0]
         keys, values = artifact.decode(level, device, progress=progress)
@@ -244,7 +246,7 @@ class CacheGenCache(DynamicCache):
             found.fingerprint,
             report,
             config=artifact.config,
-            profile=artifact.profile(),
+            profile=taken,
             source=artifact.store,
         )
 
@@ -322,10 +324,11 @@ class CacheGenCache(DynamicCache):
             if config is not None and config != self._config:
                 raise ConfigError(f"this cache was decoded from {self._source}; encoding it anew would lose twice")
             # What was recomputed throughout has taken no profile.
-            artifact = Artifact(self._source, profile="auto" if self._profile is None else self._profile)
+            artifact = Artifact(self._source)
             if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self._config):
                 raise ConfigError(f"{self._source} is no longer the artifact that this cache was loaded from")
-            source = artifact.read()
+            taken = profile_of(artifact, "auto" if self._profile is None else self._profile)
+            source = artifact.with_profile(taken).read()
         else:
             layers = list(self.kv.geometry.layers)
             kv, config = self.kv, config or self._config
@@ -338,7 +341,7 @@ class CacheGenCache(DynamicCache):
             overwrite=overwrite,
         )
         if self._source is None:
-            self._report = replace(self._report, encoding=Artifact(directory).report)
+            self._report = replace(self._report, encoding=Artifact(LocalStore(directory)).report)
 
     def push_to_hub(
         self,

@@ -25,16 +25,16 @@ import xxhash
 from click.core import ParameterSource
 from tqdm import tqdm
 
+from hf_cachegen.artifact import MANIFEST_FILE, Reader
 from hf_cachegen.cli_errors import INTERRUPTED, report
 from hf_cachegen.cli_models import load_model, token_ids
 from hf_cachegen.cli_options import dtype_option, encoder_options, encoder_settings, encoding_profile_option
-from hf_cachegen.container import MANIFEST_FILE, Reader
 from hf_cachegen.errors import ArtifactExistsError, ConfigError, MissingExtraError
 from hf_cachegen.stores import LocalStore
 
 if TYPE_CHECKING:
     from hf_cachegen.config import CacheGenConfig
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
 
 INDEX_FILE = "index.jsonl"
 PATIENCE = timedelta(days=7)

@@ -27,8 +27,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.errors import TensorError, UnsupportedLayerError, UnsupportedModelError, WrongModelError
-from hf_cachegen.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.prefix import Reuse
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import same, sample_kv
 
-from hf_cachegen import native
-from hf_cachegen.codec import passes, quantize, rans, tables, transform
+from hf_cachegen.artifact.encoded import decode_kv, encode_kv
+from hf_cachegen.codec import native, passes, quantize, rans, tables, transform
 from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.passes import Grid
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encoding import Encoder, decode_kv, encode_kv
 from hf_cachegen.errors import CacheGenError, ConfigError, CorruptError, LevelError, TensorError, TruncatedError
 
 LOSSY = [CacheGenConfig(chunk_tokens=64, transform=name) for name in ("delta", "identity")]

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv, native
-from hf_cachegen.codec import passes, rans
+from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv
+from hf_cachegen.codec import native, passes, rans
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import Encoder, gather
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import Encoder, gather
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 from hf_cachegen.streaming.placing import Placer
 from tests.coder_support import draw_section, laplace_tables

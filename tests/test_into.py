@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cachegen import CacheGenConfig, native
+from hf_cachegen import CacheGenConfig
+from hf_cachegen.codec import native
 from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.section import Cursor
-from hf_cachegen.encoding import Encoder
 from hf_cachegen.errors import CorruptError, TruncatedError
 from tests.kv_samples import sample_kv
 from tests.lockstep import in_lockstep, needs_compiler

@@ -11,11 +11,11 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec import basis
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import codec_of, gather, spans_of
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec
-from hf_cachegen.encoding import codec_of, gather, spans_of
+from hf_cachegen.codec.profile import Group, Rotary
 from hf_cachegen.errors import ArtifactError, CorruptError, ProfileError, TensorError, TruncatedError
-from hf_cachegen.geometry import Geometry, LayerGeometry
-from hf_cachegen.profile import Group, Rotary
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_first=2, protect_last=8)
 LAYERS = (LayerGeometry("full", 2, 8, 2, 8),) * 3

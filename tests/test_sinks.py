@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
-from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import codec_of, gather, spans_of
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec
 from hf_cachegen.codec.sinks import FINER, LEAST_TOKENS, FirstToken, find_sinks
-from hf_cachegen.encoding import codec_of, gather, spans_of
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
+from hf_cachegen.stores import LocalStore
 from tests.test_klt_tables import CONFIG, TOKENS, geometry, make_profile
 
 IDENTITY = CacheGenConfig(transform="identity", chunk_tokens=32, protect_first=2, protect_last=8)
@@ -148,7 +149,7 @@ def test_auto_and_files_know_them(tmp_path: Path) -> None:
     encoded = encode_kv(keys, values, CacheGenConfig(chunk_tokens=32))
     assert encoded.config.transform == "identity"
     write(encoded, tmp_path / "a")
-    artifact = Artifact(tmp_path / "a")
+    artifact = Artifact(LocalStore(tmp_path / "a"))
     assert artifact.manifest.required == ("sinks",)
     assert artifact.read().side == encoded.side
     assert torch.equal(artifact.decode(1)[1][2][:, :, 0], values[2][:, :, 0])

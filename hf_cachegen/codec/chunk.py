@@ -22,8 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
-from hf_cachegen.codec import into, passes, quantize, section, transform
+from hf_cachegen.codec import into, native, passes, quantize, section, transform
 from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Assignment, Coded, Cursor

@@ -26,14 +26,14 @@ from torch import Tensor
 from hf_cachegen.codec import basis, quantize
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Chunks, Counts, repeated, require_finite
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Profile, require_layers
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.sinks import FINER
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.profile import Profile, require_layers
 
 DIGEST_BYTES = 16
 ENTRY_BITS = 8

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
-from hf_cachegen.codec import quantize
+from hf_cachegen.codec import native, quantize
 from hf_cachegen.codec.tables import DIGIT_SYMBOLS, DIGIT_ZERO, VALUE_SYMBOLS, ZERO_INDEX
 from hf_cachegen.codec.transform import Anchors
 from hf_cachegen.config import CacheGenConfig

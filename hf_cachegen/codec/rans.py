@@ -20,12 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
-from hf_cachegen.codec import ops, rans_reference, torchac_coder
+from hf_cachegen.codec import native, ops, rans_reference, torchac_coder
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
 Backend = Literal["native", "scalar", "avx2", "avx512", "reference"]
-"""The compiled coder at its best or on one instruction set (see native.py), or the readable one."""
+"""The compiled coder at its best or on one instruction set (see codec/native.py), or the readable one."""
 _ISAS = {"native": native.Isa.BEST, **{isa.name.lower(): isa for isa in native.Isa if isa}}
 _SLOW: dict[str, Any] = {"reference": rans_reference, "torchac": torchac_coder}
 TILE_COLUMNS = ops.TILE_COLUMNS

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Limits, Manifest, Segment, Store
-from hf_cachegen.container.manifest import digest, loads
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Limits, Manifest, Segment, Store
+from hf_cachegen.artifact.manifest import digest, loads
+from hf_cachegen.artifact.reader import PrefetchingStore
 from hf_cachegen.errors import ArtifactError, OfflineError
 from hf_cachegen.stores.segment_cache import SegmentCache
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hf_cachegen.container import Limits, Store
+from hf_cachegen.artifact import Limits, Store
 from hf_cachegen.errors import ConfigError, OfflineError
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import shown

@@ -1,4 +1,4 @@
-"""The artifact behind a URL: sizes and ranges as `container.Store` wants them, fetched ahead, damage fetched anew."""
+"""The artifact behind a URL: sizes and ranges as `artifact.Store` wants them, fetched ahead, damage fetched anew."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from hf_cachegen.container import Segment
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact import Segment
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import ConfigError, CorruptError, TruncatedError
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import HttpFiles, shown

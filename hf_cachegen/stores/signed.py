@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Reader, Segment, Store
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Segment, Store
+from hf_cachegen.artifact.reader import PrefetchingStore
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
 from hf_cachegen.stores.local import LocalStore
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_cachegen.artifact import Artifact
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.encoding import checked_level, spans_of
+from hf_cachegen.codec.context import checked_level, spans_of
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError, UnsupportedModelError
 from hf_cachegen.layout import KVTensors, positions_change
 from hf_cachegen.opening import OpenContext
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.events import (
     ChunkChosen,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.chunk import Codec, Span
+from hf_cachegen.codec.context import empty_kv, scatter
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import empty_kv, scatter
-from hf_cachegen.geometry import Geometry
 from hf_cachegen.layout import KVTensors
 
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from hf_cachegen.errors import StreamCancelledError
 from hf_cachegen.layout import KVTensors
 from hf_cachegen.prefix import Reuse
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.events import FirstToken, StreamFinished
 from hf_cachegen.streaming.report import StreamReport
 

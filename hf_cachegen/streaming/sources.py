@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from hf_cachegen.artifact import Artifact
+from hf_cachegen.artifact import BASE_FILE, Segment, Store
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.artifact.encoded import SIDE
 from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.container import BASE_FILE, Segment, Store
-from hf_cachegen.encoding import SIDE
 from hf_cachegen.errors import ArtifactNotFoundError, ManifestError, RangeError
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import profile_of
 from hf_cachegen.stores import LocalStore, RemoteStore
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.remote import Files
@@ -130,6 +131,7 @@ class Source:
 
     open_artifact: gives the artifact, opened; called once, by the first that needs it. link: over which it comes.
     bandwidth: of the stream. given_up: as for `Wire`. same: the artifact that it must be equal to, for a fallback.
+    find_profile: gives the profile that decoding an artifact takes, None where it takes none.
     """
 
     def __init__(
@@ -140,8 +142,10 @@ class Source:
         bandwidth: Bandwidth,
         given_up: Callable[[], bool],
         same: Artifact | None = None,
+        find_profile: Callable[[Artifact], Profile | None] = profile_of,
     ) -> None:
         self.place, self._open_artifact, self._given_up, self._same = place, open_artifact, given_up, same
+        self._find_profile = find_profile
         self._link, self._meters = link, (bandwidth, link.bandwidth)
         self._using, self._closed = ExitStack(), False
         self._share: Share | None = None
@@ -200,7 +204,8 @@ class Source:
         """
         artifact = self.open()
         self._open_file(artifact, artifact.manifest.segment(BASE_FILE, SIDE))
-        return artifact.codec(), artifact.profile()
+        profile = self._find_profile(artifact)
+        return artifact.with_profile(profile).codec(), profile
 
     def here(self, segment: Segment) -> bool:
         """Whether a segment is on this disk (as far as one can tell without reading it)."""

@@ -6,8 +6,8 @@ after the other, `decode_chunks` takes them in the same way, so memory holds the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,59 +15,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_cachegen import __version__
 from hf_cachegen.codec import fit, tables
 from hf_cachegen.codec.chunk import Codec, Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry, LayerGeometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec, has_sinks
 from hf_cachegen.codec.lossless import LosslessCodec
+from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.sinks import FirstToken, find_sinks, without_first
 from hf_cachegen.config import CacheGenConfig, TransformName
-from hf_cachegen.container import BASE_FILE, Manifest, artifact_sizes, chunk_name, nbytes_at, refine_file
 from hf_cachegen.errors import ConfigError, CorruptError, LevelError, TensorError, TruncatedError
-from hf_cachegen.geometry import DTYPE_BYTES, Geometry, LayerGeometry
-from hf_cachegen.profile import Profile
 
-SIDE = "side"
-"""Name of the segment with the side information, the first of the base file."""
 MAX_LOSSLESS_TABLES = 256
-WRITER = f"hf_cachegen {__version__}"
-
-
-@dataclass(frozen=True)
-class EncodedContext:
-    """A context's KV cache, encoded, in memory.
-
-    parts[p][c] are the bytes of chunk c in part p (0: the base, then the refinements); `report` says what it cost;
-    `profile` is that of the klt transform, which is kept once for a model and not counted in any context's size.
-    """
-
-    geometry: Geometry
-    config: CacheGenConfig
-    side: bytes
-    parts: tuple[tuple[bytes, ...], ...]
-    report: dict[str, Any] = field(default_factory=dict)
-    profile: Profile | None = None
-
-    @property
-    def levels(self) -> int:
-        return len(self.parts)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that a user would store: all files, their headers and the manifest."""
-        return nbytes_at(self._sizes())
-
-    def nbytes_at(self, level: int) -> int:
-        """Bytes of everything that a loader of `level` must fetch. Raises LevelError."""
-        return nbytes_at(self._sizes(), level)
-
-    def _sizes(self) -> dict[str, int]:
-        manifest = manifest_of(self.geometry, self.config, self.report, None, self.profile, self.side)
-        lengths = [
-            (file, name, len(data)) for file, name, data in segments_of(self.side, zip(*self.parts, strict=True))
-        ]
-        return artifact_sizes(manifest, lengths)
 
 
 class Encoder:
@@ -199,69 +158,8 @@ class Encoder:
         return totals.index_add_(1, self.columns.vectors, self._bits).cumsum(0)
 
 
-def encode_kv(
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    config: CacheGenConfig | None = None,
-    profile: Profile | None = None,
-    *,
-    layers: Sequence[LayerGeometry] | None = None,
-    progress: bool = False,
-) -> EncodedContext:
-    """Encodes keys and values (see `Encoder` for shapes and errors) in memory."""
-    encoder = Encoder(keys, values, config, profile, layers=layers, progress=progress)
-    parts, side = tuple(zip(*encoder.chunks(), strict=True)), encoder.codec.side_bytes()
-    return EncodedContext(encoder.geometry, encoder.config, side, parts, encoder.report(), encoder.profile)
-
-
-def decode_kv(
-    encoded: EncodedContext, level: int | None = None, device: torch.device | str | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(keys, values) at `level` (default: the finest), in the dtype they had, on `device` (default: the CPU).
-
-    Raises LevelError, TruncatedError or CorruptError.
-    """
-    level = checked_level(level, encoded.levels)
-    codec = codec_of(encoded.geometry, encoded.config, encoded.side, encoded.profile)
-    spans = spans_of(encoded.geometry.tokens, encoded.config.chunk_tokens)
-    return decode_chunks(
-        codec, encoded.geometry, spans, lambda c: [part[c] for part in encoded.parts[:level]], device, False
-    )
-
-
-def segments_of(side: bytes, chunks: Iterable[Sequence[bytes]]) -> Iterator[tuple[str, str, bytes]]:
-    """(file, name, bytes) of every segment, in the order of writing."""
-    yield BASE_FILE, SIDE, side
-    for index, parts in enumerate(chunks):
-        for part, data in enumerate(parts):
-            yield (refine_file(part) if part else BASE_FILE), chunk_name(index), data
-
-
-def manifest_of(
-    geometry: Geometry,
-    config: CacheGenConfig,
-    report: dict[str, Any],
-    fingerprint: dict[str, Any] | None,
-    profile: Profile | None,
-    side: bytes,
-) -> Manifest:
-    """The manifest, its files not yet known."""
-    codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
-    if profile is not None:
-        codec["profile"] = profile.named.to_dict()
-    return Manifest(
-        geometry=geometry.to_dict(),
-        codec=codec,
-        chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
-        report=report,
-        fingerprint=fingerprint,
-        required=_features(geometry, config, profile, side),
-        writer=WRITER,
-    )
-
-
-def _features(geometry: Geometry, config: CacheGenConfig, profile: Profile | None, side: bytes) -> tuple[str, ...]:
-    """What a reader must know of beyond the first readers' formats (`container.manifest.FEATURES`)."""
+def features_of(geometry: Geometry, config: CacheGenConfig, profile: Profile | None, side: bytes) -> tuple[str, ...]:
+    """What a reader must know of beyond the first readers' formats (`artifact.manifest.FEATURES`)."""
     if profile is None:
         return ("sinks",) if not config.lossless and len(side) > _own_length(geometry, config) else ()
     if len(side) == DIGEST_BYTES:

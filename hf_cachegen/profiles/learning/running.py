@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.errors import TensorError
-from hf_cachegen.geometry import LayerGeometry
 from hf_cachegen.layout import capture, positions_change
-from hf_cachegen.profile import Rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,9 +17,22 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_cachegen.calibration.journal import Journal, unknown
-from hf_cachegen.calibration.moments import Moments
-from hf_cachegen.calibration.running import (
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import empty_kv, gather, scatter
+from hf_cachegen.codec.fit import Counts, repeated
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.codec.quantize import steps_of
+from hf_cachegen.codec.sinks import find_sinks
+from hf_cachegen.codec.tables import shipped_codebooks
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, ProfileError
+from hf_cachegen.fingerprint import Fingerprint, coarse_weights
+from hf_cachegen.layout import evaluation_mode, require_model
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.learning.journal import Journal, unknown
+from hf_cachegen.profiles.learning.moments import Moments
+from hf_cachegen.profiles.learning.running import (
     NO_ROTATION,
     Sample,
     continuation_logits,
@@ -27,19 +40,6 @@ from hf_cachegen.calibration.running import (
     prefill,
     require_sample,
 )
-from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.fit import Counts, repeated
-from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.codec.quantize import steps_of
-from hf_cachegen.codec.sinks import find_sinks
-from hf_cachegen.codec.tables import shipped_codebooks
-from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encoding import empty_kv, gather, scatter
-from hf_cachegen.errors import ConfigError, ProfileError
-from hf_cachegen.fingerprint import Fingerprint, coarse_weights
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.layout import evaluation_mode, require_model
-from hf_cachegen.profile import Profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

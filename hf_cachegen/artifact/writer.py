@@ -32,8 +32,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from hf_cachegen.container import header
-from hf_cachegen.container.manifest import (
+from hf_cachegen.artifact import header
+from hf_cachegen.artifact.manifest import (
     DEFAULT_LIMITS,
     MANIFEST_FILE,
     SIGNATURE_FILE,
