@@ -18,8 +18,10 @@ from hf_cachegen.artifact import Limits, manifest
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.encoded import decode_kv, encode_kv
 from hf_cachegen.codec import context
+from hf_cachegen.codec.chunk import Columns
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.transforms import transform_of
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import (
     ArtifactError,
@@ -215,8 +217,8 @@ def test_nothing_is_built_for_columns_that_the_side_information_lacks(
 ) -> None:
     path = make(tmp_path / "a", config)
     encoded = Artifact(LocalStore(path)).read()
-    assert len(encoded.side) in context.side_lengths(encoded.geometry, config)
-    monkeypatch.setattr(context, "_columns", lambda geometry: pytest.fail("columns were built"))
+    assert len(encoded.side) in transform_of(encoded.config).side_lengths(encoded.geometry, encoded.config)
+    monkeypatch.setattr(Columns, "of", lambda geometry: pytest.fail("columns were built"))
     geometry = {**encoded.geometry.to_dict(), "layers": [WIDE_LAYER]}
     for side in (b"", encoded.side, encoded.side + bytes(1)):
         with pytest.raises((CorruptError, TruncatedError)):
@@ -286,7 +288,9 @@ def test_files_of_another_artifact(tmp_path: Path) -> None:
 MEMORY_PROBE = """
 import resource, sys, torch
 from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.codec.chunk import Columns
 from hf_cachegen.codec.context import Encoder
+from hf_cachegen.codec.transforms import transform_of
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.config import CacheGenConfig
 torch.set_num_threads(1)

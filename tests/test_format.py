@@ -17,11 +17,12 @@ from torch import Tensor
 from hf_cachegen.artifact import FORMAT_VERSION, PROFILE_FILE, Limits
 from hf_cachegen.artifact.artifact import write
 from hf_cachegen.artifact.manifest import loads
-from hf_cachegen.codec import basis, codebook, quantize, rans, tables, transform
-from hf_cachegen.codec.context import Encoder, gather, spans_of
+from hf_cachegen.codec import anchors, basis, codebook, quantize, rans, tables
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import LayerGeometry
-from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.rows import gather, spans_of
+from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import UnsupportedFormatError
 from hf_cachegen.profiles.files import Profile
@@ -119,7 +120,7 @@ def test_todays_encoder_writes_the_same_bytes(name: str, tmp_path: Path) -> None
 def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None:
     """As every context was before an encoder could name tables of its own, and as those are that gain nothing by it."""
     old = open_with_profile(LocalStore(GOLDEN / "klt")).read()
-    codec = KltCodec(old.geometry, old.config, golden_profile())
+    codec = Klt(old.geometry, old.config, golden_profile())
     for index, span in enumerate(spans_of(50, 32)):
         assert codec.encode(gather(*golden_kv(), span), span) == [part[index] for part in old.parts]
     assert codec.side_bytes() == old.side
@@ -160,7 +161,7 @@ def test_the_codebook_file_is_what_its_program_makes() -> None:
         (r"tiles of (\d+) columns", rans.TILE_COLUMNS),
         (r"value \+ (\d+) for symbols", tables.ZERO_INDEX),
         (r"digit \+ (\d+)\. *\n|digit \+ (\d+)\b", tables.DIGIT_ZERO),
-        (r"symbols -(\d+)\.\.\d+, scales bfloat16", transform.ANCHOR_PEAK),
+        (r"symbols -(\d+)\.\.\d+, scales bfloat16", anchors.ANCHOR_PEAK),
         (r"value tables over (\d+) indices", tables.VALUE_SYMBOLS),
         (r"digit tables over (\d+),", tables.DIGIT_SYMBOLS),
         (r"\| `format_version` \| (\d+) \|", FORMAT_VERSION),

@@ -18,8 +18,8 @@ from hf_cachegen.artifact import PROFILE_FILE
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
-from hf_cachegen.codec.klt import KltCodec
 from hf_cachegen.codec.profile import Rotary
+from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -102,7 +102,7 @@ def test_rotations_invert(style) -> None:
 def test_coefficients_invert(model, profile: Profile) -> None:
     whole = learn_profile(model, samples(), config=replace(CONFIG, levels=1), target_kl=1e-4)  # every component is kept
     keys, values, layers = prefill(model, samples()[0][0])
-    codec = KltCodec(Geometry(layers, tokens=60, batch=1, dtype="float32"), replace(CONFIG, levels=1), whole)
+    codec = Klt(Geometry(layers, tokens=60, batch=1, dtype="float32"), replace(CONFIG, levels=1), whole)
     pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
     rows = torch.cat([x[0].transpose(0, 1).flatten(1) for x in pairs], 1)
     span = Span(100, 60, 300)
@@ -206,7 +206,7 @@ def test_profiles_are_parsed_only_under_their_digest(
         (tmp_path / "klt" / PROFILE_FILE).write_bytes(data)
         artifact = Artifact(LocalStore(tmp_path / "klt"))
         assert profile_of(artifact, model_folder=str(tmp_path / "model")).digest == profile.digest
-        monkeypatch.setattr(Profile, "from_bytes", lambda data: pytest.fail("it was parsed"))
+        monkeypatch.setattr(Profile, "from_bytes", lambda *_: pytest.fail("it was parsed"))
         with pytest.raises(ProfileError, match=profile.digest):
             profile_of(Artifact(LocalStore(tmp_path / "klt")))
         monkeypatch.undo()

@@ -29,10 +29,11 @@ from hf_cachegen.artifact import (
 from hf_cachegen.artifact.encoded import SIDE, EncodedContext, manifest_of, segments_of
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.codec import tables
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks, side_lengths, spans_of
+from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import Transform, transform_of
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, LimitError, ManifestError, ProfileError, TensorError
 
@@ -90,12 +91,13 @@ class Artifact:
         expected = [(span.first, span.tokens) for span in spans_of(self.geometry.tokens, self.config.chunk_tokens)]
         if expected != list(manifest.chunks):
             raise ManifestError("the chunk table does not match the geometry's tokens and the codec's chunk_tokens")
-        if manifest.levels != (1 if self.config.lossless else self.config.levels):
+        transform = transform_of(self.config)
+        if manifest.levels != transform.levels(self.config):
             raise ManifestError(f"the codec has {self.config.levels} levels, the files {manifest.levels}")
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
             raise LimitError(f"decoded, this cache has {self.geometry.nbytes} bytes: above the limit")
         side = manifest.segment(BASE_FILE, SIDE).length
-        if side not in side_lengths(self.geometry, self.config):
+        if side not in transform.side_lengths(self.geometry, self.config):
             raise ManifestError(f"side information of {side} bytes: the geometry's columns take another number")
         ids = manifest.files.get(TOKENS_FILE)
         if ids and ids.segments[0].length != 8 * self.geometry.tokens:
@@ -144,9 +146,9 @@ class Artifact:
     @property
     def pin(self) -> Pin | None:
         """What the manifest says of the profile that decoding needs, None where it needs none."""
-        return Pin.from_codec(self.manifest.codec) if self.config.transform == "klt" else None
+        return Pin.from_codec(self.manifest.codec) if transform_of(self.config).needs_profile else None
 
-    def codec(self) -> Codec:
+    def codec(self) -> Transform:
         """What decodes the chunks; fetches the side information. Raises ProfileError where it takes another profile."""
         pin = self.pin
         if pin is not None and self.profile is None:
@@ -170,8 +172,7 @@ def _config(codec: dict[str, Any]) -> CacheGenConfig:
         raise ManifestError("codec.config must be an object")
     try:
         config = CacheGenConfig.from_dict(codec["config"])
+        transform_of(config)
     except (ConfigError, TypeError) as error:
         raise ManifestError(f"codec.config: {error}") from error
-    if config.transform == "auto":
-        raise ManifestError("codec.config: an artifact names the transform that made it, not 'auto'")
     return config

@@ -17,9 +17,11 @@ from hf_cachegen.artifact.manifest import BASE_FILE, Manifest, chunk_name, nbyte
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.writer import artifact_sizes
 from hf_cachegen.codec import tables
-from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks, features_of, spans_of
+from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import transform_of
 from hf_cachegen.config import CacheGenConfig
 
 SIDE = "side"
@@ -119,6 +121,6 @@ def manifest_of(
         chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
         report=report,
         fingerprint=fingerprint,
-        required=features_of(geometry, config, profile, side),
+        required=transform_of(config).features(side, geometry, config, profile),
         writer=WRITER,
     )

@@ -1,32 +1,27 @@
-"""Tensors <-> the parts of an artifact, in memory and chunk by chunk.
+"""A context's tensors <-> its side information and the parts of its chunks, one chunk in memory at a time.
 
-Keys and values are per-layer lists of [batch, heads, tokens, head_dim]. An `Encoder` gives the bytes of one chunk
-after the other, `decode_chunks` takes them in the same way, so memory holds the tensors and one chunk.
+Keys and values are per-layer lists of [batch, heads, tokens, head_dim]. An `Encoder` gives the bytes of one chunk after
+the other, `decode_chunks` takes them in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_cachegen.codec import fit, tables
-from hf_cachegen.codec.chunk import Codec, Columns, LossyCodec, Side, Span
-from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry, LayerGeometry
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.into import Target
-from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec, has_sinks
-from hf_cachegen.codec.lossless import LosslessCodec
 from hf_cachegen.codec.profile import Profile
-from hf_cachegen.codec.sinks import FirstToken, find_sinks, without_first
-from hf_cachegen.config import CacheGenConfig, TransformName
-from hf_cachegen.errors import ConfigError, CorruptError, LevelError, TensorError, TruncatedError
-
-MAX_LOSSLESS_TABLES = 256
+from hf_cachegen.codec.rows import ContextRows, empty_kv, geometry_of, spans_of
+from hf_cachegen.codec.transforms import Transform, transform_of
+from hf_cachegen.codec.transforms.choosing import resolved
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import CorruptError, LevelError, TruncatedError
 
 
 class Encoder:
@@ -48,68 +43,22 @@ class Encoder:
         layers: Sequence[LayerGeometry] | None = None,
         progress: bool = False,
     ):
-        self.config = config or CacheGenConfig()
-        self.geometry = _geometry(keys, values, layers)
-        self.keys, self.values, self.progress = keys, values, progress
-        self.columns = _columns(self.geometry)
-        self.spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
-        if self.config.transform == "auto":
-            self.config = replace(self.config, transform=self._best_transform(profile))
-        self.profile = profile if self.config.transform == "klt" else None
-        self.codec: Codec
-        self._bits: Tensor | None = None
-        if self.config.transform == "klt":
-            self.codec = KltCodec.fit(self._rows, self.geometry, self.config, _required(profile), self._sinks)
-        elif self.config.lossless:
-            self.codec, self._bits = LosslessCodec.fit(self._rows, self.columns, self.config, keys[0].dtype)
-        else:
-            self.codec, self._bits = self._fitted(self._rows, self.config)
-        self._bytes = [len(self.codec.side_bytes())] + [0] * (self.codec.parts - 1)
-        vectors = 2 * len(self.geometry.layers)
-        self._errors = torch.zeros(self.codec.parts, vectors, dtype=torch.float64)
+        config = config or CacheGenConfig()
+        self.geometry, self.progress = geometry_of(keys, values, layers), progress
+        self.rows = ContextRows(keys, values, self.geometry, spans_of(self.geometry.tokens, config.chunk_tokens))
+        self.config = resolved(self.rows, config, profile)
+        transform = transform_of(self.config)
+        self.profile = profile if transform.needs_profile else None
+        self.codec, self._bits = transform.fit(self.rows, self.config, self.profile)
+        levels, vectors = transform.levels(self.config), 2 * len(self.geometry.layers)
+        self._bytes = [len(self.codec.side_bytes())] + [0] * (levels - 1)
+        self._errors = torch.zeros(levels, vectors, dtype=torch.float64)
         self._energy = torch.zeros(vectors, dtype=torch.float64)
-
-    @cached_property
-    def _sinks(self) -> Tensor:
-        return find_sinks(self.keys)
-
-    def _best_transform(self, profile: Profile | None) -> TransformName:
-        """klt where there is a profile; else what codes two chunks of the context smaller at equal steps: a step twice
-        as fine costs a bit a value, so bits + log2(step) compares what two transforms cost at their own steps.
-        """
-        if self.config.lossless:
-            return "identity"
-        if profile is not None:
-            return "klt"
-        tried = sorted({0, len(self.spans) // 2})
-        tokens = sum(self.spans[index].tokens for index in tried)
-
-        def rows() -> Iterator[tuple[Tensor, Span]]:
-            return ((gather(self.keys, self.values, self.spans[index]), self.spans[index]) for index in tried)
-
-        cost: dict[TransformName, float] = {}
-        names: tuple[TransformName, ...] = ("delta", "identity")
-        for name in names:
-            codec, bits = self._fitted(rows, replace(self.config, transform=name))
-            cost[name] = float(bits.sum() + tokens * codec.steps.log2().sum())
-        return min(names, key=cost.__getitem__)
-
-    def _fitted(self, chunks: fit.Chunks, config: CacheGenConfig) -> tuple[LossyCodec | FirstToken, Tensor]:
-        """As `fit.fit`; identity keeps the first token apart, if that is a sink."""
-        if config.transform == "delta" or 0 not in self._sinks:
-            return fit.fit(chunks, self.columns, config)
-        first = gather(self.keys, self.values, Span(0, 1, 1)).cpu()
-        fit.require_finite(first, self.columns.vectors)
-        codec, bits = fit.fit(without_first(chunks), self.columns, config)
-        return FirstToken(codec, first[0]), bits
-
-    def _rows(self) -> Iterator[tuple[Tensor, Span]]:
-        for span in self.spans:
-            yield gather(self.keys, self.values, span), span
 
     def chunks(self) -> Iterator[list[bytes]]:
         """The bytes of every part, chunk by chunk."""
-        for rows, span in tqdm(self._rows(), "encode", len(self.spans), unit="chunk", disable=not self.progress):
+        count = len(self.rows.spans)
+        for rows, span in tqdm(self.rows.chunks(), "encode", count, unit="chunk", disable=not self.progress):
             parts = self.codec.encode(rows, span)
             for part, data in enumerate(parts):
                 self._bytes[part] += len(data)
@@ -118,7 +67,7 @@ class Encoder:
             yield parts
 
     def _measure(self, rows: Tensor, span: Span) -> None:
-        exact, owner = rows.double(), self.columns.vectors
+        exact, owner = rows.double(), self.rows.columns.vectors
         self._energy.index_add_(0, owner, exact.square().nan_to_num().sum(0))
         for level, decoded in enumerate(self.codec.approximations(rows, span)):
             difference = decoded.to(rows.dtype).double().sub_(exact).nan_to_num_()
@@ -155,62 +104,20 @@ class Encoder:
         if self._bits is None:
             return None
         totals = torch.zeros(self._bits.shape[0], len(self._energy), dtype=torch.float64)
-        return totals.index_add_(1, self.columns.vectors, self._bits).cumsum(0)
+        return totals.index_add_(1, self.rows.columns.vectors, self._bits).cumsum(0)
 
 
-def features_of(geometry: Geometry, config: CacheGenConfig, profile: Profile | None, side: bytes) -> tuple[str, ...]:
-    """What a reader must know of beyond the first readers' formats (`artifact.manifest.FEATURES`)."""
-    if profile is None:
-        return ("sinks",) if not config.lossless and len(side) > _own_length(geometry, config) else ()
-    if len(side) == DIGEST_BYTES:
-        return ("klt",)
-    return ("klt", "klt-tables", "sinks") if has_sinks(side, profile) else ("klt", "klt-tables")
+def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Transform:
+    """The fitted transform that wrote this side information. Raises CorruptError, TruncatedError, ProfileError.
 
-
-def _required(profile: Profile | None) -> Profile:
-    if profile is None:
-        raise ConfigError(
-            "transform='klt' needs a profile of the model: pass profile=, or learn one with learn_profile"
-        )
-    return profile
-
-
-def side_lengths(geometry: Geometry, config: CacheGenConfig) -> range:
-    """The lengths that the side information of such a cache can have: for identity with the first token or without."""
-    columns = geometry.elements // geometry.tokens
-    if config.transform == "klt":
-        most = config.levels * (-(-columns // 8) + columns) + 4 * geometry.tokens
-        return range(DIGEST_BYTES, DIGEST_BYTES + most + 1)
-    if config.lossless:
-        rest, table = 1 + columns * DTYPE_BYTES[geometry.dtype], 2 * tables.VALUE_SYMBOLS
-        return range(rest + table, rest + MAX_LOSSLESS_TABLES * table + 1, table)
-    length, first = _own_length(geometry, config), columns * DTYPE_BYTES[geometry.dtype]
-    return range(length, length + 1) if config.transform == "delta" else range(length, length + first + 1, first)
-
-
-def _own_length(geometry: Geometry, config: CacheGenConfig) -> int:
-    """Of delta's and identity's side information, without the first token."""
-    return geometry.elements // geometry.tokens * ((2 if config.transform == "delta" else 3) + config.levels)
-
-
-def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Codec:
-    """The codec that wrote this side information. Raises CorruptError, TruncatedError, ProfileError.
-
-    Nothing is built for any column before there are as many bytes as such columns take.
+    Nothing is built for any channel before there are as many bytes as such channels take.
     """
-    lengths = side_lengths(geometry, config)
+    transform = transform_of(config)
+    lengths = transform.side_lengths(geometry, config)
     if len(side) not in lengths:
         message = f"the side information has {len(side)} bytes; that of this geometry has {lengths[0]} or more"
         raise (TruncatedError if len(side) < lengths[0] else CorruptError)(message)
-    if config.transform == "klt":
-        return KltCodec.from_side(side, geometry, config, _required(profile))
-    columns = _columns(geometry)
-    if config.lossless:
-        return LosslessCodec.from_bytes(side, columns, config, getattr(torch, geometry.dtype))
-    codec = LossyCodec(columns, config, Side.from_bytes(side[: lengths[0]], len(columns), config))
-    if len(side) == lengths[0]:
-        return codec
-    return FirstToken(codec, torch.frombuffer(bytearray(side[lengths[0] :]), dtype=getattr(torch, geometry.dtype)))
+    return transform.from_side(side, geometry, config, profile)
 
 
 def checked_level(level: int | None, levels: int) -> int:
@@ -222,49 +129,8 @@ def checked_level(level: int | None, levels: int) -> int:
     return level
 
 
-def spans_of(tokens: int, chunk_tokens: int) -> list[Span]:
-    """The chunks of a context."""
-    return [Span(first, min(chunk_tokens, tokens - first), tokens) for first in range(0, tokens, chunk_tokens)]
-
-
-def _geometry(keys: Sequence[Tensor], values: Sequence[Tensor], layers: Sequence[LayerGeometry] | None) -> Geometry:
-    if not keys or len(keys) != len(values) or (layers is not None and len(layers) != len(keys)):
-        raise TensorError(
-            f"{len(keys)} keys and {len(values)} values; there must be one of each per layer, and a layer"
-        )
-    found, first = [], keys[0]
-    for index, (k, v) in enumerate(zip(keys, values, strict=True)):
-        for name, x in (("keys", k), ("values", v)):
-            if x.dim() != 4 or x.shape[0] != first.shape[0] or x.shape[2] != first.shape[2] or x.dtype != first.dtype:
-                raise TensorError(
-                    f"{name} of layer {index}: expected [{first.shape[0]}, heads, {first.shape[2]}, dim] in "
-                    f"{first.dtype} as in layer 0's keys, got {list(x.shape)} in {x.dtype}"
-                )
-        shape = {"heads": k.shape[1], "k_dim": k.shape[3], "v_heads": v.shape[1], "v_dim": v.shape[3]}
-        layer = LayerGeometry("full", **shape) if layers is None else layers[index]
-        if any(getattr(layer, name) != value for name, value in shape.items()):
-            raise TensorError(f"layer {index}: the tensors have {shape}, the geometry given says {layer}")
-        found.append(layer)
-    dtype = str(first.dtype).removeprefix("torch.")
-    return Geometry(tuple(found), tokens=first.shape[2], batch=first.shape[0], dtype=dtype)
-
-
-def _columns(geometry: Geometry) -> Columns:
-    """Order of a chunk's columns: layer, K before V, batch, head, dim."""
-    widths = [geometry.batch * n for layer in geometry.layers for n in (layer.k_channels, layer.v_channels)]
-    vectors = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
-    return Columns(vectors, (vectors // 2 * 3 // len(geometry.layers)))
-
-
-def gather(keys: Sequence[Tensor], values: Sequence[Tensor], span: Span) -> Tensor:
-    """rows [tokens, columns] of a chunk, on layer 0's device."""
-    device, tokens = keys[0].device, slice(span.first, span.first + span.tokens)
-    pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
-    return torch.cat([x[:, :, tokens].permute(2, 0, 1, 3).reshape(span.tokens, -1).to(device) for x in pairs], 1)
-
-
 def decode_chunks(
-    codec: Codec,
+    codec: Transform,
     geometry: Geometry,
     spans: Sequence[Span],
     parts_of: Callable[[int], list[bytes]],
@@ -277,22 +143,3 @@ def decode_chunks(
     for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
         codec.decode_into(parts_of(index), span, target, span.first)
     return found[::2], found[1::2]
-
-
-def empty_kv(geometry: Geometry, devices: Sequence[torch.device | str | None]) -> list[Tensor]:
-    """Room for a cache: layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim] each. devices: of
-    each layer.
-    """
-    dtype, found = getattr(torch, geometry.dtype), []
-    for layer, device in zip(geometry.layers, devices, strict=True):
-        for heads, dim in ((layer.heads, layer.k_dim), (layer.v_heads, layer.v_dim)):
-            found.append(torch.empty(geometry.batch, heads, geometry.tokens, dim, dtype=dtype, device=device))
-    return found
-
-
-def scatter(rows: Tensor, found: Sequence[Tensor], span: Span) -> None:
-    """The inverse of `gather`: puts a chunk's rows [tokens, columns] where they belong in `empty_kv`'s tensors."""
-    widths = [x.shape[0] * x.shape[1] * x.shape[3] for x in found]
-    for x, columns in zip(found, rows.split(widths, 1), strict=True):
-        shaped = columns.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
-        x[:, :, span.first : span.first + span.tokens] = shaped

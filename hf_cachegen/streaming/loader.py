@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_cachegen.artifact.artifact import Artifact
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.codec.context import checked_level, spans_of
+from hf_cachegen.codec.context import checked_level
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError, UnsupportedModelError
 from hf_cachegen.layout import KVTensors, positions_change
 from hf_cachegen.opening import OpenContext
@@ -80,7 +81,7 @@ class Loader:
         self._telling = threading.Lock()
         self._parts: dict[Part, bytes] = {}
         self.profile: Profile | None = None
-        self._codec: Codec | None = None
+        self._codec: Transform | None = None
         self.tally = Tally()
         self._choice = options.policy.choice if isinstance(options.policy, Fixed) else None
 

@@ -21,7 +21,7 @@ from typing import Any
 from hf_cachegen.artifact import BASE_FILE, Segment, Store
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.artifact.encoded import SIDE
-from hf_cachegen.codec.chunk import Codec
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactNotFoundError, ManifestError, RangeError
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import profile_of
@@ -198,7 +198,7 @@ class Source:
             self._wire = Wire(inner.files, self._meters, self._given_up)
             inner.files = self._wire
 
-    def decoder(self) -> tuple[Codec, Profile | None]:
+    def decoder(self) -> tuple[Transform, Profile | None]:
         """What decodes the artifact's chunks, and the profile that it takes. Raises ArtifactError, StoreError,
         ProfileError.
         """
