@@ -184,3 +184,33 @@ def test_versions_and_dependencies_agree() -> None:
     checkout = {"hf_cachegen", "eval"}
     optional = {"cryptography", "torchac", "accelerate", "datasets", "prometheus_client"}
     assert used - set(sys.stdlib_module_names) - checkout <= declared | optional
+
+
+READY = {"errors", "config", "report", "codec", "artifact", "stores", "profiles"}
+"""Packages whose objects are complete once they are made."""
+ASSIGN_INHERITED = {"Connection", "Profile"}
+"""Their bases, in other files, declare what they assign."""
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if home(p) in READY], ids=ids)
+def test_no_attribute_is_born_late(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        assert called not in ("setattr", "object.__setattr__"), f"line {node.lineno}: assign in __init__"
+        if isinstance(node, ast.ClassDef) and node.name not in ASSIGN_INHERITED:
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            declared = {part.target.id for part in node.body
+                        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)}  # fmt: skip
+            declared |= {ast.unparse(name) for part in node.body if isinstance(part, ast.Assign) for name in part.targets}
+            made = [method for method in methods if method.name == "__init__"]
+            late = assigned(methods) - assigned(made) - declared
+            assert not late, f"{node.name} gets {sorted(late)} after it is made"
+
+
+def assigned(methods: list[ast.FunctionDef]) -> set[str]:
+    """Attributes of self that these methods assign."""
+    nodes = (node for method in methods for node in ast.walk(method))
+    return {
+        node.attr for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }  # fmt: skip

@@ -73,6 +73,8 @@ class ArtifactWriter:
         self._spools: dict[str, BinaryIO] = {}
         self._segments: dict[str, list[tuple[str, int, str]]] = {}
         self._made: list[Path] = []
+        self._directory = -1
+        self._old: set[str] = set()
 
     def __enter__(self) -> ArtifactWriter:
         self._made = _make(self._path)

@@ -191,8 +191,11 @@ class Profile:
         )
 
     @classmethod
-    def from_bytes(cls: type[P], data: bytes) -> P:
-        """Read a file's bytes. Raises ProfileError for bytes that are no profile, or one that contradicts itself."""
+    def from_bytes(cls: type[P], data: bytes, place: str | None = None) -> P:
+        """Read the bytes of a file; place: its repository and commit, if any.
+
+        Raises ProfileError for bytes that are no profile, or one that contradicts itself.
+        """
         try:
             length = int.from_bytes(data[:8], "little")
             if length > MAX_HEADER_BYTES:
@@ -217,7 +220,7 @@ class Profile:
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"this is not a profile: {error}") from error
         profile._check()
-        profile.read = FileHashes.of(data)
+        profile.read, profile.place = FileHashes.of(data), place
         return profile
 
     def _check(self) -> None:

@@ -73,9 +73,7 @@ class Profile(codec_profile.Profile):
         if options.key is not None or options.public_key is not None:
             raise ConfigError("a profile is neither sealed nor signed: pass digest= to have one and no other")
         data, where = fetch(place, options, limits or Limits(), digest)
-        profile = cls.from_bytes(data)
-        profile.place = where
-        return profile
+        return cls.from_bytes(data, where)
 
     def push_to_hub(
         self,

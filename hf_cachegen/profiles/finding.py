@@ -107,8 +107,7 @@ def for_decoding(profile: ProfileLike, pin: Pin, store: Store, model_folder: str
     data = _in_folders(pin, store, model_folder if profile == AUTO else "", limits)
     if data is None:
         data = fetch_pinned(pin, store, access_of(store), limits, beside_alone=profile is None)
-    found = Profile.from_bytes(data)
-    found.place = pin.place
+    found = Profile.from_bytes(data, pin.place)
     return _known.setdefault(found.pin.sha256 or "", found)
 
 

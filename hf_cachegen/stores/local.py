@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedError
+from hf_cachegen.stores.access import Access
 
 
 class LocalStore:
@@ -20,7 +21,11 @@ class LocalStore:
     CorruptError; other failures (no permission) their OSError. Every read opens the file anew, so threads may share it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None, *,
+        access: Access | None = None,
+    ) -> None:  # fmt: skip
+        self.access = access
         self.directory = Path(os.path.abspath(directory))
         self._root = os.path.realpath(self.directory if within is None else within)
 
