@@ -199,9 +199,9 @@ def test_no_attribute_is_born_late(path: Path) -> None:
         assert called not in ("setattr", "object.__setattr__"), f"line {node.lineno}: assign in __init__"
         if isinstance(node, ast.ClassDef) and node.name not in ASSIGN_INHERITED:
             methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-            declared = {part.target.id for part in node.body
-                        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)}  # fmt: skip
-            declared |= {ast.unparse(name) for part in node.body if isinstance(part, ast.Assign) for name in part.targets}
+            fields = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+            fields += [name for part in node.body if isinstance(part, ast.Assign) for name in part.targets]
+            declared = {ast.unparse(name) for name in fields}
             made = [method for method in methods if method.name == "__init__"]
             late = assigned(methods) - assigned(made) - declared
             assert not late, f"{node.name} gets {sorted(late)} after it is made"
