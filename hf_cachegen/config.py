@@ -21,7 +21,8 @@ class CacheGenConfig:
 
     transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor), "identity" (values
         less their channel's mean), "klt" (coefficients in the basis of the model's Profile; needs one, and takes its
-        steps and tables) or "auto": klt where there is a profile, else the one of the others that codes smaller.
+        steps and tables) or "auto": klt where there is a profile, else the one of the others that codes smaller; or the
+        name of a transform that `hf_cachegen.codec.transforms.register` added.
     lossless: code the very bytes of bf16, fp16 or fp32 values; gives one level.
     levels: how many nested levels the artifact serves, 1 to 3; level 1 is the coarsest, `levels` the finest.
     steps: step of the finest-but-one level in units of the channel's standard deviation, for the first, middle and last
