@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from hf_cachegen.container import Manifest, Reader
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.stores.profiles import Pin
+from hf_cachegen.artifact import Manifest, Reader
+from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.codec.geometry import Geometry
 
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
@@ -88,7 +89,7 @@ def sealed_card(nbytes: int, repo_id: str, *, subfolder: str | None = None, desc
     ]) + "\n"  # fmt: skip
 
 
-def profile_card(about: dict[str, Any], pin: Pin, repo_id: str) -> str:
+def profile_card(about: Mapping[str, Any], pin: Pin, repo_id: str) -> str:
     """Markdown for the repository of a profile. about: what the profile says of itself."""
     fingerprint = about.get("fingerprint")
     model, commit = _model(fingerprint if isinstance(fingerprint, dict) else {})

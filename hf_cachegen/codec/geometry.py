@@ -100,9 +100,14 @@ class Geometry:
             raise LimitError(f"the cache would have {self.elements} elements, more than {MAX_ELEMENTS}")
 
     @property
+    def channels(self) -> int:
+        """Numbers in the keys and values of one token, of all rows of the batch."""
+        return self.batch * sum(layer.k_channels + layer.v_channels for layer in self.layers)
+
+    @property
     def elements(self) -> int:
         """Numbers in all keys and values."""
-        return self.batch * self.tokens * sum(layer.k_channels + layer.v_channels for layer in self.layers)
+        return self.tokens * self.channels
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 
 import xxhash
 
-from hf_cachegen.container import header, strict_json
+from hf_cachegen.artifact import header, strict_json
 from hf_cachegen.errors import LevelError, LimitError, ManifestError, UnsupportedFormatError
 
 MANIFEST_FILE = "cachegen.json"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.errors import TensorError
-from hf_cachegen.geometry import LayerGeometry
 from hf_cachegen.models.compat import run
 from hf_cachegen.models.layers import capture
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.state import fresh_state
-from hf_cachegen.profile import Rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

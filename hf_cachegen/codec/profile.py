@@ -1,12 +1,13 @@
-"""Profile: what was learnt about one model, so that its caches code small: basis, step and table entries.
+"""Profile: the arrays that were learnt about one model, so that its caches code small: basis, step and table entries.
 
-With x the rows of a group of layers' K (rope undone) or V less their mean, coefficients are y = x W and rows come back
-as x = y U. F [heads, dim, dim] is how much the model's own continuation minds an error in each head
-(`calibration.py`), with a floor; U has the eigenvectors of the covariance of x F^(1/2), times F^(-1/2), so W = F U^T
+With x the rows of a group of layers' K (rotation undone) or V less their mean, coefficients are y = x W and rows come
+back as x = y U. F [heads, dim, dim] is how sensitive the model's own continuation is to an error in each head
+(`profiles/learning`), with a floor; U has the eigenvectors of the covariance of x F^(1/2), times F^(-1/2), so W = F U^T
 need not be kept. In this space every coefficient of every layer costs the same divergence per squared error: one step
 serves all.
 
-A profile is one safetensors file; its digest names it in the artifacts that need it.
+A profile is one safetensors file; its digest names it in the side information of the caches that need it. Reading and
+writing such files, and publishing them, is not done here (`hf_cachegen/profiles`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -29,12 +27,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hf_cachegen.card import profile_card
-from hf_cachegen.container import Limits
-from hf_cachegen.errors import ArtifactExistsError, ConfigError, ProfileError
-from hf_cachegen.geometry import LayerGeometry
-from hf_cachegen.stores import Access
-from hf_cachegen.stores.profiles import PROFILE_FILE, REPO_TYPE, Pin, fetch
+from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.errors import ProfileError
 
 PROFILE_VERSION = 1
 MAX_HEADER_BYTES = 1 << 25
@@ -43,6 +37,7 @@ LARGEST_NUMBER = 1e15
 """Of means, sensitivities and frequencies; a real profile's are of order 1, or of its model's keys and values."""
 LARGEST_SCALING = 1e3
 RotaryStyle = Literal["none", "half", "interleaved"]
+P = TypeVar("P", bound="Profile")
 
 
 @dataclass(frozen=True)
@@ -104,15 +99,29 @@ class Group:
         return torch.bmm(self.sensitivity, columns).reshape(heads * dim, -1).contiguous()
 
 
-@dataclass(frozen=True, eq=False)
-class Profile:
-    """Everything that the klt transform needs of one model. Make one by `learn`, or `load` it.
+class FileHashes(NamedTuple):
+    """XXH3-128 and SHA-256 of a profile's file, in hex, and its length in bytes."""
 
-    means float32 [columns of one row of the batch]; step_code: the finest step, as `codec.quantize` codes it;
-    base_entries uint8 [components] and refine_entries uint8 [levels - 1, components] name tables of the shipped
-    codebook; `about` says which model (its fingerprint), from how much text, and the divergence measured at each
-    level; place: the repository and commit (hf://...) that it was loaded from or pushed to, if any, which artifacts
-    made with it will name.
+    digest: str
+    sha256: str
+    nbytes: int
+
+    @classmethod
+    def of(cls, data: bytes) -> FileHashes:
+        """The hashes of these bytes."""
+        return cls(xxhash.xxh3_128_hexdigest(data), hashlib.sha256(data).hexdigest(), len(data))
+
+
+@dataclass(eq=False)
+class Profile:
+    """Everything that the klt transform needs of one model. Its arrays are constants: what is derived from them is
+    computed once.
+
+    means float32 [channels of all layers]; step_code: the finest step, as `codec.quantize` codes it; base_entries uint8
+    [components] and refine_entries uint8 [levels - 1, components] name tables of the shipped codebook; `about` says
+    which model (its fingerprint), from how much text, and the divergence measured at each level; place: the repository
+    and commit (hf://...) that it was loaded from or pushed to, if any, which artifacts made with it will name; read:
+    the hashes of the file that it was read from, if any. `dataclasses.replace` keeps neither of the last two.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -124,6 +133,7 @@ class Profile:
     refine_entries: Tensor
     about: dict[str, Any]
     place: str | None = field(init=False, default=None)
+    read: FileHashes | None = field(init=False, default=None)
 
     @property
     def levels(self) -> int:
@@ -144,23 +154,19 @@ class Profile:
         return torch.cat([self.base_entries[None], self.refine_entries])
 
     @property
-    def digest(self) -> str:
-        """XXH3-128 of the file, in hex."""
-        return self.pin.digest
+    def model(self) -> str:
+        """Name of the model, "" where the profile does not say."""
+        return str(self.about.get("model") or "")
 
     @property
-    def named(self) -> Pin:
-        """What an artifact that needs this profile says of it."""
-        return replace(self.pin, place=self.place)
+    def digest(self) -> str:
+        """XXH3-128 of the file, in hex."""
+        return self.hashes.digest
 
     @cached_property
-    def pin(self) -> Pin:
-        """Hashes and length of the file."""
-        return self._pin(self.to_bytes())
-
-    def _pin(self, data: bytes) -> Pin:
-        model = str(self.about.get("model") or "")
-        return Pin(xxhash.xxh3_128_hexdigest(data), hashlib.sha256(data).hexdigest(), len(data), model)
+    def hashes(self) -> FileHashes:
+        """Of the file that it was read from, else of the one that `to_bytes` gives."""
+        return self.read or FileHashes.of(self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """The file. The basis is kept in float16; its numbers are of order 1."""
@@ -185,8 +191,11 @@ class Profile:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Profile:
-        """Raises ProfileError for bytes that are no profile, or one that contradicts itself."""
+    def from_bytes(cls: type[P], data: bytes, place: str | None = None) -> P:
+        """Read the bytes of a file; place: its repository and commit, if any.
+
+        Raises ProfileError for bytes that are no profile, or one that contradicts itself.
+        """
         try:
             length = int.from_bytes(data[:8], "little")
             if length > MAX_HEADER_BYTES:
@@ -211,7 +220,7 @@ class Profile:
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"this is not a profile: {error}") from error
         profile._check()
-        profile.__dict__["pin"] = profile._pin(data)
+        profile.read, profile.place = FileHashes.of(data), place
         return profile
 
     def _check(self) -> None:
@@ -252,94 +261,6 @@ class Profile:
         fits = fits and rotary.inv_freq.dtype == torch.float64 and _moderate(rotary.inv_freq)
         known = rotary.style in ("none", "half", "interleaved")
         return known and fits and 1 / LARGEST_SCALING <= rotary.scaling <= LARGEST_SCALING
-
-    def checked_bytes(self) -> bytes:
-        """The file, which must have the digest that artifacts know this profile by. Raises ProfileError."""
-        data = self.to_bytes()
-        if not self.pin.fits(data):
-            raise ProfileError(f"profile {self.digest} was written by another release: copy its file instead")
-        return data
-
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Writes the file into a folder (such as the model's), or to a path that ends in .safetensors; returns its
-        path. Raises ArtifactExistsError where another one is there, which artifacts may need, unless overwrite.
-        """
-        return write_file(path, self.checked_bytes(), overwrite=overwrite)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """From a file, or from a folder that holds one. Raises ProfileError, LimitError."""
-        return cls.from_bytes(fetch(Path(path), Access(), Limits())[0])
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        place: str | os.PathLike[str],
-        *,
-        digest: str | None = None,
-        limits: Limits | None = None,
-        repo_type: str = REPO_TYPE,
-        **access: Any,
-    ) -> Profile:
-        """From a repository on the Hub ("user/name"), a URL, a folder or a file; kept in the local cache.
-
-        digest: take the profile of this digest, and no other; a repository has all that were ever pushed there.
-        access: revision, token, cache_dir, local_files_only, force_download and subfolder as in Transformers, and the
-        other fields of hf_cachegen.stores.Access.
-        Raises ProfileError where there is none, or another one; StoreError, LimitError.
-        """
-        options = Access(**access, repo_type=repo_type)
-        if options.key is not None or options.public_key is not None:
-            raise ConfigError("a profile is neither sealed nor signed: pass digest= to have one and no other")
-        data, where = fetch(place, options, limits or Limits(), digest)
-        profile = cls.from_bytes(data)
-        object.__setattr__(profile, "place", where)
-        return profile
-
-    def push_to_hub(
-        self,
-        repo_id: str | None = None,
-        *,
-        private: bool = True,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload a profile",
-        create_pr: bool = False,
-    ) -> str:
-        """Put it, with a card, into a repository on the Hub, in one commit; the repository is made if need be. Returns
-        the URL of the commit. Artifacts that are made with this object afterwards name the repository and the commit.
-
-        repo_id: default <you>/<model>-cachegen-profile, which readers of your artifacts look into by themselves. The
-        one that is in use there before is replaced, and kept under its digest. Raises ConfigError, StoreError.
-        """
-        from hf_cachegen.stores import hub
-        from hf_cachegen.stores.pushing import own_repository, push_profile
-
-        place = hub.HubPlace(
-            repo_id or own_repository(self.pin.model, token), REPO_TYPE, None, revision or hub.DEFAULT_REVISION
-        )
-        pushed = push_profile(
-            self.checked_bytes(), place, profile_card(self.about, self.pin, place.repo_id), token=token,
-            private=private, commit_message=commit_message, create_pr=create_pr,
-        )  # fmt: skip
-        object.__setattr__(self, "place", pushed.place)
-        return pushed.url
-
-
-def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> Path:
-    """As `Profile.save`, of a profile's file as it is."""
-    place = Path(os.path.expanduser(path))
-    place = place if place.suffix == ".safetensors" else place / PROFILE_FILE
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists() and not overwrite:
-        if place.is_file() and place.stat().st_size == len(data) and place.read_bytes() == data:
-            return place
-        raise ArtifactExistsError(f"there is another profile at {place}: pass overwrite=True to replace it")
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place.parent) as folder:
-        partial = Path(folder) / place.name  # in a folder of its own, so that it has the usual permissions
-        partial.write_bytes(data)
-        os.replace(partial, place)
-    return place
 
 
 def _moderate(x: Tensor) -> bool:

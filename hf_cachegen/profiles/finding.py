@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from hf_cachegen.container import Limits, Store
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Store
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ManifestError,
@@ -25,12 +27,12 @@ from hf_cachegen.errors import (
     StoreError,
     WrongWeightsError,
 )
-from hf_cachegen.fingerprint import Fingerprint, coarse_weights
-from hf_cachegen.profile import Profile
+from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.stores import Access, LocalStore
 from hf_cachegen.stores.naming import HUB, is_repository
 from hf_cachegen.stores.places import access_of
-from hf_cachegen.stores.profiles import PROFILE_FILE, QUICK, REPO_TYPE, Pin, fetch_pinned, repositories
+from hf_cachegen.stores.profiles import QUICK, REPO_TYPE, fetch_pinned, repositories
 from hf_cachegen.stores.signed import SignedStore
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None
     names other namespaces, or none). Raises ProfileError, WrongModelError for another model's, WrongWeightsError for
     one that nobody named and that was learnt from other weights.
     """
-    found = find(profile, str(getattr(model.config, "_name_or_path", "")))
+    found = find(profile, model_folder(model))
     if found is None:
         return None
     try:
@@ -65,6 +67,11 @@ def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None
             "same configuration: pass it as profile= if it shall be used all the same, else None"
         )
     return found
+
+
+def model_folder(model: PreTrainedModel | None) -> str:
+    """The folder or the Hub id that a model was loaded from, "" where there is none."""
+    return "" if model is None else str(getattr(model.config, "_name_or_path", ""))
 
 
 def find(profile: ProfileLike, model: str) -> Profile | None:
@@ -103,9 +110,22 @@ def for_decoding(profile: ProfileLike, pin: Pin, store: Store, model_folder: str
     data = _in_folders(pin, store, model_folder if profile == AUTO else "", limits)
     if data is None:
         data = fetch_pinned(pin, store, access_of(store), limits, beside_alone=profile is None)
-    found = Profile.from_bytes(data)
-    object.__setattr__(found, "place", pin.place)
+    found = Profile.from_bytes(data, pin.place)
     return _known.setdefault(found.pin.sha256 or "", found)
+
+
+def profile_of(artifact: Artifact, profile: ProfileLike = AUTO, model_folder: str = "") -> Profile | None:
+    """The profile that decoding `artifact` takes, None where it takes none; otherwise as `for_decoding`."""
+    pin = artifact.pin
+    return None if pin is None else for_decoding(profile, pin, artifact.store, model_folder, artifact.reader.limits)
+
+
+def open_with_profile(
+    store: Store, profile: ProfileLike = AUTO, model_folder: str = "", limits: Limits | None = None
+) -> Artifact:
+    """Open the artifact in `store`, ready to be decoded. Raises what `Artifact` and `for_decoding` raise."""
+    artifact = Artifact(store, limits=limits)
+    return artifact.with_profile(profile_of(artifact, profile, model_folder))
 
 
 def profile_to_push(profile: Profile | None, codec: Mapping[str, Any], with_profile: bool | None) -> bytes | None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_cachegen.calibration.journal import Journal
-from hf_cachegen.calibration.running import Sample, continuation_logits, prefill
-from hf_cachegen.profile import Group, Rotary
+from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.profiles.learning.journal import Journal
+from hf_cachegen.profiles.learning.running import Sample, continuation_logits, prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

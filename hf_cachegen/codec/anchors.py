@@ -1,13 +1,9 @@
-"""The anchors of the delta transform.
+"""Anchors: the first token of every group of `group_tokens` tokens, from which the others' differences are coded.
 
-*identity* leaves rows as they are.
-
-*delta* is CacheGen as published (section 5.2): groups of `group_tokens` tokens, the first of each the anchor, coded
-with 8 bits at a scale of its own per vector (all channels of one layer's K or V); every other token becomes its
-difference to the *decoded* anchor, so that errors do not add up and all tokens of a group decode in parallel. Groups
-begin anew with every chunk.
-
-Tokens of a chunk are thus *anchors* or *coded* tokens; identity has no anchors.
+An anchor is coded with 8 bits at a scale of its own per vector (all channels of one layer's K or V); every other token
+becomes its difference to the *decoded* anchor, so that errors do not add up and all tokens of a group decode in
+parallel (CacheGen, section 5.2). Groups start again with every chunk. Tokens of a chunk are thus *anchors* or *coded*
+tokens. With group_tokens 0 there are no anchors, and all tokens are coded.
 """
 
 from __future__ import annotations
@@ -17,8 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-
-from hf_cachegen.config import CacheGenConfig
 
 ANCHOR_PEAK = 127
 """Anchors are 8-bit: symbols -127..127."""
@@ -39,22 +33,22 @@ class Anchors(NamedTuple):
         return self.symbols * self.scales.float().index_select(1, vectors)
 
 
-def anchor_count(tokens: int, config: CacheGenConfig) -> int:
-    """Anchors of a chunk of so many tokens."""
-    return -(-tokens // config.group_tokens) if config.transform == "delta" else 0
+def anchor_count(tokens: int, group_tokens: int) -> int:
+    """The number of anchors in a chunk of this many tokens."""
+    return -(-tokens // group_tokens) if group_tokens else 0
 
 
-def coded_positions(tokens: int, config: CacheGenConfig) -> Tensor:
+def coded_positions(tokens: int, group_tokens: int) -> Tensor:
     """int64 positions, within a chunk, of the tokens that are not anchors."""
     position = torch.arange(tokens)
-    return position[position % config.group_tokens != 0] if config.transform == "delta" else position
+    return position[position % group_tokens != 0] if group_tokens else position
 
 
-def anchors_of(rows: Tensor, vectors: Tensor, config: CacheGenConfig) -> Anchors | None:
-    """The anchors of rows [tokens, columns], on the CPU; vectors int64 [columns], rising."""
-    if config.transform != "delta":
+def anchors_of(rows: Tensor, vectors: Tensor, group_tokens: int) -> Anchors | None:
+    """The anchors of rows [tokens, columns], on the CPU, None without; vectors int64 [columns], rising."""
+    if not group_tokens:
         return None
-    found = quantise_anchors(rows[:: config.group_tokens], vectors.to(rows.device))
+    found = quantise_anchors(rows[::group_tokens], vectors.to(rows.device))
     return Anchors(found.symbols.cpu(), found.scales.cpu())
 
 

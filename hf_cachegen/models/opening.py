@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import TOKENS_FILE, Limits, Store
+from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
-from hf_cachegen.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.requirements import require_geometry, require_model
 from hf_cachegen.models.running import layer_devices
 
 if TYPE_CHECKING:
-    import os
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from hf_cachegen.profile import Profile
 
 Tokens = Tensor | Sequence[int]
 
@@ -46,7 +42,6 @@ def open_context(
     store: Store,
     model: PreTrainedModel | None = None,
     limits: Limits | None = None,
-    profile: Profile | str | os.PathLike[str] | None = "auto",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     likely: Sequence[int] = (),
@@ -54,18 +49,17 @@ def open_context(
 ) -> OpenContext:
     """The context of the artifact in `store`: its manifest is held against the model, its tokens against the manifest.
 
-    limits, profile: as for `Artifact`. likely: token ids that may begin with the context; where they do, the stored
+    limits: as for `Artifact`. likely: token ids that may begin with the context; where they do, the stored
     ones are not fetched. on_manifest: called before anything but the manifest is fetched or checked.
     Raises ArtifactError, StoreError, and MismatchError where it is another model's.
     """
-    folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
-    artifact = Artifact(store, limits, profile, folder)
+    artifact = Artifact(store, limits=limits)
     if on_manifest is not None:
         on_manifest(artifact)
     if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
         raise ManifestError(
             f"{store} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
-            "them with hf_cachegen.artifact.Artifact(path).decode()"
+            "them with hf_cachegen.artifact.Artifact(hf_cachegen.stores.open_store(path)).decode()"
         )
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
     if artifact.geometry.batch != 1:

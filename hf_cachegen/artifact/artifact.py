@@ -1,4 +1,7 @@
-"""Artifacts on disk: what `encoding` makes of tensors, written chunk by chunk, and read the same way."""
+"""Artifacts in files: what the codec makes of tensors, written chunk by chunk, and read the same way.
+
+The one module of this package, with `encoded`, that knows the codec.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import tables
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import (
+from hf_cachegen.artifact import (
     BASE_FILE,
     INPUT_IDS,
     TOKENS_FILE,
@@ -26,24 +26,16 @@ from hf_cachegen.container import (
     pack_input_ids,
     refine_file,
 )
-from hf_cachegen.encoding import (
-    SIDE,
-    EncodedContext,
-    Encoder,
-    checked_level,
-    codec_of,
-    decode_chunks,
-    manifest_of,
-    segments_of,
-    side_lengths,
-    spans_of,
-)
-from hf_cachegen.errors import ConfigError, LimitError, ManifestError, TensorError
-from hf_cachegen.finding import ProfileLike, for_decoding
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.profile import Profile
-from hf_cachegen.stores import LocalStore
-from hf_cachegen.stores.profiles import Pin
+from hf_cachegen.artifact.encoded import SIDE, EncodedContext, manifest_of, segments_of
+from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.codec import tables
+from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import Transform, transform_of
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, LimitError, ManifestError, ProfileError, TensorError
 
 
 def write(
@@ -74,25 +66,23 @@ def write(
 
 
 class Artifact:
-    """An artifact in a folder, or behind any other store (hf_cachegen.stores); opening reads its manifest alone.
+    """An opened artifact: its manifest read and checked, its segments verified as they are read.
 
-    profile: that of the klt transform, or its place; "auto": the right one, from wherever `finding.for_decoding` finds
-    it; None: the one beside the artifact alone.
+    Args:
+        source: the store that holds it (`hf_cachegen.stores.open_store`, `LocalStore`), or a reader of it.
+        profile: the profile that decoding takes (`pin` says which), None where it takes none or nothing is decoded.
+            Nothing is searched for here: `hf_cachegen.profiles.finding.profile_of` does that.
+        limits: how large an artifact may claim to be; a reader has its own.
 
-    Raises ArtifactNotFoundError, ManifestError, LimitError, UnsupportedFormatError; its methods TruncatedError and
-    CorruptError too.
+    Raises:
+        ArtifactNotFoundError, ManifestError, LimitError, UnsupportedFormatError: its methods TruncatedError and
+            CorruptError too.
     """
 
-    def __init__(
-        self,
-        place: str | os.PathLike[str] | Store,
-        limits: Limits | None = None,
-        profile: ProfileLike = "auto",
-        model_folder: str = "",
-    ):
-        self.store = LocalStore(place) if isinstance(place, str | os.PathLike) else place
-        self._profile, self._model_folder = profile, model_folder
-        self.reader = Reader(self.store, limits or Limits())
+    def __init__(self, source: Store | Reader, profile: Profile | None = None, *, limits: Limits | None = None):
+        self.reader = source if isinstance(source, Reader) else Reader(source, limits or Limits())
+        self.profile = profile
+        self.store = self.reader.store
         manifest = self.manifest = self.reader.manifest
         self.geometry = Geometry.from_dict(manifest.geometry)
         self.config = _config(manifest.codec)
@@ -101,20 +91,21 @@ class Artifact:
         expected = [(span.first, span.tokens) for span in spans_of(self.geometry.tokens, self.config.chunk_tokens)]
         if expected != list(manifest.chunks):
             raise ManifestError("the chunk table does not match the geometry's tokens and the codec's chunk_tokens")
-        if manifest.levels != (1 if self.config.lossless else self.config.levels):
+        transform = transform_of(self.config)
+        if manifest.levels != transform.levels(self.config):
             raise ManifestError(f"the codec has {self.config.levels} levels, the files {manifest.levels}")
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
             raise LimitError(f"decoded, this cache has {self.geometry.nbytes} bytes: above the limit")
         side = manifest.segment(BASE_FILE, SIDE).length
-        if side not in side_lengths(self.geometry, self.config):
+        if side not in transform.side_lengths(self.geometry, self.config):
             raise ManifestError(f"side information of {side} bytes: the geometry's columns take another number")
         ids = manifest.files.get(TOKENS_FILE)
         if ids and ids.segments[0].length != 8 * self.geometry.tokens:
             raise ManifestError("the number of input_ids is not the geometry's number of tokens")
 
-    def elsewhere(self, place: Store) -> Artifact:
-        """Another artifact, opened as this one was. Raises what opening does."""
-        return Artifact(place, self.reader.limits, self._profile, self._model_folder)
+    def with_profile(self, profile: Profile | None) -> Artifact:
+        """The same opened artifact, ready to be decoded with this profile."""
+        return Artifact(self.reader, profile)
 
     @property
     def levels(self) -> int:
@@ -149,33 +140,26 @@ class Artifact:
         self._prefetch(self.levels)
         chunks = [self._parts(chunk, self.levels) for chunk in range(len(self.manifest.chunks))]
         parts = tuple(zip(*chunks, strict=True))
-        return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, self.profile())
+        profile = None if self.pin is None else self.profile
+        return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, profile)
 
     @property
     def pin(self) -> Pin | None:
         """What the manifest says of the profile that decoding needs, None where it needs none."""
-        return Pin.from_codec(self.manifest.codec) if self.config.transform == "klt" else None
+        return Pin.from_codec(self.manifest.codec) if transform_of(self.config).needs_profile else None
 
-    def profile(self) -> Profile | None:
-        """The profile that decoding needs. Raises ProfileError where it is missing or another one, and what fetching it
-        raises (`finding.for_decoding`).
-        """
+    def codec(self) -> Transform:
+        """What decodes the chunks; fetches the side information. Raises ProfileError where it takes another profile."""
         pin = self.pin
-        if pin is None:
-            return None
-        self._profile = for_decoding(self._profile, pin, self.store, self._model_folder, self.reader.limits)
-        return self._profile
-
-    def codec(self) -> Codec:
-        """What decodes the chunks; fetches the side information, and the profile if it takes one."""
-        return codec_of(self.geometry, self.config, self._side(), self.profile())
+        if pin is not None and self.profile is None:
+            raise ProfileError(f"this artifact needs {pin}: pass it as profile=")
+        return codec_of(self.geometry, self.config, self._side(), self.profile)
 
     def decode(
         self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(keys, values) at `level` (default: the finest), read, verified and decoded chunk by chunk."""
         level = checked_level(level, self.levels)
-        self.profile()
         self._prefetch(level)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
         return decode_chunks(self.codec(), self.geometry, spans, lambda c: self._parts(c, level), device, progress)
@@ -188,8 +172,7 @@ def _config(codec: dict[str, Any]) -> CacheGenConfig:
         raise ManifestError("codec.config must be an object")
     try:
         config = CacheGenConfig.from_dict(codec["config"])
+        transform_of(config)
     except (ConfigError, TypeError) as error:
         raise ManifestError(f"codec.config: {error}") from error
-    if config.transform == "auto":
-        raise ManifestError("codec.config: an artifact names the transform that made it, not 'auto'")
     return config

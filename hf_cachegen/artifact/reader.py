@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol, runtime_checkable
 
-from hf_cachegen.container.manifest import (
+from hf_cachegen.artifact.manifest import (
     DEFAULT_LIMITS,
     FEATURES,
     INPUT_IDS,

@@ -17,9 +17,23 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_cachegen.calibration.journal import Journal, unknown
-from hf_cachegen.calibration.moments import Moments
-from hf_cachegen.calibration.running import (
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.fit import Counts, repeated
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.quantize import steps_of
+from hf_cachegen.codec.rows import empty_kv, gather, scatter
+from hf_cachegen.codec.sinks import find_sinks
+from hf_cachegen.codec.tables import shipped_codebooks
+from hf_cachegen.codec.transforms.klt import Klt
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, ProfileError
+from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
+from hf_cachegen.models.requirements import require_model
+from hf_cachegen.models.running import evaluation_mode
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.learning.journal import Journal, unknown
+from hf_cachegen.profiles.learning.moments import Moments
+from hf_cachegen.profiles.learning.running import (
     NO_ROTATION,
     Sample,
     continuation_logits,
@@ -27,20 +41,6 @@ from hf_cachegen.calibration.running import (
     prefill,
     require_sample,
 )
-from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.fit import Counts, repeated
-from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.codec.quantize import steps_of
-from hf_cachegen.codec.sinks import find_sinks
-from hf_cachegen.codec.tables import shipped_codebooks
-from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encoding import empty_kv, gather, scatter
-from hf_cachegen.errors import ConfigError, ProfileError
-from hf_cachegen.fingerprint import Fingerprint, coarse_weights
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.models.requirements import require_model
-from hf_cachegen.models.running import evaluation_mode
-from hf_cachegen.profile import Profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,7 +211,7 @@ def _close_gaps(entries: Tensor, narrowest: int) -> None:
 
 def _coded(
     model: PreTrainedModel, profile: Profile, context: Tensor, config: CacheGenConfig
-) -> tuple[Tensor, KltCodec]:
+) -> tuple[Tensor, Klt]:
     """A context's rows [tokens, columns], on the CPU, and the profile's codec for it."""
     keys, values, _ = prefill(model, context)
     return _rows(keys, values), _codec(profile, keys, config)
@@ -222,10 +222,10 @@ def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     return gather(keys, values, Span(0, tokens, tokens)).float().cpu()
 
 
-def _codec(profile: Profile, keys: Sequence[Tensor], config: CacheGenConfig) -> KltCodec:
+def _codec(profile: Profile, keys: Sequence[Tensor], config: CacheGenConfig) -> Klt:
     dtype = str(keys[0].dtype).removeprefix("torch.")
     geometry = Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype)
-    return KltCodec(geometry, config, profile, sinks=find_sinks(keys))
+    return Klt(geometry, config, profile, sinks=find_sinks(keys))
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from hf_cachegen.container import header
-from hf_cachegen.container.manifest import (
+from hf_cachegen.artifact import header
+from hf_cachegen.artifact.manifest import (
     DEFAULT_LIMITS,
     MANIFEST_FILE,
     SIGNATURE_FILE,
@@ -73,6 +73,8 @@ class ArtifactWriter:
         self._spools: dict[str, BinaryIO] = {}
         self._segments: dict[str, list[tuple[str, int, str]]] = {}
         self._made: list[Path] = []
+        self._directory = -1
+        self._old: set[str] = set()
 
     def __enter__(self) -> ArtifactWriter:
         self._made = _make(self._path)

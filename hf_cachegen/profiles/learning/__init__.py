@@ -14,8 +14,8 @@ kept in a file, if asked for, and a learning that was killed goes on from there 
 
 from __future__ import annotations
 
-from hf_cachegen.calibration.learning import DEFAULT_TARGETS, divergence, learn_profile, measure
-from hf_cachegen.calibration.running import Sample, continuation_logits, find_rotary, prefill
+from hf_cachegen.profiles.learning.learning import DEFAULT_TARGETS, divergence, learn_profile, measure
+from hf_cachegen.profiles.learning.running import Sample, continuation_logits, find_rotary, prefill
 
 __all__ = [
     "DEFAULT_TARGETS",

@@ -28,7 +28,7 @@ from hf_cachegen.errors import CorruptError, NativeError, TensorError, Truncated
 
 ABI_VERSION = 3
 """CG_ABI_VERSION of the header that this file was written for."""
-LIBRARY, CUDA_LIBRARY = (Path(__file__).with_name(f"_{name}.so") for name in ("cpu", "cuda"))
+LIBRARY, CUDA_LIBRARY = (Path(__file__).parent.parent / f"_{name}.so" for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
 
 

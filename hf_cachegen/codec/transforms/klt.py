@@ -1,8 +1,8 @@
-"""The sensitivity-weighted transform: rows -> coefficients of a profile's basis -> nested symbols, and back.
+"""klt, the sensitivity-weighted transform: rows -> coefficients of a profile's basis -> nested symbols, and back.
 
 Keys are turned back to position zero where the model's rotation is known (a third fewer bits), means are taken off,
-and each group of layers goes through one matrix product. Coefficients are coded as `LossyCodec` codes the identity's
-values: with one step for all, no means, and the profile's table entries.
+and each group of layers goes through one matrix product. Coefficients are coded as the identity's values
+are: with one step for all, no means, and the profile's table entries.
 
 A context unlike those that the profile was learnt from has coefficients larger than their tables know, each an
 exception of eight bytes: a task that the profile has not seen took three times the bits it takes with tables of its
@@ -17,7 +17,6 @@ that has sinks (`sinks`), their positions, u32 each: coefficients of a sink are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,27 +24,32 @@ from torch import Tensor
 
 from hf_cachegen.codec import basis, quantize
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
-from hf_cachegen.codec.fit import Chunks, Counts, repeated, require_finite
+from hf_cachegen.codec.fit import Counts, repeated, require_finite
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Profile, require_layers
+from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.sinks import FINER
 from hf_cachegen.codec.tables import shipped_codebooks
+from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.profile import Profile, require_layers
 
 DIGEST_BYTES = 16
 ENTRY_BITS = 8
 
 
-class KltCodec:
-    """Encodes and decodes the chunks of one artifact by a profile.
+class Klt(Transform):
+    """Codes coefficients in the basis of the model's profile.
 
     entries uint8 [parts, components]: the table entries of the base and of each refinement; None: the profile's.
     sinks int64 [n]: positions of tokens with finer steps, rising; None: no token has.
     Raises ProfileError where the profile does not fit, ConfigError for what the transform cannot do.
     """
+
+    name = "klt"
+    needs_profile = True
 
     def __init__(
         self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None,
@@ -59,7 +63,7 @@ class KltCodec:
         values, digits = shipped_codebooks(config.prob_bits)
         if bool((profile.entries[0] >= values.entries).any()) or bool((profile.entries[1:] >= digits.entries).any()):
             raise ProfileError("the profile names a table that the codebook does not have")
-        self.geometry, self.config, self.profile = geometry, config, profile
+        self.geometry, self.config, self.profile, self.channels = geometry, config, profile, geometry.channels
         self.entries = profile.entries if entries is None else entries
         self.sinks = torch.empty(0, dtype=torch.int64) if sinks is None else sinks
         components = self.entries.shape[1]
@@ -67,20 +71,21 @@ class KltCodec:
         codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
         side = Side(codes, nothing.to(torch.int16), nothing, self.entries[0], self.entries[1:])
         columns = Columns(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
-        self.inner = LossyCodec(columns, replace(config, transform="identity"), side)
+        self.inner = LossyCodec(columns, config, side)
         self.basis = basis.Basis(geometry, profile)
 
     @classmethod
-    def fit(
-        cls, chunks: Chunks, geometry: Geometry, config: CacheGenConfig, profile: Profile, sinks: Tensor | None = None
-    ) -> KltCodec:
-        """The codec of one context, with entries of its own where they save more than they take.
+    def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
+        """Fit to a context, with table entries of its own where they save more than they take.
 
-        Raises TensorError for values that are not finite, or so large that the profile's step cannot express them.
+        Raises:
+            TensorError: a value is not finite, or so large that the profile's step cannot express it.
+            ConfigError, ProfileError: as the constructor.
         """
-        codec = cls(geometry, config, profile, sinks=sinks)
+        profile = _required(profile)
+        codec = cls(context.geometry, config, profile, sinks=context.sinks)
         counts = Counts(codec.entries.shape[1], config.levels)
-        for rows, span in chunks():
+        for rows, span in context.chunks():
             counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
         entries, saved = [], 0.0
         books = repeated(codec.inner.values, codec.inner.digits)
@@ -93,12 +98,12 @@ class KltCodec:
             saved += float(gain.clamp_min(0).sum())
         bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
         if saved > bitmaps or len(codec.sinks):  # sinks stand behind the bitmaps
-            return cls(geometry, config, profile, torch.stack(entries), sinks)
-        return codec
+            codec = cls(context.geometry, config, profile, torch.stack(entries), context.sinks)
+        return Fitted(codec, None)
 
     @classmethod
-    def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile) -> KltCodec:
-        """The codec that wrote this side information. Raises ProfileError, CorruptError or TruncatedError."""
+    def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
+        profile = _required(profile)
         codec = cls(geometry, config, profile)
         if side[:DIGEST_BYTES] != codec.side_bytes():
             raise ProfileError("the side information names another profile")
@@ -120,9 +125,18 @@ class KltCodec:
             raise CorruptError("the side information names sinks that do not rise, or that the context does not have")
         return cls(geometry, config, profile, entries, found)
 
-    @property
-    def parts(self) -> int:
-        return self.inner.parts
+    @classmethod
+    def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
+        most = config.levels * (-(-geometry.channels // 8) + geometry.channels) + 4 * geometry.tokens
+        return range(DIGEST_BYTES, DIGEST_BYTES + most + 1)
+
+    @classmethod
+    def features(
+        cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
+    ) -> tuple[str, ...]:
+        if len(side) == DIGEST_BYTES:
+            return ("klt",)
+        return ("klt", "klt-tables", "sinks") if has_sinks(side, _required(profile)) else ("klt", "klt-tables")
 
     def side_bytes(self) -> bytes:
         found = [bytes.fromhex(self.profile.digest)]
@@ -147,20 +161,17 @@ class KltCodec:
         """As `coefficients`. Raises TensorError where they cannot be coded."""
         y = self.coefficients(rows, span)
         if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
-            require_finite(rows, _vectors(self.geometry))
+            require_finite(rows, Columns.of(self.geometry).vectors)
             raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
         return y
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
-        """rows [tokens, columns] to the bytes of every part. Raises TensorError as `fit` does."""
         return self.inner.encode(self.checked(rows, span), span)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The inverse of `encode`: rows [tokens, columns], on the CPU. Raises TruncatedError or CorruptError."""
         return self._decode(parts, span, dtype, torch.device("cpu"))
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        """As `decode`, on the target's device, to rows [row, row + tokens) of the target."""
         target.put(self._decode(parts, span, target.dtype, target.device), row)
 
     def _decode(
@@ -186,7 +197,9 @@ def has_sinks(side: bytes, profile: Profile) -> bool:
     return at < len(side)
 
 
-def _vectors(geometry: Geometry) -> Tensor:
-    """int64 [columns]: which layer's K or V each column belongs to."""
-    widths = torch.tensor([place.stop - place.start for place in basis.slices_of(geometry)])
-    return torch.repeat_interleave(torch.arange(len(widths)), widths)
+def _required(profile: Profile | None) -> Profile:
+    if profile is None:
+        raise ConfigError(
+            "transform='klt' needs a profile of the model: pass profile=, or learn one with learn_profile"
+        )
+    return profile
