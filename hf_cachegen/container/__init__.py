@@ -17,7 +17,8 @@ from hf_cachegen.container.manifest import (
     nbytes_at,
     refine_file,
 )
-from hf_cachegen.container.reader import Reader, Store
+from hf_cachegen.container.reader import Reader
+from hf_cachegen.container.store import Range, Store, chain, innermost, without_signature
 from hf_cachegen.container.writer import ArtifactWriter, artifact_sizes, pack_input_ids, write_artifact
 
 __all__ = [
@@ -31,13 +32,17 @@ __all__ = [
     "ArtifactWriter",
     "Limits",
     "Manifest",
+    "Range",
     "Reader",
     "Segment",
     "Store",
     "artifact_sizes",
+    "chain",
     "chunk_name",
+    "innermost",
     "nbytes_at",
     "pack_input_ids",
     "refine_file",
+    "without_signature",
     "write_artifact",
 ]

@@ -21,6 +21,7 @@ from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from hf_cachegen.container import Store
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,
@@ -50,10 +51,10 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-class HttpFiles:
+class HttpFiles(Store):
     """Files behind URLs. url_of: a file's URL by its name. headers: sent to that host, and to no other.
 
-    progress: if set, called with the length of each piece of a body that arrives; what it raises ends the request.
+    progress: called with the length of each piece of a body that arrives. An error that it raises ends the request.
 
     Threads may share it. Raises ArtifactNotFoundError and StoreError (see hf_cachegen.errors).
     """
@@ -63,13 +64,18 @@ class HttpFiles:
         url_of: Callable[[str], str],
         headers: Mapping[str, str] | None = None,
         patience: Patience | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.url_of = url_of
         self.patience = patience or Patience()
         self._headers = dict(headers or {})
         self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(POOL), HTTPSHandler(POOL))
         self._seen: dict[str, tuple[int, str]] = {}
-        self.progress: Callable[[int], None] | None = None
+        self._progress = progress
+
+    def size(self, name: str) -> int:
+        """Return the file's length in bytes, by one request."""
+        return self.open(name)[0]
 
     def open(self, name: str) -> tuple[int, bytes]:
         """The file's size, and its first HEAD_BYTES (all of a shorter file)."""
@@ -81,7 +87,7 @@ class HttpFiles:
 
         return persist(self.patience, attempt)
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         """Exactly that range of a file that was opened."""
         data = bytearray()
         if length:
@@ -152,8 +158,8 @@ class HttpFiles:
                 raise Again(StoreError(f"{place}: the connection ended {left} bytes early, in every attempt"))
             data += piece
             left -= len(piece)
-            if self.progress is not None:
-                self.progress(len(piece))
+            if self._progress is not None:
+                self._progress(len(piece))
 
     def _refusal(self, name: str, place: str, error: urllib.error.HTTPError) -> Exception:
         """What a status of 300 or more means."""
