@@ -11,12 +11,10 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,23 +45,12 @@ from hf_cachegen.layout import (
     require_geometry,
     require_model,
 )
-from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
+from hf_cachegen.opening import Tokens, checked_kv, one_row, open_manifest, validate
 from hf_cachegen.prefix import Reuse
 from hf_cachegen.profile import Profile
 from hf_cachegen.report import CacheReport
 from hf_cachegen.stores import Access, LocalStore, open_store
-from hf_cachegen.streaming import (
-    CONNECTIONS,
-    Event,
-    Fallback,
-    Link,
-    Policy,
-    Refine,
-    Refinement,
-    StreamOptions,
-    policy_of,
-    stream_context,
-)
+from hf_cachegen.streaming import Refinement, StreamOptions, stream_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -222,8 +209,9 @@ class CacheGenCache(DynamicCache):
         Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
         """
         start = time.perf_counter()
-        found = open_context(open_store(path, Access(**access), limits), model, limits, profile, tokenizer=tokenizer)
-        artifact, places = found.artifact, found.places
+        opened = open_manifest(open_store(path, Access(**access), limits), model, limits, profile)
+        found = validate(opened, model, tokenizer)
+        artifact, places = found.artifact, found.devices
         if device is None and places is not None and len(set(places)) == 1:
             device = places[0]
         keys, values = artifact.decode(level, device, progress=progress)
@@ -249,52 +237,27 @@ class CacheGenCache(DynamicCache):
         )
 
     @classmethod
-    def stream(
-        cls,
-        path: str | os.PathLike[str],
-        model: PreTrainedModel,
-        *,
-        slo: float | None = None,
-        level: int | Literal["text"] | None = None,
-        policy: Policy | str = "adaptive",
-        refine: Refine = "before",
-        prompt_tokens: int = 0,
-        fallback: Sequence[Fallback] = (),
-        profile: ProfileLike = "auto",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        limits: Limits | None = None,
-        on_event: Callable[[Event], None] | None = None,
-        stall_seconds: float | None = None,
-        connections: int = CONNECTIONS,
-        link: Link | None = None,
-        cancel: threading.Event | None = None,
-        prompt: tuple[Tensor, Tensor] | None = None,
-        **access: Any,
-    ) -> CacheGenCache:
-        """Load an artifact so that the first token comes within `slo` seconds from this call, whatever the network
-        does (docs/streaming.md; section 5.3 of the paper). The report is a StreamReport.
+    def stream(cls, path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CacheGenCache:
+        """Load an artifact so that the first token comes within the SLO, counted from this call, whatever the network
+        does (docs/streaming.md; section 5.3 of the paper). A chunk that no source gives is recomputed.
 
-        path, profile, tokenizer, limits, access: as for `from_pretrained`. Every layer goes to its device of `model`.
-        slo: None takes the time that it takes. level: the same for all chunks, or "text" to recompute all, instead of a
-        policy. policy: "adaptive", "paper" or an object (hf_cachegen.streaming.Policy).
-        refine: what is done with finer levels than the first that was fetched: "off" nothing, "before" fetch them
-        while time is left before the SLO, "while_generating" go on after this call returns (`cache.refinement`).
-        prompt_tokens: how many tokens will follow the context: their prefill is part of the SLO. prompt: in their stead
-        the input_ids and attention_mask, [rows, tokens] each, that will be asked, context included.
-        fallback: other places with the same artifact; (place, {...}) gives one its own `access`.
-        on_event: called with each hf_cachegen.streaming.Event.
-        stall_seconds: a source that is silent for so long has failed (default: a quarter of the SLO, at least 0.5; 10
-        without one). connections: requests at a time. link: which streams share a link (default: those to one host).
-        cancel: set, it ends the stream.
+        Args:
+            path: A folder, a repository on the Hub or a URL, as for `from_pretrained`.
+            model: The model. Every layer goes to its device.
+            **options: The fields of `hf_cachegen.streaming.StreamOptions`: slo, level, policy, refine, prompt_tokens,
+                prompt, fallback, profile, tokenizer, limits, on_event, stall_seconds, connections, link, cancel; and
+                those of `hf_cachegen.stores.Access`.
 
-        A chunk that no source gives is recomputed. Raises what `from_pretrained` does; ConfigError,
-        StreamCancelledError, and PromptMismatchError where `prompt` has nothing of the context.
+        Returns:
+            The cache. Its report is a StreamReport. With refine="while_generating" its `refinement` goes on.
+
+        Raises:
+            ConfigError: An option is out of its range.
+            StreamCancelledError: `cancel` was set.
+            PromptMismatchError: `prompt` has nothing of the context.
+            MismatchError, ArtifactError, StoreError, ProfileError: As for `from_pretrained`.
         """
-        options = StreamOptions(
-            slo, policy_of(policy, level), refine, prompt_tokens, fallback, on_event, stall_seconds, connections,
-            link, cancel, prompt,
-        )  # fmt: skip
-        found, kv, refinement = stream_context(path, model, options, profile, tokenizer, limits, access)
+        found, kv, refinement = stream_context(path, model, StreamOptions.from_keywords(options))
         artifact = found.artifact
         cache = cls(
             kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config,
