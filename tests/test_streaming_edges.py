@@ -21,9 +21,19 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import generate
-from hf_cachegen.streaming import Adaptive, Event, FirstToken, StreamReport
+from hf_cachegen.stores import Access, Patience
+from hf_cachegen.streaming import (
+    Adaptive,
+    Event,
+    FirstToken,
+    SourceFailed,
+    StreamOptions,
+    StreamReport,
+    StreamStarted,
+)
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.fetching import Fetcher
+from hf_cachegen.streaming.locations import locations_of
 from hf_cachegen.streaming.prefill_speed import speed_of
 from hf_cachegen.streaming.schedule import Chunk, Schedule
 from hf_cachegen.streaming.window import request_bytes
@@ -256,6 +266,40 @@ def test_a_lost_chunk_does_not_make_the_others_coarse() -> None:
 def test_options_that_mean_nothing(url: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         CacheGenCache.stream(url, shared("llama"), **options)
+
+
+def test_old_names_of_fields_warn() -> None:
+    report = StreamReport(100, 1000, sources=("https://a",))
+    with pytest.warns(DeprecationWarning, match="sources"):
+        assert report.places == report.sources
+    assert report.to_dict()["places"] == ("https://a",)
+    for event in (StreamStarted(0.0, "https://a", None, 100, 4, (10,)), SourceFailed(0.0, "https://a", "gone")):
+        with pytest.warns(DeprecationWarning, match="location"):
+            assert event.place == event.location
+
+
+def test_options_are_those_of_the_stream_and_of_the_access() -> None:
+    options = StreamOptions.from_keywords({"slo": 2.0, "level": 2, "token": "secret", "subfolder": "a"})
+    assert (options.slo, options.choice, options.stall) == (2.0, 2, 0.5)
+    assert options.access == Access(token="secret", subfolder="a")
+    assert StreamOptions() == StreamOptions.from_keywords({})
+    with pytest.raises(TypeError, match="colour"):
+        StreamOptions.from_keywords({"colour": 1})
+    with pytest.raises(TypeError, match="access"):
+        StreamOptions.from_keywords({"access": Access()})
+
+
+def test_a_fallback_has_the_access_of_the_first_location_but_no_credentials_for_it() -> None:
+    access = Access(token="secret", headers={"Authorization": "one"}, revision="v1", patience=Patience(attempts=3))
+    other = ("https://c/x", {"headers": {"Authorization": "two"}})
+    options = StreamOptions(fallback=["https://b/x", other], access=access)
+    first, second, third = locations_of("https://a/x", options)
+    assert first.access == access
+    assert second.access == Access(token="secret", patience=Patience(attempts=3))
+    assert third.access.headers == {"Authorization": "two"}
+    assert [location.host for location in (first, second, third)] == ["https://a", "https://b", "https://c"]
+    (lone,) = locations_of("folder/x", StreamOptions(slo=4.0))
+    assert (lone.host, lone.access.patience.timeout) == ("elsewhere", 1.0)  # type: ignore[union-attr]
 
 
 CALLS: dict[str, Callable[[str], dict[str, Any]]] = {

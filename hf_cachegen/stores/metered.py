@@ -17,7 +17,7 @@ class Meter(Protocol):
     """The observer of a store's requests. Threads may share it. An error that a method raises ends the request."""
 
     def request(self) -> AbstractContextManager[None]:
-        """Return a context that the calling thread's next request takes place in."""
+        """Return a context that lasts as long as the calling thread's next request."""
         ...
 
     def arrived(self, nbytes: int) -> None:

@@ -86,10 +86,10 @@ def find(place: str, access: Access | None = None) -> list[Found]:
 
         return _found(hub.find_files(hub_place(place, access), access.token))
     if is_url(place):
-        files = open_files(place, storage_options=access.storage_options, patience=access.patience).find()
-        if files is None:
+        listed = open_files(place, storage_options=access.storage_options, patience=access.patience).find()
+        if listed is None:
             raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(place)}")
-        return _found(files)
+        return _found(listed)
     if not os.path.isdir(place):
         raise ArtifactNotFoundError(f"there is no folder {place}")
     return _found({

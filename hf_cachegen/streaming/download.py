@@ -22,7 +22,7 @@ from hf_cachegen.streaming.sources import Source
 
 
 class Download:
-    """What is fetched of an artifact. Everything that its threads and the decoding thread share is guarded by `changed`.
+    """What is fetched of an artifact. `changed` guards everything that its threads and the decoding thread share.
 
     Args:
         session: Of the stream.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -44,6 +45,11 @@ class StreamStarted(Event):
     tokens: int
     chunks: int
     bytes_per_level: tuple[int, ...]
+
+    @property
+    def place(self) -> str:
+        """The old name of `location`."""
+        return _old_place(self.location)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,11 @@ class SourceFailed(Event):
     location: str
     error: str
 
+    @property
+    def place(self) -> str:
+        """The old name of `location`."""
+        return _old_place(self.location)
+
 
 @dataclass(frozen=True)
 class ContextReady(Event):
@@ -118,6 +129,11 @@ class StreamFinished(Event):
 
     name: ClassVar[str] = "hf_cachegen.stream.finished"
     report: StreamReport
+
+
+def _old_place(location: str) -> str:
+    warnings.warn("the field place of events is now location", DeprecationWarning, stacklevel=3)
+    return location
 
 
 class EventQueue:

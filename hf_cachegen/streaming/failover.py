@@ -124,7 +124,7 @@ class Failover:
         return self._leave(failed)
 
     def silent(self, seconds: float) -> Action:
-        """No byte has arrived for so many seconds while requests are under way."""
+        """No byte has arrived for a number of seconds while requests are under way."""
         if self.over or seconds <= SILENCES * self._stall + SLACK_SECONDS:
             return NOTHING
         failed = self._location

@@ -4,8 +4,8 @@ All share one lock, `changed`, with the thread that decodes. Schedule and failov
 
 - One thread fetches what decoding takes (the side information, a profile) while the others fetch chunks. So the
   decoding thread never waits for it where it could recompute a chunk meanwhile.
-- A run of parts is cut into ranges that all threads fetch together. So chunks arrive one after the other over any number
-  of connections, and the first is decoded while the second arrives.
+- A run of parts is cut into ranges that all threads fetch together. So chunks arrive one after the other over any
+  number of connections, and the first is decoded while the second arrives.
 
 No thread waits without a limit. A thread that is not needed any more ends with the next piece that arrives for it, at
 the latest when its request's time is over.

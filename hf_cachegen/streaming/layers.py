@@ -1,7 +1,8 @@
 """Write decoded chunks into the context's tensors, layer by layer, on the devices where they will be used.
 
 A chunk that is not in place yet is decoded straight into the tensors. A refinement is decoded beside them and copied
-over the coarser values when it is whole: a failed decoding must not harm them, and a reader must not wait for a decoder.
+over the coarser values when it is whole: a failed decoding must not harm them, and a reader must not wait for a
+decoder.
 
 On one CUDA device all of this happens on a stream of its own, and values are copied from pinned memory. So neither the
 decoder nor the model waits for a copy.

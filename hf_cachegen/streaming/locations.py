@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,11 +39,12 @@ def locations_of(path: PathLike, options: StreamOptions) -> list[Location]:
     """Return the first location and its fallbacks, in the order in which they are asked."""
     patience = Patience(ATTEMPTS, options.stall, backoff=BACKOFF_SECONDS, max_wait=options.stall)
     access = replace(options.access, patience=options.access.patience or patience)
-    common = replace(access, **{field.name: field.default for field in fields(Access) if field.name in FIRST_HOST_ALONE})
+    common = {field.name: getattr(access, field.name) for field in fields(Access)}
+    for name in FIRST_HOST_ALONE:
+        del common[name]
     return [Location(path, access), *(_fallback(fallback, common) for fallback in options.fallback)]
 
 
-def _fallback(fallback: Fallback, common: Access) -> Location:
+def _fallback(fallback: Fallback, common: Mapping[str, Any]) -> Location:
     path, own = fallback if isinstance(fallback, tuple) else (fallback, {})
-    options: dict[str, Any] = dict(own)
-    return Location(path, replace(common, **options))
+    return Location(path, Access(**{**common, **own}))

@@ -33,6 +33,7 @@ STALL_SECONDS = 10.0
 """Default time limit on silence without an SLO."""
 LEAST_STALL_SECONDS = 0.5
 """Lower bound on the default time limit with an SLO: less would mistake a slow round trip for a failure."""
+DEFAULT_ACCESS = Access()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class StreamOptions:
     connections: int = CONNECTIONS
     link: Link | None = None
     cancel: threading.Event | None = None
-    access: Access = Access()
+    access: Access = DEFAULT_ACCESS
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> StreamOptions:
@@ -110,7 +111,7 @@ class StreamOptions:
         found = self.fallback
         if isinstance(found, str) or not isinstance(found, Sequence) or not all(map(_is_fallback, found)):
             raise ConfigError(
-                f"fallback must be a list of locations, each a path or a pair (path, access options), got {found!r:.200}"
+                f"fallback must be a list of locations, each a path or (path, access options); got {found!r:.200}"
             )
 
     @property

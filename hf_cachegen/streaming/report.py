@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,7 +90,14 @@ class StreamReport(CacheReport):
         """Return the number of chunks that were recomputed."""
         return sum(chunk.level is None for chunk in self.chunks)
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The old name of `sources`."""
+        warnings.warn("StreamReport.places is now StreamReport.sources", DeprecationWarning, stacklevel=2)
+        return self.sources
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with `met`, and the `choice` of each chunk."""
         chunks = [{**asdict(chunk), "choice": chunk.choice} for chunk in self.chunks]
-        return {**asdict(self), "chunks": chunks, "met": self.met}
+        # "places" is the old name of "sources", which readers of earlier output still use.
+        return {**asdict(self), "chunks": chunks, "met": self.met, "places": self.sources}

@@ -188,7 +188,7 @@ class Schedule:
         self._version += 1
 
     def decoded(self, chunk: int, level: int, seconds: float) -> None:
-        """A chunk was decoded at a level, in so many seconds."""
+        """A chunk was decoded at a level. seconds: the time that it took."""
         found = self.chunks[chunk]
         found.first_level = found.first_level or level
         found.level = level
