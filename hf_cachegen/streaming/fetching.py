@@ -121,15 +121,15 @@ class _Preparation:
 
 
 class Fetcher:
-    """Args:
-    schedule: Says what to fetch next.
-    sources: In the order in which they are asked.
-    receiver: Takes what arrives.
-    bandwidth: The measured throughput of the stream.
-    connections: Number of threads.
-    stall: Seconds of silence after which a request has failed.
+    """The threads of one stream. `crash` is the error that ended one of them, if it should not have ended.
 
-    `crash` is what ended a thread that should not have ended.
+    Args:
+        schedule: Says what to fetch next.
+        sources: In the order in which they are asked.
+        receiver: Takes what arrives.
+        bandwidth: The measured throughput of the stream.
+        connections: Number of threads.
+        stall: Seconds of silence after which a request has failed.
     """
 
     def __init__(

@@ -24,13 +24,15 @@ QUESTION_VARIES = 0.4
 
 @dataclass(frozen=True)
 class Session:
-    """Args:
-    options: Of the stream.
-    began: time.monotonic() of the call whose SLO it is.
-    speed: How fast the model reads tokens.
-    bandwidth: Throughput of this stream.
-    tally: Counts what happens, for the report.
-    events: Delivers events to `on_event`.
+    """The state of one call of `stream`.
+
+    Args:
+        options: Of the stream.
+        began: time.monotonic() of the call. The SLO counts from it.
+        speed: How fast the model reads tokens.
+        bandwidth: Throughput of this stream.
+        tally: Counts what happens, for the report.
+        events: Delivers events to `on_event`.
     """
 
     options: StreamOptions
