@@ -70,7 +70,7 @@ class StreamView:
             elif isinstance(event, kinds.ChunkReady):
                 self._chunks[event.chunk_index] = "text" if event.level is None else str(event.level)
             elif isinstance(event, kinds.SourceFailed):
-                self._faults.append(f"{event.place}: {event.error}")
+                self._faults.append(f"{event.location}: {event.error}")
             elif isinstance(event, kinds.ContextReady):
                 self._ready = event.seconds
             elif isinstance(event, kinds.FirstToken):
@@ -223,7 +223,7 @@ def stream(
     with _shown(view, as_json):
         view.begin()
         cache = CacheGenCache.stream(
-            artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,  # type: ignore[arg-type]
+            artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,
             prompt_tokens=len(asked), fallback=fallback, profile=required, tokenizer=tokenizer, on_event=view.take,
             stall_seconds=stall_seconds, connections=connections, public_key=public_key, key=key,
         )  # fmt: skip
