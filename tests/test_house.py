@@ -39,8 +39,7 @@ CONTAINER = {PACKAGE / "artifact" / f"{name}.py" for name in (
     "__init__", "header", "manifest", "pin", "reader", "strict_json", "writer",
 )}  # fmt: skip
 """The part of artifact/ that meets untrusted bytes: it imports neither torch nor numpy, nor the codec that does."""
-BESIDE = {("layout", "prefix"), ("fingerprint", "layout"), ("opening", "layout"), ("opening", "fingerprint"),
-          ("encode_dataset", "cli")}  # fmt: skip
+BESIDE = {("encode_dataset", "cli")}
 """Modules of one floor that will be one package."""
 
 ONLY_IN = {
