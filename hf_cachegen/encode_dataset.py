@@ -1,4 +1,4 @@
-"""`python -m hf_cachegen.encode_dataset`, which `accelerate launch -m` needs: the command `hf-cachegen encode-dataset`."""
+"""The command `hf-cachegen encode-dataset` as a module, for `accelerate launch -m hf_cachegen.encode_dataset`."""
 
 from __future__ import annotations
 

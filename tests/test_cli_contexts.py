@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cachegen import cli_errors
+from hf_cachegen.cli import errors as cli_errors
 from tests.cli_support import run, run_json, save_model, text
 
 CONTEXT_TOKENS = 120
@@ -116,7 +116,7 @@ def test_encode_refuses_wrong_options(
 
 def test_encode_needs_a_text_and_a_model(tmp_path: Path, model: Path) -> None:
     empty = run("encode", "-", "--model", model, "--out", tmp_path / "o", stdin=" \n")
-    assert (empty.exit_code, "no text" in empty.stderr) == (cli_errors.USAGE, True)
+    assert (empty.exit_code, "is empty" in empty.stderr) == (cli_errors.USAGE, True)
     absent = run("encode", "-", "--model", tmp_path / "none", "--out", tmp_path / "o", stdin="w1")
     assert (absent.exit_code, "cannot load" in absent.stderr) == (cli_errors.USAGE, True)
 
@@ -164,7 +164,7 @@ def test_sampling_is_repeatable(lossless: Path, model: Path) -> None:
 def test_sampling_options_need_sample(lossless: Path, model: Path, option: tuple[object, ...]) -> None:
     done = run(*ask(lossless, model, *option))
     assert done.exit_code == cli_errors.USAGE
-    assert f"{option[0]} needs --sample" in done.stderr
+    assert f"{option[0]} requires --sample" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["generate", "stream"])

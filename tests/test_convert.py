@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, artifact, encode_kv
-from hf_cachegen.convert import load_cache, save_cache
+from hf_cachegen.models.convert import load_cache, save_cache
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,

@@ -27,7 +27,7 @@ CONTEXTS = Path("eval", "reference", "demo.jsonl")
 """Four records of 128 lines (about 1,080 tokens each), with 8 questions about each."""
 CALL = """\
 cache = CacheGenCache.from_pretrained(folder, model=model)
-output = model.generate(**inputs, cache=cache)  # inputs: the context and a question
+output = model.generate(**inputs, cache=cache)  # context and question
 """
 
 
@@ -91,7 +91,7 @@ def _table(exact: dict[str, Any], rows: list[dict[str, Any]], contexts: int, ask
         cells = f"{size // contexts:,}", f"{exact['exact_bytes'] / size:.1f}", f"{1000 * seconds / contexts:.0f} ms"
         table.add_row(name, *cells, f"{right / asked:.1%}", f"{same / asked:.1%}")
 
-    add("exact, by prefill", exact["exact_bytes"], exact["seconds"], exact["right"], asked)
+    add("exact (prefill)", exact["exact_bytes"], exact["seconds"], exact["right"], asked)
     for row in rows:
         add(f"{row['transform']}, level {row['level']}", row["bytes"], row["seconds"], row["right"], row["same"])
     return table

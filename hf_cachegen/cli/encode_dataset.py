@@ -99,7 +99,10 @@ class TextDataset:
                 return
             text = row.get(column)
             if not isinstance(text, str) or not text.strip():
-                raise ConfigError(f"{self.location}, row {number}: expected a text in the column {column!r}; the columns are {sorted(row)}")
+                raise ConfigError(
+                    f"{self.location}, row {number}: expected a text in the column {column!r}; the columns are "
+                    f"{sorted(row)}"
+                )
             yield number, text
 
 
@@ -148,8 +151,8 @@ class Encoding:
 @click.option("--limit", type=click.IntRange(min=1), help="Maximum number of rows.")
 @source_model_option
 @click.option("--revision", help="Branch, tag or commit of the model.")
-@click.option("--device", help="Device of the model: cpu, cuda:0, ...  [default: one GPU per process if available, else cpu]")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Output folder of all artifacts.")
+@click.option("--device", help="Device: cpu, cuda:0, ...  [default: a GPU per process if available, else cpu]")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Output folder.")
 @dtype_option
 @encoding_profile_option
 @encoder_options

@@ -157,8 +157,7 @@ def token_counts(cache: Any, prompt_ids: Any, answer: Any) -> dict[str, int]:
 
 
 def find_profile(choice: str, model: str) -> Profile | None:
-    """Find the profile that --profile (`choice`: "auto", "none" or a location) selects for `model`. Raises ProfileError.
-    """
+    """Find the profile of `model` that --profile selects by "auto", "none" or a location. Raises ProfileError."""
     from hf_cachegen.finding import find
 
     return find(None if choice == "none" else choice, model)
@@ -184,5 +183,7 @@ def _device(name: str | None) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise click.BadParameter(f"this machine has no device {name!r}; use cpu, cuda:0, or leave it out", param_hint="'--device'") from error
+        raise click.BadParameter(
+            f"expected a device of this machine, such as cpu, got {name!r}", param_hint="'--device'"
+        ) from error
     return device

@@ -74,7 +74,7 @@ learning_dtype_option = _dtype_option("float32", "Dtype of the model while learn
 
 encoder_options = _all(
     _encoder(
-        "--transform", "Transform before quantisation; auto is klt if the model has a profile, else the smaller of the others.",
+        "--transform", "Transform before quantisation; auto: klt with a profile, else the one with fewer bytes.",
         type=click.Choice(get_args(TransformName)),
     ),
     _encoder("--lossless", "Bit-exact encoding with one level; implies --transform identity.", is_flag=True),
@@ -94,7 +94,8 @@ learning_options = _all(
                  help="Upper bounds on the KL divergence of levels 1, 2 and 3, in nats per token of a continuation."),
     click.option("--floor", type=float, default=0.5, show_default=True,
                  help="Lower bound on the sensitivity, as a fraction of the layer's mean."),
-    click.option("--group-layers", type=click.IntRange(min=1), help="Number of adjacent layers with a joint basis.  [default: chosen by their width]"),
+    click.option("--group-layers", type=click.IntRange(min=1),
+                 help="Number of adjacent layers with a joint basis.  [default: chosen by their width]"),
     click.option("--undo-rotation/--no-undo-rotation", default=True, show_default=True,
                  help="Undo the rotary embedding of the keys before the transform, if its type is supported."),
     click.option("--seed", type=int, default=0, show_default=True, help="Random seed."),
@@ -156,7 +157,8 @@ class _Number(click.FloatRange):
 
 
 sampling_options = _all(
-    click.option("--sample/--greedy", default=False, show_default=True, help="Sample the tokens, or take the most likely ones."),
+    click.option("--sample/--greedy", default=False, show_default=True,
+                 help="Sampled tokens, or the most likely ones."),
     click.option("--temperature", type=_Number(min=LOWEST_TEMPERATURE),
                  help="Sampling temperature, with --sample; instead of 0, use --greedy."),
     click.option("--top-k", type=click.IntRange(min=0),
@@ -189,7 +191,9 @@ def encoder_settings(
     """
     wanted = not options["lossless"] and options["transform"] in ("auto", "klt")
     if not wanted and profile not in ("auto", "none"):
-        raise click.UsageError("--profile LOCATION requires --transform klt, without --lossless", click.get_current_context())
+        raise click.UsageError(
+            "--profile LOCATION requires --transform klt, without --lossless", click.get_current_context()
+        )
     found = find_profile(profile, model) if wanted else None
     implied: dict[str, Any] = {}
     if options["lossless"]:

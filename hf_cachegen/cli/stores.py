@@ -47,16 +47,16 @@ def push(
     """
     if sealed_names(folder) if folder.is_dir() else []:
         nbytes = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))
-        text, going_along = sealed_card(nbytes, repo_id, subfolder=subfolder, description=description), None
+        text, profile_file = sealed_card(nbytes, repo_id, subfolder=subfolder, description=description), None
     else:
         reader = Reader(LocalStore(folder))
         text = card(reader, repo_id, subfolder=subfolder, description=description)
-        going_along = _profile_of(folder, reader, profile)
+        profile_file = _profile_of(folder, reader, profile)
     from hf_cachegen.stores import hub, pushing
 
-    place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
+    target = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
     pushed = pushing.push(
-        folder, place, text, profile=going_along, key=key, private=not public, commit_message=message,
+        folder, target, text, profile=profile_file, key=key, private=not public, commit_message=message,
         create_pr=create_pr, progress=bars(as_json),
     )  # fmt: skip
     if as_json:
@@ -69,7 +69,7 @@ def _profile_of(folder: Path, reader: Reader, choice: str) -> bytes | None:
     """Return the profile file to push with an artifact, None for no file; `choice` is the value of --profile.
 
     Raises:
-        ProfileError: without its profile, nobody could read the artifact.
+        ProfileError: without its profile, the artifact could not be read.
         click.UsageError: the artifact needs no profile, but --profile names one.
     """
     codec = reader.manifest.codec
@@ -86,7 +86,7 @@ def _profile_of(folder: Path, reader: Reader, choice: str) -> bytes | None:
         data = pin.in_file(folder / PROFILE_FILE, reader.limits)
     if data is None or not pin.fits(data):
         raise ProfileError(
-            f"expected {pin} in {folder}, without which nobody can read the artifact: pass it with --profile LOCATION, "
+            f"expected {pin} in {folder}, without which the artifact cannot be read: pass it with --profile LOCATION, "
             "or use --profile none"
         )
     return data
@@ -142,7 +142,7 @@ def pull(
     location: str, out: Path, revision: str | None, repo_type: str, subfolder: str | None, overwrite: bool,
     key: str | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
-    """Copy the artifact at LOCATION (a repository "user/name", a URL or a folder) into the folder OUT, and verify it."""
+    """Copy the artifact at LOCATION (a repository "user/name", a URL or a folder) into the folder OUT, verified."""
     access = Access(revision=revision, repo_type=repo_type, subfolder=subfolder, key=key)
     with byte_bar("pulling", as_json) as progress:
         count = copy_from(location, out, access, overwrite=overwrite, progress=progress)

@@ -43,7 +43,7 @@ def _level(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--level", callback=_level, metavar="N|text",
               help="Level of all chunks, or text to recompute them; replaces the policy.")
 @click.option("--refine", type=click.Choice(("off", "before", "while_generating")), default="while_generating",
-              show_default=True, help="Time at which finer levels may be loaded: before or during generation, or never.")
+              show_default=True, help="Time at which finer levels are loaded: before or during generation, or never.")
 @click.option("--fallback", multiple=True, metavar="LOCATION", help="Another location of the artifact; repeatable.")
 @click.option("--stall-seconds", type=click.FloatRange(min=0, min_open=True),
               help="Time without data after which a source has failed, in seconds.  "

@@ -190,7 +190,9 @@ def plot(found: dict[str, Any], target: Path) -> None:
         if all(f"k_{name}" in layer and f"v_{name}" in layer for layer in layers)
     ]
     if not panels:
-        raise ManifestError("expected bits or errors by layer in the artifact's report, found none: encode it with --measure to plot them")
+        raise ManifestError(
+            "expected bits or errors by layer in the artifact's report, found none: encode with --measure to plot them"
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
