@@ -17,6 +17,7 @@ from eval.reference import MODEL_PATH
 from hf_cachegen import CacheGenCache
 from hf_cachegen.cli.encode_dataset import INDEX_FILE, TextDataset, encode_rows, write_index
 from hf_cachegen.errors import ArtifactExistsError, ConfigError
+from tests.cli_support import documented
 from tests.small_artifact import write as write_small
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,14 @@ def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) 
     assert files(out) == before
     assert (out / INDEX_FILE).read_bytes() == listed
 
+    command = arguments(texts, out, "--json")[len(MODULE) :]
+    as_command = called(["-m", "hf_cachegen.cli", "encode-dataset", *command], tmp_path)
+    assert as_command.stdout == as_command.stdout.strip() + "\n"
+    found = json.loads(as_command.stdout)
+    assert documented("encode-dataset", found)
+    assert (found["rows"], found["artifacts"]) == (6, 5)
+    assert files(out) == before
+
     other = called(arguments(texts, out, "--levels", "2", "--limit", "1"), tmp_path)
     assert (other.returncode, "belongs to a different run" in other.stderr) == (2, True)
     assert files(out) == before
@@ -124,6 +133,7 @@ def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path,
         ("c.doc", "x", "expected a file of type"),
         ("d", None, "cannot load"),
     ],
+    ids=["blank", "other-column", "other-suffix", "empty-folder"],
 )
 def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, tmp_path: Path) -> None:
     place = tmp_path / name

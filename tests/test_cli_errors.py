@@ -13,6 +13,8 @@ from hf_cachegen import artifact, encode_kv, errors
 from hf_cachegen.cli import errors as cli_errors
 from tests.cli_support import run_json
 
+PACKAGE = Path(cli_errors.__file__).parent.parent
+
 
 class Foreign:
     def __reduce__(self) -> Any:
@@ -54,7 +56,13 @@ def test_python_advice_becomes_options(capsys: pytest.CaptureFixture[str]) -> No
     assert said == "needs profile x: pass it with --profile, or learn one with 'hf-cachegen profile'"
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_the_advice_that_is_replaced_occurs_in_the_package() -> None:
+    sources = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "cli"]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    assert not [advice for advice in cli_errors.ADVICE if advice not in text]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["line", "json"])
 def test_a_message_obeys_no_stranger(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     error = errors.WrongDtypeError("made in \x1b]0;owned\x07\n\x9b31m red" + "a" * 300_000)
     assert cli_errors.report(error, options) == cli_errors.MISMATCH

@@ -16,6 +16,7 @@ from hf_cachegen.cli.output import plain
 from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, manifest
 from tests.cli_support import DIM, HEADS, LAYERS, TOKENS, run, run_json, write
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("artifact") / "context")

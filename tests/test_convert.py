@@ -12,7 +12,6 @@ import torch
 from transformers import DynamicCache
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, artifact, encode_kv
-from hf_cachegen.models.convert import load_cache, save_cache
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -23,6 +22,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.geometry import LayerGeometry
 from hf_cachegen.models.compat import CACHE_ARGUMENT
+from hf_cachegen.models.convert import load_cache, save_cache
 from tests import tiny_models
 from tests.cli_support import run_json, save_model
 

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import constants
 
 from hf_cachegen import CacheGenCache, Profile
-from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.cli.encode_dataset import TextDataset
+from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,

@@ -62,7 +62,8 @@ def encode(root: Path, folder: Path) -> dict[str, Any]:
     Returns:
         Sums over the contexts of bytes, seconds and right answers; and all outputs.
     """
-    from hf_cachegen import CacheGenCache, CacheGenConfig
+    from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.config import CacheGenConfig
 
     model, tokenizer, documents = load(root)
     # The first pass through a model is slower than the others, and is not counted.
@@ -84,7 +85,7 @@ def encode(root: Path, folder: Path) -> dict[str, Any]:
 
 def answer(root: Path, folder: Path) -> list[dict[str, Any]]:
     """Load every artifact at every level, and answer from it; return a row for each transform and level."""
-    from hf_cachegen import CacheGenCache
+    from hf_cachegen.cache import CacheGenCache
 
     model, tokenizer, documents = load(root)
     rows = []

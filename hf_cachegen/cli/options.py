@@ -158,7 +158,7 @@ class _Number(click.FloatRange):
 
 sampling_options = _all(
     click.option("--sample/--greedy", default=False, show_default=True,
-                 help="Sampled tokens, or the most likely ones."),
+                 help="Sampling, or greedy decoding."),
     click.option("--temperature", type=_Number(min=LOWEST_TEMPERATURE),
                  help="Sampling temperature, with --sample; instead of 0, use --greedy."),
     click.option("--top-k", type=click.IntRange(min=0),
