@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -20,19 +19,20 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_cachegen.artifact import Artifact, write
-from hf_cachegen.card import card
+from hf_cachegen.artifact import Limits, Reader
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Limits, Reader
 from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
-from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
-from hf_cachegen.finding import ProfileLike, profile_to_push
 from hf_cachegen.generation import attach as attach_to
-from hf_cachegen.layout import build_dynamic
-from hf_cachegen.opening import Tokens
-from hf_cachegen.prefix import Reuse
+from hf_cachegen.models.layers import build_dynamic
+from hf_cachegen.models.opening import Tokens
+from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
 from hf_cachegen.stores import LocalStore
+from hf_cachegen.stores.publishing import publish_artifact
 from hf_cachegen.streaming import CONNECTIONS, Event, Fallback, Link, Policy, Refine
 
 if TYPE_CHECKING:
@@ -257,10 +257,11 @@ class CacheGenCache(CachedContext, DynamicCache):
             if config is not None and config != self.config:
                 raise ConfigError(f"this cache was decoded from {self.source}; encoding it anew would lose twice")
             # What was recomputed throughout has taken no profile.
-            artifact = Artifact(self.source, profile="auto" if self.profile is None else self.profile)
+            artifact = Artifact(self.source)
             if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self.config):
                 raise ConfigError(f"{self.source} is no longer the artifact that this cache was loaded from")
-            source = artifact.read()
+            taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
+            source = artifact.with_profile(taken).read()
         else:
             layers = list(self.kv.geometry.layers)
             kv, config = self.kv, config or self.config
@@ -273,7 +274,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             overwrite=overwrite,
         )
         if self.source is None:
-            self._report = replace(self._report, encoding=Artifact(directory).report)
+            self._report = replace(self._report, encoding=Artifact(LocalStore(directory)).report)
 
     def push_to_hub(
         self,
@@ -298,16 +299,13 @@ class CacheGenCache(CachedContext, DynamicCache):
         pushed there, and the artifact says where.
         Raises ConfigError, ConflictError and other StoreErrors.
         """
-        from hf_cachegen.stores import hub, pushing
-
-        place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
         with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
             self.save_pretrained(folder, config)
-            reader = Reader(LocalStore(folder))
-            text = card(reader, repo_id, subfolder=subfolder, description=description)
-            pushed = pushing.push(
-                Path(folder), place, text, profile=profile_to_push(self.profile, reader.manifest.codec, with_profile),
-                token=token, private=private, commit_message=commit_message, create_pr=create_pr,
+            codec = Reader(LocalStore(folder)).manifest.codec
+            pushed = publish_artifact(
+                folder, repo_id, profile=profile_to_push(self.profile, codec, with_profile), description=description,
+                private=private, token=token, revision=revision, subfolder=subfolder, repo_type=repo_type,
+                commit_message=commit_message, create_pr=create_pr,
             )  # fmt: skip
         return pushed.url
 

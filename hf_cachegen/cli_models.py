@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cli_output import step
 from hf_cachegen.cli_views import describe
-from hf_cachegen.container import Reader
 from hf_cachegen.stores import Access, open_store
 from hf_cachegen.stores.naming import is_hub_id
 
 if TYPE_CHECKING:
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -135,7 +135,7 @@ def token_counts(cache: Any, prompt_ids: Any, answer: Any) -> dict[str, int]:
 
 def find_profile(choice: str, model: str) -> Profile | None:
     """The profile that --profile means for `model`: "auto", "none" or a path. Raises ProfileError."""
-    from hf_cachegen.finding import find
+    from hf_cachegen.profiles.finding import find
 
     return find(None if choice == "none" else choice, model)
 
@@ -144,9 +144,10 @@ def required_profile(artifact: str, choice: str, model: str, access: Access | No
     """The profile that decoding `artifact` takes, None where it takes none; see `find_profile`. Raises ProfileError
     where it is missing or another one.
     """
-    from hf_cachegen.artifact import Artifact
+    from hf_cachegen.artifact.artifact import Artifact
+    from hf_cachegen.profiles.finding import profile_of
 
-    return Artifact(open_store(artifact, access), None, None if choice == "none" else choice, model).profile()
+    return profile_of(Artifact(open_store(artifact, access)), None if choice == "none" else choice, model)
 
 
 def _device(name: str | None) -> Any:

@@ -63,7 +63,7 @@ def learn(
         drawn = draw(sources, most, options["seed"])
     import torch
 
-    from hf_cachegen.calibration import learn_profile
+    from hf_cachegen.profiles.learning import learn_profile
 
     samples = [(torch.tensor([context]), torch.tensor([continuation])) for context, continuation in drawn]
     start = time.perf_counter()
@@ -98,7 +98,7 @@ def learn(
 
 def _place(model: str, out: Path | None, overwrite: bool) -> Path:
     """Where the profile goes, found before anything slow begins."""
-    from hf_cachegen.profile import PROFILE_FILE
+    from hf_cachegen.artifact import PROFILE_FILE
 
     model = os.path.expanduser(model)
     if out is None and not Path(model).is_dir():

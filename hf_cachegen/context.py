@@ -17,26 +17,24 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from hf_cachegen.artifact import Limits, Store
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Limits, Store
 from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
-from hf_cachegen.finding import ProfileLike, for_encoding
-from hf_cachegen.fingerprint import Fingerprint
-from hf_cachegen.layout import (
-    KVTensors,
-    capture,
-    evaluation_mode,
-    layer_devices,
+from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.layers import KVTensors, capture
+from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_context
+from hf_cachegen.models.requirements import (
     layer_kinds,
     positions_change,
     require_geometry,
     require_length,
     require_model,
 )
-from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
-from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
 from hf_cachegen.report import CacheReport
 from hf_cachegen.stores import Access, open_store
 from hf_cachegen.streaming import Policy, Refinement, StreamOptions, policy_of, stream_context
@@ -192,8 +190,9 @@ def load_context(
 ) -> CachedContext:
     """Load an artifact whole. Arguments and errors are those of `CacheGenCache.from_pretrained`."""
     start = time.perf_counter()
-    found = open_context(open_store(path, Access(**access), limits), model, limits, profile, tokenizer=tokenizer)
-    artifact, devices = found.artifact, found.places
+    found = open_context(open_store(path, Access(**access), limits), model, limits, tokenizer=tokenizer)
+    taken = profile_of(found.artifact, profile, model_folder(model))
+    artifact, devices = found.artifact.with_profile(taken), found.places
     if device is None and devices is not None and len(set(devices)) == 1:
         device = devices[0]
     keys, values = artifact.decode(level, device, progress=progress)
@@ -209,7 +208,7 @@ def load_context(
     )
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
-        kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=artifact.profile(),
+        kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
         source=artifact.store,
     )  # fmt: skip
 

@@ -28,11 +28,13 @@ from hf_cachegen.errors import (
     StoreAccessError,
     StoreError,
 )
-from hf_cachegen.layout import build_dynamic, build_static, layer_devices, positions_change
 from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, prepared_inputs, unwrapped
+from hf_cachegen.models.layers import build_dynamic, build_static
+from hf_cachegen.models.prefix import Reuse, match
+from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.running import layer_devices
 from hf_cachegen.models.state import fresh_state
-from hf_cachegen.prefix import Reuse, match
 from hf_cachegen.streaming import Refine, SwapIn
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cachegen import Profile, cli_errors, learn_profile
-from hf_cachegen.calibration import DEFAULT_TARGETS, journal, learning, moments
+from hf_cachegen.artifact import PROFILE_FILE
 from hf_cachegen.cli_options import learning_options
 from hf_cachegen.cli_samples import draw, from_rows, from_text
-from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.profiles.learning import DEFAULT_TARGETS, journal, learning, moments
 from tests.cli_support import WORDS, run, run_json, save_model, text
 from tests.test_cli_docs import DOCUMENT
 

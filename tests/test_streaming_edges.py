@@ -17,9 +17,9 @@ import pytest
 import torch
 import transformers as hf
 
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container.manifest import digest
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import generate
 from hf_cachegen.stores import RemoteStore

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.artifact import Reader
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.chunk import LossyCodec
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Reader
-from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
     CorruptError,
     StoreError,
     StreamCancelledError,
     UnsupportedModelError,
 )
-from hf_cachegen.layout import positions_change
+from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import Adaptive, Event, SourceFailed, measure
 from hf_cachegen.streaming.fetching import ROUNDS
@@ -204,7 +204,7 @@ def test_a_decoder_that_comes_too_late_is_another_artifacts(
     nothing in its streams tells from the first one's.
     """
     exact = CacheGenCache.from_context(shared("llama"), at_level(folder).input_ids)
-    first = Artifact(folder)
+    first = Artifact(LocalStore(folder))
     doubled = encode_kv([2 * x for x in exact.kv.keys], [2 * x for x in exact.kv.values], CONFIG)
     write(doubled, tmp_path / "other", input_ids=first.input_ids, fingerprint=first.fingerprint)
     decoder, late = Source.decoder, threading.Event()

@@ -23,7 +23,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.generation import attach, detach, generate
 from hf_cachegen.models.compat import CACHE_ARGUMENT
-from hf_cachegen.prefix import Reuse, match
+from hf_cachegen.models.prefix import Reuse, match
 from hf_cachegen.streaming import Event, FirstToken, StreamFinished, StreamReport, SwapIn
 from tests import http_server as faults
 from tests.generation_support import MODES

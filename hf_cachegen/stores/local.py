@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedError
+from hf_cachegen.stores.access import Access
 
 
 class LocalStore:
@@ -28,7 +29,11 @@ class LocalStore:
     share it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None, *,
+        access: Access | None = None,
+    ) -> None:  # fmt: skip
+        self.access = access
         self.directory = Path(os.path.abspath(os.path.expanduser(directory)))
         self._root = None if within is None else os.path.realpath(within)
 

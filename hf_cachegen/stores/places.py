@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from hf_cachegen.container import MANIFEST_FILE, Limits, Store
+from hf_cachegen.artifact import MANIFEST_FILE, Limits, Store
 from hf_cachegen.errors import ConfigError, OfflineError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.local import LocalStore
@@ -23,40 +22,12 @@ from hf_cachegen.stores.naming import (
     require_folder,
 )
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
-from hf_cachegen.stores.retry import Patience
-from hf_cachegen.stores.sealed import Kept, SealedStore, Secret
+from hf_cachegen.stores.sealed import Kept, SealedStore
 from hf_cachegen.stores.segment_cache import SegmentCache
-from hf_cachegen.stores.signed import KeyLike, SignedStore
+from hf_cachegen.stores.signed import SignedStore
 
 _UNCACHED = ("file", "memory")
 """Schemes that are no farther than the cache."""
-_ACCESS = "access"
-
-
-@dataclass(frozen=True)
-class Access:
-    """How to reach an artifact; the first seven have the names and meanings of Transformers.
-
-    revision: branch, tag or commit of a repository (default: main). token: for the Hub; default the one logged in with.
-    cache_dir: where verified segments are kept. local_files_only: only from there, without network.
-    force_download: fetch everything again. subfolder: where in the repository or below the URL. repo_type: of the Hub.
-    headers: for http(s) URLs. storage_options: for other URLs, passed to fsspec. patience: time limits and attempts.
-    public_key: accept only what is signed with its private half (hf_cachegen.stores.signed).
-    key: opens what is sealed (hf_cachegen.stores.sealed), which the local cache keeps as it is, sealed.
-    """
-
-    revision: str | None = None
-    token: str | bool | None = field(default=None, repr=False)
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-    subfolder: str | None = None
-    repo_type: str = "dataset"
-    headers: Mapping[str, str] | None = field(default=None, repr=False)
-    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
-    patience: Patience | None = None
-    public_key: KeyLike | None = None
-    key: Secret | None = field(default=None, repr=False)
 
 
 def open_store(
@@ -74,13 +45,12 @@ def open_store(
         store = _layered(_open(place, access, limits), access)
         if is_guess(place):
             store.size(MANIFEST_FILE)  # now, so that its error names the folder too; readers ask for it next anyway
-    setattr(store, _ACCESS, access)
     return store
 
 
 def access_of(store: Store) -> Access:
     """How `open_store` reached it, so that what goes with it can be fetched likewise; the defaults for other stores."""
-    found = getattr(store, _ACCESS, None)
+    found = getattr(store, "access", None)
     return found if isinstance(found, Access) else Access()
 
 
@@ -89,10 +59,10 @@ def _layered(store: Store, access: Access) -> Store:
     if access.key is not None:
         if isinstance(store, CachedStore):
             kept = Kept(store.cache, store.origin, store.version, store.anew)
-            store = SealedStore(store.store, access.key, kept)
+            store = SealedStore(store.store, access.key, kept, access=access)
         else:
-            store = SealedStore(store, access.key)
-    return store if access.public_key is None else SignedStore(store, access.public_key)
+            store = SealedStore(store, access.key, access=access)
+    return store if access.public_key is None else SignedStore(store, access.public_key, access=access)
 
 
 def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) -> Store:
@@ -108,7 +78,7 @@ def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) 
             )
     path = local_path(place) / (access.subfolder or "")
     require_folder(path, place, access.repo_type)
-    return LocalStore(path)
+    return LocalStore(path, access=access)
 
 
 def _url(url: str, access: Access, limits: Limits | None) -> Store:
@@ -122,11 +92,12 @@ def _url(url: str, access: Access, limits: Limits | None) -> Store:
         url, headers=access.headers, storage_options=access.storage_options, patience=access.patience
     )
     if url.startswith(tuple(f"{scheme}:" for scheme in _UNCACHED)):
-        return RemoteStore(files, name)
+        return RemoteStore(files, name, access=access)
     query = urlsplit(url).query
     origin = f"{name}?{hashlib.sha256(query.encode()).hexdigest()[:16]}" if query else name
     store = None if access.local_files_only else RemoteStore(files, name)
-    return CachedStore(store, SegmentCache(access.cache_dir), origin, anew=access.force_download, limits=limits)
+    cache = SegmentCache(access.cache_dir)
+    return CachedStore(store, cache, origin, anew=access.force_download, limits=limits, access=access)
 
 
 def _hub(name: str, access: Access, limits: Limits | None) -> Store:
@@ -147,11 +118,13 @@ def _hub(name: str, access: Access, limits: Limits | None) -> Store:
                 f"{place} is not in the cache at {cache.directory}; load it once without local_files_only (and not in "
                 "offline mode)"
             )
-        return CachedStore(None, cache, place.origin, commit, limits=limits)
+        return CachedStore(None, cache, place.origin, commit, limits=limits, access=access)
     commit = hub.resolve(place, access.token, access.patience)
     cache.note(place.origin, key, commit.encode())
     store = RemoteStore(hub.open_hub(place, commit, access.token, access.patience), f"{place}")
-    return CachedStore(store, cache, place.origin, commit, anew=access.force_download, limits=limits)
+    return CachedStore(
+        store, cache, place.origin, commit, anew=access.force_download, limits=limits, access=access
+    )  # fmt: skip
 
 
 def hub_place(name: str, access: Access) -> Any:

@@ -1,4 +1,4 @@
-"""The artifact behind a URL: sizes and ranges as `container.Store` wants them, fetched ahead, damage fetched anew."""
+"""The artifact behind a URL: sizes and ranges as `artifact.Store` wants them, fetched ahead, damage fetched anew."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from hf_cachegen.container import Segment
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact import Segment
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import ConfigError, CorruptError, TruncatedError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import HttpFiles, shown
 from hf_cachegen.stores.prefetch import Prefetcher
@@ -51,12 +52,14 @@ class RemoteStore:
     """
 
     def __init__(
-        self, files: Files, place: str = "", threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES
-    ) -> None:
+        self, files: Files, place: str = "", threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES, *,
+        access: Access | None = None,
+    ) -> None:  # fmt: skip
         if threads < 1 or ahead_bytes < 1:
             raise ConfigError(f"threads and ahead_bytes must be above 0, got {threads} and {ahead_bytes}")
         self.files = files
         self.place = place
+        self.access = access
         self._threads, self._ahead_bytes = threads, ahead_bytes
         self._opened: dict[str, tuple[int, bytes]] = {}
         self._prefetcher: Prefetcher | None = None

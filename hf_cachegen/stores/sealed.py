@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cachegen.container import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
+from hf_cachegen.artifact.reader import PrefetchingStore
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -30,6 +30,7 @@ from hf_cachegen.errors import (
     OfflineError,
     TruncatedError,
 )
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.segment_cache import SegmentCache
 
@@ -98,7 +99,10 @@ class SealedStore:
     `cryptography`, OfflineError for what is not kept. Threads may share it as far as they may share the store.
     """
 
-    def __init__(self, store: Store | None, key: Secret, kept: Kept | None = None) -> None:
+    def __init__(
+        self, store: Store | None, key: Secret, kept: Kept | None = None, *, access: Access | None = None
+    ) -> None:
+        self.access = access
         self.store, self.kept = store, kept
         self._key = _secret(key)
         _cryptography()

@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Reader, Segment, Store
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Segment, Store
+from hf_cachegen.artifact.reader import PrefetchingStore
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.local import LocalStore
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class SignedStore:
     signed, ConfigError for a key that is none, MissingExtraError without `cryptography`.
     """
 
-    def __init__(self, store: Store, public_key: KeyLike) -> None:
+    def __init__(self, store: Store, public_key: KeyLike, *, access: Access | None = None) -> None:
+        self.access = access
         self.store = store
         self._ranges = _statement(store, _public(public_key))
         self._sizes: dict[str, int] = {}

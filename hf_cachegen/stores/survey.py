@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from hf_cachegen.container import (
+from hf_cachegen.artifact import (
     BASE_FILE,
     MANIFEST_FILE,
     PROFILE_FILE,
@@ -21,14 +21,15 @@ from hf_cachegen.container import (
     Reader,
     Segment,
 )
-from hf_cachegen.container.manifest import is_own_file
+from hf_cachegen.artifact.manifest import is_own_file
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError, ProfileError
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.naming import is_repository, local_path, named_both_ways, require_folder
 from hf_cachegen.stores.places import Access, hub_place, open_store
-from hf_cachegen.stores.profiles import Pin, fetch_beside, is_kept_profile
+from hf_cachegen.stores.profiles import fetch_beside, is_kept_profile
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
 from hf_cachegen.stores.sealed import SUFFIX, SealedStore
 from hf_cachegen.stores.signed import SignedStore

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from hf_cachegen.container import Segment
+from hf_cachegen.artifact import Segment
 from hf_cachegen.errors import ArtifactError, StoreTimeoutError
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.schedule import Part, Schedule

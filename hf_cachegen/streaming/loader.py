@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.encoding import checked_level, spans_of
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.codec.context import checked_level
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError, UnsupportedModelError
-from hf_cachegen.layout import KVTensors, positions_change
-from hf_cachegen.opening import OpenContext
-from hf_cachegen.profile import Profile
+from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.opening import OpenContext
+from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.events import (
     ChunkChosen,
@@ -80,7 +82,7 @@ class Loader:
         self._telling = threading.Lock()
         self._parts: dict[Part, bytes] = {}
         self.profile: Profile | None = None
-        self._codec: Codec | None = None
+        self._codec: Transform | None = None
         self.tally = Tally()
         self._choice = options.policy.choice if isinstance(options.policy, Fixed) else None
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.prefix import require_prompts
+from hf_cachegen.models.prefix import require_prompts
 from hf_cachegen.streaming.events import Event
 from hf_cachegen.streaming.link import Link
 from hf_cachegen.streaming.policy import Policy

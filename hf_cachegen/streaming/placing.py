@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.chunk import Codec, Span
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import empty_kv, scatter
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.layout import KVTensors
+from hf_cachegen.codec.rows import empty_kv, scatter
+from hf_cachegen.codec.transforms import Transform
+from hf_cachegen.models.layers import KVTensors
 
 
 class Placer:
@@ -38,7 +39,7 @@ class Placer:
             for x in self._tensors:  # whoever drops them: their memory is not given away before that stream is done
                 x.record_stream(self._stream)
 
-    def decode(self, codec: Codec, parts: Sequence[bytes], span: Span) -> None:
+    def decode(self, codec: Transform, parts: Sequence[bytes], span: Span) -> None:
         """Into place. Raises what the codec does, and then the chunk's tokens mean nothing."""
         if self._target is None:
             self.put(self.rows(codec, parts, span), span)
@@ -46,7 +47,7 @@ class Placer:
         with self._aside():
             codec.decode_into(parts, span, self._target, span.first)
 
-    def rows(self, codec: Codec, parts: Sequence[bytes], span: Span) -> Tensor:
+    def rows(self, codec: Transform, parts: Sequence[bytes], span: Span) -> Tensor:
         """[tokens, columns], on the CPU, for `put`. Raises what the codec does."""
         return codec.decode(parts, span, self._tensors[0].dtype)
 

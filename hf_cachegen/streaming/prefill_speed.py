@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_cachegen.layout import dtype_name, evaluation_mode, layer_devices
 from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.layers import dtype_name
+from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.stores.segment_cache import default_directory
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_cachegen.layout import evaluation_mode
 from hf_cachegen.models.compat import run
+from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.state import fresh_state
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from transformers import LogitsProcessor
 from transformers.cache_utils import Cache
 
 from hf_cachegen.errors import StreamCancelledError
-from hf_cachegen.layout import KVTensors
 from hf_cachegen.models.compat import tokens_seen
-from hf_cachegen.prefix import Reuse
-from hf_cachegen.profile import Profile
+from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.events import FirstToken, StreamFinished
 from hf_cachegen.streaming.report import StreamReport
 

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.container import BASE_FILE, Segment, Store
-from hf_cachegen.encoding import SIDE
+from hf_cachegen.artifact import BASE_FILE, Segment, Store
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.artifact.encoded import SIDE
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactNotFoundError, ManifestError, RangeError
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import profile_of
 from hf_cachegen.stores import LocalStore, RemoteStore
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.remote import Files
@@ -135,6 +136,7 @@ class Source:
 
     open_artifact: gives the artifact, opened; called once, by the first that needs it. link: over which it comes.
     bandwidth: of the stream. given_up: as for `Wire`. same: the artifact that it must be equal to, for a fallback.
+    find_profile: gives the profile that decoding an artifact takes, None where it takes none.
     """
 
     def __init__(
@@ -145,8 +147,10 @@ class Source:
         bandwidth: Bandwidth,
         given_up: Callable[[], bool],
         same: Artifact | None = None,
+        find_profile: Callable[[Artifact], Profile | None] = profile_of,
     ) -> None:
         self.place, self._open_artifact, self._given_up, self._same = place, open_artifact, given_up, same
+        self._find_profile = find_profile
         self._link, self._meters = link, (bandwidth, link.bandwidth)
         self._using, self._closed = ExitStack(), False
         self._share: Share | None = None
@@ -199,13 +203,14 @@ class Source:
             self._wire = Wire(inner.files, self._meters, self._given_up)
             inner.files = self._wire
 
-    def decoder(self) -> tuple[Codec, Profile | None]:
+    def decoder(self) -> tuple[Transform, Profile | None]:
         """What decodes the artifact's chunks, and the profile that it takes. Raises ArtifactError, StoreError,
         ProfileError.
         """
         artifact = self.open()
         self._open_file(artifact, artifact.manifest.segment(BASE_FILE, SIDE))
-        return artifact.codec(), artifact.profile()
+        profile = self._find_profile(artifact)
+        return artifact.with_profile(profile).codec(), profile
 
     def here(self, segment: Segment) -> bool:
         """Whether a segment is on this disk (as far as one can tell without reading it)."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import Limits
+from hf_cachegen.artifact import Limits
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError
-from hf_cachegen.finding import ProfileLike
-from hf_cachegen.layout import KVTensors
-from hf_cachegen.opening import OpenContext, open_context
-from hf_cachegen.prefix import match, tokens_of
+from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.opening import OpenContext, open_context
+from hf_cachegen.models.prefix import match, tokens_of
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import ProfileLike, model_folder, profile_of
 from hf_cachegen.stores import Access, Patience, open_store
 from hf_cachegen.streaming.events import ContextReady, SourceFailed, StreamFinished
 from hf_cachegen.streaming.fetching import abandoned
@@ -53,8 +54,9 @@ def stream_context(
     with ExitStack() as resources, ExitStack() as ending:
         ending.callback(loader.close, END_SECONDS)
         likely = () if options.prompt is None else tokens_of(*options.prompt)
-        check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, likely=likely)
-        found = _open(loader, resources, places, limits, check)
+        check = partial(open_context, model=model, limits=limits, tokenizer=tokenizer, likely=likely)
+        find_profile = partial(profile_of, profile=profile, model_folder=model_folder(model))
+        found = _open(loader, resources, places, limits, check, find_profile)
         loader.opened(found, _question(found, options))
         kv = loader.run(model)
         ending.pop_all()  # a context that is in place waits for no thread
@@ -82,15 +84,17 @@ def _fallback(fallback: Fallback, others: Mapping[str, Any]) -> tuple[Place, Acc
 
 
 def _open(
-    loader: Loader, resources: ExitStack, places: Sequence[tuple[Place, Access]], limits: Limits | None, check: Any
-) -> OpenContext:
+    loader: Loader, resources: ExitStack, places: Sequence[tuple[Place, Access]], limits: Limits | None, check: Any,
+    find_profile: Callable[[Artifact], Profile | None],
+) -> OpenContext:  # fmt: skip
     """The context from the first place that has it. Raises the first place's error where none has."""
     failed: Exception | None = None
     for number, (place, access) in enumerate(places):
         try:
             store = open_store(place, access, limits)
             in_turn = [*places[number:], *places[:number]]
-            found: OpenContext = check(store, on_manifest=partial(_begin, loader, resources, in_turn, limits))
+            begin = partial(_begin, loader, resources, in_turn, limits, find_profile)
+            found: OpenContext = check(store, on_manifest=begin)
             return found
         except (ArtifactError, StoreError) as error:  # noqa: PERF203
             failed = failed or error
@@ -105,18 +109,19 @@ def _begin(
     resources: ExitStack,
     places: Sequence[tuple[Place, Access]],
     limits: Limits | None,
+    find_profile: Callable[[Artifact], Profile | None],
     artifact: Artifact,
 ) -> None:
     loader.close()  # an earlier place, which failed in between
 
     def elsewhere(place: Place, access: Access) -> Artifact:
-        return artifact.elsewhere(open_store(place, access, limits))
+        return Artifact(open_store(place, access, limits), limits=limits)
 
     sources = []
     for number, (place, access) in enumerate(places):
         link = loader.options.link or Link.to(_host(place))
         get, same = (partial(elsewhere, place, access), artifact) if number else (lambda: artifact, None)
-        sources.append(Source(str(place), get, link, loader.bandwidth, abandoned, same))
+        sources.append(Source(str(place), get, link, loader.bandwidth, abandoned, same, find_profile))
         resources.callback(sources[-1].close)
     loader.begin(artifact, sources)
 

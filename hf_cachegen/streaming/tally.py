@@ -6,8 +6,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import refine_file
+from hf_cachegen.artifact import refine_file
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.streaming.prefill_speed import PrefillSpeed
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
 from hf_cachegen.streaming.schedule import Part, Schedule
