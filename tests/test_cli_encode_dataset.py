@@ -65,6 +65,7 @@ def files(out: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
+@pytest.mark.slow
 def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = called(arguments(texts, out), tmp_path)
