@@ -22,7 +22,7 @@ from eval.codecs import EXACT, TEXT, Kept, Kit, keep, wait
 from eval.divergence import kl, log_probabilities
 from eval.examples import Dataset, Example
 from hf_cachegen import CacheGenCache
-from hf_cachegen.cli_models import token_ids
+from hf_cachegen.cli.models import token_ids
 
 Record = dict[str, Any]
 

@@ -26,7 +26,7 @@ from eval.datasets.request import Request
 from eval.examples import Dataset, Example, with_question
 from eval.measure import Encoded, encode, measure
 from eval.run_folder import RunFolder
-from hf_cachegen.cli_models import find_profile, load_model, token_ids
+from hf_cachegen.cli.models import find_profile, load_model, token_ids
 from hf_cachegen.errors import ConfigError
 
 PATIENCE = timedelta(days=7)

@@ -230,6 +230,7 @@ def test_nothing_is_built_for_columns_that_the_side_information_lacks(
         Artifact(LocalStore(path), limits=Limits(max_decoded_bytes=1 << 50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_truncation_at_every_offset(config: CacheGenConfig, tmp_path: Path) -> None:
     path = make(tmp_path / "a", config, layers=1, tokens=40, heads=1, dim=4)
@@ -243,6 +244,7 @@ def test_truncation_at_every_offset(config: CacheGenConfig, tmp_path: Path) -> N
     decode(path)
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_manifest(tmp_path: Path) -> None:
     path = make(tmp_path / "a", layers=1, tokens=40, heads=1, dim=4)
     file = path / "cachegen.json"
@@ -255,6 +257,7 @@ def test_every_bit_of_the_manifest(tmp_path: Path) -> None:
             Artifact(LocalStore(path))
 
 
+@pytest.mark.slow
 def test_ten_thousand_bits_of_the_segments(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     rng = random.Random(0)

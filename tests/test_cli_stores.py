@@ -9,11 +9,10 @@ import pytest
 
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
-from tests.cli_support import run, run_json
+from tests.cli_support import run, run_json, write
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, point_client_at
 from tests.small_artifact import contents
-from tests.test_cli_artifacts import write
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 REPO = "user/context"

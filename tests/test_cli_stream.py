@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hf_cachegen import cli_errors
-from hf_cachegen.cli_stream import StreamView, _table
+from hf_cachegen.cli import errors as cli_errors
+from hf_cachegen.cli.stream_view import StreamView, chunk_table
 from hf_cachegen.streaming import (
     ChunkFetched,
     ChunkReady,
@@ -62,7 +62,7 @@ def test_the_answer_is_that_of_generate(url: str, artifact: Path, model: Path) -
     assert threads_end()
 
 
-def test_people_get_the_answer_and_a_table(url: str, model: Path) -> None:
+def test_people_get_the_answer_and_achunk_table(url: str, model: Path) -> None:
     done = run("stream", url, "--model", model, "--prompt", QUESTION, "--max-new-tokens", 4, "--slo", 60)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.strip()
@@ -89,10 +89,11 @@ def test_without_an_slo_the_view_says_what_came_first_and_what_was_aimed_at(arti
         shown = " ".join(done.stderr.split())
         assert "no SLO: the finest level" in shown
         assert "level 1" in shown
-        assert "this is aimed at: the bases came first, 0 of 4 chunks became finer while the model generated" in shown
+        said = "the level above is the target; the bases came first, and 0 of 4 chunks were refined while the model "
+        assert f"{said}generated" in shown
     with running(Server()) as server:
         shown = run("stream", serve(server, artifact), *command, "--refine", "before").stderr
-    assert "aimed at" not in shown
+    assert "is the target" not in shown
 
 
 def test_the_table_shows_both_levels_of_a_chunk_that_became_finer() -> None:
@@ -102,11 +103,11 @@ def test_the_table_shows_both_levels_of_a_chunk_that_became_finer() -> None:
     )  # fmt: skip
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(_table(StreamReport(40, 1000, chunks=chunks), bases_first=True))
+        console.print(chunk_table(StreamReport(40, 1000, chunks=chunks), bases_first=True))
     shown = captured.get()
     assert "level 3, first 1" in shown
     assert "0-1: a reason" in shown
-    assert "1 of 3 chunks became finer" in shown
+    assert "1 of 3 chunks were refined" in shown
 
 
 @pytest.mark.parametrize("level", ["1", "text"])

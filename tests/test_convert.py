@@ -14,7 +14,6 @@ from transformers import DynamicCache
 from hf_cachegen import CacheGenCache, CacheGenConfig, encode_kv
 from hf_cachegen.artifact import artifact
 from hf_cachegen.codec.geometry import LayerGeometry
-from hf_cachegen.convert import load_cache, save_cache
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -24,6 +23,7 @@ from hf_cachegen.errors import (
     UnsupportedLayerError,
 )
 from hf_cachegen.models.compat import CACHE_ARGUMENT
+from hf_cachegen.models.convert import load_cache, save_cache
 from hf_cachegen.stores import LocalStore
 from tests import tiny_models
 from tests.cli_support import run_json, save_model

@@ -10,8 +10,8 @@ from eval.__main__ import run
 from eval.codecs import NAMES
 from eval.datasets import LOADERS
 from eval.scorers import SCORERS
-from hf_cachegen.cli import encode
-from hf_cachegen.encode_dataset import main as encode_dataset
+from hf_cachegen.cli.contexts import encode
+from hf_cachegen.cli.encode_dataset import encode_dataset
 
 TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
 

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import constants
 
 from hf_cachegen import CacheGenCache, Profile
+from hf_cachegen.cli.encode_dataset import TextDataset
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encode_dataset import Source
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
@@ -126,7 +126,7 @@ def test_nor_for_a_model_a_profile_or_a_data_set(here: Path) -> None:
     assert str(here / "runs" / "model") in found["error"]["message"]
     for place in ("runs/data", "data.jsonl", "a/data.csv", "./data"):
         with pytest.raises(ConfigError, match="there is no file or folder"):
-            next(Source(place).rows())
+            next(TextDataset(place).rows())
     assert find_profile("auto", "runs/model") is None
     with pytest.raises(ProfileError, match="no profile at"):
         find_profile("runs/profile", "")

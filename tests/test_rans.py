@@ -50,6 +50,7 @@ def tables(draw: st.DrawFn) -> Tables:
     return Tables(frequencies_of(torch.stack(rows), prob_bits), prob_bits)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     tables(),

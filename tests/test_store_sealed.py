@@ -197,7 +197,6 @@ def test_a_block_that_was_damaged_on_its_way_is_fetched_again(tmp_path: Path) ->
         assert store.size("data") == len(LONG)
         web.faults = [faults.flip]
         assert store.read("data", 200_000, 1000) == LONG[200_000:201_000]
-        assert isinstance(store, SealedStore)
         store.prefetch([Segment("data", "a", 70_000, 1000, ""), Segment("data", "b", 71_000, 100_000, "")])
         web.requests.clear()
         assert store.read("data", 71_000, 100_000) == LONG[71_000:171_000]

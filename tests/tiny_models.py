@@ -68,6 +68,15 @@ def _gpt_neox() -> Any:
     return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_COMMON, rotary_pct=0.5))
 
 
+def _gpt2() -> Any:
+    """A model with 64 learnt positions, fewer than the others have."""
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        )
+    )
+
+
 def _mamba() -> Any:
     return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4))
 
@@ -101,6 +110,7 @@ _MAKERS = {
     "gemma3": _gemma3,
     "deepseek": _deepseek,
     "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
     "mamba": _mamba,
     "qwen3_next": _qwen3_next,
     "t5": _t5,

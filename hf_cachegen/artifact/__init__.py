@@ -25,7 +25,8 @@ from hf_cachegen.artifact.manifest import (
     refine_file,
 )
 from hf_cachegen.artifact.pin import Pin
-from hf_cachegen.artifact.reader import Reader, Store
+from hf_cachegen.artifact.reader import Reader
+from hf_cachegen.artifact.store import Range, Store, chain, innermost, without_signature
 from hf_cachegen.artifact.writer import ArtifactWriter, artifact_sizes, pack_input_ids, write_artifact
 
 if TYPE_CHECKING:
@@ -44,14 +45,18 @@ __all__ = [
     "Limits",
     "Manifest",
     "Pin",
+    "Range",
     "Reader",
     "Segment",
     "Store",
     "artifact_sizes",
+    "chain",
     "chunk_name",
+    "innermost",
     "nbytes_at",
     "pack_input_ids",
     "refine_file",
+    "without_signature",
     "write",
     "write_artifact",
 ]

@@ -33,7 +33,7 @@ WRITER = f"hf_cachegen {__version__}"
 class EncodedContext:
     """A context's KV cache, encoded, in memory.
 
-    parts[p][c] are the bytes of chunk c in part p (0: the base, then the refinements); `report` says what it cost;
+    `parts[p][c]` are the bytes of chunk c in part p (0: the base, then the refinements); `report` says what it cost;
     `profile` is that of the klt transform, which is kept once for a model and not counted in any context's size.
     """
 

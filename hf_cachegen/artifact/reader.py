@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Collection, Iterable
-from typing import Protocol, runtime_checkable
 
 from hf_cachegen.artifact.manifest import (
     DEFAULT_LIMITS,
@@ -26,31 +25,8 @@ from hf_cachegen.artifact.manifest import (
     loads,
     nbytes_at,
 )
+from hf_cachegen.artifact.store import Store
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, LimitError, ManifestError, TruncatedError
-
-
-class Store(Protocol):
-    """A place with files. Both methods raise ArtifactNotFoundError for a file that is not there."""
-
-    def size(self, name: str) -> int:
-        """Length of the file in bytes."""
-        ...
-
-    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Exactly that range; TruncatedError where the file ends before it.
-
-        xxh3: what the range should hash to, for stores that keep or refetch ranges; the reader checks it anyway.
-        """
-        ...
-
-
-@runtime_checkable
-class PrefetchingStore(Store, Protocol):
-    """A store that fetches ahead of its reader."""
-
-    def prefetch(self, segments: Iterable[Segment]) -> None:
-        """These segments will be read, in this order."""
-        ...
 
 
 class Reader:
@@ -81,9 +57,8 @@ class Reader:
         return self._range(segment.file, segment.offset, segment.length, segment.xxh3, f"segment {segment.name}")
 
     def prefetch(self, segments: Iterable[Segment]) -> None:
-        """Tells the store, if it cares, which segments will be read next, in which order."""
-        if isinstance(self.store, PrefetchingStore):
-            self.store.prefetch(segments)
+        """Announce to the store which segments will be read next, in this order."""
+        self.store.prefetch(segments)
 
     def input_ids(self) -> list[int] | None:
         """The context's token ids; None where the artifact holds none."""

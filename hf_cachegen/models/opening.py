@@ -1,10 +1,11 @@
-"""What must belong together is held together before any work is done: an artifact's manifest and tokens and the model
-that is to use it, tokens and the cache that they filled.
+"""Open an artifact, and validate it against the model and the tokens before any work is done.
+
+`open_manifest` reads the manifest alone; `validate` checks what it says. Between the two a stream begins to fetch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,35 +28,57 @@ Tokens = Tensor | Sequence[int]
 
 @dataclass(frozen=True)
 class OpenContext:
-    """artifact: its manifest read; input_ids int64 [1, tokens]: the context; fingerprint: what it belongs to.
+    """A validated artifact.
 
-    places: the device of each layer of the model that it was checked against, None where there was none.
+    Args:
+        artifact: Its manifest was read.
+        fingerprint: What it belongs to.
+        input_ids: The context, int64 [1, tokens].
+        devices: The device of each layer of the model that it was validated against; None where there was none.
     """
 
     artifact: Artifact
     fingerprint: Fingerprint
     input_ids: Tensor
-    places: list[torch.device] | None
+    devices: list[torch.device] | None
 
 
-def open_context(
+def open_manifest(
     store: Store,
-    model: PreTrainedModel | None = None,
     limits: Limits | None = None,
-    *,
+) -> Artifact:
+    """Open the artifact in a store by its manifest. Nothing else is fetched, and nothing is compared with the model.
+
+    Args:
+        store: Where it lies.
+        limits: As for `Artifact`.
+
+    Raises:
+        ArtifactError, StoreError: There is no artifact, or its manifest is damaged or above the limits.
+    """
+    return Artifact(store, limits=limits)
+
+
+def validate(
+    artifact: Artifact,
+    model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     likely: Sequence[int] = (),
-    on_manifest: Callable[[Artifact], None] | None = None,
 ) -> OpenContext:
-    """The context of the artifact in `store`: its manifest is held against the model, its tokens against the manifest.
+    """Validate an artifact against the model and the tokens.
 
-    limits: as for `Artifact`. likely: token ids that may begin with the context; where they do, the stored
-    ones are not fetched. on_manifest: called before anything but the manifest is fetched or checked.
-    Raises ArtifactError, StoreError, and MismatchError where it is another model's.
+    Args:
+        artifact: As `open_manifest` returned it.
+        model: None: only the manifest and the tokens are compared.
+        tokenizer: Compared with that of the fingerprint if given.
+        likely: Token ids that may begin with the context. Where they do, the stored ones are not fetched.
+
+    Raises:
+        ManifestError: The artifact does not say what it belongs to, or contradicts itself.
+        MismatchError: It belongs to another model or tokenizer.
+        ArtifactError, StoreError: The tokens are damaged, or cannot be had.
     """
-    artifact = Artifact(store, limits=limits)
-    if on_manifest is not None:
-        on_manifest(artifact)
+    store = artifact.store
     if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
         raise ManifestError(
             f"{store} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
@@ -68,13 +91,13 @@ def open_context(
         raise ManifestError(
             f"{store}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
         )
-    places = None
+    devices = None
     if model is not None:
         require_model(model)
         fingerprint.check(model, tokenizer)
         require_geometry(model.config, artifact.geometry)
-        places = layer_devices(model, len(artifact.geometry.layers))
-    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), places)
+        devices = layer_devices(model, len(artifact.geometry.layers))
+    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), devices)
 
 
 def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:

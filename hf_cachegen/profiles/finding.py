@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from hf_cachegen.artifact import PROFILE_FILE, Limits, Store
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Store, chain
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import (
@@ -29,11 +29,10 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.profiles.files import Profile
-from hf_cachegen.stores import Access, LocalStore
+from hf_cachegen.stores import Access
 from hf_cachegen.stores.naming import HUB, is_repository
 from hf_cachegen.stores.places import access_of
 from hf_cachegen.stores.profiles import QUICK, REPO_TYPE, fetch_pinned, repositories
-from hf_cachegen.stores.signed import SignedStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +102,7 @@ def for_decoding(profile: ProfileLike, pin: Pin, store: Store, model_folder: str
         if given.digest != pin.digest or (pin.sha256 and given.pin.sha256 != pin.sha256):
             raise ProfileError(f"this artifact needs {pin}, the one given is {given.digest}")
         return given
-    if isinstance(store, SignedStore) and pin.sha256 is None:
+    if pin.sha256 is None and any(one.signed for one in chain(store)):
         raise SignatureError(f"the signature of {store} does not cover {pin}: pass it as profile=")
     if profile == AUTO and (known := _known.get(pin.sha256 or "")) is not None:
         return known
@@ -144,9 +143,7 @@ def profile_to_push(profile: Profile | None, codec: Mapping[str, Any], with_prof
 
 def _in_folders(pin: Pin, store: Store, model_folder: str, limits: Limits) -> bytes | None:
     """The file, where it is in one of the local folders; nothing is made of a file that is another one."""
-    inner = store.store if isinstance(store, SignedStore) else store
-    beside = inner.directory if isinstance(inner, LocalStore) else None
-    folders = [folder for folder in (beside, model_folder) if folder]
+    folders = [folder for folder in (store.folder(), model_folder) if folder]
     files = (pin.in_file(Path(folder, PROFILE_FILE), limits) for folder in folders)
     return next((data for data in files if data is not None), None)
 

@@ -125,8 +125,14 @@ def resolve(place: HubPlace, token: Token = None, patience: Patience | None = No
     return str(info.sha)
 
 
-def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patience | None = None) -> HttpFiles:
-    """The files of the place at that commit."""
+def open_hub(
+    place: HubPlace,
+    commit: str,
+    token: Token = None,
+    patience: Patience | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> HttpFiles:
+    """The files of the place at that commit. progress: as for `HttpFiles`."""
     if is_offline():
         raise OfflineError(f"{place}: offline mode is on (HF_HUB_OFFLINE)")
     with named(f"{place}"):
@@ -138,7 +144,7 @@ def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patien
             endpoint=constants.ENDPOINT,
         )  # fmt: skip
 
-    return HttpFiles(url_of, headers, patience)
+    return HttpFiles(url_of, headers, patience, progress)
 
 
 def find_files(place: HubPlace, token: Token = None) -> dict[str, int]:

@@ -20,9 +20,8 @@ from itertools import islice
 
 import xxhash
 
-from hf_cachegen.artifact import PROFILE_FILE, Limits, Segment, Store
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Segment, Store, without_signature
 from hf_cachegen.artifact.pin import Pin
-from hf_cachegen.artifact.reader import PrefetchingStore
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
@@ -33,14 +32,12 @@ from hf_cachegen.errors import (
     StoreAccessError,
     StoreError,
 )
-from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.naming import alternative, is_repository, local_path, named_both_ways
-from hf_cachegen.stores.places import Access, hub_place, open_store
+from hf_cachegen.stores.places import Access, hub_place, is_kept, open_store
 from hf_cachegen.stores.remote import RemoteStore, is_url
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache
-from hf_cachegen.stores.signed import SignedStore
 
 NAMESPACES_VARIABLE = "HF_CACHEGEN_PROFILES"
 """Namespaces on the Hub (commas between them) to look for profiles in, instead of each model's own; empty: in none."""
@@ -111,8 +108,8 @@ def fetch_beside(pin: Pin, store: Store, limits: Limits) -> bytes:
     """The file of the profile that the artifact in `store` needs, from beside it. Raises ProfileError for another one,
     ArtifactNotFoundError, LimitError, StoreError.
     """
-    beside = store.store if isinstance(store, SignedStore) else store  # its hash is in the manifest, which is signed
-    data = download(beside, PROFILE_FILE, limits, pin.nbytes)
+    # Its hash is in the manifest, which is signed.
+    data = download(without_signature(store), PROFILE_FILE, limits, pin.nbytes)
     if not pin.fits(data):
         raise ProfileError("what is there is another profile")
     return data
@@ -162,8 +159,7 @@ def download(store: Store, name: str, limits: Limits, nbytes: int | None = None)
         Segment(name, str(offset), offset, min(_PIECE_BYTES, size - offset), "")
         for offset in range(0, size, _PIECE_BYTES)
     ]
-    if isinstance(store, PrefetchingStore):
-        store.prefetch(pieces)
+    store.prefetch(pieces)
     return b"".join(store.read(name, piece.offset, piece.length) for piece in pieces)
 
 
@@ -182,7 +178,7 @@ def _sources(
 
 
 def _beside(pin: Pin, store: Store, limits: Limits) -> bytes:
-    if isinstance(store.store if isinstance(store, SignedStore) else store, LocalStore):
+    if store.folder() is not None:
         raise ArtifactNotFoundError("its folder was looked into before")
     return fetch_beside(pin, store, limits)
 
@@ -260,7 +256,7 @@ def _from_url(url: str, access: Access, limits: Limits, cache: SegmentCache) -> 
         folder, name = path, PROFILE_FILE
     store = open_store(f"{folder}{mark}{query}", access, limits)
     note = f"SHA-256 of {name}"
-    if access.local_files_only and isinstance(store, CachedStore):
+    if access.local_files_only and access.key is None and access.public_key is None and is_kept(url):
         kept = _kept(cache, (cache.noted(str(store), note) or b"").decode("ascii", "replace"))
         if kept is None:
             raise OfflineError(f"the profile {name} at {store} is not in the cache at {cache.directory}")

@@ -15,8 +15,9 @@ import pytest
 
 from eval.reference import MODEL_PATH
 from hf_cachegen import CacheGenCache
-from hf_cachegen.encode_dataset import INDEX_FILE, Source, encode_rows, write_index
+from hf_cachegen.cli.encode_dataset import INDEX_FILE, TextDataset, encode_rows, write_index
 from hf_cachegen.errors import ArtifactExistsError, ConfigError
+from tests.cli_support import documented
 from tests.small_artifact import write as write_small
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,7 @@ def files(out: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
+@pytest.mark.slow
 def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = called(arguments(texts, out), tmp_path)
@@ -79,12 +81,20 @@ def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) 
     before, listed = files(out), (out / INDEX_FILE).read_bytes()
     again = called(arguments(texts, out), tmp_path, LAUNCH)  # two processes, as accelerate launches them
     assert again.returncode == 0, again.stderr[-2000:]
-    assert again.stderr.count(": 0 made") == 2
+    assert again.stderr.count(": 0 encoded") == 2
     assert files(out) == before
     assert (out / INDEX_FILE).read_bytes() == listed
 
+    command = arguments(texts, out, "--json")[len(MODULE) :]
+    as_command = called(["-m", "hf_cachegen.cli", "encode-dataset", *command], tmp_path)
+    assert as_command.stdout == as_command.stdout.strip() + "\n"
+    found = json.loads(as_command.stdout)
+    assert documented("encode-dataset", found)
+    assert (found["rows"], found["artifacts"]) == (6, 5)
+    assert files(out) == before
+
     other = called(arguments(texts, out, "--levels", "2", "--limit", "1"), tmp_path)
-    assert (other.returncode, "is of another run" in other.stderr) == (2, True)
+    assert (other.returncode, "belongs to a different run" in other.stderr) == (2, True)
     assert files(out) == before
     assert (out / INDEX_FILE).read_bytes() == listed
 
@@ -119,11 +129,12 @@ def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path,
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("a.jsonl", '{"context": "  "}\n', "row 0: no text in 'context'"),
-        ("b.jsonl", '{"text": "x"}\n', "no text in 'context'; there is ['text']"),
-        ("c.doc", "x", "expected one of"),
+        ("a.jsonl", '{"context": "  "}\n', "row 0: expected a text in the column 'context'"),
+        ("b.jsonl", '{"text": "x"}\n', "in the column 'context'; the columns are ['text']"),
+        ("c.doc", "x", "expected a file of type"),
         ("d", None, "cannot load"),
     ],
+    ids=["blank", "other-column", "other-suffix", "empty-folder"],
 )
 def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, tmp_path: Path) -> None:
     place = tmp_path / name
@@ -132,7 +143,7 @@ def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, t
     else:
         place.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        list(Source(str(place)).rows())
+        list(TextDataset(str(place)).rows())
     assert match in str(caught.value)
 
 
@@ -167,7 +178,7 @@ def run_of(name: str, out: Path, *texts: str) -> list[str]:
     place.write_text("".join(json.dumps({"context": text}) + "\n" for text in texts))
     encoding: Any = FakeEncoding(name)
     out.mkdir(exist_ok=True)
-    encode_rows(encoding, Source(str(place)), out, 0, 1, False)
+    encode_rows(encoding, TextDataset(str(place)), out, 0, 1, False)
     write_index(out, 1)
     return encoding.made
 
@@ -179,21 +190,21 @@ def test_an_index_of_another_run_is_not_replaced(tmp_path: Path) -> None:
     assert run_of("a", out, "w", "ww", "www", "wwww") == ["a-4"]  # the same with more rows
     listed = (out / INDEX_FILE).read_bytes()
     for name, texts in (("b", ["w", "ww", "www", "wwww"]), ("a", ["w", "wwww", "www", "ww"])):
-        with pytest.raises(ArtifactExistsError, match="is another artifact there"):
+        with pytest.raises(ArtifactExistsError, match="is a different artifact"):
             run_of(name, out, *texts)
     with pytest.raises(ArtifactExistsError, match="row 2 would be lost"):
         run_of("a", out, "w", "ww")
     assert (out / INDEX_FILE).read_bytes() == listed
     assert not list(out.glob("b-*"))
     (out / INDEX_FILE).write_text("the user's own\n")
-    with pytest.raises(ArtifactExistsError, match="no index"):
+    with pytest.raises(ArtifactExistsError, match="not an index"):
         run_of("a", out, "w")
     assert (out / INDEX_FILE).read_text() == "the user's own\n"
 
 
 def test_a_text_file_is_one_context(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("First line.\n\nSecond.\n")
-    (row,) = Source(str(tmp_path / "book.txt")).rows()
+    (row,) = TextDataset(str(tmp_path / "book.txt")).rows()
     assert row[1].startswith("First line.\n\nSecond.")
 
 
@@ -201,4 +212,4 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
     more = ("--transform", "klt", "--profile", "none")
     done = called(arguments(tmp_path / "no.jsonl", tmp_path / "out", *more), tmp_path)
     assert done.returncode == 2
-    assert "needs a profile" in done.stderr
+    assert "requires a profile" in done.stderr

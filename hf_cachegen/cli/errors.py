@@ -1,4 +1,4 @@
-"""How the command line ends: exit codes, one line per error, the same as a JSON object with --json.
+"""Errors of the command line: exit codes, one line for each error, and the same as a JSON object with --json.
 
 The codes are few and stable, so that a script can branch on them; docs/cli.md shows the table, `EXIT_CODES`.
 """
@@ -15,25 +15,25 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from hf_cachegen import errors
-from hf_cachegen.cli_output import printable
+from hf_cachegen.cli.output import printable
 
 PROGRAM = "hf-cachegen"
 MAX_CHARACTERS = 4000
-"""Of a message: what an artifact's manifest says may be in it, as long as the manifest."""
+"""Length limit of a message, which may quote an artifact's manifest of any length."""
 UNEXPECTED, USAGE, ARTIFACT, MISMATCH, UNSUPPORTED, PROFILE, STORE, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
 
 EXIT_CODES = {
-    0: "done",
+    0: "success",
     UNEXPECTED: "any other failure",
     USAGE: (
-        "a wrong option, options that do not go together, a model that cannot be loaded, a level that is not there, "
-        "an output that exists"
+        "an invalid option, options that conflict, a model that cannot be loaded, a level that does not exist, an "
+        "output that already exists"
     ),
-    ARTIFACT: "the artifact is not there, damaged or above the limits",
-    MISMATCH: "a sound artifact of another model, dtype, tokenizer or prompt",
-    UNSUPPORTED: "a kind of model or layer or a format that this version does not support, a missing package",
-    PROFILE: "the profile that is needed is not there, damaged or another one, or cannot be learnt",
-    STORE: "a place on the network that cannot be reached, refuses, fails or serves wrongly",
+    ARTIFACT: "the artifact does not exist, is damaged, or exceeds the limits",
+    MISMATCH: "a valid artifact of another model, dtype, tokenizer or prompt",
+    UNSUPPORTED: "a model, layer type or format that this version does not support, or a missing package",
+    PROFILE: "the required profile is missing, damaged or a different one, or cannot be learnt",
+    STORE: "a remote location that cannot be reached, denies access, fails, or serves wrong bytes",
     INTERRUPTED: "interrupted from the keyboard",
 }
 
@@ -54,12 +54,12 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
 """The first class that fits decides; all other errors are UNEXPECTED."""
 
 
-_OPTIONS = {
-    "pass overwrite=True": "give --overwrite",
-    "pass it as profile=": "give it with --profile",
+ADVICE = {
+    "pass overwrite=True": "use --overwrite",
+    "pass it as profile=": "pass it with --profile",
     "hf_cachegen.learn_profile": f"'{PROGRAM} profile'",
 }
-"""What the package's messages say to do from Python, and the same from the command line."""
+"""Advice for Python in the package's messages, and the same advice for the command line."""
 
 
 class _EndOfFile(Exception):
@@ -71,22 +71,22 @@ class _EndOfFile(Exception):
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code that this error ends with."""
+    """Return the exit code of an error."""
     return next((code for kind, code in _CODE_OF if isinstance(error, kind)), UNEXPECTED)
 
 
 class ErrorGroup(click.Group):
-    """A group of commands whose every error ends in one line, or one JSON object, and a documented exit code."""
+    """A group of commands in which every error becomes one line, or one JSON object, and a documented exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click's, which would take a TruncatedError (an EOFError) for the end of the user's input."""
+        """Run a command; carry its EOFErrors past click, which would take them for the end of the user's input."""
         try:
             return super().invoke(ctx)
         except EOFError as error:
             raise _EndOfFile(error) from error
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any) -> Any:
-        """As click's; the process always ends with one of EXIT_CODES."""
+        """Run the program and exit with one of EXIT_CODES."""
         arguments = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
         try:
@@ -105,10 +105,10 @@ class ErrorGroup(click.Group):
 
 
 def report(error: Exception, arguments: Sequence[str]) -> int:
-    """Says what happened, as `arguments` ask for it (--json, --debug), and returns the exit code.
+    """Print an error in the form that `arguments` ask for (--json, --debug), and return its exit code.
 
-    The arguments are looked at unparsed, since the error may be that they cannot be parsed. A message may quote a
-    stranger's file: it is cut to MAX_CHARACTERS and shown without the control characters that a terminal would obey.
+    The arguments are searched unparsed, since the error may be that they cannot be parsed. A message may quote an
+    untrusted file: it is cut to MAX_CHARACTERS, and its control characters are replaced.
     """
     code = exit_code(error)
     if "--debug" in arguments:
@@ -116,7 +116,7 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
     message = " ".join(text.split()) or type(error).__name__
     if isinstance(error, errors.CacheGenError):
-        for python, option in _OPTIONS.items():
+        for python, option in ADVICE.items():
             message = message.replace(python, option)
     if code == UNEXPECTED and not isinstance(error, errors.CacheGenError):
         message = f"{type(error).__name__}: {message}"
@@ -128,6 +128,6 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
     if isinstance(error, click.UsageError) and error.ctx is not None:
         hint = f" (see '{error.ctx.command_path} --help')"
     elif code == UNEXPECTED and "--debug" not in arguments:
-        hint = " (--debug shows where)"
+        hint = " (use --debug for the traceback)"
     click.echo(f"{PROGRAM}: error: {message}{hint}", err=True)
     return code

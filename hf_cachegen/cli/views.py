@@ -1,6 +1,6 @@
-"""What `inspect` shows of an artifact: plain values for --json, tables for people, a plot.
+"""The output of `inspect`: plain values for --json, tables for a terminal, and a plot.
 
-Everything here comes out of a manifest, a stranger's file: numbers are checked before they are used, and text is shown
+All of it comes from a manifest, an untrusted file: numbers are checked before they are used, and text is printed
 without the control characters that a terminal would obey.
 """
 
@@ -12,22 +12,22 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from hf_cachegen.artifact import Reader
-from hf_cachegen.cli_output import printable
+from hf_cachegen.cli.output import plain, size_text
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ManifestError
 
 MAX_ROWS = 128
-"""Layers that a table shows; --json has all."""
+"""Number of layers in a table; --json has all."""
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 PLOT_INCHES = (9.0, 6.0)
 PLOT_DPI = 120
 
 
 def describe(reader: Reader) -> dict[str, Any]:
-    """Everything that the manifest says, and what follows from it, as plain values."""
+    """Return the contents of the manifest, and the sizes and ratios that follow from them, as plain values."""
     manifest = reader.manifest
     geometry = Geometry.from_dict(manifest.geometry)
     kl = _numbers(manifest.report, "profile_kl", "report", manifest.levels)
@@ -61,7 +61,7 @@ def describe(reader: Reader) -> dict[str, Any]:
 
 
 def _profile(codec: dict[str, Any]) -> dict[str, str | None] | None:
-    """Digest and model of the profile that decoding needs, and where it is on the Hub; None where it needs none."""
+    """Return digest, model and location of the profile that decoding needs; None where it needs none."""
     named = codec.get("profile")
     if not isinstance(named, dict):
         return None
@@ -69,26 +69,26 @@ def _profile(codec: dict[str, Any]) -> dict[str, str | None] | None:
 
 
 def _layers(report: dict[str, Any], geometry: Geometry, levels: int) -> list[dict[str, Any]]:
-    """Geometry of each layer beside what the report measured there: bits and errors by level, for K and V."""
+    """Return for each layer its geometry and its measured bits and errors by level, for K and V."""
     rows = report.get("layers")
     if rows is None:
         return [layer.to_dict() for layer in geometry.layers]
     if not isinstance(rows, list) or len(rows) != len(geometry.layers):
-        raise ManifestError(f"report.layers must be a list of {len(geometry.layers)} objects, one for each layer")
+        raise ManifestError(f"expected a list of {len(geometry.layers)} objects in report.layers, one for each layer")
     result = []
     for index, (layer, row) in enumerate(zip(geometry.layers, rows, strict=True)):
-        place = f"report.layers[{index}]"
-        measured = {name: _numbers(row, name, place, levels) for name in ("k_bits", "v_bits", "k_error", "v_error")}
+        where = f"report.layers[{index}]"
+        measured = {name: _numbers(row, name, where, levels) for name in ("k_bits", "v_bits", "k_error", "v_error")}
         result.append({**layer.to_dict(), **{name: values for name, values in measured.items() if values is not None}})
     return result
 
 
-def _numbers(row: Any, name: str, place: str, levels: int) -> list[float] | None:
+def _numbers(row: Any, name: str, where: str, levels: int) -> list[float] | None:
     values = row.get(name) if isinstance(row, dict) else None
     if values is None:
         return None
     if not isinstance(values, list) or len(values) != levels or not all(_is_number(value) for value in values):
-        raise ManifestError(f"{place}.{name} must be a list of {levels} numbers, got {values!r:.80}")
+        raise ManifestError(f"expected a list of {levels} numbers in {where}.{name}, got {values!r:.80}")
     return [float(value) for value in values]
 
 
@@ -96,22 +96,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def plain(value: Any) -> str:
-    """A stranger's value on one line, without control characters and without rich's markup."""
-    return escape(printable(value if isinstance(value, str) else str(value)))
-
-
-def size_text(count: float) -> str:
-    """Bytes as people read them: 1,234 bytes is 1.2 kB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def tables(found: dict[str, Any], title: str) -> RenderableType:
-    """The result of `describe` for a terminal."""
+    """Format the result of `describe` for a terminal."""
     return Group(_facts(found, title), _level_table(found), _layer_table(found), *_notes(found))
 
 
@@ -123,15 +109,15 @@ def _facts(found: dict[str, Any], title: str) -> Table:
     table.add_row("context", f"{found['tokens']:,} tokens{rows}, {found['dtype']}, {found['chunks']} chunks")
     table.add_row("exact cache", size_text(found["exact_bytes"]))
     table.add_row("artifact", f"{size_text(found['bytes'])} in {len(found['files'])} files")
-    table.add_row("format", f"{found['format_version']}, written by {plain(found['writer'] or 'an unnamed writer')}")
+    table.add_row("format", f"{found['format_version']}, written by {plain(found['writer'] or 'unknown')}")
     for name, value in sorted(found["codec"].items()):
         if name != "profile":
             table.add_row(f"codec {plain(name)}", plain(_short(value, 400)))
     if (profile := found["profile"]) is not None:
-        shown = f"{profile['digest'] or 'of no digest'}, of model {profile['model'] or 'unknown'}"
+        shown = f"{profile['digest'] or 'no digest'}, of model {profile['model'] or 'unknown'}"
         table.add_row("profile", plain(_short(shown, 200)))
         if profile["place"]:
-            table.add_row("profile's place", plain(_short(profile["place"], 200)))
+            table.add_row("profile location", plain(_short(profile["place"], 200)))
     for name, value in sorted((found["fingerprint"] or {"": "none"}).items()):
         if value:
             table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value, 80)))
@@ -144,20 +130,20 @@ def _short(value: Any, most: int) -> str:
 
 
 def _level_table(found: dict[str, Any]) -> Table:
-    table = Table(title="what each level fetches", title_justify="left", box=box.SIMPLE_HEAD)
-    told = all("profile_kl" in row for row in found["levels"])
-    for name in ("level", "bytes", "ratio", "bits per element", *(["KL of samples"] if told else [])):
+    table = Table(title="bytes to load, by level", title_justify="left", box=box.SIMPLE_HEAD)
+    measured = all("profile_kl" in row for row in found["levels"])
+    for name in ("level", "bytes", "ratio", "bits per element", *(["KL of samples"] if measured else [])):
         table.add_column(name, justify="right")
     for row in found["levels"]:
         size, bits = size_text(row["bytes"]), row["bits_per_element"]
-        kl = [f"{row['profile_kl']:.2g}"] if told else []
+        kl = [f"{row['profile_kl']:.2g}"] if measured else []
         table.add_row(str(row["level"]), size, f"{row['ratio']:.1f}x", f"{bits:.2f}", *kl)
     return table
 
 
 def _layer_table(found: dict[str, Any]) -> Table:
     layers = found["layers"]
-    title = "layers: bits per element and relative error, level 1/finest"
+    title = "bits per element and relative error by layer, at level 1 and at the finest level"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("layer", "kind", "K", "V", "K bits", "V bits", "K error %", "V error %"):
         table.add_column(name, justify="left" if name == "kind" else "right")
@@ -181,20 +167,21 @@ def _ends(values: list[float] | None, form: str, unit: float = 1) -> str:
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
-    notes = ["errors were not measured when encoding (--no-measure)"]
+    notes = ["errors were not measured while encoding (--no-measure)"]
     if all("k_error" in layer for layer in found["layers"]):
-        notes = ["errors are relative L2 errors of the decoded keys and values, measured when encoding"]
+        notes = ["errors are relative L2 errors of the decoded keys and values, measured while encoding"]
     if found["profile"] is not None:
-        notes.append("the profile is kept once for its model and counts in no artifact's size")
+        notes.append("the profile is stored once for its model, and is not included in the sizes")
     if any("profile_kl" in row for row in found["levels"]):
-        notes.append("KL: nats per token, measured on other contexts when the profile was learnt")
+        notes.append("KL is in nats per token, measured on held-out samples when the profile was learnt")
     return notes
 
 
 def plot(found: dict[str, Any], target: Path) -> None:
-    """Writes a picture of bits per element and relative errors by layer; its format follows the name's suffix.
+    """Plot bits per element and relative errors by layer, in the format of the file's suffix.
 
-    Raises ManifestError where the artifact's report has nothing to draw.
+    Raises:
+        ManifestError: the artifact's report has neither.
     """
     layers = found["layers"]
     panels = [
@@ -203,7 +190,9 @@ def plot(found: dict[str, Any], target: Path) -> None:
         if all(f"k_{name}" in layer and f"v_{name}" in layer for layer in layers)
     ]
     if not panels:
-        raise ManifestError("the artifact's report has no bits or errors by layer: there is nothing to plot")
+        raise ManifestError(
+            "expected bits or errors by layer in the artifact's report, found none: encode with --measure to plot them"
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

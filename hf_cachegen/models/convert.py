@@ -1,21 +1,21 @@
-"""Other programs' KV caches <-> artifacts: what torch.save wrote of a legacy tuple, or of a DynamicCache.
+"""Read and write the KV caches of other programs: files that torch.save wrote of a tuple, or of a DynamicCache.
 
-Read with weights_only=True: tensors, containers and the two cache classes, never code. What comes out of a stranger's
-file is checked before use, since even so its attributes may be anything.
+They are read with weights_only=True: tensors, containers and the two cache classes, never code. The attributes of the
+objects in an untrusted file may still be anything, so they are checked before use.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -28,20 +28,37 @@ from hf_cachegen.errors import (
 CacheFormat = Literal["legacy", "dynamic"]
 
 
-def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]]:
-    """(keys, values) of the layers, from a file that torch.save wrote of ((key, value), ...) or of a DynamicCache.
+class Decodable(Protocol):
+    """The part of an artifact that `save_cache` needs."""
 
-    Raises ArtifactNotFoundError; CorruptError for what torch cannot read without running code; TensorError and
-    UnsupportedLayerError for what is no such cache.
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry of the cache."""
+
+    def decode(self, level: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the (keys, values) of all layers, each [rows, heads, tokens, dim]."""
+
+
+def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Load a file that torch.save wrote of ((key, value), ...) or of a DynamicCache.
+
+    Returns:
+        (keys, values) of the layers, on the CPU.
+
+    Raises:
+        ArtifactNotFoundError: the file does not exist.
+        CorruptError: the file is damaged, or torch cannot read it without running code.
+        TensorError, UnsupportedLayerError: the file holds something other than such a cache.
     """
     try:
         with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ArtifactNotFoundError(f"there is no file {path}") from error
+        raise ArtifactNotFoundError(f"expected a file that torch.save wrote; there is no file {path}") from error
     except Exception as error:  # torch raises whatever a damaged or hostile file makes it trip over
         raise CorruptError(
-            f"{path} holds something else than tensors and stock caches, or is damaged: {_reason(error)}"
+            f"{path}: expected a file of tensors or a DynamicCache; it holds something else, or is damaged: "
+            f"{_reason(error)}"
         ) from error
     pairs = _layers_of(found) if isinstance(found, DynamicCache) else found
     if not isinstance(pairs, list | tuple) or not pairs:
@@ -49,29 +66,37 @@ def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]
     keys, values = [], []
     for index, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or len(pair) < 2 or not all(isinstance(x, Tensor) for x in pair[:2]):
-            raise TensorError(f"{path}: layer {index} is no pair of tensors (key, value)")
+            raise TensorError(f"{path}: expected a pair of tensors (key, value) for layer {index}")
         if len(pair) > 2:
-            raise UnsupportedLayerError(f"{path}: layer {index} has {len(pair)} entries; key and value alone are known")
+            raise UnsupportedLayerError(f"{path}: expected (key, value) for layer {index}, got {len(pair)} entries")
         keys.append(pair[0])
         values.append(pair[1])
     return keys, values
 
 
 def save_cache(
-    artifact: Artifact, path: str | os.PathLike[str], form: CacheFormat, *, level: int | None = None,
+    artifact: Decodable, path: str | os.PathLike[str], form: CacheFormat, *, level: int | None = None,
     overwrite: bool = False,
 ) -> None:  # fmt: skip
-    """Decodes an artifact into a file for torch.load: "legacy" ((key, value), ...), or "dynamic", a DynamicCache.
+    """Decode an artifact into a file for torch.load.
 
-    Raises ConfigError, ArtifactExistsError, and what decoding raises.
+    Args:
+        form: "legacy" for a tuple ((key, value), ...), "dynamic" for a DynamicCache.
+        level: the level to decode, 1 the coarsest; None for the finest.
+
+    Raises:
+        ConfigError: `form` is unknown.
+        ArtifactExistsError: `path` exists, and `overwrite` is false.
+        UnsupportedLayerError: a DynamicCache cannot hold the layers without the model's configuration.
+        ArtifactError, ProfileError, NativeError: the artifact cannot be decoded.
     """
     if form not in get_args(CacheFormat):
         raise ConfigError(f"form must be one of {get_args(CacheFormat)}, got {form!r}")
     if os.path.lexists(path) and not overwrite:
-        raise ArtifactExistsError(f"{path} is there already; choose another file, or pass overwrite=True to replace it")
+        raise ArtifactExistsError(f"{path} already exists; choose another file, or pass overwrite=True to replace it")
     windows = sorted({layer.kind for layer in artifact.geometry.layers} - {"full", "mla"})
     if form == "dynamic" and windows:
-        raise UnsupportedLayerError(f"a stock cache of {windows} layers needs the model's configuration: use 'legacy'")
+        raise UnsupportedLayerError(f"a DynamicCache of {windows} layers needs the model's configuration; use 'legacy'")
     pairs = tuple(zip(*artifact.decode(level), strict=True))
     value: Any = pairs
     if form == "dynamic":
@@ -88,7 +113,7 @@ def save_cache(
 
 
 def _reason(error: Exception) -> str:
-    """What torch found wrong, without its advice to load the file in a way that may run what it holds."""
+    """Return torch's reason, without its advice to load the file in a way that may run code in it."""
     text = str(error).strip()
     foreign = re.search(r"Unsupported (?:global: GLOBAL|class) (\S{1,200})", text)
     if foreign:
@@ -101,8 +126,8 @@ def _reason(error: Exception) -> str:
 def _layers_of(cache: DynamicCache) -> list[tuple[Any, Any]]:
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, list):
-        raise TensorError("this DynamicCache has no layers")
+        raise TensorError("expected a DynamicCache with a list of layers")
     unknown = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     if unknown:
-        raise UnsupportedLayerError(f"layers of type {unknown}; DynamicLayer alone is known")
+        raise UnsupportedLayerError(f"expected layers of type DynamicLayer, got {unknown}")
     return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]

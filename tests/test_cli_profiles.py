@@ -7,23 +7,19 @@ import json
 import shutil
 from pathlib import Path
 
-import click
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cachegen import Profile, cli_errors, learn_profile
-from hf_cachegen.artifact import PROFILE_FILE
-from hf_cachegen.cli_options import learning_options
-from hf_cachegen.cli_samples import draw, from_rows, from_text
+from hf_cachegen import Profile, learn_profile
+from hf_cachegen.cli import errors as cli_errors
+from hf_cachegen.cli.options import learning_options
+from hf_cachegen.cli.samples import draw, from_rows, from_text
+from hf_cachegen.profiles.files import PROFILE_FILE
 from hf_cachegen.profiles.learning import DEFAULT_TARGETS, journal, learning, moments
-from tests.cli_support import WORDS, run, run_json, save_model, text
-from tests.test_cli_docs import DOCUMENT
+from tests.cli_support import LEARN, WORDS, ask, documented, encode, run, run_json, save_model, text
 
 BOS = 1
-# Longer than the protected tokens, which every level keeps at the finest step.
-LEARN = ("--context-tokens", 100, "--continuation-tokens", 8, "--samples", 10)
-ENCODE = ("--chunk-tokens", 50, "--protect-last", 8)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +58,6 @@ def own(tmp_path: Path, model: Path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "own"))
 
 
-def encode(model: Path, folder: Path, *options: object) -> click.testing.Result:
-    return run("encode", "-", "--model", model, "--out", folder, *ENCODE, *options, stdin=text(120))
-
-
-def ask(artifact: Path, model: Path, *options: object) -> tuple[object, ...]:
-    return ("generate", artifact, "--model", model, "--prompt", text(5, 3), "--max-new-tokens", 4, *options)
-
-
 def test_profile_reports_what_it_learnt(tmp_path: Path, model: Path, long_text: Path, profile: Path) -> None:
     found = run_json("profile", "--model", model, "--text", long_text, "--out", tmp_path, *LEARN)
     assert found["profile"] == str(tmp_path / PROFILE_FILE)
@@ -82,8 +70,7 @@ def test_profile_reports_what_it_learnt(tmp_path: Path, model: Path, long_text: 
     assert [row["level"] for row in found["levels"]] == [1, 2, 3]
     assert found["levels"][2]["kl"] <= 0.001 < found["levels"][0]["kl"]
     assert found["levels"][0]["bits_per_element"] < found["levels"][2]["bits_per_element"]
-    row = f"| `profile` | {', '.join(f'`{name}`' for name in found)} |"
-    assert row in DOCUMENT.read_text(encoding="utf-8").splitlines()
+    assert documented("profile", found)
 
 
 def test_profile_goes_into_the_models_own_folder_and_is_used_from_there(own: Path, long_text: Path) -> None:
@@ -183,7 +170,7 @@ def test_profile_refuses_wrong_options(tmp_path: Path, model: Path, options: lis
 
 def test_a_model_of_the_hub_has_no_folder_of_its_own() -> None:
     done = run("profile", "--model", "nobody/nothing", "--text", "-", stdin="w1")
-    assert (done.exit_code, "give --out" in done.stderr) == (cli_errors.USAGE, True)
+    assert (done.exit_code, "expected --out" in done.stderr) == (cli_errors.USAGE, True)
 
 
 def test_the_learning_options_default_to_those_of_the_function() -> None:
@@ -240,14 +227,14 @@ def test_inspect_shows_the_profile(encoded: Path, profile: Path, model: Path) ->
     assert run_json("inspect", encoded)["profile"] == {"digest": digest, "model": str(model), "place": None}
     shown = run("inspect", encoded).stdout
     assert digest in shown
-    assert "counts in no artifact's size" in shown
+    assert "is not included in the sizes" in shown
     assert "KL of samples" in shown
     kl = [row["kl"] for row in Profile.load(profile).about["measured"]]
     assert [row["profile_kl"] for row in run_json("inspect", encoded)["levels"]] == kl
 
 
 def test_encode_says_what_a_profile_would_save(tmp_path: Path, model: Path, own: Path, profile: Path) -> None:
-    advice = "coded without a profile"
+    advice = "encoded without a profile"
     assert advice in encode(model, tmp_path / "auto").stdout
     for options in (["--profile", "none"], ["--transform", "delta"], ["--lossless"], ["--profile", profile]):
         assert advice not in encode(model, tmp_path / "o", "--overwrite", *options).stdout
@@ -304,11 +291,11 @@ def test_another_models_profile_is_a_mismatch(tmp_path: Path, profile: Path) -> 
 @pytest.mark.parametrize(
     ("options", "given", "code", "named"),
     [
-        (["--transform", "klt"], False, cli_errors.USAGE, "--transform klt needs a profile"),
-        (["--transform", "klt", "--profile", "none"], False, cli_errors.USAGE, "--transform klt needs a profile"),
+        (["--transform", "klt"], False, cli_errors.USAGE, "--transform klt requires a profile"),
+        (["--transform", "klt", "--profile", "none"], False, cli_errors.USAGE, "--transform klt requires a profile"),
         (["--profile", "nowhere"], False, cli_errors.PROFILE, "nowhere; learn one"),
-        (["--transform", "delta"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
-        (["--lossless"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
+        (["--transform", "delta"], True, cli_errors.USAGE, "--profile LOCATION requires --transform klt"),
+        (["--lossless"], True, cli_errors.USAGE, "--profile LOCATION requires --transform klt"),
         (["--levels", 2], True, cli_errors.USAGE, "the profile has 3 levels"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the command line knows of models: loading one with its tokenizer, quietly; the profile that goes with it."""
+"""Load a model with its tokenizer and its profile, and build the prompts of the commands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_cachegen.artifact import Reader
-from hf_cachegen.cli_output import step
-from hf_cachegen.cli_views import describe
+from hf_cachegen.cli.output import step
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.stores import Access, open_store
 from hf_cachegen.stores.naming import is_hub_id
 
@@ -23,14 +23,21 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def load_model(name: str, *, revision: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """The causal language model `name` (a folder or a Hub id) and its tokenizer.
+    """Load the causal language model `name` (a folder or a Hub id) and its tokenizer.
 
-    dtype: "auto" is that of the checkpoint. device: None is CUDA where there is one, else the CPU.
-    Raises click.BadParameter where there is no such model, dtype or device.
+    Args:
+        dtype: one of DTYPES; "auto" is the dtype of the checkpoint.
+        device: a name of torch; None for CUDA where available, else the CPU.
+
+    Returns:
+        (model, tokenizer), the model in evaluation mode.
+
+    Raises:
+        click.BadParameter: the model cannot be loaded, or the device does not exist.
     """
-    place = _device(device)
+    target = _device(device)
     tokenizer = _load_tokenizer(name, revision)
-    return _load_weights(name, revision, dtype, place), tokenizer
+    return _load_weights(name, revision, dtype, target), tokenizer
 
 
 def _load_tokenizer(name: str, revision: str | None) -> Any:
@@ -40,7 +47,7 @@ def _load_tokenizer(name: str, revision: str | None) -> Any:
         return AutoTokenizer.from_pretrained(found, revision=revision)
 
 
-def _load_weights(name: str, revision: str | None, dtype: str, place: Any) -> Any:
+def _load_weights(name: str, revision: str | None, dtype: str, device: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,18 +55,21 @@ def _load_weights(name: str, revision: str | None, dtype: str, place: Any) -> An
         model = AutoModelForCausalLM.from_pretrained(
             found, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
         )
-    return model.to(place).eval()
+    return model.to(device).eval()
 
 
 @contextmanager
 def _loading(name: str) -> Iterator[str]:
-    """Yield the model's folder or id, with "~" expanded, and keep Transformers quiet. What it raises for a model that
-    it cannot load becomes click.BadParameter, which names the folder too; for a path the Hub is not asked.
+    """Yield the model's folder or id, with "~" expanded, and silence the output of Transformers.
+
+    Raises:
+        click.BadParameter: the model cannot be loaded; the message names the folder that was tried too. A path is
+            never looked up on the Hub.
     """
     from transformers.utils import logging
 
     folder = os.path.expanduser(name)
-    missing = "" if os.path.isdir(folder) else f"there is no folder {os.path.abspath(folder)}"
+    missing = "" if os.path.isdir(folder) else f"no folder {os.path.abspath(folder)}"
     if missing and not is_hub_id(name):
         raise click.BadParameter(f"cannot load {name!r}: {missing}", param_hint="'--model'")
     logging.set_verbosity_error()
@@ -68,7 +78,7 @@ def _loading(name: str) -> Iterator[str]:
         yield folder
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()
-        first = f"{missing}, and as a model on the Hub: " if missing else ""
+        first = f"{missing}, and on the Hub: " if missing else ""
         raise click.BadParameter(
             f"cannot load {name!r}: {first}{reason[0] if reason else type(error).__name__}", param_hint="'--model'"
         ) from error
@@ -77,33 +87,46 @@ def _loading(name: str) -> Iterator[str]:
 def load_for(
     artifact: str, access: Access, name: str, profile: str, *, revision: str | None, device: str | None, as_json: bool
 ) -> tuple[Any, Any, Profile | None]:
-    """(model, tokenizer, profile) for an artifact: the model `name` in the artifact's dtype, and the profile that
-    `profile` (the value of --profile) means, None where the artifact takes none.
+    """Load what an artifact needs: its model in the artifact's dtype, and its profile.
 
-    What can be said at once is said before the weights are loaded, and of the model first. Raises click.BadParameter,
-    ArtifactError, StoreError, ProfileError.
+    All that can fail early is checked before the weights are loaded, the model's name first.
+
+    Args:
+        profile: the value of --profile.
+
+    Returns:
+        (model, tokenizer, profile); the profile is None where the artifact needs none.
+
+    Raises:
+        click.BadParameter: the model cannot be loaded, or the device does not exist.
+        ArtifactError, StoreError: the artifact cannot be read.
+        ProfileError: the profile is missing, or is a different one.
     """
-    dtype = describe(Reader(open_store(artifact, access)))["dtype"]
-    place = _device(device)
+    dtype = Geometry.from_dict(Reader(open_store(artifact, access)).manifest.geometry).dtype
+    target = _device(device)
     tokenizer = _load_tokenizer(name, revision)
     required = required_profile(artifact, profile, name, access)
     with step("loading the model", as_json):
-        return _load_weights(name, revision, dtype, place), tokenizer, required
+        return _load_weights(name, revision, dtype, target), tokenizer, required
 
 
 def begin(
     artifact: str, access: Access, name: str, profile: str, prompt: str, *, revision: str | None, device: str | None,
     as_json: bool,
 ) -> tuple[Any, Any, Profile | None, str]:  # fmt: skip
-    """What answering a question about an artifact takes: that of `load_for`, and the question ("-": all of stdin)."""
+    """Return what `load_for` returns, and the question as text (for "-", all of stdin)."""
     question = sys.stdin.read() if prompt == "-" else prompt
     return (*load_for(artifact, access, name, profile, revision=revision, device=device, as_json=as_json), question)
 
 
 def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:
-    """The ids of `text`; `start` adds what the tokenizer puts before a text (BOS), which a question must not have.
+    """Tokenize `text`.
 
-    What it would put behind the text (EOS) is left out, since more text follows.
+    Args:
+        start: whether to add the tokens that the tokenizer puts before a text (BOS). A question must not have them.
+
+    Returns:
+        The token ids, without the tokens that the tokenizer puts after a text (EOS): more text follows.
     """
     ids: list[int] = tokenizer(text, add_special_tokens=start)["input_ids"]
     if start and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or ""):
@@ -112,14 +135,14 @@ def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:
 
 
 def with_question(context_ids: Any, question: list[int], device: Any) -> Any:
-    """The prompt [1, tokens] that asks a question about a context [1, tokens]."""
+    """Append a question to a context, int64 [1, tokens]; return the prompt, int64 [1, tokens], on `device`."""
     import torch
 
     return torch.cat([context_ids, torch.tensor([question], dtype=torch.long)], dim=1).to(device)
 
 
 def no_padding(tokenizer: Any, prompt_ids: Any) -> dict[str, Any]:
-    """Arguments of generate for one prompt without pads."""
+    """Return the arguments of generate for one prompt without padding."""
     import torch
 
     # Without a mask the stock generate would take a pad token within the text for padding.
@@ -128,21 +151,23 @@ def no_padding(tokenizer: Any, prompt_ids: Any) -> dict[str, Any]:
 
 
 def token_counts(cache: Any, prompt_ids: Any, answer: Any) -> dict[str, int]:
-    """What `--json` says of the lengths of a context, a question and an answer."""
+    """Count the tokens of a context, a question and an answer, for --json."""
     context = cache.input_ids.shape[1]
     return {"context_tokens": context, "question_tokens": prompt_ids.shape[1] - context, "new_tokens": len(answer)}
 
 
 def find_profile(choice: str, model: str) -> Profile | None:
-    """The profile that --profile means for `model`: "auto", "none" or a path. Raises ProfileError."""
+    """Find the profile of `model` that --profile selects by "auto", "none" or a location. Raises ProfileError."""
     from hf_cachegen.profiles.finding import find
 
     return find(None if choice == "none" else choice, model)
 
 
 def required_profile(artifact: str, choice: str, model: str, access: Access | None = None) -> Profile | None:
-    """The profile that decoding `artifact` takes, None where it takes none; see `find_profile`. Raises ProfileError
-    where it is missing or another one.
+    """Find the profile that decoding `artifact` needs, or None where it needs none; `choice` as in `find_profile`.
+
+    Raises:
+        ProfileError: the profile is missing, or is a different one.
     """
     from hf_cachegen.artifact.artifact import Artifact
     from hf_cachegen.profiles.finding import profile_of
@@ -159,5 +184,7 @@ def _device(name: str | None) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise click.BadParameter(f"there is no device {name!r} here", param_hint="'--device'") from error
+        raise click.BadParameter(
+            f"expected a device of this machine, such as cpu, got {name!r}", param_hint="'--device'"
+        ) from error
     return device

@@ -1,4 +1,4 @@
-"""The command `convert`: caches that torch.save wrote become artifacts, and artifacts such caches."""
+"""The command `convert`: convert caches that torch.save wrote to artifacts and back."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from typing import Any
 import click
 
 from hf_cachegen.artifact import Reader
-from hf_cachegen.cli_models import load_model
-from hf_cachegen.cli_options import dtype_option, model_options, output_options
-from hf_cachegen.cli_output import bars, print_json, step
-from hf_cachegen.cli_views import describe, size_text
+from hf_cachegen.cli.models import load_model
+from hf_cachegen.cli.options import dtype_option, model_options, output_options, overwrite_option
+from hf_cachegen.cli.output import bars, print_json, size_text, step
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.stores import LocalStore, open_store
 
 
-@click.command("convert", short_help="To and from caches of other programs.")
+@click.command("convert", short_help="Convert caches of other programs to artifacts and back.")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--to", "form", type=click.Choice(["artifact", "legacy", "dynamic"]), default="artifact", show_default=True,
-    help="legacy: a tuple of (key, value); dynamic: a DynamicCache; both for torch.load.",
+    help="Output format. legacy: a tuple of (key, value) pairs, dynamic: a DynamicCache, both for torch.load.",
 )  # fmt: skip
-@click.option("--level", type=click.IntRange(min=1), help="Level to decode.  [default: the finest]")
-@click.option("--input-ids", "ids", type=click.File("r"), help="JSON list of the context's token ids, with --model.")
-@click.option("--model", help="The model that filled the cache: its fingerprint makes the artifact loadable.")
+@click.option("--level", type=click.IntRange(min=1), help="Level to decode; 1 is the coarsest.  [default: the finest]")
+@click.option("--input-ids", "ids", type=click.File("r"),
+              help="JSON file with the list of the context's token ids; requires --model.")  # fmt: skip
+@click.option("--model", help="Folder or Hub id of the model that filled the cache; requires --input-ids.")
 @model_options
 @dtype_option
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@overwrite_option("Replace an existing output.")
 @output_options
 @click.pass_context
 def convert(
     context: click.Context, /, source: str, out: Path, form: str, level: int | None, ids: Any, model: str | None,
     revision: str | None, device: str | None, dtype: str, overwrite: bool, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
-    """Convert SOURCE into OUT: a torch.save'd cache (a tuple of (key, value), or a DynamicCache) into an artifact, or
-    an artifact into such a file.
+    """Convert SOURCE to OUT: a cache that torch.save wrote (a tuple of (key, value) pairs, or a DynamicCache) to an
+    artifact, or, with --to, an artifact to such a file.
 
-    A torch.save'd file is read without running any code that it holds. Without --model and --input-ids the artifact
-    holds tensors alone: it can be converted back, but nothing tells which model and text it belongs to.
+    No code in a torch.save file is run. Without --model and --input-ids the artifact holds tensors only: it can be
+    converted back, but not used for generation.
     """
     if (ids is None) != (model is None):
-        raise click.UsageError("--model and --input-ids go together", context)
+        raise click.UsageError("--model and --input-ids require each other", context)
     if form != "artifact" and ids is not None:
-        raise click.UsageError(f"--model and --input-ids are for --to artifact, not {form}", context)
+        raise click.UsageError(f"--model and --input-ids require --to artifact, got --to {form}", context)
     if form == "artifact" and level is not None:
-        raise click.UsageError("--level is for --to legacy and --to dynamic", context)
+        raise click.UsageError("--level requires --to legacy or --to dynamic", context)
     from hf_cachegen.artifact.artifact import write
-    from hf_cachegen.convert import load_cache, save_cache
+    from hf_cachegen.models.convert import load_cache, save_cache
     from hf_cachegen.profiles.finding import open_with_profile
 
     if form != "artifact":
@@ -65,7 +65,7 @@ def convert(
         else:
             _with_model(keys, values, out, _token_ids(ids), overwrite, as_json,
                         {"name": model, "revision": revision, "dtype": dtype, "device": device})  # fmt: skip
-        found = {"out": str(out), "form": form, "bytes": describe(Reader(LocalStore(out)))["bytes"]}
+        found = {"out": str(out), "form": form, "bytes": Reader(LocalStore(out)).nbytes_at()}
     if as_json:
         print_json(found)
     else:
@@ -93,7 +93,7 @@ def _token_ids(file: Any) -> list[int]:
     try:
         ids = json.load(file)
     except ValueError as error:
-        raise ConfigError(f"{file.name} is not JSON: {error}") from error
+        raise ConfigError(f"{file.name}: expected a JSON list of token ids: {error}") from error
     if not isinstance(ids, list) or not all(type(value) is int and 0 <= value < 1 << 40 for value in ids):
-        raise ConfigError(f"{file.name}: expected a list of token ids, such as [1, 15043]")
+        raise ConfigError(f"{file.name}: expected a JSON list of token ids, such as [1, 15043]")
     return ids

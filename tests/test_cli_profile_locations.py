@@ -8,16 +8,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from hf_cachegen.artifact import PROFILE_FILE
-from hf_cachegen.cli_errors import MISMATCH, PROFILE, USAGE
+from hf_cachegen.cli.errors import MISMATCH, PROFILE, USAGE
 from hf_cachegen.profiles import finding
+from hf_cachegen.profiles.files import PROFILE_FILE
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
-from tests.cli_support import run, run_json, save_model, text
+from tests.cli_support import ENCODE, LEARN, ask, documented, encode, run, run_json, save_model, text, write
 from tests.hub_server import HubServer, Repo, hub_of_profiles
 from tests.small_artifact import contents
-from tests.test_cli_artifacts import write
-from tests.test_cli_docs import DOCUMENT
-from tests.test_cli_profile import ENCODE, LEARN, ask, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -57,8 +54,7 @@ def test_there_and_back(server: HubServer, profile: Path, tmp_path: Path) -> Non
     assert (tmp_path / "model" / PROFILE_FILE).read_bytes() == profile.read_bytes()
     assert (pulled["digest"], pulled["place"]) == (pushed["digest"], pushed["place"])
     for command, found in (("push-profile", pushed), ("pull-profile", pulled)):
-        row = f"| `{command}` | {', '.join(f'`{name}`' for name in found)} |"
-        assert row in DOCUMENT.read_text(encoding="utf-8").splitlines()
+        assert documented(command, found)
     shown = run("push-profile", profile.parent, "--public").stdout
     assert shown.startswith(f"{server.url}/models/owner/llama-cachegen-profile/commit/")
     assert not server.repos["models/owner/llama-cachegen-profile"].private
@@ -95,8 +91,7 @@ def test_profiles_are_listed(server: HubServer, profile: Path, tmp_path: Path) -
     local = run_json("ls", tmp_path)
     assert local["artifacts"] == [{"folder": "context", "bytes": size}]
     assert local["profiles"] == [{"folder": "context", "bytes": nbytes, "kept": 0}]
-    row_of_members = f"| `ls` | {', '.join(f'`{name}`' for name in local)} |"
-    assert row_of_members in DOCUMENT.read_text(encoding="utf-8").splitlines()
+    assert documented("ls", local)
     assert run_json("ls", "hf://user", "--subfolder", "a", code=USAGE)["error"]["type"] == "ConfigError"
     assert run_json("ls", "hf://nobody")["artifacts"] == []
 
@@ -208,11 +203,13 @@ def test_signed_and_sealed_with_its_profile(
 ) -> None:
     """Everything that reading takes goes along in one sealed folder, but for two keys."""
     serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
-    from tests.test_store_signed import KEY, pem
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    private, public, secret = pem(KEY, tmp_path / "key.pem"), tmp_path / "public.pem", tmp_path / "secret.key"
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    public.write_bytes(KEY.public_key().public_bytes(serialization.Encoding.PEM, form))
+    key, pem = Ed25519PrivateKey.generate(), serialization.Encoding.PEM
+    private, public, secret = (tmp_path / name for name in ("key.pem", "public.pem", "secret.key"))
+    private_form, unencrypted = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(pem, private_form, unencrypted))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
     secret.write_bytes(bytes(range(32)))
     folder, sealed = tmp_path / "klt", tmp_path / "sealed"
     assert encode(model, folder, "--profile", profile).exit_code == 0

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_cachegen import cli_errors, encode_kv, errors
+from hf_cachegen import encode_kv, errors
 from hf_cachegen.artifact import artifact
+from hf_cachegen.cli import errors as cli_errors
 from tests.cli_support import run_json
+
+PACKAGE = Path(cli_errors.__file__).parent.parent
 
 
 class Foreign:
@@ -37,13 +40,13 @@ def tensors(folder: Path) -> Path:
 def test_an_output_that_exists_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
     document, there = text_file(tmp_path / "a.txt"), tensors(tmp_path / "there")
     command = ("encode", document, "--model", tmp_path / "no model", "--out", there)
-    assert "give --overwrite" in message(*command, code=cli_errors.USAGE)
+    assert "use --overwrite" in message(*command, code=cli_errors.USAGE)
     assert "cannot load" in message(*command, "--overwrite", code=cli_errors.USAGE)
     saved = tmp_path / "past.pt"
     torch.save(((torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)),), saved)
     for options in ((saved, there), (there, saved, "--to", "legacy")):
         said = message("convert", *options, code=cli_errors.USAGE)
-        assert "give --overwrite" in said
+        assert "use --overwrite" in said
         assert "overwrite=True" not in said
 
 
@@ -51,10 +54,16 @@ def test_python_advice_becomes_options(capsys: pytest.CaptureFixture[str]) -> No
     error = errors.ProfileError("needs profile x: pass it as profile=, or learn one with hf_cachegen.learn_profile")
     assert cli_errors.report(error, ["--json"]) == cli_errors.PROFILE
     said = json.loads(capsys.readouterr().out)["error"]["message"]
-    assert said == "needs profile x: give it with --profile, or learn one with 'hf-cachegen profile'"
+    assert said == "needs profile x: pass it with --profile, or learn one with 'hf-cachegen profile'"
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_the_advice_that_is_replaced_occurs_in_the_package() -> None:
+    sources = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "cli"]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    assert not [advice for advice in cli_errors.ADVICE if advice not in text]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["line", "json"])
 def test_a_message_obeys_no_stranger(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     error = errors.WrongDtypeError("made in \x1b]0;owned\x07\n\x9b31m red" + "a" * 300_000)
     assert cli_errors.report(error, options) == cli_errors.MISMATCH
@@ -66,7 +75,7 @@ def test_a_message_obeys_no_stranger(options: tuple[str, ...], capsys: pytest.Ca
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_cachegen.cli_profile.load_model", lambda *_, **__: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr("hf_cachegen.cli.profiles.load_model", lambda *_, **__: (torch.nn.Linear(1, 1), None))
     wrong = text_file(tmp_path / "latin.txt", "caf\u00e9 w1".encode("latin-1"))
     for command in (
         ("encode", wrong, "--model", "m", "--out", tmp_path / "a"),

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from hf_cachegen import cli_errors
+from hf_cachegen.cli import errors as cli_errors
 from tests.cli_support import run, run_json, save_model, text
 
 CONTEXT_TOKENS = 120
+POSITIONS = 64
+"""Learnt positions of the tiny GPT-2."""
 QUESTION = text(5, seed=3)
 
 
@@ -65,7 +67,7 @@ def test_encode_reports_what_it_wrote(tmp_path: Path, model: Path, document: Pat
 def test_encode_says_that_a_text_is_longer_than_the_models_positions(
     tmp_path: Path, model: Path, document: Path
 ) -> None:
-    said = "120 tokens, the model was made for 64"
+    said = "120 tokens, the model was trained for 64"
     short = tmp_path / "short"
     shutil.copytree(model, short)
     config = json.loads((short / "config.json").read_text())
@@ -75,6 +77,28 @@ def test_encode_says_that_a_text_is_longer_than_the_models_positions(
     assert said in done.stderr
     assert said not in run("encode", document, "--model", model, "--out", tmp_path / "b").stderr
     assert run_json("encode", document, "--model", short, "--out", tmp_path / "c")["tokens"] == CONTEXT_TOKENS
+
+
+def test_encode_refuses_a_text_beyond_the_learnt_positions_before_the_prefill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = save_model(tmp_path / "gpt2", "gpt2")
+
+    def prefill(*_: object, **__: object) -> None:
+        raise AssertionError("the model must not run")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", prefill)
+    command = ("encode", "-", "--model", short, "--out", tmp_path / "a")
+    done = run(*command, stdin=text(POSITIONS + 1))
+    assert done.exit_code == cli_errors.UNSUPPORTED
+    assert f"{POSITIONS} learnt positions" in done.stderr
+    assert "poor answers" not in done.stderr
+    assert "note" not in done.stderr
+    assert not (tmp_path / "a").exists()
+    found = run_json(*command, stdin=text(POSITIONS + 1), code=cli_errors.UNSUPPORTED)
+    assert found["error"]["type"] == "UnsupportedModelError"
+    monkeypatch.undo()
+    assert run_json(*command, stdin=text(POSITIONS))["tokens"] == POSITIONS
 
 
 def test_encode_from_stdin_and_twice_gives_the_same_bytes(tmp_path: Path, model: Path, document: Path) -> None:
@@ -116,7 +140,7 @@ def test_encode_refuses_wrong_options(
 
 def test_encode_needs_a_text_and_a_model(tmp_path: Path, model: Path) -> None:
     empty = run("encode", "-", "--model", model, "--out", tmp_path / "o", stdin=" \n")
-    assert (empty.exit_code, "no text" in empty.stderr) == (cli_errors.USAGE, True)
+    assert (empty.exit_code, "is empty" in empty.stderr) == (cli_errors.USAGE, True)
     absent = run("encode", "-", "--model", tmp_path / "none", "--out", tmp_path / "o", stdin="w1")
     assert (absent.exit_code, "cannot load" in absent.stderr) == (cli_errors.USAGE, True)
 
@@ -160,18 +184,20 @@ def test_sampling_is_repeatable(lossless: Path, model: Path) -> None:
     assert run_json(*command)["text"] != run_json(*other)["text"]
 
 
-@pytest.mark.parametrize("option", [("--temperature", 0.5), ("--top-k", 5), ("--top-p", 0.5), ("--seed", 1)])
+@pytest.mark.parametrize(
+    "option", [("--temperature", 0.5), ("--top-k", 5), ("--top-p", 0.5), ("--seed", 1)], ids=lambda option: option[0]
+)
 def test_sampling_options_need_sample(lossless: Path, model: Path, option: tuple[object, ...]) -> None:
     done = run(*ask(lossless, model, *option))
     assert done.exit_code == cli_errors.USAGE
-    assert f"{option[0]} needs --sample" in done.stderr
+    assert f"{option[0]} requires --sample" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["generate", "stream"])
 @pytest.mark.parametrize("option", [
     ("--temperature", 0), ("--temperature", -1), ("--temperature", "nan"), ("--temperature", "1e-40"), ("--top-k", -1),
     ("--top-p", 1.5), ("--top-p", "nan"), ("--seed", -1), ("--seed", 1 << 64),
-], ids=str)  # fmt: skip
+], ids=lambda option: "=".join(map(str, option)))  # fmt: skip
 def test_sampling_options_out_of_range(
     lossless: Path, model: Path, command: str, option: tuple[object, ...]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a profile is learnt from: texts cut into contexts and what follows them, and rows of a task's own.
+"""Samples to learn a profile from: texts that are cut into contexts and continuations, and rows of a JSONL file.
 
 A sample is (context, continuation), both token ids.
 """
@@ -13,15 +13,15 @@ from typing import Any
 
 import click
 
-from hf_cachegen.cli_models import token_ids
+from hf_cachegen.cli.models import token_ids
 
 TokenSample = tuple[list[int], list[int]]
 
 
 def from_text(tokenizer: Any, text: str, context_tokens: int, continuation_tokens: int) -> list[TokenSample]:
-    """A text's samples, one behind the other, none overlapping; each context begins as the tokenizer begins a text.
+    """Cut a text into samples that do not overlap. Each context begins with the tokens that begin a text (BOS).
 
-    The last one may have a shorter context, but no shorter than its continuation (or context_tokens).
+    The last context may be shorter, but not shorter than its continuation (or context_tokens).
     """
     ids, started = (token_ids(tokenizer, text, start=start) for start in (False, True))
     start = started[: len(started) - len(ids)]
@@ -32,7 +32,7 @@ def from_text(tokenizer: Any, text: str, context_tokens: int, continuation_token
 
 
 def from_rows(tokenizer: Any, lines: Iterable[str], name: str) -> list[TokenSample]:
-    """The samples of a file with {"context": text, "continuation": text} in each line, taken whole."""
+    """Tokenize the samples of a file with {"context": text, "continuation": text} in each line; they are not cut."""
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -40,7 +40,7 @@ def from_rows(tokenizer: Any, lines: Iterable[str], name: str) -> list[TokenSamp
         context, continuation = _texts(line, f"{name}, line {number}")
         sample = token_ids(tokenizer, context, start=True), token_ids(tokenizer, continuation, start=False)
         if not all(sample):
-            raise _wrong(f"{name}, line {number}: the tokenizer makes no tokens of one of the texts")
+            raise _wrong(f"{name}, line {number}: expected two texts of at least one token each")
         found.append(sample)
     return found
 
@@ -63,9 +63,9 @@ def _wrong(message: str) -> click.BadParameter:
 
 
 def draw(sources: Sequence[Sequence[TokenSample]], most: int, seed: int) -> list[TokenSample]:
-    """At most `most` samples, as many from each source as there are, so that a long text does not outweigh the others.
+    """Draw at most `most` samples, evenly from the sources, so that a long text does not outweigh the others.
 
-    In random order, since every so many are held out of the learning.
+    The order is random, because learning holds out samples at fixed positions.
     """
     random = Random(seed)
     shuffled = [random.sample(source, len(source)) for source in sources]

@@ -7,27 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from hf_cachegen import CacheGenConfig, cli_errors, encode_kv, errors
-from hf_cachegen.artifact import BASE_FILE, MANIFEST_FILE, artifact, manifest
-from hf_cachegen.cli_options import encoder_options
-from hf_cachegen.cli_views import plain
-from tests.cli_support import run, run_json
-
-COMMANDS = (
-    "encode", "generate", "inspect", "verify", "profile", "push-profile", "pull-profile", "convert", "push", "pull",
-    "ls", "sign", "seal", "serve-check", "cache", "demo", "stream",
-)  # fmt: skip
-LAYERS, HEADS, TOKENS, DIM = 3, 2, 90, 8
-
-
-def write(folder: Path, **options: object) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, HEADS, TOKENS, DIM, generator=generator) for _ in range(2 * LAYERS)]
-    encoded = encode_kv(tensors[:LAYERS], tensors[LAYERS:], CacheGenConfig(chunk_tokens=32, protect_last=8, **options))
-    artifact.write(encoded, folder, input_ids=range(TOKENS))
-    return folder
+from hf_cachegen import CacheGenConfig, errors
+from hf_cachegen.artifact import BASE_FILE, MANIFEST_FILE, manifest
+from hf_cachegen.cli import errors as cli_errors
+from hf_cachegen.cli import main
+from hf_cachegen.cli.options import encoder_options
+from hf_cachegen.cli.output import plain
+from tests.cli_support import DIM, HEADS, LAYERS, TOKENS, run, run_json, write
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +55,7 @@ def test_inspect_tells_everything_as_json(folder: Path) -> None:
 def test_inspect_shows_tables(folder: Path) -> None:
     done = run("inspect", folder)
     assert done.exit_code == 0
-    for shown in ("90 tokens", "what each level fetches", "K error %", "2x8", "fingerprint", "relative L2 errors"):
+    for shown in ("90 tokens", "bytes to load, by level", "K error %", "2x8", "fingerprint", "relative L2 errors"):
         assert shown in done.stdout
 
 
@@ -183,7 +170,7 @@ def test_usage_errors_are_one_line_or_one_object(arguments: list[str]) -> None:
 def test_no_command_shows_the_help() -> None:
     done = run()
     assert done.exit_code == cli_errors.USAGE
-    assert all(command in done.stderr for command in COMMANDS)
+    assert all(command in done.stderr for command in main.commands)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -195,17 +182,17 @@ def test_an_unexpected_error_says_what_it_is(folder: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("hf_cachegen.cli.describe", fail)
+    monkeypatch.setattr("hf_cachegen.cli.inspection.describe", fail)
     done = run("inspect", folder)
     assert done.exit_code == cli_errors.UNEXPECTED
-    assert done.stderr == "hf-cachegen: error: RuntimeError: two lines (--debug shows where)\n"
+    assert done.stderr == "hf-cachegen: error: RuntimeError: two lines (use --debug for the traceback)\n"
 
 
 def test_an_interrupt_ends_quietly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_cachegen.cli.describe", interrupt)
+    monkeypatch.setattr("hf_cachegen.cli.inspection.describe", interrupt)
     done = run("inspect", folder)
     assert done.exit_code == cli_errors.INTERRUPTED
     assert "Traceback" not in done.stderr
@@ -238,11 +225,3 @@ def test_every_field_of_the_configuration_is_an_option() -> None:
     defaults = CacheGenConfig()
     assert set(options) == set(CacheGenConfig.__dataclass_fields__)
     assert all(option.default == getattr(defaults, name) for name, option in options.items())
-
-
-def test_demo_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_cachegen.__file__", str(tmp_path / "hf_cachegen" / "__init__.py"))
-    done = run("demo")
-    assert done.exit_code == cli_errors.UNSUPPORTED
-    assert "clone the repository" in done.stderr
-    assert run_json("demo", code=cli_errors.UNSUPPORTED)["error"]["type"] == "MissingExtraError"

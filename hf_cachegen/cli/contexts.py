@@ -1,0 +1,150 @@
+"""The commands `encode` and `generate`: from a text to an artifact, and from an artifact to an answer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from hf_cachegen.artifact import MANIFEST_FILE, Reader
+from hf_cachegen.cli.models import begin, load_model, no_padding, token_counts, token_ids, with_question
+from hf_cachegen.cli.options import (
+    answer_options,
+    artifact_argument,
+    decoding_profile_option,
+    dtype_option,
+    encoder_options,
+    encoder_settings,
+    encoding_profile_option,
+    model_options,
+    output_options,
+    overwrite_option,
+    read_text,
+    sampling_arguments,
+    sampling_options,
+    source_model_option,
+    trust_options,
+)
+from hf_cachegen.cli.output import bars, note, print_json, size_text, step
+from hf_cachegen.cli.views import describe
+from hf_cachegen.errors import ArtifactExistsError
+from hf_cachegen.stores import Access, LocalStore
+
+WITHOUT_PROFILE = (
+    "(encoded without a profile: none was found for this model. With a profile, caches of the reference model take a "
+    "seventh of the bytes at equal divergence; see docs/rate_distortion.md and 'hf-cachegen profile --help')"
+)
+
+
+@click.command("encode", short_help="Encode the KV cache of a text into an artifact.")
+@click.argument("text", type=click.File("r", encoding="utf-8"))
+@source_model_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
+@overwrite_option("Replace an existing artifact.")
+@model_options
+@dtype_option
+@encoding_profile_option
+@encoder_options
+@output_options
+@click.pass_context
+def encode(
+    context: click.Context, /, text: Any, model: str, out: Path, overwrite: bool, revision: str | None,
+    device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Prefill TEXT (a file, or - for stdin) with a model, and write its compressed KV cache."""
+    document = read_text(text)
+    if not document.strip():
+        raise click.UsageError(f"expected a text, but {text.name} is empty", context)
+    if not overwrite and (out / MANIFEST_FILE).is_file():
+        raise ArtifactExistsError(f"{out} already holds an artifact; choose another folder, or use --overwrite")
+    # Before the model is loaded, so that an error in them does not take minutes to appear.
+    config, found_profile = encoder_settings(
+        options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT, profile, model
+    )
+    with step("loading the model", as_json):
+        loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
+    import torch
+
+    from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.models.requirements import require_length
+
+    input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
+    tokens = input_ids.shape[1]
+    # from_context checks this too; here, the error comes before the note below, which would contradict it.
+    require_length(loaded, tokens)
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if positions and tokens > positions and not as_json:
+        note(f"the text has {tokens:,} tokens, the model was trained for {positions:,}: expect poor answers")
+    start = time.perf_counter()
+    # A profile that was found automatically must match the model's weights, which are known only now.
+    chosen = found_profile if found_profile is None or profile != "auto" else profile
+    cache = CacheGenCache.from_context(
+        loaded, input_ids, config, chosen, tokenizer=tokenizer, progress=bars(as_json)
+    )
+    prefilled = time.perf_counter()
+    cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
+    encoded = time.perf_counter()
+    found = describe(Reader(LocalStore(out)))
+    seconds = {"prefill": prefilled - start, "encode": encoded - prefilled}
+    if as_json:
+        print_json({"artifact": str(out), **found, "seconds": seconds})
+        return
+    sizes = f"{size_text(found['exact_bytes'])} -> {size_text(found['bytes'])}"
+    times = f"prefill {seconds['prefill']:.1f} s, encode {seconds['encode']:.1f} s"
+    click.echo(f"{out}: {found['tokens']:,} tokens, {sizes} ({times})")
+    for row in found["levels"]:
+        size, bits = size_text(row["bytes"]), row["bits_per_element"]
+        click.echo(f"  level {row['level']}: {size}, {row['ratio']:.1f}x, {bits:.2f} bits per element")
+    if found["profile"] is None and profile == "auto" and options["transform"] == "auto" and not config.lossless:
+        click.echo(WITHOUT_PROFILE)
+
+
+@click.command("generate", short_help="Answer a question from an artifact.")
+@artifact_argument
+@answer_options
+@click.option("--level", type=click.IntRange(min=1), help="Level to load; 1 is the coarsest.  [default: the finest]")
+@sampling_options
+@decoding_profile_option
+@trust_options
+@model_options
+@output_options
+def generate(
+    artifact: str, model: str, prompt: str, max_new_tokens: int, level: int | None, profile: str,
+    public_key: str | None, key: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Answer a question about the context of ARTIFACT; print the answer token by token."""
+    arguments = sampling_arguments(options)
+    loaded, tokenizer, required, question = begin(
+        artifact, Access(public_key=public_key, key=key), model, profile, prompt, revision=revision, device=device,
+        as_json=as_json,
+    )  # fmt: skip
+    import torch
+    from transformers import TextStreamer
+
+    from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.generation import generate as generate_from_cache
+
+    start = time.perf_counter()
+    cache = CacheGenCache.from_pretrained(
+        artifact, loaded, level, profile=required, tokenizer=tokenizer, progress=bars(as_json), public_key=public_key,
+        key=key,
+    )  # fmt: skip
+    ready = time.perf_counter()
+    prompt_ids = with_question(cache.input_ids, token_ids(tokenizer, question, start=False), loaded.device)
+    if options["seed"] is not None:
+        torch.manual_seed(options["seed"])
+    if not as_json and options["num_beams"] == 1:
+        arguments["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    arguments |= no_padding(tokenizer, prompt_ids)
+    output = generate_from_cache(loaded, prompt_ids, cache=cache, max_new_tokens=max_new_tokens, **arguments)
+    answer = output[0, prompt_ids.shape[1] :]
+    answer_text = tokenizer.decode(answer, skip_special_tokens=True)
+    if as_json:
+        seconds = {"load": ready - start, "generate": time.perf_counter() - ready}
+        print_json({"text": answer_text, **token_counts(cache, prompt_ids, answer), "seconds": seconds})
+    elif "streamer" not in arguments:
+        click.echo(answer_text)

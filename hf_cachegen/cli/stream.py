@@ -1,0 +1,108 @@
+"""The command `stream`: answer a question while the context is streamed against a deadline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+from rich.console import Console
+
+from hf_cachegen.cli.models import begin, no_padding, token_counts, token_ids, with_question
+from hf_cachegen.cli.options import (
+    answer_options,
+    artifact_argument,
+    decoding_profile_option,
+    model_options,
+    output_options,
+    sampling_arguments,
+    sampling_options,
+    trust_options,
+)
+from hf_cachegen.cli.output import print_json
+from hf_cachegen.cli.stream_view import StreamView, chunk_table, live, streamer
+from hf_cachegen.stores import Access
+
+if TYPE_CHECKING:
+    from hf_cachegen.streaming import StreamReport
+
+
+def _level(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "text":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"expected a level from 1, or 'text', got {value!r}", context, parameter)
+    return int(value)
+
+
+@click.command("stream", short_help="Answer a question while the context is streamed.")
+@artifact_argument
+@answer_options
+@click.option("--slo", type=click.FloatRange(min=0, min_open=True), help="Time limit of the first token, in seconds.")
+@click.option("--policy", type=click.Choice(("adaptive", "paper")), default="adaptive", show_default=True,
+              help="Policy that chooses a level, or text, for each chunk.")
+@click.option("--level", callback=_level, metavar="N|text",
+              help="Level of all chunks, or text to recompute them; replaces the policy.")
+@click.option("--refine", type=click.Choice(("off", "before", "while_generating")), default="while_generating",
+              show_default=True, help="Time at which finer levels are loaded: before or during generation, or never.")
+@click.option("--fallback", multiple=True, metavar="LOCATION", help="Another location of the artifact; repeatable.")
+@click.option("--stall-seconds", type=click.FloatRange(min=0, min_open=True),
+              help="Time without data after which a source has failed, in seconds.  "
+              "[default: a quarter of the SLO, at least 0.5; 10 without an SLO]")
+@click.option("--connections", type=click.IntRange(min=1), default=8, show_default=True,
+              help="Maximum number of parallel requests.")
+@sampling_options
+@decoding_profile_option
+@trust_options
+@model_options
+@output_options
+def stream(
+    artifact: str, model: str, prompt: str, slo: float | None, policy: str, level: Any, refine: str,
+    fallback: tuple[str, ...], stall_seconds: float | None, connections: int, max_new_tokens: int, profile: str,
+    public_key: str | None, key: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Answer a question about the context of ARTIFACT while the context is streamed, and show its progress.
+
+    The clock starts when the model is loaded. The answer goes to stdout, the progress to stderr.
+    """
+    arguments = sampling_arguments(options)
+    loaded, tokenizer, required, question = begin(
+        artifact, Access(public_key=public_key, key=key), model, profile, prompt, revision=revision, device=device,
+        as_json=as_json,
+    )  # fmt: skip
+    import torch
+
+    from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.generation import generate
+    from hf_cachegen.streaming import policy_of
+
+    asked = token_ids(tokenizer, question, start=False)
+    view = StreamView(slo)
+    on_terminal = not as_json and Console(stderr=True).is_terminal
+    if options["num_beams"] == 1 and not as_json:
+        arguments["streamer"] = streamer(view, tokenizer, echo=not on_terminal)
+    if options["seed"] is not None:
+        torch.manual_seed(options["seed"])
+    with live(view, as_json):
+        view.begin()
+        cache = CacheGenCache.stream(
+            artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,
+            prompt_tokens=len(asked), fallback=fallback, profile=required, tokenizer=tokenizer, on_event=view.take,
+            stall_seconds=stall_seconds, connections=connections, public_key=public_key, key=key,
+        )  # fmt: skip
+        prompt_ids = with_question(cache.input_ids, asked, loaded.device)
+        try:
+            arguments |= no_padding(tokenizer, prompt_ids)
+            output = generate(loaded, prompt_ids, cache=cache, max_new_tokens=max_new_tokens, **arguments)
+        finally:
+            if cache.refinement is not None:
+                cache.refinement.cancel()
+    answer, report = output[0, prompt_ids.shape[1] :], cast("StreamReport", cache.report)
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    if as_json:
+        print_json({"text": text, **token_counts(cache, prompt_ids, answer), "report": report.to_dict()})
+        return
+    if "streamer" not in arguments or on_terminal:
+        click.echo(text)
+    bases_first = slo is None and refine == "while_generating" and policy_of(policy, level).refines
+    Console(stderr=True).print(chunk_table(report, bases_first))
