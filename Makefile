@@ -1,10 +1,16 @@
 # Everything a checkout needs: `make demo` and `make test` set up their own virtual environment first.
 #
 #   make demo          answer questions about a long context from a compressed cache
-#   make test          lint, types and tests                 make test-slow     the long tests as well
-#   make lint          ruff and mypy alone                   make test-oldest   against the oldest supported releases
-#   make clean         remove what was built                 make test-pythons  with Python 3.10, 3.11, 3.12 and 3.13
-#   make distclean     and the environments
+#   make test          lint, types and the fast tests
+#   make test-slow     the tests that are marked slow
+#   make test-newest   all tests with the newest releases that pyproject.toml allows, whatever the pins say
+#   make test-oldest   all tests with the oldest releases that pyproject.toml allows
+#   make test-oldest-transformers   generation with the oldest Transformers and the other packages as pinned
+#   make test-pythons  `make test` with Python 3.10, 3.11, 3.12 and 3.13
+#   make docs          the documentation as a site, in build/site
+#   make lint          ruff and mypy alone
+#   make clean         remove what was built
+#   make distclean     remove the environments too
 #
 #   PYTHON=python3.12  the interpreter (3.10 to 3.13); the first suitable one otherwise
 #   TORCH_INDEX=URL    where torch comes from; on Linux without a GPU https://download.pytorch.org/whl/cpu saves gigabytes
@@ -19,6 +25,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	if $$p -c '$(SUITABLE)' 2>/dev/null; then echo $$p; break; fi; done)
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+OLDEST_TRANSFORMERS ?= .venv-oldest-transformers
+NEWEST ?= .venv-newest
+DOCS ?= .venv-docs
 # Names or paths. Each gets an environment of its own, .venv-3.10 and so on.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 TORCH_INDEX ?=
@@ -30,13 +39,20 @@ TEST_WITH = PATH="$(abspath $(1))/bin:$$PATH" OMP_NUM_THREADS=1 $(1)/bin/python 
 TORCH := $(shell grep -m 1 '^torch==' requirements-dev.txt)
 # name==version of every dependency in pyproject.toml, with the oldest version that is allowed there.
 OLDEST_ALLOWED := $(shell sed -nE '/^dependencies/,/^\]/s/^ *"([a-z_]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
+# Every requirement in pyproject.toml as it stands there, quoted: the dependencies and those of all extras.
+ALLOWED := $(shell sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml | \
+	grep -oE '"[a-zA-Z0-9_-]+(\[[a-z0-9]+\])?[<>=][^"]*"')
+# What depends on Transformers most: generation in every decoding mode, caches and their layers.
+MATRIX := $(wildcard tests/test_generation*.py) tests/test_cache.py tests/test_layout.py
 NATIVE := $(shell find cuda_ext -type f 2>/dev/null)
 # The library is built by itself, since pip would hide what the compiler says (without one the package still works, slowly).
 # Without isolation pip uses the pinned setuptools; without dependencies it cannot replace a pinned package.
 INSTALL_WITH = $(1)/bin/python setup.py --quiet build_ext --inplace && \
 	$(1)/bin/python -m pip install -qq --no-build-isolation --no-deps --editable .
 
-.PHONY: demo test test-slow test-oldest test-pythons lint setup clean distclean
+VERSIONS_OF = @$(1)/bin/python -c "import torch, transformers as t; print('== torch', torch.__version__, 'transformers', t.__version__)"
+
+.PHONY: FORCE demo test test-slow test-newest test-oldest test-oldest-transformers test-pythons lint docs setup clean distclean
 
 demo: setup
 	@$(VENV)/bin/hf-cachegen demo
@@ -44,12 +60,20 @@ demo: setup
 test: lint
 	$(call TEST_WITH,$(VENV)) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: lint
-	$(call TEST_WITH,$(VENV)) $(PYTEST_ARGS)
+test-slow: setup
+	$(call TEST_WITH,$(VENV)) -m slow $(PYTEST_ARGS)
+
+test-newest: $(NEWEST)/.package
+	$(call VERSIONS_OF,$(NEWEST))
+	$(call TEST_WITH,$(NEWEST)) $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.package
-	@$(OLDEST)/bin/python -c "import torch, transformers as t; print('== torch', torch.__version__, 'transformers', t.__version__)"
-	$(call TEST_WITH,$(OLDEST)) -m "not slow" $(PYTEST_ARGS)
+	$(call VERSIONS_OF,$(OLDEST))
+	$(call TEST_WITH,$(OLDEST)) $(PYTEST_ARGS)
+
+test-oldest-transformers: $(OLDEST_TRANSFORMERS)/.requirements
+	$(call VERSIONS_OF,$(OLDEST_TRANSFORMERS))
+	$(call TEST_WITH,$(OLDEST_TRANSFORMERS)) $(MATRIX) $(PYTEST_ARGS)
 
 # An interpreter that is not there is an error: what was not tested does not pass.
 test-pythons:
@@ -62,10 +86,13 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+docs: $(DOCS)/.requirements
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
 setup: $(VENV)/.package
 
 # Stamps: each step is done again only when what it depends on is newer.
-$(VENV)/.created $(OLDEST)/.created:
+$(VENV)/.created $(OLDEST)/.created $(OLDEST_TRANSFORMERS)/.created $(NEWEST)/.created $(DOCS)/.created:
 	@if ! $(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null; then \
 		echo "needs Python 3.10 to 3.13 with venv; name one by 'make PYTHON=...'" >&2; exit 1; fi
 	@echo "== $(@D): a virtual environment of $(PYTHON)"
@@ -107,10 +134,41 @@ $(OLDEST)/.package: $(OLDEST)/.requirements pyproject.toml setup.py $(NATIVE)
 	@$(call INSTALL_WITH,$(OLDEST))
 	@touch $@
 
+# The environment of `make test` with another Transformers in front: it costs one small download, and torch is the same.
+# addsitedir also follows the editable installation there. pip sees what is there and leaves it alone.
+$(OLDEST_TRANSFORMERS)/.requirements: pyproject.toml $(VENV)/.package | $(OLDEST_TRANSFORMERS)/.created
+	@echo "== $(filter transformers==%,$(OLDEST_ALLOWED)) and what it needs, the rest from $(VENV)"
+	@packages() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(packages $(VENV))')" > "$$(packages $(@D))/shared.pth"
+	@$(@D)/bin/python -m pip install -qq $(filter transformers==%,$(OLDEST_ALLOWED))
+	@touch $@
+
+# The newest torch comes from the index of builds without CUDA. Where that is out of reach, PyPI's newest would bring
+# gigabytes of CUDA, so the pin is taken; the line of versions that `make test-newest` prints shows which it was.
+# Every run resolves again: what is newest changes.
+$(NEWEST)/.requirements: FORCE | $(NEWEST)/.created
+	@echo "== the newest releases of" $(ALLOWED)
+	@$(NEWEST)/bin/python -m pip install -qq --upgrade --retries 0 --timeout 15 $(filter "torch>=%,$(ALLOWED)) \
+		--index-url $(or $(TORCH_INDEX),$(CPU_INDEX)) || \
+		{ echo "== the newest torch is out of reach without CUDA: $(TORCH), as pinned" >&2; \
+		$(NEWEST)/bin/python -m pip install -qq $(TORCH); }
+	@$(NEWEST)/bin/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' > $(@D)/torch.txt
+	@$(NEWEST)/bin/python -m pip install -qq --upgrade --upgrade-strategy eager --constraint $(@D)/torch.txt $(ALLOWED) wheel
+	@touch $@
+
+$(NEWEST)/.package: $(NEWEST)/.requirements pyproject.toml setup.py $(NATIVE)
+	@$(call INSTALL_WITH,$(NEWEST))
+	@touch $@
+
+# mkdocs reads the sources without importing them: no torch here.
+$(DOCS)/.requirements: requirements-docs.txt | $(DOCS)/.created
+	@$(DOCS)/bin/python -m pip install -qq -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.package $(OLDEST)/.package
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.package $(OLDEST)/.package $(NEWEST)/.package
 	find hf_cachegen -name '*.so' -delete -o -name '*.dylib' -delete
 	find hf_cachegen eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(OLDEST) .venv-3.1[0-3]
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TRANSFORMERS) $(NEWEST) $(DOCS) .venv-3.1[0-3]

@@ -66,7 +66,7 @@ def encode(folder: Path) -> dict[str, Any]:
         cache = CacheGenCache.from_context(model, tokenizer(document.text).input_ids, tokenizer=tokenizer)
         outputs = [first_line(text) for text in answers(model, tokenizer, cache, prompts, NEW_TOKENS)]
         for transform in TRANSFORMS:
-            cache.save_pretrained(folder / transform / str(index), CacheGenConfig(transform=transform))  # type: ignore[arg-type]
+            cache.save_pretrained(folder / transform / str(index), CacheGenConfig(transform=transform))
         result["tokens"] += cache.report.context_tokens
         result["exact_bytes"] += cache.report.exact_bytes
         result["seconds"] += cache.report.prefill_seconds

@@ -1,56 +1,37 @@
-"""CacheGenCache: the KV cache of one context, with what it belongs to; made once, saved small, used by many
-generations.
+"""CacheGenCache: the KV cache of one context, made once, saved small, used by many generations.
 
-It is read-only. A stock cache grows while a model generates, so that a second use of it starts from another text;
-here every `hf_cachegen.generate` gets a stock cache of its own, and a CacheGenCache passed straight to a model
-raises.
+It is read-only. A stock cache grows while a model generates, so a second use of it starts from another text. Here every
+generation gets a stock cache of its own. Making a CacheGenCache prepares its model, so that the stock call
+`model.generate(..., cache=cache)` does so (`hf_cachegen.attach`).
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_cachegen.artifact import Artifact, write
-from hf_cachegen.card import card
+from hf_cachegen.artifact import Limits, Reader
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Limits, Reader, Store
-from hf_cachegen.encoding import EncodedContext, Encoder
-from hf_cachegen.errors import (
-    ConfigError,
-    ReadOnlyCacheError,
-    TensorError,
-)
-from hf_cachegen.finding import ProfileLike, for_encoding, profile_to_push
-from hf_cachegen.fingerprint import Fingerprint
-from hf_cachegen.layout import (
-    KVTensors,
-    build_dynamic,
-    capture,
-    evaluation_mode,
-    layer_devices,
-    layer_kinds,
-    positions_change,
-    require_geometry,
-    require_model,
-)
-from hf_cachegen.opening import Tokens, checked_kv, one_row, open_manifest, validate
-from hf_cachegen.prefix import Reuse
-from hf_cachegen.profile import Profile
-from hf_cachegen.report import CacheReport
-from hf_cachegen.stores import Access, LocalStore, open_store
-from hf_cachegen.streaming import Refinement, StreamOptions, stream_context
+from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
+from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
+from hf_cachegen.generation import attach as attach_to
+from hf_cachegen.models.layers import build_dynamic
+from hf_cachegen.models.opening import Tokens
+from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
+from hf_cachegen.stores import LocalStore
+from hf_cachegen.stores.publishing import publish_artifact
+from hf_cachegen.streaming import StreamOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,14 +42,13 @@ PREFILL_CHUNK_TOKENS = 4096
 
 def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise ReadOnlyCacheError(
-        "a CacheGenCache is read-only, since many generations share it: call hf_cachegen.generate(model, input_ids, "
-        "cache=cache), or hf_cachegen.attach(model) and model.generate(input_ids, cache=cache), or take a copy with "
-        "cache.to_dynamic()"
+        "a CacheGenCache is read-only, since many generations share it, and this model was not prepared for one: call "
+        "hf_cachegen.attach(model) and then model.generate(..., cache=cache), or take a copy with cache.to_dynamic()"
     )
 
 
 class _ReadOnlyLayer(DynamicLayer):
-    """A filled layer that refuses to change; the cache's own methods all go through its layers'."""
+    """A filled layer that refuses to change; the cache's own methods all go through those of its layers."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -79,47 +59,34 @@ class _ReadOnlyLayer(DynamicLayer):
     batch_repeat_interleave = batch_select_indices = _refuse
 
 
-class CacheGenCache(DynamicCache):
-    """The KV cache of one context of one model. Make one by `from_context`, `from_cache` or `from_pretrained`.
+class CacheGenCache(CachedContext, DynamicCache):
+    """The KV cache of one context of one model.
 
-    kv: the keys and values, all tokens of all layers; input_ids: the context [1, tokens], on the CPU; fingerprint: what
-    model, dtype and tokenizer it belongs to; refinement: of a streamed cache, what may still improve it.
+    Make one by `from_context`, `from_cache`, `from_pretrained` or `stream`. The attributes are those of
+    `CachedContext`: kv, input_ids, fingerprint, config, profile, source, refinement.
     """
 
-    def __init__(
-        self,
-        kv: KVTensors,
-        input_ids: Tensor,
-        fingerprint: Fingerprint,
-        report: CacheReport,
-        *,
-        config: CacheGenConfig | None = None,
-        profile: Profile | None = None,
-        source: Store | None = None,
-    ):
-        super().__init__()
-        if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
-            raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
-        self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
-        self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values, strict=True)]
-        self._config, self._profile, self._source = config, profile, source
-        self.refinement: Refinement | None = None
+    def __init__(self, *args: Any, **kwargs: Any):
+        DynamicCache.__init__(self)
+        CachedContext.__init__(self, *args, **kwargs)
+        self.layers = [_ReadOnlyLayer(*pair) for pair in zip(self.kv.keys, self.kv.values, strict=True)]
 
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
     # The first thing that a forward pass asks for: some prompts would fail, less clearly, before they come to update.
     get_mask_sizes = _refuse
-
-    @property
-    def report(self) -> CacheReport:
-        """What it is and what it cost; of a streamed cache a StreamReport of how it stands now."""
-        return self._report if self.refinement is None else self.refinement.report
 
     def __repr__(self) -> str:
         geometry = self.kv.geometry
         return f"CacheGenCache({geometry.tokens} tokens, {len(geometry.layers)} layers, {geometry.dtype})"
 
     @classmethod
-    @torch.no_grad()
+    def _of(cls, context: CachedContext, model: PreTrainedModel | None, attach: bool) -> CacheGenCache:
+        """Return the cache of `context`; prepare its model where that is asked for."""
+        if attach and model is not None:
+            attach_to(model)
+        return cls(**context.parts())
+
+    @classmethod
     def from_context(
         cls,
         model: PreTrainedModel,
@@ -130,36 +97,31 @@ class CacheGenCache(DynamicCache):
         tokenizer: PreTrainedTokenizerBase | None = None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         progress: bool = False,
+        attach: bool = True,
     ) -> CacheGenCache:
-        """Run `model`, in evaluation mode, over a context ([tokens] or [1, tokens]) and keep its exact keys and values.
+        """Run a model, in evaluation mode, over a context and keep its exact keys and values.
 
-        config: how `save_pretrained` will encode them (default: CacheGenConfig()). profile: the model's Profile, its
-        place (a path, a repository, a URL), "auto" (the one in the model's folder or its repository, if there is one:
-        docs/stores.md) or None. tokenizer: if given, its hash goes into
-        the fingerprint. Raises UnsupportedModelError, UnsupportedLayerError, TensorError,
-        WrongDtypeError, ProfileError, WrongModelError (another model's profile).
+        Args:
+            model: the model; wrappers of torch.compile, PEFT and accelerate are looked through.
+            input_ids: the context, [tokens] or [1, tokens].
+            config: how `save_pretrained` encodes it (default: CacheGenConfig()).
+            profile: the profile of the model, its location (a path, a repository, a URL), "auto" (the one in the
+                model's folder or repository, if there is one: docs/stores.md) or None.
+            tokenizer: if given, its hash becomes a part of the fingerprint.
+            prefill_chunk_tokens: tokens per forward pass.
+            progress: show a progress bar.
+            attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
+
+        Raises:
+            UnsupportedModelError: the model keeps no cache that can be reused, or the context exceeds its positions.
+            UnsupportedLayerError: a layer of its cache is of an unknown kind.
+            TensorError: input_ids are no context.
+            WrongDtypeError: the cache has another dtype than the model.
+            ProfileError: the profile cannot be read.
+            WrongModelError: the profile is another model's.
         """
-        if prefill_chunk_tokens < 1:
-            raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
-        require_model(model)
-        found = for_encoding(profile, model)
-        ids = one_row(input_ids)
-        start = time.perf_counter()
-        if positions_change(model.config, 1, ids.shape[1]):
-            # The rotation depends on the whole length, so the context must be seen at once.
-            prefill_chunk_tokens = ids.shape[1]
-        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        # Without a config it keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
-        past = DynamicCache()
-        device = layer_devices(model, len(layer_kinds(model.config)))[0]
-        chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
-        with evaluation_mode(model):
-            for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
-                model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
-        kv = checked_kv(capture(past, model.config), model, ids)
-        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
-        report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
-        return cls(kv, ids, fingerprint, report, config=config, profile=found)
+        context = compute_context(model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress)
+        return cls._of(context, model, attach)
 
     @classmethod
     def from_cache(
@@ -171,18 +133,14 @@ class CacheGenCache(DynamicCache):
         profile: ProfileLike = "auto",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        attach: bool = True,
     ) -> CacheGenCache:
-        """Wrap a cache that `model` filled with `input_ids`. Its tensors are copied: the cache may go on growing.
+        """Copy a cache that `model` filled with `input_ids`; the original may go on growing.
 
         That the tokens are those of the cache cannot be seen from it; their number, dtype and shapes are checked.
-        Other arguments and errors as for `from_context`.
+        Other arguments and errors are those of `from_context`.
         """
-        require_model(model)
-        found = for_encoding(profile, model)
-        ids = one_row(input_ids)
-        kv = checked_kv(capture(cache, model.config), model, ids).clone()
-        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
-        return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config, profile=found)
+        return cls._of(wrap_cache(cache, input_ids, model, config, profile, tokenizer), model, attach)
 
     @classmethod
     def from_pretrained(
@@ -196,55 +154,48 @@ class CacheGenCache(DynamicCache):
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: bool = False,
         limits: Limits | None = None,
+        attach: bool = True,
         **access: Any,
     ) -> CacheGenCache:
-        """Load an artifact at `level` (default: the finest), each layer to its device of `model`, else to `device`.
+        """Load an artifact, each layer to its device of `model`, else to `device`.
 
-        With a model the fingerprint and the geometry are checked before anything is decoded; `generate` checks again.
-        path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
-        profile: for an artifact that needs one: a Profile, its place, None (the one beside the artifact alone), or
-        "auto": the right one, from wherever it is found (docs/stores.md).
-        limits: how large an artifact may claim to be. access: revision, token, cache_dir, local_files_only,
-        force_download, subfolder and repo_type as in Transformers, and the other fields of hf_cachegen.stores.Access.
-        Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
+        With a model, fingerprint and geometry are checked before anything is decoded; `generate` checks again.
+
+        Args:
+            path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
+            model: the model that the cache is for.
+            level: 1 (coarsest) to the number of levels (default: the finest).
+            device: where the tensors go without a model.
+            profile: for an artifact that needs one: a Profile, its location, None (the one beside the artifact alone)
+                or "auto": the right one, wherever it is found (docs/stores.md).
+            tokenizer: if given, it must be the one of the artifact.
+            progress: show a progress bar.
+            limits: how large an artifact may claim to be.
+            attach: prepare the model, as `from_context` does.
+            access: revision, token, cache_dir, local_files_only, force_download, subfolder and repo_type as in
+                Transformers, and the other fields of hf_cachegen.stores.Access.
+
+        Raises:
+            MismatchError: the artifact belongs to another model, dtype, adapter or tokenizer.
+            ArtifactError: it is missing, damaged or of an unsupported format.
+            StoreError: its location cannot be read.
+            ProfileError: its profile is missing or another one.
         """
-        start = time.perf_counter()
-        opened = open_manifest(open_store(path, Access(**access), limits), model, limits, profile)
-        found = validate(opened, model, tokenizer)
-        artifact, places = found.artifact, found.devices
-        if device is None and places is not None and len(set(places)) == 1:
-            device = places[0]
-        keys, values = artifact.decode(level, device, progress=progress)
-        kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
-        level = artifact.levels if level is None else level
-        report = CacheReport(
-            context_tokens=kv.geometry.tokens,
-            exact_bytes=kv.geometry.nbytes,
-            loaded_bytes=artifact.nbytes_at(level),
-            level=level,
-            load_seconds=time.perf_counter() - start,
-            encoding=artifact.report,
-        )
-        kv = kv if device is not None or places is None else kv.to(places)
-        return cls(
-            kv,
-            found.input_ids,
-            found.fingerprint,
-            report,
-            config=artifact.config,
-            profile=artifact.profile(),
-            source=artifact.store,
-        )
+        context = load_context(path, model, access, level, device, profile, tokenizer, limits, progress)
+        return cls._of(context, model, attach)
 
     @classmethod
-    def stream(cls, path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CacheGenCache:
+    def stream(
+        cls, path: str | os.PathLike[str], model: PreTrainedModel, *, attach: bool = True, **options: Any
+    ) -> CacheGenCache:
         """Load an artifact so that the first token comes within the SLO, counted from this call, whatever the network
         does (docs/streaming.md; section 5.3 of the paper). A chunk that no source gives is recomputed.
 
         Args:
-            path: A folder, a repository on the Hub or a URL, as for `from_pretrained`.
-            model: The model. Every layer goes to its device.
-            **options: The fields of `hf_cachegen.streaming.StreamOptions`: slo, level, policy, refine, prompt_tokens,
+            path: a folder, a repository on the Hub or a URL, as for `from_pretrained`.
+            model: the model. Every layer goes to its device.
+            attach: prepare the model, as `from_context` does.
+            **options: the fields of `hf_cachegen.streaming.StreamOptions`: slo, level, policy, refine, prompt_tokens,
                 prompt, fallback, profile, tokenizer, limits, on_event, stall_seconds, connections, link, cancel; and
                 those of `hf_cachegen.stores.Access`.
 
@@ -252,19 +203,12 @@ class CacheGenCache(DynamicCache):
             The cache. Its report is a StreamReport. With refine="while_generating" its `refinement` goes on.
 
         Raises:
-            ConfigError: An option is out of its range.
+            ConfigError: an option is out of its range.
             StreamCancelledError: `cancel` was set.
             PromptMismatchError: `prompt` has nothing of the context.
-            MismatchError, ArtifactError, StoreError, ProfileError: As for `from_pretrained`.
+            MismatchError, ArtifactError, StoreError, ProfileError: as for `from_pretrained`.
         """
-        found, kv, refinement = stream_context(path, model, StreamOptions.from_keywords(options))
-        artifact = found.artifact
-        cache = cls(
-            kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config,
-            profile=refinement.profile, source=artifact.store,
-        )  # fmt: skip
-        cache.refinement = refinement
-        return cache
+        return cls._of(stream_to_context(path, model, StreamOptions.from_keywords(options)), model, attach)
 
     def save_pretrained(
         self,
@@ -281,18 +225,19 @@ class CacheGenCache(DynamicCache):
         Raises ArtifactExistsError, ConfigError.
         """
         source: Encoder | EncodedContext
-        if self._source is not None:
-            if config is not None and config != self._config:
-                raise ConfigError(f"this cache was decoded from {self._source}; encoding it anew would lose twice")
+        if self.source is not None:
+            if config is not None and config != self.config:
+                raise ConfigError(f"this cache was decoded from {self.source}; encoding it anew would lose twice")
             # What was recomputed throughout has taken no profile.
-            artifact = Artifact(self._source, profile="auto" if self._profile is None else self._profile)
-            if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self._config):
-                raise ConfigError(f"{self._source} is no longer the artifact that this cache was loaded from")
-            source = artifact.read()
+            artifact = Artifact(self.source)
+            if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self.config):
+                raise ConfigError(f"{self.source} is no longer the artifact that this cache was loaded from")
+            taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
+            source = artifact.with_profile(taken).read()
         else:
             layers = list(self.kv.geometry.layers)
-            kv, config = self.kv, config or self._config
-            source = Encoder(kv.keys, kv.values, config, self._profile, layers=layers, progress=progress)
+            kv, config = self.kv, config or self.config
+            source = Encoder(kv.keys, kv.values, config, self.profile, layers=layers, progress=progress)
         write(
             source,
             directory,
@@ -300,8 +245,8 @@ class CacheGenCache(DynamicCache):
             fingerprint=self.fingerprint.to_dict(),
             overwrite=overwrite,
         )
-        if self._source is None:
-            self._report = replace(self._report, encoding=Artifact(directory).report)
+        if self.source is None:
+            self._report = replace(self._report, encoding=Artifact(LocalStore(directory)).report)
 
     def push_to_hub(
         self,
@@ -326,16 +271,13 @@ class CacheGenCache(DynamicCache):
         pushed there, and the artifact says where.
         Raises ConfigError, ConflictError and other StoreErrors.
         """
-        from hf_cachegen.stores import hub, pushing
-
-        place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
         with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
             self.save_pretrained(folder, config)
-            reader = Reader(LocalStore(folder))
-            text = card(reader, repo_id, subfolder=subfolder, description=description)
-            pushed = pushing.push(
-                Path(folder), place, text, profile=profile_to_push(self._profile, reader.manifest.codec, with_profile),
-                token=token, private=private, commit_message=commit_message, create_pr=create_pr,
+            codec = Reader(LocalStore(folder)).manifest.codec
+            pushed = publish_artifact(
+                folder, repo_id, profile=profile_to_push(self.profile, codec, with_profile), description=description,
+                private=private, token=token, revision=revision, subfolder=subfolder, repo_type=repo_type,
+                commit_message=commit_message, create_pr=create_pr,
             )  # fmt: skip
         return pushed.url
 
@@ -346,9 +288,3 @@ class CacheGenCache(DynamicCache):
         reuse = Reuse(pads=(0,), columns=self.kv.geometry.tokens, whole=True)
         kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
         return build_dynamic(kv.clone() if kv is self.kv else kv, reuse, 1, [keys.device for keys in self.kv.keys])
-
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raises MismatchError unless this cache is `model`'s."""
-        require_model(model)
-        self.fingerprint.check(model, tokenizer)
-        require_geometry(model.config, self.kv.geometry)

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import hf_cachegen
+from hf_cachegen._version import __version__
+from hf_cachegen.artifact import MANIFEST_FILE, Reader
 from hf_cachegen.cli_convert import convert
 from hf_cachegen.cli_errors import EXIT_CODES, PROGRAM, ErrorGroup
 from hf_cachegen.cli_models import (
@@ -51,9 +53,8 @@ from hf_cachegen.cli_profile_places import pull_profile, push_profile
 from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, seal, sign
 from hf_cachegen.cli_stream import stream
 from hf_cachegen.cli_views import describe, plot, size_text, tables
-from hf_cachegen.container import MANIFEST_FILE, Reader
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ArtifactExistsError, MissingExtraError, WrongModelError
-from hf_cachegen.geometry import Geometry
 from hf_cachegen.stores import Access, LocalStore, open_store
 
 WITHOUT_PROFILE = (
@@ -64,7 +65,7 @@ EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meani
 
 
 @click.group(PROGRAM, cls=ErrorGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(hf_cachegen.__version__, prog_name=PROGRAM)
+@click.version_option(__version__, prog_name=PROGRAM)
 def main() -> None:
     """KV caches of Transformers models as small files."""
 
@@ -99,8 +100,10 @@ def encode(
     import torch
 
     from hf_cachegen.cache import CacheGenCache
+    from hf_cachegen.models.requirements import require_length
 
     input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
+    require_length(loaded, input_ids.shape[1])
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if positions and input_ids.shape[1] > positions and not as_json:
         note = f"the text has {input_ids.shape[1]:,} tokens, the model was made for {positions:,}: expect poor answers"
@@ -226,8 +229,8 @@ def verify(
         loaded, tokenizer, required = load_for(
             artifact, access, model, profile, revision=revision, device=device, as_json=as_json
         )
-        from hf_cachegen.fingerprint import Fingerprint
-        from hf_cachegen.layout import require_geometry
+        from hf_cachegen.models.fingerprint import Fingerprint
+        from hf_cachegen.models.requirements import require_geometry
 
         if reader.manifest.fingerprint is None:
             raise WrongModelError(f"{artifact} has no fingerprint: nothing says which model it was made with")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cli_output import step
 from hf_cachegen.cli_views import describe
-from hf_cachegen.container import Reader
 from hf_cachegen.stores import Access, open_store
+from hf_cachegen.stores.naming import is_hub_id
 
 if TYPE_CHECKING:
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -34,34 +36,41 @@ def load_model(name: str, *, revision: str | None, dtype: str, device: str | Non
 def _load_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    with _loading(name):
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+    with _loading(name) as found:
+        return AutoTokenizer.from_pretrained(found, revision=revision)
 
 
 def _load_weights(name: str, revision: str | None, dtype: str, place: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _loading(name):
+    with _loading(name) as found:
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
+            found, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
         )
     return model.to(place).eval()
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Quietly; what Transformers raises for a model that it cannot load becomes click.BadParameter."""
+def _loading(name: str) -> Iterator[str]:
+    """Yield the model's folder or id, with "~" expanded, and keep Transformers quiet. What it raises for a model that
+    it cannot load becomes click.BadParameter, which names the folder too; for a path the Hub is not asked.
+    """
     from transformers.utils import logging
 
+    folder = os.path.expanduser(name)
+    missing = "" if os.path.isdir(folder) else f"there is no folder {os.path.abspath(folder)}"
+    if missing and not is_hub_id(name):
+        raise click.BadParameter(f"cannot load {name!r}: {missing}", param_hint="'--model'")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        yield folder
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()
+        first = f"{missing}, and as a model on the Hub: " if missing else ""
         raise click.BadParameter(
-            f"cannot load {name!r}: {reason[0] if reason else type(error).__name__}", param_hint="'--model'"
+            f"cannot load {name!r}: {first}{reason[0] if reason else type(error).__name__}", param_hint="'--model'"
         ) from error
 
 
@@ -126,7 +135,7 @@ def token_counts(cache: Any, prompt_ids: Any, answer: Any) -> dict[str, int]:
 
 def find_profile(choice: str, model: str) -> Profile | None:
     """The profile that --profile means for `model`: "auto", "none" or a path. Raises ProfileError."""
-    from hf_cachegen.finding import find
+    from hf_cachegen.profiles.finding import find
 
     return find(None if choice == "none" else choice, model)
 
@@ -135,9 +144,10 @@ def required_profile(artifact: str, choice: str, model: str, access: Access | No
     """The profile that decoding `artifact` takes, None where it takes none; see `find_profile`. Raises ProfileError
     where it is missing or another one.
     """
-    from hf_cachegen.artifact import Artifact
+    from hf_cachegen.artifact.artifact import Artifact
+    from hf_cachegen.profiles.finding import profile_of
 
-    return Artifact(open_store(artifact, access), None, None if choice == "none" else choice, model).profile()
+    return profile_of(Artifact(open_store(artifact, access)), None if choice == "none" else choice, model)
 
 
 def _device(name: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def learn(
         drawn = draw(sources, most, options["seed"])
     import torch
 
-    from hf_cachegen.calibration import learn_profile
+    from hf_cachegen.profiles.learning import learn_profile
 
     samples = [(torch.tensor([context]), torch.tensor([continuation])) for context, continuation in drawn]
     start = time.perf_counter()
@@ -97,8 +98,9 @@ def learn(
 
 def _place(model: str, out: Path | None, overwrite: bool) -> Path:
     """Where the profile goes, found before anything slow begins."""
-    from hf_cachegen.profile import PROFILE_FILE
+    from hf_cachegen.artifact import PROFILE_FILE
 
+    model = os.path.expanduser(model)
     if out is None and not Path(model).is_dir():
         raise click.UsageError(f"give --out: {model!r} is not a folder", click.get_current_context())
     folder = Path(model) if out is None else out

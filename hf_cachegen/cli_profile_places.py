@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from hf_cachegen.card import profile_card
+from hf_cachegen.artifact import Limits
 from hf_cachegen.cli_options import access_options, output_options, place_argument
 from hf_cachegen.cli_output import bars, print_json, step
 from hf_cachegen.cli_views import size_text
-from hf_cachegen.container import Limits
 from hf_cachegen.stores import Access
+from hf_cachegen.stores.card import profile_card
 from hf_cachegen.stores.profiles import REPO_TYPE, fetch
 
 
@@ -33,7 +33,7 @@ def push_profile(
     of a model of yours. A profile that was there stays there, under its digest.
     """
     data, _ = fetch(profile, Access(), Limits())
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
     from hf_cachegen.stores import hub, pushing
 
     found = Profile.from_bytes(data)
@@ -68,7 +68,7 @@ def pull_profile(
     with step(f"fetching {place}", as_json):
         access = Access(revision=revision, repo_type=repo_type, subfolder=subfolder)
         data, where = fetch(place, access, Limits(), digest)
-    from hf_cachegen.profile import Profile, write_file
+    from hf_cachegen.profiles.files import Profile, write_file
 
     found = Profile.from_bytes(data)
     path = write_file(out, data, overwrite=overwrite)

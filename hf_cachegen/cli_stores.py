@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
-from hf_cachegen.card import card, sealed_card
+from hf_cachegen.artifact import PROFILE_FILE, Reader
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.cli_options import (
     access_options,
     key_option,
@@ -21,10 +22,10 @@ from hf_cachegen.cli_options import (
 )
 from hf_cachegen.cli_output import bars, print_json, printable, step
 from hf_cachegen.cli_views import plain, size_text
-from hf_cachegen.container import Reader
 from hf_cachegen.errors import ProfileError
 from hf_cachegen.stores import Access, LocalStore, SegmentCache
-from hf_cachegen.stores.profiles import PROFILE_FILE, Pin, fetch
+from hf_cachegen.stores.card import card, sealed_card
+from hf_cachegen.stores.profiles import fetch
 from hf_cachegen.stores.sealed import SUFFIX, sealed_names
 from hf_cachegen.stores.survey import find, serve_check
 from hf_cachegen.stores.survey import pull as copy_from

@@ -15,10 +15,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cli_output import printable
-from hf_cachegen.container import Reader
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ManifestError
-from hf_cachegen.geometry import Geometry
 
 MAX_ROWS = 128
 """Layers that a table shows; --json has all."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_cachegen.artifact import Artifact
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,

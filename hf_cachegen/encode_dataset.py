@@ -25,16 +25,17 @@ import xxhash
 from click.core import ParameterSource
 from tqdm import tqdm
 
+from hf_cachegen.artifact import MANIFEST_FILE, Reader
 from hf_cachegen.cli_errors import INTERRUPTED, report
 from hf_cachegen.cli_models import load_model, token_ids
 from hf_cachegen.cli_options import dtype_option, encoder_options, encoder_settings, encoding_profile_option
-from hf_cachegen.container import MANIFEST_FILE, Reader
 from hf_cachegen.errors import ArtifactExistsError, ConfigError, MissingExtraError
 from hf_cachegen.stores import LocalStore
+from hf_cachegen.stores.naming import is_hub_id
 
 if TYPE_CHECKING:
     from hf_cachegen.config import CacheGenConfig
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
 
 INDEX_FILE = "index.jsonl"
 PATIENCE = timedelta(days=7)
@@ -66,16 +67,18 @@ class Source:
         except ImportError as error:
             raise MissingExtraError("install the extra 'eval' (accelerate, datasets) to encode data sets") from error
         disable_progress_bars()
-        path = Path(self.place)
+        path = Path(os.path.expanduser(self.place))
         if path.is_file() and path.suffix.lower() not in READERS:
             raise ConfigError(f"{path}: expected one of {', '.join(READERS)}")
+        if not path.exists() and (path.suffix.lower() in READERS or not is_hub_id(self.place)):
+            raise ConfigError(f"there is no file or folder {os.path.abspath(path)}")
         try:
             if path.is_file():
                 reader = READERS[path.suffix.lower()]
                 options = {"sample_by": "document"} if reader == "text" else {}
                 found = load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
             else:
-                found = load_dataset(self.place, self.name, split=self.split, revision=self.revision, streaming=True)
+                found = load_dataset(str(path), self.name, split=self.split, revision=self.revision, streaming=True)
         except Exception as error:  # `datasets` raises whatever its readers and clients do
             raise ConfigError(f"cannot load {self.place!r}: {' '.join(str(error).split())[:300]}") from error
         column = "text" if path.suffix.lower() == ".txt" else self.column
@@ -99,7 +102,7 @@ class Encoding:
 
     def name(self, ids: list[int]) -> str:
         """The folder of the artifact of these tokens."""
-        from hf_cachegen.fingerprint import Fingerprint
+        from hf_cachegen.models.fingerprint import Fingerprint
 
         fingerprint = Fingerprint.of(self.model, ids, self.tokenizer).to_dict()
         for field in PASSING_FIELDS:

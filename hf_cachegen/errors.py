@@ -133,7 +133,7 @@ class StoreTimeoutError(StoreError, TimeoutError):
 
 
 class RangeError(StoreError):
-    """The server does not serve byte ranges rightly: it ignores them, compresses them, or sends other ones."""
+    """The server does not serve byte ranges rightly: it compresses them, or sends other ones, or a wrong length."""
 
 
 class ChangedError(StoreError):

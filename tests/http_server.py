@@ -124,6 +124,33 @@ def ignore_range(request: Request, body: bytes, headers: dict[str, str]) -> None
     request.answer(200, request.server.files[request.path.lstrip("/")], headers)
 
 
+def with_other_length(request: Request, body: bytes, headers: dict[str, str]) -> None:
+    """Ignores the range and sends something else, as an error page that says 200."""
+    headers.pop("Content-Range")
+    request.answer(200, request.server.files[request.path.lstrip("/")] + b"more", headers)
+
+
+def whole_without_length(request: Request, body: bytes, headers: dict[str, str]) -> None:
+    """Ignores the range; the end of the connection is the end of the file."""
+    request.send_response(200)
+    request.end_headers()
+    request.wfile.write(request.server.files[request.path.lstrip("/")])
+    request.close_connection = True
+
+
+def whole_of_another(request: Request, body: bytes, headers: dict[str, str]) -> None:
+    """Ignores the range, and the file is another one of the same length by now."""
+    ignore_range(request, body, {**headers, "ETag": '"another"'})
+
+
+def whole_cut(request: Request, body: bytes, headers: dict[str, str]) -> None:
+    """Ignores the range, and announces all, sends a part, closes."""
+    whole = request.server.files[request.path.lstrip("/")]
+    headers.pop("Content-Range")
+    request.answer(200, whole[: len(whole) // 2], {**headers, "Content-Length": str(len(whole))})
+    request.close_connection = True
+
+
 def with_headers(**changes: str | None) -> Fault:
     """The right body under other headers; None leaves one out."""
 

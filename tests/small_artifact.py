@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_cachegen.container import Manifest, Reader, Store, pack_input_ids, write_artifact
+from hf_cachegen.artifact import Manifest, Reader, Store, pack_input_ids, write_artifact
 from hf_cachegen.errors import ArtifactNotFoundError
 from hf_cachegen.stores import LocalStore
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -30,6 +30,7 @@ from hf_cachegen.errors import (
     WrongWeightsError,
 )
 from hf_cachegen.generation import generate
+from hf_cachegen.models.compat import CACHE_ARGUMENT, cache_of
 from tests import tiny_models
 
 CONTEXT = tiny_models.tokens(40)
@@ -53,7 +54,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_from_context_keeps_what_the_model_computes(cache: CacheGenCache) -> None:
     model = tiny_models.shared("llama")
     with torch.no_grad():
-        stock = model(CONTEXT, use_cache=True).past_key_values
+        stock = cache_of(model(CONTEXT, use_cache=True))
     for mine, theirs in zip(cache.layers, stock.layers, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys)
         torch.testing.assert_close(mine.values, theirs.values)
@@ -94,7 +95,7 @@ def test_a_context_is_one_row_of_tokens() -> None:
 def test_from_cache_wraps_a_copy() -> None:
     model, stock = tiny_models.shared("llama"), DynamicCache()
     with torch.no_grad():
-        model(CONTEXT, past_key_values=stock)
+        model(CONTEXT, **{CACHE_ARGUMENT: stock})
         cache = CacheGenCache.from_cache(stock, CONTEXT, model)
         stock.layers[0].keys.zero_()
     torch.testing.assert_close(cache.kv.keys[0], CacheGenCache.from_context(model, CONTEXT).kv.keys[0])
@@ -104,8 +105,8 @@ def test_from_cache_takes_what_generate_returns() -> None:
     model = tiny_models.shared("llama")
     result = model.generate(CONTEXT, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     with pytest.raises(TensorError, match=r"holds 44 tokens, input_ids 45; .* pass sequences\[:, :-1\]"):
-        CacheGenCache.from_cache(result.past_key_values, result.sequences, model)
-    chat = CacheGenCache.from_cache(result.past_key_values, result.sequences[:, :-1], model)
+        CacheGenCache.from_cache(cache_of(result), result.sequences, model)
+    chat = CacheGenCache.from_cache(cache_of(result), result.sequences[:, :-1], model)
     prompt = torch.cat([result.sequences, tiny_models.tokens(5, 9)], dim=1)
     expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(generate(model, prompt, cache=chat, max_new_tokens=8, do_sample=False), expected)
@@ -114,14 +115,14 @@ def test_from_cache_takes_what_generate_returns() -> None:
 def test_from_cache_checks_what_can_be_seen() -> None:
     model = tiny_models.shared("llama")
     with torch.no_grad():
-        stock = model(CONTEXT, use_cache=True).past_key_values
+        stock = cache_of(model(CONTEXT, use_cache=True))
     with pytest.raises(WrongDtypeError, match="the cache is float32, the model runs in bfloat16"):
         CacheGenCache.from_cache(stock, CONTEXT, tiny_models.make("llama").bfloat16())
     with pytest.raises(TensorError, match="has 4 cache layers, this DynamicCache has 0"):
         CacheGenCache.from_cache(DynamicCache(), CONTEXT, model)
     sliding = tiny_models.shared("mistral")
     with torch.no_grad():
-        cut = sliding(CONTEXT, use_cache=True).past_key_values
+        cut = cache_of(sliding(CONTEXT, use_cache=True))
     with pytest.raises(TensorError, match="its sliding window was cut"):
         CacheGenCache.from_cache(cut, CONTEXT, sliding)
 
@@ -143,18 +144,18 @@ WRITES: dict[str, Any] = {
 @pytest.mark.parametrize("write_into", WRITES.values(), ids=WRITES.keys())
 def test_it_is_read_only(cache: CacheGenCache, write_into: Any) -> None:
     before = copy.deepcopy(cache)
-    with pytest.raises(ReadOnlyCacheError, match=r"hf_cachegen.generate.*attach.*to_dynamic"):
+    with pytest.raises(ReadOnlyCacheError, match=r"read-only.*hf_cachegen.attach.*to_dynamic"):
         write_into(cache)
     assert same(cache, before)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_passed_to_a_plain_generate_it_raises(cache: CacheGenCache, options: dict[str, Any]) -> None:
-    model = tiny_models.shared("llama")
+def test_passed_to_a_model_that_is_not_prepared_it_raises(cache: CacheGenCache, options: dict[str, Any]) -> None:
+    model = tiny_models.make("llama")
     prompt = torch.cat([CONTEXT, tiny_models.tokens(5, 9)], dim=1)
     for ids in (prompt, CONTEXT, prompt[:, :20]):
         with pytest.raises(ReadOnlyCacheError):
-            model.generate(ids, past_key_values=cache, max_new_tokens=5, **options)
+            model.generate(ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=5, **options)
 
 
 @pytest.mark.parametrize("name", tiny_models.SUPPORTED)
@@ -164,7 +165,7 @@ def test_to_dynamic_is_a_stock_cache_of_its_own(name: str) -> None:
     before, stock = copy.deepcopy(cache), cache.to_dynamic()
     prompt = torch.cat([CONTEXT, tiny_models.tokens(5, 9)], dim=1)
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(model.generate(prompt, past_key_values=stock, **options), model.generate(prompt, **options))
+    assert torch.equal(model.generate(prompt, **{CACHE_ARGUMENT: stock}, **options), model.generate(prompt, **options))
     for layer in stock.layers:
         layer.keys.zero_()
     assert same(cache, before)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_cachegen import CacheGenConfig, artifact, cli_errors, encode_kv, errors
+from hf_cachegen import CacheGenConfig, cli_errors, encode_kv, errors
+from hf_cachegen.artifact import BASE_FILE, MANIFEST_FILE, artifact, manifest
 from hf_cachegen.cli_options import encoder_options
 from hf_cachegen.cli_views import plain
-from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, manifest
 from tests.cli_support import run, run_json
 
 COMMANDS = (

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_cachegen import artifact, cli_errors, encode_kv, errors
+from hf_cachegen import cli_errors, encode_kv, errors
+from hf_cachegen.artifact import artifact
 from tests.cli_support import run_json
 
 

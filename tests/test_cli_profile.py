@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cachegen import Profile, cli_errors, learn_profile
-from hf_cachegen.calibration import DEFAULT_TARGETS, journal, learning, moments
+from hf_cachegen.artifact import PROFILE_FILE
 from hf_cachegen.cli_options import learning_options
 from hf_cachegen.cli_samples import draw, from_rows, from_text
-from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.profiles.learning import DEFAULT_TARGETS, journal, learning, moments
 from tests.cli_support import WORDS, run, run_json, save_model, text
 from tests.test_cli_docs import DOCUMENT
 
@@ -306,7 +306,7 @@ def test_another_models_profile_is_a_mismatch(tmp_path: Path, profile: Path) -> 
     [
         (["--transform", "klt"], False, cli_errors.USAGE, "--transform klt needs a profile"),
         (["--transform", "klt", "--profile", "none"], False, cli_errors.USAGE, "--transform klt needs a profile"),
-        (["--profile", "nowhere"], False, cli_errors.PROFILE, "there is no profile at nowhere"),
+        (["--profile", "nowhere"], False, cli_errors.PROFILE, "nowhere; learn one"),
         (["--transform", "delta"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
         (["--lossless"], True, cli_errors.USAGE, "--profile PLACE is for --transform klt"),
         (["--levels", 2], True, cli_errors.USAGE, "the profile has 3 levels"),

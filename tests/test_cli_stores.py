@@ -66,6 +66,22 @@ def test_push_ls_pull(server: HubServer, folder: Path, tmp_path: Path) -> None:
     assert run_json("inspect", REPO)["bytes"] == run_json("verify", f"hf://datasets/{REPO}/b")["bytes"] == size
 
 
+def test_links_are_pushed_only_from_within(server: HubServer, folder: Path, tmp_path: Path) -> None:
+    """The Hub's own cache may be pushed; what a link elsewhere names may be the user's and another's wish."""
+    snapshot = tmp_path / "repo" / "snapshots" / "commit"
+    (tmp_path / "repo" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        (tmp_path / "repo" / "blobs" / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    run_json("push", snapshot, REPO)
+    (tmp_path / "linked").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "linked" / path.name).symlink_to(path)
+    run_json("verify", tmp_path / "linked")
+    assert "link out of" in run_json("push", tmp_path / "linked", REPO, code=3)["error"]["message"]
+
+
 def test_pushing_to_the_public(server: HubServer, folder: Path) -> None:
     assert run("push", folder, REPO, "--public").exit_code == 0
     assert not server.repos[f"datasets/{REPO}"].private
@@ -104,6 +120,9 @@ def test_serve_check(web: Server) -> None:
     assert [row["passed"] for row in found["checks"]] == [True, True, True, True, None]
     assert "ok  ranges" in run("serve-check", f"{web.url}/context").stdout
     web.always = faults.ignore_range
+    assert run_json("serve-check", f"{web.url}/context")["passed"]
+    assert "-  ranges: ignored" in run("serve-check", f"{web.url}/context").stdout
+    web.always = faults.whole_without_length
     assert not run_json("serve-check", f"{web.url}/context", code=1)["passed"]
     assert "FAILED  manifest" in run("serve-check", f"{web.url}/context").stdout
 

@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv, native
-from hf_cachegen.codec import passes, rans
+from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv
+from hf_cachegen.codec import native, passes, rans
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import Encoder, gather
+from hf_cachegen.codec.rows import gather
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 from hf_cachegen.streaming.layers import LayerWriter
 from tests.coder_support import draw_section, laplace_tables
@@ -119,7 +120,7 @@ def test_klt_decodes_there_to_a_rounding_of_here(level: int) -> None:
 
     model = AutoModelForCausalLM.from_pretrained("eval/reference/model", dtype=torch.bfloat16)
     cache = CacheGenCache.from_context(model, torch.randint(5, 200, (1, 700)))
-    profile = cache._profile
+    profile = cache.profile
     assert profile is not None
     encoded = encode_kv(cache.kv.keys, cache.kv.values, CacheGenConfig(transform="klt"), profile)
     for here, there in zip(decode_kv(encoded, level), decode_kv(encoded, level, device="cuda"), strict=True):
@@ -142,7 +143,7 @@ def test_passes_give_the_same_symbols() -> None:
 
 def test_the_current_stream_is_used() -> None:
     made = Encoder(*sample_kv(), CacheGenConfig(transform="delta", chunk_tokens=64))
-    parts, span = next(made.chunks()), made.spans[0]
+    parts, span = next(made.chunks()), made.rows.spans[0]
     expected = made.codec.decode(parts, span, torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -16,6 +16,7 @@ from transformers.generation import BaseStreamer
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import PromptMismatchError
 from hf_cachegen.generation import attach, generate
+from hf_cachegen.models.compat import cache_of
 from tests import tiny_models
 from tests.generation_support import (
     ASSISTED,
@@ -148,7 +149,7 @@ def test_generating_leaves_the_cache_as_it_was(name: str, cache: CacheGenCache) 
         assert same(shared(name), cache, prompt(9), **options)
         assert same(shared(name), cache, prompt(9), **options)
     result = generate(shared(name), prompt(9), cache=cache, max_new_tokens=2, return_dict_in_generate=True)
-    for layer in result.past_key_values.layers:
+    for layer in cache_of(result).layers:
         layer.keys.zero_()
         layer.values.zero_()
     for left, right in zip((*cache.kv.keys, *cache.kv.values), (*before.kv.keys, *before.kv.values), strict=True):
@@ -212,8 +213,8 @@ def test_dictionaries(name: str, cache: CacheGenCache, mode: str) -> None:
     result = seeded(generate, shared(name), **inputs, cache=cache, **options)
     assert type(result) is type(expected)
     assert torch.equal(result.sequences, expected.sequences)
-    assert type(result.past_key_values) is type(expected.past_key_values)
-    assert result.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert type(cache_of(result)) is type(cache_of(expected))
+    assert cache_of(result).get_seq_length() == cache_of(expected).get_seq_length()
     for left, right in zip((*result.scores, *result.logits), (*expected.scores, *expected.logits), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
     if "beam" in mode:

@@ -51,7 +51,6 @@ def test_arguments_are_those_of_the_stock_generate(name: str, cache: CacheGenCac
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "past_key_values": {"past_key_values": transformers.DynamicCache()},
     "inputs_embeds": {"inputs_embeds": torch.zeros(1, 49, 32)},
     "use_cache": {"use_cache": False},
     "contrastive_search": {"penalty_alpha": 0.6, "top_k": 4},
@@ -78,6 +77,8 @@ def test_calls_that_cannot_start_from_a_cache_are_refused(name: str, cache: Cach
 def test_unsound_arguments_are_refused(name: str, cache: CacheGenCache) -> None:
     with pytest.raises(UnsupportedModelError, match="no input_ids"):
         generate(shared(name), cache=cache)
+    with pytest.raises(ConfigError, match=r"given twice, as \['cache', 'past_key_values'\]"):
+        generate(shared(name), prompt(9), cache=cache, past_key_values=transformers.DynamicCache())
     with pytest.raises(TensorError, match="input_ids must be a tensor"):
         generate(shared(name), prompt(9)[0], cache=cache)
     with pytest.raises(TensorError, match="must cover the whole prompt"):

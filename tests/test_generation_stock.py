@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import PromptMismatchError, UnsupportedLayerError, WrongDtypeError, WrongWeightsError
 from hf_cachegen.generation import generate
+from hf_cachegen.models.compat import CACHE_ARGUMENT, cache_of
 from tests import tiny_models
 from tests.generation_support import CONTEXT, batch, prompt
 from tests.tiny_models import shared
@@ -26,7 +27,7 @@ def prefilled(name: str, **kwargs: Any) -> DynamicCache:
     """A stock cache of the context."""
     cache = DynamicCache(**kwargs)
     with torch.no_grad():
-        shared(name)(CONTEXT, past_key_values=cache, use_cache=True)
+        shared(name)(CONTEXT, **{CACHE_ARGUMENT: cache}, use_cache=True)
     return cache
 
 
@@ -39,7 +40,7 @@ def right(name: str, **inputs: Any) -> torch.Tensor:
 
 
 def stock(name: str, cache: DynamicCache, **inputs: Any) -> torch.Tensor:
-    return shared(name).generate(**inputs, past_key_values=cache, **OPTIONS)
+    return shared(name).generate(**inputs, **{CACHE_ARGUMENT: cache}, **OPTIONS)
 
 
 def test_a_cache_of_the_whole_prompt() -> None:
@@ -113,7 +114,7 @@ def test_pads_between_context_and_question_fail_with_a_sliding_window() -> None:
 @pytest.mark.parametrize("extra", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
 def test_beams_and_several_sequences(extra: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=r"Sizes of tensors must match|size"):
-        shared("llama").generate(prompt(9), past_key_values=prefilled("llama"), **{**OPTIONS, **extra})
+        shared("llama").generate(prompt(9), **{CACHE_ARGUMENT: prefilled("llama")}, **{**OPTIONS, **extra})
     if "num_beams" in extra:
         right("llama", input_ids=prompt(9), **extra)
 
@@ -158,7 +159,7 @@ def test_a_cache_of_another_dtype() -> None:
 
 
 def test_a_cache_of_another_model() -> None:
-    wrong = shared("llama", 1).generate(prompt(9), past_key_values=prefilled("llama"), **OPTIONS)
+    wrong = shared("llama", 1).generate(prompt(9), **{CACHE_ARGUMENT: prefilled("llama")}, **OPTIONS)
     assert not torch.equal(wrong, shared("llama", 1).generate(prompt(9), **OPTIONS))
     with pytest.raises(WrongWeightsError):
         generate(shared("llama", 1), prompt(9), cache=CacheGenCache.from_context(shared("llama"), CONTEXT))
@@ -167,7 +168,7 @@ def test_a_cache_of_another_model() -> None:
 def test_a_recurrent_state_cannot_be_cut() -> None:
     model = shared("qwen3_next")
     with torch.no_grad():
-        cache = model(CONTEXT, use_cache=True).past_key_values
+        cache = cache_of(model(CONTEXT, use_cache=True))
     with pytest.raises((ValueError, RuntimeError)):
         cache.crop(-5)
     with pytest.raises(UnsupportedLayerError):

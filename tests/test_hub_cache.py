@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -14,18 +11,17 @@ import torch
 from huggingface_hub import constants
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, generate
-from hf_cachegen.card import card
-from hf_cachegen.container import Limits, Manifest, Reader
+from hf_cachegen.artifact import Limits, Manifest, Reader
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ConfigError,
     LimitError,
     OfflineError,
-    RangeError,
     StoreAccessError,
     WrongWeightsError,
 )
 from hf_cachegen.stores import LocalStore, Patience
+from hf_cachegen.stores.card import card
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
 from tests import tiny_models
@@ -217,23 +213,6 @@ def test_from_a_web_server(context: CacheGenCache, tmp_path: Path) -> None:
         with pytest.raises(StoreAccessError):
             CacheGenCache.from_pretrained(f"{web.url}/a/b", force_download=True, patience=IMPATIENT)
     assert same(CacheGenCache.from_pretrained(f"{web.url}/a/b", local_files_only=True), first)
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def test_from_pythons_own_web_server(context: CacheGenCache, tmp_path: Path) -> None:
-    """It knows no ranges, and is what many would try first: it must be said, not guessed."""
-    context.save_pretrained(tmp_path / "local")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as web:
-        thread = threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        with pytest.raises(RangeError, match="nginx"):
-            CacheGenCache.from_pretrained(f"http://127.0.0.1:{web.server_port}/local", patience=IMPATIENT)
-        web.shutdown()
-        thread.join()
 
 
 def test_from_memory(context: CacheGenCache, tmp_path: Path, cache_folder: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, finding, learn_profile
-from hf_cachegen.container import Reader
+from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, learn_profile
+from hf_cachegen.artifact import PROFILE_FILE, Reader
 from hf_cachegen.errors import (
     ConfigError,
     OfflineError,
@@ -22,8 +22,8 @@ from hf_cachegen.errors import (
     WrongModelError,
     WrongWeightsError,
 )
-from hf_cachegen.fingerprint import coarse_weights
-from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.models.fingerprint import coarse_weights
+from hf_cachegen.profiles import finding
 from hf_cachegen.stores import LocalStore, Patience, SegmentCache
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.http_server import Server, running
@@ -194,23 +194,23 @@ def test_a_model_on_the_hub_finds_its_profile(server: HubServer, model, profile:
     profile.push_to_hub(REPO)
     server.calls.clear()
     cache = context(model)
-    assert cache._profile is not None
-    assert cache._profile.place == profile.place
+    assert cache.profile is not None
+    assert cache.profile.place == profile.place
     asked = list(server.calls)
     assert len(asked) <= 3
     context(model)
     assert server.calls == asked  # once in a process
     finding._on_hub.cache_clear()
     monkeypatch.setenv("HF_CACHEGEN_PROFILES", "")
-    assert context(model)._profile is None
+    assert context(model).profile is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_CACHEGEN_PROFILES")
-    assert context(model)._profile is not None  # from the local cache
+    assert context(model).profile is not None  # from the local cache
     assert server.calls == asked
 
 
 def test_a_model_on_the_hub_without_a_profile(server: HubServer, model) -> None:
-    assert context(model)._profile is None
+    assert context(model).profile is None
     assert server.calls == [f"GET /api/models/{REPO}/revision/main"]
     context(model)
     assert len(server.calls) == 1
@@ -221,7 +221,7 @@ def test_a_hub_that_is_down_is_said(server: HubServer, model, monkeypatch: pytes
         monkeypatch.setattr(constants, "ENDPOINT", gone.url)
     monkeypatch.setattr(finding, "QUICK", IMPATIENT)
     with pytest.warns(UserWarning, match=re.escape(f"whether there is a profile in {REPO} is not known")):
-        assert context(model)._profile is None
+        assert context(model).profile is None
 
 
 def test_a_name_is_not_believed(server: HubServer, model, profile: Profile) -> None:
@@ -259,7 +259,7 @@ def test_weights_are_the_same_in_every_dtype_that_holds_them(model, profile: Pro
 
 def test_a_signature_covers_the_profile(server: HubServer, model, profile: Profile, tmp_path: Path) -> None:
     ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
-    from hf_cachegen.container.manifest import Manifest, dumps, loads
+    from hf_cachegen.artifact.manifest import Manifest, dumps, loads
     from hf_cachegen.stores.signed import sign
 
     private = ed25519.Ed25519PrivateKey.generate()

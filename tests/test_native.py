@@ -18,10 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_cachegen import native
-from hf_cachegen.codec import ops, passes, rans, rans_reference, tables
+from hf_cachegen.codec import native, ops, passes, rans, rans_reference, tables
+from hf_cachegen.codec.native import TileStatus
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
-from hf_cachegen.native import TileStatus
 from tests.coder_support import Section, draw_section, laplace_tables
 from tests.lockstep import COMPILER, CPU_SOURCES, KERNEL_SOURCES, ROOT, STRICT, needs_compiler
 

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_ten_lines_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = re.search(r"## Ten lines\n\n```python\n(.*?)```\n```\n(.*?)```", README, re.S)
+    found = re.search(r"```python\n(.*?)```\n```\n(.*?)```", README, re.S)
     assert found is not None
     code, shown = found.groups()
     monkeypatch.chdir(tmp_path)
@@ -23,6 +23,11 @@ def test_the_ten_lines_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.M
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert printed.getvalue().strip() == shown.strip()
+
+
+def test_it_is_short_and_begins_with_the_installation() -> None:
+    assert len(README.splitlines()) < 120
+    assert README.index("pip install hf_cachegen") < README.index("```python")
 
 
 def test_links_lead_somewhere() -> None:

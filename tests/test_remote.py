@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Reader, Segment
+from hf_cachegen.artifact import Reader, Segment
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,
@@ -144,7 +144,10 @@ def test_a_passing_fault_is_mended(server: Server, fault: Fault) -> None:
 
 
 LASTING: dict[str, tuple[Fault, type[Exception], str]] = {
-    "ignores ranges": (faults.ignore_range, RangeError, "ignores byte ranges"),
+    "ignores ranges, another length": (faults.with_other_length, RangeError, f"byte ranges .* expected {len(DATA)}"),
+    "ignores ranges, no length": (faults.whole_without_length, RangeError, "ignores byte ranges .* got 'none'"),
+    "ignores ranges, another ETag": (faults.whole_of_another, ChangedError, "changed while"),
+    "ignores ranges, cut always": (faults.whole_cut, StoreError, "bytes early, in every attempt"),
     "no Content-Range": (faults.with_headers(Content_Range=None), RangeError, "sent ''"),
     "another range": (faults.other_range, RangeError, "sent 'bytes 1-"),
     "a strange Content-Range": (faults.with_headers(Content_Range="lines 1-2/3"), RangeError, "lines 1-2/3"),
@@ -192,7 +195,9 @@ def test_a_lasting_fault_is_a_typed_error(
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("fault", [faults.ignore_range, faults.with_headers(Content_Encoding="br"), faults.status(416)])
+@pytest.mark.parametrize(
+    "fault", [faults.whole_without_length, faults.with_headers(Content_Encoding="br"), faults.status(416)]
+)
 def test_a_server_that_cannot_serve_ranges_is_found_out_when_opening(server: Server, fault: Fault) -> None:
     server.always = fault
     with pytest.raises(RangeError):

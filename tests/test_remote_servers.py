@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from hf_cachegen.container import PROFILE_FILE, Limits, Reader, chain
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Reader, chain
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,
@@ -28,7 +29,7 @@ from hf_cachegen.errors import (
 from hf_cachegen.stores import Access, Patience, RemoteStore, open_store
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import HEAD_BYTES
-from hf_cachegen.stores.profiles import Pin, fetch_pinned
+from hf_cachegen.stores.profiles import fetch_pinned
 from hf_cachegen.stores.remote import open_files
 from tests.small_artifact import contents, write
 

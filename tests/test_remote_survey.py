@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from hf_cachegen.container import Limits, Reader
+from hf_cachegen.artifact import Limits, Reader
 from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError, ConfigError, CorruptError, LimitError
 from hf_cachegen.stores import Access, LocalStore, Patience
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
@@ -93,10 +93,17 @@ def test_a_server_that_marks_nothing(server: Server) -> None:
     assert [check.passed for check in serve_check(f"{server.url}/context", ACCESS)] == [True, True, None, True, None]
 
 
+def test_a_server_without_ranges_will_do_slowly(server: Server) -> None:
+    server.always = faults.ignore_range
+    checks = serve_check(f"{server.url}/context", ACCESS)
+    assert [check.passed for check in checks] == [True, None, True, True, None]
+    assert "whole" in checks[1].detail
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (faults.ignore_range, "RangeError"),
+        (faults.whole_without_length, "RangeError"),
         (faults.with_headers(Content_Encoding="gzip"), "gzip"),
         (faults.status(403), "StoreAccessError"),
         (faults.status(404), "there is no"),

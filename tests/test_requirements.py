@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -22,11 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest needs there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = re.findall(r"Python :: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), re.MULTILINE)
-PINS = [
-    Requirement(line.split("  #")[0])
-    for line in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
-    if not line.startswith("#")
-]
+
+
+def pins_of(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [Requirement(line.split("  #")[0]) for line in lines if not line.startswith("#")]
+
+
+PINS = pins_of("requirements-dev.txt")
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 BRINGS_ITS_OWN = {"torch"}  # CUDA or not, by platform and index: what it needs is left to pip
 
 
@@ -103,13 +108,92 @@ def test_what_a_package_needs_is_pinned_too(python: str) -> None:
     assert len(seen) > len(pins) // 2
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def steps_of(*arguments: str) -> list[str]:
+    """The commands that make would run."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "-n", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@needs_make
 def test_the_oldest_that_is_allowed_is_what_test_oldest_installs(tmp_path: Path) -> None:
-    oldest, own = tmp_path / "oldest", {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    command = ["make", "-n", f"PYTHON={sys.executable}", f"OLDEST={oldest}", f"{oldest}/.requirements"]
-    steps = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout
+    oldest = tmp_path / "oldest"
+    steps = steps_of(f"OLDEST={oldest}", f"{oldest}/.requirements")
     floors = [re.sub(r">=([\d.]+)(,<\d+)?$", r"==\1", needed) for needed in PROJECT["dependencies"]]
     assert all(re.fullmatch(r"[a-z_]+==[\d.]+", floor) for floor in floors)
-    installs = [line.split() for line in steps.splitlines() if "pip install" in line]
+    installs = [line.split() for line in steps if "pip install" in line]
     assert [word for word in installs[-1] if "==" in word] == floors
     assert all(floors[0] in words for words in installs), "torch comes first, wherever from, and is not replaced"
+
+
+@needs_make
+def test_newest_asks_for_all_that_is_allowed_and_reads_no_pin_but_that_of_torch(tmp_path: Path) -> None:
+    newest = tmp_path / "newest"
+    steps = steps_of(f"NEWEST={newest}", f"{newest}/.requirements")
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    allowed = {needed for each in lists for needed in each if not needed.startswith("hf_cachegen[")}
+    installs = [line for line in steps if "pip install" in line]
+    assert set(re.findall(r'"([^"]+)"', installs[-1])) == allowed
+    assert "--upgrade-strategy eager" in installs[-1]
+    assert f"--constraint {newest}/torch.txt" in installs[-1], "the torch that was found is not replaced"
+    assert re.findall(r"[\w-]+==[\d.]+", " ".join(installs)) == [f"torch=={pinned('3.11')['torch']}"]
+    assert not any("requirements-dev" in line for line in steps)
+
+
+@needs_make
+def test_newest_resolves_again_in_every_run(tmp_path: Path) -> None:
+    newest = tmp_path / "newest"
+    newest.mkdir()
+    for stamp in (".created", ".requirements", ".package"):
+        (newest / stamp).touch()
+    assert any("--upgrade-strategy eager" in line for line in steps_of(f"NEWEST={newest}", "test-newest"))
+
+
+@needs_make
+def test_the_oldest_transformers_is_tested_on_generation_with_the_pinned_torch(tmp_path: Path) -> None:
+    own, main = tmp_path / "own", tmp_path / "main"
+    steps = steps_of(f"OLDEST_TRANSFORMERS={own}", f"VENV={main}", "test-oldest-transformers")
+    floor = next(needed for needed in PROJECT["dependencies"] if needed.startswith("transformers>="))
+    installs = [line for line in steps if f"{own}/bin/python -m pip install" in line]
+    assert [line.split()[-1] for line in installs] == [re.sub(r">=([\d.]+).*", r"==\1", floor)]
+    matrix = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_generation*.py")}
+    assert {*matrix, "tests/test_cache.py", "tests/test_layout.py"} <= set(steps[-1].split())
+
+
+def commands(steps: Iterable[str]) -> set[str]:
+    """The targets of make that some commands name."""
+    return {word for line in steps if line.startswith("make ") for word in line.split()[1:] if "=" not in word}
+
+
+def test_continuous_integration_runs_all_tests_and_the_documentation() -> None:
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert commands(run) == {"docs", "test", "test-slow", "test-oldest-transformers"}
+
+
+@needs_make
+def test_the_workflows_run_targets_that_exist_on_the_pythons_that_are_claimed() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflows = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / ".github/workflows").iterdir()}
+    steps = [step for flow in workflows.values() for job in flow["jobs"].values() for step in job["steps"]]
+    for name in ("test", "newest"):
+        assert f"name: {name}" in (ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8")
+    linux, weekly = workflows["test"]["jobs"]["linux"], workflows["newest"]["jobs"]["dependencies"]
+    assert linux["strategy"]["matrix"]["python"] == PYTHONS
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", each) for each in used), "an action is pinned by its major version"
+    targets = {entry["target"] for entry in weekly["strategy"]["matrix"]["include"]}
+    assert targets >= {"test-newest"}
+    named = commands(step["run"].strip() for step in steps if "run" in step) - {"${{", "}}", "matrix.target"}
+    assert {"test", "test-slow", "test-oldest-transformers", "docs"} <= named
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    assert named | targets <= set(phony[1].split())
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_a_package_for_the_documentation_is_pinned_once_to_one_version(python: str) -> None:
+    found = [pin for pin in pins_of("requirements-docs.txt") if holds(pin, python)]
+    names = [canonicalize_name(pin.name) for pin in found]
+    assert sorted(names) == sorted(set(names))
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"} <= set(names)
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in found)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hf_cachegen.container import Range, Segment, Store, chain, innermost, without_signature
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact import Range, Segment, Store, chain, innermost, without_signature
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import CorruptError
 from hf_cachegen.stores import Access, LocalStore, RemoteStore, SegmentCache, open_store
 from hf_cachegen.stores.cached import CachedStore
@@ -123,7 +123,7 @@ def test_an_opened_store_tells_how_it_was_reached(tmp_path: Path) -> None:
     access = Access(public_key=PUBLIC)
     store = open_store(tmp_path / "artifact", access)
     assert access_of(store) == access
-    assert [one.signed for one in chain(store)] == [False, True, False]
+    assert [one.signed for one in chain(store)] == [True, False]
     assert isinstance(innermost(store), LocalStore)
     assert innermost(without_signature(store)) is innermost(store)
     assert not any(one.signed for one in chain(without_signature(store)))

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Reader
+from hf_cachegen.artifact import Reader
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedError
-from hf_cachegen.stores import LocalStore
+from hf_cachegen.stores import LocalStore, open_store
+from hf_cachegen.stores.local import published_root
+from hf_cachegen.stores.survey import find
 from tests.small_artifact import FILES, write
 
 
@@ -65,15 +67,27 @@ def test_a_link_within_the_directory_is_followed(tmp_path: Path) -> None:
     assert store.read("link", 0, 2) == b"01"
 
 
-@pytest.mark.parametrize("target", ["../secret", "/etc/passwd", "inner/secret"])
-def test_a_link_out_of_the_directory_is_refused(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["../secret", "inner/secret", "ABSOLUTE"])
+def test_a_link_out_of_the_directory_is_the_users_own(tmp_path: Path, target: str) -> None:
+    """git-annex, DVC, Nix: files lie elsewhere. Only who publishes the directory stays within it."""
     store = store_with(tmp_path)
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "directory" / "inner").symlink_to(tmp_path)
-    (tmp_path / "directory" / "link").symlink_to(target)
-    for use in (store.size, lambda name: store.read(name, 0, 1)):
+    (tmp_path / "directory" / "link").symlink_to(target if target != "ABSOLUTE" else tmp_path / "secret")
+    assert (store.size("link"), store.read("link", 0, 6)) == (6, b"secret")
+    strict = LocalStore(store.directory, within=published_root(store.directory))
+    for use in (strict.size, lambda name: strict.read(name, 0, 1)):
         with pytest.raises(CorruptError, match="link out of"):
             use("link")
+
+
+@pytest.mark.parametrize("name", ["../secret", "inner/secret", "/etc/passwd", ".."])
+def test_a_name_never_leaves_the_directory(tmp_path: Path, name: str) -> None:
+    store = store_with(tmp_path)
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "directory" / "inner").symlink_to(tmp_path)
+    with pytest.raises(CorruptError, match="not the name of a file"):
+        store.size(name)
 
 
 def test_a_neighbour_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
@@ -81,19 +95,38 @@ def test_a_neighbour_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
     (tmp_path / "directory-two").write_bytes(b"secret")
     (tmp_path / "directory" / "link").symlink_to("../directory-two")
     with pytest.raises(CorruptError, match="link out of"):
+        LocalStore(store.directory, within=store.directory).size("link")
+
+
+def test_a_link_to_a_device_is_not_opened(tmp_path: Path) -> None:
+    store = store_with(tmp_path)
+    (tmp_path / "directory" / "link").symlink_to("/dev/zero")
+    with pytest.raises(CorruptError, match="not a regular file"):
+        store.read("link", 0, 1)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    store = store_with(tmp_path)
+    (tmp_path / "directory" / "link").symlink_to("../../blobs/0123")
+    with pytest.raises(ArtifactNotFoundError, match=r"a link to \.\./\.\./blobs/0123, which is not there"):
         store.size("link")
 
 
-def test_the_hub_cache_is_read_through_its_links(tmp_path: Path) -> None:
-    """The Hub's cache: snapshots/<commit>/<file> is a link to ../../blobs/<hash>."""
+@pytest.mark.parametrize("subfolder", ["", "long/inner"])
+def test_the_hub_cache_is_read_through_its_links(tmp_path: Path, subfolder: str) -> None:
+    """The Hub's cache: snapshots/<commit>/<file> is a link to ../../blobs/<hash>. It may be published, too."""
     write(tmp_path / "blobs")
-    snapshot = tmp_path / "snapshots" / "commit"
+    snapshot = tmp_path / "snapshots" / "commit" / subfolder
     snapshot.mkdir(parents=True)
     for name in FILES:
-        (snapshot / name).symlink_to(f"../../blobs/{name}")
-    with pytest.raises(CorruptError, match="link out of"):
-        Reader(LocalStore(snapshot))
-    assert Reader(LocalStore(snapshot, within=tmp_path)).verify()
+        (snapshot / name).symlink_to(os.path.relpath(tmp_path / "blobs" / name, snapshot))
+    assert Reader(LocalStore(snapshot)).verify()
+    assert Reader(open_store(snapshot)).verify()
+    assert [found.folder for found in find(str(snapshot))] == [""]
+    assert published_root(snapshot) == tmp_path
+    assert Reader(LocalStore(snapshot, within=published_root(snapshot))).verify()
+    (tmp_path / "blobs" / "tokens.safetensors").unlink()
+    assert [found.folder for found in find(str(snapshot))] == [""]
 
 
 def test_a_directory_that_is_itself_a_link(tmp_path: Path) -> None:

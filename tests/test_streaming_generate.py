@@ -22,7 +22,8 @@ from hf_cachegen.errors import (
     WrongModelError,
 )
 from hf_cachegen.generation import attach, detach, generate
-from hf_cachegen.prefix import Reuse, match
+from hf_cachegen.models.compat import CACHE_ARGUMENT
+from hf_cachegen.models.prefix import Reuse, match
 from hf_cachegen.streaming import Event, FirstToken, StreamFinished, StreamReport, SwapIn
 from tests import http_server as faults
 from tests.generation_support import MODES
@@ -153,7 +154,7 @@ def test_tokens_are_those_of_a_cache_that_was_exchanged_by_hand(server: Server, 
                 layer.keys = torch.cat([keys, layer.keys[:, :, CONTEXT_TOKENS:]], 2)
                 layer.values = torch.cat([values, layer.values[:, :, CONTEXT_TOKENS:]], 2)
         with torch.no_grad():
-            logits.append(model(input_ids=feed, past_key_values=past).logits[:, -1])
+            logits.append(model(input_ids=feed, **{CACHE_ARGUMENT: past}).logits[:, -1])
         feed = logits[-1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, feed], 1)
 

@@ -14,10 +14,11 @@ import torch
 import transformers as hf
 from transformers import DynamicCache
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Reader
 from hf_cachegen.errors import LevelError, MismatchError, SignatureError, TensorError
+from hf_cachegen.models.compat import CACHE_ARGUMENT
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.stores.sealed import seal
 from hf_cachegen.stores.signed import sign
@@ -125,7 +126,7 @@ def test_a_recomputed_chunk_follows_what_was_decoded_before_it(server: Server, t
     for index, (keys, values) in enumerate(zip(cache.kv.keys, cache.kv.values, strict=True)):
         past.update(keys[:, :, :48].clone(), values[:, :, :48].clone(), index)
     with torch.no_grad():
-        shared(name)(input_ids=CONTEXT[:, 48:64], past_key_values=past, use_cache=True)
+        shared(name)(input_ids=CONTEXT[:, 48:64], **{CACHE_ARGUMENT: past}, use_cache=True)
     for layer, keys, values in zip(past.layers, cache.kv.keys, cache.kv.values, strict=True):
         torch.testing.assert_close(layer.keys[:, :, 48:64], keys[:, :, 48:64], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.values[:, :, 48:64], values[:, :, 48:64], rtol=1e-4, atol=1e-4)

@@ -140,7 +140,8 @@ class _Measure:
         from transformers import DynamicCache
 
         from benchmarks.network import uniform8
-        from hf_cachegen.geometry import Geometry, LayerGeometry
+        from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+        from hf_cachegen.models.compat import CACHE_ARGUMENT
         from hf_cachegen.stores import RemoteStore
         from hf_cachegen.stores.remote import open_files
 
@@ -153,7 +154,7 @@ class _Measure:
         ready = time.monotonic() - start
         past = DynamicCache(list(zip(keys, values, strict=True)))
         mask = torch.ones_like(self.prompt)
-        self._generate(past_key_values=past, attention_mask=mask)
+        self._generate(**{CACHE_ARGUMENT: past}, attention_mask=mask)
         return {"ready": ready, "bytes": nbytes}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Limits, Manifest, Segment, Store
-from hf_cachegen.container.manifest import digest, loads
+from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Limits, Manifest, Segment, Store
+from hf_cachegen.artifact.manifest import digest, loads
 from hf_cachegen.errors import ArtifactError, OfflineError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.segment_cache import SegmentCache
 
 
@@ -28,7 +29,9 @@ class CachedStore(Store):
         *,
         anew: bool = False,
         limits: Limits | None = None,
+        access: Access | None = None,
     ) -> None:
+        self.access = access
         self.store, self.cache, self.origin, self.version, self.anew = store, cache, origin, version, anew
         self._note = f"manifest {version or 'last seen'}"
         self._limits = limits or Limits()

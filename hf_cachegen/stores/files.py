@@ -15,7 +15,7 @@ import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
 
-from hf_cachegen.container import Store
+from hf_cachegen.artifact import Store
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,

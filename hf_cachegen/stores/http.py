@@ -2,9 +2,11 @@
 
 General HTTP libraries hand out whatever body a server sends. Here a range counts only as a 206 whose Content-Range
 names exactly the bytes asked for, uncompressed, of the same size and ETag as the file's first response; a body that
-breaks off is continued from the byte where it broke. The standard library's client serves: it honours proxies from the
-environment and needs no event loop. Headers that the user gives (tokens) go to the first host alone, never along a
-redirect to another one.
+breaks off is continued from the byte where it broke. A server that ignores ranges sends the whole file with status 200:
+it is accepted if its announced length is the file's, and kept on disk to serve ranges from.
+
+The standard library's client serves: it honours proxies from the environment and needs no event loop. Headers that the
+user gives (tokens) go to the first host alone, never along a redirect to another one.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import email.utils
 import http.client
 import re
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +24,7 @@ from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from hf_cachegen.container import Store
+from hf_cachegen.artifact import Store
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,
@@ -33,10 +36,17 @@ from hf_cachegen.errors import (
 from hf_cachegen.stores.connections import POOL, HTTPHandler, HTTPSHandler
 from hf_cachegen.stores.deadline import Request
 from hf_cachegen.stores.retry import Again, Patience, persist
+from hf_cachegen.stores.whole import Whole, warn_once
 
 HEAD_BYTES = 14_000
 """Asked for when a file is opened: what TCP sends at once on a new connection, so that it takes no further round trip;
 most manifests and all headers fit, and need no request of their own.
+"""
+WHOLE_HEAD_BYTES = 1 << 20
+"""A file of at most this size is taken whole when it is opened, if its server ignores ranges: all manifests are.
+
+Of a larger one HEAD_BYTES are read and the connection is closed, since its size is not proved yet. The reader compares
+the size with the manifest, whose sizes are within the limits, and asks for a range: only then the rest is fetched.
 """
 _PIECE_BYTES = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -55,6 +65,7 @@ class HttpFiles(Store):
     """Files behind URLs. url_of: a file's URL by its name. headers: sent to that host, and to no other.
 
     progress: called with the length of each piece of a body that arrives. An error that it raises ends the request.
+    ranged: False once the server answered a range request with a whole file.
 
     Threads may share it. Raises ArtifactNotFoundError and StoreError (see hf_cachegen.errors).
     """
@@ -72,6 +83,14 @@ class HttpFiles(Store):
         self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(POOL), HTTPSHandler(POOL))
         self._seen: dict[str, tuple[int, str]] = {}
         self._progress = progress
+        self._ranged = True
+        self._whole: dict[str, Whole] = {}
+        self._fetching_whole = threading.Lock()
+
+    @property
+    def ranged(self) -> bool:
+        """False once the server has sent a whole file for a range."""
+        return self._ranged
 
     def size(self, name: str) -> int:
         """Return the file's length in bytes, by one request."""
@@ -82,24 +101,50 @@ class HttpFiles(Store):
 
         def attempt() -> tuple[int, bytes]:
             data = bytearray()
-            size = self._receive(name, 0, HEAD_BYTES, data, whole=False)
+            size = self._receive(name, 0, HEAD_BYTES, data.extend, whole=False)
             return size, bytes(data)
 
+        self._whole.pop(name, None)  # a file is opened again when its bytes were wrong
         return persist(self.patience, attempt)
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         """Exactly that range of a file that was opened."""
         data = bytearray()
-        if length:
-            persist(self.patience, lambda: self._receive(name, offset + len(data), length - len(data), data))
-        return bytes(data)
+        if not length:
+            return b""
+        if self.ranged or name not in self._seen:
+            try:
+                persist(
+                    self.patience, lambda: self._receive(name, offset + len(data), length - len(data), data.extend)
+                )
+                return bytes(data)
+            except _RangeIgnored:
+                pass
+        return self._from_whole(name, offset, length)
+
+    def _from_whole(self, name: str, offset: int, length: int) -> bytes:
+        """The range, from the whole file, which is fetched first if it is not kept yet."""
+        with self._fetching_whole:  # one file at a time: the server may serve no more, and others wait for the same
+            whole = self._whole.get(name)
+            if whole is None:
+                whole = self._whole[name] = persist(self.patience, lambda: self._fetch_whole(name))
+        return whole.read(offset, length)
+
+    def _fetch_whole(self, name: str) -> Whole:
+        whole = Whole(self._seen[name][0], shown(self.url_of(name)))
+        self._receive(name, 0, whole.size, whole.append)
+        return whole
 
     def mark(self, name: str) -> str:
         """What tells that an opened file was changed (its ETag or date); empty where the server says nothing."""
         return self._seen[name][1]
 
-    def _receive(self, name: str, offset: int, length: int, data: bytearray, *, whole: bool = True) -> int:
-        """One attempt: appends to `data` what comes of the range, and returns the file's size."""
+    def _receive(
+        self, name: str, offset: int, length: int, append: Callable[[bytes], None], *, whole: bool = True
+    ) -> int:
+        """One attempt: passes to `append` what comes of the range, and returns the file's size. whole: all of it must
+        come; else the file may end before the range does. Raises _RangeIgnored if a whole file came for a part of it.
+        """
         url = self.url_of(name)
         place = shown(url)
         request = Request(url, time.monotonic() + self.patience.seconds_for(length))
@@ -110,7 +155,7 @@ class HttpFiles(Store):
         try:
             with self._opener.open(request, timeout=self.patience.timeout) as response:
                 size, expected = self._check(name, place, response, offset, length, whole)
-                self._body(response, expected, data, place)
+                self._body(response, expected, append, place)
                 return size
         except urllib.error.HTTPError as error:
             with error:
@@ -131,11 +176,10 @@ class HttpFiles(Store):
             raise RangeError(f"{place} came {coding}-compressed though uncompressed was asked for; turn that off there")
         if response.status == 200 and headers.get("Content-Length") == "0" and not whole:
             return 0, 0
+        if response.status == 200:
+            return self._check_whole(name, place, headers, (offset, length), whole)
         if response.status != 206:
-            raise RangeError(
-                f"{place}: the server ignores byte ranges (status {response.status} instead of 206); download the "
-                "files, or serve them with one that knows ranges (nginx, an object store, the Hub)"
-            )
+            raise RangeError(f"{place}: asked for bytes {offset}-{offset + length - 1}, got status {response.status}")
         found = headers.get("Content-Range", "")
         match = _CONTENT_RANGE.fullmatch(found)
         first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
@@ -145,18 +189,44 @@ class HttpFiles(Store):
         expected = last - first + 1
         if (announced := headers.get("Content-Length")) is not None and announced.strip() != str(expected):
             raise RangeError(f"{place}: {announced!r:.20} bytes announced for a range of {expected}")
+        self._identify(name, place, size, headers)
+        return size, expected
+
+    def _check_whole(
+        self, name: str, place: str, headers: Message, asked: tuple[int, int], whole: bool
+    ) -> tuple[int, int]:
+        """As `_check`, of a 200: the whole file came for a range."""
+        announced = (headers.get("Content-Length") or "").strip()
+        size, before = int(announced) if re.fullmatch(r"\d{1,18}", announced) else -1, self._seen.get(name)
+        expected = "the length of the file" if before is None else f"{before[0]} bytes, the length of the file"
+        if size < 0 or (before is None and whole) or (before is not None and size != before[0]):
+            raise RangeError(
+                f"{place}: the server ignores byte ranges (status 200 instead of 206); expected {expected} as "
+                f"Content-Length, got {announced or 'none'!r:.20}; download the files, or serve them with one that "
+                "knows ranges (nginx, an object store, the Hub)"
+            )
+        self._identify(name, place, size, headers)
+        self._ranged = False
+        warn_once(place)
+        if not whole:
+            return size, size if size <= WHOLE_HEAD_BYTES else HEAD_BYTES
+        if asked != (0, size):
+            raise _RangeIgnored
+        return size, size
+
+    def _identify(self, name: str, place: str, size: int, headers: Message) -> None:
+        """Compares the file with what it was at first. Raises ChangedError."""
         identity = (size, headers.get("ETag") or headers.get("Last-Modified") or "")
         if self._seen.setdefault(name, identity) != identity:
             raise ChangedError(f"{place} changed while it was being read: {self._seen[name]} became {identity}")
-        return size, expected
 
-    def _body(self, response: Any, expected: int, data: bytearray, place: str) -> None:
+    def _body(self, response: Any, expected: int, append: Callable[[bytes], None], place: str) -> None:
         left = expected
         while left:
             piece = response.read1(min(left, _PIECE_BYTES))
             if not piece:
                 raise Again(StoreError(f"{place}: the connection ended {left} bytes early, in every attempt"))
-            data += piece
+            append(piece)
             left -= len(piece)
             if self._progress is not None:
                 self._progress(len(piece))
@@ -181,6 +251,10 @@ class HttpFiles(Store):
         if code in _PASSING:
             return Again(StoreError(f"{text}, in every attempt; try again later"), _retry_after(headers))
         return StoreError(text)
+
+
+class _RangeIgnored(Exception):
+    """The server sent a whole file, of the right length, for a part of it."""
 
 
 def _is_empty(error: urllib.error.HTTPError) -> bool:

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers
 
-import hf_cachegen
+from hf_cachegen._version import __version__
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
@@ -136,7 +136,7 @@ def open_hub(
     if is_offline():
         raise OfflineError(f"{place}: offline mode is on (HF_HUB_OFFLINE)")
     with named(f"{place}"):
-        headers = build_hf_headers(token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__)
+        headers = build_hf_headers(token=token, library_name="hf_cachegen", library_version=__version__)
 
     def url_of(name: str) -> str:
         return hf_hub_url(
@@ -183,7 +183,7 @@ def client(token: Token) -> HfApi:
     if is_offline():
         raise OfflineError("offline mode is on (HF_HUB_OFFLINE), and this needs the Hub")
     return HfApi(
-        endpoint=constants.ENDPOINT, token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__
+        endpoint=constants.ENDPOINT, token=token, library_name="hf_cachegen", library_version=__version__
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from hf_cachegen.container import Store
+from hf_cachegen.artifact import Store
 
 
 class Meter(Protocol):

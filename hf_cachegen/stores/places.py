@@ -4,80 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from hf_cachegen.container import Limits, Store
+from hf_cachegen.artifact import MANIFEST_FILE, Limits, Store
 from hf_cachegen.errors import ConfigError, OfflineError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.metered import Meter, MeteredStore
+from hf_cachegen.stores.naming import (
+    alternative,
+    is_guess,
+    is_repository,
+    local_path,
+    named_both_ways,
+    require_folder,
+)
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
-from hf_cachegen.stores.retry import Patience
-from hf_cachegen.stores.sealed import Kept, SealedStore, Secret
+from hf_cachegen.stores.sealed import Kept, SealedStore
 from hf_cachegen.stores.segment_cache import SegmentCache
-from hf_cachegen.stores.signed import KeyLike, SignedStore
+from hf_cachegen.stores.signed import SignedStore
 
-_REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 _UNCACHED = ("file", "memory")
 """Schemes that are no farther than the cache."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """How to reach an artifact; the first seven have the names and meanings of Transformers.
-
-    revision: branch, tag or commit of a repository (default: main). token: for the Hub; default the one logged in with.
-    cache_dir: where verified segments are kept. local_files_only: only from there, without network.
-    force_download: fetch everything again. subfolder: where in the repository or below the URL. repo_type: of the Hub.
-    headers: for http(s) URLs. storage_options: for other URLs, passed to fsspec. patience: time limits and attempts.
-    public_key: accept only what is signed with its private half (hf_cachegen.stores.signed).
-    key: opens what is sealed (hf_cachegen.stores.sealed), which the local cache keeps as it is, sealed.
-    """
-
-    revision: str | None = None
-    token: str | bool | None = field(default=None, repr=False)
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-    subfolder: str | None = None
-    repo_type: str = "dataset"
-    headers: Mapping[str, str] | None = field(default=None, repr=False)
-    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
-    patience: Patience | None = None
-    public_key: KeyLike | None = None
-    key: Secret | None = field(default=None, repr=False)
-
-
-class ReachedStore(Store):
-    """A store together with the options that its location was opened with."""
-
-    def __init__(self, store: Store, access: Access) -> None:
-        self._store, self._access = store, access
-
-    def __str__(self) -> str:
-        return str(self._store)
-
-    def unwrap(self) -> Store:
-        """Return the store alone."""
-        return self._store
-
-    def size(self, name: str) -> int:
-        """Return the length of a file in bytes."""
-        return self._store.size(name)
-
-    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Read exactly that range of a file."""
-        return self._store.read(name, offset, length, xxh3)
-
-    def access(self) -> Access:
-        """Return the options."""
-        return self._access
 
 
 class _Cached(NamedTuple):
@@ -93,34 +44,42 @@ def open_store(
     limits: Limits | None = None,
     meter: Meter | None = None,
 ) -> Store:
-    """The store of the artifact at `place`: a folder that exists, a URL (hf:// too), or a repository ("user/name").
+    """The store of the artifact at `place`: a folder, a URL (hf:// too), or a repository ("user/name").
 
-    A path object is always a folder. meter: counts the requests that leave this process.
-    Raises SignatureError, ConfigError, ArtifactNotFoundError, StoreError.
+    `naming` says which strings are paths. A path object is always a folder. meter: counts the requests that leave this
+    process. Raises SignatureError, ConfigError, ArtifactNotFoundError, StoreError.
     """
     access = access or Access()
     if access.local_files_only and access.force_download:
         raise ConfigError("local_files_only and force_download contradict each other")
-    store = _plain(_open(place, access, meter), access, limits)
-    if access.public_key is not None:
-        store = SignedStore(store, access.public_key)
-    return ReachedStore(store, access)
+    with named_both_ways(place):
+        store = _layered(_open(place, access, meter), access, limits)
+        if is_guess(place):
+            store.size(MANIFEST_FILE)  # now, so that its error names the folder too; readers ask for it next anyway
+    return store
 
 
 def access_of(store: Store) -> Access:
     """How `open_store` reached it, so that what goes with it can be fetched likewise; the defaults for other stores."""
-    found = store.access()
-    return found if isinstance(found, Access) else Access()
+    return store.access if isinstance(store.access, Access) else Access()
+
+
+def _layered(found: Store | _Cached, access: Access, limits: Limits | None) -> Store:
+    """What keeps ranges, opens seals and checks signatures in front of a store."""
+    store = _plain(found, access, limits)
+    return store if access.public_key is None else SignedStore(store, access.public_key, access=access)
 
 
 def _plain(found: Store | _Cached, access: Access, limits: Limits | None) -> Store:
     """The plain files, from the local cache if it has them. It keeps sealed ones sealed."""
     if not isinstance(found, _Cached):
-        return found if access.key is None else SealedStore(found, access.key)
+        return found if access.key is None else SealedStore(found, access.key, access=access)
     store, kept = found
     if access.key is not None:
-        return SealedStore(store, access.key, kept)
-    return CachedStore(store, kept.cache, kept.origin, kept.version, anew=kept.anew, limits=limits)
+        return SealedStore(store, access.key, kept, access=access)
+    return CachedStore(
+        store, kept.cache, kept.origin, kept.version, anew=kept.anew, limits=limits, access=access
+    )  # fmt: skip
 
 
 def _open(place: str | os.PathLike[str], access: Access, meter: Meter | None) -> Store | _Cached:
@@ -130,15 +89,13 @@ def _open(place: str | os.PathLike[str], access: Access, meter: Meter | None) ->
         return _url(place, access, meter)
     for name in ("revision", "headers", "storage_options"):
         if getattr(access, name):
-            raise ConfigError(f"{name} is for places on the network; {os.fspath(place)!r} is taken for a folder")
-    return LocalStore(Path(place, access.subfolder or ""))
-
-
-def is_repository(place: str | os.PathLike[str]) -> bool:
-    """Whether this names a repository on the Hub: an hf:// URL, or "user/name" where there is no such folder."""
-    if not isinstance(place, str):
-        return False
-    return place.startswith("hf://") or (_REPO_ID.fullmatch(place) is not None and not os.path.exists(place))
+            raise ConfigError(
+                f"{name} is for places on the network; {os.fspath(place)!r} is taken for a folder"
+                f"{alternative(place, access.repo_type)}"
+            )
+    path = local_path(place) / (access.subfolder or "")
+    require_folder(path, place, access.repo_type)
+    return LocalStore(path, access=access)
 
 
 def _url(url: str, access: Access, meter: Meter | None) -> Store | _Cached:
@@ -152,7 +109,7 @@ def _url(url: str, access: Access, meter: Meter | None) -> Store | _Cached:
         url, headers=access.headers, storage_options=access.storage_options, patience=access.patience,
         progress=None if meter is None else meter.arrived,
     )  # fmt: skip
-    store = _remote(files, name, meter)
+    store = RemoteStore(_metered(files, meter), name, access=access)
     if not is_kept(url):
         return store
     query = urlsplit(url).query
@@ -166,8 +123,8 @@ def is_kept(url: str) -> bool:
     return not url.startswith(tuple(f"{scheme}:" for scheme in _UNCACHED))
 
 
-def _remote(files: Store, name: str, meter: Meter | None) -> RemoteStore:
-    return RemoteStore(files if meter is None else MeteredStore(files, meter), name)
+def _metered(files: Store, meter: Meter | None) -> Store:
+    return files if meter is None else MeteredStore(files, meter)
 
 
 def _hub(name: str, access: Access, meter: Meter | None) -> _Cached:
@@ -191,9 +148,11 @@ def _hub(name: str, access: Access, meter: Meter | None) -> _Cached:
         return _Cached(None, Kept(cache, place.origin, commit))
     commit = hub.resolve(place, access.token, access.patience)
     cache.note(place.origin, key, commit.encode())
-    progress = None if meter is None else meter.arrived
-    files = hub.open_hub(place, commit, access.token, access.patience, progress)
-    return _Cached(_remote(files, f"{place}", meter), Kept(cache, place.origin, commit, access.force_download))
+    files = hub.open_hub(
+        place, commit, access.token, access.patience, progress=None if meter is None else meter.arrived
+    )  # fmt: skip
+    store = RemoteStore(_metered(files, meter), f"{place}")
+    return _Cached(store, Kept(cache, place.origin, commit, access.force_download))
 
 
 def hub_place(name: str, access: Access) -> Any:

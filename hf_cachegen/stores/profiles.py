@@ -13,29 +13,28 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import xxhash
 
-from hf_cachegen.container import PROFILE_FILE, Limits, Segment, Store, without_signature
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Segment, Store, without_signature
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
     ConfigError,
     LimitError,
-    ManifestError,
     OfflineError,
     ProfileError,
     StoreAccessError,
     StoreError,
 )
 from hf_cachegen.stores.local import LocalStore
-from hf_cachegen.stores.places import Access, hub_place, is_kept, is_repository, open_store
+from hf_cachegen.stores.naming import alternative, is_repository, local_path, named_both_ways
+from hf_cachegen.stores.places import Access, hub_place, is_kept, open_store
 from hf_cachegen.stores.remote import RemoteStore, is_url
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache
@@ -51,66 +50,6 @@ _PIECE_BYTES = 8 << 20
 _MODEL_ID = re.compile(r"(?P<namespace>[\w][\w.-]*)/(?P<name>[\w.-]+)")
 _ON_HUB = re.compile(r"hf://(?:datasets|models|spaces)/(?P<namespace>[^/@]+)/")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Pin:
-    """What an artifact says of the profile that it needs: XXH3-128 and SHA-256 of the file, its length, the model that
-    it was learnt from, and the repository (hf://..., at a commit) where it was. Older artifacts say only `digest`, and
-    perhaps `model`.
-    """
-
-    digest: str
-    sha256: str | None = None
-    nbytes: int | None = None
-    model: str = ""
-    place: str | None = None
-
-    def __str__(self) -> str:
-        return f"profile {self.digest} of model {self.model or 'unknown'!r:.200}"
-
-    @classmethod
-    def from_codec(cls, codec: Mapping[str, Any]) -> Pin:
-        """From the `codec` of a stranger's manifest. Raises ManifestError."""
-        named = codec.get("profile")
-        if not isinstance(named, dict):
-            raise ManifestError("codec.profile must be an object that names the digest of a profile")
-        digest, sha256, nbytes, place = (named.get(name) for name in ("digest", "sha256", "bytes", "place"))
-        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-            raise ManifestError(f"codec.profile must name the digest of a profile, got {digest!r:.80}")
-        if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-            raise ManifestError(f"codec.profile.sha256 must be 64 hex digits, got {sha256!r:.80}")
-        if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
-            raise ManifestError(f"codec.profile.bytes must be a whole number, got {nbytes!r:.80}")
-        # Any other URL could make a reader ask hosts of the stranger's choice.
-        if place is not None and not (isinstance(place, str) and place.startswith("hf://")):
-            raise ManifestError(f"codec.profile.place must be a repository on the Hub, hf://..., got {place!r:.80}")
-        return cls(digest, sha256, nbytes, str(named.get("model") or ""), place)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_codec`."""
-        named = {"digest": self.digest, "model": self.model, "sha256": self.sha256, "bytes": self.nbytes}
-        return {**named, **({"place": self.place} if self.place else {})}
-
-    def fits(self, data: bytes) -> bool:
-        """Whether these are the bytes that are meant."""
-        return (
-            self.nbytes in (None, len(data))
-            and xxhash.xxh3_128_hexdigest(data) == self.digest
-            and self.sha256 in (None, hashlib.sha256(data).hexdigest())
-        )
-
-    def in_file(self, path: Path, limits: Limits) -> bytes | None:
-        """The bytes of a local file if they are the ones; None where there is no such file, or another one."""
-        try:
-            size = path.stat().st_size
-            if not path.is_file() or size > limits.max_profile_bytes or self.nbytes not in (None, size):
-                return None
-            data = path.read_bytes()
-        except OSError:
-            return None
-        return data if self.fits(data) else None
 
 
 def is_kept_profile(name: str) -> bool:
@@ -187,17 +126,23 @@ def fetch(
     """
     cache = SegmentCache(access.cache_dir)
     if is_repository(place):
-        data, where = _from_hub(str(place), access, limits, digest, cache)
+        with named_both_ways(place):
+            data, where = _from_hub(str(place), access, limits, digest, cache)
     elif isinstance(place, str) and is_url(place):
         data, where = _from_url(place, access, limits, cache), None
     else:
-        path = Path(place, access.subfolder or "")
-        path = path / PROFILE_FILE if path.is_dir() else path
+        path = local_path(place) / (access.subfolder or "")
+        path = path / PROFILE_FILE if os.path.isdir(path) else path
         if access.revision is not None:
-            raise ConfigError(f"a revision is for repositories on the Hub; {path} has none")
-        if not path.is_file():
-            raise ProfileError(f"there is no profile at {path}; learn one with hf_cachegen.learn_profile")
-        data, where = download(LocalStore(path.parent, path.resolve().parent), path.name, limits), None
+            raise ConfigError(
+                f"a revision is for repositories on the Hub; {path} has none{alternative(place, access.repo_type)}"
+            )
+        if not os.path.isfile(path):
+            raise ProfileError(
+                f"there is no profile at {os.path.abspath(path)}; learn one with hf_cachegen.learn_profile"
+                f"{alternative(place, access.repo_type)}"
+            )
+        data, where = download(LocalStore(path.parent), path.name, limits), None
     if digest is not None and xxhash.xxh3_128_hexdigest(data) != digest:
         raise ProfileError(f"the profile at {place} is not {digest} but {xxhash.xxh3_128_hexdigest(data)}")
     return data, where

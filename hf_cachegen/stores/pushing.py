@@ -18,8 +18,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from hf_cachegen.container import PROFILE_FILE, SIGNATURE_FILE, Reader
-from hf_cachegen.container.manifest import is_own_file
+from hf_cachegen.artifact import PROFILE_FILE, SIGNATURE_FILE, Reader
+from hf_cachegen.artifact.manifest import is_own_file
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, ConflictError
 from hf_cachegen.stores.hub import (
     DEFAULT_REVISION,
@@ -31,7 +31,7 @@ from hf_cachegen.stores.hub import (
     open_hub,
     status_of,
 )
-from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.local import LocalStore, published_root
 from hf_cachegen.stores.profiles import repository
 from hf_cachegen.stores.sealed import SUFFIX, SealedStore, Secret, read_header, sealed_names
 from hf_cachegen.stores.signed import require_current
@@ -175,7 +175,7 @@ def _publish(
 
 def _checked_names(directory: Path, key: Secret | None) -> list[str]:
     """The files of a sound artifact, plain or sealed, and its signature."""
-    store = LocalStore(directory)
+    store = LocalStore(directory, within=published_root(directory))
     if names := sealed_names(directory):
         for name in names:
             read_header(store, name)
@@ -188,6 +188,7 @@ def _checked_names(directory: Path, key: Secret | None) -> list[str]:
     reader.verify()
     signed = (directory / SIGNATURE_FILE).is_file()
     if signed:
+        store.size(SIGNATURE_FILE)  # raises for a link that leads out
         require_current(directory)
     return sorted(reader.sizes) + [SIGNATURE_FILE] * signed
 

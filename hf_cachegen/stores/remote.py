@@ -1,4 +1,4 @@
-"""The artifact behind a URL: sizes and ranges as `container.Store` wants them, fetched ahead, damage fetched again."""
+"""The artifact behind a URL: sizes and ranges as `artifact.Store` wants them, fetched ahead, damage fetched again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from hf_cachegen.container import Range, Segment, Store
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact import Range, Segment, Store
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import ConfigError, CorruptError, TruncatedError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import HttpFiles, shown
 from hf_cachegen.stores.prefetch import Prefetcher
@@ -21,7 +22,7 @@ THREADS = 8
 AHEAD_BYTES = 256 << 20
 """Most bytes that wait for their reader."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)", re.IGNORECASE)
 
 
 class RemoteStore(Store):
@@ -33,10 +34,12 @@ class RemoteStore(Store):
     """
 
     def __init__(
-        self, files: Store, location: str = "", threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES
-    ) -> None:
+        self, files: Store, location: str = "", threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES, *,
+        access: Access | None = None,
+    ) -> None:  # fmt: skip
         if threads < 1 or ahead_bytes < 1:
             raise ConfigError(f"threads and ahead_bytes must be above 0, got {threads} and {ahead_bytes}")
+        self.access = access
         self.files = files
         self.location = location
         self._threads, self._ahead_bytes = threads, ahead_bytes
@@ -79,6 +82,8 @@ class RemoteStore(Store):
         names = list(dict.fromkeys(segment.file for segment in wanted))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="hf_cachegen-open") as pool:
             opened = dict(zip(names, pool.map(self._open, names), strict=True))
+        if not self.files.ranged:
+            return  # a read takes the whole file, once its size was held against the manifest: there is no part to plan
         # What came with opening is here already, and what the file has not is for `read` to refuse.
         ranges = [
             (s.file, s.offset, s.length)
@@ -94,7 +99,9 @@ class RemoteStore(Store):
             self._prefetcher = None
 
     def unfetched(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Return the segments that did not come with opening their file."""
+        """Return the segments that did not come with opening their file; none where whole files come."""
+        if not self.files.ranged:
+            return []
         return [s for s in segments if s.offset + s.length > len(self._opened.get(s.file, (0, b""))[1])]
 
     def hold(self, wanted: Range) -> None:
@@ -149,7 +156,8 @@ def open_files(
     scheme = _SCHEME.match(url)
     if scheme is None:
         raise ConfigError(f"expected a URL with a scheme, such as https://... or s3://..., got {url!r:.200}")
-    if scheme[0] not in ("http", "https"):
+    url = scheme[0].lower() + url[scheme.end() :]
+    if not url.startswith(("http://", "https://")):
         if headers:
             raise ConfigError(f"headers are for http(s) URLs; pass storage_options for {shown(url)}")
         return FilesystemFiles(url, storage_options, patience, progress)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cachegen.container import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
+from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -29,6 +29,7 @@ from hf_cachegen.errors import (
     OfflineError,
     TruncatedError,
 )
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.segment_cache import SegmentCache
 
@@ -97,7 +98,10 @@ class SealedStore(Store):
     `cryptography`, OfflineError for what is not kept. Threads may share it as far as they may share the store.
     """
 
-    def __init__(self, store: Store | None, key: Secret, kept: Kept | None = None) -> None:
+    def __init__(
+        self, store: Store | None, key: Secret, kept: Kept | None = None, *, access: Access | None = None
+    ) -> None:
+        self.access = access
         self.store, self.kept = store, kept
         self._key = _secret(key)
         _cryptography()
@@ -222,7 +226,7 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
     """
     secret = _secret(key)
     _cryptography()
-    store, target = LocalStore(directory), Path(out)
+    store, target = LocalStore(directory), Path(os.path.expanduser(out))
     reader = Reader(store)
     reader.verify()
     names = [*sorted(set(reader.sizes) - {MANIFEST_FILE}), MANIFEST_FILE]
@@ -282,7 +286,7 @@ def _cipher(key: bytes, header: bytes, name: str) -> Any:
 def _secret(key: Secret) -> bytes:
     if not isinstance(key, bytes):
         try:
-            key = Path(key).read_bytes()
+            key = Path(os.path.expanduser(key)).read_bytes()
         except OSError as error:
             raise ConfigError(f"there is no key to be read at {os.fspath(key)!r}: {error.strerror}") from error
     if len(key) != KEY_BYTES:

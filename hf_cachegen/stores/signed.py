@@ -21,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Reader, Store
+from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Store
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.local import LocalStore
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class SignedStore(Store):
 
     signed: ClassVar[bool] = True
 
-    def __init__(self, store: Store, public_key: KeyLike) -> None:
+    def __init__(self, store: Store, public_key: KeyLike, *, access: Access | None = None) -> None:
+        self.access = access
         self.store = store
         self._ranges = _statement(store, _public(public_key))
         self._sizes: dict[str, int] = {}
@@ -87,8 +89,8 @@ def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
         wanted += [(name, segment.offset, segment.length) for segment in entry.segments]
     ranges = [[*place, hashlib.sha256(store.read(*place)).hexdigest()] for place in wanted]
     statement = json.dumps({"ranges": ranges, "signed": _SIGNED}, separators=(",", ":")).encode()
-    target = Path(directory, SIGNATURE_FILE)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=directory)
+    target = store.directory / SIGNATURE_FILE
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=store.directory)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(key.sign(statement).hex().encode() + b"\n" + statement)
@@ -164,7 +166,7 @@ def _cryptography() -> tuple[Any, Any]:
 
 def _pem(path: str | os.PathLike[str]) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise ConfigError(f"there is no key to be read at {os.fspath(path)}: {error.strerror}") from error
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from hf_cachegen.container import (
+from hf_cachegen.artifact import (
     BASE_FILE,
     MANIFEST_FILE,
     PROFILE_FILE,
@@ -23,11 +23,13 @@ from hf_cachegen.container import (
     Store,
     innermost,
 )
-from hf_cachegen.container.manifest import is_own_file
+from hf_cachegen.artifact.manifest import is_own_file
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError, ProfileError
 from hf_cachegen.stores.http import shown
-from hf_cachegen.stores.places import Access, hub_place, is_repository, open_store
-from hf_cachegen.stores.profiles import Pin, fetch_beside, is_kept_profile
+from hf_cachegen.stores.naming import is_repository, local_path, named_both_ways, require_folder
+from hf_cachegen.stores.places import Access, hub_place, open_store
+from hf_cachegen.stores.profiles import fetch_beside, is_kept_profile
 from hf_cachegen.stores.remote import is_url, open_files
 from hf_cachegen.stores.sealed import SUFFIX
 
@@ -84,19 +86,21 @@ def find(place: str, access: Access | None = None) -> list[Found]:
     if is_repository(place):
         from hf_cachegen.stores import hub
 
-        return _found(hub.find_files(hub_place(place, access), access.token))
+        with named_both_ways(place):
+            return _found(hub.find_files(hub_place(place, access), access.token))
     if is_url(place):
         listed = open_files(place, storage_options=access.storage_options, patience=access.patience).find()
         if listed is None:
             raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(place)}")
         return _found(listed)
-    if not os.path.isdir(place):
-        raise ArtifactNotFoundError(f"there is no folder {place}")
+    root = local_path(place) / (access.subfolder or "")
+    require_folder(root, place, access.repo_type)
     return _found({
-        os.path.relpath(os.path.join(folder, name), place): os.path.getsize(os.path.join(folder, name))
-        for folder, _, names in os.walk(place)
+        os.path.relpath(path, root): os.path.getsize(path)
+        for folder, _, names in os.walk(root)
         for name in names
         if is_own_file(name.removesuffix(SUFFIX)) or _is_listed(name) or is_kept_profile(name)
+        if os.path.isfile(path := os.path.join(folder, name))  # a link may lead nowhere
     })  # fmt: skip
 
 
@@ -141,6 +145,7 @@ def pull(
     The folder holds all of it or nothing. progress: called with (bytes copied, bytes in all). Raises ArtifactError,
     StoreError.
     """
+    directory = os.path.expanduser(directory)
     reader = Reader(open_store(place, access, limits), limits or Limits())
     manifest = reader.manifest
     segments = manifest.segments
@@ -199,6 +204,8 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
     def ranges() -> Check:
         store, longest = _served(state["reader"], place), _longest(state["reader"])
         store.size(longest.file)
+        if not store.ranged:
+            return Check("ranges", None, "ignored: every file is fetched whole, once for each load")
         first, last = longest.offset + longest.length // 3, longest.offset + longest.length
         for offset, length in ((first, last - first), (last - 1, 1)):
             data = store.read(longest.file, offset, length)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.container import Segment
-from hf_cachegen.encoding import spans_of
-from hf_cachegen.profile import Profile
+from hf_cachegen.artifact import Segment
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import Transform
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.events import ChunkFetched, StreamStarted
 from hf_cachegen.streaming.fetching import Fetcher
 from hf_cachegen.streaming.policy import TEXT
@@ -35,7 +35,7 @@ class Download:
         self.session, self.artifact, self._sources = session, artifact, tuple(sources)
         self.locations = tuple(source.location for source in sources)
         self.spans = spans_of(artifact.geometry.tokens, artifact.config.chunk_tokens)
-        self.codec: Codec | None = None
+        self.codec: Transform | None = None
         self.profile: Profile | None = None
         self.error: Exception | None = None
         """The last failure of a source or of decoding."""
@@ -94,7 +94,7 @@ class Download:
         """Return the segment of the artifact that holds a part."""
         return self.artifact.segments(part[0], part[1] + 1)[-1]
 
-    def prepared(self, codec: Codec, profile: Profile | None) -> None:
+    def prepared(self, codec: Transform, profile: Profile | None) -> None:
         """Keep what decodes the chunks."""
         self.codec, self.profile = codec, profile
 

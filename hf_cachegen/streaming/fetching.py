@@ -22,10 +22,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.container import Range, Segment
+from hf_cachegen.artifact import Range, Segment
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactError, StoreTimeoutError
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.failover import Action, Failover
 from hf_cachegen.streaming.meter import GivenUp, give_up_when
@@ -59,7 +59,7 @@ class Receiver(Protocol):
         """Return the segment of the artifact that holds a part."""
         ...
 
-    def prepared(self, codec: Codec, profile: Profile | None) -> None:
+    def prepared(self, codec: Transform, profile: Profile | None) -> None:
         """Take what decodes the chunks."""
         ...
 
@@ -80,7 +80,7 @@ class _Closed:
     def segment_of(self, part: Part) -> Segment:
         raise GivenUp
 
-    def prepared(self, codec: Codec, profile: Profile | None) -> None: ...
+    def prepared(self, codec: Transform, profile: Profile | None) -> None: ...
 
     def arrived(self, part: Part, data: bytes, wire: bool, seconds: float) -> None: ...
 

@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.chunk import Codec, Span
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import empty_kv, scatter
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.layout import KVTensors
+from hf_cachegen.codec.rows import empty_kv, scatter
+from hf_cachegen.codec.transforms import Transform
+from hf_cachegen.models.layers import KVTensors
 
 
 class LayerWriter:
@@ -43,7 +44,7 @@ class LayerWriter:
             for x in self._tensors:  # when they are freed, the allocator must wait for that stream
                 x.record_stream(self._stream)
 
-    def decode(self, codec: Codec, parts: Sequence[bytes], span: Span) -> None:
+    def decode(self, codec: Transform, parts: Sequence[bytes], span: Span) -> None:
         """Decode a chunk into the tensors. Raises what the codec does; then the chunk's values mean nothing."""
         if self._target is None:
             self.put(self.rows(codec, parts, span), span)
@@ -51,7 +52,7 @@ class LayerWriter:
         with self._aside():
             codec.decode_into(parts, span, self._target, span.first)
 
-    def rows(self, codec: Codec, parts: Sequence[bytes], span: Span) -> Tensor:
+    def rows(self, codec: Transform, parts: Sequence[bytes], span: Span) -> Tensor:
         """Decode a chunk to [tokens, channels], on the CPU, for `put`. Raises what the codec does."""
         return codec.decode(parts, span, self._tensors[0].dtype)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError
-from hf_cachegen.layout import KVTensors
+from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ChunkChosen, ChunkReady
 from hf_cachegen.streaming.fetching import WAKE_SECONDS

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
-from hf_cachegen.container import Limits
+from hf_cachegen.artifact import Limits
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.finding import ProfileLike
-from hf_cachegen.prefix import require_prompts
+from hf_cachegen.models.prefix import require_prompts
+from hf_cachegen.profiles.finding import ProfileLike
 from hf_cachegen.stores import Access
 from hf_cachegen.streaming.events import Event
 from hf_cachegen.streaming.link import Link

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -29,7 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_cachegen.layout import base_model, dtype_name, evaluation_mode, layer_devices
+from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.layers import dtype_name
+from hf_cachegen.models.running import evaluation_mode, layer_devices
+from hf_cachegen.models.state import fresh_state
 from hf_cachegen.stores.segment_cache import default_directory
 
 if TYPE_CHECKING:
@@ -165,11 +167,10 @@ def probe(model: PreTrainedModel, speed: PrefillSpeed, tokens: int) -> None:
     """Measure one forward pass over that many tokens."""
     text = model.config.get_text_config(decoder=True)
     device = layer_devices(model, text.num_hidden_layers)[0]
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     ids = torch.arange(tokens, device=device)[None] % text.vocab_size
-    with evaluation_mode(model):
+    with evaluation_mode(model), fresh_state(model):
         start = time.perf_counter()
-        model(input_ids=ids, use_cache=False, return_dict=True, **options).logits.sum().item()
+        run(model, ids, None, last_logits_only=True).logits.sum().item()
         speed.add(0, tokens, time.perf_counter() - start)
 
 
@@ -177,13 +178,13 @@ def _attention(model: PreTrainedModel) -> float:
     text = model.config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None) or 1
     width = heads * (getattr(text, "head_dim", None) or getattr(text, "hidden_size", heads) // heads)
-    return 2 * text.num_hidden_layers * width / max(1, base_model(model).num_parameters())
+    return 2 * text.num_hidden_layers * width / max(1, unwrapped(model).num_parameters())
 
 
 def _key(model: PreTrainedModel) -> str:
     """A hash of what a speed depends on: architecture, dtype, attention, device and threads."""
     text: dict[str, Any] = {**model.config.to_dict(), "_name_or_path": ""}
-    device = next(base_model(model).parameters()).device
+    device = next(unwrapped(model).parameters()).device
     cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if cuda else f"{platform.processor()} {os.cpu_count()}"
     attention = getattr(model.config, "_attn_implementation", "")

@@ -6,7 +6,6 @@ view of the context's tensors up to where the model has read, and new tokens are
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.layout import evaluation_mode
+from hf_cachegen.models.compat import run
+from hf_cachegen.models.running import evaluation_mode
+from hf_cachegen.models.state import fresh_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +63,6 @@ def recompute(
     cache = DynamicCache()
     cache.layer_class_to_replicate = None
     cache.layers = [_InPlaceLayer(*pair, span.first) for pair in zip(keys, values, strict=True)]
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     ids = input_ids[:, span.first : span.first + span.tokens].to(keys[0].device)
-    with evaluation_mode(model):
-        model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
+    with evaluation_mode(model), fresh_state(model):
+        run(model, ids, cache, last_logits_only=True)

@@ -21,9 +21,10 @@ from transformers import LogitsProcessor
 from transformers.cache_utils import Cache
 
 from hf_cachegen.errors import StreamCancelledError
-from hf_cachegen.layout import KVTensors
-from hf_cachegen.prefix import Reuse
-from hf_cachegen.profile import Profile
+from hf_cachegen.models.compat import tokens_seen
+from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.events import FirstToken, StreamFinished
 from hf_cachegen.streaming.report import StreamReport
 
@@ -207,8 +208,7 @@ def _first_position(layer: Any) -> int:
     """The position of the first token that a layer holds: a sliding layer has dropped those that left its window."""
     if not layer.is_sliding:
         return 0
-    seen = getattr(layer, "cumulative_length_int", None)
-    return max(0, (layer.cumulative_length if seen is None else seen) - layer.keys.shape[2])
+    return max(0, tokens_seen(layer) - layer.keys.shape[2])
 
 
 def _copy(live: Tensor, known: Tensor, first: int, tokens: int, held: int, reuse: Reuse) -> None:

@@ -10,18 +10,34 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.codec.chunk import Codec
-from hf_cachegen.container import BASE_FILE, Range, Segment, Store
-from hf_cachegen.encoding import SIDE
+from hf_cachegen.artifact import BASE_FILE, Range, Segment, Store
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.artifact.encoded import SIDE
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactNotFoundError, ManifestError, RangeError
-from hf_cachegen.profile import Profile
+from hf_cachegen.models.opening import open_manifest
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import ProfileLike, profile_of
 from hf_cachegen.stores import open_store
 from hf_cachegen.streaming.link import Link, Share
 from hf_cachegen.streaming.locations import Location
 from hf_cachegen.streaming.meter import GivenUp, TransferMeter, abandoned
+
+
+@dataclass(frozen=True)
+class ProfileSearch:
+    """Where to look for the profile that decoding takes.
+
+    Args:
+        profile: As for `StreamOptions`.
+        model_folder: The folder or the Hub id that the model was loaded from.
+    """
+
+    profile: ProfileLike = "auto"
+    model_folder: str = ""
 
 
 class Source:
@@ -32,14 +48,22 @@ class Source:
         link: The link that it arrives over.
         meter: Counts the requests.
         expected: The artifact that the location must hold.
+        search: Where to look for the profile.
         opened: Whether `expected` was opened at this location, over this meter. Else the first thread that needs the
             artifact opens it.
     """
 
     def __init__(
-        self, location: Location, link: Link, meter: TransferMeter, expected: Artifact, *, opened: bool = False
+        self,
+        location: Location,
+        link: Link,
+        meter: TransferMeter,
+        expected: Artifact,
+        search: ProfileSearch,
+        *,
+        opened: bool = False,
     ) -> None:
-        self.location = str(location)
+        self.location, self._search = str(location), search
         self._location, self._link, self._meter, self._expected = location, link, meter, expected
         self._artifact = expected if opened else None
         self._share: Share | None = None
@@ -70,7 +94,7 @@ class Source:
     def _open(self) -> Artifact:
         expected = self._expected
         store = open_store(self._location.path, self._location.access, expected.reader.limits, self._meter)
-        found = expected.elsewhere(store)
+        found = open_manifest(store, expected.reader.limits)
         if _content(found) != _content(expected):
             raise ManifestError(
                 f"{self.location} holds another artifact than {expected.store}; list only copies of it as fallback"
@@ -92,7 +116,7 @@ class Source:
         """Wait for a turn on the link, as `Share.turn` does."""
         return nullcontext(True) if self._share is None else self._share.turn(given_up, limit)
 
-    def decoder(self) -> tuple[Codec, Profile | None]:
+    def decoder(self) -> tuple[Transform, Profile | None]:
         """Fetch what decodes the artifact's chunks, and the profile that it takes.
 
         Raises:
@@ -100,7 +124,8 @@ class Source:
         """
         artifact = self.open()
         self._open_file(artifact, artifact.manifest.segment(BASE_FILE, SIDE))
-        return artifact.codec(), artifact.profile()
+        profile = profile_of(artifact, self._search.profile, self._search.model_folder)
+        return artifact.with_profile(profile).codec(), profile
 
     def is_local(self, segment: Segment) -> bool:
         """Return whether a segment is on this disk, as far as can be said without reading it."""

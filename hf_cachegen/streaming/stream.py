@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.encoding import checked_level
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.codec.context import checked_level
 from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError, UnsupportedModelError
-from hf_cachegen.layout import KVTensors, positions_change
-from hf_cachegen.opening import OpenContext, open_manifest, validate
-from hf_cachegen.prefix import match, tokens_of
+from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.opening import OpenContext, open_manifest, validate
+from hf_cachegen.models.prefix import match, tokens_of
+from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.profiles.finding import model_folder
 from hf_cachegen.stores import open_store
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ContextReady, StreamFinished
@@ -29,7 +31,7 @@ from hf_cachegen.streaming.options import PathLike, StreamOptions
 from hf_cachegen.streaming.policy import TEXT
 from hf_cachegen.streaming.refine import Refinement
 from hf_cachegen.streaming.session import Session
-from hf_cachegen.streaming.sources import Source
+from hf_cachegen.streaming.sources import ProfileSearch, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,9 +111,10 @@ def _open_sources(
     links = [options.link or Link.to(location.host) for location in locations]
     meters = [TransferMeter([session.bandwidth, link.bandwidth]) for link in links]
     store = open_store(locations[0].path, locations[0].access, options.limits, meters[0])
-    artifact = open_manifest(store, model, options.limits, options.profile)
+    artifact = open_manifest(store, options.limits)
+    search = ProfileSearch(options.profile, model_folder(model))
     return artifact, [
-        Source(location, link, meter, artifact, opened=number == 0)
+        Source(location, link, meter, artifact, search, opened=number == 0)
         for number, (location, link, meter) in enumerate(zip(locations, links, meters, strict=True))
     ]
 

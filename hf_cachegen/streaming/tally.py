@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from hf_cachegen.container import refine_file
+from hf_cachegen.artifact import refine_file
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
 from hf_cachegen.streaming.schedule import Part
 

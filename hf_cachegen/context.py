@@ -1,0 +1,224 @@
+"""The KV cache of one context, with what it belongs to: computed by a model, loaded, or streamed.
+
+`CacheGenCache` is this as users hold it; `generate` asks no more of a cache than what is here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from hf_cachegen.artifact import Limits, Store
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
+from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.layers import KVTensors, capture
+from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
+from hf_cachegen.models.requirements import (
+    layer_kinds,
+    positions_change,
+    require_geometry,
+    require_length,
+    require_model,
+)
+from hf_cachegen.models.running import evaluation_mode, layer_devices
+from hf_cachegen.models.state import fresh_state
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
+from hf_cachegen.report import CacheReport
+from hf_cachegen.stores import Access, open_store
+from hf_cachegen.streaming import Refinement, StreamOptions, stream_context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class CachedContext:
+    """The keys and values of one context, read-only, and what they belong to.
+
+    Attributes:
+        kv: the keys and values, all tokens of all layers.
+        input_ids: int64 [1, tokens] on the CPU, the context.
+        fingerprint: the model, dtype and tokenizer that the cache belongs to.
+        config: how it is or was encoded; None for the defaults.
+        profile: the profile of its model, if any.
+        source: the store of the artifact that it was loaded from, if any.
+        refinement: what may still improve a streamed context; None for one that was not streamed.
+    """
+
+    def __init__(
+        self,
+        kv: KVTensors,
+        input_ids: Tensor,
+        fingerprint: Fingerprint,
+        report: CacheReport,
+        *,
+        config: CacheGenConfig | None = None,
+        profile: Profile | None = None,
+        source: Store | None = None,
+        refinement: Refinement | None = None,
+    ):
+        if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
+            raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
+        self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
+        self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
+
+    @property
+    def report(self) -> CacheReport:
+        """What the context is and what it cost; for a streamed one a StreamReport of its present state."""
+        return self._report if self.refinement is None else self.refinement.report
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Raise MismatchError unless this cache belongs to `model`."""
+        require_model(model)
+        self.fingerprint.check(model, tokenizer)
+        require_geometry(model.config, self.kv.geometry)
+
+    def parts(self) -> dict[str, Any]:
+        """Return the arguments that make another object of the same context."""
+        return {
+            "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
+            "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def compute_context(
+    model: PreTrainedModel,
+    input_ids: Tokens,
+    config: CacheGenConfig | None,
+    profile: ProfileLike,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prefill_chunk_tokens: int,
+    progress: bool,
+) -> CachedContext:
+    """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
+    if prefill_chunk_tokens < 1:
+        raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
+    require_model(model)
+    ids = one_row(input_ids)
+    require_length(model, ids.shape[1])
+    found = for_encoding(profile, model)
+    start = time.perf_counter()
+    if positions_change(model.config, 1, ids.shape[1]):
+        # The rotation depends on the whole length, so the context must be seen at once.
+        prefill_chunk_tokens = ids.shape[1]
+    # Without a config it keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
+    past = DynamicCache()
+    device = layer_devices(model, len(layer_kinds(model.config)))[0]
+    chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
+    with evaluation_mode(model), fresh_state(model):
+        _require_continuation(model, chunks[0])
+        for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
+            run(model, chunk, past, last_logits_only=True)
+    _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
+    kv = checked_kv(capture(past, model.config), model, ids)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+    report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
+    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
+
+
+_continues: set[type] = set()
+"""Classes of models that are known to read several tokens after a cache."""
+
+
+def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise UnsupportedModelError unless a model reads several tokens after a cache: tried once for each class."""
+    kind = type(unwrapped(model))
+    if kind in _continues:
+        return
+    past = DynamicCache()
+    try:
+        for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
+            run(model, tokens, past, last_logits_only=True)
+    except (AssertionError, NotImplementedError) as error:
+        message = f"{kind.__name__} cannot read a question after a cached context: {error}"
+        raise UnsupportedModelError(message) from error
+    _continues.add(kind)
+
+
+def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
+    """Raise UnsupportedModelError unless every layer of a filled cache holds one key for each token."""
+    for index, layer in enumerate(past.layers):
+        held = int(layer.get_seq_length()) if layer.is_initialized else 0
+        if held != tokens:
+            why = "cross-attention, or keys of another layer" if held == 0 else "tokens of the model's own"
+            raise UnsupportedModelError(
+                f"layer {index} of {name} holds {held} tokens after a context of {tokens} ({why}): such a cache cannot "
+                "be kept"
+            )
+
+
+def wrap_cache(
+    cache: Cache,
+    input_ids: Tokens,
+    model: PreTrainedModel,
+    config: CacheGenConfig | None,
+    profile: ProfileLike,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> CachedContext:
+    """Copy a cache that a model filled. Arguments and errors are those of `CacheGenCache.from_cache`."""
+    require_model(model)
+    found = for_encoding(profile, model)
+    ids = one_row(input_ids)
+    kv = checked_kv(capture(cache, model.config), model, ids).clone()
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+    report = CacheReport(ids.shape[1], kv.geometry.nbytes)
+    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
+
+
+def load_context(
+    path: str | os.PathLike[str],
+    model: PreTrainedModel | None,
+    access: Mapping[str, Any],
+    level: int | None = None,
+    device: torch.device | str | None = None,
+    profile: ProfileLike = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    limits: Limits | None = None,
+    progress: bool = False,
+) -> CachedContext:
+    """Load an artifact whole. Arguments and errors are those of `CacheGenCache.from_pretrained`."""
+    start = time.perf_counter()
+    found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer)
+    taken = profile_of(found.artifact, profile, model_folder(model))
+    artifact, devices = found.artifact.with_profile(taken), found.devices
+    if device is None and devices is not None and len(set(devices)) == 1:
+        device = devices[0]
+    keys, values = artifact.decode(level, device, progress=progress)
+    kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
+    level = artifact.levels if level is None else level
+    report = CacheReport(
+        context_tokens=kv.geometry.tokens,
+        exact_bytes=kv.geometry.nbytes,
+        loaded_bytes=artifact.nbytes_at(level),
+        level=level,
+        load_seconds=time.perf_counter() - start,
+        encoding=artifact.report,
+    )
+    kv = kv if device is not None or devices is None else kv.to(devices)
+    return CachedContext(
+        kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
+        source=artifact.store,
+    )  # fmt: skip
+
+
+def stream_to_context(
+    path: str | os.PathLike[str], model: PreTrainedModel, options: StreamOptions
+) -> CachedContext:
+    """Load an artifact under a deadline. Errors are those of `CacheGenCache.stream`."""
+    found, kv, refinement = stream_context(path, model, options)
+    artifact = found.artifact
+    return CachedContext(
+        kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,
+        source=artifact.store, refinement=refinement,
+    )  # fmt: skip

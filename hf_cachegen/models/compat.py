@@ -1,0 +1,104 @@
+"""The differences between the supported releases of Transformers, 5.17 to 5.24, and nothing else.
+
+From 5.24 on the argument, the outputs' field and `generate`'s keyword for a cache are all called `cache`. Before, they
+were `past_key_values` (`cache_params` for recurrent models). Everything else in the package asks this file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+RELEASE = Version(transformers.__version__)
+"""The installed release of Transformers."""
+CACHE_ARGUMENT = "cache" if Version("5.24.dev0") <= RELEASE else "past_key_values"
+"""Name of the cache among the arguments of `forward` and `generate`, and among the fields of their outputs."""
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names under which a caller of `generate` may pass a cache, whatever the release."""
+HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
+"""Generation settings, not known to every release, that draft tokens from hidden states of the whole prompt."""
+
+
+def run(model: Any, input_ids: Tensor, cache: Cache | None, *, last_logits_only: bool = False) -> Any:
+    """Run a forward pass that extends `cache`.
+
+    Args:
+        model: the model, or a wrapper of it.
+        input_ids: int64 [rows, tokens], the tokens that follow those of the cache.
+        cache: the cache to extend; None to compute the tokens without one.
+        last_logits_only: compute the logits of the last token alone where the model can.
+
+    Returns:
+        The output object of the model.
+    """
+    options: dict[str, Any] = {} if cache is None else {CACHE_ARGUMENT: cache}
+    if last_logits_only and takes(model, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    return model(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **options)
+
+
+def takes(model: Any, name: str) -> bool:
+    """Report whether the forward pass of `model` has an argument of this name.
+
+    The class is asked: wrappers and hooks replace `forward` on the instance by functions that take anything.
+    """
+    return name in inspect.signature(type(unwrapped(model)).forward).parameters
+
+
+def takes_cache(model: Any) -> bool:
+    """Report whether the forward pass of `model` takes a key-value cache."""
+    return takes(model, CACHE_ARGUMENT)
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the Transformers model inside `torch.compile`, PEFT and data-parallel wrappers, or the model itself."""
+    while True:
+        if "_orig_mod" in (parts := getattr(model, "_modules", {})):  # torch.compile
+            model = parts["_orig_mod"]
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def cache_of(outputs: Any) -> Cache:
+    """Return the cache in the output of a forward pass or of `generate`."""
+    return outputs[CACHE_ARGUMENT]
+
+
+def drafts_from_hidden_states(settings: GenerationConfig) -> str | None:
+    """Return the name of the first setting that drafts from hidden states of the prompt, None where there is none."""
+    return next((name for name in HIDDEN_STATE_DRAFTS if getattr(settings, name, None)), None)
+
+
+def longest_cache(settings: GenerationConfig) -> int:
+    """Return the length in tokens that the settings ask of a static cache, 0 where they do not."""
+    return getattr(settings, "max_cache_len", None) or 0
+
+
+def tokens_seen(layer: Any) -> int:
+    """Return the number of tokens that have passed through a sliding layer; static ones count it in a tensor."""
+    seen = getattr(layer, "cumulative_length_int", None)
+    return int(layer.cumulative_length if seen is None else seen)
+
+
+def prepared_inputs(prepare: Any, input_ids: Tensor, length: int | None, inputs: Mapping[str, Any]) -> Any:
+    """Call a model's `prepare_inputs_for_generation` for the last tokens of `input_ids` alone.
+
+    Where `length` is None the tokens are those that the cache among `inputs` does not hold.
+    """
+    cache = inputs.get(CACHE_ARGUMENT)
+    if length is None and cache is not None and (held := cache.get_seq_length()):
+        length = input_ids.shape[1] - held
+    return prepare(input_ids, next_sequence_length=length, **inputs)

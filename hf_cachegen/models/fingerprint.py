@@ -1,0 +1,301 @@
+"""What a cache belongs to: a cache reused with anything else gives fluent, wrong answers, so it is checked before
+every use.
+
+A Fingerprint holds the model's configuration field by field (rope included), hashes of a few values of every weight,
+of the tokenizer and of the tokens, the dtype and the active adapters. Names and revisions are kept for messages only:
+the same weights in another folder are the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_cachegen.errors import (
+    ManifestError,
+    UnsupportedModelError,
+    WrongDtypeError,
+    WrongModelError,
+    WrongTokenizerError,
+    WrongWeightsError,
+)
+from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.layers import dtype_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VOLATILE = frozenset(
+    [
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation",
+        "_experts_implementation",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "architectures",
+        "auto_map",
+        "id2label",
+        "label2id",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "gradient_checkpointing",
+        "chunk_size_feed_forward",
+        "problem_type",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+    ]
+)
+"""Configuration keys that change no key or value. (The dtype is compared by itself.)"""
+PROBES = 1024
+"""Values read of each weight: enough that no training step, however small, leaves all of them as they were."""
+GOLDEN_RATIO = 0.6180339887498949
+MAX_FIELD = 160
+"""Characters of a configuration value kept as text; a longer one is kept by its hash."""
+MAX_CONFIG_FIELDS = 4096
+PROBE_TEXT = (
+    "The quick brown fox: 12,345.67 \u00e9\u00df\u6f22\u5b57\n\n\tdef f(x):  return x_1 != 'y'  \U0001f600 </s> <|eot|>"
+)
+"""Letters, digits, punctuation, white space, several scripts and marks that look special: where tokenizers differ."""
+
+_offloaded: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """`of` makes one, `check` compares one with a model at hand."""
+
+    model_id: str
+    commit: str | None
+    config: dict[str, str]
+    weights: str
+    dtype: str
+    adapters: tuple[str, ...]
+    tokens: str
+    tokenizer: str | None
+    transformers: str
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Fingerprint:
+        """The fingerprint of `model` (and of the tokenizer, where given) and a context's token ids."""
+        return cls(
+            model_id=str(getattr(model.config, "_name_or_path", "")),
+            commit=getattr(model.config, "_commit_hash", None),
+            config=_config(model),
+            weights=_weights(model),
+            dtype=dtype_name(model.dtype),
+            adapters=_adapters(model),
+            tokens=hash_tokens(input_ids),
+            tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
+            transformers=transformers.__version__,
+        )
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Raises WrongModelError, WrongDtypeError, WrongWeightsError or WrongTokenizerError if the cache is not this
+        model's. The tokenizer is compared where both sides have one.
+        """
+        self.check_config(model)
+        if (dtype := dtype_name(model.dtype)) != self.dtype:
+            raise WrongDtypeError(
+                f"the cache was made in {self.dtype}, {self._name(model)} runs in {dtype}: load the model with "
+                f"dtype={self.dtype!r}, or make the cache anew"
+            )
+        if (adapters := _adapters(model)) != self.adapters:
+            raise WrongWeightsError(
+                f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
+            )
+        if _weights(model) != self.weights:
+            raise WrongWeightsError(
+                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} "
+                "has the same configuration but other weights"
+            )
+        if tokenizer is not None and self.tokenizer is not None and _tokenizer(tokenizer) != self.tokenizer:
+            raise WrongTokenizerError(
+                f"the cache was made with another tokenizer or chat template than {tokenizer.name_or_path!r}: its "
+                "tokens may not be those of the same text"
+            )
+
+    def check_config(self, model: PreTrainedModel) -> None:
+        """Raises WrongModelError if the model is configured otherwise."""
+        expected, got = self.config, _config(model)
+        if expected == got:
+            return
+        names = set(expected) | set(got)
+        if self.transformers != transformers.__version__:
+            # Another release writes other defaults into a configuration; what both have must agree.
+            names = set(expected) & set(got)
+        wrong = sorted(name for name in names if expected.get(name) != got.get(name))
+        if wrong:
+            shown = "; ".join(f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in wrong[:4])
+            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise WrongModelError(
+                f"the cache was made by {self.model_id or 'a model'!r}; {self._name(model)} is configured otherwise: "
+                f"{shown}{more}"
+            )
+
+    @staticmethod
+    def _name(model: PreTrainedModel) -> str:
+        return f"this {type(model).__name__} ({getattr(model.config, '_name_or_path', '') or 'unnamed'})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {**asdict(self), "adapters": list(self.adapters)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Fingerprint:
+        """The inverse of `to_dict`, for untrusted JSON; unknown keys are ignored. Raises ManifestError."""
+        if not isinstance(values, dict):
+            raise ManifestError(f"fingerprint must be an object, got {type(values).__name__}")
+        known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
+        texts = [known[name] for name in ("model_id", "weights", "dtype", "tokens", "transformers")]
+        optional = [known[name] for name in ("commit", "tokenizer") if known[name] is not None]
+        config, adapters = known["config"], known["adapters"]
+        if not isinstance(config, dict) or not isinstance(adapters, list) or len(config) > MAX_CONFIG_FIELDS:
+            raise ManifestError("fingerprint: config must be an object and adapters a list, of ordinary size")
+        if not all(isinstance(text, str) for text in [*texts, *optional, *config.values(), *adapters]):
+            raise ManifestError("fingerprint: a value that must be text is not")
+        return cls(**{**known, "adapters": tuple(adapters)})
+
+
+def hash_tokens(input_ids: Sequence[int]) -> str:
+    """SHA-256 of token ids as little-endian 64-bit integers."""
+    return hashlib.sha256(struct.pack(f"<{len(input_ids)}q", *input_ids)).hexdigest()
+
+
+def _config(model: PreTrainedModel) -> dict[str, str]:
+    return {name: _text(value) for name, value in _stable(model.config.to_dict()).items()}
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _stable(inner) for name, inner in value.items() if str(name) not in VOLATILE}
+    if isinstance(value, (list, tuple)):
+        return [_stable(inner) for inner in value]
+    return value
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= MAX_FIELD else "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def coarse_weights(model: PreTrainedModel) -> str:
+    """SHA-256 of names, shapes and PROBES values of every weight, rounded to bfloat16: equal for a model in the dtype
+    of its checkpoint, in float32 and in bfloat16, where a profile serves all.
+    """
+    digest = hashlib.sha256()
+    for name, tensor, values in _probes(model):
+        coarse = values.to(torch.bfloat16) if values.is_floating_point() else values
+        digest.update(f"{name} {list(tensor.shape)}\n".encode() + _bytes(coarse))
+    return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> str:
+    """SHA-256 of names, shapes, dtypes and PROBES values of every weight."""
+    digest = hashlib.sha256()
+    for name, tensor, values in _probes(model):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode() + _bytes(values))
+    return digest.hexdigest()
+
+
+def _probes(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, weight, PROBES of its values, on the CPU) of every weight; one transfer per device and dtype."""
+    tensors, found = dict(_persistent(model)), {}
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            found[name] = _offloaded_probe(model, name)
+        else:
+            groups.setdefault((tensor.device, tensor.dtype), {})[name] = _probe(tensor)
+    for probes in groups.values():
+        values = torch.cat(list(probes.values())).cpu().split([len(probe) for probe in probes.values()])
+        found.update(zip(probes, values, strict=True))
+    return ((name, tensor, found[name]) for name, tensor in tensors.items())
+
+
+def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and persistent buffers. The others are left out: rope rewrites its own while the model runs."""
+    for path, module in unwrapped(model).named_modules():
+        path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")  # what torch.compile puts into names
+        buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None:
+                yield f"{path}.{name}", tensor.detach()
+
+
+def _probe(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    return flat[_positions(len(flat)).to(flat.device)]
+
+
+@lru_cache(maxsize=256)
+def _positions(count: int) -> Tensor:
+    """PROBES positions of `count`, all of them where there are no more. Steps of the golden ratio: spread over rows and
+    columns alike, where equal steps would fall into one column of most matrices.
+    """
+    if count <= PROBES:
+        return torch.arange(count)
+    return ((torch.arange(PROBES, dtype=torch.float64) + 0.5) * GOLDEN_RATIO % 1.0 * count).long()
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _offloaded_probe(model: nn.Module, name: str) -> Tensor:
+    """The probe of a weight that accelerate keeps on the CPU or on disk. Remembered, because a read costs the whole
+    weight and accelerate never writes an offloaded weight back.
+    """
+    known = _offloaded.setdefault(model, {})
+    if name not in known:
+        path, _, local = name.rpartition(".")
+        hook = getattr(unwrapped(model).get_submodule(path), "_hf_hook", None)
+        maps = (getattr(inner, "weights_map", None) for inner in getattr(hook, "hooks", (hook,)))
+        try:
+            weight = next(weights for weights in maps if weights is not None)[local]
+        except (StopIteration, KeyError) as error:
+            raise UnsupportedModelError(
+                f"weight {name!r} is on the meta device and accelerate holds no value of it"
+            ) from error
+        known[name] = _probe(weight.detach().cpu())
+    return known[name]
+
+
+def _adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that take part in the forward pass, from PEFT's tuner layers (read without importing
+    PEFT).
+    """
+    active: set[str] = set()
+    for module in model.modules():
+        if hasattr(module, "merged_adapters") and not getattr(module, "disable_adapters", False):
+            names: Any = module.active_adapters
+            active.update(names)
+    return tuple(sorted(active))
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary, the special tokens, the chat template and how PROBE_TEXT is split."""
+    parts = [
+        sorted(tokenizer.get_vocab().items()),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        getattr(tokenizer, "chat_template", None),
+        tokenizer(PROBE_TEXT)["input_ids"],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,166 @@
+"""What a model and its configuration must be like, so that its cache can be kept and reused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_cachegen.codec.geometry import Geometry, LayerKind
+from hf_cachegen.errors import UnsupportedLayerError, UnsupportedModelError, WrongModelError
+from hf_cachegen.models.compat import takes_cache, unwrapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
+"""Functions of Transformers with which a model masks the tokens outside a window; its module imports one."""
+
+LAYER_REASONS = {
+    "DummyLayer": "it has no keys of its own but reads those of another layer",
+    "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
+}
+"""Why a kind of cache layer is refused, by class name."""
+
+POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)")
+"""Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
+
+
+def require_model(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError, or UnsupportedLayerError, for a model whose cache cannot be kept and reused."""
+    name = type(unwrapped(model)).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+        raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
+    layer_kinds(model.config)
+    if bool(getattr(model, "_is_stateful", False)):
+        raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be cut to a prefix")
+    if not takes_cache(model):
+        raise UnsupportedModelError(f"the forward pass of {name} takes no key-value cache")
+    if any(kind == "sliding" for kind, _ in layer_kinds(model.config)) and not _masks_windows(unwrapped(model)):
+        raise UnsupportedModelError(
+            f"{name} drops tokens from its cache that its attention still reads (a sliding cache without a sliding "
+            "mask), so its answers depend on how a prompt is split"
+        )
+
+
+def _masks_windows(model: nn.Module) -> bool:
+    """Report whether a model masks tokens outside its window; models from outside Transformers are taken to."""
+    names = {type(module).__module__ for module in model.modules()}
+    sources = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    return not sources or any(hasattr(source, mask) for source in sources for mask in WINDOW_MASKS)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return the number of positions that a model has learnt or tabulated, None for one that computes them."""
+    limits = []
+    base = unwrapped(model)
+    for path, module in base.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name):
+            limits.append(module.num_embeddings - int(getattr(module, "offset", 0)))
+        if isinstance(table := module._buffers.get("embed_positions"), Tensor):
+            limits.append(len(table))
+    return min(limits, default=None)
+
+
+def require_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise UnsupportedModelError unless `model` has positions for a context of so many tokens."""
+    limit = position_limit(model)
+    if limit is not None and tokens > limit:
+        raise UnsupportedModelError(
+            f"{type(unwrapped(model)).__name__} has {limit} learnt positions, the context has {tokens} tokens: cut the "
+            "context, or take a model for longer texts"
+        )
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
+    """(kind, window) of every layer that `config` describes, as the stock DynamicCache would build it.
+
+    Raises UnsupportedLayerError, which names the first layer of another kind.
+    """
+    latent = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+    kinds: list[tuple[LayerKind, int | None]] = []
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as error:
+        raise UnsupportedLayerError(f"{config.model_type!r} has a layer of an unknown kind, {error}") from error
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            kinds.append(("sliding", int(layer.sliding_window)))
+        elif type(layer) is DynamicLayer:
+            kinds.append(("mla" if latent else "full", None))
+        else:
+            name = type(layer).__name__
+            reason = LAYER_REASONS.get(name, "this version handles full attention, sliding windows and MLA")
+            raise UnsupportedLayerError(f"layer {index} of {config.model_type!r} is a {name}: {reason}")
+    return kinds
+
+
+def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
+    """Raises WrongModelError unless a cache of this geometry is one that `config` describes: layers, kinds, windows,
+    and heads and dims as far as the configuration tells them.
+    """
+    kinds, layers = layer_kinds(config), geometry.layers
+    if len(layers) != len(kinds):
+        raise WrongModelError(f"the cache has {len(layers)} layers, the model has {len(kinds)}")
+    heads, dim = _heads_and_dim(config)
+    for index, (layer, (kind, window)) in enumerate(zip(layers, kinds, strict=True)):
+        got = {"kind": layer.kind, "window": layer.window}
+        expected: dict[str, Any] = {"kind": kind, "window": window}
+        if kind != "mla" and heads is not None:
+            got |= {"heads": layer.heads, "v_heads": layer.v_heads}
+            expected |= {"heads": heads, "v_heads": heads}
+        if kind != "mla" and dim is not None:
+            got |= {"k_dim": layer.k_dim, "v_dim": layer.v_dim}
+            expected |= {"k_dim": dim, "v_dim": dim}
+        if got != expected:
+            wrong = "; ".join(
+                f"{name}: expected {expected[name]}, got {value}"
+                for name, value in got.items()
+                if value != expected[name]
+            )
+            raise WrongModelError(f"layer {index} of the cache is not what {config.model_type!r} has: {wrong}")
+
+
+def _heads_and_dim(config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """Heads and dim of every layer's keys and values; None where the configuration does not say, or has several."""
+    # Read from the dictionary: a configuration whose layers differ may refuse to be asked for an attribute of all.
+    fields = config.get_text_config(decoder=True).to_dict()
+    names = [name for name, value in fields.items() if value is not None]
+    # Another name of the sort tells of layers, or of values, that are not like the rest.
+    if fields.get("per_layer_config") or any(
+        re.search(r"(key_value_heads|kv_heads|head_dim)$", name)
+        for name in names
+        if name not in ("num_key_value_heads", "head_dim")
+    ):
+        return None, None
+    heads, dim = fields.get("num_key_value_heads"), fields.get("head_dim")
+    return heads if isinstance(heads, int) else None, dim if isinstance(dim, int) else None
+
+
+def positions_change(config: PreTrainedConfig, context: int, prompt: int) -> bool:
+    """Whether a context of so many tokens is rotated otherwise than the same tokens in a prompt of another length.
+
+    Two kinds of rope depend on the length of the whole sequence: "longrope" has one set of frequencies up to the
+    original length and another above it; "dynamic" stretches its frequencies with every token above it.
+    """
+    text = config.get_text_config(decoder=True)
+    parameters: Any = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        kind = rope.get("rope_type")
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        original = original or getattr(text, "max_position_embeddings", None) or 0
+        if kind == "dynamic" and max(context, prompt) > original:
+            return True
+        if kind == "longrope" and (context > original) != (prompt > original):
+            return True
+    return False

@@ -1,0 +1,103 @@
+"""What a user's name for a location means: a path here, or a repository on the Hub. (URLs: `remote.is_url`.)
+
+One rule for every command and function that takes a location:
+
+- A path object, and a string that cannot name a repository, are paths. The network is never asked for them. Such are
+  strings that begin with "/", "." or "~", have no slash or more than one, end in a slash or in a suffix of this
+  package's files, or break the Hub's own rules for names.
+- "a/b" is a path if the folder "a" exists here, whether or not "a/b" does. Else it is a repository.
+- "hf://..." is always a repository.
+
+When a repository that was meant by "a/b" cannot be had, the error names the folder first: it may be a path that is
+misspelt, or the process may be in another folder than its user believes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, ProfileError, StoreError
+
+HUB = "hf://"
+SUFFIXES = (".cachegen", ".sealed", ".safetensors", ".json", ".pt")
+"""What files and folders of this package are called, and no repository is asked for."""
+_PART = r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_REPO_ID = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})")
+_HUB_ID = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})")
+_SQUEEZED_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
+"""What a path object makes of a URL."""
+
+
+def local_path(location: str | os.PathLike[str]) -> Path:
+    """Return the path that `location` names, with "~" expanded. Raises ConfigError for what cannot be a path."""
+    if not isinstance(location, str | os.PathLike):
+        raise ConfigError(f"expected a path, a URL or a repository, got {type(location).__name__}")
+    name = os.fspath(location)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ConfigError(f"expected a path, a URL or a repository, got {name!r:.200}")
+    return Path(os.path.expanduser(name))
+
+
+def is_repository(location: str | os.PathLike[str]) -> bool:
+    """Whether `location` names a repository on the Hub; the rule is at the top of this file."""
+    return isinstance(location, str) and (location.startswith(HUB) or _matches(_REPO_ID, location))
+
+
+def is_hub_id(location: str) -> bool:
+    """Whether `location`, which is not here, may name a model or a data set: their names may lack a namespace (gpt2).
+    """
+    return _matches(_HUB_ID, location)
+
+
+def _matches(pattern: re.Pattern[str], location: str) -> bool:
+    found = pattern.fullmatch(location)
+    if found is None or location.endswith(SUFFIXES):
+        return False
+    namespace = found["namespace"]
+    return namespace is None or not os.path.isdir(namespace)
+
+
+def is_guess(location: str | os.PathLike[str]) -> bool:
+    """Whether `location` is taken for a repository although it could be a path."""
+    return is_repository(location) and not str(location).startswith(HUB)
+
+
+@contextmanager
+def named_both_ways(location: str | os.PathLike[str]) -> Iterator[None]:
+    """Add to errors of a repository the folder that its name could mean, if it could mean one."""
+    try:
+        yield
+    except (ArtifactNotFoundError, ProfileError, StoreError) as error:
+        if not is_guess(location):
+            raise
+        text = f"there is no folder {os.path.abspath(location)}, and as a repository on the Hub: {error}"
+        raise type(error)(text) from (error.__cause__ or error)
+
+
+def require_folder(path: Path, location: str | os.PathLike[str], repo_type: str = "dataset") -> None:
+    """Raise ArtifactNotFoundError, with what may be meant instead, unless `path`, named by `location`, is a folder."""
+    try:
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            return
+    except PermissionError:
+        return  # reading it says so
+    except OSError:
+        raise ArtifactNotFoundError(
+            f"there is no folder {os.path.abspath(path)}{alternative(location, repo_type)}"
+        ) from None
+    raise ArtifactNotFoundError(f"{os.path.abspath(path)} is a file; name the folder that holds the artifact")
+
+
+def alternative(location: str | os.PathLike[str], repo_type: str = "dataset") -> str:
+    """Return what to write where a repository or a URL is meant by what was taken for a path; "" where none can be."""
+    name = os.fspath(location)
+    if isinstance(location, str) and _REPO_ID.fullmatch(name):
+        return f"; if the repository on the Hub is meant, write {HUB}{repo_type}s/{name}"
+    if _SQUEEZED_URL.match(name):
+        return "; if a URL is meant, pass it as a string, with ://"
+    return ""
