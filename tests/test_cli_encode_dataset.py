@@ -65,6 +65,7 @@ def files(out: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
+@pytest.mark.slow
 def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = called(arguments(texts, out), tmp_path)
@@ -90,6 +91,7 @@ def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) 
     assert (out / INDEX_FILE).read_bytes() == listed
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     process = subprocess.Popen(

@@ -171,7 +171,9 @@ def test_the_command_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]], ids=" ".join
+    "options",
+    [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
+    ids=" ".join,
 )
 def test_options_that_do_not_go_together(tmp_path: Path, options: list[str]) -> None:
     assert run_json("convert", "past.pt", tmp_path / "out", *options, code=2)["error"]["type"] == "UsageError"
