@@ -118,15 +118,16 @@ $(VENV)/.package: $(VENV)/.requirements pyproject.toml setup.py $(NATIVE)
 
 # PyPI's torch for Linux brings CUDA, gigabytes of it: it is taken where the index without is out of reach, since with
 # another release than the oldest this would test nothing. What is not a dependency has its pin, but for tokenizers, which
-# transformers chooses; s3fs, which takes no fsspec but its twin (tests against S3 are skipped); and pyparsing, whose later
-# releases warn of the words in which the oldest matplotlib asks. The oldest numpy is for Python 3.10 to 3.12.
+# transformers chooses; pandas and contourpy, whose newest releases take no numpy so old; s3fs, which takes no
+# fsspec but its twin (tests against S3 are skipped); and pyparsing, whose later releases warn of the words in which the oldest
+# matplotlib asks. The oldest numpy is for Python 3.10 to 3.12.
 $(OLDEST)/.requirements: requirements-dev.txt pyproject.toml | $(OLDEST)/.created
 	@echo "== $(OLDEST_ALLOWED)"
 	@$(OLDEST)/bin/python -m pip install --retries 0 --timeout 15 $(filter torch==%,$(OLDEST_ALLOWED)) \
 		--index-url $(or $(TORCH_INDEX),$(CPU_INDEX)) || \
 		$(OLDEST)/bin/python -m pip install $(filter torch==%,$(OLDEST_ALLOWED))
 	@names=$$(printf '%s|' $(subst _,-,$(OLDEST_ALLOWED)) | sed -E 's/==[0-9.]+//g'); \
-		grep -vE "^($${names}tokenizers|s3fs|pyparsing)==" requirements-dev.txt > $(@D)/requirements.txt
+		grep -vE "^($${names}tokenizers|contourpy|pandas|s3fs|pyparsing)==" requirements-dev.txt > $(@D)/requirements.txt
 	@$(OLDEST)/bin/python -m pip install -qq $(OLDEST_ALLOWED) 'pyparsing<3.3' -r $(@D)/requirements.txt
 	@touch $@
 
@@ -144,7 +145,7 @@ $(OLDEST_TRANSFORMERS)/.requirements: pyproject.toml $(VENV)/.package | $(OLDEST
 	@touch $@
 
 # The newest torch comes from the index of builds without CUDA. Where that is out of reach, PyPI's newest would bring
-# gigabytes of CUDA, so the pin is taken; the line of versions that `make test-newest` prints shows which it was.
+# gigabytes of CUDA, so the pin is taken, and the output says which it was.
 # Every run resolves again: what is newest changes.
 $(NEWEST)/.requirements: FORCE | $(NEWEST)/.created
 	@echo "== the newest releases of" $(ALLOWED)
@@ -153,6 +154,7 @@ $(NEWEST)/.requirements: FORCE | $(NEWEST)/.created
 		{ echo "== the newest torch is out of reach without CUDA: $(TORCH), as pinned" >&2; \
 		$(NEWEST)/bin/python -m pip install -qq $(TORCH); }
 	@$(NEWEST)/bin/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' > $(@D)/torch.txt
+	@echo "== $$(cat $(@D)/torch.txt) is the newest torch without CUDA that can be reached"
 	@$(NEWEST)/bin/python -m pip install -qq --upgrade --upgrade-strategy eager --constraint $(@D)/torch.txt $(ALLOWED) wheel
 	@touch $@
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_cachegen import CacheGenConfig, decode_kv, encode_kv, native
-from hf_cachegen.codec import ops, rans
+from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
+from hf_cachegen.codec import native, ops, rans
 from hf_cachegen.codec.rans import Tables
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.errors import MissingExtraError

@@ -22,11 +22,12 @@ import click
 import torch
 
 from benchmarks.bench_codec import machine
-from hf_cachegen import CacheGenConfig, decode_kv, native
-from hf_cachegen.codec import chunk, into
-from hf_cachegen.codec.chunk import LossyCodec, Span
+from hf_cachegen import CacheGenConfig, decode_kv
+from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.codec import chunk, into, native
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import EncodedContext, Encoder
 
 HEADS, DIM, CHUNK = 8, 128, 256
 ROUNDS, STREAMS = 10, 8
@@ -107,11 +108,10 @@ def context(layers: int, transform: Any) -> Encoder:
 def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> dict[str, float]:
     """GB/s, and microseconds of one chunk, by level."""
     codec, parts = made.codec, next(made.chunks())
-    assert isinstance(codec, LossyCodec)
     tensors = [torch.empty(1, HEADS, tokens, DIM, dtype=torch.bfloat16, device=device) for _ in range(2 * layers)]
     target, span, found = Target.layers(tensors), Span(0, CHUNK, CHUNK), {}
     total = sum(x.nbytes for x in tensors)
-    for level in range(codec.parts, 0, -1):
+    for level in range(made.config.levels, 0, -1):
         groups = []
         for row in range(0, tokens, CHUNK):
             with recorded() as calls:
@@ -124,9 +124,8 @@ def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> d
 
 def encoding(made: Encoder, device: torch.device) -> dict[str, float]:
     """GB/s of one chunk, rows on the device to bytes on the host, everything included; and of its kernels alone."""
-    rows, span = next(made._rows())
+    rows, span = next(made.rows.chunks())
     rows, codec = rows.to(device), made.codec
-    assert isinstance(codec, LossyCodec)
     result = {"whole, GB/s": rows.nbytes / seconds(lambda: codec.encode(rows, span), device) / 1e9}
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -140,7 +139,7 @@ def encoding(made: Encoder, device: torch.device) -> dict[str, float]:
 def whole(made: Encoder, tokens: int, device: torch.device) -> dict[str, float]:
     """GB/s of decode_kv, by level: the chunk again and again as a context of so many tokens."""
     count = tokens // CHUNK
-    keys, values = ([x.repeat(1, 1, count, 1) for x in part] for part in (made.keys, made.values))
+    keys, values = ([x.repeat(1, 1, count, 1) for x in part] for part in (made.rows.keys, made.rows.values))
     encoder = Encoder(keys, values, made.config)
     chunks = list(encoder.chunks())
     parts = tuple(zip(*chunks, strict=True))

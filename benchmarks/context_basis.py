@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.rate_distortion import KV, Test, bits_at, compare, test_of
 from eval.reference import HELD_OUT_SEED, MODEL_PATH, TASKS
-from hf_cachegen.calibration import continuation_logits, find_rotary, prefill
 from hf_cachegen.codec.fit import Counts
 from hf_cachegen.codec.passes import NONE_WIDE, Symbols
+from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, shipped_codebooks
-from hf_cachegen.profile import Rotary
+from hf_cachegen.profiles.learning import continuation_logits, find_rotary, prefill
 
 THIRDS = (0.5, 1.0, 1.5)
 """The paper's factors on the steps of the first, middle and last third of the layers."""

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen import CacheGenConfig, Profile, encode_kv
-from hf_cachegen.calibration import prefill
 from hf_cachegen.codec.fit import Counts
-from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.codec.rows import gather, spans_of
 from hf_cachegen.codec.tables import DIGIT_SYMBOLS, VALUE_SYMBOLS
-from hf_cachegen.encoding import gather, spans_of
+from hf_cachegen.codec.transforms.klt import Klt
+from hf_cachegen.profiles.learning import prefill
 
 CONFIG = CacheGenConfig(transform="klt", protect_first=0, protect_last=0, measure=False)
 PRIOR = 0.02
@@ -47,7 +47,7 @@ def main(contexts: int, samples: int, tokens: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     profile = Profile.load(MODEL_PATH)
 
-    def counted(keys: list[Tensor], values: list[Tensor], codec: KltCodec, counts: Counts) -> None:
+    def counted(keys: list[Tensor], values: list[Tensor], codec: Klt, counts: Counts) -> None:
         for span in spans_of(keys[0].shape[2], CONFIG.chunk_tokens):
             counts.add(codec.inner.symbols(codec.checked(gather(keys, values, span), span))[0])
 
@@ -55,7 +55,7 @@ def main(contexts: int, samples: int, tokens: int) -> None:
     for task in TASKS:
         for n in range(samples):
             keys, values, _ = prefill(model, sample(tokenizer, task, CALIBRATION_SEED + n, tokens)[0])
-            counted(keys, values, KltCodec(encode_kv(keys, values, CONFIG, profile).geometry, CONFIG, profile), learnt)
+            counted(keys, values, Klt(encode_kv(keys, values, CONFIG, profile).geometry, CONFIG, profile), learnt)
     widths = [VALUE_SYMBOLS] + [DIGIT_SYMBOLS] * (profile.levels - 1)
     view = Table("task", "level", "chunks and side", "all files", "held-out entropy", "own entropy", "to held-out")
     for task in TASKS:
@@ -64,7 +64,7 @@ def main(contexts: int, samples: int, tokens: int) -> None:
             keys, values, _ = prefill(model, sample(tokenizer, task, HELD_OUT_SEED + n, tokens)[0])
             encoded = encode_kv(keys, values, CONFIG, profile)
             counts, elements = Counts(len(profile.base_entries), profile.levels), encoded.geometry.elements * contexts
-            counted(keys, values, KltCodec(encoded.geometry, CONFIG, profile), counts)
+            counted(keys, values, Klt(encoded.geometry, CONFIG, profile), counts)
             sizes = torch.tensor([8.0 * sum(map(len, part)) for part in encoded.parts], dtype=torch.float64)
             sizes[0] += 8 * len(encoded.side)
             everything = [8.0 * encoded.nbytes_at(level) for level in range(1, encoded.levels + 1)]

@@ -25,9 +25,9 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.codec import basis, fit
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Span
-from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.geometry import Geometry, LayerGeometry
-from hf_cachegen.profile import Group, Rotary
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.transforms.klt import Klt
 
 LAYERS, HEADS, DIM = 32, 8, 128
 TOKENS = 512
@@ -48,7 +48,7 @@ def best(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]
     return found
 
 
-def klt(layers: int, level: int, silent: float) -> tuple[KltCodec, list[bytes], Tensor]:
+def klt(layers: int, level: int, silent: float) -> tuple[Klt, list[bytes], Tensor]:
     """A codec of so many layers in one group, a chunk's parts up to a level, and its coefficients."""
     geometry = LayerGeometry("full", HEADS, DIM, HEADS, DIM)
     width = layers * HEADS * DIM
@@ -65,9 +65,9 @@ def klt(layers: int, level: int, silent: float) -> tuple[KltCodec, list[bytes], 
     spread = torch.logspace(2, -2, width).repeat(2)
     spread[torch.arange(2 * width) % width >= (1 - silent) * width] = 0
     y = torch.randn(TOKENS, 2 * width) * spread
-    counts, codec = fit.Counts(2 * width, 3), KltCodec(whole, config, profile)
+    counts, codec = fit.Counts(2 * width, 3), Klt(whole, config, profile)
     counts.add(codec.inner.symbols(y)[0])
-    codec = KltCodec(whole, config, profile, counts.choose(codec.inner.values, codec.inner.digits)[0])
+    codec = Klt(whole, config, profile, counts.choose(codec.inner.values, codec.inner.digits)[0])
     return codec, codec.inner.encode(y, SPAN)[:level], y
 
 
@@ -76,7 +76,7 @@ def delta(layers: int, level: int) -> tuple[LossyCodec, list[bytes]]:
     vectors = torch.repeat_interleave(torch.arange(2 * layers), HEADS * DIM)
     columns, config = Columns(vectors, vectors // 2 * 3 // layers), CacheGenConfig(transform="delta", measure=False)
     rows = torch.randn(TOKENS, len(columns)).cumsum(0)
-    codec, _ = fit.fit(lambda: iter([(rows, SPAN)]), columns, config)
+    codec, _ = fit.fit(lambda: iter([(rows, SPAN)]), columns, config, config.group_tokens)
     return codec, codec.encode(rows, SPAN)[:level]
 
 
@@ -97,7 +97,7 @@ def main(rounds: int, level: int, silent: float) -> None:
         (codec, parts, _), (other, others) = klt(layers, level, silent), delta(layers, level)
         y = codec.inner.decode(parts, SPAN)
 
-        def wide(codec: KltCodec = codec, parts: list[bytes] = parts) -> Tensor:
+        def wide(codec: Klt = codec, parts: list[bytes] = parts) -> Tensor:
             with mock.patch.object(basis, "multiplies_bfloat16", return_value=False):
                 return codec.decode(parts, SPAN, torch.bfloat16)
 

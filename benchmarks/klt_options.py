@@ -40,7 +40,7 @@ from benchmarks.rate_distortion import (
     test_of,
 )
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
-from hf_cachegen.calibration import Sample
+from hf_cachegen.profiles.learning import Sample
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "floor 0.1": {"floor": 0.1},

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from benchmarks.klt_variants import BASE, Bench, Coder
 from benchmarks.rate_distortion import KV, Point, Test, levels_of
-from hf_cachegen.calibration import prefill
-from hf_cachegen.calibration.moments import gradients
 from hf_cachegen.codec.basis import Basis
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.profiles.learning import prefill
+from hf_cachegen.profiles.learning.moments import gradients
 
 PER_OCTAVE, REACH = 4, 8
 FLOOR = 0.5

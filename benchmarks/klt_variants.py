@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.rate_distortion import KV, Point, Test, learnt, levels_of
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
-from hf_cachegen.calibration import Sample, learning, moments, prefill
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.klt import KltCodec
-from hf_cachegen.profile import Group
+from hf_cachegen.codec.profile import Group
+from hf_cachegen.codec.transforms.klt import Klt
+from hf_cachegen.profiles.learning import Sample, learning, moments, prefill
 
 BASE = CacheGenConfig(transform="klt", measure=False)
 DEAD_ZONES = (0.05, 0.1)
@@ -89,7 +89,7 @@ def within(context: Callable[[], Any], coder: Coder) -> Coder:
 def variants(bench: Bench) -> dict[str, Callable[[], Coder]]:
     """By name, what makes the coder."""
     found: dict[str, Callable[[], Coder]] = {}
-    changes: dict[str, Callable[[KltCodec, Tensor], Tensor]] = {}
+    changes: dict[str, Callable[[Klt, Tensor], Tensor]] = {}
     changes |= {f"dead zone {width}": partial(dead_zone, width) for width in DEAD_ZONES}
     changes |= {f"optimised rounding {worth}": partial(optimised, worth) for worth in LAMBDAS}
     for name, change in changes.items():
@@ -127,19 +127,19 @@ def heads_apart() -> Iterator[None]:
 
 
 @contextmanager
-def coefficients_changed(change: Callable[[KltCodec, Tensor], Tensor]) -> Iterator[None]:
+def coefficients_changed(change: Callable[[Klt, Tensor], Tensor]) -> Iterator[None]:
     """Coefficients are changed before they are rounded."""
-    checked = KltCodec.checked
-    with mock.patch.object(KltCodec, "checked", lambda self, rows, span: change(self, checked(self, rows, span))):
+    checked = Klt.checked
+    with mock.patch.object(Klt, "checked", lambda self, rows, span: change(self, checked(self, rows, span))):
         yield
 
 
-def dead_zone(width: float, codec: KltCodec, y: Tensor) -> Tensor:
+def dead_zone(width: float, codec: Klt, y: Tensor) -> Tensor:
     """Coefficients that much of a step nearer to zero."""
     return y.sign() * (y.abs() - width * codec.inner.steps).clamp_min(0)
 
 
-def optimised(worth: float, codec: KltCodec, y: Tensor) -> Tensor:
+def optimised(worth: float, codec: Klt, y: Tensor) -> Tensor:
     """The multiple of the step, nearest to y or next to that towards zero, of the least squared error and worth x bits
     (those of the base and its digits together, estimated from the base's table at the finest step).
     """

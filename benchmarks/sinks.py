@@ -31,8 +31,8 @@ from benchmarks.rate_distortion import (
     curves,
     no_sinks,
 )
-from hf_cachegen.calibration import prefill
 from hf_cachegen.codec.sinks import find_sinks
+from hf_cachegen.profiles.learning import prefill
 
 KL = (0.02, 0.005)
 

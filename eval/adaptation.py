@@ -37,9 +37,11 @@ from eval.reference import HELD_OUT_SEED, MODEL_PATH, document
 from eval.simulation import Chunk, Outcome, simulate
 from eval.traces import Link
 from hf_cachegen import CacheGenCache, CacheGenConfig
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import BASE_FILE, chunk_name, refine_file
+from hf_cachegen.artifact import BASE_FILE, chunk_name, refine_file
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.profiles.finding import open_with_profile
+from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import Adaptive, Fixed, Paper, Policy
 
 matplotlib.use("Agg")
@@ -291,7 +293,7 @@ def main(
     cache = CacheGenCache.from_context(model, ids)
     with tempfile.TemporaryDirectory() as folder:
         cache.save_pretrained(folder, CacheGenConfig(chunk_tokens=chunk_tokens), overwrite=True)
-        artifact = Artifact(folder, model_folder=str(MODEL_PATH))
+        artifact = open_with_profile(LocalStore(folder), model_folder=str(MODEL_PATH))
         after = "".join(question.prompt + question.completion for question in made.questions)
         judge = Judge(model, artifact, cache, tokenizer(after, return_tensors="pt").input_ids)
     width = cache.kv.keys[0].shape[-1]

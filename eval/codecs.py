@@ -130,7 +130,7 @@ def _own(codec: str, kit: Kit, exact: CacheGenCache) -> Iterator[Kept]:
     elif codec == "klt" and kit.profile is not None:
         config = replace(config, transform="klt", levels=kit.profile.levels)
     else:
-        config = replace(config, transform=codec)  # type: ignore[arg-type]
+        config = replace(config, transform=codec)
     with tempfile.TemporaryDirectory(prefix="hf_cachegen-eval-") as name:
         place = Path(name) / "artifact"
         start = time.perf_counter()

@@ -17,10 +17,11 @@ from eval.traces import Link
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.streaming import CONNECTIONS, Policy
 from hf_cachegen.streaming.bandwidth import Bandwidth
-from hf_cachegen.streaming.fetching import WAKE_SECONDS, request_bytes
-from hf_cachegen.streaming.loader import RESERVE
+from hf_cachegen.streaming.fetching import WAKE_SECONDS
 from hf_cachegen.streaming.schedule import Chunk as Progress
 from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule
+from hf_cachegen.streaming.session import RESERVE
+from hf_cachegen.streaming.window import request_bytes
 
 SLICES = 8
 """Pieces in which a part's bytes arrive."""
@@ -146,7 +147,7 @@ class _Run:
                 self.bandwidth.ended(what.began)
         elif isinstance(what, Decode):
             self.thread_busy = False
-            self.schedule.placed(what.chunk, what.level, self.chunks[what.chunk].decode_seconds)
+            self.schedule.decoded(what.chunk, what.level, self.chunks[what.chunk].decode_seconds)
         elif isinstance(what, Recompute):
             self.thread_busy = False
             self.schedule.recomputed(what.chunk)

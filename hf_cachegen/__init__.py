@@ -9,16 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_cachegen import errors
+from hf_cachegen._version import __version__
 
 if TYPE_CHECKING:
+    from hf_cachegen.artifact.encoded import EncodedContext, decode_kv, encode_kv
     from hf_cachegen.cache import CacheGenCache
-    from hf_cachegen.calibration import learn_profile
     from hf_cachegen.config import CacheGenConfig
-    from hf_cachegen.encoding import EncodedContext, decode_kv, encode_kv
     from hf_cachegen.generation import attach, detach, generate
-    from hf_cachegen.profile import Profile
-
-__version__ = "0.1.0"
+    from hf_cachegen.profiles.files import Profile
+    from hf_cachegen.profiles.learning import learn_profile
 
 __all__ = [
     "CacheGenCache",
@@ -38,14 +37,14 @@ __all__ = [
 _HOMES = {
     "CacheGenCache": "hf_cachegen.cache",
     "CacheGenConfig": "hf_cachegen.config",
-    "EncodedContext": "hf_cachegen.encoding",
-    "Profile": "hf_cachegen.profile",
+    "EncodedContext": "hf_cachegen.artifact.encoded",
+    "Profile": "hf_cachegen.profiles.files",
     "attach": "hf_cachegen.generation",
-    "decode_kv": "hf_cachegen.encoding",
+    "decode_kv": "hf_cachegen.artifact.encoded",
     "detach": "hf_cachegen.generation",
-    "encode_kv": "hf_cachegen.encoding",
+    "encode_kv": "hf_cachegen.artifact.encoded",
     "generate": "hf_cachegen.generation",
-    "learn_profile": "hf_cachegen.calibration",
+    "learn_profile": "hf_cachegen.profiles.learning",
 }
 
 

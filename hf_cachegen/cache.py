@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_cachegen.artifact import Artifact, write
-from hf_cachegen.card import card
+from hf_cachegen.artifact import Limits, Reader
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Limits, Reader
 from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
-from hf_cachegen.encoding import EncodedContext, Encoder
 from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
-from hf_cachegen.finding import ProfileLike, profile_to_push
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.layers import build_dynamic
+from hf_cachegen.models.opening import Tokens
 from hf_cachegen.models.prefix import Reuse
-from hf_cachegen.opening import Tokens
+from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
 from hf_cachegen.stores import LocalStore
-from hf_cachegen.streaming import CONNECTIONS, Event, Fallback, Link, Policy, Refine
+from hf_cachegen.stores.publishing import publish_artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,55 +185,28 @@ class CacheGenCache(CachedContext, DynamicCache):
 
     @classmethod
     def stream(
-        cls,
-        path: str | os.PathLike[str],
-        model: PreTrainedModel,
-        *,
-        slo: float | None = None,
-        level: int | Literal["text"] | None = None,
-        policy: Policy | str = "adaptive",
-        refine: Refine = "before",
-        prompt_tokens: int = 0,
-        fallback: Sequence[Fallback] = (),
-        profile: ProfileLike = "auto",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        limits: Limits | None = None,
-        on_event: Callable[[Event], None] | None = None,
-        stall_seconds: float | None = None,
-        connections: int = CONNECTIONS,
-        link: Link | None = None,
-        cancel: threading.Event | None = None,
-        prompt: tuple[Tensor, Tensor] | None = None,
-        attach: bool = True,
-        **access: Any,
+        cls, path: str | os.PathLike[str], model: PreTrainedModel, *, attach: bool = True, **options: Any
     ) -> CacheGenCache:
-        """Load an artifact so that the first token comes within `slo` seconds from this call, whatever the network
-        does (docs/streaming.md; section 5.3 of the paper). The report is a StreamReport.
+        """Load an artifact so that the first token comes within the SLO, counted from this call, whatever the network
+        does (docs/streaming.md; section 5.3 of the paper). A chunk that no source gives is recomputed.
 
-        path, profile, tokenizer, limits, access: as for `from_pretrained`. Every layer goes to its device of `model`.
-        slo: None takes the time that it takes. level: the same for all chunks, or "text" to recompute all, instead of a
-        policy. policy: "adaptive", "paper" or an object (hf_cachegen.streaming.Policy).
-        refine: what is done with finer levels than the first that was fetched: "off" nothing, "before" fetch them
-        while time is left before the SLO, "while_generating" go on after this call returns (`cache.refinement`).
-        prompt_tokens: how many tokens will follow the context: their prefill is part of the SLO. prompt: in their stead
-        the input_ids and attention_mask, [rows, tokens] each, that will be asked, context included.
-        fallback: other places with the same artifact; (place, {...}) gives one its own `access`.
-        on_event: called with each hf_cachegen.streaming.Event.
-        stall_seconds: a source that is silent for so long has failed (default: a quarter of the SLO, at least 0.5; 10
-        without one). connections: requests at a time. link: which streams share a link (default: those to one host).
-        cancel: set, it ends the stream.
+        Args:
+            path: A folder, a repository on the Hub or a URL, as for `from_pretrained`.
+            model: The model. Every layer goes to its device.
+            **options: The fields of `hf_cachegen.streaming.StreamOptions`: slo, level, policy, refine, prompt_tokens,
+                prompt, fallback, profile, tokenizer, limits, on_event, stall_seconds, connections, link, cancel; and
+                those of `hf_cachegen.stores.Access`.
 
-        attach: prepare the model, as `from_context` does.
+        Returns:
+            The cache. Its report is a StreamReport. With refine="while_generating" its `refinement` goes on.
 
-        A chunk that no source gives is recomputed. Raises what `from_pretrained` does; ConfigError,
-        StreamCancelledError, and PromptMismatchError where `prompt` has nothing of the context.
+        Raises:
+            ConfigError: An option is out of its range.
+            StreamCancelledError: `cancel` was set.
+            PromptMismatchError: `prompt` has nothing of the context.
+            MismatchError, ArtifactError, StoreError, ProfileError: As for `from_pretrained`.
         """
-        context = stream_to_context(
-            path, model, policy=policy, level=level, profile=profile, tokenizer=tokenizer, limits=limits, slo=slo,
-            refine=refine, prompt_tokens=prompt_tokens, prompt=prompt, fallback=fallback, on_event=on_event,
-            stall_seconds=stall_seconds, connections=connections, link=link, cancel=cancel, **access,
-        )  # fmt: skip
-        return cls._of(context, model, attach)
+        return cls._of(stream_to_context(path, model, **options), model, attach)
 
     def save_pretrained(
         self,
@@ -257,10 +227,11 @@ class CacheGenCache(CachedContext, DynamicCache):
             if config is not None and config != self.config:
                 raise ConfigError(f"this cache was decoded from {self.source}; encoding it anew would lose twice")
             # What was recomputed throughout has taken no profile.
-            artifact = Artifact(self.source, profile="auto" if self.profile is None else self.profile)
+            artifact = Artifact(self.source)
             if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self.config):
                 raise ConfigError(f"{self.source} is no longer the artifact that this cache was loaded from")
-            source = artifact.read()
+            taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
+            source = artifact.with_profile(taken).read()
         else:
             layers = list(self.kv.geometry.layers)
             kv, config = self.kv, config or self.config
@@ -273,7 +244,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             overwrite=overwrite,
         )
         if self.source is None:
-            self._report = replace(self._report, encoding=Artifact(directory).report)
+            self._report = replace(self._report, encoding=Artifact(LocalStore(directory)).report)
 
     def push_to_hub(
         self,
@@ -298,16 +269,13 @@ class CacheGenCache(CachedContext, DynamicCache):
         pushed there, and the artifact says where.
         Raises ConfigError, ConflictError and other StoreErrors.
         """
-        from hf_cachegen.stores import hub, pushing
-
-        place = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
         with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
             self.save_pretrained(folder, config)
-            reader = Reader(LocalStore(folder))
-            text = card(reader, repo_id, subfolder=subfolder, description=description)
-            pushed = pushing.push(
-                Path(folder), place, text, profile=profile_to_push(self.profile, reader.manifest.codec, with_profile),
-                token=token, private=private, commit_message=commit_message, create_pr=create_pr,
+            codec = Reader(LocalStore(folder)).manifest.codec
+            pushed = publish_artifact(
+                folder, repo_id, profile=profile_to_push(self.profile, codec, with_profile), description=description,
+                private=private, token=token, revision=revision, subfolder=subfolder, repo_type=repo_type,
+                commit_message=commit_message, create_pr=create_pr,
             )  # fmt: skip
         return pushed.url
 

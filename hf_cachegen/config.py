@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from hf_cachegen.errors import ConfigError
 
 TransformName = Literal["auto", "delta", "identity", "klt"]
+"""The transforms that come with the package (`hf_cachegen.codec.transforms`), and the choice among them."""
+_transform_names: set[str] = set(get_args(TransformName))
 CoderName = Literal["rans", "torchac"]
 MAX_CHUNK_TOKENS = 1 << 15
 """Keeps token and column counts of a chunk within the stream's 32-bit positions."""
@@ -19,7 +21,8 @@ class CacheGenConfig:
 
     transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor), "identity" (values
         less their channel's mean), "klt" (coefficients in the basis of the model's Profile; needs one, and takes its
-        steps and tables) or "auto": klt where there is a profile, else the one of the others that codes smaller.
+        steps and tables) or "auto": klt where there is a profile, else the one of the others that codes smaller; or the
+        name of a transform that `hf_cachegen.codec.transforms.register` added.
     lossless: code the very bytes of bf16, fp16 or fp32 values; gives one level.
     levels: how many nested levels the artifact serves, 1 to 3; level 1 is the coarsest, `levels` the finest.
     steps: step of the finest-but-one level in units of the channel's standard deviation, for the first, middle and last
@@ -34,7 +37,7 @@ class CacheGenConfig:
     Raises ConfigError for a value of another type or out of range.
     """
 
-    transform: TransformName = "auto"
+    transform: str = "auto"
     lossless: bool = False
     levels: int = 3
     steps: tuple[float, float, float] = (0.5, 1.0, 1.5)
@@ -47,8 +50,8 @@ class CacheGenConfig:
     measure: bool = True
 
     def __post_init__(self) -> None:
-        if self.transform not in get_args(TransformName):
-            raise ConfigError(f"transform must be one of {get_args(TransformName)}, got {self.transform!r}")
+        if not isinstance(self.transform, str) or self.transform not in _transform_names:
+            raise ConfigError(f"transform must be one of {tuple(sorted(_transform_names))}, got {self.transform!r}")
         if self.coder not in ("rans", "torchac"):
             raise ConfigError(f"coder must be 'rans' or 'torchac', got {self.coder!r}")
         if not isinstance(self.steps, tuple) or len(self.steps) != 3 or not all(map(_is_step, self.steps)):
@@ -82,6 +85,16 @@ class CacheGenConfig:
             raise ConfigError(f"unknown options {unknown}")
         listed = isinstance(values.get("steps"), list)
         return cls(**{**values, **({"steps": tuple(values["steps"])} if listed else {})})
+
+
+def add_transform_name(name: str) -> None:
+    """Let configurations name this transform; `hf_cachegen.codec.transforms.register` calls this."""
+    _transform_names.add(name)
+
+
+def remove_transform_name(name: str) -> None:
+    """Undo `add_transform_name`."""
+    _transform_names.discard(name)
 
 
 def _is_step(value: Any) -> bool:

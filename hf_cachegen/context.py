@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,13 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from hf_cachegen.artifact import Limits, Store
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Limits, Store
 from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
-from hf_cachegen.finding import ProfileLike, for_encoding
-from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.layers import KVTensors, capture
+from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
 from hf_cachegen.models.requirements import (
     layer_kinds,
     positions_change,
@@ -33,11 +32,11 @@ from hf_cachegen.models.requirements import (
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
-from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
 from hf_cachegen.report import CacheReport
 from hf_cachegen.stores import Access, open_store
-from hf_cachegen.streaming import Policy, Refinement, StreamOptions, policy_of, stream_context
+from hf_cachegen.streaming import Refinement, StreamOptions, stream_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -190,8 +189,9 @@ def load_context(
 ) -> CachedContext:
     """Load an artifact whole. Arguments and errors are those of `CacheGenCache.from_pretrained`."""
     start = time.perf_counter()
-    found = open_context(open_store(path, Access(**access), limits), model, limits, profile, tokenizer=tokenizer)
-    artifact, devices = found.artifact, found.places
+    found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer)
+    taken = profile_of(found.artifact, profile, model_folder(model))
+    artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
         device = devices[0]
     keys, values = artifact.decode(level, device, progress=progress)
@@ -207,31 +207,14 @@ def load_context(
     )
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
-        kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=artifact.profile(),
+        kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
         source=artifact.store,
     )  # fmt: skip
 
 
-def stream_to_context(
-    path: str | os.PathLike[str],
-    model: PreTrainedModel,
-    *,
-    policy: Policy | str = "adaptive",
-    level: int | Literal["text"] | None = None,
-    profile: ProfileLike = "auto",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    limits: Limits | None = None,
-    **options: Any,
-) -> CachedContext:
-    """Load an artifact under a deadline.
-
-    Args:
-        options: fields of `StreamOptions`, and of hf_cachegen.stores.Access. Other arguments and errors are those of
-            `CacheGenCache.stream`.
-    """
-    access = {name: options.pop(name) for name in options.keys() - {field.name for field in fields(StreamOptions)}}
-    chosen = StreamOptions(policy=policy_of(policy, level), **options)
-    found, kv, refinement = stream_context(path, model, chosen, profile, tokenizer, limits, access)
+def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
+    """Load an artifact under a deadline. Arguments and errors are those of `CacheGenCache.stream`."""
+    found, kv, refinement = stream_context(path, model, StreamOptions.from_keywords(options))
     artifact = found.artifact
     return CachedContext(
         kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from hf_cachegen import finding
+from hf_cachegen.profiles import finding
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.http_server import Request, Server, running
 

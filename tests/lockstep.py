@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen import native
+from hf_cachegen.codec import native
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_cachegen.container import Manifest, Reader, pack_input_ids, write_artifact
+from hf_cachegen.artifact import Manifest, Reader, Store, pack_input_ids, write_artifact
 from hf_cachegen.errors import ArtifactNotFoundError
 from hf_cachegen.stores import LocalStore
 
@@ -23,7 +23,7 @@ SEGMENTS = [
 FILES = {"cachegen.json", *(file for file, _, _ in SEGMENTS)}
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """A store over a dict; what it is given it returns, rightly or not."""
 
     def __init__(self, files: dict[str, bytes]) -> None:

@@ -94,15 +94,15 @@ def refinements_wait(server: Server) -> threading.Event:
 def refining_waits(cache: CacheGenCache) -> tuple[threading.Event, threading.Event]:
     """From now on each refinement waits while it is decoded: (set when one does, to be set for it to go on)."""
     assert cache.refinement is not None
-    placer, decoding, go_on = cache.refinement._loader.placer, threading.Event(), threading.Event()
-    rows = placer.rows
+    writer, decoding, go_on = cache.refinement._loader.writer, threading.Event(), threading.Event()
+    rows = writer.rows
 
     def slowly(*arguments: Any) -> Any:
         decoding.set()
         go_on.wait(20)
         return rows(*arguments)
 
-    placer.rows = slowly  # type: ignore[method-assign]
+    writer.rows = slowly  # type: ignore[method-assign]
     return decoding, go_on
 
 

@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 from kv_samples import same, sample_kv
 
-from hf_cachegen import encoding
-from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.artifact import Limits, manifest
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import decode_kv, encode_kv
+from hf_cachegen.codec import context
+from hf_cachegen.codec.chunk import Columns
+from hf_cachegen.codec.context import Encoder
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.transforms import transform_of
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Limits, manifest
-from hf_cachegen.encoding import Encoder, decode_kv, encode_kv
 from hf_cachegen.errors import (
     ArtifactError,
     ArtifactExistsError,
@@ -30,7 +34,7 @@ from hf_cachegen.errors import (
     TensorError,
     TruncatedError,
 )
-from hf_cachegen.geometry import Geometry, LayerGeometry
+from hf_cachegen.stores import LocalStore
 
 CONFIG = CacheGenConfig(transform="delta", chunk_tokens=32)
 CONFIGS = [CONFIG, replace(CONFIG, transform="identity"), replace(CONFIG, transform="identity", lossless=True)]
@@ -45,7 +49,7 @@ def make(directory: Path, config: CacheGenConfig = CONFIG, **shape: Any) -> Path
 
 def decode(path: Path) -> None:
     """What a loader does before the first token: everything it needs, at the finest level."""
-    artifact = Artifact(path)
+    artifact = Artifact(LocalStore(path))
     artifact.decode()
     _ = artifact.input_ids
 
@@ -58,7 +62,7 @@ def test_files_hold_what_memory_held(config: CacheGenConfig, tmp_path: Path) -> 
     write(Encoder(keys, values, config), tmp_path / "streamed")
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (tmp_path / "streamed" / path.name).read_bytes()
-    artifact = Artifact(tmp_path / "whole")
+    artifact = Artifact(LocalStore(tmp_path / "whole"))
     assert artifact.read() == encoded
     for level in range(1, artifact.levels + 1):
         found, expected = artifact.decode(level), decode_kv(encoded, level)
@@ -72,18 +76,18 @@ def test_files_hold_what_memory_held(config: CacheGenConfig, tmp_path: Path) -> 
 def test_a_level_needs_only_its_own_files(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     (path / "refine-2.safetensors").unlink()
-    Artifact(path).decode(2)
+    Artifact(LocalStore(path)).decode(2)
     (path / "refine-1.safetensors").unlink()
-    Artifact(path).decode(1)
+    Artifact(LocalStore(path)).decode(1)
     with pytest.raises(ManifestError):
-        Artifact(path).decode(2)
+        Artifact(LocalStore(path)).decode(2)
 
 
 def test_geometry_survives(tmp_path: Path) -> None:
     keys, values = sample_kv(layers=2, tokens=40, dim=8, v_dim=24)
     layers = [LayerGeometry("sliding", 2, 8, 2, 24, window=16), LayerGeometry("mla", 2, 8, 2, 24)]
     write(Encoder(keys, values, CONFIG, layers=layers), tmp_path / "a", fingerprint={"model": "x"})
-    artifact = Artifact(tmp_path / "a")
+    artifact = Artifact(LocalStore(tmp_path / "a"))
     assert list(artifact.geometry.layers) == layers
     assert artifact.fingerprint == {"model": "x"}
     assert artifact.input_ids is None
@@ -110,7 +114,7 @@ def test_existing_artifacts_are_kept(tmp_path: Path) -> None:
         make(path, CONFIGS[1])
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     write(encode_kv(*sample_kv(tokens=40), CONFIGS[2]), path, overwrite=True)
-    assert Artifact(path).config.lossless
+    assert Artifact(LocalStore(path)).config.lossless
 
 
 def test_tensors_that_cannot_be_encoded_leave_the_old_artifact(tmp_path: Path) -> None:
@@ -157,21 +161,21 @@ def test_zeros_and_faint_channels_beside_others_are_encoded(config: CacheGenConf
 
 def test_missing_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError):
-        Artifact(tmp_path / "nowhere")
+        Artifact(LocalStore(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("level", [0, 4, True])
 def test_wrong_levels(level: int, tmp_path: Path) -> None:
     with pytest.raises(LevelError):
-        Artifact(make(tmp_path / "a")).decode(level)
+        Artifact(LocalStore(make(tmp_path / "a"))).decode(level)
 
 
 def test_limits_come_before_memory(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     with pytest.raises(LimitError):
-        Artifact(path, Limits(max_decoded_bytes=1000))
+        Artifact(LocalStore(path), limits=Limits(max_decoded_bytes=1000))
     with pytest.raises(LimitError):
-        Artifact(path, Limits(max_tokens=50))
+        Artifact(LocalStore(path), limits=Limits(max_tokens=50))
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -212,20 +216,21 @@ def test_nothing_is_built_for_columns_that_the_side_information_lacks(
     config: CacheGenConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make(tmp_path / "a", config)
-    encoded = Artifact(path).read()
-    assert len(encoded.side) in encoding.side_lengths(encoded.geometry, config)
-    monkeypatch.setattr(encoding, "_columns", lambda geometry: pytest.fail("columns were built"))
+    encoded = Artifact(LocalStore(path)).read()
+    assert len(encoded.side) in transform_of(encoded.config).side_lengths(encoded.geometry, encoded.config)
+    monkeypatch.setattr(Columns, "of", lambda geometry: pytest.fail("columns were built"))
     geometry = {**encoded.geometry.to_dict(), "layers": [WIDE_LAYER]}
     for side in (b"", encoded.side, encoded.side + bytes(1)):
         with pytest.raises((CorruptError, TruncatedError)):
-            encoding.codec_of(Geometry.from_dict(geometry), encoded.config, side, None)
+            context.codec_of(Geometry.from_dict(geometry), encoded.config, side, None)
     file = path / "cachegen.json"
     found = manifest.loads(file.read_bytes())
     file.write_bytes(manifest.dumps(replace(found, geometry=geometry)))
     with pytest.raises(ManifestError, match="side information"):
-        Artifact(path, Limits(max_decoded_bytes=1 << 50))
+        Artifact(LocalStore(path), limits=Limits(max_decoded_bytes=1 << 50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_truncation_at_every_offset(config: CacheGenConfig, tmp_path: Path) -> None:
     path = make(tmp_path / "a", config, layers=1, tokens=40, heads=1, dim=4)
@@ -239,6 +244,7 @@ def test_truncation_at_every_offset(config: CacheGenConfig, tmp_path: Path) -> N
     decode(path)
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_manifest(tmp_path: Path) -> None:
     path = make(tmp_path / "a", layers=1, tokens=40, heads=1, dim=4)
     file = path / "cachegen.json"
@@ -248,9 +254,10 @@ def test_every_bit_of_the_manifest(tmp_path: Path) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
         with pytest.raises(ArtifactError):
-            Artifact(path)
+            Artifact(LocalStore(path))
 
 
+@pytest.mark.slow
 def test_ten_thousand_bits_of_the_segments(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     rng = random.Random(0)
@@ -283,7 +290,11 @@ def test_files_of_another_artifact(tmp_path: Path) -> None:
 
 MEMORY_PROBE = """
 import resource, sys, torch
-from hf_cachegen.artifact import Artifact, Encoder, write
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.codec.chunk import Columns
+from hf_cachegen.codec.context import Encoder
+from hf_cachegen.codec.transforms import transform_of
+from hf_cachegen.stores import LocalStore
 from hf_cachegen.config import CacheGenConfig
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -291,14 +302,14 @@ config = CacheGenConfig(transform="identity", chunk_tokens=64)
 def run(tokens, path):
     x = torch.randn(2, 1, 4, tokens, 64).bfloat16()
     write(Encoder(list(x), list(x), config), path)
-    return Artifact(path).decode()
+    return Artifact(LocalStore(path)).decode()
 run(256, sys.argv[1] + "/warm")
 keys = torch.randn(2, 1, 4, 32768, 64).bfloat16()
 before = peak()
 write(Encoder(list(keys), list(keys), config), sys.argv[1] + "/a")
 encoding = peak() - before
 del keys
-Artifact(sys.argv[1] + "/a").decode()
+Artifact(LocalStore(sys.argv[1] + "/a")).decode()
 print(before, encoding, peak() - before)
 """
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from hf_cachegen.artifact import Artifact
+from hf_cachegen.artifact import MANIFEST_FILE, manifest
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.cache import CacheGenCache
-from hf_cachegen.container import MANIFEST_FILE, manifest
 from hf_cachegen.errors import ManifestError, TensorError, WrongModelError
 from hf_cachegen.generation import generate
 from hf_cachegen.models.requirements import require_geometry

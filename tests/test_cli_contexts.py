@@ -257,7 +257,8 @@ def test_verify_with_the_model(lossless: Path, model: Path) -> None:
 
 
 def test_an_artifact_without_a_fingerprint_belongs_to_no_model(tmp_path: Path, model: Path) -> None:
-    from hf_cachegen import artifact, encode_kv
+    from hf_cachegen import encode_kv
+    from hf_cachegen.artifact import artifact
 
     artifact.write(encode_kv([torch.zeros(1, 1, 9, 8)], [torch.ones(1, 1, 9, 8)]), tmp_path / "bare")
     found = run_json("verify", tmp_path / "bare", "--model", model, code=cli_errors.MISMATCH)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_cachegen import artifact, encode_kv, errors
+from hf_cachegen import encode_kv, errors
+from hf_cachegen.artifact import artifact
 from hf_cachegen.cli import errors as cli_errors
 from tests.cli_support import run_json
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from hf_cachegen import CacheGenConfig, errors
+from hf_cachegen.artifact import BASE_FILE, MANIFEST_FILE, manifest
 from hf_cachegen.cli import errors as cli_errors
 from hf_cachegen.cli import main
 from hf_cachegen.cli.options import encoder_options
 from hf_cachegen.cli.output import plain
-from hf_cachegen.container import BASE_FILE, MANIFEST_FILE, manifest
 from tests.cli_support import DIM, HEADS, LAYERS, TOKENS, run, run_json, write
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from hf_cachegen import finding
 from hf_cachegen.cli.errors import MISMATCH, PROFILE, USAGE
-from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.profiles import finding
+from hf_cachegen.profiles.files import PROFILE_FILE
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.cli_support import ENCODE, LEARN, ask, documented, encode, run, run_json, save_model, text, write
 from tests.hub_server import HubServer, Repo, hub_of_profiles

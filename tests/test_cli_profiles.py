@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cachegen import Profile, learn_profile
-from hf_cachegen.calibration import DEFAULT_TARGETS, journal, learning, moments
 from hf_cachegen.cli import errors as cli_errors
 from hf_cachegen.cli.options import learning_options
 from hf_cachegen.cli.samples import draw, from_rows, from_text
-from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.profiles.files import PROFILE_FILE
+from hf_cachegen.profiles.learning import DEFAULT_TARGETS, journal, learning, moments
 from tests.cli_support import LEARN, WORDS, ask, documented, encode, run, run_json, save_model, text
 
 BOS = 1

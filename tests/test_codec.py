@@ -10,17 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import same, sample_kv
 
-from hf_cachegen import native
-from hf_cachegen.codec import passes, quantize, rans, tables, transform
+from hf_cachegen.artifact.encoded import decode_kv, encode_kv
+from hf_cachegen.codec import anchors as anchoring
+from hf_cachegen.codec import native, passes, quantize, rans, tables
 from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.passes import Grid
+from hf_cachegen.codec.transforms.delta import Delta
+from hf_cachegen.codec.transforms.identity import Identity
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encoding import Encoder, decode_kv, encode_kv
 from hf_cachegen.errors import CacheGenError, ConfigError, CorruptError, LevelError, TensorError, TruncatedError
 
 LOSSY = [CacheGenConfig(chunk_tokens=64, transform=name) for name in ("delta", "identity")]
 needs_native = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 IDS = [config.transform for config in LOSSY]
+
+
+def lossy(encoder: Encoder) -> LossyCodec:
+    """The codec of nested symbols in an encoder's transform."""
+    assert isinstance(encoder.codec, Delta | Identity)
+    return encoder.codec.inner
 
 
 @given(st.lists(st.integers(-(2**24), 2**24), min_size=1, max_size=50), st.integers(1, 3))
@@ -74,17 +83,16 @@ def test_the_cheapest_table_is_chosen() -> None:
 @given(st.integers(1, 40), st.integers(2, 12))
 @settings(max_examples=30, deadline=None)
 def test_delta_inverts(tokens: int, group: int) -> None:
-    config = CacheGenConfig(transform="delta", group_tokens=group)
     vectors = torch.tensor([0, 0, 0, 1, 1])
     rows = torch.randn(tokens, 5) * torch.tensor([1e-3, 1, 50, 1, 1])
-    anchors = transform.anchors_of(rows, vectors, config)
+    anchors = anchoring.anchors_of(rows, vectors, group)
     assert anchors is not None
-    assert len(anchors.symbols) == transform.anchor_count(tokens, config)
-    grid = Grid.of(anchors, vectors, config, torch.zeros(5), torch.full((5,), 2.0**-8))
+    assert len(anchors.symbols) == anchoring.anchor_count(tokens, group)
+    grid = Grid.of(anchors, vectors, group, torch.zeros(5), torch.full((5,), 2.0**-8))
     symbols = passes.quantise(rows, grid, 3)
     back = torch.full_like(rows, torch.nan)
     passes.restore(back, grid, 0, symbols.base, list(symbols.digits), symbols.wide)
-    others = transform.coded_positions(tokens, config)
+    others = anchoring.coded_positions(tokens, group)
     torch.testing.assert_close(back[others], rows[others], rtol=1e-5, atol=2.0**-8)
     assert bool(back[::group].isnan().all())
     error = (anchors.values(vectors) - rows[::group]).abs()
@@ -145,8 +153,8 @@ def test_compiled_passes_are_what_torch_does(
 
 def test_anchor_scale_never_clips() -> None:
     rows = torch.tensor([[1.0, -300.0], [0.0, 0.0], [1e-30, 1e30]])
-    anchors = transform.quantise_anchors(rows, torch.tensor([0, 0]))
-    assert int(anchors.symbols.abs().max()) <= transform.ANCHOR_PEAK
+    anchors = anchoring.quantise_anchors(rows, torch.tensor([0, 0]))
+    assert int(anchors.symbols.abs().max()) <= anchoring.ANCHOR_PEAK
     assert bool((anchors.scales.float() * 127 >= rows.abs().amax(1, keepdim=True)).all())
 
 
@@ -154,15 +162,15 @@ def test_anchor_scale_never_clips() -> None:
 def test_every_level_keeps_its_step(config: CacheGenConfig) -> None:
     keys, values = sample_kv(dtype=torch.float32)
     encoder = Encoder(keys, values, config)
-    assert isinstance(encoder.codec, LossyCodec)
-    for (rows, span), parts in zip(encoder._rows(), encoder.chunks(), strict=True):
-        coded = transform.coded_positions(span.tokens, config)
+    inner = lossy(encoder)
+    for (rows, span), parts in zip(encoder.rows.chunks(), encoder.chunks(), strict=True):
+        coded = anchoring.coded_positions(span.tokens, inner.group_tokens)
         protected = torch.ones(len(coded), dtype=torch.bool)
-        protected[span.ordinary(config)] = False
+        protected[span.ordinary(config, inner.group_tokens)] = False
         for level in (1, 2, 3):
             decoded = encoder.codec.decode(parts[:level], span)
             error = (decoded - rows).abs()[coded]
-            finest = encoder.codec.steps * 0.51 + 1e-4 * rows.abs().max()
+            finest = inner.steps * 0.51 + 1e-4 * rows.abs().max()
             assert bool((error[protected] <= finest).all())
             assert bool((error[~protected] <= finest * 3 ** (3 - level)).all())
 
@@ -170,7 +178,7 @@ def test_every_level_keeps_its_step(config: CacheGenConfig) -> None:
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
 def test_approximations_are_what_is_decoded(config: CacheGenConfig) -> None:
     encoder = Encoder(*sample_kv(), config)
-    for (rows, span), parts in zip(encoder._rows(), encoder.chunks(), strict=True):
+    for (rows, span), parts in zip(encoder.rows.chunks(), encoder.chunks(), strict=True):
         for level, expected in enumerate(encoder.codec.approximations(rows, span), 1):
             assert torch.equal(encoder.codec.decode(parts[:level], span), expected)
 
@@ -253,7 +261,7 @@ def test_the_same_tensors_give_the_same_bytes(config: CacheGenConfig, monkeypatc
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
 def test_side_information_is_six_bytes_a_column(config: CacheGenConfig) -> None:
     encoder = Encoder(*sample_kv(), config)
-    assert len(encoder.codec.side_bytes()) <= 6 * len(encoder.columns)
+    assert len(encoder.codec.side_bytes()) <= 6 * len(encoder.rows.columns)
 
 
 def test_nested_levels_cost_what_the_finest_would() -> None:
@@ -268,12 +276,12 @@ def test_layer_thirds_have_the_papers_steps() -> None:
     keys, values = sample_kv(layers=6, dtype=torch.float32)
     config = CacheGenConfig(transform="identity", protect_first=0, protect_last=0)
     encoder = Encoder(keys, values, config)
-    assert isinstance(encoder.codec, LossyCodec)
-    rows = torch.cat([rows for rows, _ in encoder._rows()])
-    ratio = encoder.codec.steps / rows.std(0, unbiased=False)
+    rows = torch.cat([rows for rows, _ in encoder.rows.chunks()])
+    ratio = lossy(encoder).steps / rows.std(0, unbiased=False)
     for vector in range(12):
         expected = (0.5, 1.0, 1.5)[vector // 2 // 2] / 3
-        torch.testing.assert_close(ratio[encoder.columns.vectors == vector].mean().item(), expected, rtol=0.05, atol=0)
+        mine = encoder.rows.columns.vectors == vector
+        torch.testing.assert_close(ratio[mine].mean().item(), expected, rtol=0.05, atol=0)
 
 
 def test_auto_takes_what_codes_smaller() -> None:

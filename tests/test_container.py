@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from hf_cachegen.container import (
+from hf_cachegen.artifact import (
     Limits,
     Manifest,
     Reader,
@@ -25,7 +25,7 @@ from hf_cachegen.container import (
     pack_input_ids,
     write_artifact,
 )
-from hf_cachegen.container.manifest import dumps, loads
+from hf_cachegen.artifact.manifest import dumps, loads
 from hf_cachegen.errors import (
     LevelError,
     LimitError,
@@ -206,7 +206,7 @@ def test_memory_holds_one_segment_at_a_time(tmp_path: Path) -> None:
 
 def test_the_container_imports_neither_torch_nor_numpy() -> None:
     unwanted = "{'torch', 'numpy', 'transformers', 'pickle'}"
-    code = f"import sys, hf_cachegen.container; print(sorted({unwanted} & set(sys.modules)))"
+    code = f"import sys, hf_cachegen.artifact; print(sorted({unwanted} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import ArtifactWriter, Reader, write_artifact
+from hf_cachegen.artifact.artifact import ArtifactWriter, Reader, write_artifact
 from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError
 from hf_cachegen.stores import LocalStore
 from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, read_all, write
@@ -143,7 +143,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[4])
 from tests.small_artifact import MANIFEST, SEGMENTS
-from hf_cachegen.container import write_artifact
+from hf_cachegen.artifact import write_artifact
 call, number = sys.argv[2], int(sys.argv[3])
 real, calls = getattr(os, call), 0
 def killing(*args, **kwargs):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_cachegen import CacheGenCache, CacheGenConfig, artifact, encode_kv
+from hf_cachegen import CacheGenCache, CacheGenConfig, encode_kv
+from hf_cachegen.artifact import artifact
+from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -20,9 +22,9 @@ from hf_cachegen.errors import (
     TensorError,
     UnsupportedLayerError,
 )
-from hf_cachegen.geometry import LayerGeometry
 from hf_cachegen.models.compat import CACHE_ARGUMENT
 from hf_cachegen.models.convert import load_cache, save_cache
+from hf_cachegen.stores import LocalStore
 from tests import tiny_models
 from tests.cli_support import run_json, save_model
 
@@ -55,7 +57,7 @@ def test_there_and_back(tmp_path: Path, form: str) -> None:
     path = saved(tuple(pairs) if form == "legacy" else dynamic(pairs), tmp_path / "past.pt")
     keys, values = load_cache(path)
     artifact.write(encode_kv(keys, values, LOSSLESS), tmp_path / "context")
-    save_cache(artifact.Artifact(tmp_path / "context"), tmp_path / "back.pt", form)  # type: ignore[arg-type]
+    save_cache(artifact.Artifact(LocalStore(tmp_path / "context")), tmp_path / "back.pt", form)  # type: ignore[arg-type]
     for (key, value), found_key, found_value in zip(pairs, *load_cache(tmp_path / "back.pt"), strict=True):
         assert torch.equal(key, found_key)
         assert torch.equal(value, found_value)
@@ -128,7 +130,7 @@ def test_saving_refuses(tmp_path: Path) -> None:
     sliding = [LayerGeometry("sliding", 2, 8, 2, 8, window=4)] * 3
     encoded = encode_kv([k for k, _ in pairs], [v for _, v in pairs], LOSSLESS, layers=sliding)
     artifact.write(encoded, tmp_path / "context")
-    found = artifact.Artifact(tmp_path / "context")
+    found = artifact.Artifact(LocalStore(tmp_path / "context"))
     with pytest.raises(UnsupportedLayerError, match="legacy"):
         save_cache(found, tmp_path / "out.pt", "dynamic")
     with pytest.raises(ConfigError):

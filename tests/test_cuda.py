@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv, native
-from hf_cachegen.codec import passes, rans
+from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv
+from hf_cachegen.codec import native, passes, rans
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
-from hf_cachegen.encoding import Encoder, gather
+from hf_cachegen.codec.rows import gather
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
-from hf_cachegen.streaming.placing import Placer
+from hf_cachegen.streaming.layers import LayerWriter
 from tests.coder_support import draw_section, laplace_tables
 from tests.kv_samples import sample_kv
 
@@ -142,7 +143,7 @@ def test_passes_give_the_same_symbols() -> None:
 
 def test_the_current_stream_is_used() -> None:
     made = Encoder(*sample_kv(), CacheGenConfig(transform="delta", chunk_tokens=64))
-    parts, span = next(made.chunks()), made.spans[0]
+    parts, span = next(made.chunks()), made.rows.spans[0]
     expected = made.codec.decode(parts, span, torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -155,13 +156,13 @@ def test_the_current_stream_is_used() -> None:
 def test_readers_get_what_was_put_before() -> None:
     keys, values = sample_kv(tokens=3000, dim=128)
     made = Encoder(keys, values, CacheGenConfig(transform="identity"))
-    placer = Placer(made.geometry, [torch.device("cuda", 0)] * len(keys))
+    writer = LayerWriter(made.geometry, [torch.device("cuda", 0)] * len(keys))
     rows = gather(keys, values, Span(0, 3000, 3000))
     for sign in (1, -1):
-        placer.put(sign * rows, Span(0, 3000, 3000))
-        with placer.reading():
-            found = [x.clone() for x in placer.keys]
-        placer.put(0 * rows, Span(0, 3000, 3000))
+        writer.put(sign * rows, Span(0, 3000, 3000))
+        with writer.reading():
+            found = [x.clone() for x in writer.keys]
+        writer.put(0 * rows, Span(0, 3000, 3000))
         assert all(torch.equal(x.cpu(), sign * y) for x, y in zip(found, keys, strict=True))
 
 

@@ -130,6 +130,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
         RunFolder(tmp_path).metrics()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> None:
     """As accelerate launches them."""
     done = called([*LAUNCH, *command(tmp_path / "two", "--limit", "3")])
@@ -140,6 +141,7 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in finished.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """Killed after its first example, interrupted after its second, then run to the end."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background all would ignore it

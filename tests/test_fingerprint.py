@@ -18,7 +18,7 @@ from hf_cachegen.errors import (
     WrongTokenizerError,
     WrongWeightsError,
 )
-from hf_cachegen.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
 from tests import tiny_models
 
 
@@ -178,7 +178,7 @@ def test_hostile_fingerprints_are_refused(of_llama: Fingerprint, damage: dict[st
 
 def test_probes_fall_into_every_column() -> None:
     """Weights that differ anywhere but in one column are other weights; so is half a row of a wide matrix."""
-    from hf_cachegen.fingerprint import PROBES, _positions
+    from hf_cachegen.models.fingerprint import PROBES, _positions
 
     for rows, columns in ((128, 256), (4096, 1024), (2560, 640), (1000, 333)):
         positions = _positions(rows * columns)

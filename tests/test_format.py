@@ -14,16 +14,20 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_cachegen.artifact import Artifact, write
-from hf_cachegen.codec import basis, codebook, quantize, rans, tables, transform
-from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.artifact import FORMAT_VERSION, PROFILE_FILE, Limits
+from hf_cachegen.artifact.artifact import write
+from hf_cachegen.artifact.manifest import loads
+from hf_cachegen.codec import anchors, basis, codebook, quantize, rans, tables
+from hf_cachegen.codec.context import Encoder
+from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.rows import gather, spans_of
+from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import FORMAT_VERSION, Limits
-from hf_cachegen.container.manifest import loads
-from hf_cachegen.encoding import Encoder, gather, spans_of
 from hf_cachegen.errors import UnsupportedFormatError
-from hf_cachegen.geometry import LayerGeometry
-from hf_cachegen.profile import PROFILE_FILE, Group, Profile, Rotary
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.finding import open_with_profile
+from hf_cachegen.stores import LocalStore
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -95,7 +99,7 @@ def test_old_artifacts_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     product is that of every machine.
     """
     monkeypatch.setattr(basis, "multiplies_bfloat16", lambda: False)
-    artifact = Artifact(GOLDEN / name)
+    artifact = open_with_profile(LocalStore(GOLDEN / name))
     expected = (GOLDEN / f"{name}.digests").read_text().split()
     assert artifact.reader.verify() == artifact.nbytes_at()
     for level, line in enumerate(expected, 1):
@@ -115,8 +119,8 @@ def test_todays_encoder_writes_the_same_bytes(name: str, tmp_path: Path) -> None
 
 def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None:
     """As every context was before an encoder could name tables of its own, and as those are that gain nothing by it."""
-    old = Artifact(GOLDEN / "klt").read()
-    codec = KltCodec(old.geometry, old.config, golden_profile())
+    old = open_with_profile(LocalStore(GOLDEN / "klt")).read()
+    codec = Klt(old.geometry, old.config, golden_profile())
     for index, span in enumerate(spans_of(50, 32)):
         assert codec.encode(gather(*golden_kv(), span), span) == [part[index] for part in old.parts]
     assert codec.side_bytes() == old.side
@@ -157,7 +161,7 @@ def test_the_codebook_file_is_what_its_program_makes() -> None:
         (r"tiles of (\d+) columns", rans.TILE_COLUMNS),
         (r"value \+ (\d+) for symbols", tables.ZERO_INDEX),
         (r"digit \+ (\d+)\. *\n|digit \+ (\d+)\b", tables.DIGIT_ZERO),
-        (r"symbols -(\d+)\.\.\d+, scales bfloat16", transform.ANCHOR_PEAK),
+        (r"symbols -(\d+)\.\.\d+, scales bfloat16", anchors.ANCHOR_PEAK),
         (r"value tables over (\d+) indices", tables.VALUE_SYMBOLS),
         (r"digit tables over (\d+),", tables.DIGIT_SYMBOLS),
         (r"\| `format_version` \| (\d+) \|", FORMAT_VERSION),
@@ -179,7 +183,7 @@ if __name__ == "__main__":  # python tests/test_format.py: once for each format 
         write_golden(GOLDEN / case, config)
         if config.transform == "klt":
             golden_profile().save(GOLDEN / case)
-        artifact = Artifact(GOLDEN / case)
+        artifact = open_with_profile(LocalStore(GOLDEN / case))
         lines = [
             digest([x for side in artifact.decode(level) for x in side]) for level in range(1, artifact.levels + 1)
         ]

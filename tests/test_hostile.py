@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from hf_cachegen.container import Limits, Reader
-from hf_cachegen.container.manifest import DEFAULT_LIMITS, loads
+from hf_cachegen.artifact import Limits, Reader
+from hf_cachegen.artifact.manifest import DEFAULT_LIMITS, loads
 from hf_cachegen.errors import ArtifactError, CorruptError, LimitError, ManifestError, UnsupportedFormatError
 from hf_cachegen.stores import LocalStore
 from tests.small_artifact import MemoryStore, contents, write

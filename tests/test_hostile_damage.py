@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Reader
-from hf_cachegen.container.manifest import loads
+from hf_cachegen.artifact import Reader
+from hf_cachegen.artifact.manifest import loads
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, ManifestError, TruncatedError
 from hf_cachegen.stores import LocalStore
 from tests.small_artifact import FILES, SEGMENTS, MemoryStore, contents, read_all, write

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 import hf_cachegen
-from hf_cachegen.container import Reader, write_artifact
+from hf_cachegen.artifact import Reader, write_artifact
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,

@@ -11,8 +11,7 @@ import torch
 from huggingface_hub import constants
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, generate
-from hf_cachegen.card import card
-from hf_cachegen.container import Limits, Manifest, Reader
+from hf_cachegen.artifact import Limits, Manifest, Reader
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ConfigError,
@@ -22,6 +21,7 @@ from hf_cachegen.errors import (
     WrongWeightsError,
 )
 from hf_cachegen.stores import LocalStore, Patience
+from hf_cachegen.stores.card import card
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
 from tests import tiny_models

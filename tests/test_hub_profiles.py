@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, finding, learn_profile
-from hf_cachegen.container import Reader
+from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, learn_profile
+from hf_cachegen.artifact import PROFILE_FILE, Reader
 from hf_cachegen.errors import (
     ConfigError,
     OfflineError,
@@ -22,8 +22,8 @@ from hf_cachegen.errors import (
     WrongModelError,
     WrongWeightsError,
 )
-from hf_cachegen.fingerprint import coarse_weights
-from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.models.fingerprint import coarse_weights
+from hf_cachegen.profiles import finding
 from hf_cachegen.stores import LocalStore, Patience, SegmentCache
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.http_server import Server, running
@@ -231,7 +231,7 @@ def test_a_name_is_not_believed(server: HubServer, model, profile: Profile) -> N
     profile.push_to_hub(REPO)
     with pytest.raises(WrongWeightsError, match=REPO):
         context(finetuned)
-    assert context(finetuned, profile)._profile is profile  # named, it is the user's decision
+    assert context(finetuned, profile).profile is profile  # named, it is the user's decision
     older = replace(profile, about={k: v for k, v in profile.about.items() if k != "weights"})
     older.push_to_hub(REPO)
     finding._on_hub.cache_clear()
@@ -259,7 +259,7 @@ def test_weights_are_the_same_in_every_dtype_that_holds_them(model, profile: Pro
 
 def test_a_signature_covers_the_profile(server: HubServer, model, profile: Profile, tmp_path: Path) -> None:
     ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
-    from hf_cachegen.container.manifest import Manifest, dumps, loads
+    from hf_cachegen.artifact.manifest import Manifest, dumps, loads
     from hf_cachegen.stores.signed import sign
 
     private = ed25519.Ed25519PrivateKey.generate()

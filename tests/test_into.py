@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cachegen import CacheGenConfig, native
-from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen import CacheGenConfig
+from hf_cachegen.codec import native
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.section import Cursor
-from hf_cachegen.encoding import Encoder
+from hf_cachegen.codec.transforms.delta import Delta
+from hf_cachegen.codec.transforms.identity import Identity
 from hf_cachegen.errors import CorruptError, TruncatedError
 from tests.kv_samples import sample_kv
 from tests.lockstep import in_lockstep, needs_compiler
@@ -36,14 +38,16 @@ def encoder(transform: str, protect: tuple[int, int] = (4, 64), dtype: torch.dty
 
 def both_ways(made: Encoder, level: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """All chunks decoded straight into place, and stage by stage, into tensors that hold NaN before."""
-    assert isinstance(made.codec, LossyCodec)
+    assert isinstance(made.codec, Delta | Identity)
+    inner = made.codec.inner
     found = []
     for staged in (False, True):
-        tensors = [torch.full_like(x, float("nan")) for pair in zip(made.keys, made.values, strict=True) for x in pair]
+        pairs = zip(made.rows.keys, made.rows.values, strict=True)
+        tensors = [torch.full_like(x, float("nan")) for pair in pairs for x in pair]
         target = Target.layers(tensors)
-        for span, parts in zip(made.spans, made.chunks(), strict=True):
+        for span, parts in zip(made.rows.spans, made.chunks(), strict=True):
             if staged:
-                rows = made.codec._rows(made.codec._read(parts[:level], span), span, tensors[0].dtype)
+                rows = inner._rows(inner._read(parts[:level], span), span, tensors[0].dtype)
                 target.put(rows, span.first)
             else:
                 made.codec.decode_into(parts[:level], span, target, span.first)
@@ -79,7 +83,7 @@ def test_tensors_may_lie_anyhow() -> None:
     direct, _ = both_ways(made, 2)
     strange = [torch.empty(*x.shape[:2], x.shape[3], x.shape[2], dtype=x.dtype).transpose(2, 3) for x in direct]
     target = Target.layers(strange)
-    for span, parts in zip(made.spans, made.chunks(), strict=True):
+    for span, parts in zip(made.rows.spans, made.chunks(), strict=True):
         made.codec.decode_into(parts[:2], span, target, span.first)
     assert all(torch.equal(x, y) for x, y in zip(direct, strange, strict=True))
 
@@ -111,8 +115,8 @@ def test_streams_are_read_where_they_lie_and_stay_as_long_as_they_are_read() -> 
 
 def test_damage_is_an_error_here_too() -> None:
     made = encoder("identity")
-    target = Target.layers([x.clone() for pair in zip(made.keys, made.values, strict=True) for x in pair])
-    parts, span = next(made.chunks()), made.spans[0]
+    target = Target.layers([x.clone() for pair in zip(made.rows.keys, made.rows.values, strict=True) for x in pair])
+    parts, span = next(made.chunks()), made.rows.spans[0]
     for at in range(len(parts[0]) // 2, len(parts[0]), 97):
         damaged = bytearray(parts[0])
         damaged[at] ^= 0x10

@@ -14,10 +14,12 @@ from safetensors.torch import load, save
 from transformers import GlmConfig, GlmForCausalLM
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.calibration import DEFAULT_TARGETS, Sample, divergence, find_rotary, prefill
+from hf_cachegen.artifact import PROFILE_FILE
+from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.klt import KltCodec
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.profile import Rotary
+from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -26,8 +28,9 @@ from hf_cachegen.errors import (
     UnsupportedFormatError,
     WrongModelError,
 )
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.profile import PROFILE_FILE, Rotary
+from hf_cachegen.profiles.finding import profile_of
+from hf_cachegen.profiles.learning import DEFAULT_TARGETS, Sample, divergence, find_rotary, prefill
+from hf_cachegen.stores import LocalStore
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
@@ -99,7 +102,7 @@ def test_rotations_invert(style) -> None:
 def test_coefficients_invert(model, profile: Profile) -> None:
     whole = learn_profile(model, samples(), config=replace(CONFIG, levels=1), target_kl=1e-4)  # every component is kept
     keys, values, layers = prefill(model, samples()[0][0])
-    codec = KltCodec(Geometry(layers, tokens=60, batch=1, dtype="float32"), replace(CONFIG, levels=1), whole)
+    codec = Klt(Geometry(layers, tokens=60, batch=1, dtype="float32"), replace(CONFIG, levels=1), whole)
     pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
     rows = torch.cat([x[0].transpose(0, 1).flatten(1) for x in pairs], 1)
     span = Span(100, 60, 300)
@@ -175,7 +178,7 @@ def test_an_artifact_needs_its_own_profile(model, profile: Profile, tmp_path: Pa
     profile.save(tmp_path / "a")  # beside the artifact it is found
     CacheGenCache.from_pretrained(tmp_path / "a", model).save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "base.safetensors").read_bytes() == (tmp_path / "a" / "base.safetensors").read_bytes()
-    assert Artifact(tmp_path / "a").manifest.required == ("klt",)
+    assert Artifact(LocalStore(tmp_path / "a")).manifest.required == ("klt",)
 
 
 def test_only_the_right_profile_is_taken_from_where_profiles_lie(model, profile: Profile, tmp_path: Path) -> None:
@@ -185,12 +188,13 @@ def test_only_the_right_profile_is_taken_from_where_profiles_lie(model, profile:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / PROFILE_FILE).write_bytes(b"damaged")
-    assert Artifact(tmp_path / "delta", model_folder=str(folder)).profile() is None  # needs none, reads none
+    # It needs none, and reads none.
+    assert profile_of(Artifact(LocalStore(tmp_path / "delta")), model_folder=str(folder)) is None
     replace(profile, step_code=profile.step_code + 1).save(tmp_path / "klt")
     profile.save(folder, overwrite=True)
-    assert Artifact(tmp_path / "klt", model_folder=str(folder)).profile().digest == profile.digest
+    assert profile_of(Artifact(LocalStore(tmp_path / "klt")), model_folder=str(folder)).digest == profile.digest
     with pytest.raises(ProfileError):
-        Artifact(tmp_path / "klt", profile=None, model_folder=str(folder)).profile()
+        profile_of(Artifact(LocalStore(tmp_path / "klt")), None, str(folder))
 
 
 def test_profiles_are_parsed_only_under_their_digest(
@@ -200,15 +204,16 @@ def test_profiles_are_parsed_only_under_their_digest(
     profile.save(tmp_path / "model")
     for data in (b"damaged", replace(profile, step_code=profile.step_code + 1).to_bytes()):
         (tmp_path / "klt" / PROFILE_FILE).write_bytes(data)
-        assert Artifact(tmp_path / "klt", model_folder=str(tmp_path / "model")).profile().digest == profile.digest
-        monkeypatch.setattr(Profile, "from_bytes", lambda data: pytest.fail("it was parsed"))
+        artifact = Artifact(LocalStore(tmp_path / "klt"))
+        assert profile_of(artifact, model_folder=str(tmp_path / "model")).digest == profile.digest
+        monkeypatch.setattr(Profile, "from_bytes", lambda *_: pytest.fail("it was parsed"))
         with pytest.raises(ProfileError, match=profile.digest):
-            Artifact(tmp_path / "klt").profile()
+            profile_of(Artifact(LocalStore(tmp_path / "klt")))
         monkeypatch.undo()
 
 
 def test_readers_that_do_not_know_klt_refuse_it(model, profile: Profile, tmp_path: Path) -> None:
-    from hf_cachegen.container.manifest import loads
+    from hf_cachegen.artifact.manifest import loads
 
     CacheGenCache.from_context(model, samples()[1][0], CONFIG, profile).save_pretrained(tmp_path / "a")
     with pytest.raises(UnsupportedFormatError):

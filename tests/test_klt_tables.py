@@ -11,11 +11,12 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec import basis
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec
-from hf_cachegen.encoding import codec_of, gather, spans_of
+from hf_cachegen.codec.context import codec_of
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.rows import gather, spans_of
+from hf_cachegen.codec.transforms.klt import DIGEST_BYTES, Klt
 from hf_cachegen.errors import ArtifactError, CorruptError, ProfileError, TensorError, TruncatedError
-from hf_cachegen.geometry import Geometry, LayerGeometry
-from hf_cachegen.profile import Group, Rotary
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_first=2, protect_last=8)
 LAYERS = (LayerGeometry("full", 2, 8, 2, 8),) * 3
@@ -49,7 +50,7 @@ def geometry(dtype: str = "float32") -> Geometry:
     return Geometry(LAYERS, tokens=TOKENS, batch=1, dtype=dtype)
 
 
-def size(codec: KltCodec, cache: tuple[list[Tensor], list[Tensor]]) -> int:
+def size(codec: Klt, cache: tuple[list[Tensor], list[Tensor]]) -> int:
     """Bytes of all parts and the side information."""
     chunks = ((gather(*cache, span), span) for span in spans_of(TOKENS, 32))
     return len(codec.side_bytes()) + sum(len(part) for rows, span in chunks for part in codec.encode(rows, span))
@@ -60,10 +61,10 @@ def test_a_context_has_tables_of_its_own_where_they_pay(scale: float) -> None:
     profile, cache = make_profile(), kv(scale)
     encoded = encode_kv(*cache, CONFIG, profile)
     own = codec_of(encoded.geometry, encoded.config, encoded.side, profile)
-    assert isinstance(own, KltCodec)
+    assert isinstance(own, Klt)
     assert own.side_bytes() == encoded.side
     assert len(encoded.side) > DIGEST_BYTES
-    given = KltCodec(geometry(), CONFIG, profile)
+    given = Klt(geometry(), CONFIG, profile)
     assert size(own, cache) < size(given, cache)
     for level in (1, 2, 3):  # tables change the bytes alone
         for span in spans_of(TOKENS, 32):
@@ -76,7 +77,7 @@ def test_no_tables_are_named_where_the_profiles_serve() -> None:
     profile = make_profile()
     encoded = encode_kv(*kv(), CONFIG, profile)
     own = codec_of(encoded.geometry, encoded.config, encoded.side, profile)
-    assert isinstance(own, KltCodec)
+    assert isinstance(own, Klt)
     taught = replace(profile, base_entries=own.entries[0], refine_entries=own.entries[1:])
     assert encode_kv(*kv(), CONFIG, taught).side == bytes.fromhex(taught.digest)
 
@@ -93,7 +94,7 @@ def test_side_information_that_no_encoder_writes() -> None:
     first, beyond = b"\x01" + bytes(11), bytes(11) + b"\x40"  # component 0; component 94, of 0 to 93
     sound = side(first, b"\x07", none, none, profile=profile)
     found = codec_of(geometry(), CONFIG, sound, profile)
-    assert isinstance(found, KltCodec)
+    assert isinstance(found, Klt)
     assert found.entries[0].tolist() == [7, *[60] * 93]
     for damaged in (
         side(beyond, b"\x07", none, none, profile=profile),
@@ -122,7 +123,7 @@ def test_idle_components_count_where_an_exception_says_so(
     monkeypatch.setattr(basis, "LEADING", 5)
     entries = torch.full((3, COMPONENTS), 60, dtype=torch.uint8)
     entries[:, torch.arange(COMPONENTS) % 48 >= 12] = 0
-    codec = KltCodec(geometry(str(dtype)[6:]), CONFIG, make_profile(), entries)
+    codec = Klt(geometry(str(dtype)[6:]), CONFIG, make_profile(), entries)
     multiplied: list[list[int]] = []
     shortened = basis._shortened
 

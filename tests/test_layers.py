@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_cachegen.cache import CacheGenCache
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.errors import (
     LimitError,
     ManifestError,
@@ -14,7 +15,6 @@ from hf_cachegen.errors import (
     UnsupportedLayerError,
     UnsupportedModelError,
 )
-from hf_cachegen.geometry import Geometry, LayerGeometry
 from hf_cachegen.models.compat import CACHE_ARGUMENT
 from hf_cachegen.models.layers import KVTensors, build_dynamic, build_static, capture
 from hf_cachegen.models.prefix import Reuse, match

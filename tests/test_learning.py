@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_cachegen import CacheGenConfig, Profile, learn_profile
-from hf_cachegen.calibration import Sample, journal, learning, moments
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.profiles.learning import Sample, journal, learning, moments
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)

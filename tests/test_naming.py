@@ -23,7 +23,7 @@ from hf_cachegen.errors import (
     StoreAccessError,
     StoreError,
 )
-from hf_cachegen.finding import find as find_profile
+from hf_cachegen.profiles.finding import find as find_profile
 from hf_cachegen.stores import Access, Patience, open_store
 from hf_cachegen.stores.naming import is_hub_id, is_repository
 from hf_cachegen.stores.survey import find, pull

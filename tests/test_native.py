@@ -18,10 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_cachegen import native
-from hf_cachegen.codec import ops, passes, rans, rans_reference, tables
+from hf_cachegen.codec import native, ops, passes, rans, rans_reference, tables
+from hf_cachegen.codec.native import TileStatus
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
-from hf_cachegen.native import TileStatus
 from tests.coder_support import Section, draw_section, laplace_tables
 from tests.lockstep import COMPILER, CPU_SOURCES, KERNEL_SOURCES, ROOT, STRICT, needs_compiler
 
@@ -109,6 +108,7 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=ROOT, env=variables, check=False, text=True, capture_output=True)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_setup_builds_a_library_and_builds_it_again_only_when_it_is_stale(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
@@ -131,6 +131,7 @@ def test_setup_without_a_compiler_succeeds_with_a_notice(tmp_path: Path) -> None
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_cuda_is_built_when_it_is_asked_for_or_said_why_not(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     forced = build(tmp_path, CACHEGEN_BUILD_CUDA="1", NVCC=str(tmp_path / "no-nvcc"), CUDA_HOME=str(tmp_path))
@@ -297,6 +298,7 @@ def fuzz(program: Path, count: int, seed: int) -> re.Match[str]:
     return found
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from benchmarks.network.delay_line import enter
 from benchmarks.network.lab import URL, Lab, LabError
 from eval import adaptation, traces, uniform
 from hf_cachegen import CacheGenCache, CacheGenConfig
-from hf_cachegen.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.stores import Patience, RemoteStore
 from hf_cachegen.stores.remote import open_files
 

@@ -196,7 +196,7 @@ class World:
                 wire = None
             if work and work[0] <= now:
                 if isinstance(work[1], Decode):
-                    schedule.placed(work[1].chunk, work[1].level, self.decode_seconds)
+                    schedule.decoded(work[1].chunk, work[1].level, self.decode_seconds)
                 else:
                     schedule.recomputed(work[1].chunk)
                 work = None
@@ -289,7 +289,7 @@ def test_a_link_that_dies_is_followed_by_text() -> None:
     recomputed = []
     while not isinstance(work := schedule.next_work(now, 100.0 if recomputed else 1e4), Finished):
         if isinstance(work, Decode):
-            schedule.placed(work.chunk, work.level, 1e-3)
+            schedule.decoded(work.chunk, work.level, 1e-3)
         elif isinstance(work, Recompute):
             recomputed.append(work.chunk)
             schedule.recomputed(work.chunk)
@@ -308,7 +308,7 @@ def test_a_chunk_that_cannot_be_had_is_recomputed_when_those_before_it_are_there
             schedule.arrived(index, part)
         work = schedule.next_work(0, 1e6)
         assert work == Decode(index, 2)
-        schedule.placed(index, 2, 1e-3)
+        schedule.decoded(index, 2, 1e-3)
     assert schedule.next_work(0, 1e6) == Recompute(2)
 
 

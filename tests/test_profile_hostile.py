@@ -14,8 +14,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
+from hf_cachegen.codec.profile import MAX_HEADER_BYTES
 from hf_cachegen.errors import CacheGenError, ProfileError
-from hf_cachegen.profile import MAX_HEADER_BYTES
 from tests.test_format import golden_kv, golden_profile
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_cachegen import native
-from hf_cachegen.codec import rans
+from hf_cachegen.codec import native, rans
 from hf_cachegen.codec.rans import Tables
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 from tests.coder_support import Section, draw_section, frequencies_of, laplace_tables
@@ -51,6 +50,7 @@ def tables(draw: st.DrawFn) -> Tables:
     return Tables(frequencies_of(torch.stack(rows), prob_bits), prob_bits)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     tables(),

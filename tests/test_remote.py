@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Reader, Segment
+from hf_cachegen.artifact import Reader, Segment
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,

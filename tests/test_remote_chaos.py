@@ -16,10 +16,11 @@ import xxhash
 
 pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'hf_cachegen[crypto]')")
 
-from hf_cachegen.container import PROFILE_FILE, Limits, Reader
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Reader
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import CacheGenError
 from hf_cachegen.stores import Access, Patience, open_store
-from hf_cachegen.stores.profiles import Pin, fetch_pinned
+from hf_cachegen.stores.profiles import fetch_pinned
 from hf_cachegen.stores.sealed import seal
 from hf_cachegen.stores.signed import sign
 from tests import http_server as faults

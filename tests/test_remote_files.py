@@ -15,7 +15,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
-from hf_cachegen.container import Reader, Segment
+from hf_cachegen.artifact import Reader, Segment
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,

@@ -37,8 +37,8 @@ def server() -> Iterator[Any]:
         yield found
 
 
-def files_of(server: Server, patience: Patience = ONCE) -> HttpFiles:
-    return HttpFiles(lambda name: f"{server.url}/{name}", patience=patience)
+def files_of(server: Server, patience: Patience = ONCE, progress: Any = None) -> HttpFiles:
+    return HttpFiles(lambda name: f"{server.url}/{name}", patience=patience, progress=progress)
 
 
 def used(server: Any) -> int:
@@ -105,16 +105,18 @@ def test_bytes_that_nobody_asked_for_are_not_taken_for_an_answer(server: Any) ->
 
 
 def test_a_body_that_is_given_up_ends_its_connection(server: Any) -> None:
-    files = files_of(server)
+    enough: list[bool] = []
+
+    def progress(count: int) -> None:
+        if enough:
+            raise KeyboardInterrupt
+
+    files = files_of(server, progress=progress)
     files.open("data")
-
-    def enough(count: int) -> None:
-        raise KeyboardInterrupt
-
-    files.progress = enough
+    enough.append(True)
     with pytest.raises(KeyboardInterrupt):
         files.read("data", 0, 500_000)
-    files.progress = None
+    enough.clear()
     assert files.read("data", 0, 1000) == DATA[:1000]
     assert used(server) == 2
 

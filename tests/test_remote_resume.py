@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Manifest, Reader, write_artifact
+from hf_cachegen.artifact import Manifest, Reader, write_artifact
 from hf_cachegen.stores import Access, Patience, open_store, prefetch, remote, segment_cache
 from hf_cachegen.stores.http import _PASSING
 from tests.http_server import Request, Server, running
@@ -50,7 +50,7 @@ def test_a_killed_load_goes_on_where_it_was(server: Server, tmp_path: Path) -> N
 
     server.always = stall_late
     code = (
-        "import sys; from hf_cachegen.stores import Access, open_store; from hf_cachegen.container import Reader\n"
+        "import sys; from hf_cachegen.stores import Access, open_store; from hf_cachegen.artifact import Reader\n"
         "reader = Reader(open_store(sys.argv[1], Access(cache_dir=sys.argv[2])))\n"
         "for segment in reader.manifest.segments: reader.read(segment); print(segment.name, flush=True)"
     )

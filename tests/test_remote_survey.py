@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from hf_cachegen.container import Limits, Reader
+from hf_cachegen.artifact import Limits, Reader
 from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError, ConfigError, CorruptError, LimitError
 from hf_cachegen.stores import Access, LocalStore, Patience
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE

@@ -17,10 +17,9 @@ from unittest.mock import patch
 
 import pytest
 
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Reader
 from hf_cachegen.cache import CacheGenCache
-from hf_cachegen.container import Limits, Reader
 from hf_cachegen.errors import CorruptError, LimitError, StoreError
-from hf_cachegen.profile import PROFILE_FILE
 from hf_cachegen.stores import Access, Patience, RemoteStore, open_store
 from hf_cachegen.stores import http as store_http
 from hf_cachegen.stores.profiles import fetch

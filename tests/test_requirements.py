@@ -127,6 +127,30 @@ def test_the_oldest_that_is_allowed_is_what_test_oldest_installs(tmp_path: Path)
 
 
 @needs_make
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_pins_of_test_oldest_accept_the_oldest(python: str, tmp_path: Path) -> None:
+    """A pinned package that refuses a dependency's oldest release must be left out, for pip to choose."""
+    steps = " ".join(steps_of(f"OLDEST={tmp_path}", f"{tmp_path}/.requirements"))
+    left_out = re.search(r"\$\{names\}([\w|-]+)\)==", steps)
+    assert left_out is not None
+    floors = {}
+    for needed in map(Requirement, PROJECT["dependencies"]):
+        floors[canonicalize_name(needed.name)] = next(
+            each.version for each in needed.specifier if each.operator == ">="
+        )
+    refused = []
+    for name, version in pinned(python).items():
+        found = installed(name, version)
+        if found is None or name in {*floors, *left_out[1].split("|")}:
+            continue
+        for needed in map(Requirement, found.requires or []):
+            floor = floors.get(canonicalize_name(needed.name))
+            if floor is not None and holds(needed, python) and floor not in needed.specifier:
+                refused.append(f"{name}=={version} needs {needed}")
+    assert not refused
+
+
+@needs_make
 def test_newest_asks_for_all_that_is_allowed_and_reads_no_pin_but_that_of_torch(tmp_path: Path) -> None:
     newest = tmp_path / "newest"
     steps = steps_of(f"NEWEST={newest}", f"{newest}/.requirements")

@@ -39,7 +39,7 @@ def test_a_chunk_whose_finer_parts_nobody_has_is_recomputed_at_last_if_there_is_
     schedule.arrived(0, 0)
     schedule.unobtainable(0, 1)
     assert schedule.next_work(0, 1e6) == Decode(0, 1)
-    schedule.placed(0, 1, 1e-3)
+    schedule.decoded(0, 1, 1e-3)
     assert schedule.next_work(0, 1e6) == expected
     assert schedule.next_run(0, 1e6, 1e6) == []
     if isinstance(expected, Recompute):
@@ -54,7 +54,7 @@ def test_silence_does_not_end_a_stream_that_has_time(rate: float | None) -> None
     schedule = made(1, 3, Adaptive(), 1.0)
     schedule.prepared()
     schedule.arrived(0, 0)
-    schedule.placed(0, 1, 1e-3)
+    schedule.decoded(0, 1, 1e-3)
     assert schedule.next_work(0.5, rate) == Wait()
     assert schedule.next_run(0.5, rate, 1e6) == [(0, 1)]
     assert schedule.next_run(0.5, rate, 1e6) == [(0, 2)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_cachegen.codec import passes
+from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.encoding import Encoder
 from tests.kv_samples import sample_kv
 
 

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
-from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import codec_of
 from hf_cachegen.codec.into import Target
-from hf_cachegen.codec.klt import DIGEST_BYTES, KltCodec
-from hf_cachegen.codec.sinks import FINER, LEAST_TOKENS, FirstToken, find_sinks
-from hf_cachegen.encoding import codec_of, gather, spans_of
+from hf_cachegen.codec.rows import gather, spans_of
+from hf_cachegen.codec.sinks import FINER, LEAST_TOKENS, find_sinks
+from hf_cachegen.codec.transforms.identity import Identity
+from hf_cachegen.codec.transforms.klt import DIGEST_BYTES, Klt
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
+from hf_cachegen.stores import LocalStore
 from tests.test_klt_tables import CONFIG, TOKENS, geometry, make_profile
 
 IDENTITY = CacheGenConfig(transform="identity", chunk_tokens=32, protect_first=2, protect_last=8)
@@ -50,7 +53,11 @@ def test_where_lengths_vary_a_short_key_says_nothing() -> None:
 def test_several_rows_have_none() -> None:
     keys, values = kv(SINKS, batch=2)
     assert find_sinks(keys).tolist() == []
-    assert not isinstance(_codec(encode_kv(keys, values, IDENTITY)), FirstToken)
+    assert not keeps_first(_codec(encode_kv(keys, values, IDENTITY)))
+
+
+def keeps_first(codec: object) -> bool:
+    return isinstance(codec, Identity) and codec.first is not None
 
 
 def _codec(encoded):
@@ -67,7 +74,7 @@ def test_identity_keeps_the_first_token(dtype: torch.dtype) -> None:
             assert torch.equal(a[:, :, 0], b[:, :, 0])
             assert not torch.equal(a[:, :, 1], b[:, :, 1])
     codec, rows = _codec(encoded), gather(keys, values, Span(0, 32, TOKENS))
-    assert isinstance(codec, FirstToken)
+    assert keeps_first(codec)
     for level, expected in enumerate(codec.approximations(rows, Span(0, 32, TOKENS)), 1):
         parts = [part[0] for part in encoded.parts[:level]]
         assert torch.equal(codec.decode(parts, Span(0, 32, TOKENS)), expected)
@@ -88,7 +95,7 @@ def test_a_first_token_of_its_own_costs_the_others_nothing() -> None:
 def test_delta_and_lossless_need_nothing_of_it() -> None:
     for config in (CacheGenConfig(transform="delta"), CacheGenConfig(transform="identity", lossless=True, levels=1)):
         with_one, without = (encode_kv(*kv(sinks), config) for sinks in ([0], []))
-        assert not isinstance(_codec(with_one), FirstToken)
+        assert not keeps_first(_codec(with_one))
         assert config.lossless or len(with_one.side) == len(without.side)
 
 
@@ -97,7 +104,7 @@ def test_klt_codes_sinks_finer() -> None:
     values = [x.where(x < 20, x - 30) for x in values]
     encoded = encode_kv(keys, values, CONFIG, profile)
     codec = _codec(encoded)
-    assert isinstance(codec, KltCodec)
+    assert isinstance(codec, Klt)
     assert codec.sinks.tolist() == SINKS
     for level in (1, 2, 3):
         _, decoded = decode_kv(encoded, level)
@@ -120,7 +127,7 @@ def test_sinks_that_no_encoder_writes() -> None:
         return bytes.fromhex(profile.digest) + bitmaps + torch.tensor(positions, dtype=torch.int32).numpy().tobytes()
 
     sound = codec_of(geometry(), CONFIG, side(0, 5, 99), profile)
-    assert isinstance(sound, KltCodec)
+    assert isinstance(sound, Klt)
     assert sound.side_bytes() == side(0, 5, 99)
     for positions in ((5, 5), (5, 4), (100,), (-1,), (0, 2**31 - 1)):
         with pytest.raises(CorruptError, match="sinks"):
@@ -148,7 +155,7 @@ def test_auto_and_files_know_them(tmp_path: Path) -> None:
     encoded = encode_kv(keys, values, CacheGenConfig(chunk_tokens=32))
     assert encoded.config.transform == "identity"
     write(encoded, tmp_path / "a")
-    artifact = Artifact(tmp_path / "a")
+    artifact = Artifact(LocalStore(tmp_path / "a"))
     assert artifact.manifest.required == ("sinks",)
     assert artifact.read().side == encoded.side
     assert torch.equal(artifact.decode(1)[1][2][:, :, 0], values[2][:, :, 0])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Limits, Reader
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact import Limits, Reader
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import ConfigError, CorruptError, LimitError, ManifestError, OfflineError
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE, LIMIT_VARIABLE, SegmentCache
@@ -150,7 +150,7 @@ def test_where_it_is_and_how_large(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 WRITER = """
 import sys
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.stores.segment_cache import SegmentCache
 cache = SegmentCache(sys.argv[1], limit=int(sys.argv[2]))
 print("ready", flush=True)

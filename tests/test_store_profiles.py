@@ -16,7 +16,8 @@ import pytest
 import xxhash
 from huggingface_hub import constants
 
-from hf_cachegen.container import Limits
+from hf_cachegen.artifact import PROFILE_FILE, Limits
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import (
     CacheGenError,
     ConfigError,
@@ -29,7 +30,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.stores import Access, Patience, open_store, pushing
 from hf_cachegen.stores.hub import HubPlace
-from hf_cachegen.stores.profiles import PROFILE_FILE, Pin, fetch, fetch_pinned, repositories, repository
+from hf_cachegen.stores.profiles import fetch, fetch_pinned, repositories, repository
 from tests import http_server as faults
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, Repo, point_client_at

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hf_cachegen.container import Reader, write_artifact
+from hf_cachegen.artifact import Reader, write_artifact
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ConfigError,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.container import Reader
+from hf_cachegen.artifact import Reader
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedError
 from hf_cachegen.stores import LocalStore, open_store
 from hf_cachegen.stores.local import published_root

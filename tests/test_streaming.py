@@ -256,6 +256,7 @@ def test_a_place_that_is_not_there(server: Server) -> None:
         stream(server.url)
 
 
+@pytest.mark.slow
 def test_memory_is_the_context_and_little_more(tmp_path: Path) -> None:
     """In a process of its own: the peak while streaming, above what was there before, in units of the context."""
     script = tmp_path / "peak.py"

@@ -19,15 +19,24 @@ import transformers as hf
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container.manifest import digest
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import generate
-from hf_cachegen.stores import RemoteStore
-from hf_cachegen.streaming import Adaptive, Event, FirstToken, StreamReport
+from hf_cachegen.stores import Access, Patience
+from hf_cachegen.streaming import (
+    Adaptive,
+    Event,
+    FirstToken,
+    SourceFailed,
+    StreamOptions,
+    StreamReport,
+    StreamStarted,
+)
 from hf_cachegen.streaming.bandwidth import Bandwidth
-from hf_cachegen.streaming.fetching import Fetcher, request_bytes
+from hf_cachegen.streaming.fetching import Fetcher
+from hf_cachegen.streaming.locations import locations_of
+from hf_cachegen.streaming.prefill_speed import speed_of
 from hf_cachegen.streaming.schedule import Chunk, Schedule
-from hf_cachegen.streaming.sources import Range, Wire
+from hf_cachegen.streaming.window import request_bytes
 from tests.http_server import Server
 from tests.streaming_support import (
     CONTEXT,
@@ -69,11 +78,11 @@ def test_what_arrives_after_the_end_is_nobodys() -> None:
     sent, go_on = threading.Event(), threading.Event()
 
     class Slow:
-        place = "slow"
+        location = "slow"
 
         def open(self) -> None: ...
 
-        def here(self, segment: Any) -> bool:
+        def is_local(self, segment: Any) -> bool:
             return True
 
         def ranges(self, segments: Any, most: float) -> list[Any]:
@@ -86,12 +95,22 @@ def test_what_arrives_after_the_end_is_nobodys() -> None:
             go_on.wait(20)
             yield from (b"data" for _ in segments)
 
+    class Receiver:
+        decodes = False
+
+        def segment_of(self, part: Any) -> Any:
+            return part
+
+        def prepared(self, *_: Any) -> None: ...
+
+        def arrived(self, *found: Any) -> None:
+            arrived.append(found)
+
+        def failed(self, *_: Any) -> None: ...
+
     chunk = Chunk(0, 0, 16, (4,), (0,), 1)
     schedule = Schedule([chunk], Adaptive(), None, "before", lambda _: 1.0)
-    fetcher = Fetcher(
-        schedule, [Slow()], lambda part: part, Bandwidth(), 1, 5.0, None,  # type: ignore[list-item, arg-type, return-value]
-        lambda *found: arrived.append(found), lambda *_: None,
-    )  # fmt: skip
+    fetcher = Fetcher(schedule, [Slow()], Receiver(), Bandwidth(), 1, 5.0)  # type: ignore[list-item]
     fetcher.start()
     assert sent.wait(20)
     fetcher.close()
@@ -126,29 +145,6 @@ def test_a_place_is_not_silent_for_another_that_was() -> None:
     bandwidth.began()
     now[0] = 101.0
     assert bandwidth.silence() == 1.0
-
-
-def test_wrong_bytes_of_a_bundle_are_fetched_a_second_time() -> None:
-    class Files:
-        good, reads, ranged = bytes(range(200)), 0, True
-
-        def open(self, name: str) -> tuple[int, bytes]:
-            return len(self.good), b""
-
-        def mark(self, name: str) -> str:
-            return ""
-
-        def read(self, name: str, offset: int, length: int) -> bytes:
-            self.reads += 1
-            return bytes(length) if self.reads == 1 else self.good[offset : offset + length]
-
-    store = RemoteStore(Files(), "somewhere")
-    store.files = wire = Wire(store.files, [], lambda: False)
-    held = Range("data", 100, 50)
-    wire.hold(held)
-    wanted = Files.good[100:120]
-    assert store.read("data", 100, 20, digest(wanted)) == wanted
-    wire.release([held])
 
 
 @pytest.mark.parametrize("refine", ["off", "before", "while_generating"])
@@ -188,7 +184,7 @@ def test_a_report_waits_for_what_changes_it(server: Server, url: str) -> None:
     assert cache.refinement is not None
     found: list[Any] = []
     reader = threading.Thread(target=lambda: found.append(cache.report))
-    with cache.refinement._loader.fetcher.changed:
+    with cache.refinement._loader.download.changed:
         reader.start()
         reader.join(0.3)
         assert not found
@@ -225,7 +221,7 @@ def test_the_speed_of_a_batch_is_not_taken_for_a_rows(url: str) -> None:
     model = shared("llama")
     cache = CacheGenCache.stream(url, model, level=1)
     assert cache.refinement is not None
-    speed = cache.refinement._loader._speed
+    speed = speed_of(model)
     for _ in range(2):  # the first of a model is no measurement
         speed.add(0, 64, 1.0)
     before = list(speed.samples)
@@ -272,6 +268,40 @@ def test_options_that_mean_nothing(url: str, options: dict[str, Any]) -> None:
         CacheGenCache.stream(url, shared("llama"), **options)
 
 
+def test_old_names_of_fields_warn() -> None:
+    report = StreamReport(100, 1000, sources=("https://a",))
+    with pytest.warns(DeprecationWarning, match="sources"):
+        assert report.places == report.sources
+    assert report.to_dict()["places"] == ("https://a",)
+    for event in (StreamStarted(0.0, "https://a", None, 100, 4, (10,)), SourceFailed(0.0, "https://a", "gone")):
+        with pytest.warns(DeprecationWarning, match="location"):
+            assert event.place == event.location
+
+
+def test_options_are_those_of_the_stream_and_of_the_access() -> None:
+    options = StreamOptions.from_keywords({"slo": 2.0, "level": 2, "token": "secret", "subfolder": "a"})
+    assert (options.slo, options.choice, options.stall) == (2.0, 2, 0.5)
+    assert options.access == Access(token="secret", subfolder="a")
+    assert StreamOptions() == StreamOptions.from_keywords({})
+    with pytest.raises(TypeError, match="colour"):
+        StreamOptions.from_keywords({"colour": 1})
+    with pytest.raises(TypeError, match="access"):
+        StreamOptions.from_keywords({"access": Access()})
+
+
+def test_a_fallback_has_the_access_of_the_first_location_but_no_credentials_for_it() -> None:
+    access = Access(token="secret", headers={"Authorization": "one"}, revision="v1", patience=Patience(attempts=3))
+    other = ("https://c/x", {"headers": {"Authorization": "two"}})
+    options = StreamOptions(fallback=["https://b/x", other], access=access)
+    first, second, third = locations_of("https://a/x", options)
+    assert first.access == access
+    assert second.access == Access(token="secret", patience=Patience(attempts=3))
+    assert third.access.headers == {"Authorization": "two"}
+    assert [location.host for location in (first, second, third)] == ["https://a", "https://b", "https://c"]
+    (lone,) = locations_of("folder/x", StreamOptions(slo=4.0))
+    assert (lone.host, lone.access.patience.timeout) == ("elsewhere", 1.0)  # type: ignore[union-attr]
+
+
 CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "without a cache": lambda url: {"slo": 5.0},
     "given twice": lambda url: {"cache": url, "slo": 5.0, "stream": {"slo": 1.0}},
@@ -291,8 +321,15 @@ sys.path.insert(0, {root!r})
 import torch
 from hf_cachegen.streaming import refine
 
+class Events:
+    add = deliver = lambda *a: None
+
+class Session:
+    events = Events()
+
 class Loader:
-    report = tell = deliver = lambda *a, **k: None
+    report = lambda *a, **k: None
+    session = Session()
     ended = False
     def refine(self):
         while not self.ended:  # decoding, in the interpreter and out of it
@@ -300,8 +337,7 @@ class Loader:
     def close(self, wait=0.0):
         self.ended = True
 
-from contextlib import ExitStack
-refine.Refinement(Loader(), None, ExitStack()).start()
+refine.Refinement(Loader(), None).start()
 time.sleep(0.05)
 print("over")
 """
@@ -350,34 +386,3 @@ def test_what_a_link_gives_grows_with_what_is_asked_for() -> None:
         ) is not None:
             asked += int(nbytes)
         assert asked >= 2 * rate * round_trip
-
-
-def test_one_request_many_segments_and_one_segment_many_requests() -> None:
-    """Ranges that were fetched ahead serve whatever is read from them, if all of it is there."""
-
-    class Files:
-        ranged, content, reads = True, bytes(range(250)), []  # type: ignore[var-annotated]
-
-        def open(self, name: str) -> tuple[int, bytes]:
-            return len(self.content), self.content[:10]
-
-        def mark(self, name: str) -> str:
-            return ""
-
-        def read(self, name: str, offset: int, length: int) -> bytes:
-            self.reads.append((offset, length))
-            return self.content[offset : offset + length]
-
-    wire = Wire(Files(), [], lambda: False)
-    ranges = [Range("data", 50, 20), Range("data", 70, 30), Range("data", 120, 10)]
-    for held in reversed(ranges):
-        wire.hold(held)
-    Files.reads.clear()
-    for offset, length in ((50, 50), (55, 10), (60, 30), (120, 10), (130, 0)):
-        assert wire.read("data", offset, length) == Files.content[offset : offset + length]
-    assert Files.reads == []
-    assert wire.read("data", 90, 40) == Files.content[90:130]  # ten of them are not here
-    assert wire.read("other", 50, 10) == Files.content[50:60]
-    wire.release(ranges[:1])
-    assert wire.read("data", 55, 10) == Files.content[55:65]
-    assert Files.reads == [(90, 40), (50, 10), (55, 10)]

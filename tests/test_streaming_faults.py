@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_cachegen.artifact import Artifact, write
+from hf_cachegen.artifact import Reader
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.chunk import LossyCodec
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Reader
-from hf_cachegen.encoding import encode_kv
 from hf_cachegen.errors import (
     CorruptError,
     StoreError,
@@ -28,7 +28,7 @@ from hf_cachegen.errors import (
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import Adaptive, Event, SourceFailed, measure
-from hf_cachegen.streaming.fetching import ROUNDS
+from hf_cachegen.streaming.failover import ROUNDS
 from hf_cachegen.streaming.sources import Source
 from tests import http_server as faults
 from tests.http_server import Fault, Request, Server
@@ -74,7 +74,7 @@ def test_what_one_place_fails_to_give_another_does(
     cache = stream(serve(server, folder), fallback=[serve(spare, folder)], on_event=events.append, **options)
     assert same_kv(cache, at_level(folder, options.get("level")))
     assert server.url in "".join(report(cache).faults)
-    assert any(isinstance(event, SourceFailed) and event.place == server.url for event in events)
+    assert any(isinstance(event, SourceFailed) and event.location == server.url for event in events)
 
 
 @pytest.mark.parametrize("failure", ["lost connection", "wrong bytes", "server error"])
@@ -138,7 +138,7 @@ def test_a_refinement_that_is_damaged_everywhere_is_done_without(
     assert report(cache).chunks[2].why == "no source has it finer than level 1"
     assert same_kv(cache, at_level(folder, 3), slice(48, 100))
 
-    monkeypatch.setattr("hf_cachegen.streaming.loader.positions_change", lambda *_: True)
+    monkeypatch.setattr("hf_cachegen.streaming.stream.positions_change", lambda *_: True)
     cache = stream(url)
     assert [chunk.level for chunk in report(cache).chunks] == [3, 3, 1] + [3] * (CHUNKS - 3)
     assert same_kv(cache, at_level(folder, 1), slice(32, 48))
@@ -204,14 +204,14 @@ def test_a_decoder_that_comes_too_late_is_another_artifacts(
     nothing in its streams tells from the first one's.
     """
     exact = CacheGenCache.from_context(shared("llama"), at_level(folder).input_ids)
-    first = Artifact(folder)
+    first = Artifact(LocalStore(folder))
     doubled = encode_kv([2 * x for x in exact.kv.keys], [2 * x for x in exact.kv.values], CONFIG)
     write(doubled, tmp_path / "other", input_ids=first.input_ids, fingerprint=first.fingerprint)
     decoder, late = Source.decoder, threading.Event()
 
     def slowly(self: Source) -> Any:
         found = decoder(self)
-        if self.place == server.url:
+        if self.location == server.url:
             late.wait(1.0)
         return found
 
@@ -264,7 +264,7 @@ def test_without_side_information_all_is_recomputed(server: Server, folder: Path
 def test_where_nothing_can_be_recomputed_the_last_error_is_raised(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_cachegen.streaming.loader.positions_change", lambda *_: True)
+    monkeypatch.setattr("hf_cachegen.streaming.stream.positions_change", lambda *_: True)
     assert not positions_change(shared("llama").config, 1, 2)
     server.always = only("base", faults.status(500))
     with pytest.raises(StoreError):

@@ -14,9 +14,9 @@ import torch
 import transformers as hf
 from transformers import DynamicCache
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.container import Reader
 from hf_cachegen.errors import LevelError, MismatchError, SignatureError, TensorError
 from hf_cachegen.models.compat import CACHE_ARGUMENT
 from hf_cachegen.stores import LocalStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.generation import generate
 from hf_cachegen.streaming import Event, FirstToken, StreamFinished
-from hf_cachegen.streaming.placing import Placer
+from hf_cachegen.streaming.layers import LayerWriter
+from hf_cachegen.streaming.prefill_speed import speed_of
 from hf_cachegen.streaming.refine import Refinement
 from tests.http_server import Server
 from tests.streaming_support import CONTEXT, CONTEXT_TOKENS, at_level, refinements_wait, refining_waits, threads_end
@@ -48,11 +49,12 @@ class Tally:
 def test_two_generations_at_once_have_one_first_token() -> None:
     told: list[Any] = []
     learnt: list[Any] = []
-    loader: Any = SimpleNamespace(
-        tally=Tally(), began=0.0, options=SimpleNamespace(slo=1.0), tell=lambda *event: told.append(event),
-        deliver=lambda: None, learn_question=lambda *sample: learnt.append(sample),
+    session = SimpleNamespace(
+        tally=Tally(), options=SimpleNamespace(slo=1.0), elapsed=time.monotonic,
+        events=SimpleNamespace(add=lambda *event: told.append(event), deliver=lambda: None),
     )  # fmt: skip
-    refinement = Refinement(loader, None, ExitStack())  # type: ignore[arg-type]
+    loader: Any = SimpleNamespace(session=session, learn_question=lambda *sample: learnt.append(sample))
+    refinement = Refinement(loader, None)  # type: ignore[arg-type]
     threads = [threading.Thread(target=refinement.first_token, args=(1, 7, 0.1)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -69,7 +71,7 @@ def test_what_a_draft_takes_is_not_the_models_time(url: str) -> None:
     assistant.register_forward_pre_hook(lambda *_: (passes.append(1.0), time.sleep(1.0))[1])
     cache = CacheGenCache.stream(url, shared("llama"), level=1)
     assert cache.refinement is not None
-    speed = cache.refinement._loader._speed
+    speed = speed_of(shared("llama"))
     for _ in range(2):
         speed.add(0, 64, 1.0)
     generate(shared("llama"), PROMPT, cache=cache, max_new_tokens=4, do_sample=False, assistant_model=assistant)
@@ -114,7 +116,7 @@ def test_the_end_of_a_stream_is_told_before_generate_returns(server: Server, url
     gate = refinements_wait(server)
     events: list[Event] = []
     decoding = threading.Event()
-    rows = Placer.rows
+    rows = LayerWriter.rows
 
     def slowly(*arguments: Any) -> Any:
         decoding.set()
@@ -127,7 +129,7 @@ def test_the_end_of_a_stream_is_told_before_generate_returns(server: Server, url
         return scores
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Placer, "rows", slowly)
+        patch.setattr(LayerWriter, "rows", slowly)
         generate(
             shared("llama"), PROMPT, cache=url, refine="while_generating", max_new_tokens=1, do_sample=False,
             logits_processor=[step], stream={"on_event": events.append},

@@ -140,7 +140,7 @@ class _Measure:
         from transformers import DynamicCache
 
         from benchmarks.network import uniform8
-        from hf_cachegen.geometry import Geometry, LayerGeometry
+        from hf_cachegen.codec.geometry import Geometry, LayerGeometry
         from hf_cachegen.models.compat import CACHE_ARGUMENT
         from hf_cachegen.stores import RemoteStore
         from hf_cachegen.stores.remote import open_files

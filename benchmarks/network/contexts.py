@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from benchmarks.network import uniform8
 from eval.reference import MODEL_PATH, held_out_lines
 from hf_cachegen import CacheGenCache, CacheGenConfig
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container.manifest import digest
-from hf_cachegen.profile import PROFILE_FILE
+from hf_cachegen.artifact import PROFILE_FILE
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.artifact.manifest import digest
+from hf_cachegen.stores import LocalStore
 
 VOCABULARY = 4096
 LARGER: dict[str, Any] = {
@@ -71,7 +72,7 @@ def make(name: str, served: Path, tokens: int = 8192, chunk_tokens: int = 512) -
         config = CacheGenConfig(chunk_tokens=chunk_tokens)
         cache.save_pretrained(served / folder / "artifact", config, overwrite=True)
         uniform = uniform8.write(cache.kv.keys, cache.kv.values, chunk_tokens, served / folder / "uniform8")
-        artifact = Artifact(served / folder / "artifact")
+        artifact = Artifact(LocalStore(served / folder / "artifact"))
         sizes = {f"level {n}": artifact.nbytes_at(n) for n in range(1, config.levels + 1)}
         sizes |= {"uniform 8-bit": uniform, "exact": cache.kv.geometry.nbytes}
         found = {"model": str(path), "prompt": prompt[0].tolist(), "tokens": context.shape[1], "sizes": sizes}

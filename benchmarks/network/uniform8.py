@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cachegen.container import Segment
-from hf_cachegen.container.manifest import digest
-from hf_cachegen.geometry import Geometry
+from hf_cachegen.artifact import Segment
+from hf_cachegen.artifact.manifest import digest
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.stores import RemoteStore
 
 DATA_FILE, LIST_FILE = "uniform8.bin", "uniform8.json"

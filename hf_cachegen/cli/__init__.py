@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import click
 
-from hf_cachegen import __version__
+from hf_cachegen._version import __version__
 from hf_cachegen.cli import (
     cache,
     contexts,

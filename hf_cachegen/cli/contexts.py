@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from hf_cachegen.artifact import MANIFEST_FILE, Reader
 from hf_cachegen.cli.models import begin, load_model, no_padding, token_counts, token_ids, with_question
 from hf_cachegen.cli.options import (
     answer_options,
@@ -29,7 +30,6 @@ from hf_cachegen.cli.options import (
 )
 from hf_cachegen.cli.output import bars, note, print_json, size_text, step
 from hf_cachegen.cli.views import describe
-from hf_cachegen.container import MANIFEST_FILE, Reader
 from hf_cachegen.errors import ArtifactExistsError
 from hf_cachegen.stores import Access, LocalStore
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cli.models import load_model
 from hf_cachegen.cli.options import dtype_option, model_options, output_options, overwrite_option
 from hf_cachegen.cli.output import bars, print_json, size_text, step
-from hf_cachegen.container import Reader
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.stores import LocalStore, open_store
 
@@ -48,17 +48,18 @@ def convert(
         raise click.UsageError(f"--model and --input-ids require --to artifact, got --to {form}", context)
     if form == "artifact" and level is not None:
         raise click.UsageError("--level requires --to legacy or --to dynamic", context)
-    from hf_cachegen.artifact import Artifact, write
+    from hf_cachegen.artifact.artifact import write
     from hf_cachegen.models.convert import load_cache, save_cache
+    from hf_cachegen.profiles.finding import open_with_profile
 
     if form != "artifact":
         with step("decoding", as_json):
-            save_cache(Artifact(open_store(source)), out, form, level=level, overwrite=overwrite)  # type: ignore[arg-type]
+            save_cache(open_with_profile(open_store(source)), out, form, level=level, overwrite=overwrite)  # type: ignore[arg-type]
         found = {"out": str(out), "form": form, "bytes": out.stat().st_size}
     else:
         keys, values = load_cache(source)
         if model is None:
-            from hf_cachegen.encoding import Encoder
+            from hf_cachegen.codec.context import Encoder
 
             write(Encoder(keys, values, progress=bars(as_json)), out, overwrite=overwrite)
         else:

@@ -74,7 +74,7 @@ def encode(root: Path, folder: Path) -> dict[str, Any]:
         cache = CacheGenCache.from_context(model, tokenizer(document.context).input_ids, tokenizer=tokenizer)
         found = answers(model, tokenizer, cache, document)
         for transform in TRANSFORMS:
-            cache.save_pretrained(folder / transform / str(index), CacheGenConfig(transform=transform))  # type: ignore[arg-type]
+            cache.save_pretrained(folder / transform / str(index), CacheGenConfig(transform=transform))
         result["tokens"] += cache.report.context_tokens
         result["exact_bytes"] += cache.report.exact_bytes
         result["seconds"] += cache.report.prefill_seconds

@@ -23,6 +23,7 @@ import xxhash
 from click.core import ParameterSource
 from tqdm import tqdm
 
+from hf_cachegen.artifact import MANIFEST_FILE, Reader
 from hf_cachegen.cli.models import load_model, token_ids
 from hf_cachegen.cli.options import (
     dtype_option,
@@ -33,14 +34,13 @@ from hf_cachegen.cli.options import (
     source_model_option,
 )
 from hf_cachegen.cli.output import print_json
-from hf_cachegen.container import MANIFEST_FILE, Reader
 from hf_cachegen.errors import ArtifactExistsError, ConfigError, MissingExtraError
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.stores.naming import is_hub_id
 
 if TYPE_CHECKING:
     from hf_cachegen.config import CacheGenConfig
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
 
 INDEX_FILE = "index.jsonl"
 WAIT_FOR_OTHERS = timedelta(days=7)
@@ -117,7 +117,7 @@ class Encoding:
 
     def name(self, ids: list[int]) -> str:
         """Return the name of the folder of the artifact of these tokens."""
-        from hf_cachegen.fingerprint import Fingerprint
+        from hf_cachegen.models.fingerprint import Fingerprint
 
         fingerprint = Fingerprint.of(self.model, ids, self.tokenizer).to_dict()
         for field in INFORMATIVE_FIELDS:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cli.models import load_for, required_profile
 from hf_cachegen.cli.options import (
     artifact_argument,
@@ -18,9 +19,8 @@ from hf_cachegen.cli.options import (
 )
 from hf_cachegen.cli.output import byte_bar, print_json
 from hf_cachegen.cli.views import PLOT_SUFFIXES, describe, plot, tables
-from hf_cachegen.container import Reader
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import WrongModelError
-from hf_cachegen.geometry import Geometry
 from hf_cachegen.stores import Access, open_store
 
 
@@ -69,7 +69,7 @@ def verify(
         loaded, tokenizer, required = load_for(
             artifact, access, model, profile, revision=revision, device=device, as_json=as_json
         )
-        from hf_cachegen.fingerprint import Fingerprint
+        from hf_cachegen.models.fingerprint import Fingerprint
         from hf_cachegen.models.requirements import require_geometry
 
         if reader.manifest.fingerprint is None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cli.output import step
-from hf_cachegen.container import Reader
-from hf_cachegen.geometry import Geometry
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.stores import Access, open_store
 from hf_cachegen.stores.naming import is_hub_id
 
 if TYPE_CHECKING:
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -158,7 +158,7 @@ def token_counts(cache: Any, prompt_ids: Any, answer: Any) -> dict[str, int]:
 
 def find_profile(choice: str, model: str) -> Profile | None:
     """Find the profile of `model` that --profile selects by "auto", "none" or a location. Raises ProfileError."""
-    from hf_cachegen.finding import find
+    from hf_cachegen.profiles.finding import find
 
     return find(None if choice == "none" else choice, model)
 
@@ -169,9 +169,10 @@ def required_profile(artifact: str, choice: str, model: str, access: Access | No
     Raises:
         ProfileError: the profile is missing, or is a different one.
     """
-    from hf_cachegen.artifact import Artifact
+    from hf_cachegen.artifact.artifact import Artifact
+    from hf_cachegen.profiles.finding import profile_of
 
-    return Artifact(open_store(artifact, access), None, None if choice == "none" else choice, model).profile()
+    return profile_of(Artifact(open_store(artifact, access)), None if choice == "none" else choice, model)
 
 
 def _device(name: str | None) -> Any:

@@ -12,7 +12,7 @@ from hf_cachegen.cli.models import DTYPES, find_profile
 from hf_cachegen.config import CacheGenConfig, CoderName, TransformName
 
 if TYPE_CHECKING:
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _DEFAULT = CacheGenConfig()

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from hf_cachegen.card import profile_card
+from hf_cachegen.artifact import Limits
 from hf_cachegen.cli.models import load_model
 from hf_cachegen.cli.options import (
     access_options,
@@ -27,9 +27,9 @@ from hf_cachegen.cli.options import (
 )
 from hf_cachegen.cli.output import bars, print_json, size_text, step
 from hf_cachegen.cli.samples import draw, from_rows, from_text
-from hf_cachegen.container import Limits
 from hf_cachegen.errors import ArtifactExistsError
 from hf_cachegen.stores import Access
+from hf_cachegen.stores.card import profile_card
 from hf_cachegen.stores.profiles import REPO_TYPE, fetch
 
 
@@ -79,7 +79,7 @@ def learn(
         drawn = draw(sources, most, options["seed"])
     import torch
 
-    from hf_cachegen.calibration import learn_profile
+    from hf_cachegen.profiles.learning import learn_profile
 
     samples = [(torch.tensor([context]), torch.tensor([continuation])) for context, continuation in drawn]
     start = time.perf_counter()
@@ -114,7 +114,7 @@ def learn(
 
 def _output_file(model: str, out: Path | None, overwrite: bool) -> Path:
     """Return the file to write the profile to. Raises ArtifactExistsError and UsageError, before anything slow."""
-    from hf_cachegen.profile import PROFILE_FILE
+    from hf_cachegen.profiles.files import PROFILE_FILE
 
     model = os.path.expanduser(model)
     if out is None and not Path(model).is_dir():
@@ -146,7 +146,7 @@ def push_profile(
     and, if the model is yours, by its users. An earlier profile stays available under its digest.
     """
     data, _ = fetch(profile, Access(), Limits())
-    from hf_cachegen.profile import Profile
+    from hf_cachegen.profiles.files import Profile
     from hf_cachegen.stores import hub, pushing
 
     found = Profile.from_bytes(data)
@@ -182,7 +182,7 @@ def pull_profile(
     with step(f"fetching {location}", as_json):
         access = Access(revision=revision, repo_type=repo_type, subfolder=subfolder)
         data, where = fetch(location, access, Limits(), digest)
-    from hf_cachegen.profile import Profile, write_file
+    from hf_cachegen.profiles.files import Profile, write_file
 
     found = Profile.from_bytes(data)
     path = write_file(out, data, overwrite=overwrite)

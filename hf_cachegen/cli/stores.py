@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hf_cachegen.card import card, sealed_card
+from hf_cachegen.artifact import PROFILE_FILE, Pin, Reader
 from hf_cachegen.cli.options import (
     access_options,
     key_option,
@@ -17,10 +17,10 @@ from hf_cachegen.cli.options import (
     pushing_profile_option,
 )
 from hf_cachegen.cli.output import bars, byte_bar, print_json, printable, size_text, step
-from hf_cachegen.container import Reader
 from hf_cachegen.errors import ProfileError
 from hf_cachegen.stores import Access, LocalStore
-from hf_cachegen.stores.profiles import PROFILE_FILE, Pin, fetch
+from hf_cachegen.stores.card import card, sealed_card
+from hf_cachegen.stores.profiles import fetch
 from hf_cachegen.stores.sealed import SUFFIX, sealed_names
 from hf_cachegen.stores.survey import find, serve_check
 from hf_cachegen.stores.survey import pull as copy_from

@@ -86,7 +86,7 @@ def stream(
     with live(view, as_json):
         view.begin()
         cache = CacheGenCache.stream(
-            artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,  # type: ignore[arg-type]
+            artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,
             prompt_tokens=len(asked), fallback=fallback, profile=required, tokenizer=tokenizer, on_event=view.take,
             stall_seconds=stall_seconds, connections=connections, public_key=public_key, key=key,
         )  # fmt: skip

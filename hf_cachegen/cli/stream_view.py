@@ -59,7 +59,7 @@ class StreamView:
             elif isinstance(event, kinds.ChunkReady):
                 self._chunks[event.chunk_index] = "text" if event.level is None else str(event.level)
             elif isinstance(event, kinds.SourceFailed):
-                self._faults.append(f"{event.place}: {event.error}")
+                self._faults.append(f"{event.location}: {event.error}")
             elif isinstance(event, kinds.ContextReady):
                 self._ready = event.seconds
             elif isinstance(event, kinds.FirstToken):

@@ -14,10 +14,10 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cli.output import plain, size_text
-from hf_cachegen.container import Reader
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ManifestError
-from hf_cachegen.geometry import Geometry
 
 MAX_ROWS = 128
 """Number of layers in a table; --json has all."""

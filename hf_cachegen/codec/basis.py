@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.geometry import Geometry
-from hf_cachegen.profile import Group, Profile
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.profile import Group, Profile
 
 MEAN_TERMS = 3
 """bfloat16 numbers whose sum is a float32 mean: 3 x 8 bits."""

@@ -1,4 +1,4 @@
-"""Where the stages meet: rows of a chunk -> transform -> nested symbols -> streams, and back.
+"""Where the stages meet: rows of a chunk -> nested symbols -> streams, and back.
 
 A chunk is a matrix of rows [tokens, columns]; its columns are every channel of every layer's K and V. It becomes one
 *part* per level: part 0 is the base, parts 1.. are refinements. What all chunks of an artifact share (steps, means,
@@ -6,7 +6,7 @@ table entries: at most 6 bytes a column) is the side information, `Side`.
 
 Order within the parts, for the tokens that are not anchors:
 
-    base          [delta only: anchor scales bf16 [anchors, vectors], anchor symbols], base symbols of all tokens,
+    base          [with anchors: their scales bf16 [anchors, vectors] and their symbols], base symbols of all tokens,
                   then digits of every refinement, protected tokens only
     refinement k  digits of refinement k, tokens that are not protected only
 
@@ -17,18 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
-from hf_cachegen.codec import into, passes, quantize, section, transform
+from hf_cachegen.codec import anchors as anchoring
+from hf_cachegen.codec import into, native, passes, quantize, section
+from hf_cachegen.codec.anchors import Anchors
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Assignment, Coded, Cursor
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
-from hf_cachegen.codec.transform import Anchors
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError
 
@@ -41,9 +42,9 @@ class Span:
     tokens: int
     total: int
 
-    def ordinary(self, config: CacheGenConfig) -> slice:
+    def ordinary(self, config: CacheGenConfig, group_tokens: int = 0) -> slice:
         """Which of the coded tokens are not protected; the others every level has at the finest step."""
-        position = self.first + transform.coded_positions(self.tokens, config)
+        position = self.first + anchoring.coded_positions(self.tokens, group_tokens)
         first = int((position < config.protect_first).sum())
         last = int((position < self.total - config.protect_last).sum())
         return slice(first, max(first, last))
@@ -58,6 +59,13 @@ class Columns:
     vectors: Tensor
     thirds: Tensor
 
+    @classmethod
+    def of(cls, geometry: Geometry) -> Columns:
+        """The columns of a cache, in the order of `codec.rows`."""
+        widths = [geometry.batch * n for layer in geometry.layers for n in (layer.k_channels, layer.v_channels)]
+        vectors = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
+        return cls(vectors, (vectors // 2 * 3 // len(geometry.layers)))
+
     def __len__(self) -> int:
         return len(self.vectors)
 
@@ -67,7 +75,7 @@ class Side:
     """The side information of one artifact; every tensor is [columns] (refine_entries [levels - 1, columns]).
 
     step_codes uint8 give the finest steps (`quantize.steps_of`); means int16, in 1/16 of the coarsest step (zero
-    for delta); table entries uint8 of the shipped codebooks (anchor_entries zero for identity).
+    where there are anchors); table entries uint8 of the shipped codebooks (anchor_entries zero where there are none).
     """
 
     step_codes: Tensor
@@ -76,30 +84,35 @@ class Side:
     base_entries: Tensor
     refine_entries: Tensor
 
-    def to_bytes(self, config: CacheGenConfig) -> bytes:
-        own = self.anchor_entries if config.transform == "delta" else self.means
-        parts = (self.step_codes, own, self.base_entries, self.refine_entries)
-        return b"".join(part.contiguous().numpy().tobytes() for part in parts)
-
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview, columns: int, config: CacheGenConfig) -> Side:
-        """Raises TruncatedError or CorruptError for bytes that no encoder writes."""
-        cursor, delta = Cursor(data), config.transform == "delta"
+    def read(cls, cursor: Cursor, columns: int, config: CacheGenConfig, *, anchors: bool) -> Side:
+        """Read what `to_bytes` wrote. Raises TruncatedError or CorruptError for bytes that no encoder writes."""
         steps = cursor.tensor(columns, torch.uint8)
-        means = torch.zeros(columns, dtype=torch.int16) if delta else cursor.tensor(columns, torch.int16)
-        anchors = cursor.tensor(columns, torch.uint8) if delta else torch.zeros(columns, dtype=torch.uint8)
+        means, peaks = torch.zeros(columns, dtype=torch.int16), torch.zeros(columns, dtype=torch.uint8)
+        if anchors:
+            peaks = cursor.tensor(columns, torch.uint8)
+        else:
+            means = cursor.tensor(columns, torch.int16)
         base = cursor.tensor(columns, torch.uint8)
         refine = cursor.tensor(columns * (config.levels - 1), torch.uint8).reshape(config.levels - 1, columns)
         cursor.finish()
         values, digits = shipped_codebooks(config.prob_bits)
-        for entries, book in ((anchors, values), (base, values), (refine, digits)):
+        for entries, book in ((peaks, values), (base, values), (refine, digits)):
             if bool((entries >= book.entries).any()):
                 raise CorruptError("the side information names a table that the codebook does not have")
-        return cls(steps, means, anchors, base, refine)
+        return cls(steps, means, peaks, base, refine)
+
+    def to_bytes(self, *, anchors: bool) -> bytes:
+        """The tensors one after the other: the entries of the anchors' tables in place of the means where there are
+        anchors, whose differences have no mean.
+        """
+        own = self.anchor_entries if anchors else self.means
+        parts = (self.step_codes, own, self.base_entries, self.refine_entries)
+        return b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
 
 class _Read(NamedTuple):
-    """The sections of a chunk's parts: anchors (delta only), base, digits of the protected tokens, of the others."""
+    """The sections of a chunk's parts: anchors (if any), base, digits of the protected tokens, digits of the others."""
 
     scales: Tensor | None
     peaks: Coded | None
@@ -108,23 +121,14 @@ class _Read(NamedTuple):
     rest: list[Coded]
 
 
-class Codec(Protocol):
-    """What an artifact needs of a codec; `rows` are [tokens, columns]."""
-
-    @property
-    def parts(self) -> int: ...
-    def side_bytes(self) -> bytes: ...
-    def encode(self, rows: Tensor, span: Span) -> list[bytes]: ...
-    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype) -> Tensor: ...
-    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> None: ...
-    def approximations(self, rows: Tensor, span: Span) -> list[Tensor]: ...
-
-
 class LossyCodec:
-    """Encodes and decodes the chunks of one artifact, at levels 1 (the base alone) to `config.levels`."""
+    """Encodes and decodes the chunks of one artifact, at levels 1 (the base alone) to `config.levels`.
 
-    def __init__(self, columns: Columns, config: CacheGenConfig, side: Side):
-        self.columns, self.config, self.side = columns, config, side
+    group_tokens: tokens per group whose first is an anchor; 0: no token is.
+    """
+
+    def __init__(self, columns: Columns, config: CacheGenConfig, side: Side, group_tokens: int = 0):
+        self.columns, self.config, self.side, self.group_tokens = columns, config, side, group_tokens
         self.values, self.digits = shipped_codebooks(config.prob_bits)
         self.steps = quantize.steps_of(side.step_codes)
         unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
@@ -134,19 +138,12 @@ class LossyCodec:
         self._refinements = [Assignment(self.digits, entries) for entries in side.refine_entries]
         self._scales: dict[tuple[int, torch.device], Grid] = {}
 
-    @property
-    def parts(self) -> int:
-        return self.config.levels
-
-    def side_bytes(self) -> bytes:
-        return self.side.to_bytes(self.config)
-
     def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:
         """rows [tokens, columns], float, to symbols and anchors: on the CPU, or where there is a compiled coder for it
         on the rows' device.
         """
-        anchors = transform.anchors_of(rows, self.columns.vectors, self.config)
-        grid = Grid.of(anchors, self.columns.vectors, self.config, self.means, self.steps)
+        anchors = anchoring.anchors_of(rows, self.columns.vectors, self.group_tokens)
+        grid = Grid.of(anchors, self.columns.vectors, self.group_tokens, self.means, self.steps)
         symbols = passes.quantise(rows, grid.to(rows.device), self.config.levels)
         return symbols, anchors
 
@@ -159,7 +156,7 @@ class LossyCodec:
             base.append(anchors.scales.view(torch.int16).numpy().tobytes())
             base.append(section.encode(indices, self._anchors, coder=coder))
         base.append(section.encode(symbols.base, self._base, wide=symbols.wide, coder=coder))
-        ordinary = span.ordinary(self.config)
+        ordinary = span.ordinary(self.config, self.group_tokens)
         for digits, contexts, columns in zip(symbols.digits, symbols.contexts, self._refinements, strict=True):
             ends = without(digits, ordinary), without(contexts, ordinary)
             base.append(section.encode(ends[0], columns, ends[1], coder=coder))
@@ -187,12 +184,12 @@ class LossyCodec:
     def _read(self, parts: Sequence[bytes | memoryview], span: Span) -> _Read:
         config = self.config
         cursor, scales, peaks = Cursor(parts[0]), None, None
-        n_anchors = transform.anchor_count(span.tokens, config)
+        n_anchors = anchoring.anchor_count(span.tokens, self.group_tokens)
         if n_anchors:
             n_vectors = int(self.columns.vectors[-1]) + 1
             scales = cursor.tensor(n_anchors * n_vectors, torch.bfloat16).reshape(n_anchors, n_vectors)
             peaks = section.read_narrow(cursor, n_anchors, self._anchors)
-        ordinary, coded = span.ordinary(config), span.tokens - n_anchors
+        ordinary, coded = span.ordinary(config, self.group_tokens), span.tokens - n_anchors
         base = section.read(cursor, coded, self._base)
         count = ordinary.stop - ordinary.start
         finest = [section.read_narrow(cursor, coded - count, columns) for columns in self._refinements]
@@ -213,13 +210,13 @@ class LossyCodec:
 
     def _place(self, read: _Read, span: Span, target: Target, row: int) -> None:
         """Straight into place: a chunk without wide symbols."""
-        device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config)
+        device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config, self.group_tokens)
         sections = Sections(target, row, span.tokens, coded, len(self.columns))
         grid, finest = self._scale(1 + len(read.rest), device), self._scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
             anchors = Anchors(into.symbols(read.peaks, device), read.scales.to(device))
             values = anchors.values(self.columns.vectors.to(device))
-            grid, finest = (g._replace(anchors=values, group_tokens=self.config.group_tokens) for g in (grid, finest))
+            grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
         middle = Rows(ordinary.start, coded)
         ends = Rows(0, ordinary.start, ordinary.stop - ordinary.start)
@@ -234,7 +231,7 @@ class LossyCodec:
 
     def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:
         """Stage by stage, on the CPU: any chunk, any coder."""
-        coder, ordinary = self.config.coder, span.ordinary(self.config)
+        coder, ordinary = self.config.coder, span.ordinary(self.config, self.group_tokens)
         anchors = None
         if read.peaks is not None and read.scales is not None:
             anchors = Anchors(read.peaks.decode(coder=coder).int() - ZERO_INDEX, read.scales)
@@ -246,7 +243,7 @@ class LossyCodec:
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         """What `decode` would give at level 1, 2, ..., without coding anything: each float32 [tokens, columns]."""
         symbols, anchors = self.symbols(rows)
-        ordinary, found = span.ordinary(self.config), []
+        ordinary, found = span.ordinary(self.config, self.group_tokens), []
         finest, rest = [without(d, ordinary) for d in symbols.digits], [d[ordinary] for d in symbols.digits]
         for level in range(1, self.config.levels + 1):
             found.append(
@@ -276,8 +273,8 @@ class LossyCodec:
     ) -> Tensor:
         """Base symbols of all coded tokens, all digits of the protected ones, some of the rest, to rows."""
         rows = torch.empty(span.tokens, len(self.columns), dtype=dtype)
-        a, b = (ordinary := span.ordinary(self.config)).start, ordinary.stop
-        grid = Grid.of(anchors, self.columns.vectors, self.config, self.means, self.steps)
+        a, b = (ordinary := span.ordinary(self.config, self.group_tokens)).start, ordinary.stop
+        grid = Grid.of(anchors, self.columns.vectors, self.group_tokens, self.means, self.steps)
         if grid.anchors is not None:
             rows[:: grid.group_tokens] = grid.anchors.to(dtype)
         passes.restore(rows, grid, 0, base[:a], [digits[:a] for digits in finest], wide)

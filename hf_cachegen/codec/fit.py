@@ -15,7 +15,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import passes, quantize, transform
+from hf_cachegen.codec import anchors as anchoring
+from hf_cachegen.codec import passes, quantize
 from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
 from hf_cachegen.codec.passes import Grid
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX, Codebook
@@ -29,28 +30,31 @@ SMALLEST_STEP = 2.0**-40
 LARGEST_STEP = 2.0**23.75
 
 
-def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
+def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig, group_tokens: int = 0) -> tuple[LossyCodec, Tensor]:
     """The codec of one context, and the bits of each part's columns under its tables, float64 [levels, columns].
 
     Raises TensorError for values that are not finite, or that no step serves: too large, too small, or too far from
     the rest of their channel.
     """
-    codes, means = _steps(*_spread(chunks, columns, config), columns, config)
+    codes, means = _steps(*_spread(chunks, columns, config, group_tokens), columns, config)
     none = torch.zeros(len(columns), dtype=torch.uint8)
-    codec = LossyCodec(columns, config, Side(codes, means, none, none, none.expand(config.levels - 1, -1)))
-    side, bits = _with_entries(chunks, codec)
-    return LossyCodec(columns, config, side), bits
+    blank = Side(codes, means, none, none, none.expand(config.levels - 1, -1))
+    side, bits = _with_entries(chunks, LossyCodec(columns, config, blank, group_tokens))
+    return LossyCodec(columns, config, side, group_tokens), bits
 
 
-def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
-    """(mean, deviation) of what is quantised, float64 [columns]; delta's differences have mean zero by fiat."""
+def _spread(
+    chunks: Chunks, columns: Columns, config: CacheGenConfig, group_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """(mean, deviation) of what is quantised, float64 [columns]; the mean of differences to anchors is zero."""
     nothing = torch.zeros(len(columns))
     protected, ordinary = torch.zeros(2, 2, len(columns), dtype=torch.float64)
     count, every = 0, 0
     for rows, span in chunks():
-        anchors = transform.anchors_of(rows, columns.vectors, config)
-        grid = Grid.of(anchors, columns.vectors, config, nothing, nothing).to(rows.device)
-        here, coded = span.ordinary(config), span.tokens - transform.anchor_count(span.tokens, config)
+        anchors = anchoring.anchors_of(rows, columns.vectors, group_tokens)
+        grid = Grid.of(anchors, columns.vectors, group_tokens, nothing, nothing).to(rows.device)
+        here = span.ordinary(config, group_tokens)
+        coded = span.tokens - anchoring.anchor_count(span.tokens, group_tokens)
         ordinary += passes.moments(rows, grid, here.start, here.stop)
         protected += passes.moments(rows, grid, 0, here.start) + passes.moments(rows, grid, here.stop, coded)
         count, every = count + here.stop - here.start, every + coded
@@ -60,7 +64,7 @@ def _spread(chunks: Chunks, columns: Columns, config: CacheGenConfig) -> tuple[T
     if count < 2:
         count, ordinary = max(1, every), ordinary + protected
     total, squares = ordinary
-    mean = torch.zeros_like(total) if config.transform == "delta" else total / count
+    mean = torch.zeros_like(total) if group_tokens else total / count
     return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
 
 

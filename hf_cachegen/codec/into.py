@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
-from hf_cachegen.codec import ops
+from hf_cachegen.codec import native, ops
 from hf_cachegen.codec.passes import DTYPES, Grid
 from hf_cachegen.codec.section import Coded
 

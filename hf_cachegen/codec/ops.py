@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
+from hf_cachegen.codec import native
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 
 TILE_COLUMNS = 256

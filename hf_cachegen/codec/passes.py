@@ -16,11 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
-from hf_cachegen.codec import quantize
+from hf_cachegen.codec import native, quantize
+from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.tables import DIGIT_SYMBOLS, DIGIT_ZERO, VALUE_SYMBOLS, ZERO_INDEX
-from hf_cachegen.codec.transform import Anchors
-from hf_cachegen.config import CacheGenConfig
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """enum cg_dtype."""
@@ -40,10 +38,10 @@ class Grid(NamedTuple):
     steps: Tensor
 
     @classmethod
-    def of(cls, anchors: Anchors | None, vectors: Tensor, config: CacheGenConfig, means: Tensor, steps: Tensor) -> Grid:
+    def of(cls, anchors: Anchors | None, vectors: Tensor, group_tokens: int, means: Tensor, steps: Tensor) -> Grid:
         """The grid of a chunk with these anchors; vectors int64 [columns] names each column's vector."""
         values = None if anchors is None else anchors.values(vectors)
-        return cls(values, 0 if anchors is None else config.group_tokens, means, steps)
+        return cls(values, 0 if anchors is None else group_tokens, means, steps)
 
     def to(self, device: torch.device) -> Grid:
         """On another device."""

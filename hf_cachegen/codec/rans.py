@@ -12,7 +12,6 @@ no encoder wrote. Hostile streams, table ids and contexts end in one of these, n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
@@ -20,12 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_cachegen import native
-from hf_cachegen.codec import ops, rans_reference, torchac_coder
+from hf_cachegen.codec import native, ops, rans_reference, torchac_coder
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
 Backend = Literal["native", "scalar", "avx2", "avx512", "reference"]
-"""The compiled coder at its best or on one instruction set (see native.py), or the readable one."""
+"""The compiled coder at its best or on one instruction set (see codec/native.py), or the readable one."""
 _ISAS = {"native": native.Isa.BEST, **{isa.name.lower(): isa for isa in native.Isa if isa}}
 _SLOW: dict[str, Any] = {"reference": rans_reference, "torchac": torchac_coder}
 TILE_COLUMNS = ops.TILE_COLUMNS
@@ -38,7 +36,6 @@ MAX_FREQUENCY = 4095
 """The decoder's table entry has 12 bits for a frequency."""
 
 
-@dataclass(frozen=True, eq=False)
 class Tables:
     """Integer frequencies that coders share; compared by identity, because coders keep what they derive from one.
 
@@ -48,27 +45,24 @@ class Tables:
     Raises ConfigError or TensorError for others.
     """
 
-    frequencies: Tensor
-    prob_bits: int
-
-    def __post_init__(self) -> None:
-        if self.prob_bits not in (10, 11, 12):
-            raise ConfigError(f"prob_bits must be 10, 11 or 12, got {self.prob_bits!r}")
-        shape, dtype = tuple(self.frequencies.shape), self.frequencies.dtype
+    def __init__(self, frequencies: Tensor, prob_bits: int):
+        if prob_bits not in (10, 11, 12):
+            raise ConfigError(f"prob_bits must be 10, 11 or 12, got {prob_bits!r}")
+        shape, dtype = tuple(frequencies.shape), frequencies.dtype
         if dtype not in (torch.uint16, torch.int32, torch.int64):
             raise TensorError(f"frequencies must be uint16, int32 or int64, got {dtype}")
         if len(shape) != 2 or not (1 <= shape[0] <= MAX_TABLES and 1 <= shape[1] <= MAX_SYMBOLS):
             wanted = f"1 to {MAX_TABLES} tables, 1 to {MAX_SYMBOLS} symbols"
             raise TensorError(f"frequencies must be [{wanted}], got {list(shape)}")
-        frequencies = self.frequencies.detach().to("cpu", torch.int64)
+        frequencies = frequencies.detach().to("cpu", torch.int64)
         least, most = int(frequencies.min()), int(frequencies.max())
         if least < 0 or most > MAX_FREQUENCY:
             raise TensorError(f"frequencies must lie in 0..{MAX_FREQUENCY}, got {least}..{most}")
-        wrong = (frequencies.sum(1) != 1 << self.prob_bits).nonzero().flatten().tolist()
+        wrong = (frequencies.sum(1) != 1 << prob_bits).nonzero().flatten().tolist()
         if wrong:
             total = int(frequencies[wrong[0]].sum())
-            raise TensorError(f"table {wrong[0]} sums to {total}, not to 2^{self.prob_bits}")
-        object.__setattr__(self, "frequencies", frequencies.to(torch.int32))
+            raise TensorError(f"table {wrong[0]} sums to {total}, not to 2^{prob_bits}")
+        self.frequencies, self.prob_bits = frequencies.to(torch.int32), prob_bits
 
     @cached_property
     def native(self) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_cachegen.native import TileStatus, check_decoded, check_encoded
+from hf_cachegen.codec.native import TileStatus, check_decoded, check_encoded
 
 TILE_COLUMNS = 256
 LANES = 32

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -23,7 +24,6 @@ from hf_cachegen.errors import (
     TensorError,
     UnsupportedLayerError,
 )
-from hf_cachegen.geometry import Geometry
 
 CacheFormat = Literal["legacy", "dynamic"]
 

@@ -24,8 +24,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.errors import TensorError, UnsupportedLayerError
-from hf_cachegen.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.requirements import layer_kinds
 

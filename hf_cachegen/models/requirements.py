@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_cachegen.codec.geometry import Geometry, LayerKind
 from hf_cachegen.errors import UnsupportedLayerError, UnsupportedModelError, WrongModelError
-from hf_cachegen.geometry import Geometry, LayerKind
 from hf_cachegen.models.compat import takes_cache, unwrapped
 
 if TYPE_CHECKING:

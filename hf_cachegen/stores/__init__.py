@@ -1,4 +1,4 @@
-"""Files <-> places. A store gives sizes and byte ranges by name; `container.Store` is its contract."""
+"""Files <-> locations. A store gives sizes and byte ranges by name; `artifact.Store` is its contract."""
 
 from __future__ import annotations
 

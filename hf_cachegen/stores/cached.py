@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Limits, Manifest, Segment, Store
-from hf_cachegen.container.manifest import digest, loads
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Limits, Manifest, Segment, Store
+from hf_cachegen.artifact.manifest import digest, loads
 from hf_cachegen.errors import ArtifactError, OfflineError
 from hf_cachegen.stores.segment_cache import SegmentCache
 
 
-class CachedStore:
+class CachedStore(Store):
     """The artifact at `origin` (a URL, or a repository and folder).
 
     store: where to fetch from; None: nowhere, and OfflineError for what the cache lacks.
@@ -73,9 +72,20 @@ class CachedStore:
 
     def prefetch(self, segments: Iterable[Segment]) -> None:
         """Has the missing ones of these segments fetched ahead."""
-        missing = [s for s in segments if self.anew or not self.cache.has(self.origin, s.xxh3, s.length)]
-        if missing and isinstance(self.store, PrefetchingStore):
+        missing = [segment for segment in segments if not self._has(segment)]
+        if missing and self.store is not None:
             self.store.prefetch(missing)
+
+    def unwrap(self) -> Store | None:
+        """Return the store to fetch from; None where there is none."""
+        return self.store
+
+    def is_local(self, segment: Segment) -> bool:
+        """Return whether the segment is in the cache, or on this machine anyway."""
+        return self._has(segment) or super().is_local(segment)
+
+    def _has(self, segment: Segment) -> bool:
+        return not self.anew and self.cache.has(self.origin, segment.xxh3, segment.length)
 
     def _signature(self, offset: int = 0, length: int | None = None) -> bytes:
         """Fetched each time, since a damaged one could not be told from a wrong one later; kept for offline use."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
 
+from hf_cachegen.artifact import Store
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,
@@ -32,8 +33,9 @@ _MARKS = ("VersionId", "generation", "ETag", "etag", "mtime", "LastModified", "c
 """What filesystems call that which changes with the content, the most telling first."""
 
 
-class FilesystemFiles:
+class FilesystemFiles(Store):
     """Files under an fsspec URL. storage_options: what fsspec passes to the filesystem (credentials, endpoints).
+    progress: called with the length of each range that arrives, and with 0 when a file is opened.
 
     Threads may share it. Raises MissingExtraError where the filesystem's package is not installed, ConfigError for an
     unknown scheme, and then ArtifactNotFoundError and StoreError.
@@ -42,10 +44,15 @@ class FilesystemFiles:
     ranged = True
 
     def __init__(
-        self, url: str, storage_options: Mapping[str, Any] | None = None, patience: Patience | None = None
+        self,
+        url: str,
+        storage_options: Mapping[str, Any] | None = None,
+        patience: Patience | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.place = shown(url)
         self.patience = patience or Patience()
+        self._progress = progress
         try:
             self._files, self._root = fsspec.url_to_fs(url, **(storage_options or {}))
         except ImportError as error:
@@ -55,15 +62,18 @@ class FilesystemFiles:
         self._one_at_a_time = threading.Lock()
         self._seen: dict[str, tuple[int, str]] = {}
 
-    def open(self, name: str) -> tuple[int, bytes]:
-        """The file's size; nothing of it is read yet."""
+    def size(self, name: str) -> int:
+        """Return the file's length in bytes; nothing of it is read yet."""
         identity = persist(self.patience, lambda: self._identity(name))
         self._expect(name, identity)
-        return identity[0], b""
+        self._arrived(0)
+        return identity[0]
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         """Exactly that range of a file that was opened."""
-        return persist(self.patience, lambda: self._read(name, offset, length)) if length else b""
+        data = persist(self.patience, lambda: self._read(name, offset, length)) if length else b""
+        self._arrived(len(data))
+        return data
 
     def mark(self, name: str) -> str:
         """What tells that an opened file was changed; empty where the filesystem says nothing."""
@@ -74,6 +84,10 @@ class FilesystemFiles:
         found = persist(self.patience, lambda: self._call("", self.patience.timeout, "find", self._root, detail=True))
         root = self._root.strip("/")
         return {path.strip("/").removeprefix(root).strip("/"): info["size"] for path, info in found.items()}
+
+    def _arrived(self, nbytes: int) -> None:
+        if self._progress is not None:
+            self._progress(nbytes)
 
     def _read(self, name: str, offset: int, length: int) -> bytes:
         path = f"{self._root.rstrip('/')}/{name}"

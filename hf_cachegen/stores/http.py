@@ -24,6 +24,7 @@ from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from hf_cachegen.artifact import Store
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ChangedError,
@@ -60,11 +61,10 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-class HttpFiles:
+class HttpFiles(Store):
     """Files behind URLs. url_of: a file's URL by its name. headers: sent to that host, and to no other.
 
-    progress: if set, called with the length of each piece of a body that arrives; what it raises ends the request.
-    ranged: False once the server answered a range request with a whole file.
+    progress: called with the length of each piece of a body that arrives. An error that it raises ends the request.
 
     Threads may share it. Raises ArtifactNotFoundError and StoreError (see hf_cachegen.errors).
     """
@@ -74,16 +74,25 @@ class HttpFiles:
         url_of: Callable[[str], str],
         headers: Mapping[str, str] | None = None,
         patience: Patience | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.url_of = url_of
         self.patience = patience or Patience()
         self._headers = dict(headers or {})
         self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(POOL), HTTPSHandler(POOL))
         self._seen: dict[str, tuple[int, str]] = {}
-        self.progress: Callable[[int], None] | None = None
-        self.ranged = True
+        self._progress = progress
+        self._ranged = True
         self._whole: dict[str, Whole] = {}
         self._fetching_whole = threading.Lock()
+
+    def size(self, name: str) -> int:
+        """Return the file's length in bytes, by one request."""
+        return self.open(name)[0]
+
+    def serves_ranges(self) -> bool:
+        """Return False once the server answered a range request with a whole file."""
+        return self._ranged
 
     def open(self, name: str) -> tuple[int, bytes]:
         """The file's size, and its first HEAD_BYTES (all of a shorter file)."""
@@ -96,12 +105,12 @@ class HttpFiles:
         self._whole.pop(name, None)  # a file is opened again when its bytes were wrong
         return persist(self.patience, attempt)
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         """Exactly that range of a file that was opened."""
         data = bytearray()
         if not length:
             return b""
-        if self.ranged or name not in self._seen:
+        if self._ranged or name not in self._seen:
             try:
                 persist(
                     self.patience, lambda: self._receive(name, offset + len(data), length - len(data), data.extend)
@@ -195,7 +204,7 @@ class HttpFiles:
                 "knows ranges (nginx, an object store, the Hub)"
             )
         self._identify(name, place, size, headers)
-        self.ranged = False
+        self._ranged = False
         warn_once(place)
         if not whole:
             return size, size if size <= WHOLE_HEAD_BYTES else HEAD_BYTES
@@ -217,8 +226,8 @@ class HttpFiles:
                 raise Again(StoreError(f"{place}: the connection ended {left} bytes early, in every attempt"))
             append(piece)
             left -= len(piece)
-            if self.progress is not None:
-                self.progress(len(piece))
+            if self._progress is not None:
+                self._progress(len(piece))
 
     def _refusal(self, name: str, place: str, error: urllib.error.HTTPError) -> Exception:
         """What a status of 300 or more means."""

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers
 
-import hf_cachegen
+from hf_cachegen._version import __version__
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
@@ -125,12 +125,18 @@ def resolve(place: HubPlace, token: Token = None, patience: Patience | None = No
     return str(info.sha)
 
 
-def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patience | None = None) -> HttpFiles:
-    """The files of the place at that commit."""
+def open_hub(
+    place: HubPlace,
+    commit: str,
+    token: Token = None,
+    patience: Patience | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> HttpFiles:
+    """The files of the place at that commit. progress: as for `HttpFiles`."""
     if is_offline():
         raise OfflineError(f"{place}: offline mode is on (HF_HUB_OFFLINE)")
     with named(f"{place}"):
-        headers = build_hf_headers(token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__)
+        headers = build_hf_headers(token=token, library_name="hf_cachegen", library_version=__version__)
 
     def url_of(name: str) -> str:
         return hf_hub_url(
@@ -138,7 +144,7 @@ def open_hub(place: HubPlace, commit: str, token: Token = None, patience: Patien
             endpoint=constants.ENDPOINT,
         )  # fmt: skip
 
-    return HttpFiles(url_of, headers, patience)
+    return HttpFiles(url_of, headers, patience, progress)
 
 
 def find_files(place: HubPlace, token: Token = None) -> dict[str, int]:
@@ -177,7 +183,7 @@ def client(token: Token) -> HfApi:
     if is_offline():
         raise OfflineError("offline mode is on (HF_HUB_OFFLINE), and this needs the Hub")
     return HfApi(
-        endpoint=constants.ENDPOINT, token=token, library_name="hf_cachegen", library_version=hf_cachegen.__version__
+        endpoint=constants.ENDPOINT, token=token, library_name="hf_cachegen", library_version=__version__
     )
 
 

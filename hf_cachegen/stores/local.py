@@ -14,10 +14,11 @@ import os
 import stat
 from pathlib import Path
 
+from hf_cachegen.artifact import Segment, Store
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedError
 
 
-class LocalStore:
+class LocalStore(Store):
     """The files of `directory` ("~" is expanded).
 
     within: links that lead out of this directory are refused; None: links may lead anywhere. Only regular files are
@@ -53,6 +54,14 @@ class LocalStore:
                 )
             file.seek(offset)
             return file.read(length)
+
+    def is_local(self, segment: Segment) -> bool:
+        """Return True: the files lie on this machine."""
+        return True
+
+    def folder(self) -> Path:
+        """Return the directory."""
+        return self.directory
 
     def _open(self, name: str) -> int:
         if name in ("", ".", "..") or "\0" in name or os.path.basename(name) != name:

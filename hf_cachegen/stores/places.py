@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from hf_cachegen.container import MANIFEST_FILE, Limits, Store
+from hf_cachegen.artifact import MANIFEST_FILE, Limits, Store
 from hf_cachegen.errors import ConfigError, OfflineError
+from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.metered import Meter, MeteredStore
 from hf_cachegen.stores.naming import (
     alternative,
     is_guess,
@@ -23,83 +23,91 @@ from hf_cachegen.stores.naming import (
     require_folder,
 )
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
-from hf_cachegen.stores.retry import Patience
-from hf_cachegen.stores.sealed import Kept, SealedStore, Secret
+from hf_cachegen.stores.sealed import Kept, SealedStore
 from hf_cachegen.stores.segment_cache import SegmentCache
-from hf_cachegen.stores.signed import KeyLike, SignedStore
+from hf_cachegen.stores.signed import SignedStore
 
 _UNCACHED = ("file", "memory")
 """Schemes that are no farther than the cache."""
-_ACCESS = "access"
 
 
-@dataclass(frozen=True)
-class Access:
-    """How to reach an artifact; the first seven have the names and meanings of Transformers.
+class ReachedStore(Store):
+    """A store together with the options that its location was opened with."""
 
-    revision: branch, tag or commit of a repository (default: main). token: for the Hub; default the one logged in with.
-    cache_dir: where verified segments are kept. local_files_only: only from there, without network.
-    force_download: fetch everything again. subfolder: where in the repository or below the URL. repo_type: of the Hub.
-    headers: for http(s) URLs. storage_options: for other URLs, passed to fsspec. patience: time limits and attempts.
-    public_key: accept only what is signed with its private half (hf_cachegen.stores.signed).
-    key: opens what is sealed (hf_cachegen.stores.sealed), which the local cache keeps as it is, sealed.
-    """
+    def __init__(self, store: Store, access: Access) -> None:
+        self._store, self._access = store, access
 
-    revision: str | None = None
-    token: str | bool | None = field(default=None, repr=False)
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-    subfolder: str | None = None
-    repo_type: str = "dataset"
-    headers: Mapping[str, str] | None = field(default=None, repr=False)
-    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
-    patience: Patience | None = None
-    public_key: KeyLike | None = None
-    key: Secret | None = field(default=None, repr=False)
+    def __str__(self) -> str:
+        return str(self._store)
+
+    def unwrap(self) -> Store:
+        """Return the store alone."""
+        return self._store
+
+    def size(self, name: str) -> int:
+        """Return the length of a file in bytes."""
+        return self._store.size(name)
+
+    def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
+        """Read exactly that range of a file."""
+        return self._store.read(name, offset, length, xxh3)
+
+    def access(self) -> Access:
+        """Return the options."""
+        return self._access
+
+
+class _Cached(NamedTuple):
+    """store: reads the location; None: nothing may be read there. kept: its part of the local cache."""
+
+    store: Store | None
+    kept: Kept
 
 
 def open_store(
-    place: str | os.PathLike[str], access: Access | None = None, limits: Limits | None = None
+    place: str | os.PathLike[str],
+    access: Access | None = None,
+    limits: Limits | None = None,
+    meter: Meter | None = None,
 ) -> Store:
     """The store of the artifact at `place`: a folder, a URL (hf:// too), or a repository ("user/name").
 
-    `naming` says which strings are paths. A path object is always a folder. Raises SignatureError, ConfigError,
-    ArtifactNotFoundError, StoreError.
+    `naming` says which strings are paths. A path object is always a folder. meter: counts the requests that leave this
+    process. Raises SignatureError, ConfigError, ArtifactNotFoundError, StoreError.
     """
     access = access or Access()
     if access.local_files_only and access.force_download:
         raise ConfigError("local_files_only and force_download contradict each other")
     with named_both_ways(place):
-        store = _layered(_open(place, access, limits), access)
+        store = _plain(_open(place, access, meter), access, limits)
+        if access.public_key is not None:
+            store = SignedStore(store, access.public_key)
         if is_guess(place):
             store.size(MANIFEST_FILE)  # now, so that its error names the folder too; readers ask for it next anyway
-    setattr(store, _ACCESS, access)
-    return store
+    return ReachedStore(store, access)
 
 
 def access_of(store: Store) -> Access:
     """How `open_store` reached it, so that what goes with it can be fetched likewise; the defaults for other stores."""
-    found = getattr(store, _ACCESS, None)
+    found = store.access()
     return found if isinstance(found, Access) else Access()
 
 
-def _layered(store: Store, access: Access) -> Store:
-    """What opens seals and checks signatures in front of `store`."""
+def _plain(found: Store | _Cached, access: Access, limits: Limits | None) -> Store:
+    """The plain files, from the local cache if it has them. It keeps sealed ones sealed."""
+    if not isinstance(found, _Cached):
+        return found if access.key is None else SealedStore(found, access.key)
+    store, kept = found
     if access.key is not None:
-        if isinstance(store, CachedStore):
-            kept = Kept(store.cache, store.origin, store.version, store.anew)
-            store = SealedStore(store.store, access.key, kept)
-        else:
-            store = SealedStore(store, access.key)
-    return store if access.public_key is None else SignedStore(store, access.public_key)
+        return SealedStore(store, access.key, kept)
+    return CachedStore(store, kept.cache, kept.origin, kept.version, anew=kept.anew, limits=limits)
 
 
-def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) -> Store:
+def _open(place: str | os.PathLike[str], access: Access, meter: Meter | None) -> Store | _Cached:
     if is_repository(place):
-        return _hub(str(place), access, limits)
+        return _hub(str(place), access, meter)
     if isinstance(place, str) and is_url(place):
-        return _url(place, access, limits)
+        return _url(place, access, meter)
     for name in ("revision", "headers", "storage_options"):
         if getattr(access, name):
             raise ConfigError(
@@ -111,7 +119,7 @@ def _open(place: str | os.PathLike[str], access: Access, limits: Limits | None) 
     return LocalStore(path)
 
 
-def _url(url: str, access: Access, limits: Limits | None) -> Store:
+def _url(url: str, access: Access, meter: Meter | None) -> Store | _Cached:
     if access.revision is not None:
         raise ConfigError(f"a revision is for repositories on the Hub; {shown(url)} has none")
     if access.subfolder:
@@ -119,17 +127,28 @@ def _url(url: str, access: Access, limits: Limits | None) -> Store:
         url = f"{before.rstrip('/')}/{access.subfolder}{mark}{query}"
     name = shown(url)
     files = open_files(
-        url, headers=access.headers, storage_options=access.storage_options, patience=access.patience
-    )
-    if url.startswith(tuple(f"{scheme}:" for scheme in _UNCACHED)):
-        return RemoteStore(files, name)
+        url, headers=access.headers, storage_options=access.storage_options, patience=access.patience,
+        progress=None if meter is None else meter.arrived,
+    )  # fmt: skip
+    store = _remote(files, name, meter)
+    if not is_kept(url):
+        return store
     query = urlsplit(url).query
     origin = f"{name}?{hashlib.sha256(query.encode()).hexdigest()[:16]}" if query else name
-    store = None if access.local_files_only else RemoteStore(files, name)
-    return CachedStore(store, SegmentCache(access.cache_dir), origin, anew=access.force_download, limits=limits)
+    kept = Kept(SegmentCache(access.cache_dir), origin, anew=access.force_download)
+    return _Cached(None if access.local_files_only else store, kept)
 
 
-def _hub(name: str, access: Access, limits: Limits | None) -> Store:
+def is_kept(url: str) -> bool:
+    """Whether the local cache keeps what is read at a URL."""
+    return not url.startswith(tuple(f"{scheme}:" for scheme in _UNCACHED))
+
+
+def _remote(files: Store, name: str, meter: Meter | None) -> RemoteStore:
+    return RemoteStore(files if meter is None else MeteredStore(files, meter), name)
+
+
+def _hub(name: str, access: Access, meter: Meter | None) -> _Cached:
     from hf_cachegen.stores import hub  # the Hub's client is slow to import, and local artifacts do not need it
 
     if access.headers or access.storage_options:
@@ -147,11 +166,12 @@ def _hub(name: str, access: Access, limits: Limits | None) -> Store:
                 f"{place} is not in the cache at {cache.directory}; load it once without local_files_only (and not in "
                 "offline mode)"
             )
-        return CachedStore(None, cache, place.origin, commit, limits=limits)
+        return _Cached(None, Kept(cache, place.origin, commit))
     commit = hub.resolve(place, access.token, access.patience)
     cache.note(place.origin, key, commit.encode())
-    store = RemoteStore(hub.open_hub(place, commit, access.token, access.patience), f"{place}")
-    return CachedStore(store, cache, place.origin, commit, anew=access.force_download, limits=limits)
+    progress = None if meter is None else meter.arrived
+    files = hub.open_hub(place, commit, access.token, access.patience, progress)
+    return _Cached(_remote(files, f"{place}", meter), Kept(cache, place.origin, commit, access.force_download))
 
 
 def hub_place(name: str, access: Access) -> Any:

@@ -13,36 +13,31 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import xxhash
 
-from hf_cachegen.container import PROFILE_FILE, Limits, Segment, Store
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import PROFILE_FILE, Limits, Segment, Store, without_signature
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
     ConfigError,
     LimitError,
-    ManifestError,
     OfflineError,
     ProfileError,
     StoreAccessError,
     StoreError,
 )
-from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.naming import alternative, is_repository, local_path, named_both_ways
-from hf_cachegen.stores.places import Access, hub_place, open_store
+from hf_cachegen.stores.places import Access, hub_place, is_kept, open_store
 from hf_cachegen.stores.remote import RemoteStore, is_url
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache
-from hf_cachegen.stores.signed import SignedStore
 
 NAMESPACES_VARIABLE = "HF_CACHEGEN_PROFILES"
 """Namespaces on the Hub (commas between them) to look for profiles in, instead of each model's own; empty: in none."""
@@ -55,66 +50,6 @@ _PIECE_BYTES = 8 << 20
 _MODEL_ID = re.compile(r"(?P<namespace>[\w][\w.-]*)/(?P<name>[\w.-]+)")
 _ON_HUB = re.compile(r"hf://(?:datasets|models|spaces)/(?P<namespace>[^/@]+)/")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Pin:
-    """What an artifact says of the profile that it needs: XXH3-128 and SHA-256 of the file, its length, the model that
-    it was learnt from, and the repository (hf://..., at a commit) where it was. Older artifacts say only `digest`, and
-    perhaps `model`.
-    """
-
-    digest: str
-    sha256: str | None = None
-    nbytes: int | None = None
-    model: str = ""
-    place: str | None = None
-
-    def __str__(self) -> str:
-        return f"profile {self.digest} of model {self.model or 'unknown'!r:.200}"
-
-    @classmethod
-    def from_codec(cls, codec: Mapping[str, Any]) -> Pin:
-        """From the `codec` of a stranger's manifest. Raises ManifestError."""
-        named = codec.get("profile")
-        if not isinstance(named, dict):
-            raise ManifestError("codec.profile must be an object that names the digest of a profile")
-        digest, sha256, nbytes, place = (named.get(name) for name in ("digest", "sha256", "bytes", "place"))
-        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-            raise ManifestError(f"codec.profile must name the digest of a profile, got {digest!r:.80}")
-        if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-            raise ManifestError(f"codec.profile.sha256 must be 64 hex digits, got {sha256!r:.80}")
-        if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
-            raise ManifestError(f"codec.profile.bytes must be a whole number, got {nbytes!r:.80}")
-        # Any other URL could make a reader ask hosts of the stranger's choice.
-        if place is not None and not (isinstance(place, str) and place.startswith("hf://")):
-            raise ManifestError(f"codec.profile.place must be a repository on the Hub, hf://..., got {place!r:.80}")
-        return cls(digest, sha256, nbytes, str(named.get("model") or ""), place)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_codec`."""
-        named = {"digest": self.digest, "model": self.model, "sha256": self.sha256, "bytes": self.nbytes}
-        return {**named, **({"place": self.place} if self.place else {})}
-
-    def fits(self, data: bytes) -> bool:
-        """Whether these are the bytes that are meant."""
-        return (
-            self.nbytes in (None, len(data))
-            and xxhash.xxh3_128_hexdigest(data) == self.digest
-            and self.sha256 in (None, hashlib.sha256(data).hexdigest())
-        )
-
-    def in_file(self, path: Path, limits: Limits) -> bytes | None:
-        """The bytes of a local file if they are the ones; None where there is no such file, or another one."""
-        try:
-            size = path.stat().st_size
-            if not path.is_file() or size > limits.max_profile_bytes or self.nbytes not in (None, size):
-                return None
-            data = path.read_bytes()
-        except OSError:
-            return None
-        return data if self.fits(data) else None
 
 
 def is_kept_profile(name: str) -> bool:
@@ -173,8 +108,8 @@ def fetch_beside(pin: Pin, store: Store, limits: Limits) -> bytes:
     """The file of the profile that the artifact in `store` needs, from beside it. Raises ProfileError for another one,
     ArtifactNotFoundError, LimitError, StoreError.
     """
-    beside = store.store if isinstance(store, SignedStore) else store  # its hash is in the manifest, which is signed
-    data = download(beside, PROFILE_FILE, limits, pin.nbytes)
+    # Its hash is in the manifest, which is signed.
+    data = download(without_signature(store), PROFILE_FILE, limits, pin.nbytes)
     if not pin.fits(data):
         raise ProfileError("what is there is another profile")
     return data
@@ -224,8 +159,7 @@ def download(store: Store, name: str, limits: Limits, nbytes: int | None = None)
         Segment(name, str(offset), offset, min(_PIECE_BYTES, size - offset), "")
         for offset in range(0, size, _PIECE_BYTES)
     ]
-    if isinstance(store, PrefetchingStore):
-        store.prefetch(pieces)
+    store.prefetch(pieces)
     return b"".join(store.read(name, piece.offset, piece.length) for piece in pieces)
 
 
@@ -244,7 +178,7 @@ def _sources(
 
 
 def _beside(pin: Pin, store: Store, limits: Limits) -> bytes:
-    if isinstance(store.store if isinstance(store, SignedStore) else store, LocalStore):
+    if store.folder() is not None:
         raise ArtifactNotFoundError("its folder was looked into before")
     return fetch_beside(pin, store, limits)
 
@@ -322,7 +256,7 @@ def _from_url(url: str, access: Access, limits: Limits, cache: SegmentCache) -> 
         folder, name = path, PROFILE_FILE
     store = open_store(f"{folder}{mark}{query}", access, limits)
     note = f"SHA-256 of {name}"
-    if access.local_files_only and isinstance(store, CachedStore):
+    if access.local_files_only and access.key is None and access.public_key is None and is_kept(url):
         kept = _kept(cache, (cache.noted(str(store), note) or b"").decode("ascii", "replace"))
         if kept is None:
             raise OfflineError(f"the profile {name} at {store} is not in the cache at {cache.directory}")

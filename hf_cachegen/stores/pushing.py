@@ -18,8 +18,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from hf_cachegen.container import PROFILE_FILE, SIGNATURE_FILE, Reader
-from hf_cachegen.container.manifest import is_own_file
+from hf_cachegen.artifact import PROFILE_FILE, SIGNATURE_FILE, Reader
+from hf_cachegen.artifact.manifest import is_own_file
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, ConflictError
 from hf_cachegen.stores.hub import (
     DEFAULT_REVISION,

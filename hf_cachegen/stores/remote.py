@@ -1,15 +1,15 @@
-"""The artifact behind a URL: sizes and ranges as `container.Store` wants them, fetched ahead, damage fetched anew."""
+"""The artifact behind a URL: sizes and ranges as `container.Store` wants them, fetched ahead, damage fetched again."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from hf_cachegen.container import Segment
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact import Range, Segment, Store
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import ConfigError, CorruptError, TruncatedError
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import HttpFiles, shown
@@ -24,75 +24,62 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)", re.IGNORECASE)
 
 
-class Files(Protocol):
-    """What a kind of place must know; all raise ArtifactNotFoundError and StoreError, and threads may share them."""
+class RemoteStore(Store):
+    """The files behind a URL, as an artifact's reader wants them: what came with opening a file is not fetched again,
+    announced ranges are fetched ahead, and damaged ones a second time.
 
-    @property
-    def ranged(self) -> bool:
-        """False once the server turned out to ignore byte ranges; reading then takes whole files."""
-        ...
-
-    def open(self, name: str) -> tuple[int, bytes]:
-        """The file's size, and as many of its first bytes as came with it."""
-        ...
-
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        """Exactly that range of a file that was opened."""
-        ...
-
-    def mark(self, name: str) -> str:
-        """What tells that an opened file was changed; empty where nothing does."""
-        ...
-
-
-class RemoteStore:
-    """Files of any kind of place as a store; `place` is its name. Threads may share it; `close` ends what `prefetch`
-    began.
+    files: reads the location; `open` is called once for each file. location: its name in messages. threads: connections
+    at a time of a prefetch. ahead_bytes: bound on the bytes that wait for their reader. Threads may share a store.
     """
 
     def __init__(
-        self, files: Files, place: str = "", threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES
+        self, files: Store, location: str = "", threads: int = THREADS, ahead_bytes: int = AHEAD_BYTES
     ) -> None:
         if threads < 1 or ahead_bytes < 1:
             raise ConfigError(f"threads and ahead_bytes must be above 0, got {threads} and {ahead_bytes}")
         self.files = files
-        self.place = place
+        self.location = location
         self._threads, self._ahead_bytes = threads, ahead_bytes
         self._opened: dict[str, tuple[int, bytes]] = {}
+        self._held: dict[Range, bytes] = {}
         self._prefetcher: Prefetcher | None = None
 
     def __str__(self) -> str:
-        return self.place
+        return self.location
+
+    def unwrap(self) -> Store:
+        """Return the files."""
+        return self.files
 
     def size(self, name: str) -> int:
-        """Length of the file in bytes."""
+        """Return the length of a file in bytes."""
         return self._open(name)[0]
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Exactly that range; where it does not hash to `xxh3`, it is fetched a second time."""
+        """Read exactly that range; fetch it a second time if it does not hash to `xxh3`."""
         size, head = self._open(name)
         if offset < 0 or length < 0 or offset + length > size:
             raise TruncatedError(f"{name} has {size} bytes; {length} at {offset} were asked for; fetch it again")
-        if offset + length <= len(head):
-            data: bytes | None = head[offset : offset + length]
-        else:
-            prefetcher = self._prefetcher
-            data = prefetcher.take((name, offset, length)) if prefetcher else None
+        data = head[offset : offset + length] if offset + length <= len(head) else None
+        if data is None and self._prefetcher is not None:
+            data = self._prefetcher.take((name, offset, length))
+        if data is None:
+            data = self._from_held(name, offset, length)
         if data is None:
             data = self.files.read(name, offset, length)
         if xxh3 is not None and digest(data) != xxh3:
-            self._open(name, anew=True)
+            self._open(name, again=True)
             data = self.files.read(name, offset, length)
         return data
 
     def prefetch(self, segments: Iterable[Segment]) -> None:
-        """Begins to fetch these segments, which will be read in this order; ends an earlier prefetch."""
+        """Begin to fetch these segments, which will be read in this order; end an earlier prefetch."""
         self.close()
         wanted = list(segments)
         names = list(dict.fromkeys(segment.file for segment in wanted))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="hf_cachegen-open") as pool:
             opened = dict(zip(names, pool.map(self._open, names), strict=True))
-        if not self.files.ranged:
+        if not self.files.serves_ranges():
             return  # a read takes the whole file, once its size was held against the manifest: there is no part to plan
         # What came with opening is here already, and what the file has not is for `read` to refuse.
         ranges = [
@@ -103,15 +90,43 @@ class RemoteStore:
         self._prefetcher = Prefetcher(ranges, self.files.read, self._threads, self._ahead_bytes)
 
     def close(self) -> None:
-        """Ends a prefetch; the store may be used on."""
+        """End a prefetch; the store may be used on."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
 
-    def _open(self, name: str, *, anew: bool = False) -> tuple[int, bytes]:
+    def unfetched(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Return the segments that did not come with opening their file; none where only whole files are served."""
+        if not self.files.serves_ranges():
+            return []
+        return [s for s in segments if s.offset + s.length > len(self._opened.get(s.file, (0, b""))[1])]
+
+    def hold(self, wanted: Range) -> None:
+        """Fetch a range, and serve reads within held ranges until they are released."""
+        self._held[wanted] = self.files.read(wanted.file, wanted.offset, wanted.length)
+
+    def release(self, ranges: Iterable[Range]) -> None:
+        """Drop held ranges."""
+        for held in ranges:
+            self._held.pop(held, None)
+
+    def _from_held(self, name: str, offset: int, length: int) -> bytes | None:
+        """A range that held ones cover without a gap; None for any other."""
+        found, end, stop = [], offset, offset + length
+        for held in sorted((held for held in list(self._held) if held.file == name), key=lambda held: held.offset):
+            data = self._held.get(held)
+            if data is not None and held.offset <= end < held.end and end < stop:
+                found.append(memoryview(data)[end - held.offset : stop - held.offset])
+                end = held.end
+        return b"".join(found) if end >= stop else None
+
+    def _open(self, name: str, *, again: bool = False) -> tuple[int, bytes]:
         if not _NAME.fullmatch(name):
             raise CorruptError(f"{name!r:.80} is not the name of an artifact's file")
-        if anew or name not in self._opened:
+        if again:
+            # Bytes of this file failed verification: ranges that were held of it may be as wrong.
+            self.release([held for held in list(self._held) if held.file == name])
+        if again or name not in self._opened:
             # The files compare what they find with what they found at first: ChangedError.
             self._opened[name] = self.files.open(name)
         return self._opened[name]
@@ -128,9 +143,11 @@ def open_files(
     headers: Mapping[str, str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     patience: Patience | None = None,
-) -> Files:
+    progress: Callable[[int], None] | None = None,
+) -> Store:
     """The files under a URL: http(s) with `headers`, anything else through fsspec with `storage_options`.
 
+    progress: called with the length of each piece that arrives; an error that it raises ends the request.
     Raises ConfigError for a URL that cannot be one, or for options that the other kind takes.
     """
     scheme = _SCHEME.match(url)
@@ -140,7 +157,7 @@ def open_files(
     if not url.startswith(("http://", "https://")):
         if headers:
             raise ConfigError(f"headers are for http(s) URLs; pass storage_options for {shown(url)}")
-        return FilesystemFiles(url, storage_options, patience)
+        return FilesystemFiles(url, storage_options, patience, progress)
     if storage_options:
         raise ConfigError(f"storage_options are for fsspec URLs; pass headers for {shown(url)}")
     parts = urlsplit(url)
@@ -151,4 +168,5 @@ def open_files(
         lambda name: urlunsplit((parts.scheme, parts.netloc, f"{folder}/{quote(name)}", parts.query, "")),
         headers,
         patience,
+        progress,
     )

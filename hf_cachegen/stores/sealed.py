@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cachegen.container import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -90,7 +89,7 @@ def _range_key(opened: _Opened, name: str, position: int, count: int) -> str:
     return f"{count} sealed bytes at {position} of {name}, {opened.header.hex()}"
 
 
-class SealedStore:
+class SealedStore(Store):
     """The plain files of what is sealed in `store` (None: only what is kept). key: 32 bytes, or the path of a file that
     holds them. kept: the local cache of sealed ranges.
 
@@ -125,16 +124,28 @@ class SealedStore:
 
     def prefetch(self, segments: Iterable[Segment]) -> None:
         """Has the blocks of these segments fetched ahead."""
-        if isinstance(self.store, PrefetchingStore):
+        if self.store is not None:
             inside = [s for s in segments if s.length and s.offset + s.length <= self.size(s.file)]
-            self.store.prefetch([self.sealed_segment(s) for s in inside if not self._has(s)])
+            self.store.prefetch([self.locate(s) for s in inside if not self._has(s)])
+
+    def unwrap(self) -> Store | None:
+        """Return the store of the sealed files; None where only what is kept is at hand."""
+        return self.store
+
+    def unfetched(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Return none: ranges of the plain files are not ranges of the sealed ones."""
+        return []
+
+    def folder(self) -> None:
+        """Return None: the plain files lie nowhere."""
+        return None
 
     def _has(self, segment: Segment) -> bool:
         place = _sealed_range(self.size(segment.file), segment.offset, segment.length)
         return self.kept is not None and self.kept.has(self._open(segment.file), segment.file, *place)
 
-    def sealed_segment(self, segment: Segment) -> Segment:
-        """Where the blocks of a segment, not empty, lie in the sealed file."""
+    def locate(self, segment: Segment) -> Segment:
+        """Return the range of the sealed file that holds the blocks of a segment, which must not be empty."""
         place = _sealed_range(self.size(segment.file), segment.offset, segment.length)
         return Segment(segment.file + SUFFIX, segment.name, *place, "")
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_cachegen.container.manifest import digest
+from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import ConfigError
 
 DIRECTORY_VARIABLE = "HF_CACHEGEN_CACHE"

@@ -16,13 +16,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_cachegen.container import MANIFEST_FILE, SIGNATURE_FILE, Reader, Segment, Store
-from hf_cachegen.container.reader import PrefetchingStore
+from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Store
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
 from hf_cachegen.stores.local import LocalStore
 
@@ -35,12 +34,14 @@ _SIGNATURE = re.compile(rb"[0-9a-f]{128}\n")
 KeyLike = bytes | str | os.PathLike[str]
 
 
-class SignedStore:
+class SignedStore(Store):
     """What `store` has, as far as it is signed with the private half of `public_key`.
 
     public_key: 32 raw bytes, or the path of a PEM file. Raises SignatureError for what is not signed or is not what was
     signed, ConfigError for a key that is none, MissingExtraError without `cryptography`.
     """
+
+    signed: ClassVar[bool] = True
 
     def __init__(self, store: Store, public_key: KeyLike) -> None:
         self.store = store
@@ -66,10 +67,9 @@ class SignedStore:
             raise SignatureError(f"{self}: {length} bytes at {offset} of {name} are not what was signed")
         return data
 
-    def prefetch(self, segments: Iterable[Segment]) -> None:
-        """As the store's own."""
-        if isinstance(self.store, PrefetchingStore):
-            self.store.prefetch(segments)
+    def unwrap(self) -> Store:
+        """Return the store without the check."""
+        return self.store
 
 
 def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:

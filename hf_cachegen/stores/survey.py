@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from hf_cachegen.container import (
+from hf_cachegen.artifact import (
     BASE_FILE,
     MANIFEST_FILE,
     PROFILE_FILE,
@@ -20,18 +20,18 @@ from hf_cachegen.container import (
     Limits,
     Reader,
     Segment,
+    Store,
+    innermost,
 )
-from hf_cachegen.container.manifest import is_own_file
+from hf_cachegen.artifact.manifest import is_own_file
+from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError, ProfileError
-from hf_cachegen.stores.cached import CachedStore
-from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.naming import is_repository, local_path, named_both_ways, require_folder
 from hf_cachegen.stores.places import Access, hub_place, open_store
-from hf_cachegen.stores.profiles import Pin, fetch_beside, is_kept_profile
-from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
-from hf_cachegen.stores.sealed import SUFFIX, SealedStore
-from hf_cachegen.stores.signed import SignedStore
+from hf_cachegen.stores.profiles import fetch_beside, is_kept_profile
+from hf_cachegen.stores.remote import is_url, open_files
+from hf_cachegen.stores.sealed import SUFFIX
 
 CHECK_BYTES = 64 << 20
 """At most so much is fetched to measure how fast a place is."""
@@ -89,10 +89,10 @@ def find(place: str, access: Access | None = None) -> list[Found]:
         with named_both_ways(place):
             return _found(hub.find_files(hub_place(place, access), access.token))
     if is_url(place):
-        source = open_files(place, storage_options=access.storage_options, patience=access.patience)
-        if not isinstance(source, FilesystemFiles):
+        listed = open_files(place, storage_options=access.storage_options, patience=access.patience).find()
+        if listed is None:
             raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(place)}")
-        return _found(source.find())
+        return _found(listed)
     root = local_path(place) / (access.subfolder or "")
     require_folder(root, place, access.repo_type)
     return _found({
@@ -202,19 +202,19 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
         return Check("manifest", True, f"{reader.manifest.tokens:,} tokens, {seconds * 1000:.0f} ms to open")
 
     def ranges() -> Check:
-        store, longest = _remote(state["reader"], place), _longest(state["reader"])
+        store, longest = _served(state["reader"], place), _longest(state["reader"])
         store.size(longest.file)
-        if not store.files.ranged:
+        if not store.serves_ranges():
             return Check("ranges", None, "ignored: every file is fetched whole, once for each load")
         first, last = longest.offset + longest.length // 3, longest.offset + longest.length
         for offset, length in ((first, last - first), (last - 1, 1)):
-            data = store.files.read(longest.file, offset, length)
+            data = store.read(longest.file, offset, length)
             if len(data) != length:
                 return Check("ranges", False, f"{len(data)} bytes came for a range of {length}")
         return Check("ranges", True, f"exact, within {longest.file}")
 
     def changes() -> Check:
-        mark = _remote(state["reader"], place).files.mark(_longest(state["reader"]).file)
+        mark = _served(state["reader"], place).mark(_longest(state["reader"]).file)
         detail = f"marked {mark[:60]}" if mark else "no ETag or date: mixed states are found by checksums alone"
         return Check("changes are noticed", True if mark else None, detail)
 
@@ -240,14 +240,12 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
 def _longest(reader: Reader) -> Segment:
     """The longest segment of the base, where it lies in the file that is served."""
     found = max(reader.manifest.files[BASE_FILE].segments, key=lambda segment: segment.length)
-    store = reader.store.store if isinstance(reader.store, SignedStore) else reader.store
-    return store.sealed_segment(found) if isinstance(store, SealedStore) else found
+    return reader.store.locate(found)
 
 
-def _remote(reader: Reader, place: str) -> RemoteStore:
-    store = reader.store
-    while isinstance(store, SignedStore | CachedStore | SealedStore) and store.store is not None:
-        store = store.store
-    if not isinstance(store, RemoteStore):
+def _served(reader: Reader, place: str) -> Store:
+    """The files at the location, past everything that is kept of them."""
+    store = innermost(reader.store)
+    if store.folder() is not None:
         raise ConfigError(f"{place} is a local folder: nothing serves it")
     return store

@@ -1,4 +1,4 @@
-"""A context that streams in: the first token within the SLO, whatever the network does (docs/streaming.md)."""
+"""Stream a context so that the first token meets the SLO, whatever the network does (docs/streaming.md)."""
 
 from __future__ import annotations
 

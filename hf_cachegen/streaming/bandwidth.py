@@ -1,11 +1,11 @@
-"""What throughput a stream gets, from the bytes that arrive.
+"""Estimate the throughput of a stream from the bytes that arrive.
 
 Time counts only while a request is under way, so a reader that pauses does not make its link look slow. A sample ends
-after SAMPLE_SECONDS, or with the last request under way if it has SAMPLE_BYTES: fewer tell of round trips, not of the
-link. Between samples silence counts: once the current sample is longer than the last one was, its own rate, which
-falls with every second without bytes, is what may be expected.
+after SAMPLE_SECONDS, or with the last request under way if it has SAMPLE_BYTES: fewer bytes measure round trips rather
+than the link. Once the current sample is longer than SAMPLE_SECONDS, its own rate bounds the estimate. That rate falls
+with every second of silence.
 
-The shortest time from a request to its first byte is the round trip; whatever is longer is a queue, or a slow server.
+The round trip is the shortest time from a request to its first byte. Longer times are queues, or a slow server.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ import time
 from collections.abc import Callable
 
 SAMPLE_SECONDS = 0.1
+"""Length of a sample: a plan can change as often."""
 SAMPLE_BYTES = 1 << 18
+"""Bytes of a shorter sample."""
 
 
 class Bandwidth:
-    """smoothing: the weight of what was before in each new estimate, 0 for none. total: bytes so far. round_trip:
-    seconds, None before any request was answered. Threads share it.
+    """The throughput of one stream or of one link. Threads may share it.
+
+    Args:
+        smoothing: Weight of the old estimate in each new one, from 0 to below 1.
+        clock: Gives the time in seconds.
+
+    `total` is the number of bytes so far. `round_trip` is in seconds, None before the first answer. `last_byte` is the
+    time of the last byte, or of the first request under way.
     """
 
     def __init__(self, smoothing: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,7 +42,7 @@ class Bandwidth:
         self.round_trip: float | None = None
 
     def began(self) -> int:
-        """A request was sent; what is returned tells `ended` which."""
+        """Record that a request was sent. Pass the returned value to `ended`."""
         with self._lock:
             if not self._under_way:
                 self._since = self.last_byte = self._clock()
@@ -42,12 +50,12 @@ class Bandwidth:
             return self._age
 
     def answered(self, seconds: float) -> None:
-        """A request's first byte came so long after it was sent."""
+        """Record the time from a request to its first byte."""
         with self._lock:
             self.round_trip = seconds if self.round_trip is None else min(seconds, self.round_trip)
 
     def ended(self, began: int) -> None:
-        """A request is over, or failed."""
+        """Record that a request ended or failed."""
         with self._lock:
             if began != self._age:
                 return
@@ -57,7 +65,7 @@ class Bandwidth:
                 self._close()
 
     def add(self, count: int) -> None:
-        """So many bytes arrived."""
+        """Record that bytes arrived."""
         with self._lock:
             self._tick()
             self.last_byte = self._since
@@ -67,8 +75,8 @@ class Bandwidth:
                 self._close()
 
     def forget(self) -> None:
-        """Nothing is known any more: what arrived so far was too small to tell anything, or came from elsewhere. Nor do
-        the requests count that are under way.
+        """Forget all measurements and the requests under way: they were too small to measure the link, or came from
+        another source.
         """
         with self._lock:
             self._tick()
@@ -78,22 +86,22 @@ class Bandwidth:
             self.last_byte = self._since
 
     def expect(self, rate: float | None) -> None:
-        """What was known before the first sample."""
+        """Set the estimate before the first sample; None: there is none."""
         with self._lock:
             self._rate = self._rate or rate
 
     def rate(self) -> float | None:
-        """Bytes a second to be expected; None before anything can be told."""
+        """Return the expected bytes per second; None before enough has arrived to say."""
         with self._lock:
             self._tick()
             now = self._bytes / self._busy if self._busy > 0 else None
             if self._rate is None:
-                told = self._busy > SAMPLE_SECONDS or (self._bytes and not self._under_way)
-                return now if told else None
+                measured = self._busy > SAMPLE_SECONDS or (self._bytes and not self._under_way)
+                return now if measured else None
             return min(now, self._rate) if now is not None and self._busy > SAMPLE_SECONDS else self._rate
 
     def silence(self) -> float:
-        """Seconds without a byte while requests are under way; 0 where none is."""
+        """Return the seconds without a byte while requests are under way; 0 where none is."""
         with self._lock:
             return self._clock() - self.last_byte if self._under_way else 0.0
 

@@ -1,17 +1,14 @@
-"""The threads that fetch what a schedule wants, and what becomes of a place that fails.
+"""The threads that fetch what a schedule asks for, from the source that the failover names.
 
-All share one lock, `changed`, with the thread that decodes: under it the schedule is asked and told. A place that fails
-is left for the next one. After ROUNDS rounds of failures without a segment in between, those parts are given up that no
-place gave, and all finer ones; coarser ones are asked for once more, since a place may lack one file only. What one
-place has wrong another may have right: a part is given up when each has given it wrong.
+All share one lock, `changed`, with the thread that decodes. Schedule and failover are called with it held.
 
-Two twists. What decoding takes (the side information, a profile) is fetched by one of the threads, beside the chunks,
-so that nobody waits for it who could recompute meanwhile. And a run of parts is cut into ranges that all threads fetch
-together: with as many connections as a link may need, chunks still arrive one after the other, and the first is decoded
-while the second comes, where as many whole chunks at a time would all arrive at the end.
+- One thread fetches what decoding takes (the side information, a profile) while the others fetch chunks. So the
+  decoding thread never waits for it where it could recompute a chunk meanwhile.
+- A run of parts is cut into ranges that all threads fetch together. So chunks arrive one after the other over any
+  number of connections, and the first is decoded while the second arrives.
 
-No thread waits without a limit. Those that nobody needs any more end with the next piece that arrives for them, at the
-latest when their request's time is over.
+No thread waits without a limit. A thread that is not needed any more ends with the next piece that arrives for it, at
+the latest when its request's time is over.
 """
 
 from __future__ import annotations
@@ -19,78 +16,83 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from hf_cachegen.container import Segment
+from hf_cachegen.artifact import Range, Segment
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactError, StoreTimeoutError
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.bandwidth import Bandwidth
+from hf_cachegen.streaming.failover import Action, Failover
+from hf_cachegen.streaming.meter import GivenUp, give_up_when
 from hf_cachegen.streaming.schedule import Part, Schedule
-from hf_cachegen.streaming.sources import GivenUp, Range, Source
+from hf_cachegen.streaming.sources import Source
+from hf_cachegen.streaming.window import request_bytes
 
-ROUNDS = 2
-WINDOW_SECONDS, ROUND_TRIPS, MOST_WINDOW_SECONDS = 0.02, 3, 0.5
-"""What is under way at a time, over all connections, should take so long, and so many round trips more: the link shall
-never wait, and where it did, as before anything was measured, what is asked for must grow from one round trip to the
-next. But not more than the last, since no plan can change what is under way.
-"""
-FIRST_REQUEST_BYTES = 1 << 19
-"""Before anything was measured."""
-LEAST_REQUESTS, SECONDS_PER_REQUEST = 2, 2.5e-3
-"""Under way in any case, since one ends and the next is there; and one for so much of a round trip, in which a
-connection grows slowly: a short path is filled by few, and each request costs work.
-"""
-LEAST_REQUEST_BYTES, SHARED_BYTES, MOST_REQUEST_BYTES = 1 << 18, 1 << 20, 8 << 20
-"""Requests are larger than SHARED_BYTES only where all connections have such."""
 WAKE_SECONDS = 0.1
-"""How often a thread looks whether time alone has changed what there is to do."""
-
+"""How often a thread checks whether the time alone has changed what there is to do."""
 EXIT_SECONDS = 1.0
-"""How long the interpreter's end waits for decoders that are being made."""
+"""How long the interpreter's exit waits for decoders that are being made."""
 
-_LOCAL = threading.local()
 _PREPARING: set[threading.Thread] = set()
 
 
 @atexit.register
 def _let_them_be_made() -> None:
-    """A thread that is inside torch when the interpreter ends would end the process with an abort."""
+    """A thread that is inside torch when the interpreter exits would abort the process."""
     end = time.monotonic() + EXIT_SECONDS
     while any(thread.is_alive() for thread in list(_PREPARING)) and time.monotonic() < end:
         time.sleep(0.01)
 
 
-def abandoned() -> bool:
-    """Whether nobody waits any more for what the calling thread fetches."""
-    given_up = getattr(_LOCAL, "given_up", None)
-    return given_up is not None and given_up()
+class Receiver(Protocol):
+    """Takes what the threads fetch. All methods are called with `changed` held."""
+
+    decodes: bool
+    """Whether anything will be decoded. Else the side information and the profile are not fetched."""
+
+    def segment_of(self, part: Part) -> Segment:
+        """Return the segment of the artifact that holds a part."""
+        ...
+
+    def prepared(self, codec: Transform, profile: Profile | None) -> None:
+        """Take what decodes the chunks."""
+        ...
+
+    def arrived(self, part: Part, data: bytes, wire: bool, seconds: float) -> None:
+        """Take a part. wire: it is not from this disk; seconds: since its first request."""
+        ...
+
+    def failed(self, location: str, error: Exception, part: Part | None) -> None:
+        """A source failed. part: the part that it gave wrong, if it was one."""
+        ...
 
 
-def request_bytes(
-    rate: float | None, round_trip: float | None, under_way: Sequence[int], connections: int
-) -> float | None:
-    """Bytes that the next request should have, by the throughput, the round trip and the bytes of the requests that are
-    under way; None where those are enough.
-    """
-    seconds, few = MOST_WINDOW_SECONDS, connections
-    if round_trip is not None:
-        seconds = min(seconds, WINDOW_SECONDS + ROUND_TRIPS * round_trip)
-        few = min(few, max(LEAST_REQUESTS, int(round_trip / SECONDS_PER_REQUEST)))
-    window = few * FIRST_REQUEST_BYTES if rate is None else rate * seconds
-    if len(under_way) >= LEAST_REQUESTS and sum(under_way) >= window:
-        return None
-    nbytes = max(min(window / few, SHARED_BYTES), window / connections)
-    return min(MOST_REQUEST_BYTES, max(LEAST_REQUEST_BYTES, nbytes))
+class _Closed:
+    """Receives nothing. It replaces the receiver of a closed stream, whose memory is needed elsewhere."""
+
+    decodes = False
+
+    def segment_of(self, part: Part) -> Segment:
+        raise GivenUp
+
+    def prepared(self, codec: Transform, profile: Profile | None) -> None: ...
+
+    def arrived(self, part: Part, data: bytes, wire: bool, seconds: float) -> None: ...
+
+    def failed(self, location: str, error: Exception, part: Part | None) -> None: ...
 
 
 @dataclass
 class _Run:
-    """Parts that lie side by side, handed out in their order by whoever brings the last of `ranges`.
+    """Parts that lie side by side. The thread that fetches the last of `ranges` hands them out in their order.
 
-    far: those that come over the network. missing: how many ranges are not here, or 1 where there are none: then it is
-    read at once. lost: whether one of them cannot be had. begun: seconds of the monotonic clock.
+    far: the segments that come over the network. missing: the number of ranges that have not arrived; 1 where there
+    are none, and the run is read at once. lost: whether one of the ranges cannot be had. began: on time.monotonic().
     """
 
     parts: list[Part]
@@ -99,93 +101,99 @@ class _Run:
     ranges: list[Range]
     missing: int
     lost: bool = False
-    begun: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)
 
 
-_Piece = tuple[_Run, Range | None]
-"""A run, and which of its ranges is to be fetched."""
-Prepare = Callable[[Source], Callable[[], None]]
-"""Fetches from a source what decoding takes, and gives what puts it to use."""
+@dataclass(frozen=True)
+class _Piece:
+    """A run, and the one of its ranges to fetch; None: read the run at once."""
+
+    run: _Run
+    wanted: Range | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.length for s in self.run.far) if self.wanted is None else self.wanted.length
+
+
+class _Preparation:
+    """The task of fetching what decoding takes."""
 
 
 class Fetcher:
-    """sources: the first is used until it fails; one without the artifact goes. segment_of: what a part is called in
-    the artifact. prepare: None where nothing will be decoded. What it gives, on_arrival(part, data, wire, seconds since
-    the request) and on_failure(place, error, part or None) are called with `changed` held. error: the last failure of a
-    source; crash: what ended a thread that should not have ended.
+    """The threads of one stream. `crash` is the error that ended one of them, if it should not have ended.
+
+    Args:
+        schedule: Says what to fetch next.
+        sources: In the order in which they are asked.
+        receiver: Takes what arrives.
+        bandwidth: The measured throughput of the stream.
+        connections: Number of threads.
+        stall: Seconds of silence after which a request has failed.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         sources: Sequence[Source],
-        segment_of: Callable[[Part], Segment],
+        receiver: Receiver,
         bandwidth: Bandwidth,
         connections: int,
         stall: float,
-        prepare: Prepare | None,
-        on_arrival: Callable[[Part, bytes, bool, float], None],
-        on_failure: Callable[[str, Exception, Part | None], None],
     ) -> None:
         self.changed = threading.Condition()
-        self.schedule, self.sources, self.bandwidth = schedule, list(sources), bandwidth
         self.closed = False
-        self.error: Exception | None = None
         self.crash: BaseException | None = None
-        self._segment_of, self._connections, self._stall = segment_of, connections, stall
-        self._prepare, self._preparing, self._unprepared = prepare, False, 0
-        self._on_arrival, self._on_failure = on_arrival, on_failure
+        self._schedule, self._sources, self._receiver = schedule, tuple(sources), receiver
+        self._bandwidth, self._connections, self._stall = bandwidth, connections, stall
+        self._failover = Failover([source.location for source in sources], stall)
         self._threads: list[threading.Thread] = []
-        self._current, self._epoch, self._failed, self._cut = 0, 0, 0.0, False
-        self._failures: list[tuple[str, int]] = []  # each one's place, and the part that it was about
-        self._wrong: Counter[Part] = Counter()
+        self._unprepared, self._preparing = receiver.decodes, False
         self._waiting: deque[_Piece] = deque()
         self._under_way: dict[int, int] = {}
 
     def start(self) -> None:
-        """Begins to fetch."""
+        """Start fetching."""
         with self.changed:
             self._start()
 
     def close(self, wait: float = 0.0) -> None:
-        """Ends all threads; waits for them up to so many seconds."""
+        """End all threads, and wait for them up to `wait` seconds."""
         with self.changed:
             self.closed = True
-            # Who is told holds this, and the context's tensors, which shall go as soon as nobody wants them any more.
-            self._on_arrival = self._on_failure = _nobody
-            self._prepare = None
+            # A thread may hang in a request for long; it must not keep what the receiver holds.
+            self._receiver, self._unprepared = _Closed(), False
             self.changed.notify_all()
         end = time.monotonic() + wait
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
     def watch(self) -> None:
-        """Gives up a place that has been silent for too long although its requests should have ended by themselves.
+        """Leave a source that has been silent for too long, although its requests should have ended by themselves.
 
-        To be called now and then, with `changed` held.
+        To be called again and again, with `changed` held.
         """
-        if not self.closed and not self._cut and self.bandwidth.silence() > 2 * self._stall + 1:
-            place = self.sources[self._current].place
-            self._note(StoreTimeoutError(f"{place}: silent for {self.bandwidth.silence():.1f} s"), None)
-            self._failures.append((place, 0))
-            self._leave()
+        if self.closed:
+            return
+        silence = self._bandwidth.silence()
+        action = self._failover.silent(silence)
+        self._apply(action, StoreTimeoutError(f"{action.failed}: no byte arrived for {silence:.1f} s"))
 
     def given_up(self, epoch: int) -> bool:
-        """Whether requests of that epoch (the time of one source) are not waited for any more."""
-        return self.closed or self._cut or epoch != self._epoch
+        """Return whether requests of that epoch, the time of one source, are not waited for any more."""
+        return self.closed or self._failover.over or epoch != self._failover.epoch
 
     def _start(self) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
+        epoch, source = self._failover.epoch, self._sources[self._failover.current]
         for _ in range(self._connections):
-            # A daemon: a process that ends shall not wait for a request's time limit.
-            thread = threading.Thread(target=self._run, args=(self._epoch,), name="hf_cachegen-fetch", daemon=True)
+            # A daemon: a process that exits must not wait for a request's time limit.
+            thread = threading.Thread(target=self._run, args=(epoch, source), name="hf_cachegen-fetch", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def _run(self, epoch: int) -> None:
-        with self.changed:
-            source = self.sources[self._current]
-        _LOCAL.given_up = lambda: self.given_up(epoch)
+    def _run(self, epoch: int, source: Source) -> None:
+        give_up_when(lambda: self.given_up(epoch))
         try:
             try:
                 source.open()
@@ -202,61 +210,58 @@ class Fetcher:
                 self.changed.notify_all()
 
     def _work(self, epoch: int, source: Source) -> None:
-        """Does what is to be done next, once there is something."""
+        """Do the next task, once there is one."""
         task, began = self._next(epoch, source), time.monotonic()
         if task is None:
             return
-        if not isinstance(task, tuple):
-            self._make_ready(epoch, source, task)
+        if isinstance(task, _Preparation):
+            self._make_ready(epoch, source)
             return
-        run, piece = task
         try:
-            self._fetch(epoch, source, run, piece)
+            self._fetch(epoch, source, task)
         except GivenUp:
-            self._give_back(epoch, source, run)
+            self._give_back(epoch, source, task.run)
         except (ArtifactError, OSError) as error:
-            with self.changed:  # at once, or it would seem that nothing is to come any more
-                self._cannot_fetch(epoch, error, self._give_back(epoch, source, run), began)
+            with self.changed:  # in one step, or it would seem meanwhile that nothing more will arrive
+                self._cannot_fetch(epoch, error, self._give_back(epoch, source, task.run), began)
 
-    def _next(self, epoch: int, source: Source) -> _Piece | Prepare | None:
-        """What to do next, waited for; None once given up."""
+    def _next(self, epoch: int, source: Source) -> _Piece | _Preparation | None:
+        """Wait for the next task; None once given up."""
         me = threading.get_ident()
         with self.changed:
             self._under_way.pop(me, None)
             while not self.given_up(epoch):
-                if self._prepare is not None and not self._preparing:
+                if self._unprepared and not self._preparing:
                     self._preparing = True
-                    return self._prepare
-                if (task := self._wanted(source)) is not None:
-                    run, piece = task
-                    self._under_way[me] = sum(s.length for s in run.far) if piece is None else piece.length
-                    return task
+                    return _Preparation()
+                if (piece := self._wanted(source)) is not None:
+                    self._under_way[me] = piece.nbytes
+                    return piece
                 self.changed.wait(WAKE_SECONDS)
         return None
 
     def _wanted(self, source: Source) -> _Piece | None:
-        """What is to be fetched now; None where enough is under way."""
-        rate, under_way = self.bandwidth.rate(), [nbytes for nbytes in self._under_way.values() if nbytes]
-        nbytes = request_bytes(rate, self.bandwidth.round_trip, under_way, self._connections)
+        """The next piece to fetch; None where enough is under way."""
+        rate, under_way = self._bandwidth.rate(), [nbytes for nbytes in self._under_way.values() if nbytes]
+        nbytes = request_bytes(rate, self._bandwidth.round_trip, under_way, self._connections)
         if nbytes is None:
             return None
         if not self._waiting:
-            parts = self.schedule.next_run(time.monotonic(), rate, nbytes)
+            parts = self._schedule.next_run(time.monotonic(), rate, nbytes)
             if not parts:
                 return None
-            segments = [self._segment_of(part) for part in parts]
-            far = [segment for segment in segments if not source.here(segment)]
-            pieces: list[Range] = source.ranges(far, nbytes)
-            run = _Run(parts, segments, far, pieces, max(1, len(pieces)))
-            tasks: list[_Piece] = [(run, piece) for piece in pieces]
-            self._waiting.extend(tasks or [(run, None)])
-            self.changed.notify_all()  # more to fetch; and a decision may be told
+            segments = [self._receiver.segment_of(part) for part in parts]
+            far = [segment for segment in segments if not source.is_local(segment)]
+            ranges = source.ranges(far, nbytes)
+            run = _Run(parts, segments, far, ranges, max(1, len(ranges)))
+            self._waiting.extend([_Piece(run, wanted) for wanted in ranges] or [_Piece(run, None)])
+            self.changed.notify_all()  # there is more to fetch, and perhaps a decision to report
         return self._waiting.popleft()
 
-    def _make_ready(self, epoch: int, source: Source, prepare: Prepare) -> None:
+    def _make_ready(self, epoch: int, source: Source) -> None:
         _PREPARING.add(threading.current_thread())
         try:
-            install = prepare(source)
+            codec, profile = source.decoder()
         except GivenUp:
             return
         except (ArtifactError, OSError) as error:
@@ -265,19 +270,20 @@ class Fetcher:
         finally:
             _PREPARING.discard(threading.current_thread())
         with self.changed:
-            if not self.given_up(epoch):  # else it may be another artifact's
-                install()
-                self._prepare = None
-                self.schedule.prepared()
+            if not self.given_up(epoch):
+                self._receiver.prepared(codec, profile)
+                self._unprepared = False
+                self._schedule.prepared()
                 self.changed.notify_all()
 
-    def _fetch(self, epoch: int, source: Source, run: _Run, piece: Range | None) -> None:
-        wire = piece is not None or bool(run.far)
+    def _fetch(self, epoch: int, source: Source, piece: _Piece) -> None:
+        run, wanted = piece.run, piece.wanted
+        wire = wanted is not None or bool(run.far)
         with source.turn(lambda: self.given_up(epoch), self._stall) if wire else nullcontext(True) as granted:
             if not granted:
                 raise GivenUp
-            if piece is not None:
-                source.hold(piece)
+            if wanted is not None:
+                source.hold(wanted)
             with self.changed:
                 run.missing -= 1
                 if run.missing and (run.lost or self.given_up(epoch)):
@@ -289,109 +295,71 @@ class Fetcher:
     def _hand_out(self, source: Source, run: _Run) -> None:
         for part, segment, data in zip(run.parts, run.segments, source.read(run.segments), strict=True):
             with self.changed:
-                if self.closed:  # whoever asked may have begun anew, with another artifact
+                if self.closed:
                     raise GivenUp
-                if part[1] in self.schedule.chunks[part[0]].arrived:
-                    continue  # asked for once more when the place was left
-                self._failures.clear()
-                self.schedule.arrived(*part)
-                self._on_arrival(part, data, segment in run.far, time.monotonic() - run.begun)
+                if part[1] in self._schedule.chunks[part[0]].arrived:
+                    continue  # it was asked for again when the source was left
+                self._failover.arrived()
+                self._schedule.arrived(*part)
+                self._receiver.arrived(part, data, segment in run.far, time.monotonic() - run.began)
                 self.changed.notify_all()
         source.release(run.ranges)
 
     def _give_back(self, epoch: int, source: Source, run: _Run) -> Part | None:
-        """Those parts of a run that did not arrive; the first of them is returned."""
+        """Give back the parts of a run that did not arrive; return the first of them."""
         source.release(run.ranges)
         with self.changed:
-            if epoch != self._epoch or run.lost:
+            if epoch != self._failover.epoch or run.lost:
                 return None
             run.lost = True
-            self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not run)
-            lost = [(chunk, part) for chunk, part in run.parts if part in self.schedule.chunks[chunk].asked]
-            self.schedule.returned(lost)
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.run is not run)
+            lost = [(chunk, part) for chunk, part in run.parts if part in self._schedule.chunks[chunk].asked]
+            self._schedule.returned(lost)
             self.changed.notify_all()
             return lost[0] if lost else None
 
     def _cannot_open(self, epoch: int, error: Exception) -> None:
         with self.changed:
-            if self.given_up(epoch):
-                return
-            self._note(error, None)
-            if isinstance(error, ArtifactError) and len(self.sources) > 1:
-                del self.sources[self._current]  # it would be in vain again; the others are asked once more
-                self._current -= 1
-                self._failures.clear()
-            else:
-                self._failures.append((self.sources[self._current].place, 0))
-            self._leave()
+            if not self.given_up(epoch):
+                self._apply(self._failover.cannot_open(wrong=isinstance(error, ArtifactError)), error)
 
     def _cannot_prepare(self, epoch: int, error: Exception) -> None:
-        """Counted apart: a profile may come from elsewhere."""
         with self.changed:
-            if self.given_up(epoch):
-                return
-            self._note(error, None)
-            self._preparing = False
-            self._unprepared += ROUNDS if isinstance(error, ArtifactError) else 1
-            if self._unprepared >= ROUNDS * len(self.sources):
-                self._prepare = None
-                self.schedule.undecodable()
-                self.changed.notify_all()
-            elif len(self.sources) > 1:
-                self._leave()
+            if not self.given_up(epoch):
+                self._preparing = False
+                self._apply(self._failover.cannot_prepare(wrong=isinstance(error, ArtifactError)), error)
 
     def _cannot_fetch(self, epoch: int, error: Exception, part: Part | None, began: float) -> None:
-        """part: the first that is lacking; where none is, others have brought them."""
-        with self.changed:
-            wrong, alone = isinstance(error, ArtifactError), len(self.sources) == 1
-            if self.given_up(epoch) or part is None or (not wrong and began <= self._failed):
-                return  # of several that fail together one counts
-            if part[1] >= self.schedule.chunks[part[0]].best:
-                return  # given up already
-            self._note(error, part if wrong else None)
-            if wrong:
-                self._wrong[part] += 1
-                if self._wrong[part] >= len(self.sources):
-                    self.schedule.unobtainable(*part)
-                    self.changed.notify_all()
-                    return
-            else:
-                self._failed = time.monotonic()
-                self._failures.append((self.sources[self._current].place, part[1]))
-                if alone and len(self._failures) < ROUNDS:
-                    return  # there is no other place, and what else is under way may come
-            self._leave()
+        """part: the first that has not arrived; None: other threads have fetched all of the run."""
+        if self.given_up(epoch) or part is None or part[1] >= self._schedule.chunks[part[0]].best:
+            return
+        wrong = isinstance(error, ArtifactError)
+        action = self._failover.cannot_fetch(part, wrong=wrong, began=began, now=time.monotonic())
+        self._apply(action, error, part if wrong else None)
 
-    def _note(self, error: Exception, part: Part | None) -> None:
-        self.error = error
-        self._on_failure(self.sources[self._current].place, error, part)
+    def _apply(self, action: Action, error: Exception, part: Part | None = None) -> None:
+        """Do what the failover says about a failure."""
+        if action.failed is None:
+            return
+        self._receiver.failed(action.failed, error, part)
+        if action.lost is not None:
+            self._schedule.unobtainable(*action.lost)
+        if action.undecodable:
+            self._unprepared = False
+            self._schedule.undecodable()
+        if action.leave:
+            self._leave(action.cut_off)
+        self.changed.notify_all()
 
-    def _leave(self) -> None:
-        """The current source is left for the next one, if failures have not become too many."""
-        self._epoch += 1
+    def _leave(self, cut_off: int | None) -> None:
+        """Void what is under way, and ask the failover's source for it, if there is one."""
         self._preparing = False
         self._waiting.clear()
         self._under_way.clear()
-        for chunk in self.schedule.chunks:
+        for chunk in self._schedule.chunks:
             chunk.asked.clear()
-        if len(self._failures) >= ROUNDS * len(self.sources):
-            self._cut_off()
-        if not self._cut:
-            self._current = (self._current + 1) % len(self.sources)
-            self.bandwidth.forget()
+        if cut_off is not None:
+            self._schedule.cut_off(cut_off)
+        if not self._failover.over:
+            self._bandwidth.forget()
             self._start()
-        self.changed.notify_all()
-
-    def _cut_off(self) -> None:
-        """What the place that failed least could not give is given up."""
-        coarsest: dict[str, int] = {}
-        for place, part in self._failures:
-            coarsest[place] = min(part, coarsest.get(place, part))
-        self._failures.clear()
-        part = max(coarsest.values())
-        self.schedule.cut_off(part)
-        self._cut = part == 0
-
-
-def _nobody(*_: object) -> None:
-    """Is told what happens after a stream was closed."""

@@ -1,4 +1,4 @@
-"""A Prometheus exporter for streams: an `on_event` that counts (extra `prometheus`).
+"""Export streams to Prometheus: an `on_event` that counts (extra `prometheus`).
 
     exporter = PrometheusExporter()                        # in the default registry
     CacheGenCache.stream(url, model, slo=1.0, on_event=exporter)
@@ -29,7 +29,14 @@ SECONDS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 3
 
 
 class PrometheusExporter:
-    """registry: a prometheus_client registry, default its own default. Raises MissingExtraError without the package."""
+    """Counts the events of streams.
+
+    Args:
+        registry: A prometheus_client registry. Default: the library's own.
+
+    Raises:
+        MissingExtraError: prometheus_client is not installed.
+    """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         try:
@@ -37,19 +44,19 @@ class PrometheusExporter:
         except ImportError as error:
             raise MissingExtraError("metrics need prometheus_client: pip install 'hf_cachegen[prometheus]'") from error
         where: dict[str, Any] = {"registry": REGISTRY if registry is None else registry}
-        self._streams = Counter("hf_cachegen_streams", "Streams that began.", **where)
-        self._chunks = Counter("hf_cachegen_chunks", "Chunks by what they came as first.", ["choice"], **where)
+        self._streams = Counter("hf_cachegen_streams", "Streams that started.", **where)
+        self._chunks = Counter("hf_cachegen_chunks", "Chunks by their first level, or text.", ["choice"], **where)
         self._refined = Counter("hf_cachegen_chunks_refined", "Chunks that became finer.", ["level"], **where)
-        self._bytes = Counter("hf_cachegen_fetched_bytes", "Coded bytes, by where from.", ["origin"], **where)
+        self._bytes = Counter("hf_cachegen_fetched_bytes", "Coded bytes, by network or disk.", ["origin"], **where)
         self._work = Counter("hf_cachegen_work_seconds", "Time of decoding and recomputing.", ["kind"], **where)
-        self._failures = Counter("hf_cachegen_source_failures", "Places that failed.", ["error"], **where)
+        self._failures = Counter("hf_cachegen_source_failures", "Failures of sources.", ["error"], **where)
         self._ttft = Histogram("hf_cachegen_ttft_seconds", "Time to first token.", buckets=SECONDS, **where)
         self._ready = Histogram("hf_cachegen_ready_seconds", "Time to context.", buckets=SECONDS, **where)
         self._slo = Counter("hf_cachegen_slo", "First tokens by whether the SLO was met.", ["met"], **where)
         self._rate = Gauge("hf_cachegen_throughput_bytes_per_second", "The last estimate.", **where)
 
     def __call__(self, event: Event) -> None:
-        """Counts one event."""
+        """Count one event."""
         if isinstance(event, StreamStarted):
             self._streams.inc()
         elif isinstance(event, ChunkFetched):

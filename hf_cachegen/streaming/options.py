@@ -1,4 +1,4 @@
-"""What a stream may be asked for, checked before anything is fetched."""
+"""The options of a stream, checked before anything is fetched."""
 
 from __future__ import annotations
 
@@ -6,46 +6,96 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
+from hf_cachegen.artifact import Limits
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.models.prefix import require_prompts
+from hf_cachegen.profiles.finding import ProfileLike
+from hf_cachegen.stores import Access
 from hf_cachegen.streaming.events import Event
 from hf_cachegen.streaming.link import Link
-from hf_cachegen.streaming.policy import Policy
+from hf_cachegen.streaming.policy import Fixed, Policy, policy_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Refine = Literal["off", "before", "while_generating"]
-Place = str | os.PathLike[str]
-Fallback = Place | tuple[Place, Mapping[str, Any]]
-"""A place with the same artifact, and the `access` to it where that is not the first place's."""
+PathLike = str | os.PathLike[str]
+Fallback = PathLike | tuple[PathLike, Mapping[str, Any]]
+"""Another location of the same artifact, alone or with those of its access options that differ from the first's."""
 CONNECTIONS = 8
-"""Requests at a time of one stream: one connection seldom fills a link."""
+"""Default number of requests at a time. One connection seldom fills a link."""
 STALL_SECONDS = 10.0
+"""Default time limit on silence without an SLO."""
 LEAST_STALL_SECONDS = 0.5
+"""Lower bound on the default time limit with an SLO: less would mistake a slow round trip for a failure."""
+DEFAULT_ACCESS = Access()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """The options of `CacheGenCache.stream` under their names. Raises ConfigError for one that is out of range, and
-    TensorError for a prompt that is none.
+    """All keywords of `CacheGenCache.stream`.
+
+    Args:
+        slo: Bound on the time to first token, in seconds from the call. None: no bound.
+        level: One level for all chunks, or "text" to recompute all of them, instead of a policy.
+        policy: "adaptive", "paper", or an object with the methods of `hf_cachegen.streaming.Policy`.
+        refine: When to fetch levels finer than the first that was fetched. "off": never. "before": while time is left
+            before the SLO. "while_generating": also after the call has returned.
+        prompt_tokens: Number of tokens that will follow the context. Their prefill is part of the SLO.
+        prompt: The input_ids and the attention_mask of the prompt, int64 [rows, tokens] each, context included. It
+            replaces `prompt_tokens`.
+        fallback: Further locations of the same artifact, each a path or a pair (path, access options).
+        profile: The profile, its location, None (the one beside the artifact alone) or "auto".
+        tokenizer: Compared with the tokenizer of the artifact's fingerprint if given.
+        limits: Bounds on the sizes that an artifact may claim.
+        on_event: Called with each `hf_cachegen.streaming.Event`.
+        stall_seconds: Silence after which a source has failed. Default: a quarter of the SLO, at least 0.5 s; 10 s
+            without an SLO.
+        connections: Number of requests at a time.
+        link: The link that this stream shares with others. Default: one link for each host.
+        cancel: Ends the stream with StreamCancelledError once it is set.
+        access: How to reach the first location.
+
+    Raises:
+        ConfigError: An option is out of its range.
+        TensorError: `prompt` is not a pair of integer tensors of one shape.
     """
 
-    policy: Policy
     slo: float | None = None
+    level: int | Literal["text"] | None = None
+    policy: Policy | str = "adaptive"
     refine: Refine = "before"
     prompt_tokens: int = 0
+    prompt: tuple[Tensor, Tensor] | None = None
     fallback: Sequence[Fallback] = ()
+    profile: ProfileLike = "auto"
+    tokenizer: PreTrainedTokenizerBase | None = None
+    limits: Limits | None = None
     on_event: Callable[[Event], None] | None = None
     stall_seconds: float | None = None
     connections: int = CONNECTIONS
     link: Link | None = None
     cancel: threading.Event | None = None
-    prompt: tuple[Tensor, Tensor] | None = None
+    access: Access = DEFAULT_ACCESS
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> StreamOptions:
+        """Make options from the keywords of `CacheGenCache.stream`, which name the fields of `Access` side by side.
+
+        Raises:
+            TypeError: A keyword is neither an option of a stream nor a field of `Access`.
+        """
+        names = {field.name for field in fields(cls)} - {"access"}
+        own = {name: value for name, value in keywords.items() if name in names}
+        return cls(**own, access=Access(**{name: keywords[name] for name in keywords if name not in names}))
 
     def __post_init__(self) -> None:
+        policy_of(self.policy, self.level)
         if self.slo is not None and not 0 < self.slo < math.inf:
             raise ConfigError(f"slo must be above 0 seconds and finite, got {self.slo}")
         if self.refine not in get_args(Refine):
@@ -58,9 +108,22 @@ class StreamOptions:
             raise ConfigError(f"connections must be at least 1, got {self.connections}")
         if self.prompt is not None:
             require_prompts(*self.prompt)
-        places = self.fallback
-        if isinstance(places, str) or not isinstance(places, Sequence) or not all(map(_is_fallback, places)):
-            raise ConfigError(f"fallback must be a list of places, or of (place, access), got {places!r:.200}")
+        found = self.fallback
+        if isinstance(found, str) or not isinstance(found, Sequence) or not all(map(_is_fallback, found)):
+            raise ConfigError(
+                f"fallback must be a list of locations, each a path or (path, access options); got {found!r:.200}"
+            )
+
+    @property
+    def planner(self) -> Policy:
+        """The policy that `policy` and `level` name."""
+        return policy_of(self.policy, self.level)
+
+    @property
+    def choice(self) -> int | Literal["text"] | None:
+        """The one choice for all chunks; None where a policy decides, or where it is the finest level."""
+        planner = self.planner
+        return planner.choice if isinstance(planner, Fixed) else None
 
     @property
     def stall(self) -> float:
@@ -71,5 +134,5 @@ class StreamOptions:
 
 
 def _is_fallback(fallback: Any) -> bool:
-    place, access = fallback if isinstance(fallback, tuple) and len(fallback) == 2 else (fallback, {})
-    return isinstance(place, str | os.PathLike) and isinstance(access, Mapping)
+    path, access = fallback if isinstance(fallback, tuple) and len(fallback) == 2 else (fallback, {})
+    return isinstance(path, str | os.PathLike) and isinstance(access, Mapping)

@@ -1,14 +1,13 @@
-"""Which level each chunk comes in, and which chunks are recomputed from their tokens: pure functions of what is known.
+"""Choose the level of each chunk, and which chunks are recomputed from their tokens: pure functions.
 
-Twists:
-1. Levels are nested: a chunk that came coarse is refined later by what it lacks, so nothing is lost by asking for the
-   coarse part first. `Plan.sure` is what is fetched first of every chunk, `Plan.level` what is aimed at.
-2. Recomputing needs all keys and values before a chunk. So text grows from the front of the context while transfers
-   come from its back, at the same time, until they meet: `Plan.text` counts the chunks at the front. If the link dies
-   it is a front part that is missing, which can be recomputed.
-3. Text is exact, the finest level is not; but where the finest level fits the time, nothing is recomputed.
+1. Levels are nested: a coarse chunk is refined later by the parts that it lacks, so nothing is lost by fetching the
+   coarse part first. `Plan.sure` is the level that is fetched first of every chunk, `Plan.level` the level aimed at.
+2. Recomputing a chunk needs all keys and values before it. So text grows from the front of the context while transfers
+   come from its back, until they meet: `Plan.text` counts the chunks at the front. If the link dies, the missing part
+   is at the front and can be recomputed.
+3. Text is exact and the finest level is not. But where the finest level fits the time, nothing is recomputed.
 
-`Paper` is Algorithm 1 of the CacheGen paper (section 5.3) to the letter.
+`Paper` is Algorithm 1 of the CacheGen paper (section 5.3).
 """
 
 from __future__ import annotations
@@ -26,10 +25,13 @@ TEXT: Literal["text"] = "text"
 
 @dataclass(frozen=True)
 class Missing:
-    """What a chunk that is not in place would cost.
+    """The costs of a chunk that is not in place.
 
-    wire_bytes[level - 1]: bytes that have yet to come over the network for that level (0: all here; inf: cannot be
-    had). decode_seconds; recompute_seconds: after the chunks before it, inf where that cannot be done.
+    Args:
+        wire_bytes: [level - 1]: bytes that must still be fetched for that level. 0: all are here; inf: it cannot be
+            had.
+        decode_seconds: Time of decoding it.
+        recompute_seconds: Time of recomputing it after the chunks before it; inf where that cannot be done.
     """
 
     wire_bytes: tuple[float, ...]
@@ -39,8 +41,12 @@ class Missing:
 
 @dataclass(frozen=True)
 class Outlook:
-    """seconds_left: until the context must be in place, inf without an SLO. bytes_per_second: this stream's share of
-    the link, None before anything was measured, 0 where no source is left. missing: in the order of the context.
+    """What a policy knows.
+
+    Args:
+        seconds_left: Until the context must be in place; inf without an SLO.
+        bytes_per_second: The throughput of this stream. None: not measured yet; 0: no source is left.
+        missing: The missing chunks, in the order of the context.
     """
 
     seconds_left: float
@@ -50,9 +56,15 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Plan:
-    """level: aimed at, for all chunks that are not text. sure: fetched first of every chunk, at most `level`.
-    text: how many of the missing chunks, from the front, are recomputed. seconds: expected, until all are in place.
-    provisional: made before the first sample; where nothing is refined later it holds for the first chunk alone.
+    """What a policy decides.
+
+    Args:
+        level: The level aimed at, for all chunks that are not text.
+        sure: The level that is fetched first of every chunk, at most `level`.
+        text: The number of missing chunks, from the front, that are recomputed.
+        seconds: Expected time until all chunks are in place.
+        why: The reason.
+        provisional: Made before the first sample. Where nothing is refined later, it holds for the first chunk alone.
     """
 
     level: int
@@ -64,28 +76,28 @@ class Plan:
 
 
 class Policy(Protocol):
-    """Called again and again while a stream runs, with what is known by then."""
+    """Plans a stream. It is called again and again, with the latest measurements."""
 
     @property
     def smoothing(self) -> float:
-        """Of the throughput: 0 takes that of the last sample, towards 1 an ever longer average."""
+        """Weight of the old throughput in each new estimate. 0: the last sample alone; towards 1: a longer average."""
         ...
 
     @property
     def refines(self) -> bool:
-        """Whether what is in place is improved while time is left."""
+        """Whether chunks in place are refined while time is left."""
         ...
 
     def plan(self, outlook: Outlook) -> Plan:
-        """What to do about the missing chunks (one or more)."""
+        """Return what to do about the missing chunks, one or more."""
         ...
 
 
 class Costs:
-    """Seconds until all missing chunks are in place, for a level and a number of text chunks.
+    """The seconds until all missing chunks are in place, for a level and a number of text chunks.
 
-    Transfers, and the calling thread's work (decoding, recomputing), go on at the same time; the last chunk to arrive
-    is decoded after that.
+    Transfers overlap the work of the calling thread (decoding, recomputing). The last chunk is decoded after it has
+    arrived.
     """
 
     def __init__(self, outlook: Outlook) -> None:
@@ -98,20 +110,21 @@ class Costs:
         self._bytes = [_sums_from([chunk.wire_bytes[level] for chunk in missing]) for level in range(self.levels)]
 
     def transfer(self, level: int, text: int = 0) -> float:
-        """Seconds on the wire for the chunks that are not text."""
+        """Return the seconds of transferring the chunks that are not text."""
         nbytes = self._bytes[level - 1][text]
         return nbytes / self._rate if nbytes and self._rate else math.inf if nbytes else 0.0
 
     def recompute(self, text: int | None = None) -> float:
-        """Seconds of recomputing the first `text` missing chunks (default: all)."""
+        """Return the seconds of recomputing the first `text` missing chunks (default: all)."""
         return self._recompute[self.count if text is None else text]
 
     def seconds(self, level: int, text: int) -> float:
+        """Return the seconds until all missing chunks are in place."""
         work = self._recompute[text] + self._decode[text]
         return max(self.transfer(level, text) + self._last[text], work)
 
     def fewest_text(self, level: int, limit: float) -> int | None:
-        """The fewest text chunks with which `level` is there within `limit` (finite costs alone); None: no number."""
+        """Return the least number of text chunks with which `level` is in place within `limit`; None: there is none."""
         for text in range(self.count + 1):
             cost = self.seconds(level, text)
             if cost <= limit and cost < math.inf:
@@ -121,18 +134,26 @@ class Costs:
         return None
 
     def fastest(self) -> tuple[int, int, float]:
-        """(level, text, seconds) of the fastest way, whatever it loses; inf where nothing can be done."""
+        """Return (level, text, seconds) of the fastest way at any quality; inf where there is no way."""
         cost, text = min((self.seconds(1, text), text) for text in range(self.count + 1))
         return 1, text, cost
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """The finest level that fits the time left, helped by as little recomputing as that takes; what is fetched first is
-    what would still fit if the link became `caution` times slower, and the rest comes as refinements.
+    """Plan the finest level that fits the time left, with as little recomputing as that takes.
 
-    text: whether chunks may be recomputed to meet the SLO (where no source is left they are in any case).
-    Raises ConfigError.
+    The level that is fetched first would still fit if the link became `caution` times slower. Finer levels come as
+    refinements.
+
+    Args:
+        caution: At least 1.
+        smoothing: See `Policy`.
+        text: Whether chunks may be recomputed to meet the SLO. Where no source is left they are in any case.
+        refines: See `Policy`.
+
+    Raises:
+        ConfigError: An argument is out of its range.
     """
 
     caution: float = 3.0
@@ -146,7 +167,7 @@ class Adaptive:
         _check_smoothing(self.smoothing)
 
     def plan(self, outlook: Outlook) -> Plan:
-        """See the class."""
+        """Plan as the class says."""
         costs, left = Costs(outlook), outlook.seconds_left
         if outlook.bytes_per_second is None:
             return self._unmeasured(costs, left)
@@ -157,7 +178,7 @@ class Adaptive:
             if text is not None and (self.text or text == 0):
                 sure = self._sure(costs, left, level, text)
                 return Plan(level, sure, text, costs.seconds(level, text), _why(costs, level, text, left))
-        # A recompute that would end too late only keeps what arrives from being decoded, and the link may recover.
+        # Recomputing that ends too late would only delay the decoding of what arrives, and the link may recover.
         in_time = not 0 < left < outlook.missing[0].recompute_seconds or costs.transfer(1) == math.inf
         return _fastest(costs, left, self.text and in_time)
 
@@ -168,8 +189,10 @@ class Adaptive:
         return next(fits, 1)
 
     def _unmeasured(self, costs: Costs, left: float) -> Plan:
-        """Before the first sample: the base first. If recomputing all would just fit, it begins at once, since later
-        it would not; and where it is too late for anything, it begins too, rather than wait.
+        """The plan before the first sample: the base first.
+
+        If recomputing everything just fits, it begins at once, since later it would not fit. It also begins where it is
+        too late for anything else.
         """
         if left == math.inf:
             return _whole(costs)
@@ -185,13 +208,15 @@ class Adaptive:
 
 UNMEASURED = "no throughput yet: the middle level"
 HEDGE = 1.25
-"""Recomputing begins before anything is measured when the time left is at most so many times what it takes."""
+"""Recomputing begins before the first sample when the time left is at most this multiple of what it takes."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Algorithm 1: text where recomputing all that remains fits the time left; else the finest level whose remaining
-    bytes do, at the throughput of the last chunk; before the first sample the middle level.
+    """Plan by Algorithm 1 of the paper.
+
+    Text where recomputing all that remains fits the time left; else the finest level whose remaining bytes fit it, at
+    the throughput of the last chunk; before the first sample the middle level.
     """
 
     smoothing: float = 0.0
@@ -201,7 +226,7 @@ class Paper:
         _check_smoothing(self.smoothing)
 
     def plan(self, outlook: Outlook) -> Plan:
-        """See the class."""
+        """Plan as the class says."""
         costs, left = Costs(outlook), outlook.seconds_left
         whole = costs.recompute()
         if whole <= left and whole < math.inf and left < math.inf:
@@ -220,14 +245,14 @@ class Paper:
 
 @dataclass(frozen=True)
 class Fixed:
-    """One choice for all chunks, a level or "text", whatever the time left; None is the finest level."""
+    """Plan one level or "text" for all chunks, whatever the time left; None: the finest level."""
 
     choice: int | Literal["text"] | None = None
     smoothing: float = 0.0
     refines: bool = False
 
     def plan(self, outlook: Outlook) -> Plan:
-        """See the class."""
+        """Plan as the class says."""
         costs = Costs(outlook)
         if self.choice == TEXT:
             return Plan(1, 1, costs.count, costs.recompute(), "as asked for")
@@ -236,7 +261,7 @@ class Fixed:
 
 
 def policy_of(policy: Policy | str, level: int | Literal["text"] | None) -> Policy:
-    """The policy that `stream`'s arguments mean. Raises ConfigError."""
+    """Return the policy that the options `policy` and `level` name. Raises ConfigError."""
     if level is not None:
         if not (level == TEXT or (isinstance(level, int) and not isinstance(level, bool) and level >= 1)):
             raise ConfigError(f"level must be a whole number from 1, or 'text', got {level!r}")
@@ -252,9 +277,11 @@ def policy_of(policy: Policy | str, level: int | Literal["text"] | None) -> Poli
 
 
 def refinement_order(chunks: int) -> list[int]:
-    """Whose refinement comes first: the last chunk (what stands before the question), the first (attention leans on
-    it), then from the back to the front. All chunks get one level finer before any gets two: the first refinement
-    removes the most error for its bytes.
+    """Return the order in which chunks are refined.
+
+    The last chunk comes first, since it stands before the question; then the first chunk, which attention depends on
+    most; then the others from the back to the front. All chunks get one level finer before any gets two: the first
+    refinement removes the most error for its bytes.
     """
     order = [chunks - 1, 0, *range(chunks - 2, 0, -1)]
     return list(dict.fromkeys(order))

@@ -1,15 +1,15 @@
-"""How long a model takes to compute the keys and values of some tokens: measured once, kept on disk, bettered by use.
+"""Measure how long a model takes to compute keys and values. The result is kept on disk, and improves with use.
 
     seconds(first, tokens) = forward + token * tokens * (1 + attention * (first + tokens / 2))
 
-`forward` is what any forward pass costs, `token` what a token does. `attention` is the share of attention to one
-earlier token, which follows from the architecture: 2 * layers * heads * head_dim / parameters. The two speeds are
-fitted to the measurements: non-negative least squares of relative errors.
+`forward` is the cost of any forward pass, `token` that of a token. `attention` is the share of attention to one earlier
+token, which follows from the architecture: 2 * layers * heads * head_dim / parameters. The two speeds are fitted to the
+measurements by non-negative least squares of relative errors.
 
-Measurements err to one side: a model that is compiled on the way, or a device's first call, takes a hundred times as
-long as what comes after it. By the formula a pass takes at most as many times another's seconds as it has its work, or
-no longer where it has less. One that takes WARM_UP times that was a warm-up, and does not count; nor does the first of
-a model of which nothing is known, which nothing can be held against.
+Some measurements are far too long: a model that is compiled during the pass, or a device's first call, takes a hundred
+times as long as later passes. By the formula the times of two passes differ at most as their work does, and the smaller
+pass is not the slower one. A pass that takes WARM_UP times longer than that was a warm-up, and does not count. Nor does
+the first pass of an unknown model, which cannot be compared with another.
 """
 
 from __future__ import annotations
@@ -40,19 +40,26 @@ if TYPE_CHECKING:
 Sample = tuple[int, int, float]
 """(first token, tokens, seconds)"""
 KEPT = 32
-"""Samples that count, the latest."""
+"""Number of samples that count: the latest."""
 WARM_UP = 10.0
-"""How many times slower than any model is, by another measurement, a pass must be for a warm-up. Less is noise: a
-question's time has what a call of generate costs in it."""
+"""A warm-up is this many times slower than another measurement allows. Less is noise: the time of a question includes
+that of a call of generate."""
 BELIEVED = 3
-"""So many such passes in a row are no warm-up: the machine is slower than it was."""
+"""This many such passes in a row are no warm-up: the machine has become slower."""
 KNOWN_TOKENS = 32
+"""Tokens of a pass that measures a chunk's speed; a shorter one measures the cost of a pass."""
 PROBES = (16, 16, 64, 256)
-"""Tokens of the forward passes of a measurement. The first is a model's slowest, and is measured again."""
+"""Tokens of the forward passes of a measurement. The first pass of a model is its slowest, so it is repeated."""
 
 
 class PrefillSpeed:
-    """Of one model on its device. `samples` may be empty: then nothing is known. Threads may share it."""
+    """The speed of one model on its device. Threads may share it.
+
+    Args:
+        attention: See above.
+        samples: Measurements; empty: nothing is known.
+        path: Where `save` keeps them; None: nowhere.
+    """
 
     def __init__(self, attention: float, samples: list[Sample] | None = None, path: Path | None = None) -> None:
         self.attention, self._path = attention, path
@@ -63,19 +70,20 @@ class PrefillSpeed:
 
     @property
     def known(self) -> bool:
-        """Whether enough tokens were measured at once to tell of a chunk; those of a question may be too few."""
+        """Whether a pass was measured that is long enough to predict that of a chunk."""
         return any(tokens >= KNOWN_TOKENS for _, tokens, _ in self.samples)
 
     def seconds(self, first: int, tokens: int) -> float | None:
-        """What a forward pass over tokens [first, first + tokens) takes after those before them; None: not known."""
+        """Return the expected seconds of a forward pass over tokens [first, first + tokens); None: not known."""
         if not self.samples:
             return None
         forward, token = self._speeds
         return forward + token * self._work(first, tokens)
 
     def add(self, first: int, tokens: int, seconds: float) -> None:
-        """Takes a measurement into account, in the place of an earlier one of the same tokens, unless it was a warm-up;
-        earlier ones that turn out to have been warm-ups, or that are believed no longer, are forgotten.
+        """Add a measurement, which replaces an earlier one of the same tokens, unless it was a warm-up.
+
+        Earlier measurements are forgotten if this one shows that they were warm-ups, or that the machine has changed.
         """
         new = first, tokens, seconds
         with self._lock:
@@ -89,12 +97,12 @@ class PrefillSpeed:
             self._speeds = self._fit()
 
     def _warmed_up(self, slow: Sample, other: Sample) -> bool:
-        """Whether, by the other measurement, this one is of a warm-up."""
+        """Whether the other measurement shows that this one is of a warm-up."""
         works = [self._work(first, tokens) for first, tokens, _ in (slow, other)]
         return slow[2] > WARM_UP * other[2] * max(1.0, works[0] / works[1])
 
     def save(self) -> None:
-        """Keeps the measurements for other processes; does nothing where that cannot be written."""
+        """Keep the measurements for other processes. Does nothing where they cannot be written."""
         if self._path is None or not self.samples:
             return
         with contextlib.suppress(OSError):
@@ -108,7 +116,7 @@ class PrefillSpeed:
         return tokens * (1 + self.attention * (first + tokens / 2))
 
     def _fit(self) -> tuple[float, float]:
-        """(forward, token), each at least 0, with the least sum of squared relative errors."""
+        """Return (forward, token), each at least 0, with the least sum of squared relative errors."""
         rows = [(1 / seconds, self._work(first, tokens) / seconds) for first, tokens, seconds in self.samples]
         a, b, c = (sum(x[i] * x[j] for x in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
         u, v = sum(x[0] for x in rows), sum(x[1] for x in rows)
@@ -127,7 +135,10 @@ _known_lock = threading.Lock()
 
 
 def speed_of(model: PreTrainedModel) -> PrefillSpeed:
-    """What is known of `model` here; the same object each time in a process, its samples from disk at first."""
+    """Return the speed of `model` on its device, the same object each time in a process.
+
+    Its first samples are those that `save` has kept.
+    """
     key = _key(model)
     path = Path(default_directory(), f"prefill-{key}.json")
     with _known_lock:
@@ -137,9 +148,12 @@ def speed_of(model: PreTrainedModel) -> PrefillSpeed:
 
 
 def measure(model: PreTrainedModel) -> PrefillSpeed:
-    """Measures `model` by forward passes over PROBES tokens, and keeps what was found.
+    """Measure `model` by forward passes over PROBES tokens, and keep the result.
 
-    Streams measure by themselves while they wait for the network, less well; better is to call this once before.
+    Streams measure a model too, less exactly, while they wait for the network. Call this once before to spare them.
+
+    Returns:
+        The speed of the model on its device.
     """
     speed = speed_of(model)
     for tokens in PROBES:
@@ -150,10 +164,10 @@ def measure(model: PreTrainedModel) -> PrefillSpeed:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, speed: PrefillSpeed, tokens: int) -> None:
-    """One measurement: a forward pass over so many tokens."""
+    """Measure one forward pass over that many tokens."""
     text = model.config.get_text_config(decoder=True)
-    place = layer_devices(model, text.num_hidden_layers)[0]
-    ids = torch.arange(tokens, device=place)[None] % text.vocab_size
+    device = layer_devices(model, text.num_hidden_layers)[0]
+    ids = torch.arange(tokens, device=device)[None] % text.vocab_size
     with evaluation_mode(model), fresh_state(model):
         start = time.perf_counter()
         run(model, ids, None, last_logits_only=True).logits.sum().item()
@@ -168,17 +182,18 @@ def _attention(model: PreTrainedModel) -> float:
 
 
 def _key(model: PreTrainedModel) -> str:
-    """What a speed depends on: architecture, dtype, attention, device and threads."""
+    """A hash of what a speed depends on: architecture, dtype, attention, device and threads."""
     text: dict[str, Any] = {**model.config.to_dict(), "_name_or_path": ""}
-    place = next(unwrapped(model).parameters()).device
-    machine = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{platform.processor()} {os.cpu_count()}"
+    device = next(unwrapped(model).parameters()).device
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else f"{platform.processor()} {os.cpu_count()}"
     attention = getattr(model.config, "_attn_implementation", "")
-    about = [text, dtype_name(model.dtype), attention, str(place.type), machine, torch.get_num_threads()]
+    about = [text, dtype_name(model.dtype), attention, str(device.type), machine, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _read(path: Path) -> list[Sample]:
-    """The samples in a file; none where it is not one."""
+    """The samples in a file; none where it is not such a file."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         samples = [(int(first), int(tokens), float(seconds)) for first, tokens, seconds in rows]

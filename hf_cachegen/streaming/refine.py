@@ -1,9 +1,9 @@
-"""Refinements that go on arriving after a context is in place, and how a generation that has begun gets them.
+"""Refine a context while a model generates from it.
 
-A thread fetches and decodes on, and writes each chunk's better keys and values over the coarser ones, with `lock` held.
-Who reads them meanwhile takes a copy first (`snapshot`). A generation's own cache is brought up to date between two
-steps, by a logits processor, which is called there in every way of decoding: `SwapIn` copies what has changed into the
-columns of the context; what the model has computed since stays.
+A thread goes on fetching and decoding, and writes each chunk's finer keys and values over the coarser ones, with `lock`
+held. A reader takes a copy first (`snapshot`). A generation's own cache is updated between two steps, by a logits
+processor, which every way of decoding calls there: `SwapIn` copies the changed chunks into the positions of the
+context. What the model has computed since then stays.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 import weakref
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from hf_cachegen.errors import StreamCancelledError
 from hf_cachegen.models.compat import tokens_seen
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.models.prefix import Reuse
-from hf_cachegen.profile import Profile
+from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.events import FirstToken, StreamFinished
 from hf_cachegen.streaming.report import StreamReport
 
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("hf_cachegen.streaming")
 END_SECONDS = 5.0
-"""How long ending a stream waits for its threads beyond a source's own time limit."""
+"""How long the end of a stream waits for its threads, beyond a source's own time limit."""
 SETTLE_SECONDS = 1.0
-"""How long it waits, in any case, for the thread that decodes: that ends with the chunk that it is at."""
+"""How long it waits in any case for the thread that decodes, which ends with its current chunk."""
 
 
 _RUNNING: weakref.WeakSet[Refinement] = weakref.WeakSet()
@@ -44,23 +43,24 @@ _RUNNING: weakref.WeakSet[Refinement] = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
-    """A thread that is inside torch when the interpreter ends would end the process with an abort."""
+    """A thread that is inside torch when the interpreter exits would abort the process."""
     for refinement in list(_RUNNING):
         refinement.close(END_SECONDS)
 
 
 class Refinement:
-    """What still improves a streamed context. `wait` until it is done, `cancel` to end it; the context is usable at any
-    time. Threads may share it.
+    """The part of a stream that goes on after its context is in place. The context is usable at any time.
+
+    `wait` until it is done, or `cancel` it. Threads may share it.
     """
 
-    def __init__(self, loader: Loader, kv: KVTensors, resources: ExitStack) -> None:
-        self._loader, self._kv, self._resources = loader, kv, resources
+    def __init__(self, loader: Loader, kv: KVTensors) -> None:
+        self._loader, self._kv = loader, kv
         self._thread: threading.Thread | None = None
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._ending, self._first = threading.Lock(), threading.Lock()
-        self._told = False
+        self._reported = False
 
     @property
     def done(self) -> bool:
@@ -69,18 +69,25 @@ class Refinement:
 
     @property
     def report(self) -> StreamReport:
-        """How the stream stands."""
+        """The state of the stream."""
         return self._loader.report(finished=self.done)
 
     @property
     def profile(self) -> Profile | None:
-        """The profile that decoding took."""
-        return self._loader.profile
+        """The profile that decoding took; None where it took none."""
+        return self._loader.download.profile
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until nothing more will arrive; False where that took longer than `timeout` seconds.
+        """Wait until nothing more will arrive.
 
-        Raises what ended the refinement, if it was not its end.
+        Args:
+            timeout: Bound on the wait, in seconds; None: no bound.
+
+        Returns:
+            False where the wait took longer than `timeout`.
+
+        Raises:
+            StreamCancelledError, CacheGenError: What ended the refinement early.
         """
         done = self._done.wait(timeout)
         if self._error is not None:
@@ -88,12 +95,13 @@ class Refinement:
         return done
 
     def cancel(self) -> None:
-        """Ends it; nothing is left running."""
-        self.close(2 * self._loader.options.stall + END_SECONDS)  # a request is tried twice
+        """End it, and leave nothing running."""
+        self.close(2 * self._loader.session.options.stall + END_SECONDS)  # a request is tried twice
 
     def close(self, wait: float = 0.0) -> None:
-        """Ends it, and waits up to so many seconds for its threads. StreamFinished has been told when this returns
-        (unless it was called by `on_event` itself).
+        """End it, and wait up to `wait` seconds for its threads.
+
+        StreamFinished has been delivered when this returns, unless `on_event` itself called it.
         """
         self._loader.close(wait)
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -102,16 +110,15 @@ class Refinement:
 
     def _end(self) -> None:
         with self._ending:
-            self._resources.close()
-            last = self._thread is not None and not self._told  # without a thread, who made it tells
-            self._told = True
+            last = self._thread is not None and not self._reported  # without a thread, the caller reports it
+            self._reported = True
         self._done.set()
         if last:
-            self._loader.tell(StreamFinished, self.report)
-        self._loader.deliver()
+            self._loader.session.events.add(StreamFinished, self.report)
+        self._loader.session.events.deliver()
 
     def start(self) -> None:
-        """Goes on in a thread of its own."""
+        """Go on in a thread of its own."""
         self._thread = threading.Thread(target=self._run, name="hf_cachegen-refine", daemon=True)
         _RUNNING.add(self)
         self._thread.start()
@@ -123,61 +130,71 @@ class Refinement:
         except StreamCancelledError as error:
             self._error = error
         except BaseException as error:
-            LOG.exception("the context stays as it is")
+            LOG.exception("refining failed; the context stays usable at its present levels")
             self._error = error
         finally:
             self._loader.close()
             self._end()
 
     def snapshot(self) -> tuple[KVTensors, int]:
-        """Keys and values that nobody changes any more, and how many changes they have."""
-        with self._loader.lock, self._loader.placer.reading():
+        """Return keys and values that do not change any more, and the number of changes that they include."""
+        with self._loader.lock, self._loader.writer.reading():
             return (self._kv if self.done else self._kv.clone()), len(self._loader.changes)
 
     def first_token(self, rows: int, read: int, seconds: float) -> None:
-        """A generation has its first token, for which it read so many tokens of so many rows in so many seconds. The
-        first time is the stream's TTFT.
+        """Record that a generation has its first token. The first such time is the stream's TTFT.
+
+        Args:
+            rows: Number of rows of the batch.
+            read: Number of tokens of each row that the model read for it.
+            seconds: How long that took.
         """
-        loader = self._loader
+        session = self._loader.session
         with self._first:
-            if loader.tally.ttft is not None:
+            if session.tally.ttft is not None:
                 return
-            loader.tally.ttft = ttft = time.monotonic() - loader.began
-        slo = loader.options.slo
-        loader.tell(FirstToken, None if slo is None else ttft <= slo)
-        loader.deliver()
+            session.tally.ttft = ttft = session.elapsed()
+        slo = session.options.slo
+        session.events.add(FirstToken, None if slo is None else ttft <= slo)
+        session.events.deliver()
         if rows == 1:  # a batch takes another time for each token
-            loader.learn_question(read, seconds)
+            self._loader.learn_question(read, seconds)
 
     def bring(self, cache: Cache, reuse: Reuse, seen: int) -> int:
-        """Copies what has changed since `seen` changes into a generation's cache; returns the changes that it has now.
+        """Copy the chunks that have changed into a generation's cache.
 
-        cache: made by `build_dynamic` or `build_static` from a snapshot for `reuse`, each row repeated any number of
-        times, and no view of it any more (it has been through a forward pass).
+        Args:
+            cache: Made by `build_dynamic` or `build_static` from a snapshot for `reuse`, each row repeated any number
+                of times. It must own its tensors, as it does after a forward pass.
+            reuse: Which positions of the cache came from the context.
+            seen: The number of changes that the cache includes.
+
+        Returns:
+            The number of changes that it includes now.
         """
-        with self._loader.lock, self._loader.placer.reading():
+        with self._loader.lock, self._loader.writer.reading():
             changes = self._loader.changes
             for chunk in sorted(set(changes[seen:])):
-                span = self._loader.spans[chunk]
+                span = self._loader.download.spans[chunk]
                 for layer, keys, values in zip(cache.layers, self._kv.keys, self._kv.values, strict=True):
-                    held = _first_column(layer)
+                    held = _first_position(layer)
                     _copy(layer.keys, keys, span.first, span.tokens, held, reuse)
                     _copy(layer.values, values, span.first, span.tokens, held, reuse)
             return len(changes)
 
 
 class SwapIn(LogitsProcessor):
-    """Between two steps of one generation: tells of its first token, and brings refinements into its cache."""
+    """Records a generation's first token, and copies refinements into its cache between two steps."""
 
     def __init__(self, refinement: Refinement, cache: Cache, reuse: Reuse, seen: int) -> None:
         self._refinement, self._cache, self._reuse, self._seen = refinement, cache, reuse, seen
         self._waiting: float | None = time.monotonic()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are."""
+        """Return the scores unchanged."""
         if self._waiting is not None:
             if int(self._cache.get_seq_length()) <= self._reuse.columns:
-                self._waiting = time.monotonic()  # of a draft: the model has not read anything yet, nor begun to
+                self._waiting = time.monotonic()  # of a draft: the model has not begun to read
                 return scores
             self._refinement.first_token(
                 len(scores), int(input_ids.shape[1]) - self._reuse.columns, time.monotonic() - self._waiting
@@ -187,16 +204,16 @@ class SwapIn(LogitsProcessor):
         return scores
 
 
-def _first_column(layer: Any) -> int:
-    """The column that a layer's first token stands for: a sliding layer has dropped what left its window."""
+def _first_position(layer: Any) -> int:
+    """The position of the first token that a layer holds: a sliding layer has dropped those that left its window."""
     if not layer.is_sliding:
         return 0
     return max(0, tokens_seen(layer) - layer.keys.shape[2])
 
 
 def _copy(live: Tensor, known: Tensor, first: int, tokens: int, held: int, reuse: Reuse) -> None:
-    """Tokens [first, first + tokens) of known [1, heads, context, dim] to their columns in live [rows x repeats, heads,
-    columns, dim], whose first column is `held`; only columns that came from the context.
+    """Copy tokens [first, first + tokens) of known [1, heads, context, dim] to their positions in live [rows x repeats,
+    heads, positions, dim], which begins at position `held`. Only positions that came from the context are written.
     """
     repeats = live.shape[0] // len(reuse.pads)
     for row, pads in enumerate(reuse.pads):

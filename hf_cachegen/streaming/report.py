@@ -1,7 +1,8 @@
-"""What a stream did and why, chunk by chunk."""
+"""The report of a stream: what was done for each chunk, and why."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,14 +13,22 @@ from hf_cachegen.report import CacheReport
 class ChunkReport:
     """One chunk of a stream. Sizes in bytes, times in seconds; None where something did not happen or is not known.
 
-    index, first, tokens: which chunk, its first token, its tokens.
-    level: in place now; None where it was recomputed from its tokens ("text"), which is exact where all before it is
-        text, else as good as what was in place before it then. first_level: before any refinement.
-    why: the reason of the choice. faults: what went wrong with it on the way.
-    nbytes: coded bytes that were used; wire_bytes: those of them that did not come from this disk.
-    transfer_seconds: from the first request for it to the last byte; decode_seconds; recompute_seconds: if it was.
-    prefill_seconds: what recomputing it would have taken by the measured speed of the model.
-    bytes_per_second: the estimate when it was chosen.
+    Args:
+        index: The number of the chunk.
+        first: Its first token.
+        tokens: Its number of tokens.
+        level: In place now; None where it was recomputed from its tokens ("text"). Text is exact where all chunks
+            before it are text; else it is as good as they were when it was recomputed.
+        first_level: The level before any refinement.
+        why: The reason of the choice.
+        nbytes: Coded bytes that were used.
+        wire_bytes: Those of them that did not come from this disk.
+        transfer_seconds: From the first request for it to its last byte.
+        decode_seconds: Time of decoding it.
+        recompute_seconds: Time of recomputing it.
+        prefill_seconds: What recomputing it would take, by the measured speed of the model.
+        bytes_per_second: The throughput estimate when its level was chosen.
+        faults: What failed for it.
     """
 
     index: int
@@ -39,18 +48,27 @@ class ChunkReport:
 
     @property
     def choice(self) -> str:
-        """What the chunk came as: "text", or "level 2"."""
+        """Return "text", or the level in place, such as "level 2"."""
         return "text" if self.level is None else f"level {self.level}"
 
 
 @dataclass(frozen=True)
 class StreamReport(CacheReport):
-    """A CacheReport of a stream. level: the coarsest of all chunks, None where all are text. loaded_bytes: of all parts
-    used, of manifest, tokens and side information. load_seconds: from the call until the whole context was in place.
+    """A CacheReport of a stream.
 
-    slo: as asked for. ttft: seconds from the call to the first token, None before it (and without `generate`).
-    chunks: one ChunkReport for each. faults: sources that failed, and how. bytes_per_second: the last estimate.
-    places: which were read from. finished: whether nothing more will arrive.
+    `level` is the coarsest of all chunks, None where all are text. `loaded_bytes` counts all parts that were used, the
+    manifest, the tokens and the side information. `load_seconds` is the time from the call until the whole context was
+    in place.
+
+    Args:
+        slo: The SLO that was asked for, in seconds.
+        ttft: Seconds from the call to the first token; None before it, and without `generate`.
+        chunks: The report of each chunk.
+        faults: The sources that failed, and how.
+        bytes_per_second: The last throughput estimate.
+        wire_bytes: Coded bytes that did not come from this disk.
+        sources: The locations of the stream, in the order in which they are asked.
+        finished: Whether nothing more will arrive.
     """
 
     slo: float | None = None
@@ -59,20 +77,27 @@ class StreamReport(CacheReport):
     faults: tuple[str, ...] = ()
     bytes_per_second: float | None = None
     wire_bytes: int = 0
-    places: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     finished: bool = True
 
     @property
     def met(self) -> bool | None:
-        """Whether the SLO was met; None without one, or before the first token."""
+        """Return whether the SLO was met; None without one, or before the first token."""
         return None if self.slo is None or self.ttft is None else self.ttft <= self.slo
 
     @property
     def text_chunks(self) -> int:
-        """How many chunks were recomputed."""
+        """Return the number of chunks that were recomputed."""
         return sum(chunk.level is None for chunk in self.chunks)
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The old name of `sources`."""
+        warnings.warn("StreamReport.places is now StreamReport.sources", DeprecationWarning, stacklevel=2)
+        return self.sources
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with `met`, and the `choice` of each chunk."""
+        """Return plain values for JSON, with `met`, and the `choice` of each chunk."""
         chunks = [{**asdict(chunk), "choice": chunk.choice} for chunk in self.chunks]
-        return {**asdict(self), "chunks": chunks, "met": self.met}
+        # "places" is the old name of "sources", which readers of earlier output still use.
+        return {**asdict(self), "chunks": chunks, "met": self.met, "places": self.sources}

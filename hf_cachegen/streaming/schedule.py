@@ -1,15 +1,16 @@
-"""What to fetch and what to do next, in one stream: a state machine without threads, clock or bytes.
+"""What to fetch and what to do next in one stream: a state machine without threads, clock or bytes.
 
-A loader asks `next_run` for what to fetch and `next_work` for what the calling thread shall do, and says what came of
-it; times come from outside, so tests drive it with a clock of their own.
+The threads that fetch ask `next_run`, the thread that decodes asks `next_work`, and both report what happened. Times
+come from the caller, so tests drive the schedule with a clock of their own.
 
-Before what decoding takes is there, nothing is known of how long decoding will take to come: as before the first sample
-of the throughput, bases are fetched, and recomputing begins where it would be too late afterwards.
+There are two passes. The first gets every chunk that is not recomputed to the plan's sure level, from the back of the
+context to its front. The second, where the policy refines, gets one finer level after the other in `refinement_order`,
+as long as the bytes and their decoding fit the time left. At last a chunk whose finer parts cannot be had is
+recomputed, if that fits.
 
-Two passes. The first brings every chunk that is not recomputed to the plan's sure level, from the back of the context
-to its front. The second, where the policy refines, brings one finer level after the other in `refinement_order`, as
-long as the bytes and their decoding fit the time left. Then a chunk whose finer parts nobody has is recomputed, if that
-fits.
+Until the side information and the profile have arrived nothing can be decoded, and it is not known when they will
+arrive. So the schedule plans as it does before the first sample of the throughput: bases are fetched, and recomputing
+begins where it would be too late afterwards.
 """
 
 from __future__ import annotations
@@ -22,15 +23,29 @@ from hf_cachegen.streaming.options import Refine
 from hf_cachegen.streaming.policy import Missing, Outlook, Plan, Policy, refinement_order
 
 PLAN_SECONDS = 0.05
-"""A plan is made anew at least so often while the state does not change."""
+"""A plan is at most this old."""
 Part = tuple[int, int]
 """(chunk, part): part 0 is the base, the others refinements."""
 
 
 @dataclass
 class Chunk:
-    """sizes: coded bytes of each part; wire: those of them that are not on this disk. arrived, asked: parts that are
-    here, or under way. best: how many parts can be had. level: in place, 0 for nothing; text: recomputed, so exact.
+    """The state of one chunk.
+
+    Args:
+        index: The number of the chunk.
+        first: Its first token.
+        tokens: Its number of tokens.
+        sizes: Coded bytes of each part.
+        wire: Those of them that are not on this disk.
+        best: The number of parts that can be had.
+        level: The level in place; 0 where it was not decoded.
+        first_level: The level before any refinement.
+        text: Whether it was recomputed.
+        arrived: Parts that have arrived.
+        asked: Parts that are under way.
+        why: The reason of the last decision.
+        rate: The throughput estimate at that decision, bytes per second.
     """
 
     index: int
@@ -48,19 +63,21 @@ class Chunk:
     rate: float | None = None
 
     @property
-    def placed(self) -> bool:
+    def ready(self) -> bool:
+        """Whether its keys and values are in place, at any level."""
         return self.level > 0 or self.text
 
     @property
     def have(self) -> int:
-        """The level that can be decoded from what is here."""
+        """The level that can be decoded from the parts that have arrived."""
         return self.first_lacking(0)
 
     def first_lacking(self, part: int) -> int:
-        """The first part from that one on that can be had and is not here; how many can be had where all are."""
+        """Return the first part from `part` on that can be had and has not arrived; `best` where all have."""
         return next((finer for finer in range(part, self.best) if finer not in self.arrived), self.best)
 
     def lacks(self, part: int) -> bool:
+        """Return whether a part can be had and is neither here nor under way."""
         return part < self.best and part not in self.arrived and part not in self.asked
 
 
@@ -81,17 +98,17 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing can be done before something arrives, or time passes."""
+    """Wait until a part arrives, or time passes."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """All chunks are in place, as good as they will be."""
+    """All chunks are in place, at the best level that they will have."""
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """Nothing more will arrive, and the first chunk that is missing cannot be recomputed."""
+    """Nothing more will arrive, and the first missing chunk cannot be recomputed."""
 
     chunk: int
 
@@ -100,9 +117,15 @@ Work = Decode | Recompute | Wait | Finished | Stuck
 
 
 class Schedule:
-    """deadline: when the context must be in place, on the clock of `now`; None without an SLO.
-    recompute_seconds: of a chunk, after those before it; inf where it is not known. can_recompute: whether it is
-    possible at all. Not for several threads at once.
+    """The schedule of one stream. Not for several threads at once.
+
+    Args:
+        chunks: All chunks, in the order of the context.
+        policy: Plans levels and text.
+        deadline: When the context must be in place, on the clock of `now`; None without an SLO.
+        refine: As for `StreamOptions`.
+        recompute_seconds: Seconds of recomputing a chunk after those before it; inf where that is not known.
+        can_recompute: Whether the model can recompute a chunk at all.
     """
 
     def __init__(
@@ -129,41 +152,43 @@ class Schedule:
     # What happened.
 
     def arrived(self, chunk: int, part: int) -> None:
+        """A part has arrived."""
         self.chunks[chunk].asked.discard(part)
         self.chunks[chunk].arrived.add(part)
         self._version += 1
 
     def returned(self, parts: Sequence[Part]) -> None:
-        """These were asked for and will not arrive."""
+        """These parts were asked for and will not arrive."""
         for chunk, part in parts:
             self.chunks[chunk].asked.discard(part)
         self._version += 1
 
     def unobtainable(self, chunk: int, part: int) -> None:
-        """This part cannot be had anywhere, or cannot be decoded; coarser levels may do."""
+        """A part cannot be had from any source, or cannot be decoded. Coarser parts still count."""
         found = self.chunks[chunk]
         found.best = min(found.best, part)
         self._version += 1
 
     def prepared(self) -> None:
-        """What decoding takes is here."""
+        """The side information and the profile have arrived."""
         self.decodable = True
         self._version += 1
 
     def undecodable(self) -> None:
-        """What decoding takes cannot be had."""
+        """The side information or the profile cannot be had."""
         for chunk in self.chunks:
             chunk.best = 0
         self._version += 1
 
     def cut_off(self, part: int = 0) -> None:
-        """No source is left for that part and all finer ones: what is here of them is all that there will be."""
+        """No source is left for that part of any chunk, nor for finer ones. Those that have arrived still count."""
         for chunk in self.chunks:
             chunk.asked = {asked for asked in chunk.asked if asked < part}
             chunk.best = chunk.first_lacking(part) if self.decodable or part else 0
         self._version += 1
 
-    def placed(self, chunk: int, level: int, seconds: float) -> None:
+    def decoded(self, chunk: int, level: int, seconds: float) -> None:
+        """A chunk was decoded at a level. seconds: the time that it took."""
         found = self.chunks[chunk]
         found.first_level = found.first_level or level
         found.level = level
@@ -171,6 +196,7 @@ class Schedule:
         self._version += 1
 
     def recomputed(self, chunk: int) -> None:
+        """A chunk was recomputed."""
         self.chunks[chunk].text = True
         self._version += 1
 
@@ -178,35 +204,38 @@ class Schedule:
 
     @property
     def complete(self) -> bool:
-        return all(chunk.placed for chunk in self.chunks)
+        """Whether all chunks are in place."""
+        return all(chunk.ready for chunk in self.chunks)
 
     @property
     def refines(self) -> bool:
+        """Whether chunks get finer levels than their first."""
         return self.policy.refines and self.refine != "off"
 
     def left(self, now: float) -> float:
-        """Seconds until the deadline."""
+        """Return the seconds until the deadline; inf without one."""
         return math.inf if self.deadline is None else self.deadline - now
 
     def decode_seconds(self, chunk: Chunk) -> float:
+        """Return the expected time of decoding a chunk; 0 before the first was decoded."""
         return self._decode_per_token * chunk.tokens
 
     def plan(self, now: float, rate: float | None) -> Plan | None:
-        """The plan for the chunks that are missing and may come by wire; None where there is none."""
+        """Return the plan for the missing chunks that can be had; None where there is no such chunk."""
         version, at = self._planned
         if version != self._version or now - at >= PLAN_SECONDS:
             self._plan, self._planned = self._make_plan(now, rate), (self._version, now)
         return self._plan
 
     def _open(self) -> list[Chunk]:
-        """Missing chunks of which something can be had."""
-        return [chunk for chunk in self.chunks if not chunk.placed and chunk.best]
+        """Missing chunks of which at least the base can be had."""
+        return [chunk for chunk in self.chunks if not chunk.ready and chunk.best]
 
     def _make_plan(self, now: float, rate: float | None) -> Plan | None:
         chunks = self._open()
         if not chunks:
             return None
-        lost = sum(self._recompute(chunk) for chunk in self.chunks if not chunk.placed and not chunk.best)
+        lost = sum(self._recompute(chunk) for chunk in self.chunks if not chunk.ready and not chunk.best)
         missing = tuple(self._missing(chunk) for chunk in chunks)
         if not self.decodable:
             rate = None
@@ -236,12 +265,12 @@ class Schedule:
         return self.recompute_seconds(chunk) if self.can_recompute else math.inf
 
     def next_work(self, now: float, rate: float | None) -> Work:
-        """What the thread that decodes shall do."""
+        """Return the next step of the thread that decodes."""
         plan = self.plan(now, rate)
         for chunk in reversed(self.chunks) if self.decodable else ():
-            if not chunk.placed and chunk.have and plan and chunk.have >= min(plan.sure, chunk.best):
+            if not chunk.ready and chunk.have and plan and chunk.have >= min(plan.sure, chunk.best):
                 return Decode(chunk.index, chunk.have)
-        first = next((chunk for chunk in self.chunks if not chunk.placed), None)
+        first = next((chunk for chunk in self.chunks if not chunk.ready), None)
         if first is not None:
             if not first.best:
                 self._decide(first, "text", "no source has it", rate)
@@ -256,7 +285,7 @@ class Schedule:
         return self._mended(now, rate) or finer
 
     def _finer(self, now: float, rate: float | None) -> Work:
-        """What to do once all chunks are in place."""
+        """The next step once all chunks are in place."""
         if not self.generating and (not self.refines or self.left(now) <= 0 or self._enough()):
             return Finished()
         for index in self._order:
@@ -267,7 +296,7 @@ class Schedule:
         return Wait() if under_way or self._refinement(now, rate, 0) else Finished()
 
     def _mended(self, now: float, rate: float | None) -> Work | None:
-        """Recomputing a chunk that stays coarser than it was meant to be, since nobody has its finer parts."""
+        """Recompute a chunk that stays coarser than planned, because no source has its finer parts."""
         if not self.can_recompute or self._enough():
             return None
         for chunk in self.chunks:
@@ -278,12 +307,21 @@ class Schedule:
         return None
 
     def _enough(self) -> bool:
-        """Without an SLO a call returns with the first pass where the rest comes later."""
+        """Whether the call returns after the first pass: without an SLO, refinements come while the model generates."""
         return self.deadline is None and self.refine == "while_generating"
 
     def next_run(self, now: float, rate: float | None, run_bytes: float) -> list[Part]:
-        """What to fetch with one request: the same part of chunks that lie side by side, in their order; empty where
-        nothing is wanted now. The caller fetches it, or says that it was `returned`.
+        """Return what to fetch with one request: the same part of neighbouring chunks, in their order.
+
+        The caller fetches it, or reports that it was `returned`.
+
+        Args:
+            now: The time.
+            rate: The throughput estimate, bytes per second; None before the first sample.
+            run_bytes: Bytes of the request, approximately.
+
+        Returns:
+            Empty where nothing is wanted now.
         """
         run = self._first_pass(now, rate, run_bytes)
         if not run and self.refines and not self._waits():
@@ -294,7 +332,7 @@ class Schedule:
         return sorted(run)
 
     def _waits(self) -> bool:
-        """Whether refinements must not yet compete with the first pass."""
+        """Whether refinements must not compete with the first pass yet."""
         return self._enough() and not self.generating
 
     def _first_pass(self, now: float, rate: float | None, run_bytes: float) -> list[Part]:
@@ -307,7 +345,7 @@ class Schedule:
         for chunk in reversed(self._open()[plan.text :]):
             for part in range(min(plan.sure, chunk.best)):
                 if chunk.lacks(part):
-                    run = self._run(chunk.index, part, 0 if alone else run_bytes, lambda other: not other.placed)
+                    run = self._run(chunk.index, part, 0 if alone else run_bytes, lambda other: not other.ready)
                     for index, _ in run:
                         self._decide(self.chunks[index], f"level {max(plan.sure, part + 1)}", plan.why, rate)
                     return run
@@ -319,7 +357,7 @@ class Schedule:
             chunk = self.chunks[index]
             if not chunk.text and chunk.lacks(part):
                 room = self._room(now, rate) - self.decode_seconds(chunk)
-                # Before anything is measured, and in silence, it is tried: one that comes too late delays nothing.
+                # Before the first sample, and in silence, it is tried: a refinement that is too late delays nothing.
                 nbytes = room * rate if rate and room < math.inf else math.inf
                 if room < 0 or chunk.wire[part] > nbytes:
                     return []
@@ -327,18 +365,18 @@ class Schedule:
         return []
 
     def _room(self, now: float, rate: float | None) -> float:
-        """Seconds left for more transfers, once what is under way is here and decoded."""
+        """Seconds left for more transfers, once the parts under way have arrived and are decoded."""
         nbytes = sum(chunk.wire[part] for chunk in self.chunks for part in chunk.asked)
         decode = sum(self.decode_seconds(chunk) for chunk in self.chunks if chunk.asked or chunk.have > chunk.level)
         left = self._more(now)
         return left - decode - (nbytes / rate if rate else 0.0)
 
     def _more(self, now: float) -> float:
-        """Seconds left for refinements; no deadline holds once the model generates."""
+        """Seconds left for refinements; inf once the model generates."""
         return math.inf if self.generating else self.left(now)
 
     def _run(self, index: int, part: int, run_bytes: float, wanted: Callable[[Chunk], bool]) -> list[Part]:
-        """That part of a chunk, and of those before it as far as they lack it too and `run_bytes` last."""
+        """That part of a chunk, and of its predecessors as far as they lack it and `run_bytes` allow."""
         run, nbytes = [(index, part)], self.chunks[index].wire[part]
         for before in range(index - 1, -1, -1):
             chunk = self.chunks[before]

@@ -1,138 +1,139 @@
-"""From a place to a context that is in place: finds a source that answers, and runs the stream."""
+"""Stream a context: find a source that answers, start fetching, validate, and load.
+
+    open_manifest -> Download.start -> validate -> Loader.run -> Refinement
+
+Fetching starts as soon as the manifest is read. The artifact is validated while its chunks arrive.
+"""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import Limits
-from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError
-from hf_cachegen.finding import ProfileLike
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.codec.context import checked_level
+from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError, UnsupportedModelError
 from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.models.opening import OpenContext, open_manifest, validate
 from hf_cachegen.models.prefix import match, tokens_of
-from hf_cachegen.opening import OpenContext, open_context
-from hf_cachegen.stores import Access, Patience, open_store
-from hf_cachegen.streaming.events import ContextReady, SourceFailed, StreamFinished
-from hf_cachegen.streaming.fetching import abandoned
+from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.profiles.finding import model_folder, profile_of
+from hf_cachegen.stores import open_store
+from hf_cachegen.streaming.download import Download
+from hf_cachegen.streaming.events import ContextReady, StreamFinished
+from hf_cachegen.streaming.layers import LayerWriter
 from hf_cachegen.streaming.link import Link
 from hf_cachegen.streaming.loader import Loader
-from hf_cachegen.streaming.options import Fallback, Place, StreamOptions
+from hf_cachegen.streaming.locations import Location, locations_of
+from hf_cachegen.streaming.meter import TransferMeter
+from hf_cachegen.streaming.options import PathLike, StreamOptions
+from hf_cachegen.streaming.policy import TEXT
 from hf_cachegen.streaming.refine import Refinement
+from hf_cachegen.streaming.session import Session
 from hf_cachegen.streaming.sources import Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 END_SECONDS = 2.0
 """How long a stream that failed or was interrupted waits for its threads."""
-ATTEMPTS = 2
-BACKOFF_SECONDS = 0.05
-"""A stream goes on elsewhere rather than wait."""
-FIRST_HOST_ALONE = ("revision", "subfolder", "headers", "storage_options", "repo_type")
-"""Options of the first place that a fallback does not get: credentials are for those whom they were given for."""
 
 
 def stream_context(
-    path: Place,
-    model: PreTrainedModel,
-    options: StreamOptions,
-    profile: ProfileLike,
-    tokenizer: PreTrainedTokenizerBase | None,
-    limits: Limits | None,
-    access: Mapping[str, Any],
+    path: PathLike, model: PreTrainedModel, options: StreamOptions
 ) -> tuple[OpenContext, KVTensors, Refinement]:
-    """The arguments are those of `CacheGenCache.stream`, and so are the errors."""
-    loader = Loader(model, options, time.monotonic())
-    places = _places(path, options, access)
-    with ExitStack() as resources, ExitStack() as ending:
-        ending.callback(loader.close, END_SECONDS)
-        likely = () if options.prompt is None else tokens_of(*options.prompt)
-        check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, likely=likely)
-        found = _open(loader, resources, places, limits, check)
-        loader.opened(found, _question(found, options))
+    """Stream the context of an artifact into the layers of a model.
+
+    Args:
+        path: The first location of the artifact.
+        model: The model that will use the context.
+        options: See `StreamOptions`.
+
+    Returns:
+        The validated artifact, the keys and values, and what may still refine them.
+
+    Raises:
+        ArtifactError, StoreError, MismatchError, StreamCancelledError: As `CacheGenCache.stream` says.
+    """
+    session = Session.start(model, options)
+    with ExitStack() as ending:
+        download, context = _open(session, model, locations_of(path, options), ending)
+        _check_choice(download, options)
+        writer = LayerWriter(context.artifact.geometry, context.devices or [])
+        loader = Loader(download, writer, context.input_ids, _question_tokens(context, options))
         kv = loader.run(model)
-        ending.pop_all()  # a context that is in place waits for no thread
-        refinement = Refinement(loader, kv, resources.pop_all())
-    loader.tell(ContextReady, refinement.report)
+        ending.pop_all()  # a context that is in place does not wait for its threads
+    refinement = Refinement(loader, kv)
+    session.events.add(ContextReady, refinement.report)
     if options.refine == "while_generating" and loader.more:
         refinement.start()
     else:
         refinement.close()
-        loader.tell(StreamFinished, refinement.report)
-    loader.deliver()
-    return found, kv, refinement
-
-
-def _places(path: Place, options: StreamOptions, access: Mapping[str, Any]) -> list[tuple[Place, Access]]:
-    patience = Patience(ATTEMPTS, options.stall, backoff=BACKOFF_SECONDS, max_wait=options.stall)
-    first = {"patience": patience, **access}
-    others = {name: value for name, value in first.items() if name not in FIRST_HOST_ALONE}
-    return [(path, Access(**first)), *(_fallback(fallback, others) for fallback in options.fallback)]
-
-
-def _fallback(fallback: Fallback, others: Mapping[str, Any]) -> tuple[Place, Access]:
-    place, own = fallback if isinstance(fallback, tuple) else (fallback, {})
-    return place, Access(**{**others, **own})
+        session.events.add(StreamFinished, refinement.report)
+    session.events.deliver()
+    return context, kv, refinement
 
 
 def _open(
-    loader: Loader, resources: ExitStack, places: Sequence[tuple[Place, Access]], limits: Limits | None, check: Any
-) -> OpenContext:
-    """The context from the first place that has it. Raises the first place's error where none has."""
-    failed: Exception | None = None
-    for number, (place, access) in enumerate(places):
+    session: Session, model: PreTrainedModel, locations: Sequence[Location], ending: ExitStack
+) -> tuple[Download, OpenContext]:
+    """Start fetching from the first location whose artifact can be opened and validated.
+
+    `ending` closes the download. Raises the first location's error where there is no such location.
+    """
+    options, first_error = session.options, None
+    likely = () if options.prompt is None else tokens_of(*options.prompt)
+    for number, location in enumerate(locations):
+        download = None
         try:
-            store = open_store(place, access, limits)
-            in_turn = [*places[number:], *places[:number]]
-            found: OpenContext = check(store, on_manifest=partial(_begin, loader, resources, in_turn, limits))
-            return found
-        except (ArtifactError, StoreError) as error:  # noqa: PERF203
-            failed = failed or error
-            loader.tally.failed(str(place), error, None)
-            loader.tell(SourceFailed, str(place), f"{type(error).__name__}: {error}")
-            loader.deliver()
-    raise failed or StoreError("no place to stream from")
+            artifact, sources = _open_sources(session, model, [*locations[number:], *locations[:number]])
+            can_recompute = not positions_change(model.config, 1, artifact.geometry.tokens)
+            download = Download(session, artifact, sources, can_recompute=can_recompute)
+            ending.callback(download.close, END_SECONDS)
+            download.start()
+            return download, validate(artifact, model, options.tokenizer, likely)
+        except (ArtifactError, StoreError) as error:
+            ending.pop_all()
+            if download is not None:
+                download.close()
+            first_error = first_error or error
+            session.source_failed(str(location), error)
+            session.events.deliver()
+    raise first_error or StoreError("there is no location to stream from")
 
 
-def _begin(
-    loader: Loader,
-    resources: ExitStack,
-    places: Sequence[tuple[Place, Access]],
-    limits: Limits | None,
-    artifact: Artifact,
-) -> None:
-    loader.close()  # an earlier place, which failed in between
-
-    def elsewhere(place: Place, access: Access) -> Artifact:
-        return artifact.elsewhere(open_store(place, access, limits))
-
-    sources = []
-    for number, (place, access) in enumerate(places):
-        link = loader.options.link or Link.to(_host(place))
-        get, same = (partial(elsewhere, place, access), artifact) if number else (lambda: artifact, None)
-        sources.append(Source(str(place), get, link, loader.bandwidth, abandoned, same))
-        resources.callback(sources[-1].close)
-    loader.begin(artifact, sources)
+def _open_sources(
+    session: Session, model: PreTrainedModel, locations: Sequence[Location]
+) -> tuple[Artifact, list[Source]]:
+    """Open the manifest at the first location. The others are opened when they are needed."""
+    options = session.options
+    links = [options.link or Link.to(location.host) for location in locations]
+    meters = [TransferMeter([session.bandwidth, link.bandwidth]) for link in links]
+    store = open_store(locations[0].path, locations[0].access, options.limits, meters[0])
+    artifact = open_manifest(store, options.limits)
+    find_profile = partial(profile_of, profile=options.profile, model_folder=model_folder(model))
+    return artifact, [
+        Source(location, link, meter, artifact, find_profile, opened=number == 0)
+        for number, (location, link, meter) in enumerate(zip(locations, links, meters, strict=True))
+    ]
 
 
-def _host(place: Place) -> str:
-    """What the streams to one place share a link to."""
-    parts = urlsplit(os.fspath(place))
-    return f"{parts.scheme}://{parts.netloc}" if parts.scheme and parts.netloc else "elsewhere"
+def _check_choice(download: Download, options: StreamOptions) -> None:
+    """Raise LevelError or UnsupportedModelError for a level that the artifact or the model cannot give."""
+    if options.choice == TEXT and not download.schedule.can_recompute:
+        raise UnsupportedModelError("this model's rotation depends on the whole length: no chunk can be recomputed")
+    if options.choice is not None and options.choice != TEXT:
+        checked_level(options.choice, download.artifact.levels)
 
 
-def _question(found: OpenContext, options: StreamOptions) -> int:
-    """Tokens that follow the context. Raises PromptMismatchError where the prompt has nothing of the context."""
+def _question_tokens(context: OpenContext, options: StreamOptions) -> int:
+    """The number of tokens that follow the context. Raises PromptMismatchError where the prompt shares none with it."""
     if options.prompt is None:
         return options.prompt_tokens
     ids, mask = options.prompt
-    columns = match(found.input_ids[0], ids, mask).columns
-    if columns <= 0:
+    shared = match(context.input_ids[0], ids, mask).columns
+    if shared <= 0:
         raise PromptMismatchError("the prompt does not begin with the context")
-    return int(ids.shape[1]) - columns
+    return int(ids.shape[1]) - shared

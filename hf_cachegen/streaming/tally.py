@@ -1,22 +1,26 @@
-"""Keeps count while a stream runs, and makes its report."""
+"""Count what a stream does, and make its report."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import refine_file
-from hf_cachegen.streaming.prefill_speed import PrefillSpeed
+from hf_cachegen.artifact import refine_file
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
-from hf_cachegen.streaming.schedule import Part, Schedule
+from hf_cachegen.streaming.schedule import Part
+
+if TYPE_CHECKING:
+    from hf_cachegen.streaming.download import Download
 
 LOG = logging.getLogger("hf_cachegen.streaming")
 
 
 class Tally:
-    """Not for several threads at once. ready: seconds until the context was in place. ttft: to the first token."""
+    """The counters of one stream. Not for several threads at once.
+
+    ready: seconds from the call until the context was in place. ttft: until the first token. faults: all failures.
+    """
 
     def __init__(self) -> None:
         self.ready: float | None = None
@@ -29,39 +33,35 @@ class Tally:
         self._chunk_faults: dict[int, list[str]] = defaultdict(list)
 
     def arrived(self, part: Part, nbytes: int, wire: bool, seconds: float) -> None:
+        """Count a part that arrived. wire: not from this disk; seconds: since its first request."""
         self._nbytes[part] = nbytes, wire
         self._transfer[part[0]] = max(seconds, self._transfer.get(part[0], 0.0))
 
     def decoded(self, chunk: int, seconds: float) -> None:
+        """Add the time of decoding a chunk."""
         self._decode[chunk] = self._decode.get(chunk, 0.0) + seconds
 
     def recomputed(self, chunk: int, seconds: float) -> None:
+        """Record the time of recomputing a chunk."""
         self._recompute[chunk] = seconds
 
     def fault(self, chunk: int, what: str) -> None:
-        """A chunk has to do without something, and may stay coarser for it: that shall not go unseen."""
+        """Record and log that a part of a chunk cannot be had, for which it may stay coarser."""
         LOG.warning("chunk %d: %.500s", chunk, what)
         self._chunk_faults[chunk].append(what)
 
-    def failed(self, place: str, error: Exception, part: Part | None) -> None:
-        what = f"{place}: {type(error).__name__}: {error}"
+    def failed(self, location: str, error: Exception, part: Part | None) -> None:
+        """Record and log a failure of a source. part: the part that it gave wrong, if it was one."""
+        what = f"{location}: {type(error).__name__}: {error}"
         self.faults.append(what)
         if part is None:
             LOG.warning("%.500s", what)
         else:
             self.fault(part[0], what)
 
-    def report(
-        self,
-        artifact: Artifact,
-        schedule: Schedule,
-        speed: PrefillSpeed,
-        slo: float | None,
-        rate: float | None,
-        places: Sequence[str],
-        *,
-        finished: bool,
-    ) -> StreamReport:
+    def report(self, download: Download, *, finished: bool) -> StreamReport:
+        """Return the report of a stream. finished: whether nothing more will arrive."""
+        session, artifact, schedule = download.session, download.artifact, download.schedule
         chunks = []
         for chunk in schedule.chunks:
             used = [self._nbytes.get((chunk.index, part), (0, False)) for part in range(chunk.level)]
@@ -78,7 +78,7 @@ class Tally:
                     transfer_seconds=self._transfer.get(chunk.index),
                     decode_seconds=self._decode.get(chunk.index),
                     recompute_seconds=self._recompute.get(chunk.index),
-                    prefill_seconds=speed.seconds(chunk.first, chunk.tokens),
+                    prefill_seconds=session.speed.seconds(chunk.first, chunk.tokens),
                     bytes_per_second=chunk.rate,
                     faults=tuple(self._chunk_faults[chunk.index]),
                 )
@@ -94,12 +94,12 @@ class Tally:
             level=min(levels, default=None),
             load_seconds=self.ready,
             encoding=artifact.report,
-            slo=slo,
+            slo=session.options.slo,
             ttft=self.ttft,
             chunks=tuple(chunks),
             faults=tuple(self.faults),
-            bytes_per_second=rate,
+            bytes_per_second=session.bandwidth.rate(),
             wire_bytes=sum(nbytes for nbytes, wire in self._nbytes.values() if wire),
-            places=tuple(places),
+            sources=download.locations,
             finished=finished,
         )

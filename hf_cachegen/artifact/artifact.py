@@ -1,0 +1,178 @@
+"""Artifacts in files: what the codec makes of tensors, written chunk by chunk, and read the same way.
+
+The one module of this package, with `encoded`, that knows the codec.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.artifact import (
+    BASE_FILE,
+    INPUT_IDS,
+    TOKENS_FILE,
+    ArtifactWriter,
+    Limits,
+    Manifest,
+    Reader,
+    Segment,
+    Store,
+    chunk_name,
+    pack_input_ids,
+    refine_file,
+)
+from hf_cachegen.artifact.encoded import SIDE, EncodedContext, manifest_of, segments_of
+from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.codec import tables
+from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import Transform, transform_of
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, LimitError, ManifestError, ProfileError, TensorError
+
+
+def write(
+    source: Encoder | EncodedContext,
+    directory: str | os.PathLike[str],
+    *,
+    input_ids: Sequence[int] | None = None,
+    fingerprint: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Writes an artifact into `directory`: whole, or not at all. Raises ArtifactExistsError where there is one
+    already.
+    """
+    if input_ids is not None and len(input_ids) != source.geometry.tokens:
+        raise TensorError(f"{len(input_ids)} input_ids for a cache of {source.geometry.tokens} tokens")
+    chunks: Iterable[Sequence[bytes]]
+    if isinstance(source, Encoder):
+        side, chunks = source.codec.side_bytes(), source.chunks()
+    else:
+        side, chunks = source.side, zip(*source.parts, strict=True)
+    with ArtifactWriter(directory, overwrite=overwrite) as writer:
+        for file, name, data in segments_of(side, chunks):
+            writer.add(file, name, data)
+        if input_ids is not None:
+            writer.add(TOKENS_FILE, INPUT_IDS, pack_input_ids(input_ids))
+        report = source.report() if isinstance(source, Encoder) else source.report
+        return writer.commit(manifest_of(source.geometry, source.config, report, fingerprint, source.profile, side))
+
+
+class Artifact:
+    """An opened artifact: its manifest read and checked, its segments verified as they are read.
+
+    Args:
+        source: the store that holds it (`hf_cachegen.stores.open_store`, `LocalStore`), or a reader of it.
+        profile: the profile that decoding takes (`pin` says which), None where it takes none or nothing is decoded.
+            Nothing is searched for here: `hf_cachegen.profiles.finding.profile_of` does that.
+        limits: how large an artifact may claim to be; a reader has its own.
+
+    Raises:
+        ArtifactNotFoundError, ManifestError, LimitError, UnsupportedFormatError: its methods TruncatedError and
+            CorruptError too.
+    """
+
+    def __init__(self, source: Store | Reader, profile: Profile | None = None, *, limits: Limits | None = None):
+        self.reader = source if isinstance(source, Reader) else Reader(source, limits or Limits())
+        self.profile = profile
+        self.store = self.reader.store
+        manifest = self.manifest = self.reader.manifest
+        self.geometry = Geometry.from_dict(manifest.geometry)
+        self.config = _config(manifest.codec)
+        self.fingerprint = manifest.fingerprint
+        self.report = manifest.report
+        expected = [(span.first, span.tokens) for span in spans_of(self.geometry.tokens, self.config.chunk_tokens)]
+        if expected != list(manifest.chunks):
+            raise ManifestError("the chunk table does not match the geometry's tokens and the codec's chunk_tokens")
+        transform = transform_of(self.config)
+        if manifest.levels != transform.levels(self.config):
+            raise ManifestError(f"the codec has {self.config.levels} levels, the files {manifest.levels}")
+        if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
+            raise LimitError(f"decoded, this cache has {self.geometry.nbytes} bytes: above the limit")
+        side = manifest.segment(BASE_FILE, SIDE).length
+        if side not in transform.side_lengths(self.geometry, self.config):
+            raise ManifestError(f"side information of {side} bytes: the geometry's columns take another number")
+        ids = manifest.files.get(TOKENS_FILE)
+        if ids and ids.segments[0].length != 8 * self.geometry.tokens:
+            raise ManifestError("the number of input_ids is not the geometry's number of tokens")
+
+    def with_profile(self, profile: Profile | None) -> Artifact:
+        """The same opened artifact, ready to be decoded with this profile."""
+        return Artifact(self.reader, profile)
+
+    @property
+    def levels(self) -> int:
+        return self.manifest.levels
+
+    @property
+    def input_ids(self) -> list[int] | None:
+        """The context's token ids, None where they were not stored."""
+        return self.reader.input_ids()
+
+    def nbytes_at(self, level: int | None = None) -> int:
+        """Bytes that a loader of `level` fetches, everything counted; None: all that is stored."""
+        return self.reader.nbytes_at(level)
+
+    def segments(self, chunk: int, level: int) -> list[Segment]:
+        """The segments of a chunk that decoding it at `level` takes: the base's, then the refinements'."""
+        files = [BASE_FILE, *(refine_file(number) for number in range(1, level))]
+        return [self.manifest.segment(file, chunk_name(chunk)) for file in files]
+
+    def _parts(self, chunk: int, level: int) -> list[bytes]:
+        return [self.reader.read(segment) for segment in self.segments(chunk, level)]
+
+    def _prefetch(self, level: int) -> None:
+        chunks = (segment for index in range(len(self.manifest.chunks)) for segment in self.segments(index, level))
+        self.reader.prefetch([self.manifest.segment(BASE_FILE, SIDE), *chunks])
+
+    def _side(self) -> bytes:
+        return self.reader.read(self.manifest.segment(BASE_FILE, SIDE))
+
+    def read(self) -> EncodedContext:
+        """Everything, verified, in memory."""
+        self._prefetch(self.levels)
+        chunks = [self._parts(chunk, self.levels) for chunk in range(len(self.manifest.chunks))]
+        parts = tuple(zip(*chunks, strict=True))
+        profile = None if self.pin is None else self.profile
+        return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, profile)
+
+    @property
+    def pin(self) -> Pin | None:
+        """What the manifest says of the profile that decoding needs, None where it needs none."""
+        return Pin.from_codec(self.manifest.codec) if transform_of(self.config).needs_profile else None
+
+    def codec(self) -> Transform:
+        """What decodes the chunks; fetches the side information. Raises ProfileError where it takes another profile."""
+        pin = self.pin
+        if pin is not None and self.profile is None:
+            raise ProfileError(f"this artifact needs {pin}: pass it as profile=")
+        return codec_of(self.geometry, self.config, self._side(), self.profile)
+
+    def decode(
+        self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(keys, values) at `level` (default: the finest), read, verified and decoded chunk by chunk."""
+        level = checked_level(level, self.levels)
+        self._prefetch(level)
+        spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
+        return decode_chunks(self.codec(), self.geometry, spans, lambda c: self._parts(c, level), device, progress)
+
+
+def _config(codec: dict[str, Any]) -> CacheGenConfig:
+    if codec.get("codebook") != tables.SHIPPED_CODEBOOK:
+        raise ManifestError(f"codec.codebook is {codec.get('codebook')!r:.80}, expected {tables.SHIPPED_CODEBOOK!r}")
+    if not isinstance(codec.get("config"), dict):
+        raise ManifestError("codec.config must be an object")
+    try:
+        config = CacheGenConfig.from_dict(codec["config"])
+        transform_of(config)
+    except (ConfigError, TypeError) as error:
+        raise ManifestError(f"codec.config: {error}") from error
+    return config

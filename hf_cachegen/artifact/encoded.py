@@ -1,0 +1,126 @@
+"""An artifact in memory: an encoded context with what its files and its manifest will say.
+
+`encode_kv` and `decode_kv` are the codec's `Encoder` and `decode_chunks` for all chunks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cachegen._version import __version__
+from hf_cachegen.artifact.manifest import BASE_FILE, Manifest, chunk_name, nbytes_at, refine_file
+from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.writer import artifact_sizes
+from hf_cachegen.codec import tables
+from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.transforms import transform_of
+from hf_cachegen.config import CacheGenConfig
+
+SIDE = "side"
+"""Name of the segment with the side information, the first of the base file."""
+WRITER = f"hf_cachegen {__version__}"
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """A context's KV cache, encoded, in memory.
+
+    `parts[p][c]` are the bytes of chunk c in part p (0: the base, then the refinements); `report` says what it cost;
+    `profile` is that of the klt transform, which is kept once for a model and not counted in any context's size.
+    """
+
+    geometry: Geometry
+    config: CacheGenConfig
+    side: bytes
+    parts: tuple[tuple[bytes, ...], ...]
+    report: dict[str, Any] = field(default_factory=dict)
+    profile: Profile | None = None
+
+    @property
+    def levels(self) -> int:
+        return len(self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that a user would store: all files, their headers and the manifest."""
+        return nbytes_at(self._sizes())
+
+    def nbytes_at(self, level: int) -> int:
+        """Bytes of everything that a loader of `level` must fetch. Raises LevelError."""
+        return nbytes_at(self._sizes(), level)
+
+    def _sizes(self) -> dict[str, int]:
+        manifest = manifest_of(self.geometry, self.config, self.report, None, self.profile, self.side)
+        lengths = [
+            (file, name, len(data)) for file, name, data in segments_of(self.side, zip(*self.parts, strict=True))
+        ]
+        return artifact_sizes(manifest, lengths)
+
+
+def encode_kv(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    config: CacheGenConfig | None = None,
+    profile: Profile | None = None,
+    *,
+    layers: Sequence[LayerGeometry] | None = None,
+    progress: bool = False,
+) -> EncodedContext:
+    """Encodes keys and values (see `Encoder` for shapes and errors) in memory."""
+    encoder = Encoder(keys, values, config, profile, layers=layers, progress=progress)
+    parts, side = tuple(zip(*encoder.chunks(), strict=True)), encoder.codec.side_bytes()
+    return EncodedContext(encoder.geometry, encoder.config, side, parts, encoder.report(), encoder.profile)
+
+
+def decode_kv(
+    encoded: EncodedContext, level: int | None = None, device: torch.device | str | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(keys, values) at `level` (default: the finest), in the dtype they had, on `device` (default: the CPU).
+
+    Raises LevelError, TruncatedError or CorruptError.
+    """
+    level = checked_level(level, encoded.levels)
+    codec = codec_of(encoded.geometry, encoded.config, encoded.side, encoded.profile)
+    spans = spans_of(encoded.geometry.tokens, encoded.config.chunk_tokens)
+    return decode_chunks(
+        codec, encoded.geometry, spans, lambda c: [part[c] for part in encoded.parts[:level]], device, False
+    )
+
+
+def segments_of(side: bytes, chunks: Iterable[Sequence[bytes]]) -> Iterator[tuple[str, str, bytes]]:
+    """(file, name, bytes) of every segment, in the order of writing."""
+    yield BASE_FILE, SIDE, side
+    for index, parts in enumerate(chunks):
+        for part, data in enumerate(parts):
+            yield (refine_file(part) if part else BASE_FILE), chunk_name(index), data
+
+
+def manifest_of(
+    geometry: Geometry,
+    config: CacheGenConfig,
+    report: dict[str, Any],
+    fingerprint: dict[str, Any] | None,
+    profile: Profile | None,
+    side: bytes,
+) -> Manifest:
+    """The manifest, its files not yet known."""
+    codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
+    if profile is not None:
+        codec["profile"] = Pin.of(profile).to_dict()
+    return Manifest(
+        geometry=geometry.to_dict(),
+        codec=codec,
+        chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
+        report=report,
+        fingerprint=fingerprint,
+        required=transform_of(config).features(side, geometry, config, profile),
+        writer=WRITER,
+    )

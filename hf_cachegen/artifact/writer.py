@@ -1,0 +1,282 @@
+"""Writes an artifact so that at every moment there is a whole one in the directory, or none.
+
+Segments stream through: each goes to its file's spool (nameless, in the same directory), so memory holds one segment at
+a time and neither their number nor their lengths need be known. `commit` puts header and spool together under a
+temporary name, syncs, and only when every file is on the disk:
+
+    1. removes the old manifest, if there is one     from here to 4 the directory holds no artifact
+    2. renames the files
+    3. syncs the directory
+    4. renames the manifest                          from here it holds the new one
+    5. removes the old artifact's leftover files
+
+A new file never stands beside the old manifest, and a crash between 1 and 4 leaves something that no reader opens.
+(The other way, exchanging whole directories, would carry off the user's own files that lie beside the artifact.)
+Whatever fails before 1 leaves the old artifact as it was. A lock on the directory keeps a second writer out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from hf_cachegen.artifact import header
+from hf_cachegen.artifact.manifest import (
+    DEFAULT_LIMITS,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    Limits,
+    Manifest,
+    check_file_name,
+    digest,
+    dumps,
+    is_own_file,
+    loads,
+    tile,
+)
+from hf_cachegen.errors import ArtifactError, ArtifactExistsError, TensorError
+
+_COPY_BYTES = 1 << 20
+_PARTIAL = re.compile(r"\.(.+)\.partial")
+
+
+class ArtifactWriter:
+    """Writes one artifact into `directory`, which is made if need be.
+
+    with ArtifactWriter(directory) as writer:
+        writer.add("base.safetensors", "chunk-00000", stream)
+        writer.commit(manifest)
+
+    Without `commit`, leaving the block leaves no trace. Raises ArtifactExistsError where files of an artifact stand
+    already (with overwrite=True they are replaced; other files are never touched) or another writer is at work, and
+    OSError as it comes (disk full, no permission).
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, overwrite: bool = False, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._path = Path(os.path.expanduser(directory))
+        self._overwrite = overwrite
+        self._limits = limits
+        self._spools: dict[str, BinaryIO] = {}
+        self._segments: dict[str, list[tuple[str, int, str]]] = {}
+        self._made: list[Path] = []
+        self._directory = -1
+        self._old: set[str] = set()
+
+    def __enter__(self) -> ArtifactWriter:
+        self._made = _make(self._path)
+        try:
+            self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            self._unmake()
+            raise
+        try:
+            _lock(self._directory, self._path)
+            self._old = self._take_stock()
+        except BaseException:
+            os.close(self._directory)
+            self._unmake()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for spool in self._spools.values():
+            with contextlib.suppress(OSError):  # on a full disk the rest of its buffer, which nobody needs any more
+                spool.close()
+        try:
+            for name in os.listdir(self._directory):
+                partial = _PARTIAL.fullmatch(name)
+                if partial and partial[1] in (*self._segments, MANIFEST_FILE):
+                    os.unlink(name, dir_fd=self._directory)
+        finally:
+            os.close(self._directory)
+            self._unmake()
+
+    def add(self, file: str, name: str, data: bytes | memoryview) -> None:
+        """Appends the segment `name` to `file`; files may be filled in any order, and in turns."""
+        if file not in self._spools:
+            check_file_name(file)
+            self._refuse_existing(file)
+            self._segments[file] = []
+            self._spools[file] = self._create(file)
+            os.unlink(
+                _partial(file), dir_fd=self._directory
+            )  # the spool lives on without a name; a crash leaves nothing
+        self._segments[file].append((name, memoryview(data).nbytes, digest(data)))
+        self._spools[file].write(data)
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Puts the artifact in its place; `manifest` comes without files, and is returned with them."""
+        manifest = replace(manifest, files={file: tile(file, rows) for file, rows in self._segments.items()})
+        data = dumps(manifest)
+        loads(data, self._limits, manifest.required)  # nothing is written that could not be read
+        for file, rows in self._segments.items():
+            spool = self._spools[file]
+            spool.seek(0)
+            with self._create(file) as out:
+                out.write(header.build(file, [(name, length) for name, length, _ in rows]))
+                shutil.copyfileobj(spool, out, _COPY_BYTES)
+                _sync(out)
+        with self._create(MANIFEST_FILE) as out:
+            out.write(data)
+            _sync(out)
+        self._swap()
+        return manifest
+
+    def _swap(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(MANIFEST_FILE, dir_fd=self._directory)
+            os.fsync(self._directory)
+        # A signature is of what it stood beside. (What cannot be removed signs nothing of this artifact.)
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            os.unlink(SIGNATURE_FILE, dir_fd=self._directory)
+        for file in self._segments:
+            self._rename(file)
+        os.fsync(self._directory)
+        self._rename(MANIFEST_FILE)
+        os.fsync(self._directory)
+        for file in self._old - self._segments.keys():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file, dir_fd=self._directory)
+        for made in self._made:
+            _sync_directory(made.parent)
+        self._made, self._segments = [], {}
+
+    def _take_stock(self) -> set[str]:
+        """The data files that the old artifact, if there is a readable one, calls its own.
+
+        What a killed writer left of its temporary files is removed.
+        """
+        for name in os.listdir(self._directory):
+            partial = _PARTIAL.fullmatch(name)
+            if partial and is_own_file(partial[1]):
+                os.unlink(name, dir_fd=self._directory)
+        self._refuse_existing(MANIFEST_FILE)
+        try:
+            # O_NONBLOCK: a pipe of that name must not be waited for.
+            manifest = os.open(MANIFEST_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
+            with os.fdopen(manifest, "rb") as file:
+                old = loads(file.read(self._limits.max_header_bytes + 1), self._limits)
+        except (OSError, ArtifactError):
+            return set()
+        return {name for name in old.files if is_own_file(name)}
+
+    def _refuse_existing(self, name: str) -> None:
+        try:
+            found = os.lstat(name, dir_fd=self._directory)
+        except FileNotFoundError:
+            return
+        if not self._overwrite:
+            raise ArtifactExistsError(
+                f"{self._path / name} exists; choose another directory, or pass overwrite=True to replace the artifact"
+            )
+        if stat.S_ISDIR(found.st_mode):
+            raise ArtifactExistsError(
+                f"{self._path / name} is a directory and cannot be replaced by a file; move it away"
+            )
+
+    def _create(self, name: str) -> BinaryIO:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return os.fdopen(os.open(_partial(name), flags, 0o666, dir_fd=self._directory), "w+b")
+
+    def _rename(self, name: str) -> None:
+        os.rename(_partial(name), name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
+    def _unmake(self) -> None:
+        """Removes the directories that this writer made and did not fill."""
+        with contextlib.suppress(OSError):  # somebody may have put something there meanwhile
+            for made in reversed(self._made):
+                made.rmdir()
+
+
+def write_artifact(
+    directory: str | os.PathLike[str],
+    manifest: Manifest,
+    segments: Iterable[tuple[str, str, bytes]],
+    *,
+    overwrite: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Manifest:
+    """Writes segments (file, name, bytes), taken one at a time, and then `manifest`; see ArtifactWriter."""
+    with ArtifactWriter(directory, overwrite=overwrite, limits=limits) as writer:
+        for file, name, data in segments:
+            writer.add(file, name, data)
+        return writer.commit(manifest)
+
+
+def artifact_sizes(manifest: Manifest, lengths: Iterable[tuple[str, str, int]]) -> dict[str, int]:
+    """Exact size in bytes of every file, the manifest's included, that `write_artifact` would write.
+
+    lengths: (file, segment name, length in bytes), in the order of writing. Pure: nothing is read or written.
+    """
+    rows: dict[str, list[tuple[str, int, str]]] = {}
+    for file, name, length in lengths:
+        rows.setdefault(file, []).append((name, length, "0" * 32))
+    files = {file: tile(file, segments) for file, segments in rows.items()}
+    sizes = {file: entry.size for file, entry in files.items()}
+    return {**sizes, MANIFEST_FILE: len(dumps(replace(manifest, files=files)))}
+
+
+def pack_input_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as the I64 little-endian bytes of the segment `input_ids`; TensorError for what is no token id."""
+    try:
+        packed = array("q", ids)
+    except (TypeError, OverflowError) as error:
+        raise TensorError(f"input_ids must be whole numbers below 2^63: {error}") from error
+    if packed and min(packed) < 0:
+        raise TensorError(f"input_ids must not be negative, got {min(packed)}")
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _partial(name: str) -> str:
+    return f".{name}.partial"
+
+
+def _make(path: Path) -> list[Path]:
+    """Makes the directory and its parents; returns those that were not there, outermost first."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ArtifactExistsError(f"{path} is not a directory; an artifact is a directory of files") from error
+    return missing[::-1]
+
+
+def _lock(directory: int, path: Path) -> None:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise ArtifactExistsError(f"another writer is at work in {path}; wait for it, or choose another") from error
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # some network file systems have no locks
+            raise ArtifactError(f"cannot lock {path}: {error}") from error
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,145 @@
+"""A context's tensors <-> its side information and the parts of its chunks, one chunk in memory at a time.
+
+Keys and values are per-layer lists of [batch, heads, tokens, head_dim]. An `Encoder` gives the bytes of one chunk after
+the other, `decode_chunks` takes them in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import ContextRows, empty_kv, geometry_of, spans_of
+from hf_cachegen.codec.transforms import Transform, transform_of
+from hf_cachegen.codec.transforms.choosing import resolved
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import CorruptError, LevelError, TruncatedError
+
+
+class Encoder:
+    """Encodes one context: checks and measures it when made, then gives its chunks one by one.
+
+    keys[i] [batch, heads, tokens, k_dim] and values[i] [batch, v_heads, tokens, v_dim] of layer i: one dtype
+    (bfloat16, float16 or float32), any devices. config: default CacheGenConfig(). layers: their geometry where they
+    are not all of kind "full". Raises TensorError for tensors that do not fit together or are not finite (lossless
+    keeps those), ConfigError for klt without a profile, ProfileError for another model's.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        config: CacheGenConfig | None = None,
+        profile: Profile | None = None,
+        *,
+        layers: Sequence[LayerGeometry] | None = None,
+        progress: bool = False,
+    ):
+        config = config or CacheGenConfig()
+        self.geometry, self.progress = geometry_of(keys, values, layers), progress
+        self.rows = ContextRows(keys, values, self.geometry, spans_of(self.geometry.tokens, config.chunk_tokens))
+        self.config = resolved(self.rows, config, profile)
+        transform = transform_of(self.config)
+        self.profile = profile if transform.needs_profile else None
+        self.codec, self._bits = transform.fit(self.rows, self.config, self.profile)
+        levels, vectors = transform.levels(self.config), 2 * len(self.geometry.layers)
+        self._bytes = [len(self.codec.side_bytes())] + [0] * (levels - 1)
+        self._errors = torch.zeros(levels, vectors, dtype=torch.float64)
+        self._energy = torch.zeros(vectors, dtype=torch.float64)
+
+    def chunks(self) -> Iterator[list[bytes]]:
+        """The bytes of every part, chunk by chunk."""
+        count = len(self.rows.spans)
+        for rows, span in tqdm(self.rows.chunks(), "encode", count, unit="chunk", disable=not self.progress):
+            parts = self.codec.encode(rows, span)
+            for part, data in enumerate(parts):
+                self._bytes[part] += len(data)
+            if self.config.measure:
+                self._measure(rows.cpu(), span)
+            yield parts
+
+    def _measure(self, rows: Tensor, span: Span) -> None:
+        exact, owner = rows.double(), self.rows.columns.vectors
+        self._energy.index_add_(0, owner, exact.square().nan_to_num().sum(0))
+        for level, decoded in enumerate(self.codec.approximations(rows, span)):
+            difference = decoded.to(rows.dtype).double().sub_(exact).nan_to_num_()
+            self._errors[level].index_add_(0, owner, difference.square_().sum(0))
+
+    def report(self) -> dict[str, Any]:
+        """What encoding cost, complete once `chunks` is exhausted; every list has one number per level."""
+        elements = self.geometry.elements
+        sizes = torch.tensor(self._bytes).cumsum(0).tolist()
+        errors = (self._errors / self._energy.clamp_min(1e-300)).sqrt()
+        bits = self._bits_by_vector()
+        layers = []
+        for index, layer in enumerate(self.geometry.layers):
+            row: dict[str, Any] = {}
+            for offset, kind, channels in ((0, "k", layer.k_channels), (1, "v", layer.v_channels)):
+                count = channels * self.geometry.batch * self.geometry.tokens
+                if bits is not None:
+                    row[f"{kind}_bits"] = [round(b / count, 4) for b in bits[:, 2 * index + offset].tolist()]
+                if self.config.measure:
+                    row[f"{kind}_error"] = [round(e, 6) for e in errors[:, 2 * index + offset].tolist()]
+            layers.append(row)
+        found: dict[str, Any] = {
+            "elements": elements,
+            "bytes_per_level": sizes,
+            "bits_per_element": [round(8 * size / elements, 4) for size in sizes],
+            "layers": layers,
+        }
+        if self.profile is not None and (kl := self.profile.divergences) is not None:
+            found["profile_kl"] = kl
+        return found
+
+    def _bits_by_vector(self) -> Tensor | None:
+        """Bits up to each level, [levels, vectors]; a joint basis has none of its own for a layer."""
+        if self._bits is None:
+            return None
+        totals = torch.zeros(self._bits.shape[0], len(self._energy), dtype=torch.float64)
+        return totals.index_add_(1, self.rows.columns.vectors, self._bits).cumsum(0)
+
+
+def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Transform:
+    """The fitted transform that wrote this side information. Raises CorruptError, TruncatedError, ProfileError.
+
+    Nothing is built for any channel before there are as many bytes as such channels take.
+    """
+    transform = transform_of(config)
+    lengths = transform.side_lengths(geometry, config)
+    if len(side) not in lengths:
+        message = f"the side information has {len(side)} bytes; that of this geometry has {lengths[0]} or more"
+        raise (TruncatedError if len(side) < lengths[0] else CorruptError)(message)
+    return transform.from_side(side, geometry, config, profile)
+
+
+def checked_level(level: int | None, levels: int) -> int:
+    """`level`, or the finest for None. Raises LevelError."""
+    if level is None:
+        return levels
+    if not isinstance(level, int) or isinstance(level, bool) or not 1 <= level <= levels:
+        raise LevelError(f"level must be a whole number from 1 to {levels} for this artifact, got {level!r}")
+    return level
+
+
+def decode_chunks(
+    codec: Transform,
+    geometry: Geometry,
+    spans: Sequence[Span],
+    parts_of: Callable[[int], list[bytes]],
+    device: torch.device | str | None,
+    progress: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(keys, values) from the parts of each chunk, decoded one by one straight into their tensors."""
+    found = empty_kv(geometry, [device] * len(geometry.layers))
+    target = Target.layers(found)
+    for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
+        codec.decode_into(parts_of(index), span, target, span.first)
+    return found[::2], found[1::2]

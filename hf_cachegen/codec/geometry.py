@@ -1,0 +1,149 @@
+"""The shape of a context's KV cache: what must be known before a byte of it is decoded.
+
+Plain numbers without torch, so that a manifest can be checked before anything is allocated. For layer i the keys are
+[batch, heads, tokens, k_dim] and the values [batch, v_heads, tokens, v_dim]; K and V differ where attention is latent
+(MLA: K is the latent, V the rotated key).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from hf_cachegen.errors import LimitError, ManifestError, TensorError
+
+LayerKind = Literal["full", "sliding", "mla"]
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""The dtypes that a cache may have, and bytes per element of each."""
+
+MAX_LAYERS = 1 << 12
+MAX_HEADS = 1 << 14
+MAX_DIM = 1 << 16
+MAX_TOKENS = 1 << 24
+MAX_BATCH = 1 << 12
+MAX_ELEMENTS = 1 << 42
+"""Ceilings far above any real model, so that no product of hostile counts is believed."""
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Heads and dims of one layer's keys and values; `window` is the sliding window in tokens, for that kind alone.
+
+    Raises TensorError for a value that no cache has, LimitError for one above the ceilings.
+    """
+
+    kind: LayerKind
+    heads: int
+    k_dim: int
+    v_heads: int
+    v_dim: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in get_args(LayerKind):
+            raise TensorError(f"a layer's kind must be one of {get_args(LayerKind)}, got {self.kind!r}")
+        for name, ceiling in (("heads", MAX_HEADS), ("k_dim", MAX_DIM), ("v_heads", MAX_HEADS), ("v_dim", MAX_DIM)):
+            _require_count(name, getattr(self, name), ceiling)
+        if (self.window is not None) != (self.kind == "sliding"):
+            raise TensorError(
+                f"a layer has a window exactly when it is sliding, got {self.kind!r} with {self.window!r}"
+            )
+        if self.window is not None:
+            _require_count("window", self.window, MAX_TOKENS)
+
+    @property
+    def k_channels(self) -> int:
+        """Columns of the layer's keys for one row of the batch."""
+        return self.heads * self.k_dim
+
+    @property
+    def v_channels(self) -> int:
+        """Columns of the layer's values for one row of the batch."""
+        return self.v_heads * self.v_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> LayerGeometry:
+        """The inverse of `to_dict`, for untrusted JSON; unknown keys are ignored. Raises ManifestError, LimitError."""
+        names = ("kind", "heads", "k_dim", "v_heads", "v_dim")
+        fields = _require_fields("a layer of the geometry", values, names)
+        try:
+            return cls(**fields, window=values.get("window"))
+        except TensorError as error:
+            raise ManifestError(f"geometry: {error}") from error
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All layers' geometry, the number of tokens and of rows, and the dtype by its name ("bfloat16").
+
+    Raises TensorError for a value that no cache has, LimitError for one above the ceilings.
+    """
+
+    layers: tuple[LayerGeometry, ...]
+    tokens: int
+    batch: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, tuple) or not all(isinstance(layer, LayerGeometry) for layer in self.layers):
+            raise TensorError("layers must be a tuple of LayerGeometry")
+        _require_count("number of layers", len(self.layers), MAX_LAYERS)
+        _require_count("tokens", self.tokens, MAX_TOKENS)
+        _require_count("batch", self.batch, MAX_BATCH)
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
+            raise TensorError(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {self.dtype!r}")
+        if self.elements > MAX_ELEMENTS:
+            raise LimitError(f"the cache would have {self.elements} elements, more than {MAX_ELEMENTS}")
+
+    @property
+    def channels(self) -> int:
+        """Numbers in the keys and values of one token, of all rows of the batch."""
+        return self.batch * sum(layer.k_channels + layer.v_channels for layer in self.layers)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all keys and values."""
+        return self.tokens * self.channels
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the exact cache."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {**asdict(self), "layers": [layer.to_dict() for layer in self.layers]}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Geometry:
+        """The inverse of `to_dict`, for untrusted JSON; unknown keys are ignored. Raises ManifestError, LimitError."""
+        fields = _require_fields("geometry", values, ("layers", "tokens", "batch", "dtype"))
+        if not isinstance(fields["layers"], list):
+            raise ManifestError(f"geometry: layers must be a list, got {type(fields['layers']).__name__}")
+        if len(fields["layers"]) > MAX_LAYERS:
+            raise LimitError(f"geometry: {len(fields['layers'])} layers, more than {MAX_LAYERS}")
+        layers = tuple(LayerGeometry.from_dict(layer) for layer in fields.pop("layers"))
+        try:
+            return cls(layers=layers, **fields)
+        except TensorError as error:
+            raise ManifestError(f"geometry: {error}") from error
+
+
+def _require_count(name: str, value: Any, ceiling: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise TensorError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
+    if value > ceiling:
+        raise LimitError(f"{name} is above {ceiling}")
+
+
+def _require_fields(where: str, values: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ManifestError(f"{where} must be an object, got {type(values).__name__}")
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ManifestError(f"{where} lacks {missing}")
+    return {name: values[name] for name in names}

@@ -1,0 +1,277 @@
+"""Profile: the arrays that were learnt about one model, so that its caches code small: basis, step and table entries.
+
+With x the rows of a group of layers' K (rotation undone) or V less their mean, coefficients are y = x W and rows come
+back as x = y U. F [heads, dim, dim] is how sensitive the model's own continuation is to an error in each head
+(`profiles/learning`), with a floor; U has the eigenvectors of the covariance of x F^(1/2), times F^(-1/2), so W = F U^T
+need not be kept. In this space every coefficient of every layer costs the same divergence per squared error: one step
+serves all.
+
+A profile is one safetensors file; its digest names it in the side information of the caches that need it. Reading and
+writing such files, and publishing them, is not done here (`hf_cachegen/profiles`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.errors import ProfileError
+
+PROFILE_VERSION = 1
+MAX_HEADER_BYTES = 1 << 25
+"""Of a file's safetensors header: some thousand layers' worth."""
+LARGEST_NUMBER = 1e15
+"""Of means, sensitivities and frequencies; a real profile's are of order 1, or of its model's keys and values."""
+LARGEST_SCALING = 1e3
+RotaryStyle = Literal["none", "half", "interleaved"]
+P = TypeVar("P", bound="Profile")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The model's rotation of keys, where it is known: channel pairs (i, i + r/2) for "half", (2i, 2i + 1) for
+    "interleaved", of the first r channels of a head, by position times inv_freq float64 [r/2]; keys are also scaled by
+    `scaling`.
+    """
+
+    style: RotaryStyle
+    inv_freq: Tensor
+    scaling: float = 1.0
+
+    def apply(self, keys: Tensor, positions: Tensor, sign: int) -> Tensor:
+        """keys float32 [tokens, heads, dim] rotated (sign 1) or rotated back (sign -1), positions int64 [tokens]."""
+        return self.turn(keys, self.angles(positions), sign)
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Cosines and sines at positions int64 [tokens]: float32 [2, tokens, 1, r/2]."""
+        angle = positions.to(torch.float64)[:, None, None] * self.inv_freq.to(positions.device)
+        return torch.stack([angle.cos(), angle.sin()]).float()
+
+    def turn(self, keys: Tensor, angles: Tensor, sign: int) -> Tensor:
+        """As `apply`, with the angles of the positions already known."""
+        if self.style == "none":
+            return keys
+        cos, sin = angles[0], sign * angles[1]
+        if self.scaling != 1:
+            cos, sin = cos * self.scaling**sign, sin * self.scaling**sign
+        width = 2 * len(self.inv_freq)
+        part, turned = keys[..., :width], torch.empty_like(keys)
+        turned[..., width:] = keys[..., width:]
+        half = slice(0, width // 2), slice(width // 2, width)
+        first, second = half if self.style == "half" else (slice(0, width, 2), slice(1, width, 2))
+        a, b = part[..., first], part[..., second]
+        torch.mul(a, cos, out=turned[..., first]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=turned[..., second]).addcmul_(a, sin)
+        return turned
+
+
+@dataclass(frozen=True)
+class Group:
+    """A joint basis: layers [first, first + count) of K (kind 0) or V (kind 1).
+
+    sensitivity float32 [heads of all its layers, dim, dim]; synthesis float32 [components, channels].
+    """
+
+    kind: int
+    first: int
+    count: int
+    sensitivity: Tensor
+    synthesis: Tensor
+
+    @cached_property
+    def analysis(self) -> Tensor:
+        """W = F U^T, float32 [channels, components]."""
+        heads, dim, _ = self.sensitivity.shape
+        columns = self.synthesis.mT.reshape(heads, dim, -1)
+        return torch.bmm(self.sensitivity, columns).reshape(heads * dim, -1).contiguous()
+
+
+class FileHashes(NamedTuple):
+    """XXH3-128 and SHA-256 of a profile's file, in hex, and its length in bytes."""
+
+    digest: str
+    sha256: str
+    nbytes: int
+
+    @classmethod
+    def of(cls, data: bytes) -> FileHashes:
+        """The hashes of these bytes."""
+        return cls(xxhash.xxh3_128_hexdigest(data), hashlib.sha256(data).hexdigest(), len(data))
+
+
+@dataclass(eq=False)
+class Profile:
+    """Everything that the klt transform needs of one model. Its arrays are constants: what is derived from them is
+    computed once.
+
+    means float32 [channels of all layers]; step_code: the finest step, as `codec.quantize` codes it; base_entries uint8
+    [components] and refine_entries uint8 [levels - 1, components] name tables of the shipped codebook; `about` says
+    which model (its fingerprint), from how much text, and the divergence measured at each level; place: the repository
+    and commit (hf://...) that it was loaded from or pushed to, if any, which artifacts made with it will name; read:
+    the hashes of the file that it was read from, if any. `dataclasses.replace` keeps neither of the last two.
+    """
+
+    layers: tuple[LayerGeometry, ...]
+    rotary: Rotary
+    means: Tensor
+    groups: tuple[Group, ...]
+    step_code: int
+    base_entries: Tensor
+    refine_entries: Tensor
+    about: dict[str, Any]
+    place: str | None = field(init=False, default=None)
+    read: FileHashes | None = field(init=False, default=None)
+
+    @property
+    def levels(self) -> int:
+        return 1 + len(self.refine_entries)
+
+    @property
+    def divergences(self) -> list[float] | None:
+        """KL of each level, nats per token of the samples that were held out when learning; None if it does not say."""
+        measured = self.about.get("measured")
+        rows = measured if isinstance(measured, list) else []
+        found = [kl for row in rows if isinstance(row, dict) and isinstance(kl := row.get("kl"), float)]
+        sound = len(found) == len(rows) == self.levels and all(0 <= kl < math.inf for kl in found)
+        return found if sound else None
+
+    @property
+    def entries(self) -> Tensor:
+        """uint8 [levels, components]: the table entries of the base and of each refinement."""
+        return torch.cat([self.base_entries[None], self.refine_entries])
+
+    @property
+    def model(self) -> str:
+        """Name of the model, "" where the profile does not say."""
+        return str(self.about.get("model") or "")
+
+    @property
+    def digest(self) -> str:
+        """XXH3-128 of the file, in hex."""
+        return self.hashes.digest
+
+    @cached_property
+    def hashes(self) -> FileHashes:
+        """Of the file that it was read from, else of the one that `to_bytes` gives."""
+        return self.read or FileHashes.of(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file. The basis is kept in float16; its numbers are of order 1."""
+        tensors = {
+            "means": self.means, "inv_freq": self.rotary.inv_freq, "base_entries": self.base_entries,
+            "refine_entries": self.refine_entries,
+        }  # fmt: skip
+        for index, group in enumerate(self.groups):
+            tensors[f"sensitivity-{index}"] = group.sensitivity
+            tensors[f"synthesis-{index}"] = group.synthesis.half()
+        described = {
+            "version": PROFILE_VERSION,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "rotary": {"style": self.rotary.style, "scaling": self.rotary.scaling},
+            "groups": [[group.kind, group.first, group.count] for group in self.groups],
+            "step_code": self.step_code,
+            "about": self.about,
+        }
+        return save_tensors(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            {"cachegen_profile": json.dumps(described, sort_keys=True)},
+        )
+
+    @classmethod
+    def from_bytes(cls: type[P], data: bytes, place: str | None = None) -> P:
+        """Read the bytes of a file; place: its repository and commit, if any.
+
+        Raises ProfileError for bytes that are no profile, or one that contradicts itself.
+        """
+        try:
+            length = int.from_bytes(data[:8], "little")
+            if length > MAX_HEADER_BYTES:
+                raise ProfileError(f"a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
+            header = json.loads(data[8 : 8 + length])
+            described = json.loads(header["__metadata__"]["cachegen_profile"])
+            tensors = load_tensors(data)
+            if any(x.dtype != torch.float16 for name, x in tensors.items() if name.startswith("synthesis-")):
+                raise ProfileError("the basis must be float16")
+            if described["version"] != PROFILE_VERSION:
+                raise ProfileError(f"a profile of version {described['version']}; this release reads {PROFILE_VERSION}")
+            groups = tuple(
+                Group(int(kind), int(first), int(count), tensors[f"sensitivity-{i}"], tensors[f"synthesis-{i}"].float())
+                for i, (kind, first, count) in enumerate(described["groups"])
+            )
+            rotary = Rotary(described["rotary"]["style"], tensors["inv_freq"], float(described["rotary"]["scaling"]))
+            layers = tuple(LayerGeometry.from_dict(layer) for layer in described["layers"])
+            profile = cls(
+                layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
+                tensors["refine_entries"], dict(described["about"]),
+            )  # fmt: skip
+        except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            raise ProfileError(f"this is not a profile: {error}") from error
+        profile._check()
+        profile.read, profile.place = FileHashes.of(data), place
+        return profile
+
+    def _check(self) -> None:
+        """Raises ProfileError unless shapes and dtypes fit each other."""
+        channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
+        components, covered = 0, []
+        sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
+        for group in self.groups:
+            inside = group.kind in (0, 1) and 0 <= group.first < group.first + group.count <= len(channels)
+            places = (
+                [c[2 * group.kind :][:2] for c in channels[group.first : group.first + group.count]] if inside else []
+            )
+            heads, dims = sum(h for h, _ in places), {d for _, d in places}
+            shape = tuple(group.sensitivity.shape)
+            sound &= len(dims) == 1 and shape == (heads, *dims, *dims) and group.synthesis.dim() == 2
+            sound = sound and group.synthesis.shape[1] == heads * shape[1]
+            covered += (
+                [(group.kind, layer) for layer in range(group.first, group.first + group.count)] if inside else []
+            )
+            components += group.synthesis.shape[0] if group.synthesis.dim() else 0
+            sound = sound and group.sensitivity.dtype == torch.float32 and _moderate(group.sensitivity)
+            sound = sound and bool(torch.isfinite(group.synthesis).all())
+            if not sound:
+                break  # each group costs its layers: as many as it has bytes for, and no more
+        width = sum(h * d + vh * vd for h, d, vh, vd in channels)
+        sound = sound and sorted(covered) == [(kind, layer) for kind in (0, 1) for layer in range(len(channels))]
+        sound = sound and tuple(self.means.shape) == (width,) and self.means.dtype == torch.float32
+        sound = sound and _moderate(self.means)
+        sound = sound and self.base_entries.dtype == self.refine_entries.dtype == torch.uint8
+        sound = sound and tuple(self.base_entries.shape) == (components,) and self.refine_entries.dim() == 2
+        if not sound or self.refine_entries.shape[1] != components or self.levels > 3:
+            raise ProfileError("this profile contradicts itself: the shapes of its tensors do not fit its layers")
+
+    def _rotary_is_sound(self) -> bool:
+        """Whether it turns channels that all layers' keys have, by angles and a scale that are numbers."""
+        rotary, narrowest = self.rotary, min((layer.k_dim for layer in self.layers), default=0)
+        fits = rotary.inv_freq.dim() == 1 and 2 * rotary.inv_freq.numel() <= narrowest
+        fits = fits and rotary.inv_freq.dtype == torch.float64 and _moderate(rotary.inv_freq)
+        known = rotary.style in ("none", "half", "interleaved")
+        return known and fits and 1 / LARGEST_SCALING <= rotary.scaling <= LARGEST_SCALING
+
+
+def _moderate(x: Tensor) -> bool:
+    """Whether all its numbers are finite, and none absurd."""
+    return bool((x.abs() <= LARGEST_NUMBER).all())
+
+
+def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:
+    """Raises ProfileError unless the profile is of a model with these layers."""
+    if tuple(layers) != profile.layers:
+        raise ProfileError(
+            f"the profile is of {profile.about.get('model', 'another model')!r}, whose layers differ from this "
+            f"cache's: expected {profile.layers[0]} x {len(profile.layers)}, got {layers[0]} x {len(layers)}"
+        )

@@ -1,0 +1,40 @@
+"""transform="auto": which transform a context is encoded with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.transforms.delta import Delta
+from hf_cachegen.codec.transforms.identity import Identity
+from hf_cachegen.codec.transforms.klt import Klt
+from hf_cachegen.config import CacheGenConfig
+
+AUTO = "auto"
+TRIED = (Delta, Identity)
+"""Without a profile, the one of these that codes smaller; the first where they are equal."""
+
+
+def resolved(context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> CacheGenConfig:
+    """The configuration with the name of a transform in place of "auto".
+
+    That is klt where there is a profile, else the transform that codes two chunks of the context smaller at equal
+    steps: a step twice as fine costs a bit per value, so bits + log2(step) compares two transforms at their own steps.
+
+    Raises:
+        TensorError: a value in these chunks is not finite, or too large.
+    """
+    if config.transform != AUTO:
+        return config
+    if config.lossless:
+        return replace(config, transform=Identity.name)
+    if profile is not None:
+        return replace(config, transform=Klt.name)
+    sample = context.only(sorted({0, len(context.spans) // 2}))
+    tokens = sum(span.tokens for span in sample.spans)
+    costs: dict[str, float] = {}
+    for transform in TRIED:
+        inner, bits = transform.fitted(sample, replace(config, transform=transform.name))
+        costs[transform.name] = float(bits.sum() + tokens * inner.steps.log2().sum())
+    return replace(config, transform=min(costs, key=costs.__getitem__))

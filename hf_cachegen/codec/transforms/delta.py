@@ -1,0 +1,64 @@
+"""delta, CacheGen as published (section 5.2): anchors, and every other token's difference to its group's anchor.
+
+Side information, per channel: u8 step; u8 table of the anchors; u8 table of the base, u8 of each refinement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_cachegen.codec import fit
+from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.transforms.protocol import Fitted, Transform
+from hf_cachegen.config import CacheGenConfig
+
+
+class Delta(Transform):
+    """Codes the differences to anchors, `config.group_tokens` tokens to an anchor. inner: the codec of the differences.
+    """
+
+    name = "delta"
+
+    def __init__(self, inner: LossyCodec):
+        self.inner = inner
+        self.channels = len(inner.columns)
+
+    @classmethod
+    def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
+        inner, bits = cls.fitted(context, config)
+        return Fitted(cls(inner), bits)
+
+    @classmethod
+    def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
+        """The codec of the differences, and the bits of each part's channels, float64 [levels, channels]."""
+        return fit.fit(context.chunks, context.columns, config, config.group_tokens)
+
+    @classmethod
+    def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Delta:
+        columns = Columns.of(geometry)
+        found = Side.read(Cursor(side), len(columns), config, anchors=True)
+        return cls(LossyCodec(columns, config, found, config.group_tokens))
+
+    @classmethod
+    def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
+        length = geometry.channels * (2 + config.levels)
+        return range(length, length + 1)
+
+    def side_bytes(self) -> bytes:
+        return self.inner.side.to_bytes(anchors=True)
+
+    def encode(self, rows: Tensor, span: Span) -> list[bytes]:
+        return self.inner.encode(rows, span)
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        self.inner.decode_into(parts, span, target, row)
+
+    def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
+        return self.inner.approximations(rows, span)

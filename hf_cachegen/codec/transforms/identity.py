@@ -1,0 +1,107 @@
+"""identity: values less their channel's mean. It keeps the context's first token exactly, if that is an attention sink.
+
+A sink's values are not like those of any other token, and the first is by far the most important (`codec.sinks`). It is
+coded as if its neighbour stood there twice, and its own row stands in the side information.
+
+Side information, per channel: u8 step; i16 mean in 1/16 of the coarsest step; u8 table of the base, u8 of each
+refinement. Then, where the first token is kept, its row in the cache's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec import fit
+from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
+from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.transforms.protocol import Fitted, Transform
+from hf_cachegen.config import CacheGenConfig
+
+
+class Identity(Transform):
+    """Codes the values as they are. inner: their codec; first [channels]: the row of the first token, None: coded."""
+
+    name = "identity"
+
+    def __init__(self, inner: LossyCodec, first: Tensor | None = None):
+        self.inner, self.first = inner, first
+        self.channels = len(inner.columns)
+
+    @classmethod
+    def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
+        inner, bits = cls.fitted(context, config)
+        return Fitted(cls(inner, context.first_token if 0 in context.sinks else None), bits)
+
+    @classmethod
+    def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
+        """The codec of the values, and the bits of each part's channels, float64 [levels, channels]."""
+        if 0 not in context.sinks:
+            return fit.fit(context.chunks, context.columns, config)
+        fit.require_finite(context.first_token[None], context.columns.vectors)
+
+        def without_first() -> Iterator[tuple[Tensor, Span]]:
+            return ((blanked(rows, span), span) for rows, span in context.chunks())
+
+        return fit.fit(without_first, context.columns, config)
+
+    @classmethod
+    def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Identity:
+        columns, own = Columns.of(geometry), _own_length(geometry, config)
+        inner = LossyCodec(columns, config, Side.read(Cursor(side[:own]), len(columns), config, anchors=False))
+        if len(side) == own:
+            return cls(inner)
+        return cls(inner, torch.frombuffer(bytearray(side[own:]), dtype=getattr(torch, geometry.dtype)))
+
+    @classmethod
+    def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
+        own, first = _own_length(geometry, config), geometry.channels * DTYPE_BYTES[geometry.dtype]
+        return range(own, own + first + 1, first)
+
+    @classmethod
+    def features(
+        cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
+    ) -> tuple[str, ...]:
+        return ("sinks",) if len(side) > _own_length(geometry, config) else ()
+
+    def side_bytes(self) -> bytes:
+        first = b"" if self.first is None else self.first.contiguous().view(torch.uint8).numpy().tobytes()
+        return self.inner.side.to_bytes(anchors=False) + first
+
+    def encode(self, rows: Tensor, span: Span) -> list[bytes]:
+        return self.inner.encode(self._coded(rows, span), span)
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        self.inner.decode_into(parts, span, target, row)
+        if self.first is not None and span.first == 0:
+            target.put(self.first[None].to(target.device), row)
+
+    def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
+        found = self.inner.approximations(self._coded(rows, span), span)
+        if self.first is not None and span.first == 0:
+            for level in found:
+                level[0] = self.first
+        return found
+
+    def _coded(self, rows: Tensor, span: Span) -> Tensor:
+        return rows if self.first is None else blanked(rows, span)
+
+
+def blanked(rows: Tensor, span: Span) -> Tensor:
+    """Rows [tokens, channels] of a chunk, the context's first token like its neighbour, or zero where it has none."""
+    if span.first:
+        return rows
+    rows = rows.clone()
+    rows[0] = rows[1] if len(rows) > 1 else 0
+    return rows
+
+
+def _own_length(geometry: Geometry, config: CacheGenConfig) -> int:
+    """Bytes of the side information without the first token."""
+    return geometry.channels * (3 + config.levels)

@@ -1,0 +1,205 @@
+"""klt, the sensitivity-weighted transform: rows -> coefficients of a profile's basis -> nested symbols, and back.
+
+Keys are turned back to position zero where the model's rotation is known (a third fewer bits), means are taken off,
+and each group of layers goes through one matrix product. Coefficients are coded as the identity's values
+are: with one step for all, no means, and the profile's table entries.
+
+A context unlike those that the profile was learnt from has coefficients larger than their tables know, each an
+exception of eight bytes: a task that the profile has not seen took three times the bits it takes with tables of its
+own. So the side information, which is the profile's digest alone where that serves, may name the entries that differ:
+
+    digest[16]; for each part: u8 bitmap[ceil(components / 8)], u8 entry[ones in the bitmap]
+
+with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has an entry of its own. Behind these, in a context
+that has sinks (`sinks`), their positions, u32 each: coefficients of a sink are in units of a finer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec import basis, quantize
+from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.fit import Counts, repeated, require_finite
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Profile, require_layers
+from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.sinks import FINER
+from hf_cachegen.codec.tables import shipped_codebooks
+from hf_cachegen.codec.transforms.protocol import Fitted, Transform
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
+
+DIGEST_BYTES = 16
+ENTRY_BITS = 8
+
+
+class Klt(Transform):
+    """Codes coefficients in the basis of the model's profile.
+
+    entries uint8 [parts, components]: the table entries of the base and of each refinement; None: the profile's.
+    sinks int64 [n]: positions of tokens with finer steps, rising; None: no token has.
+    Raises ProfileError where the profile does not fit, ConfigError for what the transform cannot do.
+    """
+
+    name = "klt"
+    needs_profile = True
+
+    def __init__(
+        self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ):  # fmt: skip
+        require_layers(profile, geometry.layers)
+        if geometry.batch != 1:
+            raise ConfigError(f"the klt transform codes one row of the batch, got {geometry.batch}")
+        if config.levels != profile.levels:
+            raise ConfigError(f"the profile has {profile.levels} levels, the configuration {config.levels}")
+        values, digits = shipped_codebooks(config.prob_bits)
+        if bool((profile.entries[0] >= values.entries).any()) or bool((profile.entries[1:] >= digits.entries).any()):
+            raise ProfileError("the profile names a table that the codebook does not have")
+        self.geometry, self.config, self.profile, self.channels = geometry, config, profile, geometry.channels
+        self.entries = profile.entries if entries is None else entries
+        self.sinks = torch.empty(0, dtype=torch.int64) if sinks is None else sinks
+        components = self.entries.shape[1]
+        nothing = torch.zeros(components, dtype=torch.uint8)
+        codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
+        side = Side(codes, nothing.to(torch.int16), nothing, self.entries[0], self.entries[1:])
+        columns = Columns(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
+        self.inner = LossyCodec(columns, config, side)
+        self.basis = basis.Basis(geometry, profile)
+
+    @classmethod
+    def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
+        """Fit to a context, with table entries of its own where they save more than they take.
+
+        Raises:
+            TensorError: a value is not finite, or so large that the profile's step cannot express it.
+            ConfigError, ProfileError: as the constructor.
+        """
+        profile = _required(profile)
+        codec = cls(context.geometry, config, profile, sinks=context.sinks)
+        counts = Counts(codec.entries.shape[1], config.levels)
+        for rows, span in context.chunks():
+            counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
+        entries, saved = [], 0.0
+        books = repeated(codec.inner.values, codec.inner.digits)
+        for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
+            own = book.choose(histograms)[0]
+            # A column that is silent here alone stays coded: neighbours that are all coded are the quicker to decode.
+            own = own.where((own > 0) | (given == 0), own.new_tensor(book.narrowest))
+            gain = book.bits(histograms, given) - book.bits(histograms, own) - ENTRY_BITS
+            entries.append(torch.where(gain > 0, own, given))
+            saved += float(gain.clamp_min(0).sum())
+        bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
+        if saved > bitmaps or len(codec.sinks):  # sinks stand behind the bitmaps
+            codec = cls(context.geometry, config, profile, torch.stack(entries), context.sinks)
+        return Fitted(codec, None)
+
+    @classmethod
+    def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
+        profile = _required(profile)
+        codec = cls(geometry, config, profile)
+        if side[:DIGEST_BYTES] != codec.side_bytes():
+            raise ProfileError("the side information names another profile")
+        if len(side) == DIGEST_BYTES:
+            return codec
+        cursor, entries = Cursor(side[DIGEST_BYTES:]), profile.entries.clone()
+        components = entries.shape[1]
+        for part, row in enumerate(entries):
+            bits = np.unpackbits(np.frombuffer(cursor.take(-(-components // 8)), np.uint8), bitorder="little")
+            if bits[components:].any():
+                raise CorruptError("the side information gives entries to components that the profile does not have")
+            own = torch.from_numpy(bits[:components]).bool()
+            row[own] = cursor.tensor(int(own.sum()), torch.uint8)
+            if bool((row >= (codec.inner.digits if part else codec.inner.values).entries).any()):
+                raise CorruptError("the side information names a table that the codebook does not have")
+        found = cursor.tensor(len(cursor.rest()) // 4, torch.int32).long()
+        cursor.finish()
+        if bool((found[1:] <= found[:-1]).any()) or bool(((found < 0) | (found >= geometry.tokens)).any()):
+            raise CorruptError("the side information names sinks that do not rise, or that the context does not have")
+        return cls(geometry, config, profile, entries, found)
+
+    @classmethod
+    def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
+        most = config.levels * (-(-geometry.channels // 8) + geometry.channels) + 4 * geometry.tokens
+        return range(DIGEST_BYTES, DIGEST_BYTES + most + 1)
+
+    @classmethod
+    def features(
+        cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
+    ) -> tuple[str, ...]:
+        if len(side) == DIGEST_BYTES:
+            return ("klt",)
+        return ("klt", "klt-tables", "sinks") if has_sinks(side, _required(profile)) else ("klt", "klt-tables")
+
+    def side_bytes(self) -> bytes:
+        found = [bytes.fromhex(self.profile.digest)]
+        own = self.entries != self.profile.entries
+        if bool(own.any()) or len(self.sinks):
+            for row, mine in zip(self.entries, own, strict=True):
+                found += [np.packbits(mine.numpy(), bitorder="little").tobytes(), row[mine].numpy().tobytes()]
+        return b"".join([*found, self.sinks.to(torch.int32).numpy().tobytes()])
+
+    def coefficients(self, rows: Tensor, span: Span) -> Tensor:
+        """What is coded: float32 [tokens, components], on the device of rows."""
+        return self._scaled(self.basis.coefficients(rows, span), span, FINER)
+
+    def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
+        """Coefficients with those of the chunk's sinks multiplied, in place."""
+        here = self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first
+        if len(here):
+            y[here.to(y.device)] *= factor
+        return y
+
+    def checked(self, rows: Tensor, span: Span) -> Tensor:
+        """As `coefficients`. Raises TensorError where they cannot be coded."""
+        y = self.coefficients(rows, span)
+        if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
+            require_finite(rows, Columns.of(self.geometry).vectors)
+            raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
+        return y
+
+    def encode(self, rows: Tensor, span: Span) -> list[bytes]:
+        return self.inner.encode(self.checked(rows, span), span)
+
+    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._decode(parts, span, dtype, torch.device("cpu"))
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        target.put(self._decode(parts, span, target.dtype, target.device), row)
+
+    def _decode(
+        self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        y = torch.empty(span.tokens, self.entries.shape[1], device=device)
+        self.inner.decode_into(parts, span, Target.matrix(y))
+        self._scaled(y, span, 1 / FINER)
+        ordinary = span.ordinary(self.config)
+        coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
+        return self.basis.rows(y, span, dtype, idle=~coded.any(0))
+
+    def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
+        levels = self.inner.approximations(self.coefficients(rows, span), span)
+        return [self.basis.rows(self._scaled(level, span, 1 / FINER), span) for level in levels]
+
+
+def has_sinks(side: bytes, profile: Profile) -> bool:
+    """Whether this side information, which an encoder wrote, names sinks."""
+    at, width = DIGEST_BYTES, -(-profile.entries.shape[1] // 8)
+    for _ in range(profile.levels):
+        at += width + int.from_bytes(side[at : at + width], "little").bit_count()
+    return at < len(side)
+
+
+def _required(profile: Profile | None) -> Profile:
+    if profile is None:
+        raise ConfigError(
+            "transform='klt' needs a profile of the model: pass profile=, or learn one with learn_profile"
+        )
+    return profile

@@ -1,0 +1,114 @@
+"""lossless: bit-exact coding of bf16, fp16 and fp32 values by planes of bytes.
+
+A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane
+0 the most significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane,
+channel) is a column of its own; the tables are learnt from the context by clustering its columns' histograms, and
+travel in the side information:
+
+    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x columns]
+
+Table 0 is that of "always zero", whose columns are not coded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec import passes, section
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
+from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn
+from hf_cachegen.codec.transforms.protocol import Fitted, Transform
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import CorruptError
+
+TABLES_PER_PLANE = 16
+MAX_TABLES = 256
+"""Their number stands in a byte."""
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def to_planes(rows: Tensor) -> Tensor:
+    """rows [tokens, columns] to bytes, uint8 [tokens, planes x columns]."""
+    bits = rows.contiguous().view(_INTEGERS[rows.dtype])
+    rotated = bits << 1 | (bits < 0)
+    planes = rotated.view(torch.uint8).reshape(*rows.shape, rows.dtype.itemsize).flip(2)  # the most significant first
+    return planes.transpose(1, 2).reshape(len(rows), -1)
+
+
+def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_planes`."""
+    columns = planes.shape[1] // dtype.itemsize
+    rotated = planes.reshape(len(planes), dtype.itemsize, columns).flip(1).transpose(1, 2).contiguous()
+    rotated = rotated.view(_INTEGERS[dtype]).squeeze(2)
+    sign = torch.iinfo(rotated.dtype).min
+    return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
+
+
+class Lossless(Transform):
+    """Codes the bytes of the values, in one level. Selected by `CacheGenConfig.lossless`, not by its name."""
+
+    name = "lossless"
+
+    def __init__(self, dtype: torch.dtype, config: CacheGenConfig, book: Codebook, entries: Tensor):
+        self.dtype, self.config, self.book, self.entries = dtype, config, book, entries
+        self.channels = len(entries) // dtype.itemsize
+        self.assignment = section.Assignment(book, entries)
+
+    @classmethod
+    def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
+        dtype = getattr(torch, context.geometry.dtype)
+        counts = torch.zeros(len(context.columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+        for rows, _ in context.chunks():
+            passes.count(counts, to_planes(rows.cpu()))
+        never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
+        never[0, ZERO_INDEX] = 1  # entry 0 means "not coded": as everywhere, it is the table of "always zero"
+        learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]
+        book = Codebook(torch.cat(learnt), config.prob_bits, 1)
+        entries, bits = book.choose(counts)
+        return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
+
+    @classmethod
+    def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Lossless:
+        cursor, dtype = Cursor(side), getattr(torch, geometry.dtype)
+        tables = cursor.take(1)[0] + 1
+        frequencies = cursor.tensor(tables * VALUE_SYMBOLS, torch.int16).reshape(tables, VALUE_SYMBOLS)
+        entries = cursor.tensor(geometry.channels * dtype.itemsize, torch.uint8)
+        cursor.finish()
+        if bool((frequencies < 0).any()) or bool((frequencies.sum(1) != 1 << config.prob_bits).any()):
+            raise CorruptError("the side information has a table whose frequencies do not add up")
+        if bool((entries >= tables).any()):
+            raise CorruptError("the side information names a table that it does not have")
+        return cls(dtype, config, Codebook(frequencies, config.prob_bits, 1), entries)
+
+    @classmethod
+    def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
+        rest, table = 1 + geometry.channels * DTYPE_BYTES[geometry.dtype], 2 * VALUE_SYMBOLS
+        return range(rest + table, rest + MAX_TABLES * table + 1, table)
+
+    @classmethod
+    def levels(cls, config: CacheGenConfig) -> int:
+        return 1
+
+    def side_bytes(self) -> bytes:
+        frequencies = self.book.tables.frequencies.to(torch.int16)  # at most 4096
+        return bytes([len(frequencies) - 1]) + frequencies.numpy().tobytes() + self.entries.numpy().tobytes()
+
+    def encode(self, rows: Tensor, span: Span) -> list[bytes]:
+        return [section.encode(to_planes(rows.cpu()), self.assignment, coder=self.config.coder)]
+
+    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
+        cursor = Cursor(parts[0])
+        coded = section.read_narrow(cursor, span.tokens, self.assignment)
+        cursor.finish()
+        target.put(from_planes(coded.decode(coder=self.config.coder), self.dtype), row)
+
+    def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
+        return [rows]

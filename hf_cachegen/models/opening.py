@@ -1,0 +1,141 @@
+"""Open an artifact, and validate it against the model and the tokens before any work is done.
+
+`open_manifest` reads the manifest alone; `validate` checks what it says. Between the two a stream begins to fetch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.models.layers import KVTensors, dtype_name
+from hf_cachegen.models.requirements import require_geometry, require_model
+from hf_cachegen.models.running import layer_devices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Tokens = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class OpenContext:
+    """A validated artifact.
+
+    Args:
+        artifact: Its manifest was read.
+        fingerprint: What it belongs to.
+        input_ids: The context, int64 [1, tokens].
+        devices: The device of each layer of the model that it was validated against; None where there was none.
+    """
+
+    artifact: Artifact
+    fingerprint: Fingerprint
+    input_ids: Tensor
+    devices: list[torch.device] | None
+
+
+def open_manifest(
+    store: Store,
+    limits: Limits | None = None,
+) -> Artifact:
+    """Open the artifact in a store by its manifest. Nothing else is fetched, and nothing is compared with the model.
+
+    Args:
+        store: Where it lies.
+        limits: As for `Artifact`.
+
+    Raises:
+        ArtifactError, StoreError: There is no artifact, or its manifest is damaged or above the limits.
+    """
+    return Artifact(store, limits=limits)
+
+
+def validate(
+    artifact: Artifact,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    likely: Sequence[int] = (),
+) -> OpenContext:
+    """Validate an artifact against the model and the tokens.
+
+    Args:
+        artifact: As `open_manifest` returned it.
+        model: None: only the manifest and the tokens are compared.
+        tokenizer: Compared with that of the fingerprint if given.
+        likely: Token ids that may begin with the context. Where they do, the stored ones are not fetched.
+
+    Raises:
+        ManifestError: The artifact does not say what it belongs to, or contradicts itself.
+        MismatchError: It belongs to another model or tokenizer.
+        ArtifactError, StoreError: The tokens are damaged, or cannot be had.
+    """
+    store = artifact.store
+    if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
+        raise ManifestError(
+            f"{store} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
+            "them with hf_cachegen.artifact.Artifact(hf_cachegen.stores.open_store(path)).decode()"
+        )
+    fingerprint = Fingerprint.from_dict(artifact.fingerprint)
+    if artifact.geometry.batch != 1:
+        raise ManifestError(f"{store} holds {artifact.geometry.batch} rows; a context is one row")
+    if artifact.geometry.dtype != fingerprint.dtype:
+        raise ManifestError(
+            f"{store}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
+        )
+    devices = None
+    if model is not None:
+        require_model(model)
+        fingerprint.check(model, tokenizer)
+        require_geometry(model.config, artifact.geometry)
+        devices = layer_devices(model, len(artifact.geometry.layers))
+    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), devices)
+
+
+def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:
+    count = artifact.geometry.tokens
+    ids = list(likely[:count])
+    if len(ids) < count or hash_tokens(ids) != fingerprint.tokens:
+        ids = artifact.input_ids or []
+        if hash_tokens(ids) != fingerprint.tokens:
+            raise CorruptError(f"{artifact.store}: the stored tokens are not those of the fingerprint")
+    return torch.tensor([ids])
+
+
+def one_row(input_ids: Tokens) -> Tensor:
+    """A context's token ids as int64 [1, tokens], on the CPU. Raises TensorError for what is no such thing."""
+    try:
+        ids = torch.as_tensor(input_ids).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise TensorError(
+            f"a context is one row of token ids, [tokens] or [1, tokens]; got a {type(input_ids).__name__}: pass "
+            'input_ids, such as tokenizer(text, return_tensors="pt").input_ids'
+        ) from error
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
+        raise TensorError(
+            f"a context is one row of token ids, [tokens] or [1, tokens]; got {list(ids.shape)} {ids.dtype}"
+        )
+    return ids.long()
+
+
+def checked_kv(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
+    """`kv`, which must have the tokens of `ids` and the dtype of `model`. Raises TensorError, WrongDtypeError."""
+    if kv.geometry.tokens != ids.shape[1]:
+        raise TensorError(
+            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks "
+            "the last token of the sequence: pass sequences[:, :-1]"
+        )
+    if kv.geometry.dtype != dtype_name(model.dtype):
+        raise WrongDtypeError(
+            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)} (autocast?): make them one"
+        )
+    return kv

@@ -1,0 +1,1 @@
+"""What was learnt about models: files of profiles, where they are found and published, and how they are learnt."""

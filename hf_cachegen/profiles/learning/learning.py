@@ -1,0 +1,271 @@
+"""learn_profile: moments of the training samples, then the step by the divergence of held-out ones, then the tables.
+
+Every fifth sample is held out (the first of every five, 12 at most), and what a profile says of its levels' divergence
+and bits is measured on those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.fit import Counts, repeated
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.quantize import steps_of
+from hf_cachegen.codec.rows import empty_kv, gather, scatter
+from hf_cachegen.codec.sinks import find_sinks
+from hf_cachegen.codec.tables import shipped_codebooks
+from hf_cachegen.codec.transforms.klt import Klt
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError, ProfileError
+from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
+from hf_cachegen.models.requirements import require_model
+from hf_cachegen.models.running import evaluation_mode
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.learning.journal import Journal, unknown
+from hf_cachegen.profiles.learning.moments import Moments
+from hf_cachegen.profiles.learning.running import (
+    NO_ROTATION,
+    Sample,
+    continuation_logits,
+    find_rotary,
+    prefill,
+    require_sample,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_TARGETS = (0.1, 0.01, 0.001)
+"""Divergence of levels 1, 2 and 3, in nats per token."""
+HELD_OUT_EVERY = 5
+MAX_HELD_OUT = 12
+STEP_CODES = 256
+MAX_GAP = 32
+KEPT_PEAK = 0.25
+"""A component stays if a sample's coefficient reaches this part of the finest step: half a step is what a symbol takes,
+and contexts of another kind reach further."""
+
+
+def learn_profile(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    *,
+    config: CacheGenConfig | None = None,
+    target_kl: float | Sequence[float] = DEFAULT_TARGETS,
+    floor: float = 0.5,
+    group_layers: int | None = None,
+    undo_rotation: bool = True,
+    seed: int = 0,
+    progress: bool = False,
+    journal: str | os.PathLike[str] | None = None,
+) -> Profile:
+    """Learn `model`'s profile from samples that mix the uses its caches are meant for.
+
+    target_kl: the largest divergence that each level may have, coarse to fine, in nats per token of a continuation; the
+    step is the largest with which all hold. With fewer numbers than levels the finest levels have them, a number alone
+    is the finest's. Levels differ by 3 in step, about 4 to 9 in divergence, so one target binds and the others are
+    bettered; `Profile.about["measured"]` has what each level came to. floor: under the sensitivities, in units of the
+    mean of each layer's K or V. group_layers: layers that share a basis (default: as many as have
+    DEFAULT_GROUP_CHANNELS channels). Every fifth sample is held out and measured by. The model runs in eval mode, and
+    comes back in its own. journal: a file that keeps what has been done, from which the same call goes on after it was
+    killed, to the same profile; remove it when the profile is saved. Raises ConfigError, TensorError, ProfileError,
+    UnsupportedModelError.
+    """
+    require_model(model)
+    config = replace(config or CacheGenConfig(), transform="klt")
+    if len(samples) < HELD_OUT_EVERY:
+        raise ConfigError(
+            f"learning a profile takes at least {HELD_OUT_EVERY} samples, got {len(samples)}: give more text, or make "
+            "shorter contexts of it"
+        )
+    targets = _targets(target_kl, config.levels)
+    if not 0 < floor < 100:
+        raise ConfigError(f"floor must be positive and below 100, got {floor}")
+    if group_layers is not None and (not isinstance(group_layers, int) or group_layers < 1):
+        raise ConfigError(f"group_layers must be a whole number of at least 1, got {group_layers!r}")
+    for index, sample in enumerate(samples):
+        require_sample(index, sample)
+    with evaluation_mode(model):
+        return _Learning(model, samples, config, targets, seed, journal, progress).profile(
+            floor, group_layers, undo_rotation
+        )
+
+
+def _targets(target_kl: float | Sequence[float], levels: int) -> tuple[float, ...]:
+    """One for each level, coarse to fine. Raises ConfigError."""
+    found = (target_kl,) if isinstance(target_kl, int | float) else tuple(target_kl)
+    if not found or not all(0 < target < 10 for target in found):
+        raise ConfigError(f"target_kl must be positive numbers below 10, got {target_kl}")
+    return (10.0,) * (levels - len(found)) + found[-levels:]
+
+
+class _Learning:
+    """One learning: what its stages share."""
+
+    def __init__(
+        self, model: PreTrainedModel, samples: Sequence[Sample], config: CacheGenConfig, targets: tuple[float, ...],
+        seed: int, journal: str | os.PathLike[str] | None, progress: bool,
+    ):  # fmt: skip
+        self.model, self.config, self.targets, self.seed, self.progress = model, config, targets, seed, progress
+        self.samples, self.path = samples, journal
+        self.held_out = list(samples[::HELD_OUT_EVERY])[:MAX_HELD_OUT]
+        self.training = [sample for index, sample in enumerate(samples) if index % HELD_OUT_EVERY]
+        self.fingerprint = Fingerprint.of(model, []).to_dict()
+
+    def profile(self, floor: float, group_layers: int | None, undo_rotation: bool) -> Profile:
+        options = {"floor": floor, "target_kl": list(self.targets), "seed": self.seed, "samples": len(self.samples)}
+        key = self._key({**options, "group_layers": group_layers, "undo_rotation": undo_rotation})
+        journal = Journal(self.path, key, progress=self.progress)
+        rotary = find_rotary(self.model) if undo_rotation else NO_ROTATION
+        moments = Moments(self.model, self.training, rotary, group_layers, self.seed, journal)
+        about = {
+            "model": str(self.model.config.name_or_path),
+            "fingerprint": self.fingerprint,
+            "weights": coarse_weights(self.model),
+            "group_layers": moments.group_layers,
+            **options,
+        }
+        groups = moments.groups(floor)
+        nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
+        finer = nothing.expand(self.config.levels - 1, -1)
+        blank = Profile(moments.layers, rotary, moments.means.float(), groups, 0, nothing, finer, about)
+        profile = self._with_entries(replace(blank, step_code=self._step(blank, journal)), journal)
+        measured = measure(self.model, profile, self.held_out, self.config)
+        return replace(profile, about={**about, "measured": measured})
+
+    def _key(self, options: dict[str, object]) -> str:
+        """Hash of all that the result depends on."""
+        described = {"options": options, "config": self.config.to_dict(), "fingerprint": self.fingerprint}
+        found = xxhash.xxh3_128(json.dumps(described, sort_keys=True).encode())
+        for sample in self.samples:
+            for ids in sample:
+                found.update(f"{ids.shape[1]}:".encode() + ids.cpu().to(torch.int64).contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def _step(self, profile: Profile, journal: Journal) -> int:
+        """Bisects for the largest step code with which every level is within its target."""
+        known = unknown(STEP_CODES, self.config.levels)
+        done = journal.restore("step", {"divergence": known})
+        low, high = 0, STEP_CODES
+        with tqdm(total=STEP_CODES.bit_length() - 1, desc="step", disable=not self.progress) as bar:
+            while high - low > 1:
+                middle = (low + high) // 2
+                if bool(known[middle].isnan().any()):
+                    at = replace(profile, step_code=middle)
+                    known[middle] = torch.tensor(divergence(self.model, at, self.held_out, self.config))
+                    journal.keep("step", {"divergence": known}, done := done + 1)
+                within = all(kl <= target for kl, target in zip(known[middle].tolist(), self.targets, strict=True))
+                low, high = (middle, high) if within else (low, middle)
+                bar.update()
+        if low == 0:
+            raise ProfileError(
+                f"no step brings the divergence within {self.targets} nats: load the model in float32 (rounding alone "
+                "may diverge as much), or ask for less"
+            )
+        return low
+
+    def _with_entries(self, profile: Profile, journal: Journal) -> Profile:
+        """The profile with each coefficient's cheapest tables, and without components that hardly show."""
+        components = len(profile.base_entries)
+        counts, peaks = Counts(components, self.config.levels), torch.zeros(components)
+        sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
+        for context, _ in journal.each("tables", self.training, sums):
+            rows, codec = _coded(self.model, profile, context, self.config)
+            y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
+            counts.add(codec.inner.symbols(y)[0])
+            torch.maximum(peaks, y.abs().amax(0), out=peaks)
+        values, digits = shipped_codebooks(self.config.prob_bits)
+        entries, _ = counts.choose(values, digits)
+        for row, book in zip(entries, repeated(values, digits), strict=False):
+            _close_gaps(row, book.narrowest)
+        kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(profile.step_code, dtype=torch.uint8)))
+        groups, at = [], 0
+        for group in profile.groups:
+            mine = kept[at : at + len(group.synthesis)]
+            mine[0] = True  # a group's columns need one component at least to be seen through
+            groups.append(replace(group, synthesis=group.synthesis[mine]))
+            at += len(mine)
+        entries = entries[:, kept]
+        return replace(profile, groups=tuple(groups), base_entries=entries[0], refine_entries=entries[1:])
+
+
+def _close_gaps(entries: Tensor, narrowest: int) -> None:
+    """Gives components that are always zero, but stand between others that are not, a table after all: they cost
+    next to nothing, and columns side by side are quicker to decode. entries: uint8 [components], changed in place.
+    """
+    live = entries.nonzero().flatten()
+    for before, after in zip(live.tolist(), live[1:].tolist(), strict=False):
+        if after - before <= MAX_GAP:
+            entries[before + 1 : after] = narrowest
+
+
+def _coded(
+    model: PreTrainedModel, profile: Profile, context: Tensor, config: CacheGenConfig
+) -> tuple[Tensor, Klt]:
+    """A context's rows [tokens, columns], on the CPU, and the profile's codec for it."""
+    keys, values, _ = prefill(model, context)
+    return _rows(keys, values), _codec(profile, keys, config)
+
+
+def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    tokens = keys[0].shape[2]
+    return gather(keys, values, Span(0, tokens, tokens)).float().cpu()
+
+
+def _codec(profile: Profile, keys: Sequence[Tensor], config: CacheGenConfig) -> Klt:
+    dtype = str(keys[0].dtype).removeprefix("torch.")
+    geometry = Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype)
+    return Klt(geometry, config, profile, sinks=find_sinks(keys))
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig
+) -> list[float]:
+    """Mean KL of each level, nats per token of the continuations: exact cache against decoded."""
+    totals = [0.0] * config.levels
+    for context, continuation in samples:
+        keys, values, _ = prefill(model, context)
+        exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
+        for level, decoded in enumerate(_levels(profile, keys, values, config)):
+            lossy = continuation_logits(model, *decoded, continuation).log_softmax(-1)
+            totals[level] += float((exact.exp() * (exact - lossy)).sum(-1).mean())
+    return [total / len(samples) for total in totals]
+
+
+def _levels(
+    profile: Profile, keys: Sequence[Tensor], values: Sequence[Tensor], config: CacheGenConfig
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """(keys, values) as each level has them, where the model's own are."""
+    codec, rows = _codec(profile, keys, config), _rows(keys, values)
+    span = Span(0, len(rows), len(rows))
+    for approximation in codec.approximations(rows, span):
+        found = empty_kv(codec.geometry, [None] * len(codec.geometry.layers))
+        scatter(approximation, found, span)
+        moved = [x.to(exact.device) for x, exact in zip(found[::2], keys, strict=True)]
+        yield moved, [x.to(exact.device) for x, exact in zip(found[1::2], values, strict=True)]
+
+
+def measure(
+    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig
+) -> list[dict[str, float]]:
+    """For each level: its divergence on these samples, and bits per element of the chunks (no headers)."""
+    sizes, elements = [0] * config.levels, 0
+    for context, _ in samples:
+        rows, codec = _coded(model, profile, context, config)
+        for part, data in enumerate(codec.encode(rows, Span(0, len(rows), len(rows)))):
+            sizes[part] += len(data)
+        elements += rows.numel()
+    bits = torch.tensor(sizes).cumsum(0).mul(8).div(elements).tolist()
+    found = divergence(model, profile, samples, config)
+    return [{"kl": round(kl, 6), "bits_per_element": round(b, 4)} for kl, b in zip(found, bits, strict=True)]

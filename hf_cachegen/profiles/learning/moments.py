@@ -1,0 +1,140 @@
+"""Sums over the training samples: means, second moments by group of layers, sensitivities by head; and the bases.
+
+Everything is added up in float64 and kept on the CPU; products are taken where the model's layers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.profiles.learning.journal import Journal
+from hf_cachegen.profiles.learning.running import Sample, continuation_logits, prefill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_GROUP_CHANNELS = 2048
+"""Layers share a basis while their channels together are no more: the product and the profile grow with it."""
+LEAST_SENSITIVITY = 0.02
+"""Under every layer's, in units of the model's mean, whatever its own: no sample may have minded a layer at all."""
+
+
+class Moments:
+    """Of a model's keys (rotation undone) and values, and of the gradients with respect to them."""
+
+    def __init__(
+        self, model: PreTrainedModel, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
+        journal: Journal,
+    ):  # fmt: skip
+        self.rotary = rotary
+        keys, values, self.layers = prefill(model, samples[0][0][:, :2])
+        self.shapes = [[(x.shape[1], x.shape[3]) for x in side] for side in (keys, values)]
+        widest = max(h * d for side in self.shapes for h, d in side)
+        self.group_layers = group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
+        self.places = [place for kind in (0, 1) for place in self._group(kind)]
+        self.count = torch.zeros(1, dtype=torch.int64)
+        self.sums = [[_zeros(h * d) for h, d in side] for side in self.shapes]
+        self.squares = [_zeros(self._width(place), self._width(place)) for place in self.places]
+        self.fisher = [[_zeros(h, d, d) for h, d in side] for side in self.shapes]
+        numbered = ((f"{kind}-{layer}", kind, layer) for kind in (0, 1) for layer in range(len(self.layers)))
+        sums = {"count": self.count} | {f"square-{index}": x for index, x in enumerate(self.squares)}
+        for name, kind, layer in numbered:
+            sums |= {f"sum-{name}": self.sums[kind][layer], f"fisher-{name}": self.fisher[kind][layer]}
+        for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
+            # Each sample has draws of its own, which do not depend on those before it.
+            draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
+            self._add(model, context, continuation, draws)
+
+    def _group(self, kind: int) -> list[tuple[int, int, int]]:
+        """(kind, first layer, layers) of each group: neighbours of equal head_dim."""
+        found: list[tuple[int, int, int]] = []
+        for layer, (_, dim) in enumerate(self.shapes[kind]):
+            if found and found[-1][2] < self.group_layers and self.shapes[kind][layer - 1][1] == dim:
+                found[-1] = (kind, found[-1][1], found[-1][2] + 1)
+            else:
+                found.append((kind, layer, 1))
+        return found
+
+    def _width(self, place: tuple[int, int, int]) -> int:
+        kind, first, count = place
+        return sum(h * d for h, d in self.shapes[kind][first : first + count])
+
+    def _add(self, model: PreTrainedModel, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
+        keys, values, _ = prefill(model, context)
+        sides = (keys, values)
+        self.count += context.shape[1]
+        for square, (kind, first, count) in zip(self.squares, self.places, strict=True):
+            layers = range(first, first + count)
+            framed = [in_frame(sides[kind][layer], kind, self.rotary).flatten(1) for layer in layers]
+            for layer, x in zip(layers, framed, strict=True):
+                self.sums[kind][layer] += x.cpu().sum(0, dtype=torch.float64)
+            rows = torch.cat([x.to(framed[0].device) for x in framed], 1)
+            square += (rows.mT @ rows).cpu().double()
+        for kind, layer, g in gradients(model, keys, values, continuation, self.rotary, draws):
+            self.fisher[kind][layer] += torch.einsum("thd,the->hde", g, g).cpu().double() / (
+                len(g) * continuation.shape[1]
+            )
+
+    @property
+    def means(self) -> Tensor:
+        """float64 [columns], in the order of a chunk's columns."""
+        pairs = (self.sums[kind][layer] for layer in range(len(self.layers)) for kind in (0, 1))
+        return torch.cat(list(pairs)) / self.count
+
+    def groups(self, floor: float) -> tuple[Group, ...]:
+        """The bases, all components kept, for sensitivities with `floor` times the mean of their layer's K or V under
+        them, and with LEAST_SENSITIVITY times the mean of all.
+        """
+        means = [[float(f.diagonal(dim1=1, dim2=2).mean()) for f in side] for side in self.fisher]
+        # In units of their mean, so that the basis is of order 1.
+        unit = max(sum(map(sum, means)) / sum(map(len, means)), 1e-30)
+        found = []
+        for (kind, first, count), square in zip(self.places, self.squares, strict=True):
+            layers = range(first, first + count)
+            sensitivity = torch.cat([
+                self.fisher[kind][layer] / unit
+                + (floor * means[kind][layer] / unit + LEAST_SENSITIVITY) * torch.eye(self.shapes[kind][layer][1])
+                for layer in layers
+            ])  # fmt: skip
+            values, vectors = torch.linalg.eigh(sensitivity)
+            root = torch.block_diag(*(vectors * values.sqrt()[:, None]) @ vectors.mT)
+            inverse = torch.block_diag(*(vectors * values.rsqrt()[:, None]) @ vectors.mT)
+            mean = torch.cat([self.sums[kind][layer] for layer in layers]) / self.count
+            covariance = square / self.count - torch.outer(mean, mean)
+            _, basis = torch.linalg.eigh(root @ covariance @ root)
+            synthesis = (basis.flip(1).mT @ inverse).half().float()  # as the file will have it
+            found.append(Group(kind, first, count, sensitivity.float(), synthesis))
+        return tuple(found)
+
+
+def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:
+    """K (kind 0) or V (1) of a layer, [1, heads, tokens, dim], as float32 [tokens, heads, dim], the rotation undone."""
+    rows = x[0].detach().float().transpose(0, 1)
+    return rotary.apply(rows, torch.arange(len(rows), device=rows.device), -1) if kind == 0 else rows
+
+
+def gradients(
+    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], continuation: Tensor, rotary: Rotary,
+    draws: torch.Generator,
+) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
+    """(kind, layer, gradient float32 [tokens, heads, dim] in the frame of the bases) of all layers' K, then V: of the
+    log-likelihood of labels that are drawn from what the model says at each token of the continuation.
+    """
+    leaves = [x.detach().requires_grad_() for x in (*keys, *values)]
+    with torch.enable_grad():
+        logits = continuation_logits(model, leaves[: len(keys)], leaves[len(keys) :], continuation)
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        found = torch.autograd.grad(loss, leaves)
+    for index, gradient in enumerate(found):
+        kind, layer = divmod(index, len(keys))
+        yield kind, layer, in_frame(gradient, kind, rotary) * (rotary.scaling**2 if kind == 0 else 1.0)
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float64)

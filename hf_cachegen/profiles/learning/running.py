@@ -1,0 +1,92 @@
+"""What learning asks of a model: a context's exact keys and values, what it says after them, how keys are rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.codec.profile import Rotary
+from hf_cachegen.errors import TensorError
+from hf_cachegen.models.compat import run
+from hf_cachegen.models.layers import capture
+from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.state import fresh_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Sample = tuple[Tensor, Tensor]
+"""(context_ids [1, tokens], continuation_ids [1, tokens]), int64."""
+NO_ROTATION = Rotary("none", torch.empty(0, dtype=torch.float64))
+PROBE_TOKENS = 16
+PROBE_TOKEN = 7
+FLAT = 0.2
+"""A rotation is the model's if undoing it leaves less than this share of the spread of a repeated token's keys."""
+
+
+def require_sample(index: int, sample: Sample) -> None:
+    """Raises TensorError unless it is a context of two tokens or more and a continuation of one or more."""
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        raise TensorError(f"sample {index}: expected (context_ids, continuation_ids), got {type(sample).__name__}")
+    for name, ids, least in (("context", sample[0], 2), ("continuation", sample[1], 1)):
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TensorError(f"sample {index}: its {name} must be an int64 tensor [1, tokens], got {found}")
+        if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < least:
+            raise TensorError(
+                f"sample {index}: its {name} must be [1, tokens] with at least {least} tokens, got {list(ids.shape)}"
+            )
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
+    """Exact (keys, values, layers) of a context [1, tokens]."""
+    past = DynamicCache()
+    with fresh_state(model):
+        run(model, ids.to(model.device), past)
+    kv = capture(past, model.config)
+    return list(kv.keys), list(kv.values), kv.geometry.layers
+
+
+def continuation_logits(
+    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor
+) -> Tensor:
+    """Logits float32 [tokens, vocabulary] of what follows a context with these keys and values."""
+    past = DynamicCache()
+    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+        past.update(k, v, layer)
+    logits: Tensor = run(model, ids.to(model.device), past).logits[0]
+    return logits.float()
+
+
+@torch.no_grad()
+def find_rotary(model: PreTrainedModel) -> Rotary:
+    """The rotation of the model's keys, from its own rotary module, if undoing it makes the first layer's keys of a
+    repeated token equal, as they then must be (they depend on nothing else); otherwise style "none".
+    """
+    none = NO_ROTATION
+    modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    frequencies = {tuple(m.inv_freq.double().flatten().tolist()) for m in modules}
+    if len(frequencies) != 1 or positions_change(model.config, 1, PROBE_TOKENS):
+        return none
+    inv_freq = torch.tensor(frequencies.pop(), dtype=torch.float64)
+    scaling = float(getattr(modules[0], "attention_scaling", 1.0))
+    token = torch.full((1, PROBE_TOKENS), PROBE_TOKEN % model.config.get_text_config().vocab_size)
+    keys, _, layers = prefill(model, token)
+    if layers[0].kind == "mla" or 2 * len(inv_freq) > layers[0].k_dim:
+        return none
+    rows = keys[0][0].float().transpose(0, 1).cpu()
+    spread = {"none": _spread(rows)}
+    for style in ("half", "interleaved"):
+        spread[style] = _spread(Rotary(style, inv_freq, scaling).apply(rows, torch.arange(PROBE_TOKENS), -1))
+    best = min(("half", "interleaved"), key=spread.__getitem__)
+    return Rotary(best, inv_freq, scaling) if spread[best] < FLAT * spread["none"] else none  # type: ignore[arg-type]
+
+
+def _spread(rows: Tensor) -> float:
+    return float((rows - rows.mean(0)).norm() / rows.norm().clamp_min(1e-9))

@@ -1,0 +1,113 @@
+"""Publish a saved artifact, or a profile, with its card, into a repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_cachegen.artifact import Reader
+from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.stores.card import card, profile_card, sealed_card
+from hf_cachegen.stores.hub import DEFAULT_REVISION, HubPlace, Token
+from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.profiles import REPO_TYPE
+from hf_cachegen.stores.pushing import Pushed, own_repository, push, push_profile
+from hf_cachegen.stores.sealed import SUFFIX, Secret, sealed_names
+
+
+def publish_artifact(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    profile: bytes | None = None,
+    key: Secret | None = None,
+    description: str = "",
+    private: bool = True,
+    token: Token = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    repo_type: str = "dataset",
+    commit_message: str = "Upload a KV cache",
+    create_pr: bool = False,
+    progress: bool = True,
+) -> Pushed:
+    """Put the artifact in `folder`, with a card, into a repository, in one commit; make the repository if need be.
+
+    Args:
+        folder: an artifact, plain or sealed; every byte is checked that can be.
+        repo_id: "user/name".
+        profile: the file of the profile that goes along (`profiles.finding.profile_to_push`), None: none.
+        key: of a sealed artifact: open it first, and check its plain bytes.
+        description: what the context is, for the card.
+        private: refuse a public repository.
+        token: of the Hub; default the one logged in with.
+        revision: branch (default: main); made if need be.
+        subfolder: folder within the repository.
+        repo_type: "dataset", "model" or "space".
+        commit_message: of the commit.
+        create_pr: open a pull request instead of committing.
+        progress: let the Hub's client draw its bars on stderr.
+
+    Returns:
+        The URL of the commit, its id, and the location of what was pushed.
+
+    Raises:
+        ConfigError: `private` and the repository is public; a key, and the artifact is not sealed.
+        ConflictError: this artifact was changed in the repository meanwhile.
+        ArtifactError: the artifact is damaged.
+        StoreError: the Hub could not be reached, or refused.
+    """
+    directory = Path(folder)
+    if directory.is_dir() and sealed_names(directory):
+        nbytes = sum(path.stat().st_size for path in directory.glob(f"*{SUFFIX}"))
+        text = sealed_card(nbytes, repo_id, subfolder=subfolder, description=description)
+    else:
+        text = card(Reader(LocalStore(directory)), repo_id, subfolder=subfolder, description=description)
+    return push(
+        directory, HubPlace(repo_id, repo_type, subfolder, revision or DEFAULT_REVISION), text, profile=profile,
+        key=key, token=token, private=private, commit_message=commit_message, create_pr=create_pr, progress=progress,
+    )  # fmt: skip
+
+
+def publish_profile(
+    data: bytes,
+    pin: Pin,
+    about: Mapping[str, Any],
+    repo_id: str | None = None,
+    *,
+    private: bool = True,
+    token: Token = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a profile",
+    create_pr: bool = False,
+    progress: bool = True,
+) -> Pushed:
+    """Put a profile's file, with a card, into a repository, in one commit; make the repository if need be.
+
+    Args:
+        data: the file.
+        pin: its hashes, and the model's name.
+        about: what the profile says of itself, for the card.
+        repo_id: default <you>/<model>-cachegen-profile.
+        private: refuse a public repository.
+        token: of the Hub; default the one logged in with.
+        revision: branch (default: main); made if need be.
+        commit_message: of the commit.
+        create_pr: open a pull request instead of committing.
+        progress: let the Hub's client draw its bars on stderr.
+
+    Returns:
+        The URL of the commit, its id, and the location of what was pushed.
+
+    Raises:
+        ConfigError: `private` and the repository is public; no repository can be named after the model.
+        ConflictError: the profile was changed in the repository meanwhile.
+        StoreError: the Hub could not be reached, or refused.
+    """
+    place = HubPlace(repo_id or own_repository(pin.model, token), REPO_TYPE, None, revision or DEFAULT_REVISION)
+    return push_profile(
+        data, place, profile_card(about, pin, place.repo_id), token=token, private=private,
+        commit_message=commit_message, create_pr=create_pr, progress=progress,
+    )  # fmt: skip
