@@ -1,0 +1,140 @@
+"""The state of a model object: changes whenever something that determines keys and values may have changed.
+
+It is taken before every reuse of a cache, so it must be cheap: one walk over the modules reads version counters and
+addresses of tensors, a few values of each, and the plain settings and hooks of modules. Equal states let the checks of
+`models.weights`, `models.adapters` and `models.probe` be skipped; a changed one costs those checks and says nothing by
+itself.
+
+Values are sampled because some writers go past the version counter: `parameter.data`, through which PEFT merges
+adapters, and fused optimisers. A write past the counter that changes none of the sampled values is not seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from hf_cachegen.models.storage import PLAIN, rewritten, stored
+
+SAMPLES = 8
+"""Values read of each tensor."""
+_PLAIN = frozenset(PLAIN)
+_SCALARS = frozenset([int, float, bool, str, type(None)])
+
+
+@dataclass(frozen=True, eq=False)
+class ModelState:
+    """tensors: which memory the weights are, and how often each was written; settings: the attributes of modules;
+    others: hooks, adapters and weights that are not plain tensors; samples: a hash of values of the weights.
+    """
+
+    tensors: list[tuple[Any, ...]]
+    settings: list[Any]
+    others: list[Any]
+    samples: str
+
+    def same(self, other: ModelState) -> bool:
+        """Compare; within one process, the same state means an unchanged model."""
+        return (
+            self.samples == other.samples
+            and self.tensors == other.tensors
+            and self.others == other.others
+            and len(self.settings) == len(other.settings)
+            and (all(map(is_, self.settings, other.settings)) or _equal(self.settings, other.settings))
+        )
+
+
+def _equal(one: list[Any], two: list[Any]) -> bool:
+    """Whether attributes that are plain values are equal; others (the module's own dictionaries) are seen elsewhere."""
+    return all(
+        a is b or a == b
+        for a, b in zip(one, two, strict=True)
+        if type(a) in _SCALARS or type(b) in _SCALARS
+    )
+
+
+@torch.no_grad()
+def model_state(model: nn.Module) -> ModelState:
+    """Take the state of `model`. Raises UnsupportedModelError for a weight that cannot be identified."""
+    tensors: dict[int, Tensor] = {}
+    settings: list[Any] = []
+    others: list[Any] = []
+    odd = False
+    modules, seen = [model], {model}
+    for module in modules:
+        own = module.__dict__
+        settings.extend(own.values())
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            others += [own.get("forward"), *own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+        if "merged_adapters" in own:
+            others += adapter_state(module)
+        buffers = own["_buffers"]
+        if "rope_type" in own:
+            buffers = {name: buffer for name, buffer in buffers.items() if not rewritten(module, name)}
+        for tensor in (*own["_parameters"].values(), *buffers.values()):
+            if type(tensor) in _PLAIN and not tensor.is_meta:
+                tensors[id(tensor)] = tensor
+            elif tensor is not None:
+                odd = True
+        for inner in own["_modules"].values():
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                modules.append(inner)
+    others += {type(module): type(module).forward for module in modules}.values()
+    if odd:
+        others += _odd(model, tensors)
+    weights = list(tensors.values())
+    return ModelState([tensor_state(tensor) for tensor in weights], settings, others, sampled(weights))
+
+
+def tensor_state(tensor: Tensor) -> tuple[Any, ...]:
+    """Describe which memory a tensor is and how often it was written; never equal where torch does not count."""
+    try:
+        return (id(tensor), tensor._version, tensor.data_ptr(), tensor.shape)
+    except RuntimeError:  # made in inference mode
+        return (object(),)
+
+
+def adapter_state(module: nn.Module) -> list[str]:
+    """Describe what one of PEFT's tuner layers keeps beside tensors: which adapters take part, and their settings."""
+    own = vars(module)
+    named = ("_active_adapter", "_disable_adapters", "merged_adapters")
+    settings = [f"{name}={value}" for name, value in own.items() if isinstance(value, dict) and name[0] != "_"]
+    return [str([own.get(name) for name in named]), *settings]
+
+
+def _odd(model: nn.Module, tensors: dict[int, Tensor]) -> list[Any]:
+    """Weights that are not plain tensors of this process: adds the tensors that they are stored in to `tensors`."""
+    found: list[Any] = []
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+                kept = stored(module, path, name, tensor)
+                tensors.update((id(inner), inner) for inner in kept.tensors)
+                found += [kept.source, kept.settings]
+    return found
+
+
+def sampled(tensors: list[Tensor]) -> str:
+    """A hash of SAMPLES values of each tensor; one transfer per device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if count := tensor.numel():
+            dtype = tensor.dtype
+            if dtype.itemsize == 1:
+                # Not every operation knows every float of 8 bits.
+                tensor, dtype = tensor.view(torch.uint8), torch.uint8
+            if tensor.is_contiguous():
+                values = tensor.as_strided((min(SAMPLES, count),), (max(1, count // SAMPLES),))
+            else:
+                values = tensor[(0,) * (tensor.dim() - 1)][:SAMPLES]
+            groups.setdefault((tensor.device, dtype), []).append(values)
+    found = xxhash.xxh3_128()
+    for values in groups.values():
+        found.update(torch.cat(values).view(torch.uint8).cpu().numpy())
+    return found.hexdigest()
