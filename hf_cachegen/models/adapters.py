@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_cachegen.errors import UnsupportedModelError
 from hf_cachegen.layout import base_model
 from hf_cachegen.models.checksum import checksum_of_text
-from hf_cachegen.models.storage import stored
+from hf_cachegen.models.storage import has_adapters, stored
 from hf_cachegen.models.weights import WRAPPED, checksums_of
 
 NO_EFFECT = ("Dropout", "Identity")
@@ -74,10 +74,8 @@ def require_identifiable(model: nn.Module) -> None:
 def _tuner_layers(model: nn.Module, disabled: bool = False) -> Iterator[tuple[str, str, Any]]:
     """(path, name without wrappers, module) of every layer with adapters that are not disabled."""
     for path, module in base_model(model).named_modules():
-        if "merged_adapters" in vars(module) or hasattr(type(module), "merged_adapters"):
-            if disabled or not getattr(module, "disable_adapters", False):
-                name = ".".join(part for part in path.split(".") if part not in WRAPPED)
-                yield path, name, module
+        if has_adapters(module) and (disabled or not getattr(module, "disable_adapters", False)):
+            yield path, ".".join(part for part in path.split(".") if part not in WRAPPED), module
 
 
 def _settings(module: nn.Module, adapter: str, path: str) -> Iterator[str]:

@@ -71,7 +71,7 @@ def model_state(model: nn.Module) -> ModelState:
         settings.extend(own.values())
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             others += [own.get("forward"), *own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
-        if "merged_adapters" in own:
+        if "merged_adapters" in own or hasattr(type(module), "merged_adapters"):
             others += adapter_state(module)
         buffers = own["_buffers"]
         if "rope_type" in own:

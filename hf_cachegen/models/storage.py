@@ -86,6 +86,11 @@ def stored(module: nn.Module, path: str, name: str, tensor: Tensor) -> Stored:
     return Stored((tensor,), lambda: [("", tensor)])
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's layers, which wrap a module of the model."""
+    return "merged_adapters" in vars(module) or hasattr(type(module), "merged_adapters")
+
+
 def rewritten(module: Any, name: str) -> bool:
     """Whether a buffer does not determine keys and values, or holds what the last input left there.
 

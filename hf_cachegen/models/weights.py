@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hf_cachegen.layout import base_model
 from hf_cachegen.models.checksum import checksum_of_text, checksums
 from hf_cachegen.models.state import sampled, tensor_state
-from hf_cachegen.models.storage import Stored, rewritten, stored
+from hf_cachegen.models.storage import Stored, has_adapters, rewritten, stored
 
 WRAPPED = ("_orig_mod", "base_layer", "original_module")
 """Children that torch.compile and PEFT put a module into."""
@@ -65,14 +65,13 @@ def weights(model: nn.Module) -> Iterator[Weight]:
     stack: list[tuple[str, str, nn.Module]] = [("", "", base_model(model))]
     while stack:
         path, name, module = stack.pop()
-        own = vars(module)
         for local, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or rewritten(module, local):
                 continue
             persistent = local not in module._non_persistent_buffers_set
             kept = stored(module, path, local, tensor)
             yield Weight(f"{name}.{local}", kept, not persistent and tensor.is_floating_point())
-        adapters = adapter_children(module) if "merged_adapters" in own else frozenset()
+        adapters = adapter_children(module) if has_adapters(module) else frozenset()
         for local, inner in module._modules.items():
             if inner is not None and local not in adapters:
                 wrapped = local in WRAPPED
