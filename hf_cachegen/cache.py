@@ -47,6 +47,7 @@ from hf_cachegen.layout import (
     require_geometry,
     require_model,
 )
+from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.opening import Tokens, checked_kv, one_row, open_context
 from hf_cachegen.prefix import Reuse
 from hf_cachegen.profile import Profile
@@ -109,13 +110,14 @@ class CacheGenCache(DynamicCache):
         config: CacheGenConfig | None = None,
         profile: Profile | None = None,
         source: Store | None = None,
+        verify: Verify = "probe",
     ):
         super().__init__()
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.layers = [_ReadOnlyLayer(*pair) for pair in zip(kv.keys, kv.values, strict=True)]
-        self._config, self._profile, self._source = config, profile, source
+        self._config, self._profile, self._source, self._verify = config, profile, source, verify
         self.refinement: Refinement | None = None
 
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
@@ -155,6 +157,7 @@ class CacheGenCache(DynamicCache):
         if prefill_chunk_tokens < 1:
             raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
         require_model(model)
+        identify(model)
         found = for_encoding(profile, model)
         ids = one_row(input_ids)
         start = time.perf_counter()
@@ -170,7 +173,7 @@ class CacheGenCache(DynamicCache):
             for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
                 model(input_ids=chunk, past_key_values=past, use_cache=True, return_dict=True, **options)
         kv = checked_kv(capture(past, model.config), model, ids)
-        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
         report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
         return cls(kv, ids, fingerprint, report, config=config, profile=found)
 
@@ -194,7 +197,7 @@ class CacheGenCache(DynamicCache):
         found = for_encoding(profile, model)
         ids = one_row(input_ids)
         kv = checked_kv(capture(cache, model.config), model, ids).clone()
-        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+        fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv)
         return cls(kv, ids, fingerprint, CacheReport(ids.shape[1], kv.geometry.nbytes), config=config, profile=found)
 
     @classmethod
@@ -209,6 +212,7 @@ class CacheGenCache(DynamicCache):
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: bool = False,
         limits: Limits | None = None,
+        verify: Verify = "probe",
         **access: Any,
     ) -> CacheGenCache:
         """Load an artifact at `level` (default: the finest), each layer to its device of `model`, else to `device`.
@@ -217,12 +221,14 @@ class CacheGenCache(DynamicCache):
         path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
         profile: for an artifact that needs one: a Profile, its place, None (the one beside the artifact alone), or
         "auto": the right one, from wherever it is found (docs/stores.md).
-        limits: how large an artifact may claim to be. access: revision, token, cache_dir, local_files_only,
+        limits: how large an artifact may claim to be. verify: "probe" also runs the first 16 tokens through the model
+        and compares the result with what the artifact recorded (docs/identity.md), "weights" does not. access: revision, token, cache_dir, local_files_only,
         force_download, subfolder and repo_type as in Transformers, and the other fields of hf_cachegen.stores.Access.
         Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
         """
         start = time.perf_counter()
-        found = open_context(open_store(path, Access(**access), limits), model, limits, profile, tokenizer=tokenizer)
+        store = open_store(path, Access(**access), limits)
+        found = open_context(store, model, limits, profile, tokenizer=tokenizer, verify=verify)
         artifact, places = found.artifact, found.places
         if device is None and places is not None and len(set(places)) == 1:
             device = places[0]
@@ -246,6 +252,7 @@ class CacheGenCache(DynamicCache):
             config=artifact.config,
             profile=artifact.profile(),
             source=artifact.store,
+            verify=verify,
         )
 
     @classmethod
@@ -269,12 +276,13 @@ class CacheGenCache(DynamicCache):
         link: Link | None = None,
         cancel: threading.Event | None = None,
         prompt: tuple[Tensor, Tensor] | None = None,
+        verify: Verify = "probe",
         **access: Any,
     ) -> CacheGenCache:
         """Load an artifact so that the first token comes within `slo` seconds from this call, whatever the network
         does (docs/streaming.md; section 5.3 of the paper). The report is a StreamReport.
 
-        path, profile, tokenizer, limits, access: as for `from_pretrained`. Every layer goes to its device of `model`.
+        path, profile, tokenizer, limits, verify, access: as for `from_pretrained`. Every layer goes to its device of `model`.
         slo: None takes the time that it takes. level: the same for all chunks, or "text" to recompute all, instead of a
         policy. policy: "adaptive", "paper" or an object (hf_cachegen.streaming.Policy).
         refine: what is done with finer levels than the first that was fetched: "off" nothing, "before" fetch them
@@ -292,13 +300,13 @@ class CacheGenCache(DynamicCache):
         """
         options = StreamOptions(
             slo, policy_of(policy, level), refine, prompt_tokens, fallback, on_event, stall_seconds, connections,
-            link, cancel, prompt,
+            link, cancel, prompt, verify,
         )  # fmt: skip
         found, kv, refinement = stream_context(path, model, options, profile, tokenizer, limits, access)
         artifact = found.artifact
         cache = cls(
             kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config,
-            profile=refinement.profile, source=artifact.store,
+            profile=refinement.profile, source=artifact.store, verify=verify,
         )  # fmt: skip
         cache.refinement = refinement
         return cache
@@ -389,3 +397,5 @@ class CacheGenCache(DynamicCache):
         require_model(model)
         self.fingerprint.check(model, tokenizer)
         require_geometry(model.config, self.kv.geometry)
+        if self._verify == "probe":
+            self.fingerprint.check_probe(model, self.input_ids[0].tolist())

@@ -6,16 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.artifact import Artifact
 from hf_cachegen.container import TOKENS_FILE, Limits, Store
-from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, TensorError, WrongDtypeError
 from hf_cachegen.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.layout import KVTensors, dtype_name, layer_devices, require_geometry, require_model
+from hf_cachegen.models.identity import Verify
 
 if TYPE_CHECKING:
     import os
@@ -48,14 +49,18 @@ def open_context(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     likely: Sequence[int] = (),
+    verify: Verify = "probe",
     on_manifest: Callable[[Artifact], None] | None = None,
 ) -> OpenContext:
     """The context of the artifact in `store`: its manifest is held against the model, its tokens against the manifest.
 
     limits, profile: as for `Artifact`. likely: token ids that may begin with the context; where they do, the stored
-    ones are not fetched. on_manifest: called before anything but the manifest is fetched or checked.
+    ones are not fetched. verify: "probe" also runs the first tokens through the model and compares the result with what
+    the artifact recorded; "weights" does not. on_manifest: called before anything but the manifest is fetched or checked.
     Raises ArtifactError, StoreError, and MismatchError where it is another model's.
     """
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify must be one of {get_args(Verify)}, got {verify!r}")
     folder = "" if model is None else str(getattr(model.config, "_name_or_path", ""))
     artifact = Artifact(store, limits, profile, folder)
     if on_manifest is not None:
@@ -78,7 +83,10 @@ def open_context(
         fingerprint.check(model, tokenizer)
         require_geometry(model.config, artifact.geometry)
         places = layer_devices(model, len(artifact.geometry.layers))
-    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), places)
+    input_ids = _tokens(artifact, fingerprint, likely)
+    if model is not None and verify == "probe":
+        fingerprint.check_probe(model, input_ids[0].tolist())
+    return OpenContext(artifact, fingerprint, input_ids, places)
 
 
 def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:

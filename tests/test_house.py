@@ -28,6 +28,7 @@ FLOORS = (
     ("native",),
     ("codec", "prefix"),
     ("layout",),
+    ("models",),
     ("fingerprint",),
     ("encoding", "finding"),
     ("artifact",),
@@ -45,7 +46,7 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 ONLY_IN = {
     "transformers": {
         "calibration", "convert", "layout", "fingerprint", "finding", "opening", "streaming", "cache", "generation",
-        "cli",
+        "cli", "models",
     },
     "huggingface_hub": {"stores"},
     "fsspec": {"stores"},

@@ -24,7 +24,7 @@ from hf_cachegen.models.checksum import checksum_of_text, checksums
 from hf_cachegen.models.state import sampled, tensor_state
 from hf_cachegen.models.storage import Stored, has_adapters, rewritten, stored
 
-WRAPPED = ("_orig_mod", "base_layer", "original_module")
+WRAPPED = ("_orig_mod", "base_layer", "original_module", "token_adapter")
 """Children that torch.compile and PEFT put a module into."""
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -81,7 +81,7 @@ def weights(model: nn.Module) -> Iterator[Weight]:
 def adapter_children(module: nn.Module) -> frozenset[str]:
     """The children of one of PEFT's layers that hold its adapters."""
     names = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
-    return frozenset(name.partition(".")[0] for name in names)
+    return frozenset(name for name in names if "." not in name)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.models.identity import Verify
 from hf_cachegen.prefix import require_prompts
 from hf_cachegen.streaming.events import Event
 from hf_cachegen.streaming.link import Link
@@ -44,6 +45,7 @@ class StreamOptions:
     link: Link | None
     cancel: threading.Event | None = None
     prompt: tuple[Tensor, Tensor] | None = None
+    verify: Verify = "probe"
 
     def __post_init__(self) -> None:
         if self.slo is not None and not 0 < self.slo < math.inf:

@@ -53,7 +53,10 @@ def stream_context(
     with ExitStack() as resources, ExitStack() as ending:
         ending.callback(loader.close, END_SECONDS)
         likely = () if options.prompt is None else tokens_of(*options.prompt)
-        check = partial(open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, likely=likely)
+        check = partial(
+            open_context, model=model, limits=limits, profile=profile, tokenizer=tokenizer, likely=likely,
+            verify=options.verify,
+        )  # fmt: skip
         found = _open(loader, resources, places, limits, check)
         loader.opened(found, _question(found, options))
         kv = loader.run(model)
