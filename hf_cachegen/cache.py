@@ -29,11 +29,7 @@ from hf_cachegen.card import card
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.container import Limits, Reader, Store
 from hf_cachegen.encoding import EncodedContext, Encoder
-from hf_cachegen.errors import (
-    ConfigError,
-    ReadOnlyCacheError,
-    TensorError,
-)
+from hf_cachegen.errors import ConfigError, ReadOnlyCacheError, TensorError
 from hf_cachegen.finding import ProfileLike, for_encoding, profile_to_push
 from hf_cachegen.fingerprint import Fingerprint
 from hf_cachegen.layout import (
@@ -221,9 +217,10 @@ class CacheGenCache(DynamicCache):
         path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
         profile: for an artifact that needs one: a Profile, its place, None (the one beside the artifact alone), or
         "auto": the right one, from wherever it is found (docs/stores.md).
-        limits: how large an artifact may claim to be. verify: "probe" also runs the first 16 tokens through the model
-        and compares the result with what the artifact recorded (docs/identity.md), "weights" does not. access: revision, token, cache_dir, local_files_only,
-        force_download, subfolder and repo_type as in Transformers, and the other fields of hf_cachegen.stores.Access.
+        limits: how large an artifact may claim to be. verify: "probe" also runs the first tokens through the model and
+        compares them with what the artifact recorded (docs/identity.md), "weights" does not. access: revision, token,
+        cache_dir, local_files_only, force_download, subfolder and repo_type as in Transformers, and the other fields of
+        hf_cachegen.stores.Access.
         Raises MismatchError, ArtifactError, StoreError, ProfileError (see hf_cachegen.errors).
         """
         start = time.perf_counter()

@@ -265,8 +265,8 @@ def _probe_of(model: PreTrainedModel, input_ids: Sequence[int], kv: KVTensors, o
 @lru_cache(maxsize=64)
 def _warn_once(model_id: str, missing: tuple[str, ...]) -> None:
     LOG.warning(
-        "a cache of %r was written by an earlier release and does not record %s; a difference there goes unseen. Make "
-        "the cache again to have it checked.", model_id or "a model", ", ".join(missing),
+        "a cache of %r does not record %s, as caches of earlier releases do not: a difference there goes unseen. Make "
+        "the cache again to have it compared.", model_id or "a model", ", ".join(missing),
     )  # fmt: skip
 
 
