@@ -100,12 +100,11 @@ def tensor_state(tensor: Tensor) -> tuple[Any, ...]:
         return (object(),)
 
 
-def adapter_state(module: nn.Module) -> list[str]:
+def adapter_state(module: Any) -> list[str]:
     """Describe what one of PEFT's tuner layers keeps beside tensors: which adapters take part, and their settings."""
-    own = vars(module)
-    named = ("_active_adapter", "_disable_adapters", "merged_adapters")
-    settings = [f"{name}={value}" for name, value in own.items() if isinstance(value, dict) and name[0] != "_"]
-    return [str([own.get(name) for name in named]), *settings]
+    settings = [f"{name}={value}" for name, value in vars(module).items() if isinstance(value, dict) and name[0] != "_"]
+    taking_part = module.active_adapters, module.disable_adapters, module.merged_adapters
+    return [str(taking_part), *settings]
 
 
 def _odd(model: nn.Module, tensors: dict[int, Tensor]) -> list[Any]:

@@ -61,8 +61,9 @@ def stored(module: nn.Module, path: str, name: str, tensor: Tensor) -> Stored:
     Raises:
         UnsupportedModelError: It cannot be identified.
     """
+    label = f"{path}.{name}".lstrip(".")
     if tensor.device.type == "meta":
-        return _offloaded(module, path, name)
+        return _offloaded(module, label, name)
     kind = type(tensor)
     if kind in PLAIN:
         settings = f"ggml_type={module.ggml_type}" if hasattr(module, "ggml_type") else ""
@@ -70,17 +71,17 @@ def stored(module: nn.Module, path: str, name: str, tensor: Tensor) -> Stored:
     if getattr(tensor, "quant_state", None) is not None:
         return _bitsandbytes_4bit(tensor)
     if tensor.dtype is torch.int8 and hasattr(tensor, "SCB"):
-        return _bitsandbytes_8bit(module, f"{path}.{name}", tensor)
+        return _bitsandbytes_8bit(module, label, tensor)
     if kind.__name__ == "DTensor":
         raise UnsupportedModelError(
-            f"weight {path}.{name} is a DTensor, of which this process holds a part: gather the model to identify it"
+            f"weight {label} is a DTensor, of which this process holds a part: gather the model to identify it"
         )
     if hasattr(tensor, "__tensor_flatten__"):
-        return _flattened(f"{path}.{name}", tensor)
+        return _flattened(label, tensor)
     hidden = sorted(key for key, value in vars(tensor).items() if _holds_tensors(value))
     if hidden or hasattr(tensor, "ds_id") or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
         raise UnsupportedModelError(
-            f"weight {path}.{name} is a {kind.__module__}.{kind.__qualname__}, whose value cannot be read"
+            f"weight {label} is a {kind.__module__}.{kind.__qualname__}, whose value cannot be read"
             f"{f' (it also keeps tensors in {hidden})' if hidden else ''}: dequantise or gather the model"
         )
     return Stored((tensor,), lambda: [("", tensor)])
@@ -188,7 +189,7 @@ def _bitsandbytes_8bit(module: nn.Module, name: str, tensor: Any) -> Stored:
     return Stored((tensor, scales), lambda: [("", tensor), (".SCB", scales)])
 
 
-def _offloaded(module: nn.Module, path: str, name: str) -> Stored:
+def _offloaded(module: nn.Module, label: str, name: str) -> Stored:
     """A weight that accelerate keeps on the CPU or on disk, read through the map of the module's hook."""
     hook = getattr(module, "_hf_hook", None)
     maps = (getattr(inner, "weights_map", None) for inner in getattr(hook, "hooks", (hook,)))
@@ -203,12 +204,12 @@ def _offloaded(module: nn.Module, path: str, name: str) -> Stored:
     index = getattr(whole, "index", {})
     if weights is None or key not in index:
         raise UnsupportedModelError(
-            f"weight {path}.{name} is on the meta device and accelerate holds no value of it: load the model's weights"
+            f"weight {label} is on the meta device and accelerate holds no value of it: load the model's weights"
         )
     file = index[key].get("safetensors_file") or os.path.join(str(whole.save_folder), f"{key}.dat")
     try:
         status = os.stat(file)
     except OSError as error:
-        raise UnsupportedModelError(f"weight {path}.{name} is offloaded to {file}, which cannot be read") from error
+        raise UnsupportedModelError(f"weight {label} is offloaded to {file}, which cannot be read") from error
     source = (str(file), key, status.st_mtime_ns, status.st_size)
     return Stored((), lambda: [("", weights[name])], source=source)
