@@ -17,7 +17,7 @@ import json
 import logging
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +185,7 @@ class Fingerprint:
                 f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
                 f"{same_names}"
             )
-        if self.checksum not in (None, identity.checksum) or (self.checksum is None and _weights(model) != self.weights):
+        if (_weights(model) != self.weights) if self.checksum is None else (identity.checksum != self.checksum):
             raise WrongWeightsError(
                 f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} "
                 "has the same configuration but other weights"

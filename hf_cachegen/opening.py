@@ -55,8 +55,8 @@ def open_context(
     """The context of the artifact in `store`: its manifest is held against the model, its tokens against the manifest.
 
     limits, profile: as for `Artifact`. likely: token ids that may begin with the context; where they do, the stored
-    ones are not fetched. verify: "probe" also runs the first tokens through the model and compares the result with what
-    the artifact recorded; "weights" does not. on_manifest: called before anything but the manifest is fetched or checked.
+    ones are not fetched. verify: "probe" also runs the first tokens through the model and compares them with what the
+    artifact recorded; "weights" does not. on_manifest: called before anything but the manifest is fetched or checked.
     Raises ArtifactError, StoreError, and MismatchError where it is another model's.
     """
     if verify not in get_args(Verify):

@@ -36,15 +36,12 @@ def computed_buffers(model: nn.Module) -> dict[str, str]:
     Returns:
         Name -> dtype, shape and base64 of float32 numbers; at most MAX_BUFFERS, equal ones once.
     """
-    found: dict[str, str] = {}
     names: dict[str, str] = {}
     for weight in weights(model):
         if weight.computed:
             for suffix, tensor in weight.stored.parts():
                 names.setdefault(_summary(tensor), f"{weight.name}{suffix}".lstrip("."))
-    for text, name in sorted(names.items(), key=lambda item: item[1])[:MAX_BUFFERS]:
-        found[name] = text
-    return found
+    return {name: text for text, name in sorted(names.items(), key=lambda item: item[1])[:MAX_BUFFERS]}
 
 
 def wrong_buffers(expected: dict[str, str], got: dict[str, str]) -> list[str]:

@@ -115,8 +115,10 @@ def torch_block_sums(flat: Tensor) -> Tensor:
     Returns:
         int64 [2 * ceil(bytes / 16384)]: a and b of the first block, then of the next.
     """
+    if not len(flat):
+        return flat.new_empty(0, dtype=torch.int64)
     slab = SLAB_BYTES.get(flat.device.type, SLAB_BYTES_ELSEWHERE)
-    return torch.cat([_slab_sums(part) for part in flat.split(slab)]) if len(flat) else flat.new_empty(0, dtype=torch.int64)
+    return torch.cat([_slab_sums(part) for part in flat.split(slab)])
 
 
 def _slab_sums(part: Tensor) -> Tensor:

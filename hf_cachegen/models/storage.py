@@ -95,9 +95,9 @@ def has_adapters(module: nn.Module) -> bool:
 def rewritten(module: Any, name: str) -> bool:
     """Whether a buffer does not determine keys and values, or holds what the last input left there.
 
-    A rotary module has `inv_freq` and `original_inv_freq`, both with the layer type as a prefix where there are several.
-    Where the kind of rope depends on the length of the input, the model computes the first from the second; otherwise
-    the second has no effect.
+    A rotary module has `inv_freq` and `original_inv_freq`, both with the layer type as a prefix where there are
+    several. Where the kind of rope depends on the length of the input, the model computes the first from the second;
+    otherwise the second has no effect.
     """
     if not name.endswith("inv_freq"):
         return False

@@ -88,7 +88,7 @@ def adapter_children(module: nn.Module) -> frozenset[str]:
 def checksums_of(found: Sequence[Stored]) -> list[str]:
     """Compute checksums of stored weights, in their canonical form; a weight that was not written is not read again."""
     keys = [one.source if one.source is not None else id(one.tensors[0]) for one in found]
-    states = [[(tensor_state(tensor), sampled([tensor])) for tensor in one.tensors] for one in found]
+    states = [[one.settings, *((tensor_state(t), sampled([t])) for t in one.tensors)] for one in found]
     digests: dict[Hashable, str] = {}
     todo: dict[Hashable, tuple[Stored, list[Any]]] = {}
     for key, one, state in zip(keys, found, states, strict=True):
