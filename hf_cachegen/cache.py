@@ -279,7 +279,7 @@ class CacheGenCache(DynamicCache):
         """Load an artifact so that the first token comes within `slo` seconds from this call, whatever the network
         does (docs/streaming.md; section 5.3 of the paper). The report is a StreamReport.
 
-        path, profile, tokenizer, limits, verify, access: as for `from_pretrained`. Layers go to their devices of `model`.
+        path, profile, tokenizer, limits, verify, access: as for `from_pretrained`. Layers go to their devices.
         slo: None takes the time that it takes. level: the same for all chunks, or "text" to recompute all, instead of a
         policy. policy: "adaptive", "paper" or an object (hf_cachegen.streaming.Policy).
         refine: what is done with finer levels than the first that was fetched: "off" nothing, "before" fetch them
