@@ -34,7 +34,6 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.layout import KVTensors, dtype_name, positions_change
 from hf_cachegen.models import probe
-from hf_cachegen.models.adapters import active_adapters
 from hf_cachegen.models.buffers import MAX_BUFFERS, wrong_buffers
 from hf_cachegen.models.identity import identify
 from hf_cachegen.models.storage import stored
@@ -135,7 +134,7 @@ class Fingerprint:
             config=_config(model),
             weights=_weights(model),
             dtype=dtype_name(model.dtype),
-            adapters=active_adapters(model),
+            adapters=identity.adapter_names,
             tokens=hash_tokens(input_ids),
             tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
             transformers=transformers.__version__,
@@ -175,7 +174,8 @@ class Fingerprint:
     def _check_weights(self, model: PreTrainedModel) -> None:
         if missing := tuple(text for name, text in LATER_FIELDS.items() if getattr(self, name) is None):
             _warn_once(self.model_id, missing)
-        identity, adapters = identify(model), active_adapters(model)
+        identity = identify(model)
+        adapters = identity.adapter_names
         alike = self.adapters == adapters if self.adapter_checksums is None else (
             self.adapter_checksums == identity.adapters
         )  # fmt: skip

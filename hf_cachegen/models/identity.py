@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from hf_cachegen.models.adapters import adapter_checksums, require_identifiable
+from hf_cachegen.models.adapters import active_adapters, adapter_checksums, require_identifiable
 from hf_cachegen.models.buffers import computed_buffers
 from hf_cachegen.models.state import ModelState, model_state
 from hf_cachegen.models.weights import weights_checksum
@@ -24,7 +24,8 @@ checksums alone."""
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """checksum: of all weights; buffers: summaries of the computed ones; adapters: a checksum for each that takes part.
+    """checksum: of all weights; buffers: summaries of the computed ones; adapters: a checksum for each that takes part;
+    adapter_names: those that are active, for messages.
 
     probed: the probes that the model was compared with in this state.
     """
@@ -32,6 +33,7 @@ class ModelIdentity:
     checksum: str
     buffers: dict[str, str]
     adapters: tuple[str, ...]
+    adapter_names: tuple[str, ...]
     state: ModelState
     probed: set[str] = field(default_factory=set)
 
@@ -49,6 +51,8 @@ def identify(model: nn.Module) -> ModelIdentity:
     known = _known.get(model)
     if known is None or not known.state.same(state):
         require_identifiable(model)
-        known = ModelIdentity(weights_checksum(model), computed_buffers(model), adapter_checksums(model), state)
+        known = ModelIdentity(
+            weights_checksum(model), computed_buffers(model), adapter_checksums(model), active_adapters(model), state
+        )
         _known[model] = known
     return known

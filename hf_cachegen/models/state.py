@@ -11,6 +11,7 @@ adapters, and fused optimisers. A write past the counter that changes none of th
 
 from __future__ import annotations
 
+from ctypes import string_at
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from hf_cachegen.models.storage import PLAIN, rewritten, stored
 
+SAMPLE_BYTES = 64
+"""Bytes read at the beginning and in the middle of a tensor on the CPU."""
 SAMPLES = 8
-"""Values read of each tensor."""
+"""Values read of a tensor elsewhere, evenly spread (at most one more for each, where they do not divide its size)."""
 _PLAIN = frozenset(PLAIN)
 _SCALARS = frozenset([int, float, bool, str, type(None)])
 
@@ -64,14 +67,17 @@ def model_state(model: nn.Module) -> ModelState:
     tensors: dict[int, Tensor] = {}
     settings: list[Any] = []
     others: list[Any] = []
-    odd = False
+    odd, wrappers = False, dict[type, bool]()
     modules, seen = [model], {model}
     for module in modules:
         own = module.__dict__
         settings.extend(own.values())
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             others += [own.get("forward"), *own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
-        if "merged_adapters" in own or hasattr(type(module), "merged_adapters"):
+        kind = type(module)
+        if kind not in wrappers:
+            wrappers[kind] = hasattr(kind, "merged_adapters")
+        if wrappers[kind] or "merged_adapters" in own:
             others += adapter_state(module)
         buffers = own["_buffers"]
         if "rope_type" in own:
@@ -85,7 +91,7 @@ def model_state(model: nn.Module) -> ModelState:
             if inner is not None and inner not in seen:
                 seen.add(inner)
                 modules.append(inner)
-    others += {type(module): type(module).forward for module in modules}.values()
+    others += [kind.forward for kind in wrappers]
     if odd:
         others += _odd(model, tensors)
     weights = list(tensors.values())
@@ -120,20 +126,20 @@ def _odd(model: nn.Module, tensors: dict[int, Tensor]) -> list[Any]:
 
 
 def sampled(tensors: list[Tensor]) -> str:
-    """A hash of SAMPLES values of each tensor; one transfer per device and dtype."""
+    """A hash of a few values of each tensor; at most one transfer for each dtype of a device."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        if count := tensor.numel():
-            dtype = tensor.dtype
-            if dtype.itemsize == 1:
-                # Not every operation knows every float of 8 bits.
-                tensor, dtype = tensor.view(torch.uint8), torch.uint8
-            if tensor.is_contiguous():
-                values = tensor.as_strided((min(SAMPLES, count),), (max(1, count // SAMPLES),))
-            else:
-                values = tensor[(0,) * (tensor.dim() - 1)][:SAMPLES]
-            groups.setdefault((tensor.device, dtype), []).append(values)
     found = xxhash.xxh3_128()
-    for values in groups.values():
-        found.update(torch.cat(values).view(torch.uint8).cpu().numpy())
+    for tensor in tensors:
+        size = tensor.nbytes
+        if size and tensor.is_cpu and tensor.is_contiguous():
+            # Much cheaper than an operation of torch; the tensor's memory has `size` bytes from its address on.
+            address, part = tensor.data_ptr(), min(SAMPLE_BYTES, size // 2 + 1)
+            found.update(string_at(address, part) + string_at(address + size // 2, min(part, size - size // 2)))
+        elif size:
+            # Not every operation knows every float of 8 bits.
+            values = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+            values = values.view(-1) if values.is_contiguous() else values[(0,) * (values.dim() - 1)]
+            groups.setdefault((values.device, values.dtype), []).append(values[:: max(1, len(values) // SAMPLES)])
+    for values_of in groups.values():
+        found.update(torch.cat(values_of).view(torch.uint8).cpu().numpy())
     return found.hexdigest()
