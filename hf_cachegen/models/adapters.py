@@ -22,7 +22,7 @@ from hf_cachegen.models.weights import WRAPPED, checksums_of
 
 NO_EFFECT = ("Dropout", "Identity")
 """Modules that do nothing in evaluation mode."""
-UNSET = (None, False, "", (), [])
+UNSET: tuple[Any, ...] = (None, False, "", (), [])
 """Values of a setting that is off: a later release of PEFT adds settings, off by default."""
 
 
@@ -80,7 +80,8 @@ def _tuner_layers(model: nn.Module, disabled: bool = False) -> Iterator[tuple[st
 
 def _settings(module: nn.Module, adapter: str, path: str) -> Iterator[str]:
     """What a tuner layer keeps of one adapter, each as text."""
-    for name, kept in sorted({**vars(module), **module._modules}.items()):
+    named: dict[str, Any] = {**vars(module), **module._modules}
+    for name, kept in sorted(named.items()):
         if name.startswith("_") or not isinstance(kept, (Mapping, nn.Module)) or name in WRAPPED:
             continue
         if adapter in _keys(kept):

@@ -67,7 +67,7 @@ def model_state(model: nn.Module) -> ModelState:
     tensors: dict[int, Tensor] = {}
     settings: list[Any] = []
     others: list[Any] = []
-    odd, wrappers = False, dict[type, bool]()
+    odd, wrappers = False, dict[type[nn.Module], bool]()
     modules, seen = [model], {model}
     for module in modules:
         own = module.__dict__
@@ -141,5 +141,5 @@ def sampled(tensors: list[Tensor]) -> str:
             values = values.view(-1) if values.is_contiguous() else values[(0,) * (values.dim() - 1)]
             groups.setdefault((values.device, values.dtype), []).append(values[:: max(1, len(values) // SAMPLES)])
     for values_of in groups.values():
-        found.update(torch.cat(values_of).view(torch.uint8).cpu().numpy())
+        found.update(torch.cat(values_of).view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()

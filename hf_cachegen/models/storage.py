@@ -79,7 +79,7 @@ def stored(module: nn.Module, path: str, name: str, tensor: Tensor) -> Stored:
     if hasattr(tensor, "__tensor_flatten__"):
         return _flattened(label, tensor)
     hidden = sorted(key for key, value in vars(tensor).items() if _holds_tensors(value))
-    if hidden or hasattr(tensor, "ds_id") or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if hidden or hasattr(tensor, "ds_id") or nn.parameter.is_lazy(tensor):
         raise UnsupportedModelError(
             f"weight {label} is a {kind.__module__}.{kind.__qualname__}, whose value cannot be read"
             f"{f' (it also keeps tensors in {hidden})' if hidden else ''}: dequantise or gather the model"
