@@ -82,15 +82,13 @@ def _settings(module: nn.Module, adapter: str, path: str) -> Iterator[str]:
     """What a tuner layer keeps of one adapter, each as text."""
     named: dict[str, Any] = {**vars(module), **module._modules}
     for name, kept in sorted(named.items()):
-        if name.startswith("_") or not isinstance(kept, (Mapping, nn.Module)) or name in WRAPPED:
-            continue
-        if adapter in _keys(kept):
+        if name[0] != "_" and name not in WRAPPED and adapter in _keys(kept):
             yield from _texts(f"{path}.{name}.{adapter}", name, kept[adapter])
 
 
 def _keys(kept: Any) -> Any:
     keys = getattr(kept, "keys", None)
-    return keys() if callable(keys) else ()
+    return keys() if isinstance(kept, (Mapping, nn.Module)) and callable(keys) else ()
 
 
 def _texts(path: str, name: str, value: Any) -> Iterator[str]:
