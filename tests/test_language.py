@@ -1,4 +1,4 @@
-"""The glossary of docs/design.md and the plain English of CONTRIBUTING.md, held against everything that a person reads."""
+"""The glossary of docs/design.md and the plain English of CONTRIBUTING.md hold in everything that a person reads."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     if path.suffix in TEXT:
         yield from enumerate(text.splitlines(), 1)
     elif path.suffix == ".py":
+        kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type in (tokenize.COMMENT, tokenize.STRING, tokenize.FSTRING_MIDDLE if hasattr(tokenize, "FSTRING_MIDDLE") else -1):
+            if token.type in kinds:
                 yield from ((token.start[0] + number, line) for number, line in enumerate(token.string.splitlines()))
     else:
         for number, line in enumerate(text.splitlines(), 1):

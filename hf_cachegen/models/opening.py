@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
 from hf_cachegen.artifact.artifact import Artifact
-from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, TensorError, WrongDtypeError
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.requirements import require_geometry, require_model
 from hf_cachegen.models.running import layer_devices
@@ -64,6 +65,7 @@ def validate(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     likely: Sequence[int] = (),
+    verify: Verify = "probe",
 ) -> OpenContext:
     """Validate an artifact against the model and the tokens.
 
@@ -72,12 +74,16 @@ def validate(
         model: None: only the manifest and the tokens are compared.
         tokenizer: Compared with that of the fingerprint if given.
         likely: Token ids that may begin with the context. Where they do, the stored ones are not fetched.
+        verify: "probe" also runs the first tokens through the model and compares them with what the artifact recorded
+            (docs/identity.md); "weights" does not.
 
     Raises:
         ManifestError: The artifact does not say what it belongs to, or contradicts itself.
         MismatchError: It belongs to another model or tokenizer.
         ArtifactError, StoreError: The tokens are damaged, or cannot be had.
     """
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify must be one of {get_args(Verify)}, got {verify!r}")
     store = artifact.store
     if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
         raise ManifestError(
@@ -97,7 +103,10 @@ def validate(
         fingerprint.check(model, tokenizer)
         require_geometry(model.config, artifact.geometry)
         devices = layer_devices(model, len(artifact.geometry.layers))
-    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), devices)
+    input_ids = _tokens(artifact, fingerprint, likely)
+    if model is not None and verify == "probe":
+        fingerprint.check_probe(model, input_ids[0].tolist())
+    return OpenContext(artifact, fingerprint, input_ids, devices)
 
 
 def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:
