@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from hf_cachegen.artifact import Limits, Store
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
+from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
@@ -115,6 +116,7 @@ def compute_context(
     ids = one_row(input_ids)
     require_length(model, ids.shape[1])
     identify(model)
+    require_inactive(model, ids[0].tolist())
     found = for_encoding(profile, model)
     start = time.perf_counter()
     if positions_change(model.config, 1, ids.shape[1]):

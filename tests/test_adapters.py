@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hf_cachegen.models.adapters import adapter_checksums, require_identifiable
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.weights import weights_checksum
 from tests import tiny_models
+from tests.generation_support import CONTEXT, fed, prompt
 
 TARGETS = ["k_proj", "v_proj", "down_proj"]
 
@@ -114,15 +116,13 @@ def test_a_merged_adapter_is_part_of_the_weights(wrapped: tuple[Any, Layer]) -> 
         require_identifiable(model)
 
 
-def test_an_activated_adapter_is_refused_before_the_prefill(wrapped: tuple[Any, Layer]) -> None:
-    model, layer = wrapped
-    layer.add("french")
-    layer.lora_variant = {"french": type("ALoraLinearVariant", (), {})()}  # type: ignore[assignment]
-    passes: list[int] = []
-    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    with pytest.raises(UnsupportedModelError, match="'french' is an activated LoRA"):
-        CacheGenCache.from_context(model, [3, 4, 5], profile=None)
-    assert not passes
+def test_a_context_that_invokes_an_activated_adapter_is_refused_before_the_prefill() -> None:
+    model: Any = tiny_models.make("llama")
+    model.peft_config = {"french": SimpleNamespace(alora_invocation_tokens=[5, 6]), "plain": SimpleNamespace()}
+    with fed(model) as lengths, pytest.raises(UnsupportedModelError, match=r"tokens \[5, 6\] of .* 'french'"):
+        CacheGenCache.from_context(model, [3, 4, 5, 6], profile=None)
+    assert not lengths
+    assert CacheGenCache.from_context(model, [3, 4, 6, 5], profile=None).kv.geometry.tokens == 4
 
 
 def lora(**options: Any) -> Any:
@@ -236,6 +236,13 @@ def test_several_and_weighted_adapters() -> None:
     assert len({*weighted, one.adapter_checksums, both.adapter_checksums}) == 4
 
 
-def test_peft_activated_adapters_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="activated LoRA"):
-        Fingerprint.of(adapted(lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")), [1])
+def test_a_question_may_invoke_an_activated_adapter() -> None:
+    model = adapted(lora(alora_invocation_tokens=[50, 51], task_type="CAUSAL_LM", init_lora_weights=False))
+    ids = torch.cat([prompt(5), torch.tensor([[50, 51, 7]])], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**inputs), expected)
+    cache = CacheGenCache.from_context(model, CONTEXT)
+    assert torch.equal(model.generate(**inputs), expected), "a prepared model without a cache"
+    assert torch.equal(model.generate(**inputs, cache=cache), expected)

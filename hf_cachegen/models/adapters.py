@@ -9,7 +9,7 @@ and a disabled one of nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,14 +61,23 @@ def require_identifiable(model: nn.Module) -> None:
                     f"the adapters {module.merged_adapters} of {path} are merged and disabled at once, so the next "
                     "forward pass will unmerge them: call unmerge_adapter() first"
                 )
-            continue
-        variants = getattr(module, "lora_variant", {})
-        for adapter in module.active_adapters:
-            if "ALora" in type(variants.get(adapter)).__name__ or "ALora" in str(variants.get(adapter)):
-                raise UnsupportedModelError(
-                    f"adapter {adapter!r} is an activated LoRA, which begins at tokens of the prompt: a cache cannot "
-                    "tell where; disable it, or use a LoRA that is always active"
-                )
+
+
+def require_inactive(model: Any, input_ids: Sequence[int]) -> None:
+    """Raise UnsupportedModelError for a context that holds the invocation tokens of an activated LoRA.
+
+    Such an adapter works from its invocation tokens on, which it looks for in each forward pass. A context without them
+    is computed by the base model, and a question may invoke the adapter.
+    """
+    configs = getattr(model, "peft_config", None)
+    for name, config in (configs if isinstance(configs, Mapping) else {}).items():
+        tokens = list(getattr(config, "alora_invocation_tokens", None) or [])
+        starts = range(len(input_ids) - len(tokens) + 1) if tokens else ()
+        if any(list(input_ids[start : start + len(tokens)]) == tokens for start in starts):
+            raise UnsupportedModelError(
+                f"the context holds the invocation tokens {tokens} of the activated adapter {name!r}: end the context "
+                "before them, and put them into the prompt"
+            )
 
 
 def _tuner_layers(model: nn.Module, disabled: bool = False) -> Iterator[tuple[str, str, Any]]:
