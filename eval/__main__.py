@@ -10,7 +10,7 @@ import click
 
 from eval.codecs import NAMES
 from eval.datasets import LOADERS
-from hf_cachegen.cli_models import DTYPES
+from eval.models import DTYPES
 from hf_cachegen.errors import CacheGenError
 
 INTERRUPTED = 130

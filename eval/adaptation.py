@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,9 +35,7 @@ from eval.divergence import kl, log_probabilities
 from eval.reference import HELD_OUT_SEED, MODEL_PATH, document
 from eval.simulation import Chunk, Outcome, simulate
 from eval.traces import Link
-from hf_cachegen import CacheGenCache, CacheGenConfig
-from hf_cachegen.artifact import Artifact
-from hf_cachegen.container import BASE_FILE, chunk_name, refine_file
+from hf_cachegen import CacheGenCache, CacheGenConfig, EncodedContext, decode_kv, encode_kv
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.streaming import Adaptive, Fixed, Paper, Policy
 
@@ -79,12 +76,12 @@ class Row:
 class Judge:
     """What a mixture of levels costs in quality; after: token ids [1, tokens] of questions and right answers."""
 
-    def __init__(self, model: Any, artifact: Artifact, cache: CacheGenCache, after: Tensor) -> None:
-        self._spans = artifact.manifest.chunks
+    def __init__(self, model: Any, encoded: EncodedContext, cache: CacheGenCache, after: Tensor) -> None:
+        self._spans = spans_of(encoded)
         exact = (list(cache.kv.keys), list(cache.kv.values))
         self._decoded: dict[int | None, KV] = {None: exact}
-        for level in range(1, artifact.levels + 1):
-            self._decoded[level] = artifact.decode(level)
+        for level in range(1, encoded.levels + 1):
+            self._decoded[level] = decode_kv(encoded, level, model.device)
         self._ask: Callable[[KV], Tensor] = lambda kv: log_probabilities(model, *kv, after)
         self._exact = self._ask(exact)
         self._known: dict[tuple[int | None, ...], float] = {}
@@ -108,14 +105,19 @@ class Judge:
         return self._known[choices]
 
 
+def spans_of(encoded: EncodedContext) -> list[tuple[int, int]]:
+    """Return (first token, number of tokens) of every chunk of an encoded context."""
+    tokens, step = encoded.geometry.tokens, encoded.config.chunk_tokens
+    return [(first, min(step, tokens - first)) for first in range(0, tokens, step)]
+
+
 def chunks_of(
-    artifact: Artifact, scale: float, prefill_tokens_per_second: float, decode_tokens_per_second: float
+    encoded: EncodedContext, scale: float, prefill_tokens_per_second: float, decode_tokens_per_second: float
 ) -> tuple[Chunk, ...]:
-    """The artifact's chunks with the bytes of its manifest, times `scale`."""
+    """Return the chunks of an encoded context as the simulation takes them, their bytes multiplied by `scale`."""
     found = []
-    for index, (_, tokens) in enumerate(artifact.manifest.chunks):
-        files = [BASE_FILE, *(refine_file(n) for n in range(1, artifact.levels))]
-        parts = tuple(scale * artifact.manifest.segment(file, chunk_name(index)).length for file in files)
+    for index, (_, tokens) in enumerate(spans_of(encoded)):
+        parts = tuple(scale * len(part[index]) for part in encoded.parts)
         found.append(Chunk(parts, tokens / decode_tokens_per_second, tokens / prefill_tokens_per_second))
     return tuple(found)
 
@@ -289,15 +291,13 @@ def main(
     made = document("lines", HELD_OUT_SEED + seed, tokens)
     ids = tokenizer(made.text, return_tensors="pt").input_ids
     cache = CacheGenCache.from_context(model, ids)
-    with tempfile.TemporaryDirectory() as folder:
-        cache.save_pretrained(folder, CacheGenConfig(chunk_tokens=chunk_tokens), overwrite=True)
-        artifact = Artifact(folder, model_folder=str(MODEL_PATH))
-        after = "".join(question.prompt + question.completion for question in made.questions)
-        judge = Judge(model, artifact, cache, tokenizer(after, return_tensors="pt").input_ids)
+    encoded = encode_kv(cache.kv.keys, cache.kv.values, CacheGenConfig(chunk_tokens=chunk_tokens), cache.profile)
+    after = "".join(question.prompt + question.completion for question in made.questions)
+    judge = Judge(model, encoded, cache, tokenizer(after, return_tensors="pt").input_ids)
     width = cache.kv.keys[0].shape[-1]
     real = cache.kv.geometry.elements * uniform.bits_per_element(8, width) / 8
     total = ids.shape[1]
-    chunks = chunks_of(artifact, uniform_bytes / real, total / prefill_seconds, total / decode_seconds)
+    chunks = chunks_of(encoded, uniform_bytes / real, total / prefill_seconds, total / decode_seconds)
     who = contestants(chunks, uniform_bytes)
     links = links_of(count, seed, len(chunks), spread, files)
     rows, kept = over_slo(who, links, sorted(slos), judge, question_seconds, round_trip)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cachegen.calibration import continuation_logits
+from eval.models import continuation_logits
 
 
 @torch.no_grad()

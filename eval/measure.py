@@ -21,8 +21,8 @@ from eval.answers import answers, first_line
 from eval.codecs import EXACT, TEXT, Kept, Kit, keep, wait
 from eval.divergence import kl, log_probabilities
 from eval.examples import Dataset, Example
+from eval.models import token_ids
 from hf_cachegen import CacheGenCache
-from hf_cachegen.cli_models import token_ids
 
 Record = dict[str, Any]
 

@@ -18,15 +18,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from eval import codecs, datasets, metrics, surroundings
 from eval.chat import with_template
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example, with_question
 from eval.measure import Encoded, encode, measure
+from eval.models import find_profile, load_model, load_tokenizer, position_limit, token_ids
 from eval.run_folder import RunFolder
-from hf_cachegen.cli_models import find_profile, load_model, token_ids
 from hf_cachegen.errors import ConfigError
 
 PATIENCE = timedelta(days=7)
@@ -64,9 +63,7 @@ def run(options: Options, out: Path) -> dict[str, Any]:
     state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
     set_seed(options.seed)
     folder = RunFolder(out)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(options.model, options.revision)
     dataset = datasets.load(options.dataset, Request(tokenizer, options.limit, options.seed))
     if options.include_question:
         inside = tuple(with_question(dataset.examples))
@@ -75,7 +72,7 @@ def run(options: Options, out: Path) -> dict[str, Any]:
         dataset = replace(dataset, examples=tuple(with_template(tokenizer, dataset.examples)))
     profile = find_profile(options.profile, options.model)
     chosen, missing = codecs.choose(options.codecs, profile)
-    most = options.max_tokens or _model_limit(options)
+    most = options.max_tokens or position_limit(options.model, options.revision)
     kept, left_out = fit(tokenizer, dataset, most, options)
     asked = {
         **asdict(options),
@@ -144,7 +141,7 @@ def _measure_all(
     if not todo:
         return
     device = options.device or str(state.device)
-    model, _ = load_model(options.model, revision=options.revision, dtype=options.dtype, device=device)
+    model = load_model(options.model, revision=options.revision, dtype=options.dtype, device=device)
     kit = codecs.Kit(model, tokenizer, profile, options.chunk_tokens, options.levels)
     # The first use of a model and of each codec is slow, and would count in the first example's seconds.
     first = todo[0][1]
@@ -155,14 +152,6 @@ def _measure_all(
     with folder.writer(state.process_index) as writer:
         for example, encoded in bar:
             writer.add(measure(kit, dataset, example, encoded, chosen, options.batch))
-
-
-def _model_limit(options: Options) -> int:
-    """Tokens that the model was made for."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(options.model, revision=options.revision).get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -15,12 +15,19 @@ from dataclasses import dataclass
 
 from eval.traces import Link
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.streaming import CONNECTIONS, Policy
-from hf_cachegen.streaming.bandwidth import Bandwidth
-from hf_cachegen.streaming.fetching import WAKE_SECONDS, request_bytes
-from hf_cachegen.streaming.loader import RESERVE
-from hf_cachegen.streaming.schedule import Chunk as Progress
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule
+from hf_cachegen.streaming import (
+    CONNECTIONS,
+    RESERVE,
+    WAKE_SECONDS,
+    Bandwidth,
+    Decode,
+    Finished,
+    Policy,
+    Recompute,
+    Schedule,
+    ScheduledChunk,
+    request_bytes,
+)
 
 SLICES = 8
 """Pieces in which a part's bytes arrive."""
@@ -71,7 +78,7 @@ class _Run:
         progress = []
         for index, chunk in enumerate(chunks):
             sizes = tuple(map(round, chunk.parts))
-            progress.append(Progress(index, index, 1, sizes, sizes, len(sizes)))
+            progress.append(ScheduledChunk(index, index, 1, sizes, sizes, len(sizes)))
         self.schedule = Schedule(
             progress, policy, deadline, "before", lambda found: chunks[found.index].recompute_seconds
         )
