@@ -35,7 +35,7 @@ def main() -> None:
 )
 @click.option("--levels", help="Of the package's codecs, such as 1,3.  [default: all]")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many contexts.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of generated data and of the bootstrap.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of generated data.")
 @click.option("--device", help="cpu, cuda:0, ...  [default: a GPU for each process, else cpu]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Dtype of the model.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")

@@ -95,7 +95,7 @@ def run(options: Options, out: Path) -> dict[str, Any]:
     if not state.is_main_process:
         return {}
     records = folder.merge([example.id for example, _ in kept])
-    found = metrics.summarise(records, dataset.scores, options.seed)
+    found = metrics.summarise(records, dataset.scores)
     folder.finish(found)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -113,7 +114,7 @@ def test_another_run_does_not_go_on_here(finished: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="seed: 0, now 1"):
         run(options(seed=1), finished)
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="something else than a run"):
+    with pytest.raises(ConfigError, match="other files than a run"):
         run(options(), tmp_path)
 
 
@@ -123,6 +124,16 @@ def test_damaged_records_are_named(finished: Path, tmp_path: Path) -> None:
         (tmp_path / "predictions-001.jsonl").write_text(text)
         with pytest.raises(ConfigError, match=r"predictions-001.jsonl is damaged"):
             run(options(), tmp_path)
+
+
+def test_compressed_predictions_are_read(tmp_path: Path) -> None:
+    lines = [json.dumps({"example": str(n)}) + "\n" for n in range(3)]
+    (tmp_path / "predictions.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    assert [record["example"] for record in RunFolder(tmp_path).merge(["2", "0", "1"])] == ["2", "0", "1"]
+    assert not (tmp_path / "predictions.jsonl").exists()
+    (tmp_path / "predictions.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ConfigError, match="is damaged"):
+        RunFolder(tmp_path).done()
 
 
 def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:

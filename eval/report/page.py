@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import codecs
+from eval.intervals import LEAST_CONTEXTS
 from eval.report import findings
 from eval.report.adaptation import ABOUT, Adaptation
 from eval.report.plots import SERIES, Plot, series, series_of
@@ -56,7 +57,7 @@ class Section:
             return None
         exact = self.metrics["variants"][0]
         reached = (
-            percent(exact["scores"][self.score]) if self.score else f"a perplexity of {exact['perplexity']['mean']:.3g}"
+            percent(exact["scores"][self.score], interval=False) if self.score else f"a perplexity of {exact['perplexity']['mean']:.3g}"
         )
         return (
             f"The model reaches {reached} from the exact cache: it cannot do this task, so that score says nothing of "
@@ -109,11 +110,20 @@ that is fetched{_profile(sections)}.</p>
 <main>
 {body}
 {_method(sections)}
-<footer>Written by <code>python -m eval report</code>; intervals are 95 %, bootstrapped over contexts.</footer>
+<footer>Written by <code>python -m eval report</code>; {_intervals(sections)}.</footer>
 </main>
 </body>
 </html>
 """
+
+
+def _intervals(sections: Sequence[Section]) -> str:
+    return f"intervals are 95 %, {interval_method(sections)}; fewer than {LEAST_CONTEXTS} contexts have none"
+
+
+def interval_method(sections: Sequence[Section]) -> str:
+    """Return how the intervals of these runs were computed; runs that do not say are older and were bootstrapped."""
+    return " and ".join(sorted({s.metrics.get("intervals", "percentile bootstrap over contexts") for s in sections}))
 
 
 def _profile(sections: Sequence[Section]) -> str:
@@ -129,7 +139,7 @@ def _card(section: Section) -> str:
     else:
         number, told = ratio(best["ratio_to_fp16"]), f"smaller than fp16: {codecs.title(best['codec'], best['level'])}"
         if section.score:
-            pair = percent(best["scores"][section.score]), percent(exact["scores"][section.score])
+            pair = [percent(v["scores"][section.score], interval=False) for v in (best, exact)]
             what = f": {SCORE_TITLES[section.score]} {pair[0]}, exact cache {pair[1]}"
         else:
             what = f": perplexity {best['perplexity']['mean']:.4g}, exact cache {exact['perplexity']['mean']:.4g}"

@@ -18,6 +18,7 @@ import numpy as np
 
 from eval import codecs
 from eval.metrics import time_to_first_token
+from eval.report.tables import total
 from eval.scorers import SCORE_TITLES
 
 matplotlib.use("Agg")
@@ -105,10 +106,11 @@ def quality(key: str, name: str, metrics: dict[str, Any], score: str | None) -> 
         found = [v["scores"][score] if score else v["perplexity"] for v in variants]
         x, y = [v["bits_per_element"] for v in variants], [factor * f["mean"] for f in found]
         spread = [
-            [max(0.0, f["difference"] - f["difference_low"]) * unit for f in found],
-            [max(0.0, f["difference_high"] - f["difference"]) * unit for f in found],
+            [max(0.0, f["difference"] - f["difference_low"]) * unit for f in found if f["difference_low"] is not None],
+            [max(0.0, f["difference_high"] - f["difference"]) * unit for f in found if f["difference_low"] is not None],
         ]
-        axis.errorbar(x, y, yerr=spread, fmt="none", ecolor=_MARK[line], elinewidth=1, alpha=0.45)
+        if len(spread[0]) == len(y):  # too few contexts have no intervals
+            axis.errorbar(x, y, yerr=spread, fmt="none", ecolor=_MARK[line], elinewidth=1, alpha=0.45)
         _line(axis, line, x, y)
     axis.axhline(level, color=_MARK["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     _bits_axis(axis, stored)
@@ -146,7 +148,7 @@ def first_token(key: str, name: str, metrics: dict[str, Any], variants: Sequence
     speeds = np.geomspace(*GBPS, 41)
     for variant in variants:
         line = series_of(variant["codec"])
-        y = [sum(time_to_first_token(metrics, variant, gbps).values()) for gbps in speeds]
+        y = [total(time_to_first_token(metrics, variant, gbps)) for gbps in speeds]
         width, dash = (2.4 if line == "klt" else 1.5), ("--" if line == "prefill" else "-")
         axis.plot(speeds, y, dash, color=_MARK[line], linewidth=width, marker=MARKERS[line], markersize=5, markevery=10)
     axis.set(xscale="log", yscale="log", xlabel="bandwidth, Gbit/s")
