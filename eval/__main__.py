@@ -33,13 +33,14 @@ def main() -> None:
     show_default=True,
     help=f"Repeatable: {', '.join(NAMES)}, or all that can be used here. exact is always measured.",
 )
-@click.option("--levels", help="Of the package's codecs, such as 1,3.  [default: all]")
+@click.option("--levels", help="Levels of codecs that have several, such as 1,3.  [default: all]")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many contexts.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of generated data.")
 @click.option("--device", help="cpu, cuda:0, ...  [default: a GPU for each process, else cpu]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Dtype of the model.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @click.option("--profile", default="auto", show_default=True, metavar="auto|none|FILE", help="For klt.")
+@click.option("--basis", metavar="FILE", help="Joint basis for kvtc and pca (python -m eval.baselines.joint).")
 @click.option("--chunk-tokens", type=int, default=512, show_default=True, help="Tokens per chunk of an artifact.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Questions answered at once.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Prompt and answer together.  [default: the model's]")

@@ -20,6 +20,8 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from eval import codecs, datasets, metrics, surroundings
+from eval.baselines import CALIBRATED
+from eval.baselines.joint import Joint
 from eval.chat import with_template
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example, with_question
@@ -53,6 +55,7 @@ class Options:
     too_long: str = "skip"
     include_question: bool = False
     chat_template: bool = False
+    basis: str | None = None
 
 
 def run(options: Options, out: Path) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def run(options: Options, out: Path) -> dict[str, Any]:
     if options.chat_template:
         dataset = replace(dataset, examples=tuple(with_template(tokenizer, dataset.examples)))
     profile = find_profile(options.profile, options.model)
-    chosen, missing = codecs.choose(options.codecs, profile)
+    joint = None if options.basis is None else Joint.load(Path(options.basis))
+    chosen, missing = codecs.choose(options.codecs, profile, joint)
     most = options.max_tokens or position_limit(options.model, options.revision)
     kept, left_out = fit(tokenizer, dataset, most, options)
     asked = {
@@ -84,13 +88,15 @@ def run(options: Options, out: Path) -> dict[str, Any]:
         "max_tokens": most,
         "profile": None if profile is None or "klt" not in chosen else
                    {"digest": profile.digest, "bytes": len(profile.to_bytes())},
+        "basis": None if options.basis is None or not {*CALIBRATED} & {*chosen} else
+                 {"sha256": hashlib.sha256(Path(options.basis).read_bytes()).hexdigest()},
     }  # fmt: skip
     # Where it ran is no part of what was asked: a run may go on elsewhere.
     asked = {key: value for key, value in asked.items() if key != "device"}
     if state.is_main_process:
         folder.begin(asked, {**surroundings.session(state.num_processes), "device": options.device})
     state.wait_for_everyone()
-    _measure_all(options, dataset, kept, chosen, profile, tokenizer, folder, state)
+    _measure_all(options, dataset, kept, chosen, profile, joint, tokenizer, folder, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
@@ -133,7 +139,7 @@ def fit(
 
 def _measure_all(
     options: Options, dataset: Dataset, kept: Sequence[tuple[Example, Encoded]], chosen: Sequence[str], profile: Any,
-    tokenizer: Any, folder: RunFolder, state: PartialState,
+    joint: Joint | None, tokenizer: Any, folder: RunFolder, state: PartialState,
 ) -> None:  # fmt: skip
     done = folder.done()
     mine = kept[state.process_index :: state.num_processes]
@@ -142,7 +148,7 @@ def _measure_all(
         return
     device = options.device or str(state.device)
     model = load_model(options.model, revision=options.revision, dtype=options.dtype, device=device)
-    kit = codecs.Kit(model, tokenizer, profile, options.chunk_tokens, options.levels)
+    kit = codecs.Kit(model, tokenizer, profile, options.chunk_tokens, options.levels, joint)
     # The first use of a model and of each codec is slow, and would count in the first example's seconds.
     first = todo[0][1]
     short = Encoded(first.context[:WARM_UP_TOKENS], first.questions)

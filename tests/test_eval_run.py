@@ -212,18 +212,21 @@ def test_every_codec_that_is_here(tmp_path: Path) -> None:
     measured = [v["codec"] for v in found["variants"]]
     missing = RunFolder(tmp_path).config()["asked"]["unavailable"]
     assert [name for name in codecs.NAMES if name not in missing] == measured
-    assert {"exact", "text", "uniform-3", "released", "lossless", "delta", "identity", "klt"} <= set(measured)
+    assert {"exact", "text", "uniform-3", "artifact", "lmcache", "kivi-2"} <= set(measured)
+    assert {"lossless", "delta", "identity", "klt"} <= set(measured)
     by_name = {v["codec"]: v for v in found["variants"]}
     assert by_name["lossless"]["kl"]["mean"] == 0
     assert by_name["klt"]["level"] == 1
-    assert set(codecs.TITLES) == set(codecs.NAMES)
+    assert set(codecs.TITLES) == {*codecs.NAMES, "released"}
 
 
 def test_codecs_that_cannot_be_used_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="no codecs"):
+    with pytest.raises(ConfigError, match="unknown codecs"):
         codecs.choose(["zip"], None)
     with pytest.raises(ConfigError, match="codec klt: the model has no profile"):
         codecs.choose(["klt"], None)
+    with pytest.raises(ConfigError, match="codec kvtc: no basis"):
+        codecs.choose(["kvtc"], None)
     monkeypatch.setattr(transformers_quantised, "missing", lambda name: f"{name} is away")
     with pytest.raises(ConfigError, match="hqq-4 is away"):
         codecs.choose(["hqq-4"], None)

@@ -57,7 +57,9 @@ class Section:
             return None
         exact = self.metrics["variants"][0]
         reached = (
-            percent(exact["scores"][self.score], interval=False) if self.score else f"a perplexity of {exact['perplexity']['mean']:.3g}"
+            percent(exact["scores"][self.score], interval=False)
+            if self.score
+            else f"a perplexity of {exact['perplexity']['mean']:.3g}"
         )
         return (
             f"The model reaches {reached} from the exact cache: it cannot do this task, so that score says nothing of "

@@ -34,17 +34,21 @@ LEAST_KL = 1e-5
 PLAIN = {
     "text": "#1c1e26", "muted": "#6b7080", "grid": "#d9dce3",
     "exact": "#6b7080", "prefill": "#2b2f3a", "uniform": "#c27a12", "quanto": "#a8632f", "hqq": "#8a7d1c",
-    "fp8": "#7a8f2a", "released": "#c0392b", "lossless": "#2c8a6b", "delta": "#8e44ad", "identity": "#2471c8",
+    "fp8": "#7a8f2a", "released": "#c0392b",
+    "artifact": "#c0392c", "lmcache": "#e67e22", "default": "#9c6b4f", "kivi": "#b03a73", "turboquant": "#5b4fbf",
+    "kvtc": "#0f7f8f", "pca": "#4a7a2c", "lossless": "#2c8a6b", "delta": "#8e44ad", "identity": "#2471c8",
     "klt": "#0b8457",
 }  # fmt: skip
 """Colours of the light scheme by their names in the page's style sheet."""
 MARKERS = {
     "exact": "D", "prefill": "*", "uniform": "s", "quanto": "v", "hqq": "^", "fp8": "P", "released": "X",
+    "artifact": "X", "lmcache": "x", "default": "+", "kivi": "<", "turboquant": ">", "kvtc": "H", "pca": "1",
     "lossless": "h", "delta": "p", "identity": "d", "klt": "o",
 }  # fmt: skip
 SERIES = {
     "prefill": codecs.TITLES[codecs.TEXT], "uniform": "uniform", "quanto": "QuantizedCache quanto",
-    "hqq": "QuantizedCache hqq",
+    "hqq": "QuantizedCache hqq", "default": "CacheGen's default quantization", "kivi": "KIVI",
+    "turboquant": "TurboQuant",
 }  # fmt: skip
 """How a line of several codecs is called."""
 Curves = dict[str, list[tuple[float, float]]]
