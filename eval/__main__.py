@@ -47,14 +47,16 @@ def main() -> None:
 @click.option(
     "--too-long",
     type=click.Choice(TOO_LONG),
-    default="skip",
-    show_default=True,
-    help="What becomes of longer examples; middle cuts their context in the middle, as LongBench does.",
+    help="Rule for longer examples; middle cuts their context in the middle.  [default: the data set's]",
 )
 @click.option(
     "--include-question", is_flag=True, help="Cache the question with the context, as the paper's artifact did."
 )
-@click.option("--chat-template", is_flag=True, help="Put the tokenizer's chat template around context and question.")
+@click.option(
+    "--chat-template/--no-chat-template",
+    default=None,
+    help="Tokenizer's chat template around context and question.  [default: the data set's]",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; an unfinished one goes on."
 )

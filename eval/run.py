@@ -52,9 +52,9 @@ class Options:
     chunk_tokens: int = 512
     batch: int = 8
     max_tokens: int | None = None
-    too_long: str = "skip"
+    too_long: str | None = None
     include_question: bool = False
-    chat_template: bool = False
+    chat_template: bool | None = None
     basis: str | None = None
 
 
@@ -71,6 +71,7 @@ def run(options: Options, out: Path) -> dict[str, Any]:
     if options.include_question:
         inside = tuple(with_question(dataset.examples))
         dataset = replace(dataset, name=f"{dataset.name}, question cached", examples=inside)
+    options = with_defaults(options, dataset, tokenizer)
     if options.chat_template:
         dataset = replace(dataset, examples=tuple(with_template(tokenizer, dataset.examples)))
     profile = find_profile(options.profile, options.model)
@@ -104,6 +105,17 @@ def run(options: Options, out: Path) -> dict[str, Any]:
     found = metrics.summarise(records, dataset.scores)
     folder.finish(found)
     return found
+
+
+def with_defaults(options: Options, dataset: Dataset, tokenizer: Any) -> Options:
+    """Return the options with the data set's own chat template and truncation rule where none are given.
+
+    A chat template is left out where the tokenizer has none, unless it was asked for.
+    """
+    chat = options.chat_template
+    if chat is None:
+        chat = dataset.chat_template and bool(getattr(tokenizer, "chat_template", None))
+    return replace(options, chat_template=chat, too_long=options.too_long or dataset.too_long)
 
 
 def fit(

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from eval import codecs, transformers_quantised
+from eval.examples import Dataset
 from eval.reference import MODEL_PATH
-from eval.run import Options, run
+from eval.run import Options, run, with_defaults
 from eval.run_folder import RunFolder
 from hf_cachegen.errors import ConfigError
 
@@ -185,6 +186,21 @@ def test_examples_that_do_not_fit_are_told(tmp_path: Path) -> None:
     run(options(max_tokens=150, too_long="middle", limit=1, codecs=("exact",)), tmp_path / "middle")
     (record,) = RunFolder(tmp_path / "middle").done().values()
     assert record["context_tokens"] < 150
+
+
+def test_a_data_set_brings_its_chat_template_and_truncation() -> None:
+    class Tokenizer:
+        chat_template: str | None = "{{ messages }}"
+
+    plain, asks = Dataset("plain", (), ()), Dataset("asks", (), (), chat_template=True, too_long="middle")
+    found = with_defaults(options(), asks, Tokenizer())
+    assert (found.chat_template, found.too_long) == (True, "middle")
+    assert with_defaults(options(), plain, Tokenizer()).chat_template is False
+    given = with_defaults(options(chat_template=False, too_long="error"), asks, Tokenizer())
+    assert (given.chat_template, given.too_long) == (False, "error")
+    Tokenizer.chat_template = None
+    assert with_defaults(options(), asks, Tokenizer()).chat_template is False
+    assert with_defaults(options(chat_template=True), plain, Tokenizer()).chat_template is True
 
 
 def test_the_question_in_the_cache_and_perplexity(tmp_path: Path) -> None:
