@@ -1,7 +1,7 @@
-"""`python -m eval run`: one model, one data set, any number of codecs, into a folder.
+"""Measure one model on one data set under any number of codecs, into a folder (`python -m eval run`).
 
-Under `accelerate launch` the examples are divided among the processes of all nodes (which must see the folder), and the
-first process merges. An interrupted run is taken up by the same command: what is finished is not done again.
+Under `accelerate launch` the examples are divided among the processes of all nodes, which must share the folder, and
+the first process merges. The same command continues an interrupted run: finished examples are not measured again.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from eval.run_folder import RunFolder
 from hf_cachegen.errors import ConfigError
 
 PATIENCE = timedelta(days=7)
-"""How long the first process waits for the others: a straggler is no fault."""
+"""The longest wait of the first process for the others: a slow process is not an error."""
 WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `run` is asked for; docs/evaluation.md says what each means."""
+    """The options of `run`; docs/evaluation.md explains each."""
 
     model: str
     dataset: str
@@ -59,9 +59,17 @@ class Options:
 
 
 def run(options: Options, out: Path) -> dict[str, Any]:
-    """Measures, and returns the metrics (in the first process; an empty dictionary in the others).
+    """Measure, and return the metrics.
 
-    Raises ConfigError for options, data and folders that do not fit.
+    Args:
+        options: what to measure.
+        out: folder of the run; an unfinished run continues.
+
+    Returns:
+        The metrics in the first process, an empty dictionary in the others.
+
+    Raises:
+        ConfigError: an option, the data or the folder do not fit.
     """
     state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
     set_seed(options.seed)
@@ -92,7 +100,7 @@ def run(options: Options, out: Path) -> dict[str, Any]:
         "basis": None if options.basis is None or not {*CALIBRATED} & {*chosen} else
                  {"sha256": hashlib.sha256(Path(options.basis).read_bytes()).hexdigest()},
     }  # fmt: skip
-    # Where it ran is no part of what was asked: a run may go on elsewhere.
+    # The device is not part of the request: a run may continue on another one.
     asked = {key: value for key, value in asked.items() if key != "device"}
     if state.is_main_process:
         folder.begin(asked, {**surroundings.session(state.num_processes), "device": options.device})
@@ -121,10 +129,19 @@ def with_defaults(options: Options, dataset: Dataset, tokenizer: Any) -> Options
 def fit(
     tokenizer: Any, dataset: Dataset, most: int, options: Options
 ) -> tuple[list[tuple[Example, Encoded]], list[str]]:
-    """(examples with their tokens, ids of those left out because prompt and answer exceed `most` tokens).
+    """Apply the rule for examples that are too long.
 
-    With "middle" their contexts lose tokens in the middle instead, as LongBench does. Raises ConfigError with "error",
-    and where nothing is left.
+    Args:
+        tokenizer: a Transformers tokenizer.
+        dataset: the examples.
+        most: limit of prompt and answer together, in tokens.
+        options: its `too_long` is "skip", "middle" (contexts lose tokens in the middle, as in LongBench) or "error".
+
+    Returns:
+        (examples with their tokens, ids of those left out).
+
+    Raises:
+        ConfigError: an example is too long and the rule is "error", or no example is left.
     """
     kept: list[tuple[Example, Encoded]] = []
     left_out: list[str] = []
@@ -139,7 +156,10 @@ def fit(
             ids = found.context[: length - length // 2] + found.context[len(found.context) - length // 2 :]
             kept.append((example, replace(found, context=ids)))
         elif options.too_long == "error":
-            raise ConfigError(f"example {example.id!r} needs {found.longest} tokens and its answer; there are {most}")
+            raise ConfigError(
+                f"example {example.id!r}: expected prompt and answer of at most {most} tokens, the prompt needs "
+                f"{found.longest}: use --too-long skip or middle, or raise --max-tokens"
+            )
         else:
             left_out.append(example.id)
     if not kept:
@@ -161,7 +181,7 @@ def _measure_all(
     device = options.device or str(state.device)
     model = load_model(options.model, revision=options.revision, dtype=options.dtype, device=device)
     kit = codecs.Kit(model, tokenizer, profile, options.chunk_tokens, options.levels, joint)
-    # The first use of a model and of each codec is slow, and would count in the first example's seconds.
+    # The first use of a model and of each codec is slow and would distort the first example's seconds.
     first = todo[0][1]
     short = Encoded(first.context[:WARM_UP_TOKENS], first.questions)
     measure(kit, replace(dataset, new_tokens=min(2, dataset.new_tokens)), todo[0][0], short, chosen, options.batch)
@@ -173,5 +193,5 @@ def _measure_all(
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    """Of everything that is asked, so that another version of the data is not taken for the same run."""
+    """Return the SHA-256 of all examples, so that another version of the data is another run."""
     return hashlib.sha256(json.dumps([asdict(example) for example in examples]).encode()).hexdigest()

@@ -158,7 +158,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config.json"):
         write([tmp_path], tmp_path / "out", "t", None)
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no results of"):
+    with pytest.raises(ConfigError, match="expected results of"):
         write([made_run(tmp_path / "run", "x", 1.0)], tmp_path / "out", "t", tmp_path / "bad.json")
 
 
@@ -167,7 +167,7 @@ def test_runs_of_two_models_make_no_report(tmp_path: Path) -> None:
     config = RunFolder(runs[1]).config()
     config[ASKED]["model"] = "another/model"
     (runs[1] / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="one model"):
+    with pytest.raises(ConfigError, match="of one model"):
         write(runs, tmp_path / "out", "t", None)
 
 

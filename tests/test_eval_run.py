@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
             time.sleep(0.05)
         _, stderr = process.communicate(timeout=WAIT)
         assert process.returncode == code, stderr.decode()[-2000:]
-    assert b"the same command goes on" in stderr
+    assert b"the same command continues" in stderr
     first = shard.read_bytes().split(b"\n")[0]
     metrics = run(options(limit=8), out)
     assert metrics["examples"] == 8

@@ -1,4 +1,4 @@
-"""The report as Markdown, for a repository: the same tables, the plots as files beside it, and the commands."""
+"""Write the report as Markdown, for a repository: the same tables, the plots as files, and the commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eval.run_folder import ASKED, SESSIONS
 
 
 def markdown(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra: Adaptation | None) -> str:
-    """The whole file."""
+    """Return the text of the whole file."""
     session = sections[0].config[SESSIONS][-1]
     lines = [
         f"# {title}",
