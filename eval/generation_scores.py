@@ -60,22 +60,19 @@ def meteor(output: Sequence[str], answer: Sequence[str]) -> float:
     Words are matched from left to right, each to the first free equal word, preferring the one that continues a run.
     """
     free = dict(enumerate(answer))
-    matched: list[int] = []
-    previous = None
-    chunks = 0
-    last_output = None
+    matched = chunks = 0
+    following = next_output = -1  # where a run would continue, in the answer and in the output
     for at, word in enumerate(output):
         candidates = [index for index, other in free.items() if other == word]
         if not candidates:
             continue
-        following = previous + 1 if previous is not None else None
         chosen = following if following in candidates else candidates[0]
-        chunks += not (chosen == following and last_output == at - 1)
+        chunks += not (chosen == following and next_output == at)
         del free[chosen]
-        matched.append(chosen)
-        previous, last_output = chosen, at
+        matched += 1
+        following, next_output = chosen + 1, at + 1
     if not matched:
         return 0.0
-    precision, recall = len(matched) / len(output), len(matched) / len(answer)
+    precision, recall = matched / len(output), matched / len(answer)
     mean = 10 * precision * recall / (recall + 9 * precision)
-    return mean * (1 - 0.5 * (chunks / len(matched)) ** 3)
+    return mean * (1 - 0.5 * (chunks / matched) ** 3)

@@ -21,8 +21,9 @@ from eval.scorers import SCORERS
 FP16_BYTES = 2
 
 Record = dict[str, Any]
-Estimate = dict[str, float | None]
-"""{"mean", "low", "high"}, and where compared {"difference", "difference_low", "difference_high"}."""
+Estimate = dict[str, Any]
+"""{"mean", "low", "high"}, and where compared {"difference", "difference_low", "difference_high"}; float, or None for
+the ends of an interval where there are too few contexts for one."""
 
 
 def summarise(records: Sequence[Record], scores: Sequence[str]) -> dict[str, Any]:

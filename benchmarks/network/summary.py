@@ -74,7 +74,7 @@ def overhead_table(records: Iterable[Record]) -> Table:
 
 
 def trace_table(records: Iterable[Record]) -> Table:
-    """Return the misses of each contestant by traces and SLO, and whether adaptive meets it where a fixed choice does."""
+    """Return the misses of each contestant by traces and SLO, and of adaptive where a fixed choice meets it."""
     records = list(records)
     text = [r["ttft"] for r in records if r["how"] == "text" and "ttft" in r]
     traced = [record for record in records if "trace" in record]

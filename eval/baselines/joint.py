@@ -100,7 +100,7 @@ class Joint:
         try:
             found = load_file(path)
             bases = [Basis(*(found[f"{name}.{part}"] for part in ("mean", "vectors", "sample"))) for name in SIDES]
-            return cls(*bases, found["inv_freq"])
+            return cls(bases[0], bases[1], found["inv_freq"])
         except (OSError, SafetensorError, KeyError) as error:
             raise ConfigError(f"{path} is not a basis that eval.baselines.joint wrote: {error!r}") from error
 
@@ -156,7 +156,7 @@ def learn(model: Any, contexts: Sequence[Sequence[int]]) -> Joint:
         kv = CacheGenCache.from_context(model, list(ids), profile=None).kv
         sides[0].append(joined([rotated(x.float().cpu(), inv_freq, -1) for x in kv.keys]))
         sides[1].append(joined(kv.values))
-    return Joint(*(_basis(torch.cat(side)) for side in sides), inv_freq)
+    return Joint(_basis(torch.cat(sides[0])), _basis(torch.cat(sides[1])), inv_freq)
 
 
 def _basis(x: Tensor) -> Basis:

@@ -76,7 +76,7 @@ def kvtc(keys: Sequence[Tensor], values: Sequence[Tensor], joint: Joint) -> Iter
                 y[:, :, :SINK_TOKENS], y[:, :, last:] = x[:, :, :SINK_TOKENS].float(), x[:, :, last:].float()
             decoded.append(lossy)
             spent += 8 * data + EXACT_BITS * len(basis.mean) * (tokens - len(coefficients))
-        yield Stored(level, *decoded, spent)
+        yield Stored(level, decoded[0], decoded[1], spent)
 
 
 def allocate(basis: Basis, budget: int) -> list[Group]:
@@ -111,9 +111,8 @@ def allocate(basis: Basis, budget: int) -> list[Group]:
                 for slot in np.flatnonzero(better) + cost:
                     choice[end, int(slot)] = (first, bits)
     total = best + tail[:, None]
-    end, slot = np.unravel_index(int(total.argmin()), total.shape)
+    at, left = (int(index) for index in np.unravel_index(int(total.argmin()), total.shape))
     groups: list[Group] = []
-    at, left = int(end), int(slot)
     while at:
         first, bits = choice[at, left]
         groups.append(Group(first * unit, at * unit, bits))
@@ -168,4 +167,4 @@ def pca(keys: Sequence[Tensor], values: Sequence[Tensor], joint: Joint) -> Itera
             decoded.append(joint.restored(kind, symbols * width, side))
             ids = (symbols - symbols.amin(0)).long()
             spent += entropy_bits(ids, int(ids.max()) + 1)
-        yield Stored(level, *decoded, spent)
+        yield Stored(level, decoded[0], decoded[1], spent)
