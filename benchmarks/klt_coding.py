@@ -1,4 +1,4 @@
-"""How near klt's coding is to the entropy of what it codes, on the reference model.
+"""Compare klt's code length with the entropy of its symbols, on the reference model.
 
     python -m benchmarks.klt_coding
 
@@ -27,22 +27,22 @@ from hf_cachegen.profiles.learning import prefill
 
 CONFIG = CacheGenConfig(transform="klt", protect_first=0, protect_last=0, measure=False)
 PRIOR = 0.02
-"""Added to each count of a distribution that is learnt from samples."""
+"""Added to each count of a distribution learnt from samples."""
 
 
 def bits(counts: Tensor, learnt: Tensor, symbols: int) -> float:
-    """Code length of counts [columns, contexts x symbols] under the distributions of other counts."""
+    """Return the code length of counts [components, contexts x symbols] under distributions of other counts."""
     found, weights = counts.reshape(-1, symbols).double(), learnt.reshape(-1, symbols).double()
     share = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
     return float(-(found * share.clamp_min(1e-12).log2()).sum())
 
 
 @click.command()
-@click.option("--contexts", default=4, show_default=True, help="test contexts of each task")
-@click.option("--samples", default=32, show_default=True, help="samples of each task for the held-out distributions")
-@click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about")
+@click.option("--contexts", default=4, show_default=True, help="Test contexts of each task.")
+@click.option("--samples", default=32, show_default=True, help="Samples of each task for the held-out distributions.")
+@click.option("--tokens", default=1024, show_default=True, help="Approximate length of a context in tokens.")
 def main(contexts: int, samples: int, tokens: int) -> None:
-    """How near klt's coding is to the entropy."""
+    """Compare klt's code length with the entropy."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     profile = Profile.load(MODEL_PATH)
