@@ -132,5 +132,5 @@ def test_a_model_in_training_mode_is_prefilled_without_dropout() -> None:
     ids=["encoding", "encoding of lists", "dict", "text", "none", "words", "ragged", "list of tensors"],
 )  # fmt: skip
 def test_a_context_that_is_no_tokens(context: Any) -> None:
-    with pytest.raises(TensorError, match=r"a context is one row of token ids.* pass input_ids, such as tokenizer"):
+    with pytest.raises(TensorError, match=r"expected one row of token ids.* pass input_ids, such as tokenizer"):
         CacheGenCache.from_context(tiny_models.shared("llama"), context)

@@ -14,8 +14,8 @@ from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import CorruptError
 from hf_cachegen.stores import Access, LocalStore, RemoteStore, SegmentCache, open_store
 from hf_cachegen.stores.cached import CachedStore
+from hf_cachegen.stores.locations import access_of
 from hf_cachegen.stores.metered import MeteredStore
-from hf_cachegen.stores.places import access_of
 from hf_cachegen.stores.sealed import SealedStore
 from hf_cachegen.stores.signed import SignedStore, sign
 from tests import http_server as faults
