@@ -51,7 +51,7 @@ EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "window": ("mistral", every_layer(window=8), "window: expected 16, got 8"),
     "hybrid": ("gemma3", every_layer(kind="full", window=None), "layer 0 .* expected sliding, got full"),
     "no latent": ("deepseek", every_layer(kind="full"), "kind: expected mla, got full"),
-    "more layers": ("llama", halved, "has 8 layers, the model has 4"),
+    "more layers": ("llama", halved, "expected 4 layers as in the model, the cache has 8"),
     "heads": ("llama", every_layer(heads=4, k_dim=4), "heads: expected 2, got 4; k_dim: expected 8, got 4"),
     "dims": ("qwen3", every_layer(v_heads=1, v_dim=16), "v_heads: expected 2, got 1; v_dim: expected 8, got 16"),
 }

@@ -109,7 +109,7 @@ def test_a_kept_segment_is_local(tmp_path: Path) -> None:
     store = CachedStore(RemoteStore(Ranges()), cache, "here")
     store.read("data", 100, 20, wanted.xxh3)
     assert store.is_local(wanted)
-    assert not CachedStore(store.store, cache, "here", anew=True).is_local(wanted)
+    assert not CachedStore(store.store, cache, "here", refresh=True).is_local(wanted)
 
 
 def test_a_segment_is_located_in_the_sealed_file() -> None:

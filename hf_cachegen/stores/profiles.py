@@ -212,7 +212,7 @@ def download(store: Store, name: str, limits: Limits, nbytes: int | None = None)
     if size > limits.max_profile_bytes:
         raise LimitError(f"{store}: {name} has {size} bytes, the limit for a profile is {limits.max_profile_bytes}")
     if nbytes not in (None, size):
-        raise ProfileError(f"expected a profile of {nbytes} bytes, the file there has {size}")
+        raise ProfileError(f"expected a profile of {nbytes} bytes, the file there has {size} bytes")
     pieces = [
         Segment(name, str(offset), offset, min(_PIECE_BYTES, size - offset), "")
         for offset in range(0, size, _PIECE_BYTES)
