@@ -1,6 +1,6 @@
-"""The KV cache of one context, with what it belongs to: computed by a model, loaded, or streamed.
+"""The KV cache of one context, with its fingerprint: computed by a model, loaded, or streamed.
 
-`CacheGenCache` is this as users hold it; `generate` asks no more of a cache than what is here.
+`CacheGenCache` adds the interface for users. `generate` needs the attributes and methods in this file alone.
 """
 
 from __future__ import annotations
@@ -45,17 +45,20 @@ if TYPE_CHECKING:
 
 
 class CachedContext:
-    """The keys and values of one context, read-only, and what they belong to.
+    """The keys and values of one context, read-only, with their fingerprint.
 
     Attributes:
         kv: the keys and values, all tokens of all layers.
         input_ids: int64 [1, tokens] on the CPU, the context.
         fingerprint: the model, dtype and tokenizer that the cache belongs to.
-        config: how it is or was encoded; None for the defaults.
+        config: options of the encoder; None for the defaults.
         profile: the profile of its model, if any.
         source: the store of the artifact that it was loaded from, if any.
         verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
-        refinement: what may still improve a streamed context; None for one that was not streamed.
+        refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
+
+    Raises:
+        TensorError: the keys and values are not one row of as many tokens as `input_ids`.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class CachedContext:
 
     @property
     def report(self) -> CacheReport:
-        """What the context is and what it cost; for a streamed one a StreamReport of its present state."""
+        """Return the sizes and times of the context; for a streamed one a StreamReport of its present state."""
         return self._report if self.refinement is None else self.refinement.report
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -91,7 +94,7 @@ class CachedContext:
             self.fingerprint.check_probe(model, self.input_ids[0].tolist())
 
     def parts(self) -> dict[str, Any]:
-        """Return the arguments that make another object of the same context."""
+        """Return the arguments that create another object of the same context."""
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
@@ -120,9 +123,9 @@ def compute_context(
     found = for_encoding(profile, model)
     start = time.perf_counter()
     if positions_change(model.config, 1, ids.shape[1]):
-        # The rotation depends on the whole length, so the context must be seen at once.
+        # The rotation depends on the whole length, so the context must be computed in one forward pass.
         prefill_chunk_tokens = ids.shape[1]
-    # Without a config it keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
+    # Without a config the cache keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
     past = DynamicCache()
     device = layer_devices(model, len(layer_kinds(model.config)))[0]
     chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
@@ -138,11 +141,11 @@ def compute_context(
 
 
 _continues: set[type] = set()
-"""Classes of models that are known to read several tokens after a cache."""
+"""Classes of models that were tried successfully with several tokens after a cache."""
 
 
 def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise UnsupportedModelError unless a model reads several tokens after a cache: tried once for each class."""
+    """Raise UnsupportedModelError unless a model reads several tokens after a cache; try each class once."""
     kind = type(unwrapped(model))
     if kind in _continues:
         return
@@ -163,8 +166,8 @@ def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
         if held != tokens:
             why = "cross-attention, or keys of another layer" if held == 0 else "tokens of the model's own"
             raise UnsupportedModelError(
-                f"layer {index} of {name} holds {held} tokens after a context of {tokens} ({why}): such a cache cannot "
-                "be kept"
+                f"layer {index} of {name} holds {held} tokens after a context of {tokens} ({why}), so its cache cannot "
+                "be kept: use a model whose layers hold one key for each token"
             )
 
 

@@ -133,7 +133,7 @@ def _question_tokens(context: OpenContext, options: StreamOptions) -> int:
     if options.prompt is None:
         return options.prompt_tokens
     ids, mask = options.prompt
-    shared = match(context.input_ids[0], ids, mask).columns
+    shared = match(context.input_ids[0], ids, mask).length
     if shared <= 0:
         raise PromptMismatchError("the prompt does not begin with the context")
     return int(ids.shape[1]) - shared
