@@ -3,8 +3,8 @@
     python -m benchmarks.klt_groups
 
 The cache has 8 KV heads of 128, the layers of one group, and a chunk of 512 tokens without protected ones. Both codecs
-decode symbols of the same spread (klt's falls from component to component as in a real cache; `--silent` is the share of
-components that are zero at every level). Tables are chosen for the context. Times are those of whole chunks, from bytes
+decode symbols of the same spread (klt's falls from component to component as in a real cache; `--silent` is their share
+that is zero at every level). Tables are chosen for the context. Times are those of whole chunks, from bytes
 to rows in the cache's dtype: processor time of one core, the best of several alternating rounds, relative to delta. The
 last fields are the product alone, in bfloat16 and in float32, and the relative difference of both. Bits per element by
 group size are in docs/rate_distortion.md.
