@@ -2,10 +2,10 @@
 
     python -m benchmarks.klt_coding
 
-For contexts that the profile has not seen: bits per element up to each level, of the chunks and the side information,
-and of all files; beside them the code length of the same symbols under distributions learnt, one for each coefficient
-(and digit's context), from as many samples as the profile ("held-out entropy"), and under the context's own ("own
-entropy", which nobody can reach, since it would have to be told). No tokens are protected: a part is one matrix.
+For contexts that the profile has not seen, it prints the bits per element up to each level, of the chunks with their
+side information and of all files. Beside them is the code length of the same symbols under other distributions, one for
+each coefficient (and digit's context): learnt from as many samples as the profile ("held-out entropy"), and the
+context's own ("own entropy", a bound, because these distributions are not stored). No tokens are protected.
 """
 
 from __future__ import annotations

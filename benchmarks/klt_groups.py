@@ -2,12 +2,12 @@
 
     python -m benchmarks.klt_groups
 
-8 KV heads of 128, as many layers as a group joins, a chunk of 512 tokens without protected ones. Both codecs decode
-symbols of the same spread (klt's falls from component to component as a real one's does, and `--silent` says what share
-is zero at every level); tables are the context's own. Times are of whole chunks, from bytes to rows in the cache's
-dtype, best of several rounds taking turns, in processor time of one core, by element as a multiple of delta's. The last
-columns are the product alone, in the precision that a bfloat16 cache and that another takes, and how far the first is
-from the second. Bits per element by group size are in docs/rate_distortion.md.
+The cache has 8 KV heads of 128, the layers of one group, and a chunk of 512 tokens without protected ones. Both codecs
+decode symbols of the same spread (klt's falls from component to component as in a real cache; `--silent` is their share
+that is zero at every level). Tables are chosen for the context. Times are those of whole chunks, from bytes
+to rows in the cache's dtype: processor time of one core, the best of several alternating rounds, relative to delta. The
+last fields are the product alone, in bfloat16 and in float32, and the relative difference of both. Bits per element by
+group size are in docs/rate_distortion.md.
 """
 
 from __future__ import annotations

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from eval import codecs, transformers_quantised
+from eval.baselines.joint import learn
 from eval.examples import Dataset
-from eval.reference import MODEL_PATH
+from eval.models import load_model, load_tokenizer
+from eval.reference import MODEL_PATH, held_out_lines
 from eval.run import Options, run, with_defaults
 from eval.run_folder import RunFolder
 from hf_cachegen.errors import ConfigError
@@ -236,6 +238,18 @@ def test_every_codec_that_is_here(tmp_path: Path) -> None:
     assert by_name["lossless"]["kl"]["mean"] == 0
     assert by_name["klt"]["level"] == 1
     assert set(codecs.TITLES) == {*codecs.NAMES, "released"}
+
+
+def test_calibrated_baselines_run_with_a_basis(tmp_path: Path) -> None:
+    tokenizer, model = load_tokenizer(str(MODEL_PATH)), load_model(str(MODEL_PATH), device="cpu")
+    contexts = [tokenizer(held_out_lines(n, 30, 1).text).input_ids for n in (900, 901)]
+    learn(model, contexts).save(tmp_path / "basis.safetensors")
+    wanted = options(codecs=("kvtc", "pca"), limit=1, levels=(3,), basis=str(tmp_path / "basis.safetensors"))
+    found = run(wanted, tmp_path / "run")
+    assert [(v["codec"], v["level"]) for v in found["variants"]] == [("exact", None), ("kvtc", 3), ("pca", 3)]
+    assert found["variants"][2]["decode_seconds"] is None
+    assert 0 < found["variants"][2]["kl"]["mean"] < 1
+    assert len(RunFolder(tmp_path / "run").config()["asked"]["basis"]["sha256"]) == 64
 
 
 def test_codecs_that_cannot_be_used_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
