@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_cachegen.config import CacheGenConfig
     from hf_cachegen.encoding import EncodedContext, decode_kv, encode_kv
     from hf_cachegen.generation import attach, detach, generate
+    from hf_cachegen.prefix_cache import PrefixCache
     from hf_cachegen.profile import Profile
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "CacheGenCache",
     "CacheGenConfig",
     "EncodedContext",
+    "PrefixCache",
     "Profile",
     "__version__",
     "attach",
@@ -39,6 +41,7 @@ _HOMES = {
     "CacheGenCache": "hf_cachegen.cache",
     "CacheGenConfig": "hf_cachegen.config",
     "EncodedContext": "hf_cachegen.encoding",
+    "PrefixCache": "hf_cachegen.prefix_cache",
     "Profile": "hf_cachegen.profile",
     "attach": "hf_cachegen.generation",
     "decode_kv": "hf_cachegen.encoding",

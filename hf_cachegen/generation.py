@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from hf_cachegen.context import CachedContext, load_context, stream_to_context
@@ -36,7 +37,9 @@ from hf_cachegen.prefix import Reuse, match
 from hf_cachegen.streaming import Refine, SwapIn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import LogitsProcessor, PreTrainedModel
+
+    from hf_cachegen.prefix_cache import PrefixCache
 
     OnMismatch = Literal["recompute", "error"]
 
@@ -50,6 +53,7 @@ def generate(
     slo: float | None = None,
     refine: Refine | None = None,
     stream: Mapping[str, Any] | None = None,
+    prefix_cache: PrefixCache | None = None,
     **kwargs: Any,
 ) -> Any:
     """Call `model.generate(*args, **kwargs)` so that it starts from `cache`, and return what that returns.
@@ -67,6 +71,8 @@ def generate(
         refine: for a location: what is done with finer levels (see `CacheGenCache.stream`).
         stream: for a location: further arguments of `CacheGenCache.stream`, which loads it where one of slo, refine
             and stream is given.
+        prefix_cache: where no cache is given, what finds the longest stored prefix of the prompt and stores the rest.
+            `slo` then bounds how long locations on the network are waited for.
 
     Returns:
         What the stock generate returns.
@@ -83,6 +89,8 @@ def generate(
     given, foreign = _cache_given(cache, kwargs)
     stock = _stock(model)
     if given is None:
+        if prefix_cache is not None and not foreign and not streamed.keys() - {"slo"}:
+            return prefix_cache.generate(model, args, kwargs, stock, start_from, slo)
         if streamed:
             raise ConfigError(f"{sorted(streamed)} are for an artifact's location: pass it as cache=")
         return stock(*args, **kwargs, **foreign)
@@ -127,9 +135,6 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     if not usable:
         return stock(*call.prompt, **call.arguments)
 
-    arguments = dict(call.arguments)
-    if settings.use_cache is False:  # a default that the model was saved with
-        arguments["use_cache"] = True
     repeats = max(settings.num_beams, settings.num_return_sequences)
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     devices = layer_devices(model, len(kv.keys))
@@ -138,17 +143,34 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     else:
         cache = build_dynamic(kv, reuse, repeats, devices)
     del kv
-    if context.refinement is not None:
-        swap = SwapIn(context.refinement, cache, reuse, seen)
-        arguments["logits_processor"] = LogitsProcessorList([swap, *(arguments.get("logits_processor") or [])])
+    processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
+    return start_from(model, call, cache, processors)
+
+
+def start_from(
+    model: PreTrainedModel, call: GenerateCall, cache: Cache, processors: Sequence[LogitsProcessor] = ()
+) -> Any:
+    """Call the stock generate with a stock cache of the beginning of the prompt, and return what that returns.
+
+    Args:
+        model: the model.
+        call: the call, which can start from a cache.
+        cache: holds the first positions of every row, none of them or all but one; it grows as the model generates.
+        processors: come before the caller's own.
+    """
+    arguments, settings = dict(call.arguments), call.settings
+    if settings.use_cache is False:  # a default that the model was saved with
+        arguments["use_cache"] = True
+    if processors:
+        arguments["logits_processor"] = LogitsProcessorList([*processors, *(arguments.get("logits_processor") or [])])
     # The stock generate refuses these settings beside a cache; they have been obeyed.
     arguments |= {
         name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None
     }
-    arguments |= {"attention_mask": mask, CACHE_ARGUMENT: cache}
+    arguments |= {"attention_mask": call.mask, CACHE_ARGUMENT: cache}
     assisted = call.mode is GenerationMode.ASSISTED_GENERATION
     with fresh_state(model):
-        return (_twin(model).generate if assisted else stock)(*call.prompt, **arguments)
+        return (_twin(model).generate if assisted else _stock(model))(*call.prompt, **arguments)
 
 
 def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: bool) -> None:
@@ -160,20 +182,29 @@ def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: boo
         LOG.info("the prompt leaves the context after %d of %d tokens; %d are reused", reuse.common, context, reused)
 
 
-def attach(model: PreTrainedModel) -> PreTrainedModel:
+def attach(model: PreTrainedModel, *, prefix_cache: PrefixCache | None = None) -> PreTrainedModel:
     """Prepare a model: `model.generate` takes `cache=` and its options as `generate` does.
 
     Without a cache of this package the call is the stock one. Making a CacheGenCache for a model does this by default.
 
     Args:
         model: the model; of a wrapper, the wrapper and the model inside are prepared.
+        prefix_cache: used by every call that gives no cache (docs/prefix_cache.md); None leaves what is attached.
 
     Returns:
         The same model.
+
+    Raises:
+        UnsupportedModelError: prefixes of this model cannot be reused.
     """
+    if prefix_cache is not None:
+        prefix_cache.check(model)
     for part in {id(part): part for part in (unwrapped(model), model)}.values():
-        if not isinstance(part.__dict__.get("generate"), _Attached):
-            part.__dict__["generate"] = _Attached(part)
+        attached = part.__dict__.get("generate")
+        if not isinstance(attached, _Attached):
+            attached = part.__dict__["generate"] = _Attached(part)
+        if prefix_cache is not None:
+            attached.prefix_cache = prefix_cache
     return model
 
 
@@ -191,9 +222,10 @@ class _Attached:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.own, self.stock = model, model.__dict__.get("generate"), model.generate
+        self.prefix_cache: PrefixCache | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return generate(self.model, *args, **kwargs)
+        return generate(self.model, *args, **{"prefix_cache": self.prefix_cache, **kwargs})
 
     def undo(self, model: PreTrainedModel) -> None:
         if self.own is None:
