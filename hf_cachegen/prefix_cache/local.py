@@ -144,17 +144,18 @@ class LocalTier:
     def verify(self) -> Verified:
         """Read every block; remove damaged ones with what is chained with them, and files that the index does not know."""
         damaged, blocks, nbytes = [], 0, 0
-        for row in self.index.rows():
-            data = self.get(row.key)
+        for row in sorted(self.index.rows(), key=lambda row: row.depth):
             try:
+                data = self.get(row.key)
+                if not self.index.stored([row.key]):
+                    continue  # evicted meanwhile, or chained with a damaged one
                 if data is None:
                     raise PrefixCacheError("its file is missing")
                 self._parse(data, row.key)
             except (ArtifactError, PrefixCacheError) as error:
-                if self.index.stored([row.key]):
-                    LOG.warning("block %s is damaged and is removed: %s", row.key.hex()[:16], error)
-                    damaged.append(row.key)
-                    self.drop(row.key)
+                LOG.warning("block %s is damaged and is removed: %s", row.key.hex()[:16], error)
+                damaged.append(row.key)
+                self.drop(row.key)
                 continue
             blocks, nbytes = blocks + 1, nbytes + len(data)
         with self._changing(), self._writing():
