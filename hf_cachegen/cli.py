@@ -46,6 +46,7 @@ from hf_cachegen.cli_options import (
     trust_options,
 )
 from hf_cachegen.cli_output import bars, print_json, step
+from hf_cachegen.cli_prefix_cache import prefix_cache_commands
 from hf_cachegen.cli_profile import learn
 from hf_cachegen.cli_profile_places import pull_profile, push_profile
 from hf_cachegen.cli_stores import cache_commands, check, ls, pull, push, seal, sign
@@ -263,6 +264,7 @@ def demo(as_json: bool, debug: bool) -> None:
 
 for command in (stream, learn, push_profile, pull_profile, convert, push, pull, ls, sign, seal, check, cache_commands):
     main.add_command(command)
+main.add_command(prefix_cache_commands)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ EXIT_CODES = {
         "a wrong option, options that do not go together, a model that cannot be loaded, a level that is not there, "
         "an output that exists"
     ),
-    ARTIFACT: "the artifact is not there, damaged or above the limits",
+    ARTIFACT: "the artifact or prefix cache is not there, damaged or above the limits",
     MISMATCH: "a sound artifact of another model, dtype, tokenizer or prompt",
     UNSUPPORTED: "a kind of model or layer or a format that this version does not support, a missing package",
     PROFILE: "the profile that is needed is not there, damaged or another one, or cannot be learnt",
@@ -47,6 +47,7 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
     (errors.ConfigError, USAGE),
     (errors.ProfileError, PROFILE),
     (errors.ArtifactError, ARTIFACT),
+    (errors.PrefixCacheError, ARTIFACT),
     (errors.StoreError, STORE),
     (errors.MismatchError, MISMATCH),
     (click.UsageError, USAGE),

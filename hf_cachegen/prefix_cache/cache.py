@@ -124,6 +124,7 @@ class PrefixCache:
         self.tiers = Tiers(self.local, remotes, self.protection, self.counters)
         self.worker = Worker(parse_size(queue_bytes, "queue_bytes"), when_full)
         self._bindings: dict[bytes, Any] = {}
+        self._queued: set[bytes] = set()
 
     def __repr__(self) -> str:
         behind = "".join(f", {remote}" for remote in self.tiers.remotes)
@@ -167,27 +168,51 @@ class PrefixCache:
             self._bindings[salt] = make()
         return self._bindings[salt]
 
-    def store(self, encode: Callable[[], Block], nbytes: int, chain: Sequence[bytes]) -> None:
+    def store(self, key: bytes, encode: Callable[[], Block], nbytes: int, before: Sequence[bytes]) -> None:
         """Encode a block in the background, and write it to all tiers.
 
         Args:
+            key: its key.
             encode: makes the block.
             nbytes: bytes of its tensors, which count until it is stored.
-            chain: the keys before it.
+            before: the keys before it.
         """
 
         def run() -> None:
-            block = encode()
-            self._write(block, self.protection.wrap(dump(block), block.key), chain, publish=True)
+            if not self._stored(key, before):
+                block = encode()
+                self._write(block, self.protection.wrap(dump(block), key), before, publish=True)
+
+        self._submit(key, nbytes, run)
+
+    def keep(self, block: Block, data: bytes, before: Sequence[bytes]) -> None:
+        """Write a block that came from another location into the folder, in the background."""
+        self._submit(block.key, len(data), partial(self._write, block, data, before, publish=False))
+
+    def _submit(self, key: bytes, nbytes: int, function: Callable[[], None]) -> None:
+        if key in self._queued:
+            return
+        self._queued.add(key)
+
+        def run() -> None:
+            try:
+                function()
+            finally:
+                self._queued.discard(key)
 
         if not self.worker.submit(nbytes, run):
+            self._queued.discard(key)
             self.counters.add(blocks_dropped=1)
 
-    def keep(self, block: Block, data: bytes, chain: Sequence[bytes]) -> None:
-        """Write a block that came from another location into the folder, in the background."""
-        run = partial(self._write, block, data, chain, publish=False)
-        if not self.worker.submit(len(data), run):
-            self.counters.add(blocks_dropped=1)
+    def _stored(self, key: bytes, before: Sequence[bytes]) -> bool:
+        """Report whether the folder holds a block already, from another process perhaps; note that it was used."""
+        try:
+            if not self.local.index.stored([key]):
+                return False
+            self.local.index.touch([*before, key], time.time())
+        except sqlite3.Error:  # `put` will say what is wrong
+            return False
+        return True
 
     def note_use(self, keys: Sequence[bytes]) -> None:
         """Note, in the background, that a chain was used; and carry the counters to the index."""
@@ -257,9 +282,9 @@ class PrefixCache:
             self.local.index.pin(keys[count - 1], pinned)
         return count * self.block_tokens
 
-    def _write(self, block: Block, data: bytes, chain: Sequence[bytes], *, publish: bool) -> None:
+    def _write(self, block: Block, data: bytes, before: Sequence[bytes], *, publish: bool) -> None:
         try:
-            if self.local.put(block, data, chain):
+            if self.local.put(block, data, before):
                 self.counters.add(blocks_stored=1, tokens_stored=len(block.tokens), bytes_written=len(data))
             else:
                 self.counters.add(blocks_refused=1)

@@ -24,13 +24,16 @@ _DOMAIN = b"hf_cachegen prefix cache 1\0"
 FINGERPRINT_FIELDS = ("config", "weights", "dtype", "adapters")
 """Fields of a fingerprint that determine a key or a value of the cache; the others are names for messages."""
 
+NAMES = ("model_id", "transformers")
+"""Fields of a family for messages and exports alone: the same weights under another name are the same model."""
+
 
 @dataclass(frozen=True)
 class Family:
     """What all blocks of one model, codec and level share.
 
     Attributes:
-        fields: plain JSON values: "fingerprint", "model_id", "codec", "level", "profile", "block_tokens".
+        fields: plain JSON values: "fingerprint", "codec", "level", "profile", "block_tokens", and the NAMES.
     """
 
     fields: dict[str, Any]
@@ -42,8 +45,8 @@ class Family:
 
     @property
     def salt(self) -> bytes:
-        """The key that first blocks are chained with. The model's name is not part of it."""
-        hashed = {name: value for name, value in self.fields.items() if name != "model_id"}
+        """The key that first blocks are chained with. Names are not part of it."""
+        hashed = {name: value for name, value in self.fields.items() if name not in NAMES}
         text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(_DOMAIN + text.encode()).digest()
 
@@ -105,5 +108,5 @@ def family_of(
     fields = {name: fingerprint[name] for name in FINGERPRINT_FIELDS}
     return Family({
         "fingerprint": {**fields, "adapters": list(fields["adapters"])}, "model_id": fingerprint["model_id"],
-        "codec": dict(config), "level": level, "profile": profile, "block_tokens": block_tokens,
+        "transformers": fingerprint["transformers"], "codec": dict(config), "level": level, "profile": profile, "block_tokens": block_tokens,
     })  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_cachegen.encoding import empty_kv
 from hf_cachegen.errors import ArtifactError, MismatchError, WrongDtypeError
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.layout import require_geometry
@@ -128,11 +129,8 @@ class Loader:
     def _room(self, geometry: Geometry, blocks: int) -> list[Tensor]:
         """Return tensors for so many blocks: on the layers' device, or on the CPU where there are several."""
         device = self.devices[0] if len(set(self.devices)) == 1 else torch.device("cpu")
-        dtype, found = getattr(torch, geometry.dtype), []
-        for layer in geometry.layers:
-            for heads, dim in ((layer.heads, layer.k_dim), (layer.v_heads, layer.v_dim)):
-                found.append(torch.empty(1, heads, blocks * geometry.tokens, dim, dtype=dtype, device=device))
-        return found
+        whole = Geometry(geometry.layers, blocks * geometry.tokens, 1, geometry.dtype)
+        return empty_kv(whole, [device] * len(geometry.layers))
 
     def _placed(self, tensors: list[Tensor]) -> list[Tensor]:
         return [tensor.to(self.devices[index // 2]) for index, tensor in enumerate(tensors)]

@@ -200,4 +200,4 @@ class Session:
             binding.coding.encode, binding.family, parent, depth, tokens, tensors[::2], tensors[1::2], layers
         )
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.prefix_cache.store(encode, nbytes, keys[:depth])
+        self.prefix_cache.store(keys[depth], encode, nbytes, keys[:depth])
