@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from hf_cachegen import PrefixCache
@@ -21,11 +20,6 @@ def small(folder: Path | str, **options: Any) -> PrefixCache:
     """A prefix cache of short blocks that loads whatever it finds."""
     chosen: dict[str, Any] = {"block_tokens": WIDTH, "min_tokens": WIDTH, "reuse": "always", **options}
     return PrefixCache(folder, chosen.pop("max_bytes", "100MB"), **chosen)
-
-
-@pytest.fixture
-def prefix_cache(tmp_path: Path, own_cache: None) -> PrefixCache:
-    return small(tmp_path / "prefixes")
 
 
 def same_as_stock(model: Any, prefix_cache: PrefixCache, ids: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -17,10 +17,15 @@ from hf_cachegen.errors import ConfigError, LevelError, UnsupportedModelError
 from hf_cachegen.generation import attach, detach, generate
 from tests import tiny_models
 from tests.generation_support import ASSISTED, MODES, each_model, fed, seeded
-from tests.prefix_cache_support import WIDTH, prefix_cache, same_as_stock, small  # noqa: F401 - a fixture
+from tests.prefix_cache_support import WIDTH, same_as_stock, small
 from tests.tiny_models import make, shared, tokens
 
 llama = pytest.mark.parametrize("name", ["llama"])
+
+
+@pytest.fixture(name="prefix_cache")
+def _prefix_cache(tmp_path: Path, own_cache: None) -> PrefixCache:
+    return small(tmp_path / "prefixes")
 
 
 @pytest.mark.parametrize("mode", MODES)

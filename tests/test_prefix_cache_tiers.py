@@ -67,7 +67,7 @@ def test_shared_locations_are_only_read(kind: str, tmp_path: Path, team: str, se
     if kind == "server":
         for path in (tmp_path / "team").rglob("*"):
             if path.is_file():
-                server.files[f"/team/{path.parent.name}/{path.name}"] = path.read_bytes()
+                server.files[f"team/{path.parent.name}/{path.name}"] = path.read_bytes()
         where = f"{server.url}/team"
     reader = small(tmp_path / "reader", shared=[where])
     fill(reader, torch.cat([IDS, tokens(20, 7)], 1))
@@ -84,7 +84,7 @@ def test_the_end_of_a_run_is_found_by_bisection(team: str) -> None:
             tier.publish(key, b"x")
         asked: list[str] = []
         real = objects.exists
-        objects.exists = lambda name, real=real: asked.append(name) or real(name)  # type: ignore[method-assign]
+        objects.exists = lambda name, asked=asked, real=real: asked.append(name) or real(name)  # type: ignore[method-assign,func-returns-value]
         assert tier.stored(keys) == stored
         assert len(asked) <= 8
         objects.exists = real  # type: ignore[method-assign]

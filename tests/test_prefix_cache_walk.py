@@ -1,4 +1,4 @@
-"""Chats at random: edits, rewinds, evictions, restarts, damage, other processes; the tokens are always the stock call's."""
+"""Chats at random, with edits, rewinds, evictions, restarts, damage, other processes: the stock call's tokens."""
 
 from __future__ import annotations
 

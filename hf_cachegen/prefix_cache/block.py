@@ -101,10 +101,10 @@ def load(data: bytes, expected: bytes | None = None) -> Block:
     family = Family(header["family"])
     width = family.fields.get("block_tokens")
     if len(tokens) % 8 or type(width) is not int or len(tokens) != 8 * width:
-        raise ManifestError(f"a block of this family has {width!r:.40} tokens, this one has {len(tokens)} bytes of them")
+        raise ManifestError(f"expected {width!r:.40} tokens of 8 bytes, found {len(tokens)} bytes of them")
     depth = header["depth"]
     if not 0 <= depth < MAX_DEPTH or (depth == 0 and parent != family.salt):
-        raise ManifestError(f"block {key.hex()[:16]} says that it has number {depth}, which its parent contradicts")
+        raise ManifestError(f"block {key.hex()[:16]} claims number {depth}, which its parent contradicts")
     side = segments.pop("side")
     names = [f"part-{index}" for index in range(len(segments))]
     if not names or list(segments) != names:
@@ -172,7 +172,7 @@ def _segments(header: dict[str, Any], data: bytes, position: int) -> dict[str, b
             raise CorruptError(f"segment {name!r:.40} of a block is not what was written; the block is recomputed")
         position += length
     if len(found) != len(rows) or not {"tokens", "side"} <= found.keys():
-        raise ManifestError(f"a block has the segments tokens, side and its parts, found {[row[0] for row in rows][:8]}")
+        raise ManifestError(f"expected the segments tokens, side and parts, found {[row[0] for row in rows][:8]}")
     return found
 
 

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.row_cache import cached_rows, dynamic_cache, static_cache
 from hf_cachegen.prefix_cache.advance import advance
-from hf_cachegen.prefix_cache.rows import PromptRow, common_end, prompt_rows
+from hf_cachegen.prefix_cache.rows import common_end, prompt_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

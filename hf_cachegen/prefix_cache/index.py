@@ -14,7 +14,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +137,7 @@ class Index:
             return [name for (name,) in self._open().execute("SELECT name FROM pending")]
 
     def remove(self, keys: Sequence[bytes], names: Iterable[str]) -> int:
-        """Remove blocks, expecting their files, called `names`, to be removed next; return the bytes that were theirs."""
+        """Remove blocks whose files, called `names`, are removed next; return the bytes that were theirs."""
         freed = 0
         with self.transaction() as connection:
             connection.executemany("INSERT OR IGNORE INTO pending VALUES (?)", [(name,) for name in names])
@@ -240,10 +240,8 @@ class Index:
         """Return the present size of the index's own files."""
         total = 0
         for suffix in ("", "-wal", "-shm"):
-            try:
+            with suppress(FileNotFoundError):
                 total += os.stat(f"{self.path}{suffix}").st_size
-            except FileNotFoundError:
-                continue
         return total
 
     def _open(self) -> sqlite3.Connection:

@@ -107,6 +107,6 @@ def family_of(
     """
     fields = {name: fingerprint[name] for name in FINGERPRINT_FIELDS}
     return Family({
-        "fingerprint": {**fields, "adapters": list(fields["adapters"])}, "model_id": fingerprint["model_id"],
-        "transformers": fingerprint["transformers"], "codec": dict(config), "level": level, "profile": profile, "block_tokens": block_tokens,
+        "fingerprint": {**fields, "adapters": list(fields["adapters"])}, "codec": dict(config), "level": level,
+        "profile": profile, "block_tokens": block_tokens, **{name: fingerprint[name] for name in NAMES},
     })  # fmt: skip

@@ -117,7 +117,8 @@ class LocalTier:
             with self._writing():
                 return self._put(block, data, chain)
         except (OSError, sqlite3.Error) as error:
-            raise PrefixCacheError(f"block {block.key.hex()[:16]} was not stored in {self.directory}: {error}") from error
+            message = f"block {block.key.hex()[:16]} was not stored in {self.directory}: {error}"
+            raise PrefixCacheError(message) from error
 
     def drop(self, key: bytes) -> int:
         """Remove a block and all that are chained with it; return their number."""
@@ -142,7 +143,7 @@ class LocalTier:
             return count - self.index.count(), size - self.index.nbytes()
 
     def verify(self) -> Verified:
-        """Read every block; remove damaged ones with what is chained with them, and files that the index does not know."""
+        """Read every block; remove damaged ones with what is chained with them, and files without a row."""
         damaged, blocks, nbytes = [], 0, 0
         for row in sorted(self.index.rows(), key=lambda row: row.depth):
             try:

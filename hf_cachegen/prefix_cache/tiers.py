@@ -51,7 +51,7 @@ class Tiers:
         self._failed: dict[int, float] = {}
 
     def find(self, keys: Sequence[bytes]) -> Found:
-        """Return where the longest stored run at the beginning of `keys` is. Never fails: what cannot be asked is empty."""
+        """Return where the longest stored run at the beginning of `keys` is; a tier that fails is empty."""
         runs: list[tuple[RemoteTier | None, int]] = [(None, self._guarded(lambda: self.local.stored(keys), 0))]
         position = runs[0][1]
         for number, remote in enumerate(self.remotes):

@@ -24,7 +24,7 @@ class Objects:
     """Files under a URL, a repository on the Hub or a folder. Threads may share it.
 
     Args:
-        location: a folder, a URL (s3://, gs://, file://, memory://, https://, hf://, ...) or a repository ("user/name").
+        location: a folder, a URL (s3://, gs://, memory://, https://, hf://, ...) or a repository ("user/name").
         headers: for http(s) URLs.
         storage_options: for other URLs, passed to fsspec.
         token: for the Hub.

@@ -252,7 +252,8 @@ def seal_bytes(data: bytes, name: str, key: Secret) -> bytes:
     header = _MAGIC + secrets.token_bytes(_SALT_BYTES) + len(data).to_bytes(8, "little")
     cipher, view = _cipher(_secret(key), header, name), memoryview(data)
     starts = range(0, len(data), BLOCK_BYTES)
-    return header + b"".join(cipher.encrypt(_nonce(i), view[at : at + BLOCK_BYTES], None) for i, at in enumerate(starts))
+    blocks = (cipher.encrypt(_nonce(i), view[at : at + BLOCK_BYTES], None) for i, at in enumerate(starts))
+    return header + b"".join(blocks)
 
 
 def unseal_bytes(sealed: bytes, name: str, key: Secret) -> bytes:
@@ -262,7 +263,8 @@ def unseal_bytes(sealed: bytes, name: str, key: Secret) -> bytes:
     header, body = sealed[:_HEADER_BYTES], memoryview(sealed)[_HEADER_BYTES:]
     if len(header) < _HEADER_BYTES:
         raise TruncatedError(f"{name}: a sealed file has at least {_HEADER_BYTES} bytes, this one has {len(header)}")
-    if not header.startswith(_MAGIC) or len(body) != (size := _plain_size(header)) + TAG_BYTES * -(-size // BLOCK_BYTES):
+    size = _plain_size(header)
+    if not header.startswith(_MAGIC) or len(body) != size + TAG_BYTES * -(-size // BLOCK_BYTES):
         raise CorruptError(f"{name} is no sealed file, or was cut")
     cipher, step = _cipher(_secret(key), header, name), BLOCK_BYTES + TAG_BYTES
     try:
