@@ -46,7 +46,7 @@ def prefix_cache_ls(folder: Path, as_json: bool, debug: bool) -> None:
     index = opened(folder).local.index
     rows, families = index.rows(), {salt: json.loads(text) for salt, text in index.families().items()}
     parents, by_key = {row.parent for row in rows}, {row.key: row for row in rows}
-    found = []
+    found: list[dict[str, Any]] = []
     for row in (row for row in rows if row.key not in parents or row.pinned):
         nbytes, at = 0, row
         while at is not None:

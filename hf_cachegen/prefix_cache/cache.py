@@ -312,8 +312,8 @@ def _located(
 
     def tier(where: Location) -> RemoteTier:
         hub, web = is_repository(where), str(where).startswith(("http://", "https://"))
-        options = {} if hub or web else {"storage_options": storage_options}
-        objects = Objects(where, headers=headers if web else None, patience=patience, **options)
+        options = None if hub or web else storage_options
+        objects = Objects(where, headers=headers if web else None, storage_options=options, patience=patience)
         return RemoteTier(objects, objects.writable)
 
     behind = [tier(where) for where in ([] if remote is None else [remote])]

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks(
@@ -51,6 +52,11 @@ class Row:
     created: float
     used: float
     pinned: bool
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    key, parent, salt, depth, nbytes, created, used, pinned = values
+    return Row(key, parent, salt, depth, nbytes, created, used, bool(pinned))
 
 
 _COLUMNS = "key, parent, salt, depth, nbytes, created, used, pinned"
@@ -162,7 +168,7 @@ class Index:
         )
         with self._lock:
             rows = self._open().execute(query, (float("inf") if before is None else before, limit)).fetchall()
-        return [Row(*row[:7], bool(row[7])) for row in rows]
+        return [_row(values) for values in rows]
 
     def oldest(self) -> float | None:
         """Return when the least recently used block was used; None for an empty index."""
@@ -185,7 +191,7 @@ class Index:
         query = f"SELECT {_COLUMNS} FROM blocks {where} ORDER BY used, depth DESC"  # noqa: S608 - two fixed texts
         with self._lock:
             rows = self._open().execute(query, values).fetchall()
-        return [Row(*row[:7], bool(row[7])) for row in rows]
+        return [_row(values) for values in rows]
 
     def find(self, prefix: str) -> list[Row]:
         """Return the blocks whose key, in hexadecimal, begins with `prefix`."""
@@ -193,7 +199,7 @@ class Index:
         high = bytes.fromhex(prefix + "f" * (64 - len(prefix)))
         query = f"SELECT {_COLUMNS} FROM blocks WHERE key BETWEEN ? AND ?"  # noqa: S608 - the names are fixed
         with self._lock:
-            return [Row(*row[:7], bool(row[7])) for row in self._open().execute(query, (low, high))]
+            return [_row(values) for values in self._open().execute(query, (low, high))]
 
     def pin(self, key: bytes, pinned: bool) -> None:
         """Protect a block, and with it all before it, from removal; or end that."""

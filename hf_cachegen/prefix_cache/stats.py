@@ -66,7 +66,7 @@ class PrefixCacheStats:
 
 GAUGES = ("blocks", "nbytes", "queued_bytes")
 """Fields that are a present state, not a sum."""
-_SUMS = {field.name: type(field.default) for field in fields(PrefixCacheStats) if field.name not in GAUGES}
+_SUMS = tuple(field.name for field in fields(PrefixCacheStats) if field.name not in GAUGES)
 
 
 class Counters:
@@ -99,7 +99,9 @@ class Counters:
 
 def stats_of(sums: Mapping[str, float], **gauges: int) -> PrefixCacheStats:
     """Return named sums as stats; unknown names are ignored."""
-    typed: dict[str, Any] = {name: kind(sums.get(name, 0)) for name, kind in _SUMS.items()}
+    typed: dict[str, Any] = {
+        name: float(sums.get(name, 0)) if name.endswith("_seconds") else int(sums.get(name, 0)) for name in _SUMS
+    }
     return PrefixCacheStats(**typed, **gauges)
 
 
@@ -120,7 +122,7 @@ class PrefixCacheCollector:
         except ImportError as error:
             raise MissingExtraError("metrics need prometheus_client: pip install 'hf_cachegen[prometheus]'") from error
         self._prefix_cache = prefix_cache
-        (REGISTRY if registry is None else registry).register(self)  # type: ignore[arg-type]
+        (REGISTRY if registry is None else registry).register(self)
 
     def collect(self) -> Iterable[Any]:
         """Yield one metric for each field of the stats."""

@@ -55,11 +55,9 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
     chained = chain(family.salt, ids, width)
     for depth in range(len(chained)):
         first = depth * width
-        cut = [[x[:, :, first : first + width].contiguous() for x in tensors] for tensors in (keys, values)]
+        k, v = ([x[:, :, first : first + width].contiguous() for x in tensors] for tensors in (keys, values))
         parent = chained[depth - 1] if depth else family.salt
-        block = coding.encode(
-            family, parent, depth, ids[first : first + width], *cut, layers=artifact.geometry.layers
-        )
+        block = coding.encode(family, parent, depth, ids[first : first + width], k, v, artifact.geometry.layers)
         prefix_cache.store(chained[depth], partial(_same, block), 0, chained[:depth])
     prefix_cache.flush()
     return prefix_cache.local.stored(chained) * width

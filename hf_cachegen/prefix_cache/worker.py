@@ -25,7 +25,11 @@ class Worker:
 
     def __init__(self, max_bytes: int, when_full: WhenFull = "wait") -> None:
         self.max_bytes, self.when_full = max_bytes, when_full
-        self._reset()
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[int, Callable[[], None]]] = deque()
+        self._nbytes, self._running = 0, False
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
         _finish_at_exit(self)
 
     @property
@@ -36,7 +40,7 @@ class Worker:
     def submit(self, nbytes: int, function: Callable[[], None]) -> bool:
         """Queue a function that holds so many bytes; report whether it was taken."""
         if self._pid != os.getpid():
-            self._reset()  # a forked child has neither the thread nor its parent's work
+            self._forget()
         with self._changed:
             while self._nbytes and self._nbytes + nbytes > self.max_bytes:
                 if self.when_full == "drop":
@@ -57,12 +61,10 @@ class Worker:
         with self._changed:
             return self._changed.wait_for(lambda: not self._queue and not self._running, timeout)
 
-    def _reset(self) -> None:
-        self._changed = threading.Condition()
-        self._queue: deque[tuple[int, Callable[[], None]]] = deque()
-        self._nbytes, self._running = 0, False
-        self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
+    def _forget(self) -> None:
+        """Begin again in a forked child, which has neither the thread nor its parent's work."""
+        self._changed, self._queue, self._thread = threading.Condition(), deque(), None
+        self._nbytes, self._running, self._pid = 0, False, os.getpid()
 
     def _run(self) -> None:
         while True:
