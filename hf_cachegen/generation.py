@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -39,11 +39,26 @@ from hf_cachegen.streaming import Refine, SwapIn
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel
 
-    from hf_cachegen.prefix_cache import PrefixCache
-
     OnMismatch = Literal["recompute", "error"]
 
 LOG = logging.getLogger("hf_cachegen.generation")
+
+
+class Prefixes(Protocol):
+    """What a prefix cache (`hf_cachegen.PrefixCache`) is to `generate` and `attach`."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise UnsupportedModelError unless prefixes of this model can be reused."""
+        ...
+
+    def generate(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], stock: Callable[..., Any],
+        start: Callable[..., Any], slo: float | None,
+    ) -> Any:  # fmt: skip
+        """Call `start` with a stock cache of what is stored of the prompt, or `stock` where that cannot be."""
+        ...
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -53,7 +68,7 @@ def generate(
     slo: float | None = None,
     refine: Refine | None = None,
     stream: Mapping[str, Any] | None = None,
-    prefix_cache: PrefixCache | None = None,
+    prefix_cache: Prefixes | None = None,
     **kwargs: Any,
 ) -> Any:
     """Call `model.generate(*args, **kwargs)` so that it starts from `cache`, and return what that returns.
@@ -182,7 +197,7 @@ def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: boo
         LOG.info("the prompt leaves the context after %d of %d tokens; %d are reused", reuse.common, context, reused)
 
 
-def attach(model: PreTrainedModel, *, prefix_cache: PrefixCache | None = None) -> PreTrainedModel:
+def attach(model: PreTrainedModel, *, prefix_cache: Prefixes | None = None) -> PreTrainedModel:
     """Prepare a model: `model.generate` takes `cache=` and its options as `generate` does.
 
     Without a cache of this package the call is the stock one. Making a CacheGenCache for a model does this by default.
@@ -222,7 +237,7 @@ class _Attached:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.own, self.stock = model, model.__dict__.get("generate"), model.generate
-        self.prefix_cache: PrefixCache | None = None
+        self.prefix_cache: Prefixes | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return generate(self.model, *args, **{"prefix_cache": self.prefix_cache, **kwargs})

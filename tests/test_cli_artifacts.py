@@ -17,7 +17,7 @@ from tests.cli_support import run, run_json
 
 COMMANDS = (
     "encode", "generate", "inspect", "verify", "profile", "push-profile", "pull-profile", "convert", "push", "pull",
-    "ls", "sign", "seal", "serve-check", "cache", "demo", "stream",
+    "ls", "sign", "seal", "serve-check", "cache", "prefix-cache", "demo", "stream",
 )  # fmt: skip
 LAYERS, HEADS, TOKENS, DIM = 3, 2, 90, 8
 

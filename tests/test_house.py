@@ -36,6 +36,7 @@ FLOORS = (
     ("calibration", "convert"),
     ("cache",),
     ("generation",),
+    ("prefix_cache",),
     ("cli",),
     ("encode_dataset",),
 )
@@ -45,7 +46,7 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 ONLY_IN = {
     "transformers": {
         "calibration", "convert", "layout", "fingerprint", "finding", "opening", "streaming", "cache", "generation",
-        "cli",
+        "prefix_cache", "cli",
     },
     "huggingface_hub": {"stores"},
     "fsspec": {"stores"},
@@ -55,7 +56,7 @@ ONLY_IN = {
     "accelerate": {"encode_dataset"},
     "datasets": {"encode_dataset"},
     "rich": {"cli"},
-    "prometheus_client": {"streaming"},
+    "prometheus_client": {"streaming", "prefix_cache"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
@@ -63,6 +64,7 @@ PUBLIC_NAMES = {
     "CacheGenCache",
     "CacheGenConfig",
     "EncodedContext",
+    "PrefixCache",
     "Profile",
     "__version__",
     "attach",
