@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_cachegen.cache import CacheGenCache
     from hf_cachegen.config import CacheGenConfig
     from hf_cachegen.generation import attach, detach, generate
+    from hf_cachegen.prefix_cache import PrefixCache
     from hf_cachegen.profiles.files import Profile
     from hf_cachegen.profiles.learning import learn_profile
 
@@ -23,6 +24,7 @@ __all__ = [
     "CacheGenCache",
     "CacheGenConfig",
     "EncodedContext",
+    "PrefixCache",
     "Profile",
     "__version__",
     "attach",
@@ -38,6 +40,7 @@ _HOMES = {
     "CacheGenCache": "hf_cachegen.cache",
     "CacheGenConfig": "hf_cachegen.config",
     "EncodedContext": "hf_cachegen.artifact.encoded",
+    "PrefixCache": "hf_cachegen.prefix_cache",
     "Profile": "hf_cachegen.profiles.files",
     "attach": "hf_cachegen.generation",
     "decode_kv": "hf_cachegen.artifact.encoded",

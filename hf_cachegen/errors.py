@@ -9,6 +9,7 @@
     ├── ProfileError (ValueError)              a profile that is missing, damaged, or of another model
     ├── NativeError (RuntimeError)             a compiled library is damaged or failed
     ├── MissingExtraError (ImportError)        an optional package is not installed
+    ├── PrefixCacheError (OSError)             the prefix cache cannot read or write its directory
     ├── StreamCancelledError (RuntimeError)    a stream that its user cancelled before the context was in place
     ├── ArtifactError                          the files of an artifact
     │   ├── ArtifactNotFoundError (FileNotFoundError)
@@ -74,6 +75,10 @@ class NativeError(CacheGenError, RuntimeError):
 
 class MissingExtraError(CacheGenError, ImportError):
     """An optional package is not installed; the message names the extra to install."""
+
+
+class PrefixCacheError(CacheGenError, OSError):
+    """The prefix cache cannot read or write its directory."""
 
 
 class StreamCancelledError(CacheGenError, RuntimeError):

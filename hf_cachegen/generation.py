@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from hf_cachegen.context import CachedContext, load_context, stream_to_context
@@ -38,11 +39,26 @@ from hf_cachegen.models.state import fresh_state
 from hf_cachegen.streaming import Refine, SwapIn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import LogitsProcessor, PreTrainedModel
 
     OnMismatch = Literal["recompute", "error"]
 
 LOG = logging.getLogger("hf_cachegen.generation")
+
+
+class Prefixes(Protocol):
+    """What a prefix cache (`hf_cachegen.PrefixCache`) is to `generate` and `attach`."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise UnsupportedModelError unless prefixes of this model can be reused."""
+        ...
+
+    def generate(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], stock: Callable[..., Any],
+        start: Callable[..., Any], slo: float | None,
+    ) -> Any:  # fmt: skip
+        """Call `start` with a stock cache of what is stored of the prompt, or `stock` where that cannot be."""
+        ...
 
 
 @torch.no_grad()
@@ -54,6 +70,7 @@ def generate(
     slo: float | None = None,
     refine: Refine | None = None,
     stream: Mapping[str, Any] | None = None,
+    prefix_cache: Prefixes | None = None,
     **kwargs: Any,
 ) -> Any:
     """Call `model.generate(*args, **kwargs)` so that it starts from `cache`, and return its result.
@@ -72,6 +89,8 @@ def generate(
         refine: for a location: when finer levels are loaded (see `CacheGenCache.stream`).
         stream: for a location: further arguments of `CacheGenCache.stream`, which loads it where one of slo, refine
             and stream is given.
+        prefix_cache: where no cache is given, what finds the longest stored prefix of the prompt and stores the rest.
+            `slo` then bounds how long locations on the network are waited for.
 
     Returns:
         The result of the stock generate.
@@ -88,6 +107,8 @@ def generate(
     given, foreign = _cache_given(cache, kwargs)
     stock = _stock(model)
     if given is None:
+        if prefix_cache is not None and not foreign and not streamed.keys() - {"slo"}:
+            return prefix_cache.generate(model, args, kwargs, stock, start_from, slo)
         if streamed:
             raise ConfigError(f"{sorted(streamed)} are for an artifact's location: pass it as cache=")
         return stock(*args, **kwargs, **foreign)
@@ -132,9 +153,6 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     if not usable:
         return stock(*call.prompt, **call.arguments)
 
-    arguments = dict(call.arguments)
-    if settings.use_cache is False:  # a default that the model was saved with
-        arguments["use_cache"] = True
     repeats = max(settings.num_beams, settings.num_return_sequences)
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     devices = layer_devices(model, len(kv.keys))
@@ -143,17 +161,34 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     else:
         cache = build_dynamic(kv, reuse, repeats, devices)
     del kv
-    if context.refinement is not None:
-        swap = SwapIn(context.refinement, cache, reuse, seen)
-        arguments["logits_processor"] = LogitsProcessorList([swap, *(arguments.get("logits_processor") or [])])
+    processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
+    return start_from(model, call, cache, processors)
+
+
+def start_from(
+    model: PreTrainedModel, call: GenerateCall, cache: Cache, processors: Sequence[LogitsProcessor] = ()
+) -> Any:
+    """Call the stock generate with a stock cache of the beginning of the prompt, and return its result.
+
+    Args:
+        model: the model.
+        call: the call, which can start from a cache.
+        cache: holds the first positions of every row, none of them or all but one; it grows as the model generates.
+        processors: come before the caller's own.
+    """
+    arguments, settings = dict(call.arguments), call.settings
+    if settings.use_cache is False:  # a default that the model was saved with
+        arguments["use_cache"] = True
+    if processors:
+        arguments["logits_processor"] = LogitsProcessorList([*processors, *(arguments.get("logits_processor") or [])])
     # The stock generate refuses these settings beside a cache; they have taken effect already.
     arguments |= {
         name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None
     }
-    arguments |= {"attention_mask": mask, CACHE_ARGUMENT: cache}
+    arguments |= {"attention_mask": call.mask, CACHE_ARGUMENT: cache}
     assisted = call.mode is GenerationMode.ASSISTED_GENERATION
     with fresh_state(model):
-        return (_twin(model).generate if assisted else stock)(*call.prompt, **arguments)
+        return (_twin(model).generate if assisted else _stock(model))(*call.prompt, **arguments)
 
 
 def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: bool) -> None:
@@ -165,20 +200,29 @@ def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: boo
         LOG.info("the prompt leaves the context after %d of %d tokens; %d are reused", reuse.common, context, reused)
 
 
-def attach(model: PreTrainedModel) -> PreTrainedModel:
+def attach(model: PreTrainedModel, *, prefix_cache: Prefixes | None = None) -> PreTrainedModel:
     """Prepare a model: `model.generate` takes `cache=` and its options as `generate` does.
 
     Without a cache of this package the call is the stock one. Creating a CacheGenCache for a model attaches by default.
 
     Args:
         model: the model; of a wrapper, the wrapper and the model inside are prepared.
+        prefix_cache: used by every call that gives no cache (docs/prefix_cache.md); None leaves what is attached.
 
     Returns:
         The same model.
+
+    Raises:
+        UnsupportedModelError: prefixes of this model cannot be reused.
     """
+    if prefix_cache is not None:
+        prefix_cache.check(model)
     for part in {id(part): part for part in (unwrapped(model), model)}.values():
-        if not isinstance(part.__dict__.get("generate"), _Attached):
-            part.__dict__["generate"] = _Attached(part)
+        attached = part.__dict__.get("generate")
+        if not isinstance(attached, _Attached):
+            attached = part.__dict__["generate"] = _Attached(part)
+        if prefix_cache is not None:
+            attached.prefix_cache = prefix_cache
     return model
 
 
@@ -203,9 +247,10 @@ class _Attached:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.own, self.stock = model, model.__dict__.get("generate"), model.generate
+        self.prefix_cache: Prefixes | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return generate(self.model, *args, **kwargs)
+        return generate(self.model, *args, **{"prefix_cache": self.prefix_cache, **kwargs})
 
     def undo(self, model: PreTrainedModel) -> None:
         if self.own is None:

@@ -30,6 +30,7 @@ FLOORS = (
     ("streaming",),
     ("context",),
     ("generation",),
+    ("prefix_cache",),
     ("cache",),
     ("cli",),
     ("encode_dataset",),
@@ -44,7 +45,7 @@ CONTAINER = {PACKAGE / "artifact" / f"{name}.py" for name in (
 
 ONLY_IN = {
     "transformers": {
-        "models", "profiles", "streaming", "context", "cache", "generation", "cli",
+        "models", "profiles", "streaming", "context", "cache", "generation", "prefix_cache", "cli",
     },
     "huggingface_hub": {"stores"},
     "fsspec": {"stores"},
@@ -54,7 +55,7 @@ ONLY_IN = {
     "accelerate": {"cli"},
     "datasets": {"cli"},
     "rich": {"cli"},
-    "prometheus_client": {"streaming"},
+    "prometheus_client": {"streaming", "prefix_cache"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
@@ -62,6 +63,7 @@ PUBLIC_NAMES = {
     "CacheGenCache",
     "CacheGenConfig",
     "EncodedContext",
+    "PrefixCache",
     "Profile",
     "__version__",
     "attach",

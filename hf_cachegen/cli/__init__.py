@@ -19,6 +19,7 @@ from hf_cachegen.cli import (
     demo,
     encode_dataset,
     inspection,
+    prefix_cache,
     profiles,
     stores,
     stream,
@@ -29,7 +30,8 @@ EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meani
 COMMANDS = (
     contexts.encode, contexts.generate, inspection.inspect, inspection.verify, stream.stream, profiles.learn,
     profiles.push_profile, profiles.pull_profile, convert.convert, encode_dataset.encode_dataset, stores.push,
-    stores.pull, stores.ls, stores.sign, stores.seal, stores.check, cache.cache, demo.demo,
+    stores.pull, stores.ls, stores.sign, stores.seal, stores.check, cache.cache,
+    prefix_cache.prefix_cache_commands, demo.demo,
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from heapq import heapify, heappop, heapreplace
 from pathlib import Path
 
 import torch
@@ -57,13 +58,28 @@ def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
     freq = [0] * len(weights)
     for i in range(low, high + 1):
         freq[i] = min(most, max(1, weights[i] * budget // total))
-    support = range(low, high + 1)
-    while (excess := sum(freq) - budget) != 0:
-        if excess > 0:
-            best = min((i for i in support if freq[i] > 1), key=lambda i: (weights[i] / (freq[i] - 1), i))
-        else:
-            best = max((i for i in support if freq[i] < most), key=lambda i: (weights[i] / freq[i], -i))
-        freq[best] += -1 if excess > 0 else 1
+    # A step changes the key of one symbol only, and away from the front: a heap finds the next best in log time.
+    excess, support = sum(freq) - budget, range(low, high + 1)
+    if excess > 0:
+        heap = [(weights[i] / (freq[i] - 1), i) for i in support if freq[i] > 1]
+        heapify(heap)
+        for _ in range(excess):
+            _, best = heap[0]
+            freq[best] -= 1
+            if freq[best] > 1:
+                heapreplace(heap, (weights[best] / (freq[best] - 1), best))
+            else:
+                heappop(heap)
+    elif excess < 0:
+        heap = [(-(weights[i] / freq[i]), i) for i in support if freq[i] < most]
+        heapify(heap)
+        for _ in range(-excess):
+            _, best = heap[0]
+            freq[best] += 1
+            if freq[best] < most:
+                heapreplace(heap, (-(weights[best] / freq[best]), best))
+            else:
+                heappop(heap)
     return freq
 
 

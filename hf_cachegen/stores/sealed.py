@@ -291,6 +291,33 @@ def _sealed(store: LocalStore, name: str, key: bytes) -> Iterator[bytes]:
         yield cipher.encrypt(_nonce(index), store.read(name, at, min(BLOCK_BYTES, size - at)), None)
 
 
+def seal_bytes(data: bytes, name: str, key: Secret) -> bytes:
+    """Return `data` sealed as a file of this name would be, for files that are written and read whole."""
+    header = _MAGIC + secrets.token_bytes(_SALT_BYTES) + len(data).to_bytes(8, "little")
+    cipher, view = _cipher(_secret(key), header, name), memoryview(data)
+    starts = range(0, len(data), BLOCK_BYTES)
+    blocks = (cipher.encrypt(_nonce(i), view[at : at + BLOCK_BYTES], None) for i, at in enumerate(starts))
+    return header + b"".join(blocks)
+
+
+def unseal_bytes(sealed: bytes, name: str, key: Secret) -> bytes:
+    """Return the inverse of `seal_bytes`. Raises TruncatedError, CorruptError."""
+    from cryptography.exceptions import InvalidTag
+
+    header, body = sealed[:_HEADER_BYTES], memoryview(sealed)[_HEADER_BYTES:]
+    if len(header) < _HEADER_BYTES:
+        raise TruncatedError(f"{name}: a sealed file has at least {_HEADER_BYTES} bytes, this one has {len(header)}")
+    size = _plain_size(header)
+    if not header.startswith(_MAGIC) or len(body) != size + TAG_BYTES * -(-size // BLOCK_BYTES):
+        raise CorruptError(f"{name} is no sealed file, or was cut")
+    cipher, step = _cipher(_secret(key), header, name), BLOCK_BYTES + TAG_BYTES
+    try:
+        starts = range(0, len(body), step)
+        return b"".join(cipher.decrypt(_nonce(i), body[at : at + step], None) for i, at in enumerate(starts))
+    except InvalidTag as error:
+        raise CorruptError(f"{name} was sealed with another key, or is damaged") from error
+
+
 def _sealed_range(size: int, offset: int, length: int) -> tuple[int, int]:
     """Return (offset, length) in the sealed file of the blocks that hold a range, not empty, of the plain file."""
     first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES

@@ -128,6 +128,21 @@ def require_current(directory: str | os.PathLike[str]) -> None:
         raise SignatureError(f"{SIGNATURE_FILE} in {directory} is not of this artifact: sign it again, or remove it")
 
 
+def sign_bytes(data: bytes, private_key: KeyLike) -> bytes:
+    """Return the Ed25519 signature, 64 bytes, of `data`. Raises ConfigError for a key that is none."""
+    return _private(private_key).sign(data)
+
+
+def require_signature(data: bytes, signature: bytes, public_key: KeyLike, what: str) -> None:
+    """Raise SignatureError unless `signature` of `data` was made with the private half of `public_key`."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        _public(public_key).verify(signature, data)
+    except InvalidSignature as error:
+        raise SignatureError(f"{what} is not signed with this key") from error
+
+
 def _statement(store: Store, key: Ed25519PublicKey) -> dict[tuple[str, int, int], str]:
     """Return the SHA-256 of each signed range; the file is parsed only after its signature was verified."""
     from cryptography.exceptions import InvalidSignature

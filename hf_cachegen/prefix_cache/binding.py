@@ -1,0 +1,48 @@
+"""What ties a prefix cache to one state of one model: the family of its blocks, and how fast it computes and loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.requirements import require_model
+from hf_cachegen.prefix_cache.coding import Coding
+from hf_cachegen.prefix_cache.keys import Family, family_of
+from hf_cachegen.prefix_cache.policy import LoadSpeed
+from hf_cachegen.profiles.finding import for_encoding
+from hf_cachegen.streaming.prefill_speed import PrefillSpeed, speed_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_cachegen.prefix_cache.cache import PrefixCache
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A family, and what is known about it in this process."""
+
+    family: Family
+    coding: Coding
+    prefill: PrefillSpeed
+    load: LoadSpeed = field(default_factory=LoadSpeed)
+
+
+def bind(prefix_cache: PrefixCache, model: PreTrainedModel) -> Binding:
+    """Return the binding of a model as it is now; another adapter or an edited weight gives another one.
+
+    Raises:
+        UnsupportedModelError: the model keeps no cache that can be reused.
+        ProfileError: the profile cannot be read. WrongModelError: it is another model's.
+        LevelError: the config has no such level.
+    """
+    require_model(model)
+    config = prefix_cache.config
+    profile = None if config.lossless else for_encoding(prefix_cache.profile, model)
+    fingerprint = Fingerprint.of(model, []).to_dict()
+    digest = None if profile is None else profile.digest
+    family = family_of(fingerprint, config.to_dict(), prefix_cache.level, digest, prefix_cache.block_tokens)
+    coding = Coding(config, prefix_cache.level, profile)
+    found: Binding = prefix_cache.binding(family.salt, lambda: Binding(family, coding, speed_of(model)))
+    return found

@@ -1,0 +1,120 @@
+"""Keys and values of one block <-> the block's file.
+
+The codec is the package's own: `encode_kv` of the block's tokens as a context of one chunk. Lossless by default, so
+that a block gives back the very bits that were computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from hf_cachegen.artifact.encoded import encode_kv
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import codec_of
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.into import Target
+from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ArtifactError, ConfigError, CorruptError, LevelError, ManifestError
+from hf_cachegen.prefix_cache.block import Block
+from hf_cachegen.prefix_cache.keys import Family, block_key, pack_tokens
+from hf_cachegen.profiles.files import Profile
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How blocks of one family are encoded.
+
+    Attributes:
+        config: the codec's options.
+        level: how many levels are stored; None for all.
+        profile: the profile of the klt transform, if it is used.
+    """
+
+    config: CacheGenConfig
+    level: int | None
+    profile: Profile | None
+
+    def __post_init__(self) -> None:
+        levels = 1 if self.config.lossless else self.config.levels
+        if self.level is not None and not (type(self.level) is int and 1 <= self.level <= levels):
+            raise LevelError(f"level must be a whole number from 1 to {levels} for this config, got {self.level!r}")
+
+    def of_block(self, depth: int, tokens: int) -> CacheGenConfig:
+        """Return the options for one block: a block's ends are not a context's, but the first block has its start."""
+        first = self.config.protect_first if depth == 0 else 0
+        return replace(self.config, chunk_tokens=tokens, protect_first=first, protect_last=0, measure=False)
+
+    def encode(
+        self, family: Family, parent: bytes, depth: int, tokens: Sequence[int], keys: Sequence[Tensor],
+        values: Sequence[Tensor], layers: Sequence[LayerGeometry],
+    ) -> Block:  # fmt: skip
+        """Encode the block of these tokens.
+
+        Args:
+            family: what the block belongs to.
+            parent: the key of the block before it, or the salt.
+            depth: number of blocks before it.
+            tokens: its token ids.
+            keys, values: of each layer, [1, heads, tokens, dim].
+            layers: the layers' geometry.
+
+        Raises:
+            TensorError: the tensors cannot be encoded.
+        """
+        encoded = encode_kv(keys, values, self.of_block(depth, len(tokens)), self.profile, layers=list(layers))
+        parts = tuple(part[0] for part in encoded.parts[: self.level])
+        key = block_key(parent, pack_tokens(tokens))
+        return Block(
+            key, parent, depth, family, tuple(tokens), encoded.geometry.to_dict(), encoded.config.to_dict(),
+            encoded.side, parts,
+        )  # fmt: skip
+
+    def geometry(self, block: Block) -> Geometry:
+        """Return the geometry of a stored block.
+
+        Raises:
+            ManifestError: it contradicts the block's tokens, or is no geometry.
+            LimitError: a count is above the limits.
+        """
+        geometry = Geometry.from_dict(block.geometry)
+        if geometry.batch != 1 or geometry.tokens != len(block.tokens):
+            raise ManifestError(
+                f"a block of {len(block.tokens)} tokens claims {geometry.batch} rows of {geometry.tokens} tokens"
+            )
+        return geometry
+
+    def decode_into(self, block: Block, geometry: Geometry, found: Sequence[Tensor], first: int) -> None:
+        """Decode a block into the tensors of a longer context.
+
+        Args:
+            block: the block.
+            geometry: its geometry, checked against the model's.
+            found: layer 0's keys, its values, layer 1's keys, ..., [1, heads, tokens, dim] each.
+            first: the token of these tensors that the block begins at.
+
+        Raises:
+            ArtifactError: the bytes are not what an encoder writes.
+        """
+        try:
+            config = CacheGenConfig.from_dict(block.config)
+        except (ConfigError, TypeError) as error:
+            raise ManifestError(f"the codec's options in a block: {error}") from error
+        expected: dict[str, Any] = self.of_block(block.depth, geometry.tokens).to_dict()
+        wrong = sorted(n for n, value in config.to_dict().items() if n != "transform" and value != expected[n])
+        if wrong or config.transform == "auto" or expected["transform"] not in ("auto", config.transform):
+            raise ManifestError(f"a block was encoded with other options than its family says: {wrong or 'transform'}")
+        levels = self.level or (1 if config.lossless else config.levels)
+        if len(block.parts) != levels:
+            raise ManifestError(f"a block of this family has {levels} levels, this one has {len(block.parts)}")
+        codec = codec_of(geometry, config, block.side, self.profile)
+        span = Span(0, geometry.tokens, geometry.tokens)
+        try:
+            codec.decode_into(list(block.parts), span, Target.layers(found), first)
+        except ArtifactError:
+            raise
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise CorruptError(f"block {block.key.hex()[:16]} cannot be decoded: {error}") from error
