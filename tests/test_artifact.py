@@ -18,7 +18,7 @@ from hf_cachegen.artifact import Limits, manifest
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.encoded import decode_kv, encode_kv
 from hf_cachegen.codec import context
-from hf_cachegen.codec.chunk import Columns
+from hf_cachegen.codec.chunk import Channels
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.transforms import transform_of
@@ -212,13 +212,13 @@ WIDE_LAYER = {"kind": "full", "heads": 1 << 14, "k_dim": 1 << 16, "v_heads": 1, 
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_nothing_is_built_for_columns_that_the_side_information_lacks(
+def test_nothing_is_built_for_channels_that_the_side_information_lacks(
     config: CacheGenConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make(tmp_path / "a", config)
     encoded = Artifact(LocalStore(path)).read()
     assert len(encoded.side) in transform_of(encoded.config).side_lengths(encoded.geometry, encoded.config)
-    monkeypatch.setattr(Columns, "of", lambda geometry: pytest.fail("columns were built"))
+    monkeypatch.setattr(Channels, "of", lambda geometry: pytest.fail("channels were built"))
     geometry = {**encoded.geometry.to_dict(), "layers": [WIDE_LAYER]}
     for side in (b"", encoded.side, encoded.side + bytes(1)):
         with pytest.raises((CorruptError, TruncatedError)):
@@ -291,7 +291,7 @@ def test_files_of_another_artifact(tmp_path: Path) -> None:
 MEMORY_PROBE = """
 import resource, sys, torch
 from hf_cachegen.artifact.artifact import Artifact, write
-from hf_cachegen.codec.chunk import Columns
+from hf_cachegen.codec.chunk import Channels
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.transforms import transform_of
 from hf_cachegen.stores import LocalStore

@@ -104,37 +104,37 @@ def test_delta_inverts(tokens: int, group: int) -> None:
 @given(st.integers(1, 30), st.sampled_from([1, 7, 300, 1100]), st.sampled_from([0, 2, 5]), st.integers(1, 3), st.data())
 @settings(max_examples=25, deadline=None)
 def test_compiled_passes_are_what_torch_does(
-    dtype: torch.dtype, tokens: int, columns: int, group: int, levels: int, data: st.DataObject
+    dtype: torch.dtype, tokens: int, channels: int, group: int, levels: int, data: st.DataObject
 ) -> None:
     """Symbols of all sizes, up to ones that no float holds exactly; on every instruction set."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    rows = torch.randn(tokens, columns, generator=generator) * 10 ** (3 * torch.rand(columns, generator=generator))
+    rows = torch.randn(tokens, channels, generator=generator) * 10 ** (3 * torch.rand(channels, generator=generator))
     spread = data.draw(st.sampled_from([1, 30, 1e7, 1e12]))
     rows = torch.where(torch.rand(rows.shape, generator=generator) < 0.01, rows * spread, rows)
     rows = rows.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else rows.to(dtype)
     anchors = rows[::group].float() + 0.1 if group else None
-    means, steps = torch.randn(2, columns, generator=generator)
+    means, steps = torch.randn(2, channels, generator=generator)
     grid = Grid(anchors, group, means, steps.abs() + 0.1)
-    low = torch.randint(0, 3, (columns, 3), generator=generator, dtype=torch.uint8)
-    high = torch.maximum(low, torch.randint(0, 3, (columns, 3), generator=generator, dtype=torch.uint8))
+    low = torch.randint(0, 3, (channels, 3), generator=generator, dtype=torch.uint8)
+    high = torch.maximum(low, torch.randint(0, 3, (channels, 3), generator=generator, dtype=torch.uint8))
     coded = len(grid.positions(tokens))
     first = data.draw(st.integers(0, coded))
 
     def everything() -> list[torch.Tensor]:
         sums = passes.moments(rows, grid, first, coded)
         base, wide, digits, contexts = passes.quantise(rows, grid, levels)
-        counts = torch.ones(columns, 256, dtype=torch.int32)
+        counts = torch.ones(channels, 256, dtype=torch.int32)
         passes.count(counts, base)
         found = [base, *wide, digits, contexts, counts, *passes.clamp(base, low + 100, high + 150)]
         coarser = None
         for k in range(levels - 1):
             coarser = passes.contexts_of(*((digits[k - 1], 1) if k else (base, 128)), coarser)
-            counts = torch.zeros(columns, 9, dtype=torch.int32)
+            counts = torch.zeros(channels, 9, dtype=torch.int32)
             passes.count(counts, digits[k], coarser)
             found += [coarser, counts, *passes.clamp(digits[k], low, high, coarser)]
             assert torch.equal(coarser, contexts[k])
         for out in (torch.bfloat16, torch.float16, torch.float32):
-            values = torch.zeros(tokens, columns, dtype=out)
+            values = torch.zeros(tokens, channels, dtype=out)
             passes.restore(values, grid, first, base[first:], [digit[first:] for digit in digits], wide)
             found.append(values)
         return [*found, sums]
@@ -207,7 +207,7 @@ SHAPES = {
     "one token more than a chunk": {"tokens": 65},
     "batch of three": {"batch": 3, "tokens": 70},
     "K and V of different width": {"dim": 24, "v_dim": 8},
-    "more columns than a tile": {"heads": 5, "dim": 40, "layers": 1},
+    "more channels than a tile": {"heads": 5, "dim": 40, "layers": 1},
     "fp32": {"dtype": torch.float32},
     "fp16": {"dtype": torch.float16},
 }
@@ -259,9 +259,9 @@ def test_the_same_tensors_give_the_same_bytes(config: CacheGenConfig, monkeypatc
 
 
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
-def test_side_information_is_six_bytes_a_column(config: CacheGenConfig) -> None:
+def test_side_information_is_six_bytes_a_channel(config: CacheGenConfig) -> None:
     encoder = Encoder(*sample_kv(), config)
-    assert len(encoder.codec.side_bytes()) <= 6 * len(encoder.rows.columns)
+    assert len(encoder.codec.side_bytes()) <= 6 * len(encoder.rows.channels)
 
 
 def test_nested_levels_cost_what_the_finest_would() -> None:
@@ -280,7 +280,7 @@ def test_layer_thirds_have_the_papers_steps() -> None:
     ratio = lossy(encoder).steps / rows.std(0, unbiased=False)
     for vector in range(12):
         expected = (0.5, 1.0, 1.5)[vector // 2 // 2] / 3
-        mine = encoder.rows.columns.vectors == vector
+        mine = encoder.rows.channels.vectors == vector
         torch.testing.assert_close(ratio[mine].mean().item(), expected, rtol=0.05, atol=0)
 
 
@@ -381,12 +381,12 @@ def test_damaged_parts_end_in_a_typed_error_or_in_numbers(config: CacheGenConfig
 
 def test_damaged_side_information_is_refused() -> None:
     encoded = encode_kv(*sample_kv(layers=1, tokens=40), LOSSY[0])
-    columns = len(encoded.side) // 5
+    channels = len(encoded.side) // 5
     for side in (
         encoded.side[:-1],
         encoded.side + b"\0",
         encoded.side[:-1] + b"\xff",  # a refinement table that is not there
-        encoded.side[:columns] + b"\xff" + encoded.side[columns + 1 :],  # an anchor table that is not there
+        encoded.side[:channels] + b"\xff" + encoded.side[channels + 1 :],  # an anchor table that is not there
         b"",
     ):
         with pytest.raises((CorruptError, TruncatedError)):

@@ -60,9 +60,9 @@ def tables(draw: st.DrawFn) -> Tables:
     st.integers(0, 2**32),
 )
 def test_all_back_ends_give_the_same_bytes_and_decode_each_other(
-    tables: Tables, columns: int, tokens: int, contexts: int, seed: int
+    tables: Tables, channels: int, tokens: int, contexts: int, seed: int
 ) -> None:
-    section = draw_section(seed, tokens, columns, tables, contexts)
+    section = draw_section(seed, tokens, channels, tables, contexts)
     streams = section.encode(backend="reference")
     for backend in BACKENDS:
         assert section.encode(backend=backend) == streams
@@ -73,8 +73,8 @@ def test_all_back_ends_give_the_same_bytes_and_decode_each_other(
             assert torch.equal(section.decode(streams, backend="native"), section.symbols)
 
 
-@pytest.mark.parametrize("columns", [256, 512, 768])
-def test_tables_of_three_symbols_beside_others(columns: int, backend: str) -> None:
+@pytest.mark.parametrize("channels", [256, 512, 768])
+def test_tables_of_three_symbols_beside_others(channels: int, backend: str) -> None:
     """Where a tile's tables all have three symbols a decoder may go another way: also with symbols that never come,
     and with a neighbour whose tables have more.
     """
@@ -86,32 +86,32 @@ def test_tables_of_three_symbols_beside_others(columns: int, backend: str) -> No
         [512, 512, 0, 0],
         [256, 256, 256, 256],
     ]
-    chance = torch.Generator().manual_seed(columns)
-    table_ids = torch.randint(0, 5, (columns, 3), generator=chance).to(torch.uint8)
-    contexts = torch.randint(0, 3, (50, columns), generator=chance).to(torch.uint8)
+    chance = torch.Generator().manual_seed(channels)
+    table_ids = torch.randint(0, 5, (channels, 3), generator=chance).to(torch.uint8)
+    contexts = torch.randint(0, 3, (50, channels), generator=chance).to(torch.uint8)
     for last in (0, 5):
         table_ids[-1] = last
-        used = torch.tensor(rows)[table_ids.long()[torch.arange(columns), contexts.long()]].flatten(0, 1)
-        symbols = used.double().multinomial(1, generator=chance).reshape(50, columns).to(torch.uint8)
+        used = torch.tensor(rows)[table_ids.long()[torch.arange(channels), contexts.long()]].flatten(0, 1)
+        symbols = used.double().multinomial(1, generator=chance).reshape(50, channels).to(torch.uint8)
         section = Section(symbols, Tables(torch.tensor(rows), 10), table_ids, contexts)
         streams = section.encode(backend="reference")
         assert section.encode(backend=backend) == streams
         assert torch.equal(section.decode(streams, backend=backend), symbols)
 
 
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 65, 255, 256, 257, 512, 530])
-def test_tile_edges(columns: int, backend: str) -> None:
-    section = draw_section(columns, 5, columns, laplace_tables([0.5, 3.0], 11), 1)
+@pytest.mark.parametrize("channels", [1, 31, 32, 33, 64, 65, 255, 256, 257, 512, 530])
+def test_tile_edges(channels: int, backend: str) -> None:
+    section = draw_section(channels, 5, channels, laplace_tables([0.5, 3.0], 11), 1)
     streams = section.encode(backend=backend)
-    assert len(streams) == rans.tile_count(columns)
+    assert len(streams) == rans.tile_count(channels)
     assert torch.equal(section.decode(streams, backend=backend), section.symbols)
 
 
-@pytest.mark.parametrize(("tokens", "columns"), [(0, 0), (0, 40), (3, 0)])
-def test_empty_sections_have_no_streams(tokens: int, columns: int, backend: str) -> None:
-    section = draw_section(0, tokens, columns, laplace_tables([1.0], 11), 3)
+@pytest.mark.parametrize(("tokens", "channels"), [(0, 0), (0, 40), (3, 0)])
+def test_empty_sections_have_no_streams(tokens: int, channels: int, backend: str) -> None:
+    section = draw_section(0, tokens, channels, laplace_tables([1.0], 11), 3)
     assert section.encode(backend=backend) == []
-    assert section.decode([], backend=backend).shape == (tokens, columns)
+    assert section.decode([], backend=backend).shape == (tokens, channels)
 
 
 def test_a_stream_by_hand(backend: str) -> None:
@@ -167,12 +167,12 @@ def test_overhead_above_the_cross_entropy(scale: float, bits: float, tokens: int
 # Bytes that no encoder wrote.
 
 
-def sample(contexts: int = 1, columns: int = 300, tokens: int = 20) -> Section:
-    return draw_section(3, tokens, columns, laplace_tables([0.7, 2.0, 5.0], 11), contexts)
+def sample(contexts: int = 1, channels: int = 300, tokens: int = 20) -> Section:
+    return draw_section(3, tokens, channels, laplace_tables([0.7, 2.0, 5.0], 11), contexts)
 
 
 def test_a_stream_cut_anywhere_is_truncated_or_corrupt(backend: str) -> None:
-    section = sample(columns=40)
+    section = sample(channels=40)
     (stream,) = section.encode()
     for length in range(len(stream)):
         with pytest.raises((TruncatedError, CorruptError)):
@@ -192,7 +192,7 @@ def test_bytes_to_spare_are_corrupt(backend: str) -> None:
 
 
 def test_initial_states_out_of_range_are_corrupt(backend: str) -> None:
-    section = sample(columns=40)
+    section = sample(channels=40)
     (stream,) = section.encode()
     for state in (0, 0x7FFF, 0x80000000, 0xFFFFFFFF):
         with pytest.raises(CorruptError):

@@ -98,7 +98,7 @@ class Artifact:
             raise LimitError(f"decoded, this cache has {self.geometry.nbytes} bytes: above the limit")
         side = manifest.segment(BASE_FILE, SIDE).length
         if side not in transform.side_lengths(self.geometry, self.config):
-            raise ManifestError(f"side information of {side} bytes: the geometry's columns take another number")
+            raise ManifestError(f"side information of {side} bytes: the geometry's channels take another number")
         ids = manifest.files.get(TOKENS_FILE)
         if ids and ids.segments[0].length != 8 * self.geometry.tokens:
             raise ManifestError("the number of input_ids is not the geometry's number of tokens")

@@ -19,13 +19,13 @@ ANCHOR_PEAK = 127
 
 
 class Anchors(NamedTuple):
-    """symbols int32 (or float32) [anchors, columns]; scales bfloat16 [anchors, vectors]."""
+    """symbols int32 (or float32) [anchors, channels]; scales bfloat16 [anchors, vectors]."""
 
     symbols: Tensor
     scales: Tensor
 
     def values(self, vectors: Tensor) -> Tensor:
-        """Decoded anchors, float32 [anchors, columns]; vectors int64 [columns], rising, names each column's vector."""
+        """Decoded anchors, float32 [anchors, channels]; vectors int64 [channels], rising, names each channel's vector."""
         if self.symbols.device.type == "cpu":  # by numpy: torch's threads would spin where the coder's are to run next
             found = np.repeat(self.scales.float().numpy(), vectors.bincount().numpy(), 1)
             with np.errstate(all="ignore"):  # a damaged scale may be anything
@@ -45,7 +45,7 @@ def coded_positions(tokens: int, group_tokens: int) -> Tensor:
 
 
 def anchors_of(rows: Tensor, vectors: Tensor, group_tokens: int) -> Anchors | None:
-    """The anchors of rows [tokens, columns], on the CPU, None without; vectors int64 [columns], rising."""
+    """The anchors of rows [tokens, channels], on the CPU, None without; vectors int64 [channels], rising."""
     if not group_tokens:
         return None
     found = quantise_anchors(rows[::group_tokens], vectors.to(rows.device))
@@ -53,7 +53,7 @@ def anchors_of(rows: Tensor, vectors: Tensor, group_tokens: int) -> Anchors | No
 
 
 def quantise_anchors(rows: Tensor, vectors: Tensor) -> Anchors:
-    """Anchor rows [anchors, columns] to 8 bits, each vector at a scale of its own; vectors int64 [columns], rising."""
+    """Anchor rows [anchors, channels] to 8 bits, each vector at a scale of its own; vectors int64 [channels], rising."""
     rows = rows.float()
     widths = vectors.bincount().tolist()
     peak = torch.stack([part.abs().amax(1) for part in rows.split(widths, 1)], 1)

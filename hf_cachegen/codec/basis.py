@@ -82,7 +82,7 @@ class Basis:
         self.slices = slices_of(geometry)
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
-        """rows [tokens, columns] of any float dtype to float32 [tokens, components], on the device of rows."""
+        """rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows."""
         rotary, found = self.profile.rotary, []
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
         for group, _ in self._groups():
@@ -95,7 +95,7 @@ class Basis:
         return torch.cat(found, 1)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None) -> Tensor:
-        """The inverse: y float32 [tokens, components] to rows [tokens, columns] of that dtype, on the device of y.
+        """The inverse: y float32 [tokens, components] to rows [tokens, channels] of that dtype, on the device of y.
 
         idle: bool [components], those that are likely to be zero in all tokens.
         """
@@ -116,8 +116,8 @@ class Basis:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
             places = self._places(group)
-            for place, columns in zip(places, back.split([p.stop - p.start for p in places], 1), strict=True):
-                rows[:, place] = columns
+            for place, channels in zip(places, back.split([p.stop - p.start for p in places], 1), strict=True):
+                rows[:, place] = channels
         return rows
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:
@@ -165,7 +165,7 @@ def _shortened(part: Tensor, idle: Tensor) -> Tensor:
 
 
 def slices_of(geometry: Geometry) -> list[slice]:
-    """Columns of layer 0's K, layer 0's V, layer 1's K, ..."""
+    """Channels of layer 0's K, layer 0's V, layer 1's K, ..."""
     found, at = [], 0
     for layer in geometry.layers:
         for width in (layer.k_channels, layer.v_channels):

@@ -1,8 +1,8 @@
 """Where the stages meet: rows of a chunk -> nested symbols -> streams, and back.
 
-A chunk is a matrix of rows [tokens, columns]; its columns are every channel of every layer's K and V. It becomes one
+A chunk is a matrix of rows [tokens, channels]; its channels are every channel of every layer's K and V. It becomes one
 *part* per level: part 0 is the base, parts 1.. are refinements. What all chunks of an artifact share (steps, means,
-table entries: at most 6 bytes a column) is the side information, `Side`.
+table entries: at most 6 bytes a channel) is the side information, `Side`.
 
 Order within the parts, for the tokens that are not anchors:
 
@@ -51,17 +51,17 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """What the columns are. vectors int64 [columns] numbers the (layer, K or V) that each belongs to, 2 x layer + (0 or
-    1), rising; thirds int64 [columns] says in which third of the layers that is.
+class Channels:
+    """What the channels are. vectors int64 [channels] numbers the (layer, K or V) that each belongs to, 2 x layer + (0 or
+    1), rising; thirds int64 [channels] says in which third of the layers that is.
     """
 
     vectors: Tensor
     thirds: Tensor
 
     @classmethod
-    def of(cls, geometry: Geometry) -> Columns:
-        """The columns of a cache, in the order of `codec.rows`."""
+    def of(cls, geometry: Geometry) -> Channels:
+        """The channels of a cache, in the order of `codec.rows`."""
         widths = [geometry.batch * n for layer in geometry.layers for n in (layer.k_channels, layer.v_channels)]
         vectors = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
         return cls(vectors, (vectors // 2 * 3 // len(geometry.layers)))
@@ -72,7 +72,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Side:
-    """The side information of one artifact; every tensor is [columns] (refine_entries [levels - 1, columns]).
+    """The side information of one artifact; every tensor is [channels] (refine_entries [levels - 1, channels]).
 
     step_codes uint8 give the finest steps (`quantize.steps_of`); means int16, in 1/16 of the coarsest step (zero
     where there are anchors); table entries uint8 of the shipped codebooks (anchor_entries zero where there are none).
@@ -85,16 +85,16 @@ class Side:
     refine_entries: Tensor
 
     @classmethod
-    def read(cls, cursor: Cursor, columns: int, config: CacheGenConfig, *, anchors: bool) -> Side:
+    def read(cls, cursor: Cursor, channels: int, config: CacheGenConfig, *, anchors: bool) -> Side:
         """Read what `to_bytes` wrote. Raises TruncatedError or CorruptError for bytes that no encoder writes."""
-        steps = cursor.tensor(columns, torch.uint8)
-        means, peaks = torch.zeros(columns, dtype=torch.int16), torch.zeros(columns, dtype=torch.uint8)
+        steps = cursor.tensor(channels, torch.uint8)
+        means, peaks = torch.zeros(channels, dtype=torch.int16), torch.zeros(channels, dtype=torch.uint8)
         if anchors:
-            peaks = cursor.tensor(columns, torch.uint8)
+            peaks = cursor.tensor(channels, torch.uint8)
         else:
-            means = cursor.tensor(columns, torch.int16)
-        base = cursor.tensor(columns, torch.uint8)
-        refine = cursor.tensor(columns * (config.levels - 1), torch.uint8).reshape(config.levels - 1, columns)
+            means = cursor.tensor(channels, torch.int16)
+        base = cursor.tensor(channels, torch.uint8)
+        refine = cursor.tensor(channels * (config.levels - 1), torch.uint8).reshape(config.levels - 1, channels)
         cursor.finish()
         values, digits = shipped_codebooks(config.prob_bits)
         for entries, book in ((peaks, values), (base, values), (refine, digits)):
@@ -127,8 +127,8 @@ class LossyCodec:
     group_tokens: tokens per group whose first is an anchor; 0: no token is.
     """
 
-    def __init__(self, columns: Columns, config: CacheGenConfig, side: Side, group_tokens: int = 0):
-        self.columns, self.config, self.side, self.group_tokens = columns, config, side, group_tokens
+    def __init__(self, channels: Channels, config: CacheGenConfig, side: Side, group_tokens: int = 0):
+        self.channels, self.config, self.side, self.group_tokens = channels, config, side, group_tokens
         self.values, self.digits = shipped_codebooks(config.prob_bits)
         self.steps = quantize.steps_of(side.step_codes)
         unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
@@ -139,16 +139,16 @@ class LossyCodec:
         self._scales: dict[tuple[int, torch.device], Grid] = {}
 
     def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:
-        """rows [tokens, columns], float, to symbols and anchors: on the CPU, or where there is a compiled coder for it
+        """rows [tokens, channels], float, to symbols and anchors: on the CPU, or where there is a compiled coder for it
         on the rows' device.
         """
-        anchors = anchoring.anchors_of(rows, self.columns.vectors, self.group_tokens)
-        grid = Grid.of(anchors, self.columns.vectors, self.group_tokens, self.means, self.steps)
+        anchors = anchoring.anchors_of(rows, self.channels.vectors, self.group_tokens)
+        grid = Grid.of(anchors, self.channels.vectors, self.group_tokens, self.means, self.steps)
         symbols = passes.quantise(rows, grid.to(rows.device), self.config.levels)
         return symbols, anchors
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
-        """rows [tokens, columns] to the bytes of every part."""
+        """rows [tokens, channels] to the bytes of every part."""
         (symbols, anchors), coder = self.symbols(rows), self.config.coder
         base, parts = [], []
         if anchors is not None:
@@ -157,18 +157,18 @@ class LossyCodec:
             base.append(section.encode(indices, self._anchors, coder=coder))
         base.append(section.encode(symbols.base, self._base, wide=symbols.wide, coder=coder))
         ordinary = span.ordinary(self.config, self.group_tokens)
-        for digits, contexts, columns in zip(symbols.digits, symbols.contexts, self._refinements, strict=True):
+        for digits, contexts, assignment in zip(symbols.digits, symbols.contexts, self._refinements, strict=True):
             ends = without(digits, ordinary), without(contexts, ordinary)
-            base.append(section.encode(ends[0], columns, ends[1], coder=coder))
-            parts.append(section.encode(digits[ordinary], columns, contexts[ordinary], coder=coder))
+            base.append(section.encode(ends[0], assignment, ends[1], coder=coder))
+            parts.append(section.encode(digits[ordinary], assignment, contexts[ordinary], coder=coder))
         return [b"".join(base), *parts]
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The bytes of parts 0..level-1 to rows [tokens, columns], at level len(parts).
+        """The bytes of parts 0..level-1 to rows [tokens, channels], at level len(parts).
 
         Raises TruncatedError or CorruptError on damaged bytes.
         """
-        rows = torch.empty(span.tokens, len(self.columns), dtype=dtype)
+        rows = torch.empty(span.tokens, len(self.channels), dtype=dtype)
         self.decode_into(parts, span, Target.matrix(rows))
         return rows
 
@@ -186,18 +186,18 @@ class LossyCodec:
         cursor, scales, peaks = Cursor(parts[0]), None, None
         n_anchors = anchoring.anchor_count(span.tokens, self.group_tokens)
         if n_anchors:
-            n_vectors = int(self.columns.vectors[-1]) + 1
+            n_vectors = int(self.channels.vectors[-1]) + 1
             scales = cursor.tensor(n_anchors * n_vectors, torch.bfloat16).reshape(n_anchors, n_vectors)
             peaks = section.read_narrow(cursor, n_anchors, self._anchors)
         ordinary, coded = span.ordinary(config, self.group_tokens), span.tokens - n_anchors
         base = section.read(cursor, coded, self._base)
         count = ordinary.stop - ordinary.start
-        finest = [section.read_narrow(cursor, coded - count, columns) for columns in self._refinements]
+        finest = [section.read_narrow(cursor, coded - count, assignment) for assignment in self._refinements]
         cursor.finish()
         rest = []
-        for part, columns in zip(parts[1:], self._refinements, strict=False):
+        for part, assignment in zip(parts[1:], self._refinements, strict=False):
             cursor = Cursor(part)
-            rest.append(section.read_narrow(cursor, count, columns))
+            rest.append(section.read_narrow(cursor, count, assignment))
             cursor.finish()
         return _Read(scales, peaks, base, finest, rest)
 
@@ -211,11 +211,11 @@ class LossyCodec:
     def _place(self, read: _Read, span: Span, target: Target, row: int) -> None:
         """Straight into place: a chunk without wide symbols."""
         device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config, self.group_tokens)
-        sections = Sections(target, row, span.tokens, coded, len(self.columns))
+        sections = Sections(target, row, span.tokens, coded, len(self.channels))
         grid, finest = self._scale(1 + len(read.rest), device), self._scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
             anchors = Anchors(into.symbols(read.peaks, device), read.scales.to(device))
-            values = anchors.values(self.columns.vectors.to(device))
+            values = anchors.values(self.channels.vectors.to(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
         middle = Rows(ordinary.start, coded)
@@ -241,7 +241,7 @@ class LossyCodec:
         return self._restored(base, read.base.wide, finest, rest, anchors, span, dtype)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        """What `decode` would give at level 1, 2, ..., without coding anything: each float32 [tokens, columns]."""
+        """What `decode` would give at level 1, 2, ..., without coding anything: each float32 [tokens, channels]."""
         symbols, anchors = self.symbols(rows)
         ordinary, found = span.ordinary(self.config, self.group_tokens), []
         finest, rest = [without(d, ordinary) for d in symbols.digits], [d[ordinary] for d in symbols.digits]
@@ -252,7 +252,7 @@ class LossyCodec:
         return found
 
     def _digits(self, sections: Sequence[Coded], base: Tensor) -> list[Tensor]:
-        """The digits that refine `base`, uint8 [tokens, columns], one matrix from each section."""
+        """The digits that refine `base`, uint8 [tokens, channels], one matrix from each section."""
         found: list[Tensor] = []
         contexts = None
         for coded in sections:
@@ -272,9 +272,9 @@ class LossyCodec:
         dtype: torch.dtype,
     ) -> Tensor:
         """Base symbols of all coded tokens, all digits of the protected ones, some of the rest, to rows."""
-        rows = torch.empty(span.tokens, len(self.columns), dtype=dtype)
+        rows = torch.empty(span.tokens, len(self.channels), dtype=dtype)
         a, b = (ordinary := span.ordinary(self.config, self.group_tokens)).start, ordinary.stop
-        grid = Grid.of(anchors, self.columns.vectors, self.group_tokens, self.means, self.steps)
+        grid = Grid.of(anchors, self.channels.vectors, self.group_tokens, self.means, self.steps)
         if grid.anchors is not None:
             rows[:: grid.group_tokens] = grid.anchors.to(dtype)
         passes.restore(rows, grid, 0, base[:a], [digits[:a] for digits in finest], wide)

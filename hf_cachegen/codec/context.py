@@ -67,7 +67,7 @@ class Encoder:
             yield parts
 
     def _measure(self, rows: Tensor, span: Span) -> None:
-        exact, owner = rows.double(), self.rows.columns.vectors
+        exact, owner = rows.double(), self.rows.channels.vectors
         self._energy.index_add_(0, owner, exact.square().nan_to_num().sum(0))
         for level, decoded in enumerate(self.codec.approximations(rows, span)):
             difference = decoded.to(rows.dtype).double().sub_(exact).nan_to_num_()
@@ -104,7 +104,7 @@ class Encoder:
         if self._bits is None:
             return None
         totals = torch.zeros(self._bits.shape[0], len(self._energy), dtype=torch.float64)
-        return totals.index_add_(1, self.rows.columns.vectors, self._bits).cumsum(0)
+        return totals.index_add_(1, self.rows.channels.vectors, self._bits).cumsum(0)
 
 
 def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Transform:

@@ -53,12 +53,12 @@ class LayerGeometry:
 
     @property
     def k_channels(self) -> int:
-        """Columns of the layer's keys for one row of the batch."""
+        """Channels of the layer's keys for one row of the batch."""
         return self.heads * self.k_dim
 
     @property
     def v_channels(self) -> int:
-        """Columns of the layer's values for one row of the batch."""
+        """Channels of the layer's values for one row of the batch."""
         return self.v_heads * self.v_dim
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The passes over a chunk's values, compiled where there is a compiler, in torch elsewhere: the same numbers.
 
-A chunk's rows are [tokens, columns]. The first of every `group_tokens` rows is an anchor where there are anchors; the
+A chunk's rows are [tokens, channels]. The first of every `group_tokens` rows is an anchor where there are anchors; the
 others, all where there are none, are *coded rows*, and "coded rows [first, last)" counts them alone.
 
 Symbols are bytes: an index is symbol + ZERO_INDEX, a digit's index digit + 1. The few base symbols that no byte holds
@@ -29,7 +29,7 @@ _BLOCK_COLUMNS = 1024
 class Grid(NamedTuple):
     """What makes values symbols: value = symbol x step + mean + anchor of its group.
 
-    anchors: decoded, float32 [groups, columns], or None, then group_tokens is 0. means, steps: float32 [columns].
+    anchors: decoded, float32 [groups, channels], or None, then group_tokens is 0. means, steps: float32 [channels].
     """
 
     anchors: Tensor | None
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, anchors: Anchors | None, vectors: Tensor, group_tokens: int, means: Tensor, steps: Tensor) -> Grid:
-        """The grid of a chunk with these anchors; vectors int64 [columns] names each column's vector."""
+        """The grid of a chunk with these anchors; vectors int64 [channels] names each channel's vector."""
         values = None if anchors is None else anchors.values(vectors)
         return cls(values, 0 if anchors is None else group_tokens, means, steps)
 
@@ -55,7 +55,7 @@ class Grid(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """Indices beyond a byte: positions int64, rising, position = row x columns + column; indices int32."""
+    """Indices beyond a byte: positions int64, rising, position = row x channels + channel; indices int32."""
 
     positions: Tensor
     indices: Tensor
@@ -65,7 +65,7 @@ NONE_WIDE = Wide(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.i
 
 
 class Symbols(NamedTuple):
-    """Of all coded rows: base uint8 [rows, columns]; digits and their contexts uint8 [levels - 1, rows, columns]."""
+    """Of all coded rows: base uint8 [rows, channels]; digits and their contexts uint8 [levels - 1, rows, channels]."""
 
     base: Tensor
     wide: Wide
@@ -91,7 +91,7 @@ def _differences(rows: Tensor, grid: Grid, which: Tensor | slice) -> Tensor:
 
 
 def moments(rows: Tensor, grid: Grid, first: int, last: int) -> Tensor:
-    """Sums of y and of its squares over coded rows [first, last), y = value - anchor; float64 [2, columns], on the CPU.
+    """Sums of y and of its squares over coded rows [first, last), y = value - anchor; float64 [2, channels], on the CPU.
 
     In float64, so that the order of addition does not show in the few bits that are kept of them.
     """
@@ -127,9 +127,9 @@ def _exact(rows: Tensor, grid: Grid, levels: int, which: Tensor | slice) -> Symb
     symbols, digits = quantize.split(fine, levels)
     index = symbols + ZERO_INDEX
     base = index.clamp(0, VALUE_SYMBOLS - 1).to(torch.uint8)
-    row, column = (base != index).nonzero(as_tuple=True)
+    row, channel = (base != index).nonzero(as_tuple=True)
     counted = torch.arange(len(grid.positions(len(rows))))[which]
-    wide = Wide(counted[row] * rows.shape[1] + column, index[row, column])
+    wide = Wide(counted[row] * rows.shape[1] + channel, index[row, channel])
     found: list[Tensor] = []
     for digit in digits:
         found += [digit + DIGIT_ZERO, quantize.contexts(symbols)]
@@ -141,29 +141,29 @@ def _exact(rows: Tensor, grid: Grid, levels: int, which: Tensor | slice) -> Symb
 def restore(rows: Tensor, grid: Grid, first: int, base: Tensor, digits: Sequence[Tensor], wide: Wide) -> None:
     """Writes the values of coded rows [first, first + len(base)) into rows (of any float dtype, on the CPU).
 
-    base, and each of digits, uint8 [that many rows, columns], contiguous; wide is that of all coded rows.
+    base, and each of digits, uint8 [that many rows, channels], contiguous; wide is that of all coded rows.
     """
-    last, columns = first + len(base), base.shape[1]
+    last, channels = first + len(base), base.shape[1]
     if _compiled(rows):
         addresses = (ctypes.c_void_p * len(digits))(*(digit.data_ptr() for digit in digits))
         native.call("cg_restore", _chunk(rows, grid), first, last, base, addresses, len(digits), rows)
     else:
         _place(rows, grid, slice(first, last), slice(None), base.int() - ZERO_INDEX, digits)
     if len(wide.positions):
-        row, column = wide.positions // columns, wide.positions % columns
+        row, channel = wide.positions // channels, wide.positions % channels
         mine = (row >= first) & (row < last)
-        row, column, symbols = row[mine], column[mine], wide.indices[mine] - ZERO_INDEX
-        _place(rows, grid, row, column, symbols, [digit[row - first, column] for digit in digits])
+        row, channel, symbols = row[mine], channel[mine], wide.indices[mine] - ZERO_INDEX
+        _place(rows, grid, row, channel, symbols, [digit[row - first, channel] for digit in digits])
 
 
 def _place(
-    rows: Tensor, grid: Grid, which: Tensor | slice, columns: Tensor | slice, symbols: Tensor, digits: Sequence[Tensor]
+    rows: Tensor, grid: Grid, which: Tensor | slice, channels: Tensor | slice, symbols: Tensor, digits: Sequence[Tensor]
 ) -> None:
     for digit in digits:
         symbols = quantize.refine(symbols, digit.int() - DIGIT_ZERO)
     coded = grid.positions(len(rows))[which]
-    y = symbols * grid.steps[columns] + grid.means[columns]
-    rows[coded, columns] = (y if grid.anchors is None else y + grid.anchors[coded // grid.group_tokens, columns]).to(
+    y = symbols * grid.steps[channels] + grid.means[channels]
+    rows[coded, channels] = (y if grid.anchors is None else y + grid.anchors[coded // grid.group_tokens, channels]).to(
         rows.dtype
     )
 
@@ -183,21 +183,21 @@ def contexts_of(symbols: Tensor, zero: int, coarser: Tensor | None = None) -> Te
 
 
 def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(symbols uint8 [rows, columns] within their bounds, positions int64, rising, on the CPU, of those that were not).
+    """(symbols uint8 [rows, channels] within their bounds, positions int64, rising, on the CPU, of those that were not).
 
-    low, high: uint8 [columns, contexts], by the context of each symbol.
+    low, high: uint8 [channels, contexts], by the context of each symbol.
     """
     device = symbols.device
     if native.available(device):
         symbols = symbols.contiguous()
         contexts = contexts if contexts is None else contexts.contiguous()
         low, high, inside = low.T.contiguous(), high.T.contiguous(), torch.empty_like(symbols)
-        rows, columns = symbols.shape
-        changed = torch.empty(-(-columns // _BLOCK_COLUMNS), rows, dtype=torch.uint8, device=device)
-        native.call("cg_clamp", symbols, contexts, rows, columns, low, high, inside, changed)
+        rows, channels = symbols.shape
+        changed = torch.empty(-(-channels // _BLOCK_COLUMNS), rows, dtype=torch.uint8, device=device)
+        native.call("cg_clamp", symbols, contexts, rows, channels, low, high, inside, changed)
         block, row = changed.cpu().nonzero(as_tuple=True)
-        column = block[:, None] * _BLOCK_COLUMNS + torch.arange(_BLOCK_COLUMNS)
-        position = (row[:, None] * columns + column)[column < columns].sort().values
+        channel = block[:, None] * _BLOCK_COLUMNS + torch.arange(_BLOCK_COLUMNS)
+        position = (row[:, None] * channels + channel)[channel < channels].sort().values
         there = position.to(device)
         return inside, position[(inside.view(-1)[there] != symbols.view(-1)[there]).cpu()]
     if contexts is None:
@@ -208,7 +208,7 @@ def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = 
 
 
 def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> None:
-    """Adds to counts int32 [columns, bins] how often each index occurs in each column of symbols uint8 [rows, columns].
+    """Adds to counts int32 [channels, bins] how often each index occurs in each channel of symbols uint8 [rows, channels].
 
     With contexts, uint8 of that shape, the bin is 3 x context + index. counts are on the CPU or with the others, which
     are on any device.

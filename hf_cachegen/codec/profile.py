@@ -95,8 +95,8 @@ class Group:
     def analysis(self) -> Tensor:
         """W = F U^T, float32 [channels, components]."""
         heads, dim, _ = self.sensitivity.shape
-        columns = self.synthesis.mT.reshape(heads, dim, -1)
-        return torch.bmm(self.sensitivity, columns).reshape(heads * dim, -1).contiguous()
+        channels = self.synthesis.mT.reshape(heads, dim, -1)
+        return torch.bmm(self.sensitivity, channels).reshape(heads * dim, -1).contiguous()
 
 
 class FileHashes(NamedTuple):

@@ -22,11 +22,11 @@ LARGEST_MEAN = 2**15 - 1
 RATIO = 3
 """Steps of adjacent levels differ by this factor; odd, so that the levels nest."""
 LARGEST_SYMBOL = 2**30
-"""Fine symbols are int32; a larger one says that a column's step is absurd for its values."""
+"""Fine symbols are int32; a larger one says that a channel's step is absurd for its values."""
 
 
 def fine_symbols(y: Tensor, step: Tensor) -> Tensor:
-    """round(y / step) as int32, clamped to +-LARGEST_SYMBOL. y float32 [tokens, columns], step float32 [columns]."""
+    """round(y / step) as int32, clamped to +-LARGEST_SYMBOL. y float32 [tokens, channels], step float32 [channels]."""
     return (y / step).round_().clamp_(-LARGEST_SYMBOL, LARGEST_SYMBOL).to(torch.int32)
 
 

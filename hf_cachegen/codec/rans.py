@@ -1,7 +1,7 @@
 """Symbols to streams and back: the one door to the entropy coders.
 
-A *section* is a matrix of symbol indices uint8 [tokens, columns]. It is coded as *tiles* of up to TILE_COLUMNS adjacent
-columns and all tokens; each tile is a stream of its own. Every column has one table, or three, of which `contexts`
+A *section* is a matrix of symbol indices uint8 [tokens, channels]. It is coded as *tiles* of up to TILE_COLUMNS adjacent
+channels and all tokens; each tile is a stream of its own. Every channel has one table, or three, of which `contexts`
 picks one per symbol. Which implementation runs is no part of the format: the native coder and `rans_reference.py`
 (where a stream is spelt out) give the same bytes.
 
@@ -80,9 +80,9 @@ class Tables:
         return self._elsewhere[device]
 
 
-def tile_count(columns: int) -> int:
+def tile_count(channels: int) -> int:
     """Tiles of a section that has tokens; one without tokens has no tiles."""
-    return -(-columns // TILE_COLUMNS)
+    return -(-channels // TILE_COLUMNS)
 
 
 def encode(
@@ -95,14 +95,14 @@ def encode(
 ) -> list[bytes]:
     """One stream per tile.
 
-    symbols: uint8 [tokens, columns], on any device. table_ids: uint8 [columns, 1 or 3], on the CPU. contexts: uint8
-    [tokens, columns], 0 to 2, with the symbols, given if and only if there are three ids. coder: "rans" or
+    symbols: uint8 [tokens, channels], on any device. table_ids: uint8 [channels, 1 or 3], on the CPU. contexts: uint8
+    [tokens, channels], 0 to 2, with the symbols, given if and only if there are three ids. coder: "rans" or
     "torchac". backend: None takes the best implementation of rans; a name forces it.
 
     Raises TensorError for a symbol that has no frequency in its table.
     """
     if symbols.dim() != 2:
-        raise TensorError(f"symbols must be [tokens, columns], got {tuple(symbols.shape)}")
+        raise TensorError(f"symbols must be [tokens, channels], got {tuple(symbols.shape)}")
     if not native.available(device := symbols.device):
         device, symbols, contexts = _CPU, symbols.cpu(), contexts if contexts is None else contexts.cpu()
     _require_bytes("symbols", symbols, (symbols.shape[0], symbols.shape[1]), device)
@@ -127,21 +127,21 @@ def decode(
     coder: str = "rans",
     backend: Backend | None = None,
 ) -> Tensor:
-    """The inverse of `encode`: uint8 [tokens, columns], from streams back to back and the size of each."""
+    """The inverse of `encode`: uint8 [tokens, channels], from streams back to back and the size of each."""
     if tokens < 0:
         raise TensorError(f"tokens must be at least 0, got {tokens}")
-    columns = table_ids.shape[0] if table_ids.dim() else 0
-    _check_side(tokens, columns, table_ids, contexts)
-    tiles = tile_count(columns) if tokens else 0
+    channels = table_ids.shape[0] if table_ids.dim() else 0
+    _check_side(tokens, channels, table_ids, contexts)
+    tiles = tile_count(channels) if tokens else 0
     if len(tile_bytes) != tiles or any(size < 0 for size in tile_bytes):
-        raise CorruptError(f"{tiles} tiles of {columns} columns need as many sizes, got {list(tile_bytes)[:8]}")
+        raise CorruptError(f"{tiles} tiles of {channels} channels need as many sizes, got {list(tile_bytes)[:8]}")
     data = memoryview(streams).cast("B")
     if sum(tile_bytes) > len(data):
         raise TruncatedError(f"streams of {sum(tile_bytes)} bytes expected, {len(data)} found")
     if sum(tile_bytes) < len(data):
         raise CorruptError(f"streams of {sum(tile_bytes)} bytes expected, {len(data)} found")
-    if tokens == 0 or columns == 0:
-        return torch.empty(tokens, columns, dtype=torch.uint8)
+    if tokens == 0 or channels == 0:
+        return torch.empty(tokens, channels, dtype=torch.uint8)
     chosen = _choose(coder, backend)
     if chosen in _ISAS:
         writable = bytearray(data) if data.readonly else data  # torch takes no other
@@ -173,15 +173,15 @@ def _choose(coder: str, backend: str | None) -> str:
 
 
 def _check_side(
-    tokens: int, columns: int, table_ids: Tensor, contexts: Tensor | None, device: torch.device = _CPU
+    tokens: int, channels: int, table_ids: Tensor, contexts: Tensor | None, device: torch.device = _CPU
 ) -> None:
     if table_ids.dim() != 2 or table_ids.shape[1] not in (1, 3):
-        raise TensorError(f"table_ids must be [columns, 1 or 3], got {tuple(table_ids.shape)}")
-    _require_bytes("table_ids", table_ids, (columns, table_ids.shape[1]), _CPU)
+        raise TensorError(f"table_ids must be [channels, 1 or 3], got {tuple(table_ids.shape)}")
+    _require_bytes("table_ids", table_ids, (channels, table_ids.shape[1]), _CPU)
     if (contexts is not None) != (table_ids.shape[1] == 3):
-        raise TensorError("contexts are given if and only if every column has three table ids")
+        raise TensorError("contexts are given if and only if every channel has three table ids")
     if contexts is not None:
-        _require_bytes("contexts", contexts, (tokens, columns), device)
+        _require_bytes("contexts", contexts, (tokens, channels), device)
 
 
 def _require_bytes(name: str, tensor: Tensor, shape: tuple[int, int], device: torch.device) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.chunk import Columns, Span
+from hf_cachegen.codec.chunk import Channels, Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.errors import TensorError
@@ -29,7 +29,7 @@ class ContextRows:
         whole: ContextRows | None = None,
     ):  # fmt: skip
         self.keys, self.values, self.geometry, self.spans = keys, values, geometry, spans
-        self.columns = Columns.of(geometry)
+        self.channels = Channels.of(geometry)
         self._whole = whole
 
     def chunks(self) -> Iterator[tuple[Tensor, Span]]:
@@ -84,7 +84,7 @@ def geometry_of(keys: Sequence[Tensor], values: Sequence[Tensor], layers: Sequen
 
 
 def gather(keys: Sequence[Tensor], values: Sequence[Tensor], span: Span) -> Tensor:
-    """rows [tokens, columns] of a chunk, on layer 0's device."""
+    """rows [tokens, channels] of a chunk, on layer 0's device."""
     device, tokens = keys[0].device, slice(span.first, span.first + span.tokens)
     pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
     return torch.cat([x[:, :, tokens].permute(2, 0, 1, 3).reshape(span.tokens, -1).to(device) for x in pairs], 1)
@@ -102,8 +102,8 @@ def empty_kv(geometry: Geometry, devices: Sequence[torch.device | str | None]) -
 
 
 def scatter(rows: Tensor, found: Sequence[Tensor], span: Span) -> None:
-    """The inverse of `gather`: puts a chunk's rows [tokens, columns] where they belong in `empty_kv`'s tensors."""
+    """The inverse of `gather`: puts a chunk's rows [tokens, channels] where they belong in `empty_kv`'s tensors."""
     widths = [x.shape[0] * x.shape[1] * x.shape[3] for x in found]
-    for x, columns in zip(found, rows.split(widths, 1), strict=True):
-        shaped = columns.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
+    for x, channels in zip(found, rows.split(widths, 1), strict=True):
+        shaped = channels.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
         x[:, :, span.first : span.first + span.tokens] = shaped

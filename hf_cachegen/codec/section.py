@@ -1,15 +1,15 @@
 """A matrix of small integers to bytes and back: the unit that chunks are made of.
 
 Twists:
-1. Columns whose codebook entry is 0 ("always zero") are not coded; the others close ranks before they are cut into
+1. Channels whose codebook entry is 0 ("always zero") are not coded; the others close ranks before they are cut into
    tiles.
 2. A symbol outside its table's support is coded as the nearest supported one, and its true index stands in the
    exceptions.
-3. Positions of exceptions count over all columns, coded or not: position = token * columns + column, strictly rising.
+3. Positions of exceptions count over all channels, coded or not: position = token * channels + channel, strictly rising.
 
     u32 exceptions; u32 tile_bytes[tiles]; (u32 position, i32 index)[exceptions]; streams, back to back
 
-Little-endian. The number of tiles follows from the entries of the columns, which are the artifact's side information.
+Little-endian. The number of tiles follows from the entries of the channels, which are the artifact's side information.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Cursor:
 
 
 class Assignment:
-    """Which table of a codebook codes each column. entries: uint8 [columns].
+    """Which table of a codebook codes each channel. entries: uint8 [channels].
 
-    live, dead int32: the columns that are coded, and those whose symbols are all zero; table_ids uint8 [live,
+    live, dead int32: the channels that are coded, and those whose symbols are all zero; table_ids uint8 [live,
     contexts].
     """
 
@@ -106,7 +106,7 @@ class Assignment:
 
     @cached_property
     def _runs(self) -> list[slice]:
-        """Adjacent live columns; empty where they are too many to be copied one by one."""
+        """Adjacent live channels; empty where they are too many to be copied one by one."""
         edges = (self.live.diff() != 1).nonzero().flatten() + 1
         if len(edges) >= MAX_RUNS:
             return []
@@ -114,7 +114,7 @@ class Assignment:
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
 
     def close(self, x: Tensor) -> Tensor:
-        """x [tokens, columns] without its dead columns."""
+        """x [tokens, channels] without its dead channels."""
         if not len(self.dead):
             return x
         if self._runs:
@@ -122,7 +122,7 @@ class Assignment:
         return x.index_select(1, self.live.to(x.device))
 
     def open(self, symbols: Tensor) -> Tensor:
-        """The inverse, for symbols uint8 [tokens, live columns]: dead columns are zero."""
+        """The inverse, for symbols uint8 [tokens, live channels]: dead channels are zero."""
         if not len(self.dead):
             return symbols
         opened, at = symbols.new_full((len(symbols), len(self)), self.book.zero), 0
@@ -132,8 +132,8 @@ class Assignment:
         return opened if self._runs else opened.index_copy_(1, self.live.long().to(symbols.device), symbols)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """(lowest, highest index uint8 [columns, contexts] of each table's support), kept on that device, a context's
-        columns side by side; None where every index is within it.
+        """(lowest, highest index uint8 [channels, contexts] of each table's support), kept on that device, a context's
+        channels side by side; None where every index is within it.
         """
         if device not in self._bounds:
             tables = self.book.table_ids(self.entries).long().T.contiguous()
@@ -145,26 +145,26 @@ class Assignment:
 
 def encode(
     symbols: Tensor,
-    columns: Assignment,
+    assignment: Assignment,
     contexts: Tensor | None = None,
     wide: Wide = NONE_WIDE,
     *,
     coder: str,
 ) -> bytes:
-    """symbols uint8 [tokens, columns]: indices, possibly outside their tables; contexts uint8 [tokens, columns] for a
+    """symbols uint8 [tokens, channels]: indices, possibly outside their tables; contexts uint8 [tokens, channels] for a
     book with three contexts; wide: the indices that no byte holds. symbols and contexts on one device, wide on the CPU.
     """
     inside, position, device = symbols, NONE_WIDE.positions, symbols.device
-    if (bounds := columns.bounds(device)) is not None:
+    if (bounds := assignment.bounds(device)) is not None:
         inside, position = passes.clamp(symbols, *bounds, contexts)
     index = symbols.view(-1)[position.to(device)].int().cpu()
     if len(wide.positions):
         position = torch.cat([position, wide.positions]).unique()
         index = symbols.view(-1)[position.to(device)].int().cpu()
         index[torch.searchsorted(position, wide.positions)] = wide.indices
-    inside = columns.close(inside)
-    contexts = columns.close(contexts) if contexts is not None else None
-    streams = rans.encode(inside, columns.book.tables, columns.table_ids, contexts, coder=coder)
+    inside = assignment.close(inside)
+    contexts = assignment.close(contexts) if contexts is not None else None
+    streams = rans.encode(inside, assignment.book.tables, assignment.table_ids, contexts, coder=coder)
     head = struct.pack(f"<{1 + len(streams)}I", len(position), *map(len, streams))
     exceptions = torch.stack([position.to(torch.int32), index], 1)  # u32 positions wrap: the same bits
     return b"".join([head, exceptions.numpy().tobytes(), *streams])
@@ -191,38 +191,38 @@ class Coded:
         return Wide(self.positions[which], self.indices[which]) if bool(which.any()) else NONE_WIDE
 
     def decode(self, contexts: Tensor | None = None, *, coder: str) -> Tensor:
-        """uint8 [tokens, columns], on the CPU; an index that no byte holds becomes the nearest that one does.
+        """uint8 [tokens, channels], on the CPU; an index that no byte holds becomes the nearest that one does.
 
         Raises TruncatedError or CorruptError on damaged bytes.
         """
-        columns, tokens = self.columns, self.tokens
-        contexts = columns.close(contexts) if contexts is not None else None
-        tables, streams = columns.book.tables, self.streams.numpy().data
+        assignment, tokens = self.columns, self.tokens
+        contexts = assignment.close(contexts) if contexts is not None else None
+        tables, streams = assignment.book.tables, self.streams.numpy().data
         sizes = self.tile_bytes.tolist()
-        symbols = rans.decode(streams, sizes, tokens, tables, columns.table_ids, contexts, coder=coder)
-        symbols = columns.open(symbols)
+        symbols = rans.decode(streams, sizes, tokens, tables, assignment.table_ids, contexts, coder=coder)
+        symbols = assignment.open(symbols)
         symbols.view(-1)[self.positions] = self.indices.clamp(0, tables.frequencies.shape[1] - 1).to(torch.uint8)
         return symbols
 
 
-def read(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
+def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
     """The section that the cursor stands before. Raises TruncatedError or CorruptError on damaged bytes."""
     (count,) = cursor.u32(1)
-    tile_bytes = cursor.u32(rans.tile_count(len(columns.live)) if tokens else 0)
+    tile_bytes = cursor.u32(rans.tile_count(len(assignment.live)) if tokens else 0)
     exceptions = cursor.tensor(2 * count, torch.int32).reshape(-1, 2)
     streams = cursor.stream(sum(tile_bytes))
     position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1].contiguous()
     if count:
-        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(columns):
+        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(assignment):
             raise CorruptError("positions of exceptions must rise and lie within the chunk")
         if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
             raise CorruptError(f"an exception lies beyond {LARGEST_INDEX}, which no encoder writes")
-    return Coded(columns, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
+    return Coded(assignment, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
 
 
-def read_narrow(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
+def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
     """As `read`, of a matrix without wide indices. Raises CorruptError where there is one."""
-    found = read(cursor, tokens, columns)
+    found = read(cursor, tokens, assignment)
     if len(found.wide.positions):
         raise CorruptError("an exception holds a number that is no index of its tables")
     return found

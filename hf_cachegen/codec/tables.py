@@ -1,4 +1,4 @@
-"""Histograms to integer frequencies to a codebook, and the choice of a table for every column.
+"""Histograms to integer frequencies to a codebook, and the choice of a table for every channel.
 
 A table is a row of integer frequencies that sums to 2^prob_bits. A codebook is a set of tables named by one byte.
 Both are made and compared in integers only, so that every machine makes the same tables and the same choices.
@@ -9,7 +9,7 @@ Two kinds of codebook:
 - *digit* tables code a refinement's digit {-1, 0, 1}, index = digit + 1; one id names three tables, for a coarser
   symbol that is zero, positive or negative (table = 3 * id + context); id 0 is "always zero".
 
-A column whose id is 0 is not coded at all. Symbols outside a table's support are rare by choice; they are coded as
+A channel whose id is 0 is not coded at all. Symbols outside a table's support are rare by choice; they are coded as
 the nearest symbol inside and corrected by an exception (`section.py`), at EXCEPTION_BITS each.
 """
 
@@ -98,25 +98,25 @@ class Codebook:
 
     @cached_property
     def narrowest(self) -> int:
-        """The entry, other than "always zero", under which a column of zeros costs least: some thousandth of a bit."""
+        """The entry, other than "always zero", under which a channel of zeros costs least: some thousandth of a bit."""
         return 1 + int(self.cost[1:, self.zero].argmin())
 
     def choose(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
-        """The cheapest entry of every column, uint8 [columns], and what it costs in bits, float64 [columns].
+        """The cheapest entry of every channel, uint8 [channels], and what it costs in bits, float64 [channels].
 
-        histograms: integers [columns, contexts * symbols].
+        histograms: integers [channels, contexts * symbols].
         """
         near = _seen(histograms)
         cost, entries = (histograms[:, near].double() @ self.cost[:, near].mT).min(1)
         return entries.to(torch.uint8), cost / COST_SCALE
 
     def bits(self, histograms: Tensor, entries: Tensor) -> Tensor:
-        """What these columns cost under these entries uint8 [columns]: bits, float64 [columns]."""
+        """What these channels cost under these entries uint8 [channels]: bits, float64 [channels]."""
         near = _seen(histograms)
         return (histograms[:, near] * self.cost[:, near][entries.long()]).sum(1) / COST_SCALE
 
     def table_ids(self, entries: Tensor) -> Tensor:
-        """Entries uint8 [columns] to the coder's table ids uint8 [columns, contexts]."""
+        """Entries uint8 [channels] to the coder's table ids uint8 [channels, contexts]."""
         return (entries.to(torch.int64)[:, None] * self.contexts + torch.arange(self.contexts)).to(torch.uint8)
 
 
@@ -127,10 +127,10 @@ def _seen(histograms: Tensor) -> slice:
 
 
 def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> Tensor:
-    """Up to `entries` value tables, int32 [tables, symbols], that code these histograms [columns, symbols] cheaply.
+    """Up to `entries` value tables, int32 [tables, symbols], that code these histograms [channels, symbols] cheaply.
 
-    Clusters columns: begins with equal shares in the order of their mean symbol, then gives each column to its
-    cheapest table and makes every table anew from its columns, `rounds` times.
+    Clusters channels: begins with equal shares in the order of their mean symbol, then gives each channel to its
+    cheapest table and makes every table anew from its channels, `rounds` times.
     """
     symbols = torch.arange(histograms.shape[1], dtype=torch.float64)
     order = ((histograms.double() @ symbols) / histograms.sum(1).clamp_min(1)).argsort(stable=True)

@@ -6,7 +6,7 @@ Twists:
 2. Its decoder reads zeros past the end of a stream and turns any bytes into symbols, in silence. So a stream ends with
    a CRC-32 of its symbols.
 
-    stream = torchac's bytes; u32 CRC-32 of the tile's symbols [tokens, columns]        little-endian
+    stream = torchac's bytes; u32 CRC-32 of the tile's symbols [tokens, channels]        little-endian
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _cumulative(frequencies: Array, prob_bits: int) -> Array:
 
 
 def _table_of(first: int, shape: tuple[int, ...], side: Side) -> Array:
-    """[tokens, width]: the table of every symbol of the tile that begins at column `first`; ValueError for none."""
+    """[tokens, width]: the table of every symbol of the tile that begins at channel `first`; ValueError for none."""
     tokens, width = shape
     ids = side.table_ids[first : first + width].astype(np.int64)
     if (ids >= len(side.frequencies)).any():
@@ -65,7 +65,7 @@ def _cdf(cumulative: Array, table: Array) -> torch.Tensor:
 
 
 def encode(symbols: Array, side: Side) -> list[bytes]:
-    """uint8 [tokens, columns] to one stream per tile. Raises TensorError for what cannot be encoded."""
+    """uint8 [tokens, channels] to one stream per tile. Raises TensorError for what cannot be encoded."""
     torchac = _torchac()
     cumulative = _cumulative(side.frequencies, side.prob_bits)
     frequencies = np.zeros((len(side.frequencies), 256), dtype=np.int64)
@@ -85,7 +85,7 @@ def encode(symbols: Array, side: Side) -> list[bytes]:
 
 
 def decode(streams: Sequence[memoryview], tokens: int, side: Side) -> Array:
-    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError or CorruptError."""
+    """The inverse of `encode`: uint8 [tokens, channels]. Raises TruncatedError or CorruptError."""
     torchac = _torchac()
     cumulative = _cumulative(side.frequencies, side.prob_bits)
     symbols = np.empty((tokens, len(side.table_ids)), dtype=np.uint8)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hf_cachegen.codec import fit
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.profile import Profile
@@ -28,7 +28,7 @@ class Delta(Transform):
 
     def __init__(self, inner: LossyCodec):
         self.inner = inner
-        self.channels = len(inner.columns)
+        self.channels = len(inner.channels)
 
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
@@ -38,13 +38,13 @@ class Delta(Transform):
     @classmethod
     def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
         """The codec of the differences, and the bits of each part's channels, float64 [levels, channels]."""
-        return fit.fit(context.chunks, context.columns, config, config.group_tokens)
+        return fit.fit(context.chunks, context.channels, config, config.group_tokens)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Delta:
-        columns = Columns.of(geometry)
-        found = Side.read(Cursor(side), len(columns), config, anchors=True)
-        return cls(LossyCodec(columns, config, found, config.group_tokens))
+        channels = Channels.of(geometry)
+        found = Side.read(Cursor(side), len(channels), config, anchors=True)
+        return cls(LossyCodec(channels, config, found, config.group_tokens))
 
     @classmethod
     def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import fit
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.profile import Profile
@@ -32,7 +32,7 @@ class Identity(Transform):
 
     def __init__(self, inner: LossyCodec, first: Tensor | None = None):
         self.inner, self.first = inner, first
-        self.channels = len(inner.columns)
+        self.channels = len(inner.channels)
 
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
@@ -43,18 +43,18 @@ class Identity(Transform):
     def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
         """The codec of the values, and the bits of each part's channels, float64 [levels, channels]."""
         if 0 not in context.sinks:
-            return fit.fit(context.chunks, context.columns, config)
-        fit.require_finite(context.first_token[None], context.columns.vectors)
+            return fit.fit(context.chunks, context.channels, config)
+        fit.require_finite(context.first_token[None], context.channels.vectors)
 
         def without_first() -> Iterator[tuple[Tensor, Span]]:
             return ((blanked(rows, span), span) for rows, span in context.chunks())
 
-        return fit.fit(without_first, context.columns, config)
+        return fit.fit(without_first, context.channels, config)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Identity:
-        columns, own = Columns.of(geometry), _own_length(geometry, config)
-        inner = LossyCodec(columns, config, Side.read(Cursor(side[:own]), len(columns), config, anchors=False))
+        channels, own = Channels.of(geometry), _own_length(geometry, config)
+        inner = LossyCodec(channels, config, Side.read(Cursor(side[:own]), len(channels), config, anchors=False))
         if len(side) == own:
             return cls(inner)
         return cls(inner, torch.frombuffer(bytearray(side[own:]), dtype=getattr(torch, geometry.dtype)))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import basis, quantize
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
@@ -70,8 +70,8 @@ class Klt(Transform):
         nothing = torch.zeros(components, dtype=torch.uint8)
         codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
         side = Side(codes, nothing.to(torch.int16), nothing, self.entries[0], self.entries[1:])
-        columns = Columns(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
-        self.inner = LossyCodec(columns, config, side)
+        channels = Channels(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
+        self.inner = LossyCodec(channels, config, side)
         self.basis = basis.Basis(geometry, profile)
 
     @classmethod
@@ -91,7 +91,7 @@ class Klt(Transform):
         books = repeated(codec.inner.values, codec.inner.digits)
         for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
             own = book.choose(histograms)[0]
-            # A column that is silent here alone stays coded: neighbours that are all coded are the quicker to decode.
+            # A channel that is silent here alone stays coded: neighbours that are all coded are the quicker to decode.
             own = own.where((own > 0) | (given == 0), own.new_tensor(book.narrowest))
             gain = book.bits(histograms, given) - book.bits(histograms, own) - ENTRY_BITS
             entries.append(torch.where(gain > 0, own, given))
@@ -161,7 +161,7 @@ class Klt(Transform):
         """As `coefficients`. Raises TensorError where they cannot be coded."""
         y = self.coefficients(rows, span)
         if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
-            require_finite(rows, Columns.of(self.geometry).vectors)
+            require_finite(rows, Channels.of(self.geometry).vectors)
             raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
         return y
 

@@ -2,12 +2,12 @@
 
 A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane
 0 the most significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane,
-channel) is a column of its own; the tables are learnt from the context by clustering its columns' histograms, and
+channel) is a channel of its own; the tables are learnt from the context by clustering its channels' histograms, and
 travel in the side information:
 
-    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x columns]
+    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x channels]
 
-Table 0 is that of "always zero", whose columns are not coded.
+Table 0 is that of "always zero", whose channels are not coded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.floa
 
 
 def to_planes(rows: Tensor) -> Tensor:
-    """rows [tokens, columns] to bytes, uint8 [tokens, planes x columns]."""
+    """rows [tokens, channels] to bytes, uint8 [tokens, planes x channels]."""
     bits = rows.contiguous().view(_INTEGERS[rows.dtype])
     rotated = bits << 1 | (bits < 0)
     planes = rotated.view(torch.uint8).reshape(*rows.shape, rows.dtype.itemsize).flip(2)  # the most significant first
@@ -45,8 +45,8 @@ def to_planes(rows: Tensor) -> Tensor:
 
 def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `to_planes`."""
-    columns = planes.shape[1] // dtype.itemsize
-    rotated = planes.reshape(len(planes), dtype.itemsize, columns).flip(1).transpose(1, 2).contiguous()
+    channels = planes.shape[1] // dtype.itemsize
+    rotated = planes.reshape(len(planes), dtype.itemsize, channels).flip(1).transpose(1, 2).contiguous()
     rotated = rotated.view(_INTEGERS[dtype]).squeeze(2)
     sign = torch.iinfo(rotated.dtype).min
     return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
@@ -65,7 +65,7 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        counts = torch.zeros(len(context.columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+        counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
         for rows, _ in context.chunks():
             passes.count(counts, to_planes(rows.cpu()))
         never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)

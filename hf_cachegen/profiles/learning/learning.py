@@ -192,7 +192,7 @@ class _Learning:
         groups, at = [], 0
         for group in profile.groups:
             mine = kept[at : at + len(group.synthesis)]
-            mine[0] = True  # a group's columns need one component at least to be seen through
+            mine[0] = True  # a group's channels need one component at least to be seen through
             groups.append(replace(group, synthesis=group.synthesis[mine]))
             at += len(mine)
         entries = entries[:, kept]
@@ -201,7 +201,7 @@ class _Learning:
 
 def _close_gaps(entries: Tensor, narrowest: int) -> None:
     """Gives components that are always zero, but stand between others that are not, a table after all: they cost
-    next to nothing, and columns side by side are quicker to decode. entries: uint8 [components], changed in place.
+    next to nothing, and channels side by side are quicker to decode. entries: uint8 [components], changed in place.
     """
     live = entries.nonzero().flatten()
     for before, after in zip(live.tolist(), live[1:].tolist(), strict=False):
@@ -212,7 +212,7 @@ def _close_gaps(entries: Tensor, narrowest: int) -> None:
 def _coded(
     model: PreTrainedModel, profile: Profile, context: Tensor, config: CacheGenConfig
 ) -> tuple[Tensor, Klt]:
-    """A context's rows [tokens, columns], on the CPU, and the profile's codec for it."""
+    """A context's rows [tokens, channels], on the CPU, and the profile's codec for it."""
     keys, values, _ = prefill(model, context)
     return _rows(keys, values), _codec(profile, keys, config)
 

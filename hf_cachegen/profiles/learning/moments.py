@@ -82,7 +82,7 @@ class Moments:
 
     @property
     def means(self) -> Tensor:
-        """float64 [columns], in the order of a chunk's columns."""
+        """float64 [channels], in the order of a chunk's channels."""
         pairs = (self.sums[kind][layer] for layer in range(len(self.layers)) for kind in (0, 1))
         return torch.cat(list(pairs)) / self.count
 
