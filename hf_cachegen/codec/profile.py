@@ -227,7 +227,7 @@ class Profile:
             if any(x.dtype != torch.float16 for name, x in tensors.items() if name.startswith("synthesis-")):
                 raise ProfileError("its basis must be float16")
             if described["version"] != PROFILE_VERSION:
-                raise ProfileError(f"this release reads version {PROFILE_VERSION}, the profile has version {described['version']}")
+                raise ProfileError(f"expected a profile of version {PROFILE_VERSION}, got version {described['version']}")
             groups = tuple(
                 Group(int(kind), int(first), int(count), tensors[f"sensitivity-{i}"], tensors[f"synthesis-{i}"].float())
                 for i, (kind, first, count) in enumerate(described["groups"])
@@ -239,7 +239,7 @@ class Profile:
                 tensors["refine_entries"], dict(described["about"]),
             )  # fmt: skip
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise ProfileError(f"these bytes are not a readable profile: {error}") from error
+            raise ProfileError(f"these bytes are not a profile: {error}") from error
         profile._check()
         profile.read, profile.place = FileHashes.of(data), place
         return profile

@@ -1,15 +1,15 @@
-"""A matrix of small integers to bytes and back: the unit that chunks are made of.
+"""Code a matrix of small integers to bytes, and back. Chunks consist of such sections.
 
-Twists:
-1. Channels whose codebook entry is 0 ("always zero") are not coded; the others close ranks before they are cut into
-   tiles.
-2. A symbol outside its table's support is coded as the nearest supported one, and its true index stands in the
-   exceptions.
-3. Positions of exceptions count over all channels, coded or not: position = token * channels + channel, strictly rising.
+Rules:
+1. Channels whose codebook entry is 0 ("always zero") are not coded. The others are compacted, then cut into tiles.
+2. A symbol outside its table's support is coded as the nearest supported one. Its true index is stored as an exception.
+3. Positions of exceptions count over all channels, coded or not: position = token * channels + channel. They strictly
+   ascend.
 
     u32 exceptions; u32 tile_bytes[tiles]; (u32 position, i32 index)[exceptions]; streams, back to back
 
-Little-endian. The number of tiles follows from the entries of the channels, which are the artifact's side information.
+Little-endian. The number of tiles follows from the entries of the channels, which are in the artifact's side
+information.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST_INDEX = LARGEST_SYMBOL + ZERO_INDEX
 
 
 class _Lent:
-    """Bytes as numpy takes them for writable: torch takes no others. Whoever holds the array holds them."""
+    """Bytes that claim to be writable, which torch requires. An array made from this object keeps the bytes alive."""
 
     def __init__(self, data: memoryview):
         self.data = data
@@ -42,52 +42,62 @@ class _Lent:
 
 
 class Cursor:
-    """Reads a segment from front to back and never past its end."""
+    """Read a segment from front to back, and never past its end."""
 
     def __init__(self, data: bytes | memoryview):
         self.data = memoryview(data)
         self.at = 0
 
     def take(self, count: int) -> memoryview:
+        """Return the next `count` bytes. Raises TruncatedError."""
         if count > len(self.data) - self.at:
-            raise TruncatedError(f"a segment of {len(self.data)} bytes ends early: {count} bytes expected at {self.at}")
+            raise TruncatedError(f"expected {count} bytes at byte {self.at} of a segment, which ends after {len(self.data)} bytes")
         self.at += count
         return self.data[self.at - count : self.at]
 
     def tensor(self, count: int, dtype: torch.dtype) -> Tensor:
-        """The next `count` little-endian values, copied (so that they may be written to)."""
+        """Return the next `count` little-endian values as a writable copy. Raises TruncatedError."""
         data = self.take(count * dtype.itemsize)
         return torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
     def stream(self, count: int) -> Tensor:
-        """The next `count` bytes where they lie, uint8: never to be written to."""
+        """Return the next `count` bytes as uint8, without a copy. They must not be written to. Raises TruncatedError.
+        """
         data = self.take(count)
         if not count:
             return torch.empty(0, dtype=torch.uint8)
         return torch.from_numpy(np.asarray(_Lent(data)))
 
     def u32(self, count: int) -> list[int]:
+        """Return the next `count` unsigned 32-bit integers. Raises TruncatedError."""
         return list(struct.unpack(f"<{count}I", self.take(4 * count)))
 
     def rest(self) -> memoryview:
-        """What is left."""
+        """Return the remaining bytes without reading them."""
         return self.data[self.at :]
 
     def finish(self) -> None:
+        """Raise CorruptError unless all bytes were read."""
         if self.at != len(self.data):
-            raise CorruptError(f"a segment of {len(self.data)} bytes has {len(self.data) - self.at} bytes too many")
+            raise CorruptError(f"expected a segment of {self.at} bytes, got {len(self.data)} bytes")
 
 
 class Assignment:
-    """Which table of a codebook codes each channel. entries: uint8 [channels].
+    """The table of a codebook that codes each channel.
 
-    live, dead int32: the channels that are coded, and those whose symbols are all zero; table_ids uint8 [live,
-    contexts].
+    Args:
+        book: The codebook.
+        entries: uint8 [channels].
+
+    Attributes:
+        live: int32: the channels that are coded.
+        dead: int32: the channels whose symbols are all zero.
+        table_ids: uint8 [live, contexts].
     """
 
     def __init__(self, book: Codebook, entries: Tensor):
         self.book, self.entries = book, entries
-        # By numpy: torch's threads, whatever the size, would spin for milliseconds where the coder's are to run.
+        # numpy: torch's threads would occupy the coder's cores for milliseconds, whatever the size.
         live, dead = (torch.from_numpy(np.flatnonzero(which)) for which in (entries.numpy(), entries.numpy() == 0))
         self.live, self.dead = live.int(), dead.int()
         self.table_ids = book.table_ids(entries[live])
@@ -98,7 +108,7 @@ class Assignment:
         return len(self.entries)
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """(tables for the compiled coder, table_ids, live, dead) on a device."""
+        """Return (tables for the compiled coder, table_ids, live, dead) on a device, copied there once."""
         if device not in self._elsewhere:
             tensors = (self.table_ids, self.live, self.dead)
             self._elsewhere[device] = (self.book.tables.on(device), *(x.to(device) for x in tensors))
@@ -106,7 +116,7 @@ class Assignment:
 
     @cached_property
     def _runs(self) -> list[slice]:
-        """Adjacent live channels; empty where they are too many to be copied one by one."""
+        """Ranges of adjacent live channels; empty if there are too many to copy one by one."""
         edges = (self.live.diff() != 1).nonzero().flatten() + 1
         if len(edges) >= MAX_RUNS:
             return []
@@ -114,7 +124,7 @@ class Assignment:
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
 
     def close(self, x: Tensor) -> Tensor:
-        """x [tokens, channels] without its dead channels."""
+        """Remove the dead channels from x [tokens, channels]."""
         if not len(self.dead):
             return x
         if self._runs:
@@ -122,7 +132,7 @@ class Assignment:
         return x.index_select(1, self.live.to(x.device))
 
     def open(self, symbols: Tensor) -> Tensor:
-        """The inverse, for symbols uint8 [tokens, live channels]: dead channels are zero."""
+        """Insert the dead channels as zeros into symbols uint8 [tokens, live channels]. Inverse of `close`."""
         if not len(self.dead):
             return symbols
         opened, at = symbols.new_full((len(symbols), len(self)), self.book.zero), 0
@@ -132,8 +142,10 @@ class Assignment:
         return opened if self._runs else opened.index_copy_(1, self.live.long().to(symbols.device), symbols)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """(lowest, highest index uint8 [channels, contexts] of each table's support), kept on that device, a context's
-        channels side by side; None where every index is within it.
+        """Return the lowest and the highest index of each table's support, cached per device.
+
+        Returns:
+            Two uint8 [channels, contexts], stored context by context; None where every index is supported.
         """
         if device not in self._bounds:
             tables = self.book.table_ids(self.entries).long().T.contiguous()
@@ -151,8 +163,14 @@ def encode(
     *,
     coder: str,
 ) -> bytes:
-    """symbols uint8 [tokens, channels]: indices, possibly outside their tables; contexts uint8 [tokens, channels] for a
-    book with three contexts; wide: the indices that no byte holds. symbols and contexts on one device, wide on the CPU.
+    """Encode a section.
+
+    Args:
+        symbols: Indices, uint8 [tokens, channels], possibly outside their tables' support.
+        assignment: The tables of the channels.
+        contexts: uint8 [tokens, channels], on the symbols' device, for a book with three contexts.
+        wide: The indices that no byte holds, on the CPU.
+        coder: "rans" or "torchac".
     """
     inside, position, device = symbols, NONE_WIDE.positions, symbols.device
     if (bounds := assignment.bounds(device)) is not None:
@@ -174,7 +192,13 @@ def encode(
 class Coded:
     """A section that is read but not decoded, on the CPU.
 
-    tile_bytes int64 [tiles]; positions int64, rising, and indices int32 of the exceptions; streams uint8 [bytes].
+    Attributes:
+        columns: The tables of its channels.
+        tokens: Number of tokens.
+        tile_bytes: int64 [tiles].
+        positions: int64, ascending: of the exceptions.
+        indices: int32: of the exceptions.
+        streams: uint8 [bytes].
     """
 
     columns: Assignment
@@ -186,14 +210,15 @@ class Coded:
 
     @cached_property
     def wide(self) -> Wide:
-        """The exceptions that are no index of their tables."""
+        """The exceptions whose index is outside their tables."""
         which = (self.indices < 0) | (self.indices >= self.columns.book.tables.frequencies.shape[1])
         return Wide(self.positions[which], self.indices[which]) if bool(which.any()) else NONE_WIDE
 
     def decode(self, contexts: Tensor | None = None, *, coder: str) -> Tensor:
-        """uint8 [tokens, channels], on the CPU; an index that no byte holds becomes the nearest that one does.
+        """Decode to uint8 [tokens, channels], on the CPU. An index that no byte holds becomes the nearest one.
 
-        Raises TruncatedError or CorruptError on damaged bytes.
+        Raises:
+            TruncatedError, CorruptError: The bytes are damaged.
         """
         assignment, tokens = self.columns, self.tokens
         contexts = assignment.close(contexts) if contexts is not None else None
@@ -206,7 +231,7 @@ class Coded:
 
 
 def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
-    """The section that the cursor stands before. Raises TruncatedError or CorruptError on damaged bytes."""
+    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
     (count,) = cursor.u32(1)
     tile_bytes = cursor.u32(rans.tile_count(len(assignment.live)) if tokens else 0)
     exceptions = cursor.tensor(2 * count, torch.int32).reshape(-1, 2)
@@ -214,15 +239,15 @@ def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
     position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1].contiguous()
     if count:
         if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(assignment):
-            raise CorruptError("positions of exceptions must rise and lie within the chunk")
+            raise CorruptError("positions of exceptions must ascend and be within the chunk")
         if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-            raise CorruptError(f"an exception lies beyond {LARGEST_INDEX}, which no encoder writes")
+            raise CorruptError(f"the index of an exception must be at most {LARGEST_INDEX} in size; no encoder wrote this section")
     return Coded(assignment, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
 
 
 def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
-    """As `read`, of a matrix without wide indices. Raises CorruptError where there is one."""
+    """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
     found = read(cursor, tokens, assignment)
     if len(found.wide.positions):
-        raise CorruptError("an exception holds a number that is no index of its tables")
+        raise CorruptError("the index of an exception is outside its tables; no encoder wrote this section")
     return found
