@@ -109,7 +109,7 @@ class Side:
         values, digits = shipped_codebooks(config.prob_bits)
         for entries, book in ((peaks, values), (base, values), (refine, digits)):
             if bool((entries >= book.entries).any()):
-                raise CorruptError("the side information names a table that the codebook does not have")
+                raise CorruptError("a table entry of the side information is outside the codebook")
         return cls(steps, means, peaks, base, refine)
 
     def to_bytes(self, *, anchors: bool) -> bytes:

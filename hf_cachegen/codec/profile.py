@@ -227,7 +227,7 @@ class Profile:
             if any(x.dtype != torch.float16 for name, x in tensors.items() if name.startswith("synthesis-")):
                 raise ProfileError("its basis must be float16")
             if described["version"] != PROFILE_VERSION:
-                raise ProfileError(f"expected a profile of version {PROFILE_VERSION}, got version {described['version']}")
+                raise ProfileError(f"expected version {PROFILE_VERSION}, got version {described['version']}")
             groups = tuple(
                 Group(int(kind), int(first), int(count), tensors[f"sensitivity-{i}"], tensors[f"synthesis-{i}"].float())
                 for i, (kind, first, count) in enumerate(described["groups"])

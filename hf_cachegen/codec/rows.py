@@ -75,8 +75,8 @@ def geometry_of(keys: Sequence[Tensor], values: Sequence[Tensor], layers: Sequen
     """
     if not keys or len(keys) != len(values) or (layers is not None and len(layers) != len(keys)):
         raise TensorError(
-            f"expected one key tensor, one value tensor and one geometry per layer, got {len(keys)} keys, "
-                f"{len(values)} values and {len(keys) if layers is None else len(layers)} layers"
+            f"expected one key tensor and one value tensor per layer, got {len(keys)} keys and {len(values)} values"
+            + ("" if layers is None else f" for {len(layers)} layers")
         )
     found, first = [], keys[0]
     for index, (k, v) in enumerate(zip(keys, values, strict=True)):

@@ -51,7 +51,9 @@ class Cursor:
     def take(self, count: int) -> memoryview:
         """Return the next `count` bytes. Raises TruncatedError."""
         if count > len(self.data) - self.at:
-            raise TruncatedError(f"expected {count} bytes at byte {self.at} of a segment, which ends after {len(self.data)} bytes")
+            raise TruncatedError(
+                f"expected {count} bytes at byte {self.at} of a segment, which ends at byte {len(self.data)}"
+            )
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -241,7 +243,7 @@ def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
         if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(assignment):
             raise CorruptError("positions of exceptions must ascend and be within the chunk")
         if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-            raise CorruptError(f"the index of an exception must be at most {LARGEST_INDEX} in size; no encoder wrote this section")
+            raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
     return Coded(assignment, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
 
 
@@ -249,5 +251,5 @@ def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
     """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
     found = read(cursor, tokens, assignment)
     if len(found.wide.positions):
-        raise CorruptError("the index of an exception is outside its tables; no encoder wrote this section")
+        raise CorruptError("the index of an exception must be within its tables")
     return found

@@ -96,7 +96,8 @@ def decode(streams: Sequence[memoryview], tokens: int, side: Side) -> Array:
     symbols = np.empty((tokens, len(side.table_ids)), dtype=np.uint8)
     for tile, stream in enumerate(streams):
         if len(stream) < _CRC.size:
-            raise TruncatedError(f"tile {tile} of the section cannot be decoded: expected a checksum of {_CRC.size} bytes, got {len(stream)} bytes")
+            found = f"expected a checksum of {_CRC.size} bytes, got {len(stream)} bytes"
+            raise TruncatedError(f"tile {tile} of the section cannot be decoded: {found}")
         mine = symbols[:, tile * TILE_COLUMNS : (tile + 1) * TILE_COLUMNS]
         try:
             table = _table_of(tile * TILE_COLUMNS, mine.shape, side)

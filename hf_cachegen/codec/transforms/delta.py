@@ -1,4 +1,4 @@
-"""delta, CacheGen as published (section 5.2): anchors, and every other token's difference to its group's anchor.
+"""delta, the transform of CacheGen (section 5.2): anchors, and every other token's difference to its group's anchor.
 
 Side information, per channel: u8 step; u8 table of the anchors; u8 table of the base, u8 of each refinement.
 """
@@ -21,7 +21,10 @@ from hf_cachegen.config import CacheGenConfig
 
 
 class Delta(Transform):
-    """Codes the differences to anchors, `config.group_tokens` tokens to an anchor. inner: the codec of the differences.
+    """Code the differences to anchors, one anchor per `config.group_tokens` tokens.
+
+    Args:
+        inner: The codec of the differences.
     """
 
     name = "delta"
@@ -37,7 +40,9 @@ class Delta(Transform):
 
     @classmethod
     def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
-        """The codec of the differences, and the bits of each part's channels, float64 [levels, channels]."""
+        """Fit the codec of the differences. Return it with the bits of each part's channels, float64 [levels,
+        channels].
+        """
         return fit.fit(context.chunks, context.channels, config, config.group_tokens)
 
     @classmethod

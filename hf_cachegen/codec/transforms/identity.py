@@ -1,10 +1,10 @@
-"""identity: values less their channel's mean. It keeps the context's first token exactly, if that is an attention sink.
+"""identity: values minus their channel's mean. The context's first token is stored exactly if it is an attention sink.
 
-A sink's values are not like those of any other token, and the first is by far the most important (`codec.sinks`). It is
-coded as if its neighbour stood there twice, and its own row stands in the side information.
+The values of a sink differ from those of all other tokens, and the first token is by far the most important
+(`codec.sinks`). It is coded as a copy of its neighbour, and its own row is stored in the side information.
 
 Side information, per channel: u8 step; i16 mean in 1/16 of the coarsest step; u8 table of the base, u8 of each
-refinement. Then, where the first token is kept, its row in the cache's dtype.
+refinement. Then the first token's row in the cache's dtype, if it is stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from hf_cachegen.config import CacheGenConfig
 
 
 class Identity(Transform):
-    """Codes the values as they are. inner: their codec; first [channels]: the row of the first token, None: coded."""
+    """Code the values without a prediction.
+
+    Args:
+        inner: The codec of the values.
+        first: The row of the first token, [channels]; None: it is coded with the others.
+    """
 
     name = "identity"
 
@@ -41,7 +46,7 @@ class Identity(Transform):
 
     @classmethod
     def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
-        """The codec of the values, and the bits of each part's channels, float64 [levels, channels]."""
+        """Fit the codec of the values. Return it with the bits of each part's channels, float64 [levels, channels]."""
         if 0 not in context.sinks:
             return fit.fit(context.chunks, context.channels, config)
         fit.require_finite(context.first_token[None], context.channels.vectors)
@@ -94,7 +99,7 @@ class Identity(Transform):
 
 
 def blanked(rows: Tensor, span: Span) -> Tensor:
-    """Rows [tokens, channels] of a chunk, the context's first token like its neighbour, or zero where it has none."""
+    """Replace the context's first token in rows [tokens, channels] by its neighbour, or by zero if it has none."""
     if span.first:
         return rows
     rows = rows.clone()
@@ -103,5 +108,5 @@ def blanked(rows: Tensor, span: Span) -> Tensor:
 
 
 def _own_length(geometry: Geometry, config: CacheGenConfig) -> int:
-    """Bytes of the side information without the first token."""
+    """Return the bytes of the side information without the first token."""
     return geometry.channels * (3 + config.levels)
