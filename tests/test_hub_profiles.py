@@ -220,7 +220,7 @@ def test_a_hub_that_is_down_is_said(server: HubServer, model, monkeypatch: pytes
     with running(Server()) as gone:
         monkeypatch.setattr(constants, "ENDPOINT", gone.url)
     monkeypatch.setattr(finding, "QUICK", IMPATIENT)
-    with pytest.warns(UserWarning, match=re.escape(f"whether there is a profile in {REPO} is not known")):
+    with pytest.warns(UserWarning, match=re.escape(f"cannot determine whether {REPO} has a profile")):
         assert context(model).profile is None
 
 
