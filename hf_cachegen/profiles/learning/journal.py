@@ -63,8 +63,8 @@ class Journal:
             raise ConfigError(f"{path} is not the journal of a learning run: {error}; name another file") from error
         if key != self.key:
             raise ConfigError(
-                f"{path} is the journal of another learning run (another model, other samples or other options): repeat "
-                "that run, or remove the file to begin this one"
+                f"{path} is the journal of another learning run (another model, other samples or other options): "
+                "repeat that run, or remove the file to begin this one"
             )
         self._done, self._sums = done, sums
 
