@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.artifact.artifact import ArtifactWriter, Reader, write_artifact
+from hf_cachegen.artifact import ArtifactWriter, Reader, write_artifact
 from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError
 from hf_cachegen.stores import LocalStore
 from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, read_all, write

@@ -28,8 +28,8 @@ from hf_cachegen.stores import LocalStore, Patience, SegmentCache
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, hub_of_profiles
+from tests.klt_support import samples
 from tests.small_artifact import contents
-from tests.test_klt import samples
 from tests.tiny_models import make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec.profile import MAX_HEADER_BYTES
 from hf_cachegen.errors import CacheGenError, ProfileError
-from tests.test_format import golden_kv, golden_profile
+from tests.golden_cache import golden_kv, golden_profile
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
 STRANGE = [
@@ -36,14 +36,14 @@ def whole(described: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     return save(plain, {"cachegen_profile": json.dumps(described)})
 
 
-def places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of everything inside."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    return [path for key in keys for path in [(*before, key), *places(value[key], (*before, key))]]
+    return [path for key in keys for path in [(*before, key), *paths(value[key], (*before, key))]]
 
 
 def change_description(described: dict[str, Any], draw: random.Random) -> None:
-    *folder, last = draw.choice(places(described))
+    *folder, last = draw.choice(paths(described))
     inner = described
     for key in folder:
         inner = inner[key]

@@ -2,7 +2,7 @@
 
 An anchor is coded with 8 bits, at its own scale per vector (all channels of one layer's K or V). Every other token
 becomes its difference to the *decoded* anchor, so that errors do not accumulate and all tokens of a group decode in
-parallel (CacheGen, section 5.2). Groups restart with every chunk. The tokens of a chunk are thus *anchors* or *coded*
+parallel (CacheGen, section 5.2). Groups restart with every chunk. So the tokens of a chunk are *anchors* or *coded*
 tokens. With group_tokens 0 there are no anchors, and all tokens are coded.
 """
 

@@ -85,7 +85,7 @@ class Klt(Transform):
 
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
-        """Fit to a context. Table entries of its own are used where they save more than they cost.
+        """Fit to a context. Own table entries are used where they save more than they cost.
 
         Raises:
             TensorError: A value is not finite, or so large that the profile's step cannot express it.
