@@ -27,20 +27,20 @@ class Section:
         return rans.decode(b"".join(streams), sizes, tokens, self.tables, self.table_ids, self.contexts, **options)
 
     def used_tables(self) -> Tensor:
-        """[tokens, channels]: the table of every symbol."""
+        """Return the table of every symbol, [tokens, channels]."""
         ids = self.table_ids.long()[None].expand(len(self.symbols), -1, -1)
         if self.contexts is None:
             return ids[:, :, 0]
         return ids.gather(2, self.contexts.long()[:, :, None])[:, :, 0]
 
     def entropy_bytes(self) -> float:
-        """The cross-entropy of the symbols under their tables."""
+        """Return the cross-entropy of the symbols under their tables."""
         chosen = self.tables.frequencies[self.used_tables(), self.symbols.long()]
         return float((self.tables.prob_bits - chosen.double().log2()).sum()) / 8
 
 
 def frequencies_of(weights: Tensor, prob_bits: int) -> Tensor:
-    """Rows of weights to rows of frequencies; every symbol of positive weight keeps at least 1."""
+    """Convert rows of weights to rows of frequencies; every symbol of positive weight keeps at least 1."""
     rows = []
     for row in weights.double():
         f = (row / row.sum() * (1 << prob_bits)).floor().long().clamp(max=4095)
@@ -60,7 +60,7 @@ def laplace_tables(scales: list[float], prob_bits: int, n_symbols: int = 32) -> 
 
 
 def draw_section(seed: int, tokens: int, channels: int, tables: Tables, contexts: int) -> Section:
-    """Symbols that follow their tables."""
+    """Draw symbols that follow their tables."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> Tensor:

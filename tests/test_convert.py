@@ -1,4 +1,4 @@
-"""Caches that torch.save wrote, to artifacts and back; what such a file may not do."""
+"""Convert files of torch.save to artifacts and back, and refuse files with other objects."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def saved(value: Any, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["legacy", "dynamic"])
-def test_there_and_back(tmp_path: Path, form: str) -> None:
+def test_files_round_trip(tmp_path: Path, form: str) -> None:
     pairs = tensors()
     path = saved(tuple(pairs) if form == "legacy" else dynamic(pairs), tmp_path / "past.pt")
     keys, values = load_cache(path)
@@ -70,7 +70,7 @@ class Bomb:
 
 
 class Other(DynamicCache):
-    """A cache class that a stranger's program had."""
+    """A cache class of another program."""
 
 
 def broken_cache() -> DynamicCache:
@@ -94,8 +94,12 @@ def broken_cache() -> DynamicCache:
         ([(torch.zeros(1),) * 4], UnsupportedLayerError),
         (broken_cache(), TensorError),
     ],
-)
-def test_what_is_no_cache(
+    ids=[
+        "a call", "a call in a list", "another class", "a dict", "a tensor", "nothing", "an empty cache", "one tensor",
+        "a number", "four tensors", "a broken cache",
+    ],
+)  # fmt: skip
+def test_other_objects_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, error: type[Exception]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -104,8 +108,8 @@ def test_what_is_no_cache(
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"])
-def test_damaged_files(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"], ids=["empty", "text", "zip", "pickle"])
+def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "past.pt").write_bytes(data)
     with pytest.raises(CorruptError):
         load_cache(tmp_path / "past.pt")
@@ -115,13 +119,13 @@ def test_damaged_files(tmp_path: Path, data: bytes) -> None:
         load_cache(tmp_path / "past.pt")
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files_are_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(ArtifactNotFoundError):
             load_cache(path)
 
 
-def test_saving_refuses(tmp_path: Path) -> None:
+def test_saving_refuses_unsupported_layers_and_existing_files(tmp_path: Path) -> None:
     pairs = tensors()
     sliding = [LayerGeometry("sliding", 2, 8, 2, 8, window=4)] * 3
     encoded = encode_kv([k for k, _ in pairs], [v for _, v in pairs], LOSSLESS, layers=sliding)
@@ -137,7 +141,7 @@ def test_saving_refuses(tmp_path: Path) -> None:
     save_cache(found, tmp_path / "out.pt", "legacy", overwrite=True)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_convert_command(tmp_path: Path) -> None:
     path = saved(tuple(tensors()), tmp_path / "past.pt")
     found = run_json("convert", path, tmp_path / "context")
     assert found["bytes"] == sum(file.stat().st_size for file in (tmp_path / "context").iterdir())
@@ -149,7 +153,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert run_json("convert", tmp_path / "no.pt", tmp_path / "x", code=3)["error"]["type"] == "ArtifactNotFoundError"
 
 
-def test_the_command_with_the_model(tmp_path: Path) -> None:
+def test_the_convert_command_with_a_model(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     model = tiny_models.make("llama", 0)
     ids = list(range(5, 25))
@@ -169,7 +173,8 @@ def test_the_command_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]]
+    "options", [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
+    ids=["model without ids", "level", "model of an artifact"],
 )
-def test_options_that_do_not_go_together(tmp_path: Path, options: list[str]) -> None:
+def test_contradictory_options_are_refused(tmp_path: Path, options: list[str]) -> None:
     assert run_json("convert", "past.pt", tmp_path / "out", *options, code=2)["error"]["type"] == "UsageError"

@@ -1,5 +1,5 @@
-"""The format is frozen: artifacts of version 1, written once, are read for ever, and written to the same bytes; the
-page that describes it says what the code does.
+"""The format is frozen: artifacts of version 1 are read, and written to the same bytes. docs/format.md matches the
+code.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def write_golden(directory: Path, config: CacheGenConfig) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_old_artifacts_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each level's digest was written beside the artifact when it was made; klt's profile lies beside it too, and its
-    product is that of every machine.
-    """
+    """The digest of each level was stored beside the artifact when it was made, and so was klt's profile."""
     monkeypatch.setattr(basis, "multiplies_bfloat16", lambda: False)
     artifact = open_with_profile(LocalStore(GOLDEN / name))
     expected = (GOLDEN / f"{name}.digests").read_text().split()
@@ -71,15 +69,15 @@ def test_old_artifacts_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "klt"])
-def test_todays_encoder_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
+def test_this_encoder_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
     write_golden(tmp_path / name, CASES[name])
     for file in sorted((GOLDEN / name).iterdir()):
-        if file.name not in ("cachegen.json", PROFILE_FILE):  # the manifest names its writer, whose version moves on
+        if file.name not in ("cachegen.json", PROFILE_FILE):  # the manifest names its writer, whose version changes
             assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None:
-    """As every context was before an encoder could name tables of its own, and as those are that gain nothing by it."""
+    """Contexts that gain nothing by own tables are encoded with the profile's, like all contexts of older releases."""
     old = open_with_profile(LocalStore(GOLDEN / "klt")).read()
     codec = Klt(old.geometry, old.config, golden_profile())
     for index, span in enumerate(spans_of(50, 32)):
@@ -91,7 +89,7 @@ def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None
     ("identity", ()), ("identity-sinks", ("sinks",)), ("klt", ("klt",)), ("klt-tables", ("klt", "klt-tables")),
     ("klt-sinks", ("klt", "klt-tables", "sinks")),
 ], ids=str)  # fmt: skip
-def test_what_older_readers_do_not_know_is_a_required_feature(name: str, features: tuple[str, ...]) -> None:
+def test_additions_are_required_features(name: str, features: tuple[str, ...]) -> None:
     data = (GOLDEN / name / "cachegen.json").read_bytes()
     assert loads(data).required == features
     for left_out in features:
@@ -104,12 +102,12 @@ def test_a_profile_is_written_to_the_same_bytes() -> None:
     assert Profile.load(GOLDEN / "klt").digest == golden_profile().digest
 
 
-def test_the_codebook_file_is_what_its_program_makes() -> None:
+def test_the_codebook_file_matches_its_program() -> None:
     stored = load_file(Path(tables.__file__).with_name("codebook.safetensors"))
     made = codebook.codebooks()
     assert stored.keys() == made.keys()
     for name, frequencies in stored.items():
-        assert int((frequencies - made[name]).abs().max()) <= 1  # the last bit of exp() is the machine's own
+        assert int((frequencies - made[name]).abs().max()) <= 1  # the last bit of exp() depends on the machine
 
 
 @pytest.mark.parametrize(
@@ -131,7 +129,7 @@ def test_the_codebook_file_is_what_its_program_makes() -> None:
         (r"With 3\s+levels that is (\d) bytes a (?:channel|column)", 6),
     ],
 )
-def test_the_page_says_what_the_code_does(pattern: str, value: int | str) -> None:
+def test_the_page_matches_the_code(pattern: str, value: int | str) -> None:
     found = re.search(pattern, PAGE)
     assert found is not None, pattern
     assert str(value) in found.groups()

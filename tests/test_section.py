@@ -1,4 +1,4 @@
-"""What a section's channels need is made once for all chunks."""
+"""The tables of a section's channels are prepared once for all chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.kv_samples import sample_kv
 def test_bounds_of_channels_are_made_once_for_all_chunks(
     transform: Literal["delta", "identity"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device every chunk would wait for them to be copied there, and turned."""
+    """Otherwise every chunk would wait for a transposed copy on the device."""
     seen: dict[tuple[int, int], set[int]] = {}
     kept = []
     clamp = passes.clamp

@@ -280,7 +280,7 @@ class _Members:
         version = self.take("format_version", int)
         if version > FORMAT_VERSION:
             raise UnsupportedFormatError(
-                f"expected format version {FORMAT_VERSION} at most, got {version}; upgrade hf_cachegen to read it"
+                f"this release reads format version {FORMAT_VERSION}, got format version {version}; upgrade hf_cachegen"
             )
         if version < 1:
             raise ManifestError(f"{MANIFEST_FILE}: format_version must be at least 1, got {version}")
