@@ -108,7 +108,9 @@ def test_other_objects_are_refused(
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"], ids=["empty", "text", "zip", "pickle"])
+@pytest.mark.parametrize(
+    "data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"], ids=["empty", "text", "zip", "pickle"]
+)
 def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "past.pt").write_bytes(data)
     with pytest.raises(CorruptError):

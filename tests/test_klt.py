@@ -252,7 +252,7 @@ IDS = torch.ones(1, 5, dtype=torch.int64)
     "sample",
     [(IDS, IDS[:, :0]), (IDS[:, :1], IDS), (IDS[0], IDS), (IDS.expand(2, -1), IDS), ([[1, 2]], IDS),
      (IDS.float(), IDS), (IDS, IDS, IDS), IDS, None],
-    ids=["no continuation", "one token", "one dimension", "two rows", "a list", "floats", "three", "a tensor", "nothing"],
+    ids=["no continuation", "one token", "one axis", "two rows", "a list", "floats", "three", "a tensor", "nothing"],
 )  # fmt: skip
 def test_invalid_samples_are_refused(model, sample) -> None:
     with pytest.raises(TensorError, match="sample 3"):
