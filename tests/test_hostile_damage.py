@@ -77,6 +77,7 @@ def test_an_additional_byte_is_found(artifact: dict[str, bytes], file: str) -> N
         Reader(MemoryStore({**artifact, file: artifact[file] + b"\0"})).verify()
 
 
+@pytest.mark.slow
 def test_ten_thousand_random_bits_of_the_segments_are_found(artifact: dict[str, bytes]) -> None:
     choose = random.Random(20240804)
     segments = [s for s in Reader(MemoryStore(artifact)).manifest.segments if s.length]
@@ -98,7 +99,7 @@ def test_segments_of_another_artifact_are_found(artifact: dict[str, bytes]) -> N
 @pytest.mark.parametrize("file", sorted(FILES - {"cachegen.json"}))
 def test_a_missing_file_is_found(artifact: dict[str, bytes], file: str) -> None:
     reader = Reader(MemoryStore({name: data for name, data in artifact.items() if name != file}))
-    with pytest.raises(ManifestError, match=rf"{file} is listed .* not there"):
+    with pytest.raises(ManifestError, match=rf"{file} is listed .* missing"):
         reader.verify()
 
 
@@ -151,7 +152,7 @@ def test_a_server_that_ignores_ranges(artifact: dict[str, bytes]) -> None:
 def test_a_server_that_sends_nothing(artifact: dict[str, bytes]) -> None:
     reader = Reader(MemoryStore(artifact))
     reader.store = WrongServer(artifact, whole=False)
-    with pytest.raises(TruncatedError, match="the header has 0 bytes"):
+    with pytest.raises(TruncatedError, match="the header has 0"):
         reader.verify()
 
 

@@ -221,7 +221,7 @@ def test_unsupported_configurations_are_refused(model, profile: Profile) -> None
     keys, values, _ = prefill(model, samples()[0][0])
     with pytest.raises(ConfigError, match="profile"):
         encode_kv(keys, values, CONFIG)
-    with pytest.raises(ConfigError, match="row"):
+    with pytest.raises(ConfigError, match="batch"):
         encode_kv([k.expand(2, -1, -1, -1) for k in keys], [v.expand(2, -1, -1, -1) for v in values], CONFIG, profile)
     with pytest.raises(ConfigError, match="levels"):
         encode_kv(keys, values, replace(CONFIG, levels=2), profile)
