@@ -126,8 +126,8 @@ class Basis:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
             slices = self._slices(group)
-            for part, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
-                rows[:, part] = channels
+            for where, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
+                rows[:, where] = channels
         return rows
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:
