@@ -1,8 +1,8 @@
-"""CacheGenCache: the KV cache of one context, made once, saved small, used by many generations.
+"""CacheGenCache: the KV cache of one context, computed once, saved compressed, used by many generations.
 
 It is read-only. A stock cache grows while a model generates, so a second use of it starts from another text. Here every
-generation gets a stock cache of its own. Making a CacheGenCache prepares its model, so that the stock call
-`model.generate(..., cache=cache)` does so (`hf_cachegen.attach`).
+generation gets a stock cache of its own. Creating a CacheGenCache prepares its model, so that the stock call
+`model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
 from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
 from hf_cachegen.generation import attach as attach_to
+from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import build_dynamic
 from hf_cachegen.models.opening import Tokens
 from hf_cachegen.models.prefix import Reuse
@@ -36,18 +37,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFILL_CHUNK_TOKENS = 4096
-"""Tokens per forward pass of a prefill: bounds the memory of activations, at full speed on any device."""
+"""Tokens per forward pass of a prefill: large enough for full speed, and a bound on the memory of activations."""
 
 
 def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise ReadOnlyCacheError(
         "a CacheGenCache is read-only, since many generations share it, and this model was not prepared for one: call "
-        "hf_cachegen.attach(model) and then model.generate(..., cache=cache), or take a copy with cache.to_dynamic()"
+        "hf_cachegen.attach(model) before model.generate(..., cache=cache), or make a copy with cache.to_dynamic()"
     )
 
 
 class _ReadOnlyLayer(DynamicLayer):
-    """A filled layer that refuses to change; the cache's own methods all go through those of its layers."""
+    """A filled layer that refuses every change; the methods of the stock cache call those of its layers."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -61,7 +62,7 @@ class _ReadOnlyLayer(DynamicLayer):
 class CacheGenCache(CachedContext, DynamicCache):
     """The KV cache of one context of one model.
 
-    Make one by `from_context`, `from_cache`, `from_pretrained` or `stream`. The attributes are those of
+    Create one by `from_context`, `from_cache`, `from_pretrained` or `stream`. The attributes are those of
     `CachedContext`: kv, input_ids, fingerprint, config, profile, source, refinement.
     """
 
@@ -71,7 +72,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         self.layers = [_ReadOnlyLayer(*pair) for pair in zip(self.kv.keys, self.kv.values, strict=True)]
 
     update = early_initialization = update_conv_state = update_recurrent_state = _refuse
-    # The first thing that a forward pass asks for: some prompts would fail, less clearly, before they come to update.
+    # The first method that a forward pass calls: some prompts would fail with another error before they reach update.
     get_mask_sizes = _refuse
 
     def __repr__(self) -> str:
@@ -80,7 +81,7 @@ class CacheGenCache(CachedContext, DynamicCache):
 
     @classmethod
     def _of(cls, context: CachedContext, model: PreTrainedModel | None, attach: bool) -> CacheGenCache:
-        """Return the cache of `context`; prepare its model where that is asked for."""
+        """Return the cache of `context`; prepare the model if `attach` is true."""
         if attach and model is not None:
             attach_to(model)
         return cls(**context.parts())
@@ -101,9 +102,9 @@ class CacheGenCache(CachedContext, DynamicCache):
         """Run a model, in evaluation mode, over a context and keep its exact keys and values.
 
         Args:
-            model: the model; wrappers of torch.compile, PEFT and accelerate are looked through.
-            input_ids: the context, [tokens] or [1, tokens].
-            config: how `save_pretrained` encodes it (default: CacheGenConfig()).
+            model: the model, or a wrapper of it (torch.compile, PEFT, accelerate).
+            input_ids: the context, int64 [tokens] or [1, tokens].
+            config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: the profile of the model, its location (a path, a repository, a URL), "auto" (the one in the
                 model's folder or repository, if there is one: docs/stores.md) or None.
             tokenizer: if given, its hash becomes a part of the fingerprint.
@@ -114,10 +115,10 @@ class CacheGenCache(CachedContext, DynamicCache):
         Raises:
             UnsupportedModelError: the model keeps no cache that can be reused, or the context exceeds its positions.
             UnsupportedLayerError: a layer of its cache is of an unknown kind.
-            TensorError: input_ids are no context.
+            TensorError: input_ids are not one row of token ids.
             WrongDtypeError: the cache has another dtype than the model.
             ProfileError: the profile cannot be read.
-            WrongModelError: the profile is another model's.
+            WrongModelError: the profile is of another model.
         """
         context = compute_context(model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress)
         return cls._of(context, model, attach)
@@ -134,10 +135,28 @@ class CacheGenCache(CachedContext, DynamicCache):
         tokenizer: PreTrainedTokenizerBase | None = None,
         attach: bool = True,
     ) -> CacheGenCache:
-        """Copy a cache that `model` filled with `input_ids`; the original may go on growing.
+        """Copy a cache that `model` filled with `input_ids`; the original may grow afterwards.
 
-        That the tokens are those of the cache cannot be seen from it; their number, dtype and shapes are checked.
-        Other arguments and errors are those of `from_context`.
+        The number of tokens, the dtype and the shapes are checked. The tokens themselves are not: a cache does not
+        hold them.
+
+        Args:
+            cache: the filled cache, of one row.
+            input_ids: the context, int64 [tokens] or [1, tokens].
+            model: the model that filled it.
+            config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
+            profile: a profile, its location, "auto" or None, as for `from_context`.
+            tokenizer: if given, its hash becomes a part of the fingerprint.
+            attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
+
+        Raises:
+            UnsupportedModelError: the model keeps no cache that can be reused.
+            UnsupportedLayerError: a layer of the cache is of an unknown kind.
+            TensorError: the cache is empty, has several rows or another number of tokens, or its sliding layers have
+                dropped tokens already.
+            WrongDtypeError: the cache has another dtype than the model.
+            ProfileError: the profile cannot be read.
+            WrongModelError: the profile is of another model.
         """
         return cls._of(wrap_cache(cache, input_ids, model, config, profile, tokenizer), model, attach)
 
@@ -153,10 +172,11 @@ class CacheGenCache(CachedContext, DynamicCache):
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: bool = False,
         limits: Limits | None = None,
+        verify: Verify = "probe",
         attach: bool = True,
         **access: Any,
     ) -> CacheGenCache:
-        """Load an artifact, each layer to its device of `model`, else to `device`.
+        """Load an artifact, to `device`, else each layer to its device in `model`.
 
         With a model, fingerprint and geometry are checked before anything is decoded; `generate` checks again.
 
@@ -164,47 +184,53 @@ class CacheGenCache(CachedContext, DynamicCache):
             path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
             model: the model that the cache is for.
             level: 1 (coarsest) to the number of levels (default: the finest).
-            device: where the tensors go without a model.
+            device: device of all tensors (default: the devices of the model, else the CPU).
             profile: for an artifact that needs one: a Profile, its location, None (the one beside the artifact alone)
-                or "auto": the right one, wherever it is found (docs/stores.md).
+                or "auto" (searched by its hash: docs/stores.md).
             tokenizer: if given, it must be the one of the artifact.
             progress: show a progress bar.
-            limits: how large an artifact may claim to be.
-            attach: prepare the model, as `from_context` does.
+            limits: limits for the counts and sizes in the artifact.
+            verify: "probe" also runs the first tokens through the model and compares them with what the artifact
+                recorded (docs/identity.md); "weights" does not.
+            attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
             access: revision, token, cache_dir, local_files_only, force_download, subfolder and repo_type as in
                 Transformers, and the other fields of hf_cachegen.stores.Access.
 
         Raises:
             MismatchError: the artifact belongs to another model, dtype, adapter or tokenizer.
-            ArtifactError: it is missing, damaged or of an unsupported format.
+            ArtifactError: the artifact is missing, damaged or of an unsupported format.
             StoreError: its location cannot be read.
-            ProfileError: its profile is missing or another one.
+            ProfileError: its profile is missing, or the given profile is another one.
         """
-        context = load_context(path, model, access, level, device, profile, tokenizer, limits, progress)
+        context = load_context(path, model, access, level, device, profile, tokenizer, limits, progress, verify)
         return cls._of(context, model, attach)
 
     @classmethod
     def stream(
         cls, path: str | os.PathLike[str], model: PreTrainedModel, *, attach: bool = True, **options: Any
     ) -> CacheGenCache:
-        """Load an artifact so that the first token comes within the SLO, counted from this call, whatever the network
-        does (docs/streaming.md; section 5.3 of the paper). A chunk that no source gives is recomputed.
+        """Load an artifact so that the first token comes within the SLO, counted from this call, at any network speed
+        (docs/streaming.md; section 5.3 of the paper). A chunk that no source delivers in time is recomputed.
 
         Args:
             path: A folder, a repository on the Hub or a URL, as for `from_pretrained`.
-            model: The model. Every layer goes to its device.
+            model: The model. Every layer is loaded to its device.
+            attach: Prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
             **options: The fields of `hf_cachegen.streaming.StreamOptions`: slo, level, policy, refine, prompt_tokens,
                 prompt, fallback, profile, tokenizer, limits, on_event, stall_seconds, connections, link, cancel; and
                 those of `hf_cachegen.stores.Access`.
 
         Returns:
-            The cache. Its report is a StreamReport. With refine="while_generating" its `refinement` goes on.
+            The cache. Its report is a StreamReport. With refine="while_generating" its `refinement` continues.
 
         Raises:
             ConfigError: An option is out of its range.
             StreamCancelledError: `cancel` was set.
-            PromptMismatchError: `prompt` has nothing of the context.
-            MismatchError, ArtifactError, StoreError, ProfileError: As for `from_pretrained`.
+            PromptMismatchError: `prompt` does not begin with a token of the context.
+            MismatchError: The artifact belongs to another model, dtype, adapter or tokenizer.
+            ArtifactError: The artifact is missing, damaged or of an unsupported format.
+            StoreError: No location can be read.
+            ProfileError: Its profile is missing, or the given profile is another one.
         """
         return cls._of(stream_to_context(path, model, **options), model, attach)
 
@@ -216,20 +242,31 @@ class CacheGenCache(CachedContext, DynamicCache):
         overwrite: bool = False,
         progress: bool = False,
     ) -> None:
-        """Encode into `directory`; a cache that was loaded from an artifact copies that one, so that nothing is lost
-        twice.
+        """Encode into a folder. A cache that was loaded from an artifact copies it, without encoding a second time.
 
-        config: default the one given to `from_context`, else CacheGenConfig().
-        Raises ArtifactExistsError, ConfigError.
+        Args:
+            directory: the folder; created if needed.
+            config: options of the encoder (default: the ones given to `from_context`, else CacheGenConfig()).
+            overwrite: replace an artifact in the folder.
+            progress: show a progress bar.
+
+        Raises:
+            ArtifactExistsError: the folder holds an artifact, and `overwrite` is false.
+            ConfigError: the cache was loaded from an artifact that `config` differs from, or that has changed since.
         """
         source: Encoder | EncodedContext
         if self.source is not None:
             if config is not None and config != self.config:
-                raise ConfigError(f"this cache was decoded from {self.source}; encoding it anew would lose twice")
-            # What was recomputed throughout has taken no profile.
+                raise ConfigError(
+                    f"this cache was decoded from {self.source}, and a second encoding would add a second loss: save "
+                    "it without config="
+                )
+            # A stream that recomputed every chunk has loaded no profile.
             artifact = Artifact(self.source)
             if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self.config):
-                raise ConfigError(f"{self.source} is no longer the artifact that this cache was loaded from")
+                raise ConfigError(
+                    f"{self.source} is no longer the artifact that this cache was loaded from: load it again"
+                )
             taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
             source = artifact.with_profile(taken).read()
         else:
@@ -261,13 +298,31 @@ class CacheGenCache(CachedContext, DynamicCache):
         create_pr: bool = False,
         with_profile: bool | None = None,
     ) -> str:
-        """Encode as `save_pretrained` does and put the artifact, with a card, into a repository on the Hub, in one
-        commit; the repository is made if need be. Returns the URL of the commit.
+        """Encode, and push the artifact with a card to a repository on the Hub in one commit.
 
-        description: what the context is, for the card. A KV cache reveals its text: think before private=False.
-        with_profile: whether the profile that reading takes goes along; None: unless it was loaded from the Hub or
-        pushed there, and the artifact says where.
-        Raises ConfigError, ConflictError and other StoreErrors.
+        The repository is created if needed. A KV cache reveals its text: think before private=False.
+
+        Args:
+            repo_id: "user/name".
+            config: options of the encoder, as for `save_pretrained`.
+            description: what the context is, for the card.
+            private: refuse a public repository.
+            token: token for the Hub (default: the one logged in with).
+            revision: branch (default: main); created if needed.
+            subfolder: folder within the repository.
+            repo_type: "dataset", "model" or "space".
+            commit_message: message of the commit.
+            create_pr: open a pull request instead of committing.
+            with_profile: push the profile with the artifact; None to push it unless the artifact names a location on
+                the Hub.
+
+        Returns:
+            The URL of the commit or the pull request.
+
+        Raises:
+            ConfigError: `private` and the repository is public; `config` does not fit, as for `save_pretrained`.
+            ConflictError: this artifact was changed in the repository at the same time.
+            StoreError: the Hub could not be reached, or refused.
         """
         with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
             self.save_pretrained(folder, config)
@@ -280,9 +335,10 @@ class CacheGenCache(CachedContext, DynamicCache):
         return pushed.url
 
     def to_dynamic(self) -> DynamicCache:
-        """A stock DynamicCache with copies of the keys and values, to do with as you like (sliding layers keep their
-        window). Of a stream, what has come by now; refinements that come later do not reach the copy.
+        """Return a stock DynamicCache with copies of the keys and values; sliding layers keep their window.
+
+        Of a stream it is a copy of the present state, which later refinements do not change.
         """
-        reuse = Reuse(pads=(0,), columns=self.kv.geometry.tokens, whole=True)
+        reuse = Reuse(pads=(0,), length=self.kv.geometry.tokens, whole=True)
         kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
         return build_dynamic(kv.clone() if kv is self.kv else kv, reuse, 1, [keys.device for keys in self.kv.keys])

@@ -1,4 +1,4 @@
-"""How a context is encoded: one frozen object, checked when it is made."""
+"""The options of the encoder: one frozen object, checked when it is created."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ TransformName = Literal["auto", "delta", "identity", "klt"]
 _transform_names: set[str] = set(get_args(TransformName))
 CoderName = Literal["rans", "torchac"]
 MAX_CHUNK_TOKENS = 1 << 15
-"""Keeps token and column counts of a chunk within the stream's 32-bit positions."""
+"""Largest chunk in tokens: keeps the counts of tokens and channels within the stream's 32-bit positions."""
 
 
 @dataclass(frozen=True)
 class CacheGenConfig:
     """The encoder's options. The defaults are the paper's where it gives one (CacheGen, SIGCOMM 2024, section 5).
 
-    transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor), "identity" (values
-        less their channel's mean), "klt" (coefficients in the basis of the model's Profile; needs one, and takes its
-        steps and tables) or "auto": klt where there is a profile, else the one of the others that codes smaller; or the
-        name of a transform that `hf_cachegen.codec.transforms.register` added.
-    lossless: code the very bytes of bf16, fp16 or fp32 values; gives one level.
-    levels: how many nested levels the artifact serves, 1 to 3; level 1 is the coarsest, `levels` the finest.
-    steps: step of the finest-but-one level in units of the channel's standard deviation, for the first, middle and last
-        third of the layers (paper: 0.5, 1, 1.5; the finest level is three times finer).
-    chunk_tokens: tokens per chunk, the unit of fetching and decoding.
-    group_tokens: tokens per group of the delta transform, its anchor included (paper: 10).
-    protect_first, protect_last: tokens at the two ends of the context that every level has at the finest step.
-    coder: "rans", or "torchac" (the paper's arithmetic coder; needs the extra of that name).
-    prob_bits: precision of the coder's probabilities, 10 to 12 bits.
-    measure: decode while encoding and write the relative error of each layer at each level into the report.
+    Attributes:
+        transform: "delta" (the paper's: groups of tokens, anchors, differences to the decoded anchor), "identity"
+            (values less their channel's mean), "klt" (coefficients in the basis of the model's Profile, with its steps
+            and tables; needs one), "auto" (klt where there is a profile, else the smaller of the others), or the name
+            of a transform that `hf_cachegen.codec.transforms.register` added.
+        lossless: code the exact bytes of bf16, fp16 or fp32 values; gives one level.
+        levels: number of nested levels in the artifact, 1 to 3; level 1 is the coarsest, `levels` the finest.
+        steps: step of the finest-but-one level in units of the channel's standard deviation, for the first, middle and
+            last third of the layers (paper: 0.5, 1, 1.5; the finest level is three times finer).
+        chunk_tokens: tokens per chunk, the unit of fetching and decoding.
+        group_tokens: tokens per group of the delta transform, its anchor included (paper: 10).
+        protect_first: tokens at the beginning of the context that every level has at the finest step.
+        protect_last: tokens at the end of the context that every level has at the finest step.
+        coder: "rans", or "torchac" (the paper's arithmetic coder; needs the extra of that name).
+        prob_bits: precision of the coder's probabilities, 10 to 12 bits.
+        measure: decode while encoding, and write the relative error of each layer at each level into the report.
 
-    Raises ConfigError for a value of another type or out of range.
+    Raises:
+        ConfigError: a value has another type, or is out of its range.
     """
 
     transform: str = "auto"
@@ -74,15 +77,15 @@ class CacheGenConfig:
             raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return the options as plain values, for the manifest."""
         return {**asdict(self), "steps": list(self.steps)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CacheGenConfig:
-        """The inverse of `to_dict`; unknown names raise ConfigError."""
+        """Build the options from the result of `to_dict`. Raises ConfigError for an unknown name or a wrong value."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ConfigError(f"unknown options {unknown}")
+            raise ConfigError(f"expected options out of {sorted(f.name for f in fields(cls))}, got {unknown}")
         listed = isinstance(values.get("steps"), list)
         return cls(**{**values, **({"steps": tuple(values["steps"])} if listed else {})})
 

@@ -1,6 +1,6 @@
-"""The KV cache of one context, with what it belongs to: computed by a model, loaded, or streamed.
+"""The KV cache of one context, with its fingerprint: computed by a model, loaded, or streamed.
 
-`CacheGenCache` is this as users hold it; `generate` asks no more of a cache than what is here.
+`CacheGenCache` adds the interface for users. `generate` needs the attributes and methods in this file alone.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from transformers.cache_utils import Cache
 from hf_cachegen.artifact import Limits, Store
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
+from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.models.layers import KVTensors, capture
 from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
 from hf_cachegen.models.requirements import (
@@ -43,16 +45,20 @@ if TYPE_CHECKING:
 
 
 class CachedContext:
-    """The keys and values of one context, read-only, and what they belong to.
+    """The keys and values of one context, read-only, with their fingerprint.
 
     Attributes:
         kv: the keys and values, all tokens of all layers.
         input_ids: int64 [1, tokens] on the CPU, the context.
         fingerprint: the model, dtype and tokenizer that the cache belongs to.
-        config: how it is or was encoded; None for the defaults.
+        config: options of the encoder; None for the defaults.
         profile: the profile of its model, if any.
         source: the store of the artifact that it was loaded from, if any.
-        refinement: what may still improve a streamed context; None for one that was not streamed.
+        verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
+        refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
+
+    Raises:
+        TensorError: the keys and values are not one row of as many tokens as `input_ids`.
     """
 
     def __init__(
@@ -66,15 +72,17 @@ class CachedContext:
         profile: Profile | None = None,
         source: Store | None = None,
         refinement: Refinement | None = None,
+        verify: Verify = "probe",
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
+        self.verify = verify
 
     @property
     def report(self) -> CacheReport:
-        """What the context is and what it cost; for a streamed one a StreamReport of its present state."""
+        """Return the sizes and times of the context; for a streamed one a StreamReport of its present state."""
         return self._report if self.refinement is None else self.refinement.report
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -82,12 +90,15 @@ class CachedContext:
         require_model(model)
         self.fingerprint.check(model, tokenizer)
         require_geometry(model.config, self.kv.geometry)
+        if self.verify == "probe":
+            self.fingerprint.check_probe(model, self.input_ids[0].tolist())
 
     def parts(self) -> dict[str, Any]:
-        """Return the arguments that make another object of the same context."""
+        """Return the arguments that create another object of the same context."""
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
+            "verify": self.verify,
         }  # fmt: skip
 
 
@@ -107,12 +118,14 @@ def compute_context(
     require_model(model)
     ids = one_row(input_ids)
     require_length(model, ids.shape[1])
+    identify(model)
+    require_inactive(model, ids[0].tolist())
     found = for_encoding(profile, model)
     start = time.perf_counter()
     if positions_change(model.config, 1, ids.shape[1]):
-        # The rotation depends on the whole length, so the context must be seen at once.
+        # The rotation depends on the whole length, so the context must be computed in one forward pass.
         prefill_chunk_tokens = ids.shape[1]
-    # Without a config it keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
+    # Without a config the cache keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
     past = DynamicCache()
     device = layer_devices(model, len(layer_kinds(model.config)))[0]
     chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
@@ -122,17 +135,17 @@ def compute_context(
             run(model, chunk, past, last_logits_only=True)
     _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
     kv = checked_kv(capture(past, model.config), model, ids)
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
     return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
 
 
 _continues: set[type] = set()
-"""Classes of models that are known to read several tokens after a cache."""
+"""Classes of models that were tried successfully with several tokens after a cache."""
 
 
 def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise UnsupportedModelError unless a model reads several tokens after a cache: tried once for each class."""
+    """Raise UnsupportedModelError unless a model reads several tokens after a cache; try each class once."""
     kind = type(unwrapped(model))
     if kind in _continues:
         return
@@ -153,8 +166,8 @@ def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
         if held != tokens:
             why = "cross-attention, or keys of another layer" if held == 0 else "tokens of the model's own"
             raise UnsupportedModelError(
-                f"layer {index} of {name} holds {held} tokens after a context of {tokens} ({why}): such a cache cannot "
-                "be kept"
+                f"layer {index} of {name} holds {held} tokens after a context of {tokens} ({why}), so its cache cannot "
+                "be kept: use a model whose layers hold one key for each token"
             )
 
 
@@ -171,7 +184,7 @@ def wrap_cache(
     found = for_encoding(profile, model)
     ids = one_row(input_ids)
     kv = checked_kv(capture(cache, model.config), model, ids).clone()
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes)
     return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
 
@@ -186,10 +199,11 @@ def load_context(
     tokenizer: PreTrainedTokenizerBase | None = None,
     limits: Limits | None = None,
     progress: bool = False,
+    verify: Verify = "probe",
 ) -> CachedContext:
     """Load an artifact whole. Arguments and errors are those of `CacheGenCache.from_pretrained`."""
     start = time.perf_counter()
-    found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer)
+    found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer, verify=verify)
     taken = profile_of(found.artifact, profile, model_folder(model))
     artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
@@ -208,15 +222,16 @@ def load_context(
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
-        source=artifact.store,
+        source=artifact.store, verify=verify,
     )  # fmt: skip
 
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
     """Load an artifact under a deadline. Arguments and errors are those of `CacheGenCache.stream`."""
-    found, kv, refinement = stream_context(path, model, StreamOptions.from_keywords(options))
+    chosen = StreamOptions.from_keywords(options)
+    found, kv, refinement = stream_context(path, model, chosen)
     artifact = found.artifact
     return CachedContext(
         kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,
-        source=artifact.store, refinement=refinement,
+        source=artifact.store, refinement=refinement, verify=chosen.verify,
     )  # fmt: skip

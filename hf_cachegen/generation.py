@@ -1,10 +1,10 @@
-"""generate(): model.generate() that starts from a cached context, right in every decoding mode.
+"""generate(): model.generate() that starts from a cached context, in every decoding mode.
 
-The stock generate is called with the whole prompt, its whole mask and a fresh stock cache of the part that is known.
-Given all three it feeds just the rest, so positions, logits processors, stopping criteria, streamers and the result
-are those of a call without a cache. Assisted decoding alone feeds everything again. It runs on a twin of the model
-that leaves out what the cache holds. What cannot start from a cache is refused by name; a prompt that differs from the
-context is computed.
+The stock generate is called with the whole prompt, its whole mask and a fresh stock cache of the known part. It then
+feeds the rest alone, so positions, logits processors, stopping criteria, streamers and the result are those of a call
+without a cache. Assisted decoding is the exception: its first step feeds the whole prompt. It runs on a twin of the
+model that leaves out the cached tokens. A call that cannot start from a cache is refused with the reason; a prompt that
+differs from the context is computed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     OnMismatch = Literal["recompute", "error"]
 
 LOG = logging.getLogger("hf_cachegen.generation")
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -54,10 +56,10 @@ def generate(
     stream: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Call `model.generate(*args, **kwargs)` so that it starts from `cache`, and return what that returns.
+    """Call `model.generate(*args, **kwargs)` so that it starts from `cache`, and return its result.
 
     Args:
-        model: the model; wrappers of torch.compile, PEFT and accelerate are looked through.
+        model: the model, or a wrapper of it (torch.compile, PEFT, accelerate).
         *args: positional arguments of the stock generate. The prompt is the whole one, int64 [rows, tokens], the
             context included, as for a call without a cache; rows of different length are left-padded as usual, with
             their attention_mask.
@@ -67,18 +69,18 @@ def generate(
         on_mismatch: where a prompt does not begin with the whole context, "recompute" reuses the longest common prefix
             and computes the rest; "error" raises PromptMismatchError.
         slo: for a location: seconds from this call to the first token.
-        refine: for a location: what is done with finer levels (see `CacheGenCache.stream`).
+        refine: for a location: when finer levels are loaded (see `CacheGenCache.stream`).
         stream: for a location: further arguments of `CacheGenCache.stream`, which loads it where one of slo, refine
             and stream is given.
 
     Returns:
-        What the stock generate returns.
+        The result of the stock generate.
 
     Raises:
         ConfigError: the arguments contradict each other.
         MismatchError: the cache belongs to another model, dtype, adapter or tokenizer.
         UnsupportedModelError: this way of generating cannot start from a cache.
-        PromptMismatchError: see on_mismatch.
+        PromptMismatchError: `on_mismatch` is "error", and a prompt does not begin with the whole context.
     """
     if on_mismatch not in ("recompute", "error"):
         raise ConfigError(f"on_mismatch must be 'recompute' or 'error', got {on_mismatch!r}")
@@ -116,7 +118,7 @@ def generate(
 
 
 def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall, on_mismatch: OnMismatch) -> Any:
-    """Call the stock generate with a stock cache of what is known of the prompt."""
+    """Call the stock generate with a stock cache of the known part of the prompt."""
     stock, ids, mask, settings = _stock(model), call.ids, call.mask, call.settings
     reuse = match(context.input_ids[0], ids, mask)
     tokens, longest = context.kv.geometry.tokens, int(mask.sum(-1).max())
@@ -125,7 +127,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
         why = "its length changes the rotary frequencies" if moved else "it does not begin with the whole context"
         raise PromptMismatchError(f"a prompt of {longest} tokens cannot continue a cache of {tokens}: {why}")
     chunk = settings.prefill_chunk_size
-    usable = not moved and reuse.columns > 0 and (chunk is None or ids.shape[1] - reuse.columns <= chunk)
+    usable = not moved and reuse.length > 0 and (chunk is None or ids.shape[1] - reuse.length <= chunk)
     _log_reuse(reuse, tokens, longest, moved, usable)
     if not usable:
         return stock(*call.prompt, **call.arguments)
@@ -144,7 +146,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     if context.refinement is not None:
         swap = SwapIn(context.refinement, cache, reuse, seen)
         arguments["logits_processor"] = LogitsProcessorList([swap, *(arguments.get("logits_processor") or [])])
-    # The stock generate refuses these settings beside a cache; they have been obeyed.
+    # The stock generate refuses these settings beside a cache; they have taken effect already.
     arguments |= {
         name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None
     }
@@ -155,18 +157,18 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
 
 
 def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: bool) -> None:
-    """Say at INFO how much of the context is reused, and where a prompt leaves it."""
+    """Log at INFO how much of the context is reused, and where a prompt departs from it."""
     if moved:
         LOG.info("a prompt of %d tokens has other rotary frequencies than the context: all is computed", prompt)
     elif not reuse.whole:
-        reused = reuse.columns - max(reuse.pads) if usable else 0
+        reused = reuse.length - max(reuse.pads) if usable else 0
         LOG.info("the prompt leaves the context after %d of %d tokens; %d are reused", reuse.common, context, reused)
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Prepare a model: `model.generate` takes `cache=` and its options as `generate` does.
 
-    Without a cache of this package the call is the stock one. Making a CacheGenCache for a model does this by default.
+    Without a cache of this package the call is the stock one. Creating a CacheGenCache for a model attaches by default.
 
     Args:
         model: the model; of a wrapper, the wrapper and the model inside are prepared.
@@ -181,7 +183,14 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`; a model that is not attached stays as it is. Return the model."""
+    """Undo `attach`; a model that is not attached stays as it is.
+
+    Args:
+        model: the model, or a wrapper of it.
+
+    Returns:
+        The same model.
+    """
     for part in (model, unwrapped(model)):
         attached = part.__dict__.get("generate")
         if isinstance(attached, _Attached):
@@ -226,10 +235,10 @@ GenerationMixin.generate = _hand_over(GenerationMixin.generate)
 
 
 def _cache_given(cache: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Take what this package handles out of the arguments: a cached context, or the location of one.
+    """Take a cached context, or the location of one, out of the arguments.
 
     Returns:
-        That, or None; and the arguments of the stock generate for any other cache that was given.
+        The context, its location or None; and the arguments of the stock generate for any other cache.
 
     Raises:
         ConfigError: a cached context is given beside another cache.
@@ -249,12 +258,12 @@ def _streamed(slo: float | None, refine: Refine | None, stream: Mapping[str, Any
     """Return the arguments of CacheGenCache.stream.
 
     Raises:
-        ConfigError: `stream` holds what other arguments of generate are for.
+        ConfigError: `stream` holds a name that is an argument of generate.
     """
     given = {name: value for name, value in {"slo": slo, "refine": refine}.items() if value is not None}
     further = {name: value for name, value in stream.items() if value is not None}
     if twice := sorted(further.keys() & {*given, "prompt", "prompt_tokens"}):
-        raise ConfigError(f"{twice} in stream= belong to other arguments of generate")
+        raise ConfigError(f"stream= must not hold {twice}: pass them as arguments of generate")
     return {**given, **further}
 
 
@@ -264,10 +273,10 @@ def _stock(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second object over the same weights, whose inputs leave out what the cache holds.
+    """Return a second object over the same weights, whose inputs leave out the cached tokens.
 
-    The first step of assisted decoding feeds the whole prompt whatever the cache holds, and its candidates need the
-    whole prompt. The model itself is not touched, so other threads may use it.
+    The first step of assisted decoding feeds the whole prompt even beside a cache, and its candidates need the whole
+    prompt. The model itself is not changed, so other threads may use it.
     """
     model = unwrapped(model)
     prepare = model.prepare_inputs_for_generation

@@ -1,4 +1,4 @@
-"""What a cache is and what it cost: plain numbers, told to whoever asks for a cache's `report`."""
+"""The report of a cache: its sizes and times as plain numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a cache is and what it cost. Sizes in bytes, times in seconds; None where it does not apply.
+    """The sizes and times of a cache; None for a value that does not apply.
 
-    exact_bytes: keys and values in the model's dtype; loaded_bytes: what a loader of `level` fetches, everything
-    counted; encoding: the artifact's own report (bits per element and relative error of each layer at each level).
+    Attributes:
+        context_tokens: length of the context in tokens.
+        exact_bytes: size in bytes of the keys and values in the model's dtype.
+        loaded_bytes: bytes that a loader of `level` fetches, manifest and headers included.
+        level: the level that was loaded.
+        prefill_seconds: time of the prefill in seconds.
+        load_seconds: time of loading and decoding in seconds.
+        encoding: the report in the artifact: bits per element and relative error of each layer at each level.
     """
 
     context_tokens: int
@@ -24,5 +30,5 @@ class CacheReport:
 
     @property
     def ratio(self) -> float | None:
-        """exact_bytes / loaded_bytes."""
+        """Return exact_bytes / loaded_bytes, None if nothing was loaded."""
         return None if self.loaded_bytes is None else self.exact_bytes / self.loaded_bytes

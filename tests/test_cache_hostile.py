@@ -51,7 +51,7 @@ EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "window": ("mistral", every_layer(window=8), "window: expected 16, got 8"),
     "hybrid": ("gemma3", every_layer(kind="full", window=None), "layer 0 .* expected sliding, got full"),
     "no latent": ("deepseek", every_layer(kind="full"), "kind: expected mla, got full"),
-    "more layers": ("llama", halved, "has 8 layers, the model has 4"),
+    "more layers": ("llama", halved, "expected 4 layers as in the model, the cache has 8"),
     "heads": ("llama", every_layer(heads=4, k_dim=4), "heads: expected 2, got 4; k_dim: expected 8, got 4"),
     "dims": ("qwen3", every_layer(v_heads=1, v_dim=16), "v_heads: expected 2, got 1; v_dim: expected 8, got 16"),
 }
@@ -132,5 +132,5 @@ def test_a_model_in_training_mode_is_prefilled_without_dropout() -> None:
     ids=["encoding", "encoding of lists", "dict", "text", "none", "words", "ragged", "list of tensors"],
 )  # fmt: skip
 def test_a_context_that_is_no_tokens(context: Any) -> None:
-    with pytest.raises(TensorError, match=r"a context is one row of token ids.* pass input_ids, such as tokenizer"):
+    with pytest.raises(TensorError, match=r"expected one row of token ids.* pass input_ids, such as tokenizer"):
         CacheGenCache.from_context(tiny_models.shared("llama"), context)

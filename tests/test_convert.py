@@ -1,4 +1,4 @@
-"""Convert files of torch.save to artifacts and back, and refuse files with other objects."""
+"""Convert caches that torch.save wrote to artifacts and back, and refuse hostile files."""
 
 from __future__ import annotations
 
@@ -94,10 +94,8 @@ def broken_cache() -> DynamicCache:
         ([(torch.zeros(1),) * 4], UnsupportedLayerError),
         (broken_cache(), TensorError),
     ],
-    ids=[
-        "a call", "a call in a list", "another class", "a dict", "a tensor", "nothing", "an empty cache", "one tensor",
-        "a number", "four tensors", "a broken cache",
-    ],
+    ids=["code", "code-in-pair", "subclass", "dictionary", "tensor", "empty", "empty-cache", "one-tensor", "number",
+         "four-entries", "text-as-keys"],
 )  # fmt: skip
 def test_other_objects_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, error: type[Exception]
@@ -175,8 +173,9 @@ def test_the_convert_command_with_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
-    ids=["model without ids", "level", "model of an artifact"],
+    "options",
+    [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
+    ids=" ".join,
 )
 def test_contradictory_options_are_refused(tmp_path: Path, options: list[str]) -> None:
     assert run_json("convert", "past.pt", tmp_path / "out", *options, code=2)["error"]["type"] == "UsageError"

@@ -81,7 +81,7 @@ def test_unsound_arguments_are_refused(name: str, cache: CacheGenCache) -> None:
         generate(shared(name), prompt(9), cache=cache, past_key_values=transformers.DynamicCache())
     with pytest.raises(TensorError, match="input_ids must be a tensor"):
         generate(shared(name), prompt(9)[0], cache=cache)
-    with pytest.raises(TensorError, match="must cover the whole prompt"):
+    with pytest.raises(TensorError, match="for the whole prompt"):
         generate(shared(name), prompt(9), attention_mask=torch.ones(1, 9), cache=cache)
     with pytest.raises(ConfigError, match="on_mismatch"):
         generate(shared(name), prompt(9), cache=cache, on_mismatch="ignore")  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from hf_cachegen.errors import (
     TruncatedError,
 )
 from hf_cachegen.stores import Access, hub, open_store, pushing
-from hf_cachegen.stores.hub import HubPlace
+from hf_cachegen.stores.hub import HubLocation
 from hf_cachegen.stores.pushing import Pushed
 from hf_cachegen.stores.remote import RemoteStore
 from hf_cachegen.stores.retry import Patience
@@ -40,7 +40,7 @@ from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, write
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 IMPATIENT = Patience(attempts=2, timeout=10, backoff=0.01)
-PLACE = HubPlace("user/context")
+PLACE = HubLocation("user/context")
 TEXT = "---\ntags: [kv-cache]\n---\n# A context\n"
 
 
@@ -59,15 +59,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "context"
 
 
-def push(folder: Path, place: HubPlace = PLACE, **options: object) -> Pushed:
+def push(folder: Path, place: HubLocation = PLACE, **options: object) -> Pushed:
     return pushing.push(folder, place, TEXT, **{"token": "owner", **options})
 
 
-def repo_of(server: HubServer, place: HubPlace = PLACE) -> Repo:
+def repo_of(server: HubServer, place: HubLocation = PLACE) -> Repo:
     return server.repos[f"{place.repo_type}s/{place.repo_id}"]
 
 
-def reader(place: HubPlace = PLACE, token: str | None = "owner") -> Reader:
+def reader(place: HubLocation = PLACE, token: str | None = "owner") -> Reader:
     commit = hub.resolve(place, token, IMPATIENT)
     return Reader(RemoteStore(hub.open_hub(place, commit, token, IMPATIENT)))
 
@@ -93,13 +93,13 @@ def test_the_user_agent(server: HubServer, folder: Path) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        HubPlace("user/context", "model"),
-        HubPlace("user/context", subfolder="a b/c"),
-        HubPlace("user/context", revision="other/branch"),
+        HubLocation("user/context", "model"),
+        HubLocation("user/context", subfolder="a b/c"),
+        HubLocation("user/context", revision="other/branch"),
     ],
     ids=str,
 )
-def test_other_places(server: HubServer, folder: Path, place: HubPlace) -> None:
+def test_other_places(server: HubServer, folder: Path, place: HubLocation) -> None:
     push(folder, place)
     assert reader(place).verify()
     paths = set(repo_of(server, place).commits[repo_of(server, place).branches[place.revision]][1])
@@ -115,7 +115,7 @@ def test_a_revision_is_a_commit_for_the_whole_load(server: HubServer, folder: Pa
         reader()
     commit = next(oid for oid, (_, files, _) in repo_of(server).commits.items() if "cachegen.json" in files)
     server.calls.clear()
-    pinned = HubPlace("user/context", revision=commit)
+    pinned = HubLocation("user/context", revision=commit)
     assert reader(pinned).verify()
     assert not [call for call in server.calls if "/api/" in call]
 
@@ -223,8 +223,10 @@ def test_many_push_to_one_repository(server: HubServer, folder: Path) -> None:
     names = [f"part-{number}" for number in range(6)]
     push(folder)
     with ThreadPoolExecutor(len(names)) as pool:
-        done = [pool.submit(push, folder, HubPlace("user/context", subfolder=name), progress=False) for name in names]
-    assert len({job.result().commit for job in done}) == len(names)
+        jobs = [
+            pool.submit(push, folder, HubLocation("user/context", subfolder=name), progress=False) for name in names
+        ]
+    assert len({job.result().commit for job in jobs}) == len(names)
     assert [row.folder for row in find_artifacts("user/context", Access(token="owner"))] == ["", *names]
     assert len(repo_of(server).commits) == 2 + len(names)
 
@@ -269,18 +271,18 @@ def test_who_may_read_and_write(server: HubServer, folder: Path) -> None:
 
 def test_what_is_not_there(server: HubServer, folder: Path) -> None:
     push(folder)
-    for place in (HubPlace("user/nothing"), HubPlace("user/context", revision="nothing")):
+    for place in (HubLocation("user/nothing"), HubLocation("user/context", revision="nothing")):
         with pytest.raises(ArtifactNotFoundError, match="nothing"):
             reader(place)
     with pytest.raises(ArtifactNotFoundError, match=r"sub/cachegen.json"):
-        reader(HubPlace("user/context", subfolder="sub"))
+        reader(HubLocation("user/context", subfolder="sub"))
 
 
 def test_listing(server: HubServer, folder: Path) -> None:
     size = sum(map(len, contents(folder).values()))
     push(folder)
     for subfolder in ("b", "a/c"):
-        push(folder, HubPlace("user/context", subfolder=subfolder))
+        push(folder, HubLocation("user/context", subfolder=subfolder))
     found = find_artifacts("user/context", Access(token="owner"))
     assert found == [Found("", size), Found("a/c", size), Found("b", size)]
     assert find_artifacts("user/context", Access(token="owner", subfolder="a")) == [Found("c", size)]
@@ -347,24 +349,24 @@ def test_large_files_come_from_elsewhere_without_the_token(server: HubServer, fo
 )
 def test_what_is_no_place(place: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
-        HubPlace(**place)
+        HubLocation(**place)
 
 
 @pytest.mark.parametrize(
     ("url", "place"),
     [
-        ("hf://datasets/user/name", HubPlace("user/name")),
-        ("hf://user/name", HubPlace("user/name")),
-        ("hf://user/name@v1", HubPlace("user/name", revision="v1")),
-        ("hf://models/user/name@v1/a/b", HubPlace("user/name", "model", "a/b", "v1")),
-        ("hf://datasets/user/name@refs%2Fpr%2F1/", HubPlace("user/name", revision="refs/pr/1")),
+        ("hf://datasets/user/name", HubLocation("user/name")),
+        ("hf://user/name", HubLocation("user/name")),
+        ("hf://user/name@v1", HubLocation("user/name", revision="v1")),
+        ("hf://models/user/name@v1/a/b", HubLocation("user/name", "model", "a/b", "v1")),
+        ("hf://datasets/user/name@refs%2Fpr%2F1/", HubLocation("user/name", revision="refs/pr/1")),
         ("hf://user", None),
         ("hf://datasets/user/name/../other", None),
     ],
 )
-def test_urls(url: str, place: HubPlace | None) -> None:
+def test_urls(url: str, place: HubLocation | None) -> None:
     if place is None:
         with pytest.raises(ConfigError):
-            HubPlace.from_url(url)
+            HubLocation.from_url(url)
     else:
-        assert HubPlace.from_url(url) == place
+        assert HubLocation.from_url(url) == place

@@ -232,7 +232,7 @@ def test_unknown_options(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="revison"):
         CacheGenCache.from_pretrained(tmp_path, revison="main")
     for wrong in ({"revision": "main"}, {"headers": {"a": "b"}}, {"storage_options": {"a": "b"}}):
-        with pytest.raises(ConfigError, match="taken for a folder"):
+        with pytest.raises(ConfigError, match="a local folder"):
             CacheGenCache.from_pretrained(tmp_path, **wrong)
     with pytest.raises(ConfigError, match="takes a token"):
         CacheGenCache.from_pretrained(REPO, headers={"a": "b"})

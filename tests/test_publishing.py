@@ -45,7 +45,7 @@ def test_an_artifact_its_card_and_its_profile_go_in_one_commit(server: HubServer
     assert repo.files[PROFILE_FILE] == b"a profile"
     assert "20 tokens: a book" in repo.files["README.md"].decode()
     assert len(repo.commits) == 2  # the first made the repository
-    assert pushed.place == f"hf://datasets/user/book@{pushed.commit}"
+    assert pushed.location == f"hf://datasets/user/book@{pushed.commit}"
 
 
 @pytest.mark.parametrize("subfolder", [None, "chapter 1"])

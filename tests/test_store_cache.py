@@ -219,7 +219,7 @@ def test_anew_fetches_everything(cache: SegmentCache, store: Counting) -> None:
     read_all(CachedStore(store, cache, HERE, "commit"))
     first = list(store.asked)
     store.asked.clear()
-    read_all(CachedStore(store, cache, HERE, "commit", anew=True))
+    read_all(CachedStore(store, cache, HERE, "commit", refresh=True))
     assert store.asked == first
 
 

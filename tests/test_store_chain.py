@@ -14,8 +14,8 @@ from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import CorruptError
 from hf_cachegen.stores import Access, LocalStore, RemoteStore, SegmentCache, open_store
 from hf_cachegen.stores.cached import CachedStore
+from hf_cachegen.stores.locations import access_of
 from hf_cachegen.stores.metered import MeteredStore
-from hf_cachegen.stores.places import access_of
 from hf_cachegen.stores.sealed import SealedStore
 from hf_cachegen.stores.signed import SignedStore, sign
 from tests import http_server as faults
@@ -109,7 +109,7 @@ def test_a_kept_segment_is_local(tmp_path: Path) -> None:
     store = CachedStore(RemoteStore(Ranges()), cache, "here")
     store.read("data", 100, 20, wanted.xxh3)
     assert store.is_local(wanted)
-    assert not CachedStore(store.store, cache, "here", anew=True).is_local(wanted)
+    assert not CachedStore(store.store, cache, "here", refresh=True).is_local(wanted)
 
 
 def test_a_segment_is_located_in_the_sealed_file() -> None:

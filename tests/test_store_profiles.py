@@ -29,7 +29,7 @@ from hf_cachegen.errors import (
     StoreError,
 )
 from hf_cachegen.stores import Access, Patience, open_store, pushing
-from hf_cachegen.stores.hub import HubPlace
+from hf_cachegen.stores.hub import HubLocation
 from hf_cachegen.stores.profiles import fetch, fetch_pinned, repositories, repository
 from tests import http_server as faults
 from tests.http_server import Server, running
@@ -41,7 +41,7 @@ IMPATIENT = Patience(attempts=2, timeout=10, backoff=0.01)
 DATA = bytes(range(256)) * 1200  # more than what comes with opening a file
 OTHER = DATA[::-1]
 MODEL = "org/model"
-PLACE = HubPlace("org/model-cachegen-profile", "model")
+PLACE = HubLocation("org/model-cachegen-profile", "model")
 
 
 def pin_of(data: bytes, **changes: Any) -> Pin:
@@ -72,7 +72,7 @@ def web(tmp_path: Path) -> Iterator[Server]:
         yield found
 
 
-def push(data: bytes, place: HubPlace = PLACE, **options: Any) -> pushing.Pushed:
+def push(data: bytes, place: HubLocation = PLACE, **options: Any) -> pushing.Pushed:
     return pushing.push_profile(data, place, "---\n---\n# A profile", **{"token": "owner", **options})
 
 
@@ -97,12 +97,12 @@ def test_a_push_keeps_every_profile_under_its_digest(server: HubServer, access: 
     digests = [pin_of(data).digest for data in (DATA, OTHER)]
     assert set(files) == {".gitattributes", "README.md", PROFILE_FILE, *(f"{digest}.safetensors" for digest in digests)}
     assert files[PROFILE_FILE] == OTHER
-    assert fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits()) == (OTHER, second.place)
+    assert fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits()) == (OTHER, second.location)
     pinned = replace(access, repo_type="model", revision=first.commit)
-    assert fetch(PLACE.repo_id, pinned, Limits()) == (DATA, first.place)
+    assert fetch(PLACE.repo_id, pinned, Limits()) == (DATA, first.location)
     by_digest = fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits(), digests[0])
-    assert by_digest == (DATA, second.place)
-    assert first.place == f"hf://models/org/model-cachegen-profile@{first.commit}"
+    assert by_digest == (DATA, second.location)
+    assert first.location == f"hf://models/org/model-cachegen-profile@{first.commit}"
     with pytest.raises(ProfileError, match="no profile 0000"):
         fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits(), "0" * 32)
 
@@ -153,8 +153,8 @@ def test_where_it_is_looked_for(server: HubServer, access: Access, web: Server) 
     push(OTHER)
     with pytest.raises(ProfileError, match="another profile"):
         find(pin_of(DATA), web, access)
-    pushed = push(DATA, HubPlace("somebody/profiles", "model"))
-    assert find(pin_of(DATA, place=pushed.place), web, access) == DATA
+    pushed = push(DATA, HubLocation("somebody/profiles", "model"))
+    assert find(pin_of(DATA, place=pushed.location), web, access) == DATA
     with pytest.raises(ProfileError):
         find(pin_of(DATA), web, replace(access, cache_dir=access.cache_dir.parent / "another"))  # type: ignore[union-attr]
     web.files[f"a/{PROFILE_FILE}"] = DATA
@@ -165,8 +165,8 @@ def test_where_it_is_looked_for(server: HubServer, access: Access, web: Server) 
 
 def test_the_namespace_of_the_artifact(server: HubServer, access: Access, tmp_path: Path) -> None:
     write(tmp_path / "artifact")
-    pushing.push(tmp_path / "artifact", HubPlace("me/report"), "---\n---\n", token="owner")
-    push(DATA, HubPlace("me/model-cachegen-profile", "model"))
+    pushing.push(tmp_path / "artifact", HubLocation("me/report"), "---\n---\n", token="owner")
+    push(DATA, HubLocation("me/model-cachegen-profile", "model"))
     assert fetch_pinned(pin_of(DATA), open_store("me/report", access), access, Limits()) == DATA
 
 

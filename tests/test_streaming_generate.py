@@ -107,7 +107,7 @@ def holds(live: Any, finest: CacheGenCache, reuse: Reuse) -> None:
     """Every column of the context in a generation's cache is the finest level's; at least one is there."""
     for layer, keys, values in zip(live.layers, finest.kv.keys, finest.kv.values, strict=True):
         seen = int(getattr(layer, "cumulative_length_int", None) or layer.get_seq_length())
-        held = range(max(0, seen - layer.keys.shape[2]) if layer.is_sliding else 0, reuse.columns)
+        held = range(max(0, seen - layer.keys.shape[2]) if layer.is_sliding else 0, reuse.length)
         repeats = layer.keys.shape[0] // len(reuse.pads)
         for row in range(layer.keys.shape[0]):
             pads = reuse.pads[row // repeats]

@@ -152,14 +152,14 @@ def push_profile(
     found = Profile.from_bytes(data)
     repo_id = repo_id or pushing.own_repository(found.pin.model)
     pushed = pushing.push_profile(
-        data, hub.HubPlace(repo_id, REPO_TYPE, None, revision or hub.DEFAULT_REVISION),
+        data, hub.HubLocation(repo_id, REPO_TYPE, None, revision or hub.DEFAULT_REVISION),
         profile_card(found.about, found.pin, repo_id), private=not public, commit_message=message, create_pr=create_pr,
         progress=bars(as_json),
     )  # fmt: skip
     if as_json:
         print_json({
             "profile": str(profile), "digest": found.digest, "repo_id": repo_id, "url": pushed.url,
-            "commit": pushed.commit, "place": pushed.place,
+            "commit": pushed.commit, "place": pushed.location,
         })  # fmt: skip
     else:
         click.echo(pushed.url)

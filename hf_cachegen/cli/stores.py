@@ -54,7 +54,7 @@ def push(
         profile_file = _profile_of(folder, reader, profile)
     from hf_cachegen.stores import hub, pushing
 
-    target = hub.HubPlace(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
+    target = hub.HubLocation(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
     pushed = pushing.push(
         folder, target, text, profile=profile_file, key=key, private=not public, commit_message=message,
         create_pr=create_pr, progress=bars(as_json),

@@ -28,20 +28,21 @@ STRATEGIES = (
     GenerationMode.ASSISTED_GENERATION,
 )
 MODEL_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "logits_to_keep", "return_dict", "use_cache")
-"""Inputs of the model's forward pass that a text prompt may come with; any other may change what the cache should
-hold."""
+"""Inputs of the forward pass that may accompany a text prompt. Any other input may change the keys and values that the
+cache should hold.
+"""
 DEFAULT_NEW_TOKENS = 20
-"""What the stock generate adds where no length is set."""
+"""Number of tokens that the stock generate adds where no length is set."""
 
 
 class GenerateCall:
-    """One call of generate: its arguments by name, and what they ask for.
+    """One call of generate: its arguments by name, and the strategy and settings that they select.
 
     The prompt keeps the name under which it was given (positional, `inputs` or `input_ids`), since wrappers of the
     stock generate look for it there.
 
     Attributes:
-        prompt: the positional prompt, if it was given so.
+        prompt: the prompt, if it was given as a positional argument; else empty.
         arguments: all other arguments, by name.
         ids: int64 [rows, tokens], the prompt.
         mask: [rows, tokens], 0 on pads.
@@ -50,7 +51,7 @@ class GenerateCall:
 
     Raises:
         TypeError: an argument is given twice.
-        TensorError: the prompt is no matrix of token ids.
+        TensorError: the prompt is not a matrix of token ids.
         UnsupportedModelError: the call cannot start from a cache.
     """
 
@@ -75,7 +76,7 @@ class GenerateCall:
 
     @property
     def longest(self) -> int:
-        """Number of tokens of the longest possible result."""
+        """Return the number of tokens of the longest possible result."""
         settings = self.settings
         most = int(self.ids.shape[1]) + (settings.max_new_tokens or DEFAULT_NEW_TOKENS)
         return max(most, settings.max_length or 0, longest_cache(settings))
@@ -97,7 +98,7 @@ class GenerateCall:
             f"the strategy {self.mode.value}": self.mode not in STRATEGIES,
             "token_healing, which rewrites the prompt": bool(settings.token_healing),
             f"{drafts}, which drafts from hidden states of the context": drafts is not None,
-            "output_attentions or output_hidden_states: a cache has none of its context": bool(
+            "output_attentions or output_hidden_states, which a cache does not hold": bool(
                 settings.output_attentions or settings.output_hidden_states
             ),
             f"cache_implementation={settings.cache_implementation!r}: use 'dynamic' or 'static'": (
@@ -105,14 +106,14 @@ class GenerateCall:
             ),
             "assisted decoding with cache_implementation='static'": static and assisted,
             "token_type_ids other than 0": token_types is not None and bool(token_types.any()),
-            f"model inputs {foreign}, which may change what the cache should hold": bool(foreign),
+            f"model inputs {foreign}, which may change the keys and values of the context": bool(foreign),
         }
         for refusal, found in refusals.items():
             if found:
                 raise UnsupportedModelError(f"generating from a cache does not support {refusal}")
 
     def _asks_for_no_cache(self, model: PreTrainedModel) -> bool:
-        """Report whether the caller, and not a default that the model was saved with, asks for no cache."""
+        """Report whether the caller asks for no cache; a default that the model was saved with does not count."""
         given = self.arguments.get("use_cache")
         if given is not None:
             return given is False

@@ -83,7 +83,7 @@ def drafts_from_hidden_states(settings: GenerationConfig) -> str | None:
 
 
 def longest_cache(settings: GenerationConfig) -> int:
-    """Return the length in tokens that the settings ask of a static cache, 0 where they do not."""
+    """Return the length in tokens that the settings ask of a static cache, 0 where they set none."""
     return getattr(settings, "max_cache_len", None) or 0
 
 

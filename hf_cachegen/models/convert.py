@@ -1,7 +1,7 @@
-"""Read and write the KV caches of other programs: files that torch.save wrote of a tuple, or of a DynamicCache.
+"""Read and write the KV caches of other programs: a tuple or a DynamicCache that torch.save wrote.
 
-They are read with weights_only=True: tensors, containers and the two cache classes, never code. The attributes of the
-objects in an untrusted file may still be anything, so they are checked before use.
+They are read with weights_only=True, which loads tensors, containers and the two cache classes, and runs no code. The
+attributes of the objects in an untrusted file may still be anything, so they are checked before use.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ class Decodable(Protocol):
 
     @property
     def geometry(self) -> Geometry:
-        """The geometry of the cache."""
+        """Return the geometry of the cache."""
 
     def decode(self, level: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Return the (keys, values) of all layers, each [rows, heads, tokens, dim]."""
 
 
 def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]]:
-    """Load a file that torch.save wrote of ((key, value), ...) or of a DynamicCache.
+    """Load ((key, value), ...) or a DynamicCache from a file that torch.save wrote.
+
+    Args:
+        path: the file.
 
     Returns:
-        (keys, values) of the layers, on the CPU.
+        (keys, values) of the layers, each [rows, heads, tokens, dim] as in the file, on the CPU.
 
     Raises:
         ArtifactNotFoundError: the file does not exist.
         CorruptError: the file is damaged, or torch cannot read it without running code.
-        TensorError, UnsupportedLayerError: the file holds something other than such a cache.
+        TensorError, UnsupportedLayerError: the file does not hold such a cache.
     """
     try:
         with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ArtifactNotFoundError(f"expected a file that torch.save wrote; there is no file {path}") from error
-    except Exception as error:  # torch raises whatever a damaged or hostile file makes it trip over
+    except Exception as error:  # a damaged or hostile file can make torch raise any error
         raise CorruptError(
             f"{path}: expected a file of tensors or a DynamicCache; it holds something else, or is damaged: "
             f"{_reason(error)}"
@@ -81,8 +84,11 @@ def save_cache(
     """Decode an artifact into a file for torch.load.
 
     Args:
+        artifact: the artifact.
+        path: the file to write.
         form: "legacy" for a tuple ((key, value), ...), "dynamic" for a DynamicCache.
         level: the level to decode, 1 the coarsest; None for the finest.
+        overwrite: replace the file if it exists.
 
     Raises:
         ConfigError: `form` is unknown.

@@ -1,10 +1,10 @@
 """Transformers caches <-> plain keys and values.
 
-`capture` takes a filled cache apart. `build_dynamic` and `build_static` make a fresh stock cache for ONE generation,
-because generating changes the cache it is given. Built layers are views of the captured tensors: stock layers grow by
+`capture` returns the tensors of a filled cache. `build_dynamic` and `build_static` make a fresh stock cache for ONE
+generation, because generating changes its cache. Built layers are views of the captured tensors: stock layers grow by
 concatenation and never write into them. The captured tensors hold every token, also of sliding layers, so that a cache
-can be cut to any prefix. A built sliding layer keeps the last window - 1 tokens and its cumulative length, as the stock
-one does.
+can be cut to any prefix. A built sliding layer keeps the last window - 1 tokens and its cumulative length, like the
+stock one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVTensors:
-    """All keys and values of a context. For layer i: keys [1, heads, tokens, k_dim], values [1, v_heads, tokens,
-    v_dim].
+    """All keys and values of a context.
 
-    Raises TensorError where the tensors contradict the geometry.
+    Attributes:
+        keys: for each layer [1, heads, tokens, k_dim], in the dtype of the geometry.
+        values: for each layer [1, v_heads, tokens, v_dim], in the dtype of the geometry.
+        geometry: the shapes and the dtype.
+
+    Raises:
+        TensorError: the tensors contradict the geometry.
     """
 
     keys: tuple[Tensor, ...]
@@ -49,7 +54,8 @@ class KVTensors:
         geometry = self.geometry
         if not len(self.keys) == len(self.values) == len(geometry.layers):
             raise TensorError(
-                f"{len(self.keys)} keys and {len(self.values)} values for {len(geometry.layers)} layers of geometry"
+                f"expected the tensors of {len(geometry.layers)} layers, got {len(self.keys)} keys and "
+                f"{len(self.values)} values"
             )
         for index, (layer, keys, values) in enumerate(zip(geometry.layers, self.keys, self.values, strict=True)):
             rows = (geometry.batch, geometry.tokens)
@@ -57,37 +63,46 @@ class KVTensors:
             _require(index, "values", values, (rows[0], layer.v_heads, rows[1], layer.v_dim), geometry.dtype)
 
     def to(self, devices: Sequence[torch.device]) -> KVTensors:
-        """Layer i on devices[i]; no copy of a layer that is there already."""
+        """Return the tensors with layer i on devices[i]; a layer that is there already is not copied."""
         keys = tuple(tensor.to(device) for tensor, device in zip(self.keys, devices, strict=True))
         values = tuple(tensor.to(device) for tensor, device in zip(self.values, devices, strict=True))
         return KVTensors(keys, values, self.geometry)
 
     def clone(self) -> KVTensors:
-        """The same numbers in memory of their own."""
+        """Return a copy in memory of its own."""
         keys = tuple(tensor.detach().clone() for tensor in self.keys)
         return KVTensors(keys, tuple(tensor.detach().clone() for tensor in self.values), self.geometry)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> "bfloat16"."""
+    """Return the name of a dtype without its module: torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:
-    """The keys and values of a filled cache of one row, all tokens of every layer; views, not copies.
+    """Return the keys and values of all tokens in a filled cache of one row.
 
-    Raises UnsupportedLayerError for a layer of another kind, TensorError for a cache that is empty, has several rows or
-    layers of different length, or whose sliding layers have dropped tokens already.
+    Args:
+        cache: the cache that the model filled.
+        config: the configuration of the model.
+
+    Returns:
+        Views of the cache's tensors, not copies.
+
+    Raises:
+        UnsupportedLayerError: a layer is of another kind.
+        TensorError: the cache is empty, has several rows or layers of different length, or its sliding layers have
+            dropped tokens already.
     """
     kinds = layer_kinds(config)
     layers = getattr(cache, "layers", [])
     if len(layers) != len(kinds):
-        raise TensorError(f"the model has {len(kinds)} cache layers, this {type(cache).__name__} has {len(layers)}")
+        raise TensorError(f"expected a cache of {len(kinds)} layers, this {type(cache).__name__} has {len(layers)}")
     pairs = [_all_tokens(index, layer) for index, layer in enumerate(layers)]
     first = pairs[0][0]
     if first.shape[0] != 1:
         raise TensorError(
-            f"a context is one row; this cache has {first.shape[0]} (keep one row of each layer's tensors)"
+            f"expected a cache of one row, got {first.shape[0]} rows: keep one row of each layer's tensors"
         )
     geometry = Geometry(
         layers=tuple(_geometry(kind, window, *pair) for (kind, window), pair in zip(kinds, pairs, strict=True)),
@@ -99,21 +114,30 @@ def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:
 
 
 def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device]) -> DynamicCache:
-    """A stock DynamicCache which holds the first `reuse.columns` columns of a batch, every row `repeats` times.
+    """Build a stock DynamicCache that holds the first `reuse.length` positions of a batch of prompts.
 
-    Row r holds the context from column reuse.pads[r] on; what stands before it is zeros that the attention mask hides.
+    Row r holds zeros up to position reuse.pads[r], which the attention mask hides, and the context from there on.
+
+    Args:
+        kv: the keys and values of the context.
+        reuse: the part of the context to use, and the padding of each row.
+        repeats: how often each row is repeated (beams, or returned sequences).
+        devices: the device of each layer.
+
+    Returns:
+        A cache of len(reuse.pads) * repeats rows.
     """
     cache = DynamicCache()
-    # Without a config the stock cache would append full layers as they come; these are all there is.
+    # Without a config the stock cache would append full layers on demand; the layers below are all.
     cache.layer_class_to_replicate = None
     for layer, keys, values, device in zip(kv.geometry.layers, kv.keys, kv.values, devices, strict=True):
         stock = DynamicLayer() if layer.window is None else DynamicSlidingWindowLayer(sliding_window=layer.window)
-        first = 0 if layer.window is None else max(0, reuse.columns - (layer.window - 1))
-        rows = _columns(keys, first, reuse, repeats, device), _columns(values, first, reuse, repeats, device)
+        first = 0 if layer.window is None else max(0, reuse.length - (layer.window - 1))
+        rows = _padded_rows(keys, first, reuse, repeats, device), _padded_rows(values, first, reuse, repeats, device)
         stock.lazy_initialization(*rows)
         stock.keys, stock.values = rows
         if layer.window is not None:
-            stock.cumulative_length = reuse.columns
+            stock.cumulative_length = reuse.length
         cache.layers.append(stock)
     return cache
 
@@ -121,10 +145,10 @@ def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[t
 def build_static(
     kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device], config: PreTrainedConfig, length: int
 ) -> StaticCache:
-    """Like `build_dynamic`, as a StaticCache with room for `length` tokens."""
+    """Build a StaticCache with room for `length` tokens. The other arguments are those of `build_dynamic`."""
     cache = StaticCache(config=config, max_cache_len=length)
     for stock, keys, values, device in zip(cache.layers, kv.keys, kv.values, devices, strict=True):
-        stock.update(_columns(keys, 0, reuse, repeats, device), _columns(values, 0, reuse, repeats, device))
+        stock.update(_padded_rows(keys, 0, reuse, repeats, device), _padded_rows(values, 0, reuse, repeats, device))
     return cache
 
 
@@ -137,8 +161,8 @@ def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
     held = int(layer.keys.shape[2])
     if held < tokens:
         raise TensorError(
-            f"layer {index} has kept {held} of {tokens} tokens: its sliding window was cut, and no prefix can be "
-            "rebuilt from it; prefill with a config-less transformers.DynamicCache(), or use CacheGenCache.from_context"
+            f"layer {index}: expected {tokens} tokens, it keeps {held}, because its sliding window dropped the others; "
+            "prefill with transformers.DynamicCache() without a config, or use CacheGenCache.from_context"
         )
     return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
 
@@ -154,14 +178,18 @@ def _require(index: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtyp
         )
 
 
-def _columns(tensor: Tensor, first: int, reuse: Reuse, repeats: int, device: torch.device) -> Tensor:
-    """[1, heads, tokens, dim] -> [rows * repeats, heads, reuse.columns - first, dim]; a view where no row is padded."""
+def _padded_rows(tensor: Tensor, first: int, reuse: Reuse, repeats: int, device: torch.device) -> Tensor:
+    """Lay a layer [1, heads, tokens, dim] out in the positions of the prompts, from position `first` on.
+
+    Returns:
+        [rows * repeats, heads, reuse.length - first, dim]; a view where no row is padded.
+    """
     tensor = tensor.to(device)
     if not any(reuse.pads):
-        return tensor[:, :, first : reuse.columns].expand(len(reuse.pads) * repeats, -1, -1, -1)
+        return tensor[:, :, first : reuse.length].expand(len(reuse.pads) * repeats, -1, -1, -1)
     _, heads, _, dim = tensor.shape
-    rows = tensor.new_zeros(len(reuse.pads), heads, reuse.columns - first, dim)
+    rows = tensor.new_zeros(len(reuse.pads), heads, reuse.length - first, dim)
     for row, pads in enumerate(reuse.pads):
         start = max(first, pads)
-        rows[row, :, start - first :] = tensor[0, :, start - pads : max(0, reuse.columns - pads)]
+        rows[row, :, start - first :] = tensor[0, :, start - pads : max(0, reuse.length - pads)]
     return rows if repeats == 1 else rows.repeat_interleave(repeats, dim=0)

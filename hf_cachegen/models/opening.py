@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
 from hf_cachegen.artifact.artifact import Artifact
-from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, TensorError, WrongDtypeError
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.requirements import require_geometry, require_model
 from hf_cachegen.models.running import layer_devices
@@ -30,10 +31,10 @@ Tokens = Tensor | Sequence[int]
 class OpenContext:
     """A validated artifact.
 
-    Args:
-        artifact: Its manifest was read.
-        fingerprint: What it belongs to.
-        input_ids: The context, int64 [1, tokens].
+    Attributes:
+        artifact: The artifact, opened by its manifest.
+        fingerprint: The model, dtype and tokenizer that it belongs to.
+        input_ids: The context, int64 [1, tokens], on the CPU.
         devices: The device of each layer of the model that it was validated against; None where there was none.
     """
 
@@ -50,11 +51,12 @@ def open_manifest(
     """Open the artifact in a store by its manifest. Nothing else is fetched, and nothing is compared with the model.
 
     Args:
-        store: Where it lies.
-        limits: As for `Artifact`.
+        store: The store of the artifact.
+        limits: Limits for the manifest.
 
     Raises:
-        ArtifactError, StoreError: There is no artifact, or its manifest is damaged or above the limits.
+        ArtifactError: There is no artifact, or its manifest is damaged or above the limits.
+        StoreError: The store cannot be read.
     """
     return Artifact(store, limits=limits)
 
@@ -64,29 +66,35 @@ def validate(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     likely: Sequence[int] = (),
+    verify: Verify = "probe",
 ) -> OpenContext:
     """Validate an artifact against the model and the tokens.
 
     Args:
-        artifact: As `open_manifest` returned it.
-        model: None: only the manifest and the tokens are compared.
-        tokenizer: Compared with that of the fingerprint if given.
+        artifact: An artifact from `open_manifest`.
+        model: The model; None to compare the manifest and the tokens alone.
+        tokenizer: If given, it is compared with the fingerprint.
         likely: Token ids that may begin with the context. Where they do, the stored ones are not fetched.
+        verify: "probe" also runs the first tokens through the model and compares them with what the artifact recorded
+            (docs/identity.md); "weights" does not.
 
     Raises:
-        ManifestError: The artifact does not say what it belongs to, or contradicts itself.
+        ManifestError: The artifact has no fingerprint or no tokens, or contradicts itself.
         MismatchError: It belongs to another model or tokenizer.
-        ArtifactError, StoreError: The tokens are damaged, or cannot be had.
+        ArtifactError: The tokens are damaged.
+        StoreError: The tokens cannot be read.
     """
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify must be one of {get_args(Verify)}, got {verify!r}")
     store = artifact.store
     if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
         raise ManifestError(
-            f"{store} holds tensors without fingerprint or tokens, so nothing tells what they belong to; decode "
-            "them with hf_cachegen.artifact.Artifact(hf_cachegen.stores.open_store(path)).decode()"
+            f"{store}: expected a context, found tensors without fingerprint or tokens; decode them with "
+            "hf_cachegen.artifact.Artifact(hf_cachegen.stores.open_store(path)).decode()"
         )
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
     if artifact.geometry.batch != 1:
-        raise ManifestError(f"{store} holds {artifact.geometry.batch} rows; a context is one row")
+        raise ManifestError(f"{store}: expected a context of one row, it holds {artifact.geometry.batch} rows")
     if artifact.geometry.dtype != fingerprint.dtype:
         raise ManifestError(
             f"{store}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
@@ -97,7 +105,10 @@ def validate(
         fingerprint.check(model, tokenizer)
         require_geometry(model.config, artifact.geometry)
         devices = layer_devices(model, len(artifact.geometry.layers))
-    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), devices)
+    input_ids = _tokens(artifact, fingerprint, likely)
+    if model is not None and verify == "probe":
+        fingerprint.check_probe(model, input_ids[0].tolist())
+    return OpenContext(artifact, fingerprint, input_ids, devices)
 
 
 def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:
@@ -106,36 +117,52 @@ def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int])
     if len(ids) < count or hash_tokens(ids) != fingerprint.tokens:
         ids = artifact.input_ids or []
         if hash_tokens(ids) != fingerprint.tokens:
-            raise CorruptError(f"{artifact.store}: the stored tokens are not those of the fingerprint")
+            raise CorruptError(f"{artifact.store}: the stored tokens are not those of the fingerprint; fetch it again")
     return torch.tensor([ids])
 
 
 def one_row(input_ids: Tokens) -> Tensor:
-    """A context's token ids as int64 [1, tokens], on the CPU. Raises TensorError for what is no such thing."""
+    """Return a context's token ids as int64 [1, tokens], on the CPU.
+
+    Args:
+        input_ids: [tokens] or [1, tokens], a tensor or a sequence of integers.
+
+    Raises:
+        TensorError: they are not one row of token ids.
+    """
     try:
         ids = torch.as_tensor(input_ids).detach().cpu()
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
         raise TensorError(
-            f"a context is one row of token ids, [tokens] or [1, tokens]; got a {type(input_ids).__name__}: pass "
+            f"expected one row of token ids, [tokens] or [1, tokens], got a {type(input_ids).__name__}: pass "
             'input_ids, such as tokenizer(text, return_tensors="pt").input_ids'
         ) from error
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
-        raise TensorError(
-            f"a context is one row of token ids, [tokens] or [1, tokens]; got {list(ids.shape)} {ids.dtype}"
-        )
+        raise TensorError(f"expected one row of token ids, [tokens] or [1, tokens], got {list(ids.shape)} {ids.dtype}")
     return ids.long()
 
 
 def checked_kv(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
-    """`kv`, which must have the tokens of `ids` and the dtype of `model`. Raises TensorError, WrongDtypeError."""
+    """Return `kv` after comparing it with the context and the model.
+
+    Args:
+        kv: the keys and values.
+        model: the model that computed them.
+        ids: the context, int64 [1, tokens].
+
+    Raises:
+        TensorError: the number of tokens differs.
+        WrongDtypeError: the dtype is not that of the model.
+    """
     if kv.geometry.tokens != ids.shape[1]:
         raise TensorError(
-            f"the cache holds {kv.geometry.tokens} tokens, input_ids {ids.shape[1]}; after generate() a cache lacks "
-            "the last token of the sequence: pass sequences[:, :-1]"
+            f"expected a cache of {ids.shape[1]} tokens as in input_ids, it holds {kv.geometry.tokens}; after "
+            "generate() a cache lacks the last token of the sequence: pass sequences[:, :-1]"
         )
     if kv.geometry.dtype != dtype_name(model.dtype):
         raise WrongDtypeError(
-            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)} (autocast?): make them one"
+            f"the cache is {kv.geometry.dtype}, the model runs in {dtype_name(model.dtype)}: run it without autocast, "
+            "in the dtype of the cache"
         )
     return kv

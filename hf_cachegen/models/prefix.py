@@ -1,11 +1,11 @@
-"""How much of a batch of prompts a cached context covers.
+"""Compare a batch of prompts with a cached context, and return how much of them the cache covers.
 
-Nothing of a prompt is moved: a cache is laid out in the prompt's own columns. Row r begins with pads[r] masked
-columns (what a tokenizer's left-padding put there), and the context follows; the cached part of every row ends at the
-same column, since a cache is rectangular. A row with more pads has its last tokens of the context computed once more,
-in columns that a batch computes anyway. So positions, masks, sliding windows, logits processors and the result are
-those of a call without a cache. (Pads between context and question would do for full attention only: a sliding window
-counts columns, pads included.)
+A cache is laid out in the positions of the padded prompts, and no token is moved. Row r begins with pads[r] masked
+positions (the tokenizer's left-padding), and the context follows. A cache is rectangular, so the cached part of every
+row ends at the same position; for a row with more pads, the last tokens of the context are computed again, in positions
+that the batch computes anyway. So positions, masks, sliding windows, logits processors and the result are those of a
+call without a cache. (Pads between context and question would be right for full attention only: a sliding window counts
+positions, pads included.)
 """
 
 from __future__ import annotations
@@ -19,21 +19,33 @@ from hf_cachegen.errors import TensorError
 
 @dataclass(frozen=True)
 class Reuse:
-    """pads: masked columns before each row's first token; columns: how many leading columns of all rows are cached;
-    whole: whether every row begins with the whole context; common: tokens of the context that every row begins with.
+    """The part of a batch of prompts that a cached context covers.
+
+    Attributes:
+        pads: for each row, the number of masked positions before its first token.
+        length: number of leading positions, pads included, that are cached in all rows.
+        whole: True if every row begins with the whole context.
+        common: number of leading tokens of the context that every row begins with.
     """
 
     pads: tuple[int, ...]
-    columns: int
+    length: int
     whole: bool
     common: int = field(default=0, compare=False)
 
 
 def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
-    """Compare a context [tokens] with prompts [rows, length]; the mask, of the same shape, is 0 on pads.
+    """Compare a context with a batch of prompts.
 
-    At least the last column is left to compute, because the next token comes from its logits.
-    Raises TensorError where the shapes do not fit.
+    The last position is never covered, because the next token comes from its logits.
+
+    Args:
+        context: int64 [tokens].
+        input_ids: int64 [rows, length], the prompts.
+        attention_mask: [rows, length], 0 on pads.
+
+    Raises:
+        TensorError: the shapes do not fit.
     """
     require_prompts(input_ids, attention_mask)
     context = context.cpu()
@@ -49,21 +61,21 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
 
 
 def require_prompts(input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Raises TensorError unless both are [rows, length], with a row and a column."""
+    """Raise TensorError unless both are [rows, length], with at least one row and one token."""
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
         raise TensorError(f"input_ids must be [rows, tokens], got {list(input_ids.shape)}")
     if attention_mask.shape != input_ids.shape:
         raise TensorError(
-            f"the attention mask {list(attention_mask.shape)} must cover the whole prompt {list(input_ids.shape)}, "
-            "the cached context included"
+            f"expected an attention mask {list(input_ids.shape)} for the whole prompt, the cached context included, "
+            f"got {list(attention_mask.shape)}"
         )
 
 
 def tokens_of(input_ids: Tensor, attention_mask: Tensor) -> list[int]:
-    """The first prompt of [rows, length], without the pads before it."""
+    """Return the first prompt of [rows, length] as a list of token ids, without the pads before it."""
     return input_ids[0, _leading(attention_mask[0] == 0) :].tolist()
 
 
 def _leading(flags: Tensor) -> int:
-    """How many leading elements are true."""
+    """Return the number of leading elements that are true."""
     return int(flags.int().cumprod(0).sum())

@@ -1,4 +1,4 @@
-"""What a model and its configuration must be like, so that its cache can be kept and reused."""
+"""The requirements on a model and its configuration for keeping and reusing its cache."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ LAYER_REASONS = {
     "DummyLayer": "it has no keys of its own but reads those of another layer",
     "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
 }
-"""Why a kind of cache layer is refused, by class name."""
+"""Reasons for refusing a kind of cache layer, by class name."""
 
 POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)")
 """Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
 
 
 def require_model(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError, or UnsupportedLayerError, for a model whose cache cannot be kept and reused."""
+    """Raise an error for a model whose cache cannot be kept and reused.
+
+    Raises:
+        UnsupportedModelError: the model keeps no such cache.
+        UnsupportedLayerError: a layer of its cache is of another kind.
+    """
     name = type(unwrapped(model)).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
@@ -50,14 +55,14 @@ def require_model(model: PreTrainedModel) -> None:
 
 
 def _masks_windows(model: nn.Module) -> bool:
-    """Report whether a model masks tokens outside its window; models from outside Transformers are taken to."""
+    """Report whether a model masks tokens outside its window; assume so for models from outside Transformers."""
     names = {type(module).__module__ for module in model.modules()}
     sources = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
     return not sources or any(hasattr(source, mask) for source in sources for mask in WINDOW_MASKS)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Return the number of positions that a model has learnt or tabulated, None for one that computes them."""
+    """Return the number of positions that a model has learnt or tabulated; None if it computes them."""
     limits = []
     base = unwrapped(model)
     for path, module in base.named_modules():
@@ -70,19 +75,26 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def require_length(model: PreTrainedModel, tokens: int) -> None:
-    """Raise UnsupportedModelError unless `model` has positions for a context of so many tokens."""
+    """Raise UnsupportedModelError unless `model` has positions for a context of `tokens` tokens."""
     limit = position_limit(model)
     if limit is not None and tokens > limit:
         raise UnsupportedModelError(
-            f"{type(unwrapped(model)).__name__} has {limit} learnt positions, the context has {tokens} tokens: cut the "
-            "context, or take a model for longer texts"
+            f"{type(unwrapped(model)).__name__} has {limit} learnt positions, the context has {tokens} tokens: shorten "
+            "the context, or use a model for longer texts"
         )
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
-    """(kind, window) of every layer that `config` describes, as the stock DynamicCache would build it.
+    """Return (kind, window) of every layer that the stock DynamicCache builds for a configuration.
 
-    Raises UnsupportedLayerError, which names the first layer of another kind.
+    Args:
+        config: the configuration of the model.
+
+    Returns:
+        One pair for each layer; the window is a number of tokens, None for a layer without one.
+
+    Raises:
+        UnsupportedLayerError: a layer is of another kind.
     """
     latent = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
     kinds: list[tuple[LayerKind, int | None]] = []
@@ -103,12 +115,14 @@ def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
 
 
 def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
-    """Raises WrongModelError unless a cache of this geometry is one that `config` describes: layers, kinds, windows,
-    and heads and dims as far as the configuration tells them.
+    """Raise WrongModelError unless a geometry is that of the caches which `config` describes.
+
+    The number of layers, their kinds and their windows are compared; heads and dims where the configuration has one
+    value for all layers.
     """
     kinds, layers = layer_kinds(config), geometry.layers
     if len(layers) != len(kinds):
-        raise WrongModelError(f"the cache has {len(layers)} layers, the model has {len(kinds)}")
+        raise WrongModelError(f"expected {len(kinds)} layers as in the model, the cache has {len(layers)}")
     heads, dim = _heads_and_dim(config)
     for index, (layer, (kind, window)) in enumerate(zip(layers, kinds, strict=True)):
         got = {"kind": layer.kind, "window": layer.window}
@@ -125,15 +139,15 @@ def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
                 for name, value in got.items()
                 if value != expected[name]
             )
-            raise WrongModelError(f"layer {index} of the cache is not what {config.model_type!r} has: {wrong}")
+            raise WrongModelError(f"layer {index} of the cache is not a layer of {config.model_type!r}: {wrong}")
 
 
 def _heads_and_dim(config: PreTrainedConfig) -> tuple[int | None, int | None]:
-    """Heads and dim of every layer's keys and values; None where the configuration does not say, or has several."""
-    # Read from the dictionary: a configuration whose layers differ may refuse to be asked for an attribute of all.
+    """Return the heads and the dim of all layers' keys and values; None where there is no value, or several."""
+    # Read from the dictionary: a configuration whose layers differ may refuse access to a common attribute.
     fields = config.get_text_config(decoder=True).to_dict()
     names = [name for name, value in fields.items() if value is not None]
-    # Another name of the sort tells of layers, or of values, that are not like the rest.
+    # Another name of this form means that some layers, or their values, differ from the others.
     if fields.get("per_layer_config") or any(
         re.search(r"(key_value_heads|kv_heads|head_dim)$", name)
         for name in names
@@ -145,10 +159,15 @@ def _heads_and_dim(config: PreTrainedConfig) -> tuple[int | None, int | None]:
 
 
 def positions_change(config: PreTrainedConfig, context: int, prompt: int) -> bool:
-    """Whether a context of so many tokens is rotated otherwise than the same tokens in a prompt of another length.
+    """Report whether a prompt's length changes the rotation of the context's keys.
 
     Two kinds of rope depend on the length of the whole sequence: "longrope" has one set of frequencies up to the
     original length and another above it; "dynamic" stretches its frequencies with every token above it.
+
+    Args:
+        config: the configuration of the model.
+        context: length of the context in tokens.
+        prompt: length of the prompt in tokens, the context included.
     """
     text = config.get_text_config(decoder=True)
     parameters: Any = getattr(text, "rope_parameters", None) or {}

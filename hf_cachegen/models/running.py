@@ -1,4 +1,4 @@
-"""How a model is run: in evaluation mode, and with the tensors of each layer on the device where it computes."""
+"""Run a model: in evaluation mode, and with the tensors of each layer on the device where it computes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it every module is in evaluation mode (no dropout); afterwards each is in the mode that it was in."""
-    # Flags alone: an overridden train() may do more, such as merging an adapter.
+    """Put every module into evaluation mode (no dropout) for the block, and restore its mode afterwards."""
+    # Set the flags alone: an overridden train() may do more, such as merging an adapter.
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -30,9 +30,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
-    """Where each decoder layer computes: accelerate's execution device where it placed the model, else its weights'."""
+    """Return the device on which each decoder layer computes.
+
+    This is accelerate's execution device where it dispatched the model, else the device of the layer's weights.
+
+    Args:
+        model: the model, or a wrapper of it.
+        layers: number of decoder layers.
+    """
     base = unwrapped(model)
-    # A model that accelerate offloads says that it is on the meta device; its inputs may come from anywhere.
+    # A model that accelerate offloads reports the meta device; its inputs may be on any device.
     device = base.device if base.device.type != "meta" else torch.device("cpu")
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
@@ -42,7 +49,7 @@ def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
 
 def _device(layer: nn.Module, otherwise: torch.device) -> torch.device:
     for module in layer.modules():
-        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if place is not None:
-            return torch.device(place)
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     return next((p.device for p in layer.parameters() if p.device.type != "meta"), otherwise)

@@ -1,4 +1,4 @@
-"""State that a model keeps outside its cache, and that an earlier call may have left behind.
+"""State that a model keeps outside its cache, and that an earlier call may have changed.
 
 A dynamic-NTK rotary module keeps the frequencies of the longest input that it has seen, and returns to the original
 ones only below the original length, not at it. A vision-language model keeps the position offsets (`rope_deltas`) of
@@ -18,7 +18,7 @@ from hf_cachegen.models.compat import unwrapped
 
 @contextmanager
 def fresh_state(model: nn.Module) -> Iterator[None]:
-    """Run the body as if `model` had never been called, and restore what earlier calls left behind."""
+    """Run the block as if `model` had never been called, then restore the state that earlier calls left."""
     found: list[tuple[Any, dict[str, Any]]] = []
     for module in unwrapped(model).modules():
         initial = {**_initial_rotary(module), **_initial_offsets(module)}

@@ -30,8 +30,8 @@ from hf_cachegen.errors import (
 from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.stores import Access
+from hf_cachegen.stores.locations import access_of
 from hf_cachegen.stores.naming import HUB, is_repository
-from hf_cachegen.stores.places import access_of
 from hf_cachegen.stores.profiles import QUICK, REPO_TYPE, fetch_pinned, repositories
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""How to reach what is stored somewhere: the options that `open_store` takes, and that its stores carry."""
+"""The options for reaching a location: `open_store` takes them, and its stores keep them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Access:
-    """How to reach an artifact; the first seven have the names and meanings of Transformers.
+    """Options for reaching an artifact; the first seven have the names and meanings of Transformers.
 
-    revision: branch, tag or commit of a repository (default: main). token: for the Hub; default the one logged in with.
-    cache_dir: where verified segments are kept. local_files_only: only from there, without network.
-    force_download: fetch everything again. subfolder: where in the repository or below the URL. repo_type: of the Hub.
-    headers: for http(s) URLs. storage_options: for other URLs, passed to fsspec. patience: time limits and attempts.
-    public_key: accept only what is signed with its private half (hf_cachegen.stores.signed).
-    key: opens what is sealed (hf_cachegen.stores.sealed), which the local cache keeps as it is, sealed.
+    Attributes:
+        revision: branch, tag or commit of a repository (default: main).
+        token: token for the Hub (default: the one logged in with).
+        cache_dir: folder in which verified segments are kept.
+        local_files_only: read from `cache_dir` alone, without network.
+        force_download: fetch everything again.
+        subfolder: folder within the repository or below the URL.
+        repo_type: type of a repository on the Hub: "dataset", "model" or "space".
+        headers: HTTP headers, for http(s) URLs.
+        storage_options: options for fsspec, for URLs of other schemes.
+        patience: time limits and number of attempts.
+        public_key: accept only files that are signed with its private half (`hf_cachegen.stores.signed`).
+        key: secret key of a sealed artifact (`hf_cachegen.stores.sealed`). The local cache keeps it sealed.
     """
 
     revision: str | None = None

@@ -1,4 +1,4 @@
-"""A store in front of another: what was verified once is not fetched again, and what is complete needs no network."""
+"""A store in front of another one: it keeps verified ranges, and reads a complete artifact without network."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from hf_cachegen.stores.segment_cache import SegmentCache
 
 
 class CachedStore(Store):
-    """The artifact at `origin` (a URL, or a repository and folder).
+    """The artifact at one origin, read through the local cache.
 
-    store: where to fetch from; None: nowhere, and OfflineError for what the cache lacks.
-    version: names content that never changes (a commit); its manifest is kept. Without one the manifest is fetched
-        each time, except offline, which takes the last one seen.
-    anew: fetch everything, and keep it instead of what was there.
+    Args:
+        store: the store to fetch from; None to read the cache alone.
+        cache: the local cache.
+        origin: the URL, or the repository and folder.
+        version: name of content that never changes (a commit), whose manifest is kept. Without one the manifest is
+            fetched each time; offline, the last one seen is read.
+        refresh: fetch everything again, and replace the cached bytes.
+        limits: limits for the manifest.
+
+    Raises:
+        OfflineError: `store` is None, and the cache lacks the range.
     """
 
     def __init__(
@@ -26,33 +33,33 @@ class CachedStore(Store):
         origin: str,
         version: str | None = None,
         *,
-        anew: bool = False,
+        refresh: bool = False,
         limits: Limits | None = None,
     ) -> None:
-        self.store, self.cache, self.origin, self.version, self.anew = store, cache, origin, version, anew
+        self.store, self.cache, self.origin, self.version, self.refresh = store, cache, origin, version, refresh
         self._note = f"manifest {version or 'last seen'}"
         self._limits = limits or Limits()
         self._kept: bytes | None = None
         self._manifest: Manifest | None = None
-        if not anew and (version is not None or store is None):
+        if not refresh and (version is not None or store is None):
             self._kept = self._sound(cache.noted(origin, self._note))
 
     def __str__(self) -> str:
         return self.origin
 
     def size(self, name: str) -> int:
-        """Length of the file in bytes; as its manifest says, once its header was fetched and proved."""
+        """Return the length of the file in bytes, from the manifest where the cache holds the file's header."""
         if name == MANIFEST_FILE and self._kept is not None:
             return len(self._kept)
         if name == SIGNATURE_FILE and self.store is None:
             return len(self._signature())
         entry = self._manifest.files.get(name) if self._manifest else None
-        if entry and not self.anew and self.cache.has(self.origin, entry.header_xxh3, entry.header_bytes):
+        if entry and not self.refresh and self.cache.has(self.origin, entry.header_xxh3, entry.header_bytes):
             return entry.size
         return self._source(name).size(name)
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Exactly that range, from the cache if it is there."""
+        """Read exactly that range, from the cache where it holds it."""
         if name == MANIFEST_FILE:
             if self._kept is None:
                 self._kept = self._source(name).read(name, offset, length)
@@ -63,7 +70,7 @@ class CachedStore(Store):
             return self._signature(offset, length)
         if xxh3 is None:
             return self._source(name).read(name, offset, length)
-        data = None if self.anew else self.cache.get(self.origin, xxh3, length)
+        data = None if self.refresh else self.cache.get(self.origin, xxh3, length)
         if data is None:
             data = self._source(name).read(name, offset, length, xxh3)
             if len(data) == length and digest(data) == xxh3:
@@ -71,24 +78,24 @@ class CachedStore(Store):
         return data
 
     def prefetch(self, segments: Iterable[Segment]) -> None:
-        """Has the missing ones of these segments fetched ahead."""
+        """Begin to fetch those of the segments that the cache lacks."""
         missing = [segment for segment in segments if not self._has(segment)]
         if missing and self.store is not None:
             self.store.prefetch(missing)
 
     def unwrap(self) -> Store | None:
-        """Return the store to fetch from; None where there is none."""
+        """Return the store to fetch from, or None."""
         return self.store
 
     def is_local(self, segment: Segment) -> bool:
-        """Return whether the segment is in the cache, or on this machine anyway."""
+        """Report whether the segment is in the cache, or in a store on this machine."""
         return self._has(segment) or super().is_local(segment)
 
     def _has(self, segment: Segment) -> bool:
-        return not self.anew and self.cache.has(self.origin, segment.xxh3, segment.length)
+        return not self.refresh and self.cache.has(self.origin, segment.xxh3, segment.length)
 
     def _signature(self, offset: int = 0, length: int | None = None) -> bytes:
-        """Fetched each time, since a damaged one could not be told from a wrong one later; kept for offline use."""
+        """Read the signature: fetched each time, because nothing proves a cached one; kept for offline use."""
         key = f"signature of {self._note}"
         if self.store is None:
             data = self.cache.noted(self.origin, key)
@@ -102,13 +109,13 @@ class CachedStore(Store):
     def _source(self, name: str) -> Store:
         if self.store is None:
             raise OfflineError(
-                f"{self.origin}: {name}, or the part of it that is needed, is not in the cache at "
+                f"{self.origin}: {name}, or the range of it that is needed, is not in the cache at "
                 f"{self.cache.directory}; load it once without local_files_only (and not in offline mode)"
             )
         return self.store
 
     def _sound(self, data: bytes | None) -> bytes | None:
-        """`data` if it is a whole manifest, which is remembered; a damaged one is never kept."""
+        """Parse a manifest and return its bytes; return None for a damaged one, which is never kept."""
         if data is None:
             return None
         try:

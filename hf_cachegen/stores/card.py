@@ -1,4 +1,4 @@
-"""The card of an artifact on the Hub: whose cache it is, what it costs, how to load it, and what it gives away."""
+"""The card of an artifact or a profile on the Hub: its model, its sizes, how to load it, and what it reveals."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ _REPO_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
 
 def card(reader: Reader, repo_id: str, *, subfolder: str | None = None, description: str = "") -> str:
-    """Markdown with the metadata that the Hub shows. description: what the context is, in the pusher's words.
+    """Return the card of an artifact: Markdown with the metadata that the Hub shows.
 
-    Raises what `Geometry.from_dict` raises for a manifest that is not sound.
+    Args:
+        reader: the artifact.
+        repo_id: "user/name".
+        subfolder: folder within the repository.
+        description: what the context is, in the user's words.
+
+    Raises:
+        ManifestError: the geometry in the manifest is not valid.
     """
     manifest = reader.manifest
     geometry = Geometry.from_dict(manifest.geometry)
@@ -25,7 +32,7 @@ def card(reader: Reader, repo_id: str, *, subfolder: str | None = None, descript
     model, commit = _model(fingerprint)
     tags = {"tags": ["kv-cache", "cachegen", "hf_cachegen"], "pretty_name": f"KV cache of {geometry.tokens} tokens"}
     metadata = {**tags, **({"base_model": [model]} if model else {}), "viewer": False}
-    place = json.dumps(repo_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
+    location = json.dumps(repo_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     layer = geometry.layers[0]
     kinds = ", ".join(sorted({layer.kind for layer in geometry.layers}))
     about = [
@@ -60,7 +67,7 @@ def card(reader: Reader, repo_id: str, *, subfolder: str | None = None, descript
         "",
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(model or 'the model that made it')}, "
         f'dtype="{geometry.dtype}")',
-        f"cache = CacheGenCache.from_pretrained({place}, model=model)",
+        f"cache = CacheGenCache.from_pretrained({location}, model=model)",
         "generate(model, input_ids, cache=cache)  # input_ids: the context, then the question",
         "```",
         "",
@@ -69,8 +76,8 @@ def card(reader: Reader, repo_id: str, *, subfolder: str | None = None, descript
 
 
 def sealed_card(nbytes: int, repo_id: str, *, subfolder: str | None = None, description: str = "") -> str:
-    """Markdown for a sealed artifact, of which nothing but its size is known to those who have not its key."""
-    place = json.dumps(repo_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
+    """Return the card of a sealed artifact, which reveals its size in bytes and nothing else."""
+    location = json.dumps(repo_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     metadata = {"tags": ["kv-cache", "cachegen", "hf_cachegen"], "viewer": False}
     return "\n".join([
         "---",
@@ -84,13 +91,19 @@ def sealed_card(nbytes: int, repo_id: str, *, subfolder: str | None = None, desc
         "```python",
         "from hf_cachegen import CacheGenCache",
         "",
-        f'cache = CacheGenCache.from_pretrained({place}, model=model, key="secret.key")  # what it was sealed with',
+        f'cache = CacheGenCache.from_pretrained({location}, model=model, key="secret.key")  # the key that sealed it',
         "```",
     ]) + "\n"  # fmt: skip
 
 
 def profile_card(about: Mapping[str, Any], pin: Pin, repo_id: str) -> str:
-    """Markdown for the repository of a profile. about: what the profile says of itself."""
+    """Return the card of a profile's repository.
+
+    Args:
+        about: the description in the profile's file.
+        pin: its hashes and its size.
+        repo_id: "user/name".
+    """
     fingerprint = about.get("fingerprint")
     model, commit = _model(fingerprint if isinstance(fingerprint, dict) else {})
     metadata = {
@@ -111,8 +124,8 @@ def profile_card(about: Mapping[str, Any], pin: Pin, repo_id: str) -> str:
         "---",
         f"# A CacheGen profile{f' of {model}' if model else ''}",
         "",
-        "What was learnt about one model so that its KV caches are stored in a fraction of the bits. Caches that were",
-        "made with a profile can be read with that one alone; each that was in use here is kept under its digest.",
+        "Learnt from one model, so that its KV caches take a fraction of the bits. A cache that was made with a",
+        "profile can be read with that profile alone. Every profile that was pushed here is kept under its digest.",
         "",
         "| | |",
         "|---|---|",
@@ -130,7 +143,7 @@ def profile_card(about: Mapping[str, Any], pin: Pin, repo_id: str) -> str:
 
 
 def _measured(rows: Any) -> list[str]:
-    """A table of what each level diverges and takes, as far as it was measured."""
+    """Return a table of the measured divergence and bits of each level; nothing where they were not measured."""
     try:
         table = [
             f"| {level} | {float(row['kl']):.6f} | {float(row['bits_per_element']):.2f} |"
@@ -142,7 +155,7 @@ def _measured(rows: Any) -> list[str]:
 
 
 def _model(fingerprint: dict[str, Any]) -> tuple[str | None, str | None]:
-    """(repository, commit) of the model; a local folder's name is nobody's business."""
+    """Return (repository, commit) of the model; a local folder's name stays private."""
     model, commit = fingerprint.get("model_id"), fingerprint.get("commit")
     return (
         model if isinstance(model, str) and _REPO_ID.fullmatch(model) else None,
@@ -171,6 +184,6 @@ def _mean_error(report: dict[str, Any], name: str, level: int) -> float | None:
 
 
 def _line(text: str) -> str:
-    """One line of a table: no line breaks, no control characters, nothing that Markdown or HTML would act on."""
+    """Return text for one line of a table, without line breaks, control characters, Markdown and HTML."""
     plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", plain)[:500]

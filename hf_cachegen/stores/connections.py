@@ -1,10 +1,9 @@
-"""Connections that are kept: a second request to a host needs no handshake, and the path's window is open already.
+"""A pool of HTTP connections: a second request to a host needs no handshake and no slow start.
 
-The standard library's opener closes a connection with its response. Here it goes back into a pool once the body was
-read to its last byte; after anything else (an error, a body given up) it is closed. A server may close a kept
-connection at any time: one on which something arrives while it is idle, the end or bytes that nobody asked for, is not
-used again, and a request that finds its kept connection broken before the answer begins is sent once more over a new
-one. After a fork the parent's connections are the parent's: the child makes its own.
+The standard library's opener closes a connection with its response. Here a connection returns to the pool when the body
+was read to its last byte, and is closed after an error or an unfinished body. A server may close an idle connection at
+any time. So a connection on which anything arrives while it is idle is not used again, and a request whose pooled
+connection breaks before the answer begins is sent again over a new one. After a fork the child makes new connections.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from typing import Any
 from hf_cachegen.stores.deadline import Connection, Request, Response, SecureConnection
 
 MOST_IDLE = 16
-"""Connections that a process keeps at most; another closes the one that has been idle for longest."""
+"""Largest number of idle connections; one more closes the connection that has been idle for longest."""
 _Key = tuple[type[Connection], str, str | None]
-"""The kind, the host and port (of the proxy, if there is one), and the host behind a proxy's tunnel."""
+"""The class, the host and port (of the proxy, if there is one), and the host behind a proxy's tunnel."""
 
 
 class Pool:
-    """Idle connections, the oldest first; closed with the pool. Threads share it."""
+    """Idle connections, the oldest first; closed with the pool. Threads may share it."""
 
     def __init__(self) -> None:
         self._idle: list[tuple[_Key, Connection]] = []
@@ -36,9 +35,9 @@ class Pool:
         weakref.finalize(self, _close, self._idle)
 
     def take(self, key: _Key) -> Connection | None:
-        """The one that was used last, if there is a sound one."""
+        """Take the usable connection that was used last; None where there is none."""
         if self._process != os.getpid():
-            # Two processes that use one would read each other's answers; and who forked may have held the lock.
+            # Two processes on one connection would read each other's answers, and the lock may be held by the parent.
             self._lock, self._process = threading.Lock(), os.getpid()
             _close(self._idle)
         with self._lock:
@@ -51,7 +50,7 @@ class Pool:
         return None
 
     def give(self, key: _Key, connection: Connection, whole: bool) -> None:
-        """Back, after a response that was read whole, or to be closed."""
+        """Return a connection to the pool where its response was read whole, and close it otherwise."""
         with self._lock:
             if whole and connection.sock is not None:
                 self._idle.append((key, connection))
@@ -69,7 +68,7 @@ class HTTPHandler(urllib.request.HTTPHandler):
         self.pool = pool
 
     def http_open(self, req: Any) -> Any:
-        """As the base class's."""
+        """Open an http URL."""
         return _open(self.pool, Connection, req)
 
 
@@ -81,7 +80,7 @@ class HTTPSHandler(urllib.request.HTTPSHandler):
         self.pool = pool
 
     def https_open(self, req: Any) -> Any:
-        """As the base class's."""
+        """Open an https URL."""
         return _open(self.pool, SecureConnection, req)
 
 
@@ -92,7 +91,7 @@ def _open(pool: Pool, kind: type[Connection], request: Any) -> Response:
         try:
             return _send(pool, key, connection, request)
         except ConnectionError:
-            pass  # closed by the server while it was idle, or in this moment
+            pass  # the server closed it
     return _send(pool, key, kind(request.host), request)
 
 
@@ -100,7 +99,7 @@ def _send(pool: Pool, key: _Key, connection: Connection, request: Request) -> Re
     headers = {**request.headers, **request.unredirected_hdrs}
     tunnel: str | None = key[2]
     connection.send_until(request.deadline, request.timeout)
-    # What is for a proxy is not for the host behind its tunnel, nor for one that a redirect leads to past it.
+    # Credentials for a proxy go neither to the host behind its tunnel nor to a host that a redirect reaches directly.
     names = [] if request.has_proxy() else [name for name in headers if name.lower() == "proxy-authorization"]
     for_proxy = {name: headers.pop(name) for name in names}
     try:
@@ -134,4 +133,4 @@ def _close(idle: list[tuple[_Key, Connection]]) -> None:
 
 
 POOL = Pool()
-"""One for the process: caches are many and long-lived, and each would keep its own connections to the same hosts."""
+"""The pool of the process: a pool for each cache would keep its own connections to the same hosts."""

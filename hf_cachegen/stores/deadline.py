@@ -1,7 +1,7 @@
-"""Requests that end in time, whatever the server does.
+"""HTTP requests with a deadline.
 
-The standard library's timeout is for one silence: a server that sends a byte now and then, in its headers or its body,
-keeps a request alive for ever. Here each read of a connection gets at most what is left until the request's deadline.
+The standard library's timeout bounds one silence: a server that sends a byte now and then, in its headers or its body,
+keeps a request alive for ever. Here each read of a connection may take at most the time left until the deadline.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Request(urllib.request.Request):
-    """A request that must be answered, redirects included, before time.monotonic() is `deadline`."""
+    """A request that must be answered, redirects included, before time.monotonic() reaches `deadline` (seconds)."""
 
     def __init__(self, url: str, deadline: float, **options: Any) -> None:
         super().__init__(url, **options)
@@ -46,7 +46,7 @@ class _Reader(io.RawIOBase):
 
 
 class _Socket:
-    """All that a response wants of a socket."""
+    """The part of a socket that a response uses."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock, self._deadline = sock, deadline
@@ -56,10 +56,15 @@ class _Socket:
 
 
 class Connection(http.client.HTTPConnection):
-    """Its responses are read until their deadline, which `send_until` sets for each request."""
+    """A connection whose responses have a deadline, which `send_until` sets for each request."""
 
     def send_until(self, deadline: float, silence: float | None) -> None:
-        """The next request is to be answered before `deadline`, without a silence of more seconds than `silence`."""
+        """Bound the next request.
+
+        Args:
+            deadline: value of time.monotonic(), in seconds, by which it must be answered.
+            silence: longest silence of the server in seconds, None for no bound.
+        """
         self.response_class = partial(_response, deadline)  # type: ignore[assignment]
         self.timeout = silence
         if self.sock is not None:
@@ -67,27 +72,28 @@ class Connection(http.client.HTTPConnection):
 
 
 class SecureConnection(http.client.HTTPSConnection, Connection):
-    """The same with the system's certificates."""
+    """A TLS connection with a deadline, checked with the system's certificates."""
 
 
 class Response(http.client.HTTPResponse):
-    """closed_with: called once when it is closed, with whether its body was read to the last byte."""
+    """A response that reports, when it is closed, whether its body was read to the last byte: to `closed_with`."""
 
     closed_with: Callable[[bool], None] | None = None
     _taken = 0
 
     def read1(self, n: int = -1) -> bytes:
-        """As the base class's, which before Python 3.13 does not count."""
+        """Read at most `n` bytes with one read of the socket, and count them (Python 3.13 counts, earlier ones do not).
+        """
         data = super().read1(n)
         self._taken += len(data)
         return data
 
     def close(self) -> None:
-        """Closes the response; what becomes of its connection is up to `closed_with`."""
+        """Close the response, and hand its connection to `closed_with`."""
         super().close()
-        told, self.closed_with = self.closed_with, None
-        if told is not None:
-            told(not self.chunked and (self.length == 0 or self.headers.get("Content-Length") == str(self._taken)))
+        report, self.closed_with = self.closed_with, None
+        if report is not None:
+            report(not self.chunked and (self.length == 0 or self.headers.get("Content-Length") == str(self._taken)))
 
 
 def _response(deadline: float, sock: socket.socket, **options: Any) -> Response:

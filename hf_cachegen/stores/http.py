@@ -1,11 +1,11 @@
-"""Byte ranges over HTTP, each proved to be the range that was asked for.
+"""Byte ranges over HTTP, each checked against the request.
 
-General HTTP libraries hand out whatever body a server sends. Here a range counts only as a 206 whose Content-Range
-names exactly the bytes asked for, uncompressed, of the same size and ETag as the file's first response; a body that
-breaks off is continued from the byte where it broke. A server that ignores ranges sends the whole file with status 200:
-it is accepted if its announced length is the file's, and kept on disk to serve ranges from.
+General HTTP libraries return any body that a server sends. Here a range must be an uncompressed 206 whose Content-Range
+names exactly the requested bytes, with the size and ETag of the file's first response. An interrupted body is continued
+from the byte where it broke. A server that ignores ranges sends the whole file with status 200: it is accepted if its
+announced length is the file's, and kept on disk to serve ranges from.
 
-The standard library's client serves: it honours proxies from the environment and needs no event loop. Headers that the
+The client is the standard library's: it honours proxies from the environment and needs no event loop. Headers that the
 user gives (tokens) go to the first host alone, never along a redirect to another one.
 """
 
@@ -39,34 +39,41 @@ from hf_cachegen.stores.retry import Again, Patience, persist
 from hf_cachegen.stores.whole import Whole, warn_once
 
 HEAD_BYTES = 14_000
-"""Asked for when a file is opened: what TCP sends at once on a new connection, so that it takes no further round trip;
-most manifests and all headers fit, and need no request of their own.
+"""Bytes requested when a file is opened: TCP sends this much on a new connection without a further round trip. Most
+manifests and all headers fit, and need no request of their own.
 """
 WHOLE_HEAD_BYTES = 1 << 20
-"""A file of at most this size is taken whole when it is opened, if its server ignores ranges: all manifests are.
+"""Largest file, in bytes, that is read whole when it is opened on a server that ignores ranges; manifests are smaller.
 
-Of a larger one HEAD_BYTES are read and the connection is closed, since its size is not proved yet. The reader compares
-the size with the manifest, whose sizes are within the limits, and asks for a range: only then the rest is fetched.
+Of a larger file HEAD_BYTES are read and the connection is closed, because its size is not checked yet. The reader
+compares the size with the manifest, whose sizes are within the limits. It then asks for a range: this fetches the rest.
 """
 _PIECE_BYTES = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})")
 _PASSING = frozenset([408, 425, 429, 500, 502, 503, 504])
-"""Statuses that another attempt may mend."""
+"""Statuses of failures that may pass, so that another attempt is made."""
 
 
 def shown(url: str) -> str:
-    """The URL as messages show it: without credentials, and without the query, which may be a signature."""
+    """Return a URL for messages: without credentials, and without the query, which may be a signature."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 class HttpFiles(Store):
-    """Files behind URLs. url_of: a file's URL by its name. headers: sent to that host, and to no other.
+    """Files behind URLs. Threads may share them.
 
-    progress: called with the length of each piece of a body that arrives. An error that it raises ends the request.
+    Args:
+        url_of: returns a file's URL by its name.
+        headers: sent to that host, and to no other.
+        patience: time limits and number of attempts.
+        progress: called with the length in bytes of each piece of a body that arrives. An error that it raises ends
+            the request.
 
-    Threads may share it. Raises ArtifactNotFoundError and StoreError (see hf_cachegen.errors).
+    Raises:
+        ArtifactNotFoundError: when read: there is no such file.
+        StoreError: when read: the server cannot be reached, refuses, or fails in every attempt.
     """
 
     def __init__(
@@ -87,7 +94,7 @@ class HttpFiles(Store):
         self._fetching_whole = threading.Lock()
 
     def size(self, name: str) -> int:
-        """Return the file's length in bytes, by one request."""
+        """Return the file's length in bytes; send one request."""
         return self.open(name)[0]
 
     def serves_ranges(self) -> bool:
@@ -95,7 +102,7 @@ class HttpFiles(Store):
         return self._ranged
 
     def open(self, name: str) -> tuple[int, bytes]:
-        """The file's size, and its first HEAD_BYTES (all of a shorter file)."""
+        """Return the file's size in bytes and its first HEAD_BYTES (all of a shorter file)."""
 
         def attempt() -> tuple[int, bytes]:
             data = bytearray()
@@ -106,7 +113,7 @@ class HttpFiles(Store):
         return persist(self.patience, attempt)
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Exactly that range of a file that was opened."""
+        """Read exactly that range of a file that was opened."""
         data = bytearray()
         if not length:
             return b""
@@ -121,8 +128,8 @@ class HttpFiles(Store):
         return self._from_whole(name, offset, length)
 
     def _from_whole(self, name: str, offset: int, length: int) -> bytes:
-        """The range, from the whole file, which is fetched first if it is not kept yet."""
-        with self._fetching_whole:  # one file at a time: the server may serve no more, and others wait for the same
+        """Read the range from the whole file, which is fetched first if it is not kept yet."""
+        with self._fetching_whole:  # one file at a time: other threads wait for the same file
             whole = self._whole.get(name)
             if whole is None:
                 whole = self._whole[name] = persist(self.patience, lambda: self._fetch_whole(name))
@@ -134,17 +141,23 @@ class HttpFiles(Store):
         return whole
 
     def mark(self, name: str) -> str:
-        """What tells that an opened file was changed (its ETag or date); empty where the server says nothing."""
+        """Return the ETag or date of an opened file, which changes with its content; empty where the server has none.
+        """
         return self._seen[name][1]
 
     def _receive(
         self, name: str, offset: int, length: int, append: Callable[[bytes], None], *, whole: bool = True
     ) -> int:
-        """One attempt: passes to `append` what comes of the range, and returns the file's size. whole: all of it must
-        come; else the file may end before the range does. Raises _RangeIgnored if a whole file came for a part of it.
+        """Request a range once, pass its pieces to `append`, and return the file's size.
+
+        Args:
+            whole: require all of the range; else the file may end before the range does.
+
+        Raises:
+            _RangeIgnored: the server sent the whole file for a part of it.
         """
         url = self.url_of(name)
-        place = shown(url)
+        location = shown(url)
         request = Request(url, time.monotonic() + self.patience.seconds_for(length))
         request.add_header("Range", f"bytes={offset}-{offset + length - 1}")
         request.add_header("Accept-Encoding", "identity")
@@ -152,99 +165,101 @@ class HttpFiles(Store):
             request.add_unredirected_header(header, value)
         try:
             with self._opener.open(request, timeout=self.patience.timeout) as response:
-                size, expected = self._check(name, place, response, offset, length, whole)
-                self._body(response, expected, append, place)
+                size, expected = self._check(name, location, response, offset, length, whole)
+                self._body(response, expected, append, location)
                 return size
         except urllib.error.HTTPError as error:
             with error:
                 if not whole and offset == 0 and _is_empty(error):
                     return 0
-                raise self._refusal(name, place, error) from error
+                raise self._refusal(name, location, error) from error
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, StoreError):
                 raise
-            raise _broken(place, error) from error
+            raise _broken(location, error) from error
 
     def _check(
-        self, name: str, place: str, response: Any, offset: int, length: int, whole: bool
+        self, name: str, location: str, response: Any, offset: int, length: int, whole: bool
     ) -> tuple[int, int]:
-        """(size of the file, bytes that the body must have), from the headers of a good response."""
+        """Check the headers of a successful response; return (size of the file, length of the body)."""
         headers = response.headers
         if (coding := headers.get("Content-Encoding", "identity").lower()) != "identity":
-            raise RangeError(f"{place} came {coding}-compressed though uncompressed was asked for; turn that off there")
+            raise RangeError(
+                f"{location}: expected uncompressed bytes, got {coding}: turn compression off on the server"
+            )
         if response.status == 200 and headers.get("Content-Length") == "0" and not whole:
             return 0, 0
         if response.status == 200:
-            return self._check_whole(name, place, headers, (offset, length), whole)
+            return self._check_whole(name, location, headers, (offset, length), whole)
         if response.status != 206:
-            raise RangeError(f"{place}: asked for bytes {offset}-{offset + length - 1}, got status {response.status}")
+            raise RangeError(f"{location}: expected bytes {offset}-{offset + length - 1}, got status {response.status}")
         found = headers.get("Content-Range", "")
         match = _CONTENT_RANGE.fullmatch(found)
         first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
         wanted = offset + length - 1
         if first != offset or last != (wanted if whole else min(wanted, size - 1)) or last >= size:
-            raise RangeError(f"{place}: asked for bytes {offset}-{wanted}, the server sent {found!r:.60}")
+            raise RangeError(f"{location}: expected bytes {offset}-{wanted}, the server sent {found!r:.60}")
         expected = last - first + 1
         if (announced := headers.get("Content-Length")) is not None and announced.strip() != str(expected):
-            raise RangeError(f"{place}: {announced!r:.20} bytes announced for a range of {expected}")
-        self._identify(name, place, size, headers)
+            raise RangeError(f"{location}: expected {expected} bytes, the server announced {announced!r:.20}")
+        self._identify(name, location, size, headers)
         return size, expected
 
     def _check_whole(
-        self, name: str, place: str, headers: Message, asked: tuple[int, int], whole: bool
+        self, name: str, location: str, headers: Message, asked: tuple[int, int], whole: bool
     ) -> tuple[int, int]:
-        """As `_check`, of a 200: the whole file came for a range."""
+        """Check a response of status 200, the whole file for a range; return the same as `_check`."""
         announced = (headers.get("Content-Length") or "").strip()
         size, before = int(announced) if re.fullmatch(r"\d{1,18}", announced) else -1, self._seen.get(name)
         expected = "the length of the file" if before is None else f"{before[0]} bytes, the length of the file"
         if size < 0 or (before is None and whole) or (before is not None and size != before[0]):
             raise RangeError(
-                f"{place}: the server ignores byte ranges (status 200 instead of 206); expected {expected} as "
-                f"Content-Length, got {announced or 'none'!r:.20}; download the files, or serve them with one that "
-                "knows ranges (nginx, an object store, the Hub)"
+                f"{location}: the server ignores byte ranges (status 200 instead of 206); expected {expected} as "
+                f"Content-Length, got {announced or 'none'!r:.20}; download the files, or use a server that supports "
+                "ranges (nginx, an object store, the Hub)"
             )
-        self._identify(name, place, size, headers)
+        self._identify(name, location, size, headers)
         self._ranged = False
-        warn_once(place)
+        warn_once(location)
         if not whole:
             return size, size if size <= WHOLE_HEAD_BYTES else HEAD_BYTES
         if asked != (0, size):
             raise _RangeIgnored
         return size, size
 
-    def _identify(self, name: str, place: str, size: int, headers: Message) -> None:
-        """Compares the file with what it was at first. Raises ChangedError."""
+    def _identify(self, name: str, location: str, size: int, headers: Message) -> None:
+        """Raise ChangedError unless the file is the one of its first response."""
         identity = (size, headers.get("ETag") or headers.get("Last-Modified") or "")
         if self._seen.setdefault(name, identity) != identity:
-            raise ChangedError(f"{place} changed while it was being read: {self._seen[name]} became {identity}")
+            raise ChangedError(f"{location} changed while it was being read: {self._seen[name]} became {identity}")
 
-    def _body(self, response: Any, expected: int, append: Callable[[bytes], None], place: str) -> None:
+    def _body(self, response: Any, expected: int, append: Callable[[bytes], None], location: str) -> None:
         left = expected
         while left:
             piece = response.read1(min(left, _PIECE_BYTES))
             if not piece:
-                raise Again(StoreError(f"{place}: the connection ended {left} bytes early, in every attempt"))
+                raise Again(StoreError(f"{location}: the connection ended {left} bytes early, in every attempt"))
             append(piece)
             left -= len(piece)
             if self._progress is not None:
                 self._progress(len(piece))
 
-    def _refusal(self, name: str, place: str, error: urllib.error.HTTPError) -> Exception:
-        """What a status of 300 or more means."""
+    def _refusal(self, name: str, location: str, error: urllib.error.HTTPError) -> Exception:
+        """Return the error that a status of 300 or more stands for."""
         code, headers = error.code, error.headers
         said = headers.get("X-Error-Message") or error.reason or ""
-        text = f"{place}: {code} {''.join(c for c in str(said) if c.isprintable())[:200]}".rstrip()
+        text = f"{location}: {code} {''.join(c for c in str(said) if c.isprintable())[:200]}".rstrip()
         if code in (401, 403):
             return StoreAccessError(f"{text}; pass a token (or headers) with the right to read it")
         if code in (404, 410):
-            return ArtifactNotFoundError(f"there is no {place} ({code})")
+            return ArtifactNotFoundError(f"there is no {location} ({code})")
         if code == 412:
             return ChangedError(f"{text}; it changed while it was being read")
         if code == 416:
             match = _UNSATISFIED.fullmatch(headers.get("Content-Range", ""))
             before = self._seen.get(name)
             if match and before and int(match[1]) != before[0]:
-                return ChangedError(f"{place} changed while it was being read: {before[0]} bytes became {match[1]}")
+                return ChangedError(f"{location} changed while it was being read: {before[0]} bytes became {match[1]}")
             return RangeError(f"{text}; the server refuses a range that the file has")
         if code in _PASSING:
             return Again(StoreError(f"{text}, in every attempt; try again later"), _retry_after(headers))
@@ -256,13 +271,13 @@ class _RangeIgnored(Exception):
 
 
 def _is_empty(error: urllib.error.HTTPError) -> bool:
-    """Whether this refuses a range because the file has no bytes."""
+    """Report whether this refuses a range because the file has no bytes."""
     match = _UNSATISFIED.fullmatch(error.headers.get("Content-Range", ""))
     return error.code == 416 and match is not None and int(match[1]) == 0
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects between http and https alone, never down from https, and leaves tokens behind elsewhere."""
+    """Follow redirects between http and https alone, never from https to http; send no tokens to another host."""
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
 
@@ -272,7 +287,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
             fp.close()
-            raise StoreError(f"{shown(req.full_url)} redirects to {shown(newurl)}, which is less safe: not followed")
+            raise StoreError(
+                f"{shown(req.full_url)} redirects to {shown(newurl)}, which is less safe and not followed: use a URL "
+                "that needs no such redirect"
+            )
         request = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
         if request is None:
             return None
@@ -287,18 +305,18 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return request
 
 
-def _broken(place: str, error: Exception) -> Exception:
-    """What an exception of the connection means; many are wrapped in an URLError."""
+def _broken(location: str, error: Exception) -> Exception:
+    """Return the error that an exception of the connection stands for; many are wrapped in a URLError."""
     cause = error.reason if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError) else error
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return StoreError(f"{place}: the server's certificate is not valid: {cause.verify_message}")
+        return StoreError(f"{location}: the server's certificate is not valid: {cause.verify_message}")
     if isinstance(cause, TimeoutError):
-        return Again(StoreTimeoutError(f"{place}: no whole answer in time, in every attempt"))
-    return Again(StoreError(f"{place}: {type(cause).__name__}: {cause}, in every attempt"))
+        return Again(StoreTimeoutError(f"{location}: no whole answer in time, in every attempt"))
+    return Again(StoreError(f"{location}: {type(cause).__name__}: {cause}, in every attempt"))
 
 
 def _retry_after(headers: Message) -> float | None:
-    """Seconds that the server asks to wait, given as such or as a date; None where it says nothing of use."""
+    """Return the seconds that the server asks to wait, given as a number or a date; None where it gives neither."""
     value = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"\d{1,9}", value):
         return float(value)

@@ -1,9 +1,9 @@
-"""Artifacts on the Hugging Face Hub: where they are, and ranges of their files.
+"""Artifacts on the Hugging Face Hub: their locations, and ranges of their files.
 
-A revision is resolved to a commit before anything is read, so that all files of one load are of one state. Reading goes
-by ranges from the Hub's own addresses (its client would take whole files, and does not check what it takes); everything
-else is the Hub's client, with the user's token, endpoint and offline mode. The client's network errors are of a library
-that it may exchange, so whatever is not its own is taken for a failed connection.
+A revision is resolved to a commit before anything is read, so that all files of one load are of one state. Ranges are
+read from the Hub's URLs, because its client fetches whole files and does not check them. Everything else is done by the
+Hub's client, with the user's token, endpoint and offline mode. The client may exchange its network library, so any
+error that is not the client's own counts as a failed connection.
 """
 
 from __future__ import annotations
@@ -52,8 +52,18 @@ Token = str | bool | None
 
 
 @dataclass(frozen=True)
-class HubPlace:
-    """A folder of a repository at a revision (branch, tag or commit). Raises ConfigError for what cannot be one."""
+class HubLocation:
+    """A folder of a repository at a revision.
+
+    Attributes:
+        repo_id: "user/name".
+        repo_type: "dataset", "model" or "space".
+        subfolder: path of the folder within the repository; None for the repository itself.
+        revision: branch, tag or commit.
+
+    Raises:
+        ConfigError: one of them is not valid.
+    """
 
     repo_id: str
     repo_type: str = "dataset"
@@ -73,8 +83,16 @@ class HubPlace:
             raise ConfigError(f"revision must name a branch, tag or commit, got {self.revision!r}")
 
     @classmethod
-    def from_url(cls, url: str, repo_type: str = "dataset") -> HubPlace:
-        """From hf://[datasets/|models/|spaces/]user/name[@revision][/folder]; repo_type: where it says no kind."""
+    def from_url(cls, url: str, repo_type: str = "dataset") -> HubLocation:
+        """Parse hf://[datasets/|models/|spaces/]user/name[@revision][/folder].
+
+        Args:
+            url: the URL.
+            repo_type: type of the repository where the URL names none.
+
+        Raises:
+            ConfigError: the URL has another form.
+        """
         match = _URL.fullmatch(url)
         if match is None:
             raise ConfigError(f"expected hf://datasets/user/name[@revision][/folder], got {url!r:.200}")
@@ -84,12 +102,12 @@ class HubPlace:
 
     @property
     def origin(self) -> str:
-        """The repository and folder, without the revision: what a cache files it under."""
+        """Return the repository and folder without the revision, as a URL: the key in the local cache."""
         return f"hf://{self.repo_type}s/{self.repo_id}" + (f"/{self.subfolder}" if self.subfolder else "")
 
     @property
     def url(self) -> str:
-        """What `from_url` reads."""
+        """Return the URL, revision included, that `from_url` parses."""
         folder = f"/{self.subfolder}" if self.subfolder else ""
         return f"hf://{self.repo_type}s/{self.repo_id}@{quote(self.revision, safe='')}{folder}"
 
@@ -97,104 +115,130 @@ class HubPlace:
         return f"{self.origin} at {self.revision}"
 
     def path(self, name: str) -> str:
-        """A file's path in the repository."""
+        """Return a file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
 def is_offline() -> bool:
-    """Whether the user's environment forbids the Hub (HF_HUB_OFFLINE)."""
+    """Report whether the user's environment forbids the Hub (HF_HUB_OFFLINE)."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def is_commit(revision: str) -> bool:
-    """Whether this is a whole commit id, which never comes to mean something else."""
+    """Report whether this is a full commit id, whose content never changes."""
     return _COMMIT.fullmatch(revision) is not None
 
 
-def resolve(place: HubPlace, token: Token = None, patience: Patience | None = None) -> str:
-    """The commit that the place's revision means now. Raises ArtifactNotFoundError, StoreError."""
-    if is_commit(place.revision):
-        return place.revision
-    with named(f"{place}"):
+def resolve(location: HubLocation, token: Token = None, patience: Patience | None = None) -> str:
+    """Return the commit that the location's revision names now. Raises ArtifactNotFoundError, StoreError."""
+    if is_commit(location.revision):
+        return location.revision
+    with named(f"{location}"):
         timeout = (patience or Patience()).timeout
         info = client(token).repo_info(
-            place.repo_id, revision=place.revision, repo_type=place.repo_type, timeout=timeout
+            location.repo_id, revision=location.revision, repo_type=location.repo_type, timeout=timeout
         )
     if not is_commit(str(info.sha)):
-        raise StoreError(f"{place}: the Hub named no commit")
+        raise StoreError(f"{location}: the Hub named no commit")
     return str(info.sha)
 
 
 def open_hub(
-    place: HubPlace,
+    location: HubLocation,
     commit: str,
     token: Token = None,
     patience: Patience | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> HttpFiles:
-    """The files of the place at that commit. progress: as for `HttpFiles`."""
+    """Open the files of a location at a commit.
+
+    Args:
+        location: the repository and folder; its revision is not used.
+        commit: the commit to read.
+        token: token for the Hub (default: the one logged in with).
+        patience: time limits and number of attempts.
+        progress: called with the length in bytes of each piece that arrives.
+
+    Raises:
+        OfflineError: offline mode is on.
+        StoreAccessError: no token is at hand, and one is required.
+    """
     if is_offline():
-        raise OfflineError(f"{place}: offline mode is on (HF_HUB_OFFLINE)")
-    with named(f"{place}"):
+        raise OfflineError(f"{location}: offline mode is on (HF_HUB_OFFLINE)")
+    with named(f"{location}"):
         headers = build_hf_headers(token=token, library_name="hf_cachegen", library_version=__version__)
 
     def url_of(name: str) -> str:
         return hf_hub_url(
-            place.repo_id, name, subfolder=place.subfolder, repo_type=place.repo_type, revision=commit,
+            location.repo_id, name, subfolder=location.subfolder, repo_type=location.repo_type, revision=commit,
             endpoint=constants.ENDPOINT,
         )  # fmt: skip
 
     return HttpFiles(url_of, headers, patience, progress)
 
 
-def find_files(place: HubPlace, token: Token = None) -> dict[str, int]:
-    """All files at or below the place: path relative to it, and size."""
-    with named(f"{place}"):
+def find_files(location: HubLocation, token: Token = None) -> dict[str, int]:
+    """Return the sizes in bytes of all files at or below the location, by path relative to it."""
+    with named(f"{location}"):
         entries = client(token).list_repo_tree(
-            place.repo_id, place.subfolder, recursive=True, revision=place.revision, repo_type=place.repo_type
+            location.repo_id,
+            location.subfolder,
+            recursive=True,
+            revision=location.revision,
+            repo_type=location.repo_type,
         )
         sizes = {str(entry.path): int(entry.size) for entry in entries if hasattr(entry, "blob_id")}
-    prefix = f"{place.subfolder}/" if place.subfolder else ""
+    prefix = f"{location.subfolder}/" if location.subfolder else ""
     return {path.removeprefix(prefix): size for path, size in sizes.items()}
 
 
 def namespace(url: str) -> str | None:
-    """The user or organisation that hf://name means; None for what names a repository."""
+    """Return the user or organisation that hf://name names; None for a URL of another form."""
     match = _NAMESPACE.fullmatch(url)
     return match and match["name"]
 
 
-def find_repositories(name: str, holds: Callable[[str], bool], token: Token = None) -> list[HubPlace]:
-    """The repositories of a user or an organisation with a file that `holds` is true of: those of data sets, where
-    artifacts are by default, then those of models, where profiles are. Raises StoreError.
+def find_repositories(name: str, holds: Callable[[str], bool], token: Token = None) -> list[HubLocation]:
+    """List the repositories of a user or an organisation that hold a certain file.
+
+    Args:
+        name: the user or organisation.
+        holds: returns True for the path of such a file.
+        token: token for the Hub (default: the one logged in with).
+
+    Returns:
+        The repositories of data sets, where artifacts are by default, then those of models, where profiles are.
+
+    Raises:
+        StoreError: the Hub cannot be reached, or refuses.
     """
-    places = []
+    locations = []
     with named(f"namespace {name}"):
         api = client(token)
         for kind, listed in (("dataset", api.list_datasets), ("model", api.list_models)):
             for one in listed(author=name, expand=["siblings"]):
                 if any(holds(str(file.rfilename)) for file in one.siblings or []):
-                    places.append(HubPlace(str(one.id), kind))
-    return places
+                    locations.append(HubLocation(str(one.id), kind))
+    return locations
 
 
 def client(token: Token) -> HfApi:
-    """The Hub's client, with this token. Raises OfflineError."""
+    """Return the Hub's client, with this token. Raises OfflineError."""
     if is_offline():
-        raise OfflineError("offline mode is on (HF_HUB_OFFLINE), and this needs the Hub")
+        raise OfflineError("this needs the Hub, and offline mode is on: unset HF_HUB_OFFLINE")
     return HfApi(
         endpoint=constants.ENDPOINT, token=token, library_name="hf_cachegen", library_version=__version__
     )
 
 
 def status_of(error: HfHubHTTPError) -> int:
-    """The HTTP status; 0 where there was none."""
+    """Return the HTTP status of an error; 0 where it has none."""
     return int(getattr(error.response, "status_code", 0))
 
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Gives what the Hub's client raises its name here."""
+    """Raise errors of the Hub's client as errors of this package, which name the location `where`."""
     try:
         yield
     except CacheGenError:
@@ -217,5 +261,5 @@ def named(where: str) -> Iterator[None]:
 
 
 def _text(error: Exception) -> str:
-    """The first line that says something."""
+    """Return the first line of an error's text that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

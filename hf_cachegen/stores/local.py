@@ -1,10 +1,10 @@
 """Files in a directory that the user named, read by range.
 
-What is safe here. The names of files come from a stranger's manifest, so a name is a plain file name and nothing else:
-no separator, no "..". The directory itself was chosen by the user, so its links are followed, as every program follows
-them: the Hub's cache (snapshots/<commit>/* -> ../../blobs/*), git-annex, DVC and Nix keep files behind links that leave
-the directory. With a link in a directory that was unpacked here a stranger can at most make this process read a file of
-the user's whose checksum the stranger knows. Publishing such a file would reveal it, so publishing passes `within`.
+Security: the names of files come from an untrusted manifest, so a name must be a plain file name, without a separator
+and not "..". The user chose the directory itself, so links in it are followed: the Hub's cache (snapshots/<commit>/* ->
+../../blobs/*), git-annex, DVC and Nix keep files behind links that leave the directory. A link in an unpacked archive
+can at most make this process read a file of the user's whose checksum the attacker knows. Publishing such a file would
+reveal it, so publishing passes `within`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedErr
 
 
 class LocalStore(Store):
-    """The files of `directory` ("~" is expanded).
+    """The regular files of a directory. Every read opens the file, so threads may share the store.
 
-    within: links that lead out of this directory are refused; None: links may lead anywhere. Only regular files are
-        opened.
+    Args:
+        directory: the directory; "~" is expanded.
+        within: refuse links that lead out of this directory; None to follow every link.
 
-    A file that is not there raises ArtifactNotFoundError; a link that leads out of `within`, or something that is no
-    regular file, CorruptError; other failures (no permission) their OSError. Every read opens the file, so threads may
-    share it.
+    Raises:
+        ArtifactNotFoundError: when read: there is no such file.
+        CorruptError: when read: a link leads out of `within`, or the file is not a regular one.
+        OSError: when read: another failure, such as a missing permission.
     """
 
     def __init__(self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> None:
@@ -37,7 +39,7 @@ class LocalStore(Store):
         return str(self.directory)
 
     def size(self, name: str) -> int:
-        """Length of the file in bytes."""
+        """Return the length of the file in bytes."""
         file = self._open(name)
         try:
             return os.fstat(file).st_size
@@ -45,18 +47,18 @@ class LocalStore(Store):
             os.close(file)
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Exactly `length` bytes from `offset`; TruncatedError, before memory is taken, where the file ends sooner."""
+        """Read exactly that range; raise TruncatedError, before memory is allocated, where the file ends sooner."""
         with os.fdopen(self._open(name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if offset < 0 or length < 0 or offset + length > size:
                 raise TruncatedError(
-                    f"{self.directory / name} has {size} bytes; {length} at {offset} were asked for; fetch it again"
+                    f"expected {length} bytes at {offset}; {self.directory / name} has {size} bytes: fetch it again"
                 )
             file.seek(offset)
             return file.read(length)
 
     def is_local(self, segment: Segment) -> bool:
-        """Return True: the files lie on this machine."""
+        """Return True: the files are on this machine."""
         return True
 
     def folder(self) -> Path:
@@ -70,9 +72,9 @@ class LocalStore(Store):
         if self._root is not None and os.path.commonpath([path, self._root]) != self._root:
             raise CorruptError(f"{self.directory / name} is a link out of {self._root}; copy the file instead (cp -L)")
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # to open a device can have effects
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device can have effects
                 raise CorruptError(f"{self.directory / name} is not a regular file")
-            # O_NONBLOCK: opening a pipe must not wait for its writer. O_NOFOLLOW: every link is resolved by now.
+            # O_NONBLOCK: opening a pipe must not wait for its writer. O_NOFOLLOW: every link is resolved already.
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -96,8 +98,9 @@ class LocalStore(Store):
 
 
 def published_root(directory: str | os.PathLike[str]) -> Path:
-    """Return the directory that links in `directory` may not leave when it is published: `directory` itself, or, in a
-    snapshot of the Hub's cache, the cache of that repository.
+    """Return the directory that links in `directory` may not leave when it is published.
+
+    This is `directory` itself, or, for a snapshot in the Hub's cache, the cache of that repository.
     """
     path = Path(os.path.realpath(directory))
     for folder in path.parents:

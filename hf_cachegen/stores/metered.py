@@ -1,4 +1,4 @@
-"""Count what a store transfers: the requests that are under way, how long each takes, and the bytes that arrive.
+"""Count the transfers of a store: the requests that are under way, how long each takes, and the bytes that arrive.
 
 A whole range arrives too late to show that a link has become slow, or to end its request. So bytes are counted piece by
 piece: the store that reads the location reports each piece to the meter (`progress=meter.arrived`), and this wrapper

@@ -1,15 +1,15 @@
-"""What a user's name for a location means: a path here, or a repository on the Hub. (URLs: `remote.is_url`.)
+"""Decide whether a location that the user named is a local path or a repository on the Hub. (URLs: `remote.is_url`.)
 
 One rule for every command and function that takes a location:
 
-- A path object, and a string that cannot name a repository, are paths. The network is never asked for them. Such are
-  strings that begin with "/", "." or "~", have no slash or more than one, end in a slash or in a suffix of this
-  package's files, or break the Hub's own rules for names.
+- A path object is a path, and so is a string that cannot name a repository. They cause no request. Such strings begin
+  with "/", "." or "~", have no slash or more than one, end in a slash or in a suffix of this package's files, or break
+  the Hub's own rules for names.
 - "a/b" is a path if the folder "a" exists here, whether or not "a/b" does. Else it is a repository.
 - "hf://..." is always a repository.
 
-When a repository that was meant by "a/b" cannot be had, the error names the folder first: it may be a path that is
-misspelt, or the process may be in another folder than its user believes.
+If "a/b" names a repository that cannot be read, the error names the folder first: the path may be misspelt, or the
+process may run in another folder than its user believes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, ProfileError,
 
 HUB = "hf://"
 SUFFIXES = (".cachegen", ".sealed", ".safetensors", ".json", ".pt")
-"""What files and folders of this package are called, and no repository is asked for."""
+"""Suffixes of the files and folders of this package; a name with one of them is never taken for a repository."""
 _PART = r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})")
 _HUB_ID = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})")
 _SQUEEZED_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
-"""What a path object makes of a URL."""
+"""A URL that went through a path object, which turns "//" into "/"."""
 
 
 def local_path(location: str | os.PathLike[str]) -> Path:
-    """Return the path that `location` names, with "~" expanded. Raises ConfigError for what cannot be a path."""
+    """Return the path that `location` names, with "~" expanded. Raise ConfigError where it cannot be a path."""
     if not isinstance(location, str | os.PathLike):
         raise ConfigError(f"expected a path, a URL or a repository, got {type(location).__name__}")
     name = os.fspath(location)
@@ -44,13 +44,12 @@ def local_path(location: str | os.PathLike[str]) -> Path:
 
 
 def is_repository(location: str | os.PathLike[str]) -> bool:
-    """Whether `location` names a repository on the Hub; the rule is at the top of this file."""
+    """Report whether `location` names a repository on the Hub, by the rule at the top of this file."""
     return isinstance(location, str) and (location.startswith(HUB) or _matches(_REPO_ID, location))
 
 
 def is_hub_id(location: str) -> bool:
-    """Whether `location`, which is not here, may name a model or a data set: their names may lack a namespace (gpt2).
-    """
+    """Report whether `location` may name a model or a data set on the Hub, with a namespace or without (gpt2)."""
     return _matches(_HUB_ID, location)
 
 
@@ -63,13 +62,13 @@ def _matches(pattern: re.Pattern[str], location: str) -> bool:
 
 
 def is_guess(location: str | os.PathLike[str]) -> bool:
-    """Whether `location` is taken for a repository although it could be a path."""
+    """Report whether `location` is taken for a repository although it could be a path."""
     return is_repository(location) and not str(location).startswith(HUB)
 
 
 @contextmanager
 def named_both_ways(location: str | os.PathLike[str]) -> Iterator[None]:
-    """Add to errors of a repository the folder that its name could mean, if it could mean one."""
+    """Add to the errors of a repository the folder that its name could also mean."""
     try:
         yield
     except (ArtifactNotFoundError, ProfileError, StoreError) as error:
@@ -80,12 +79,12 @@ def named_both_ways(location: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def require_folder(path: Path, location: str | os.PathLike[str], repo_type: str = "dataset") -> None:
-    """Raise ArtifactNotFoundError, with what may be meant instead, unless `path`, named by `location`, is a folder."""
+    """Raise ArtifactNotFoundError, with an alternative, unless `path`, which `location` named, is a folder."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             return
     except PermissionError:
-        return  # reading it says so
+        return  # reading it raises
     except OSError:
         raise ArtifactNotFoundError(
             f"there is no folder {os.path.abspath(path)}{alternative(location, repo_type)}"
@@ -94,7 +93,7 @@ def require_folder(path: Path, location: str | os.PathLike[str], repo_type: str 
 
 
 def alternative(location: str | os.PathLike[str], repo_type: str = "dataset") -> str:
-    """Return what to write where a repository or a URL is meant by what was taken for a path; "" where none can be."""
+    """Return a hint for the message where a path may be meant as a repository or a URL; "" where it cannot be."""
     name = os.fspath(location)
     if isinstance(location, str) and _REPO_ID.fullmatch(name):
         return f"; if the repository on the Hub is meant, write {HUB}{repo_type}s/{name}"

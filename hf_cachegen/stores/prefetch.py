@@ -1,9 +1,9 @@
-"""Fetches the ranges that a reader will ask for, ahead of it, in few requests.
+"""Fetch the ranges that a reader will ask for, ahead of it, in few requests.
 
-The ranges come in the order of use. Those of one file that lie next to each other become one run, which is cut into
-requests of at most REQUEST_BYTES: small segments share a request (hubs count them), large ones are spread over several
-connections. Requests are sent in the order of use, `threads` at a time, and never more than `ahead_bytes` ahead of the
-reader, so memory is bounded.
+The ranges are given in the order of use. Adjacent ranges of one file become one run, which is cut into requests of at
+most REQUEST_BYTES. So small segments share a request (hubs limit their number), and large ones are spread over several
+connections. Requests are sent in the order of use, `threads` at a time, and at most `ahead_bytes` ahead of the reader,
+which bounds the memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 REQUEST_BYTES = 8 << 20
-"""Large enough that a round trip costs little, small enough that one lost connection loses little."""
+"""Largest request: large against the cost of a round trip, small against the loss when a connection breaks."""
 
 Range = tuple[str, int, int]
 """(file, offset, length)"""
@@ -35,7 +35,14 @@ class _Request:
 
 
 class Prefetcher:
-    """fetch: reads one range, from any thread. `take` gives each range of `ranges` once. Threads may share it."""
+    """Ranges that are fetched ahead, each of which `take` returns once. Threads may share it.
+
+    Args:
+        ranges: the ranges, in the order of use.
+        fetch: reads (file, offset, length); called from any thread.
+        threads: number of requests at a time.
+        ahead_bytes: largest number of bytes that wait for the reader.
+    """
 
     def __init__(
         self, ranges: Iterable[Range], fetch: Callable[[str, int, int], bytes], threads: int, ahead_bytes: int
@@ -49,9 +56,9 @@ class Prefetcher:
         self._held = 0
 
     def take(self, wanted: Range) -> bytes | None:
-        """The bytes of a planned range, waited for if need be; None for any other range.
+        """Wait for a planned range and return its bytes; return None for any other range.
 
-        Raises what fetching them raised, and then gives up the rest.
+        An error of its requests is raised here, and ends the prefetch.
         """
         with self._lock:
             requests = self._parts.pop(wanted, None)
@@ -67,7 +74,7 @@ class Prefetcher:
                 if future is not None
             ]
         except BaseException:
-            self.close()  # an interrupted or failed load shall not go on fetching
+            self.close()  # an interrupted or failed load must not go on fetching
             raise
         finally:
             with self._lock:
@@ -82,14 +89,14 @@ class Prefetcher:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
-        """Gives up what has not been taken; requests on their way end by themselves."""
+        """Drop the ranges that were not taken; requests that are under way end by themselves."""
         with self._lock:
             self._parts.clear()
             self._sent = len(self._requests)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _send(self, upto: int = -1) -> None:
-        """Sends what may be sent, and in any case all up to that number."""
+        """Send the requests up to that number, and more while `ahead_bytes` allows."""
         while self._sent < len(self._requests):
             request = self._requests[self._sent]
             if self._sent > upto and self._held + request.nbytes > self._ahead_bytes:
@@ -100,7 +107,7 @@ class Prefetcher:
 
 
 def _plan(ranges: Iterable[Range], parts: dict[Range, list[_Request]]) -> list[_Request]:
-    """Requests in the order of first use; `parts` gets, for each range, those that it lies in."""
+    """Return the requests in the order of first use; enter the requests of each range into `parts`."""
     requests: list[_Request] = []
     open_request: dict[str, _Request] = {}
     for wanted in ranges:

@@ -1,11 +1,12 @@
-"""Profiles in places: one file each, found by what an artifact says of it and believed for its hash alone.
+"""Find and fetch the files of profiles. An artifact pins its profile by a hash, and a file must have that hash.
 
-    <place>/cachegen_profile.safetensors   the profile that is in use there; beside an artifact, or in a repository
-    <repository>/<digest>.safetensors      each one that was ever pushed there, so that old artifacts find theirs
-    <namespace>/<model>-cachegen-profile   the repository (of type model) where those of namespace/model are looked for
+    <location>/cachegen_profile.safetensors   the profile in use, beside an artifact or in a repository
+    <repository>/<digest>.safetensors         every profile that was pushed there, so that older artifacts find theirs
+    <namespace>/<model>-cachegen-profile      the repository (of type model) with the profiles of namespace/model
 
-What is found by its hash may come from anywhere, so it is kept in the local cache under its SHA-256 and serves every
-artifact that pins it. (XXH3, the older digest, authenticates nothing: what is pinned by it alone is fetched each time.)
+A file with the pinned hash is right wherever it comes from. So the local cache keeps it under its SHA-256 for every
+artifact that pins it. (XXH3, the older digest, does not authenticate: a profile pinned by it alone is fetched each
+time.)
 """
 
 from __future__ import annotations
@@ -33,17 +34,19 @@ from hf_cachegen.errors import (
     StoreError,
 )
 from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.locations import Access, hub_location, is_kept, open_store
 from hf_cachegen.stores.naming import alternative, is_repository, local_path, named_both_ways
-from hf_cachegen.stores.places import Access, hub_place, is_kept, open_store
 from hf_cachegen.stores.remote import RemoteStore, is_url
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache
 
 NAMESPACES_VARIABLE = "HF_CACHEGEN_PROFILES"
-"""Namespaces on the Hub (commas between them) to look for profiles in, instead of each model's own; empty: in none."""
+"""Variable with the namespaces on the Hub, separated by commas, that are searched for profiles instead of the model's
+own; empty for none.
+"""
 REPO_TYPE = "model"
 QUICK = Patience(attempts=2, timeout=10)
-"""For asking whether there is a profile where nobody said that there is one."""
+"""Patience for a repository that may not exist."""
 _REPO_SUFFIX = "-cachegen-profile"
 _ORIGIN = "profiles, by their SHA-256"
 _PIECE_BYTES = 8 << 20
@@ -53,13 +56,19 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 def is_kept_profile(name: str) -> bool:
-    """Whether a file of this name in a repository is a profile under its digest."""
+    """Report whether a file of this name is a profile under its digest."""
     return name.endswith(".safetensors") and _DIGEST.fullmatch(name.removesuffix(".safetensors")) is not None
 
 
 def repository(model_id: str, namespace: str | None = None) -> str | None:
-    """Where profiles of this model on the Hub are looked for (in the model's namespace or in another one); None for
-    what is no name of a model on the Hub.
+    """Return the repository for profiles of a model.
+
+    Args:
+        model_id: name of the model on the Hub, "namespace/name".
+        namespace: namespace of the repository (default: the model's own).
+
+    Returns:
+        "namespace/name-cachegen-profile"; None where `model_id` is not the name of a model on the Hub.
     """
     match = _MODEL_ID.fullmatch(model_id)
     name = f"{match['name']}{_REPO_SUFFIX}" if match else ""
@@ -67,8 +76,8 @@ def repository(model_id: str, namespace: str | None = None) -> str | None:
 
 
 def repositories(model_id: str, *namespaces: str) -> list[str]:
-    """All repositories to look into: in the model's namespace, or in those that HF_CACHEGEN_PROFILES names instead,
-    and in `namespaces`.
+    """List the repositories that are searched for profiles of a model: in the model's namespace, or in those that
+    HF_CACHEGEN_PROFILES names instead, and in `namespaces`.
     """
     named = os.environ.get(NAMESPACES_VARIABLE)
     own = [None] if named is None else [part.strip() for part in named.split(",") if part.strip()]
@@ -79,82 +88,131 @@ def repositories(model_id: str, *namespaces: str) -> list[str]:
 def fetch_pinned(
     pin: Pin, store: Store, access: Access, limits: Limits, *, beside_alone: bool = False
 ) -> bytes:
-    """The file of the profile that the artifact in `store` needs: from the local cache, from beside the artifact, from
-    the repository that the artifact names, or from those of `repositories`. (Local folders are not looked into here.)
+    """Fetch the file of the profile that an artifact needs.
 
-    Raises ProfileError where it is in none of them, saying what is where; StoreError where one of them could not be
-    asked; OfflineError where none may be.
+    The local cache is searched first, then the artifact's own location, the repository that the artifact names, and
+    those of `repositories`. Local folders are not searched here.
+
+    Args:
+        pin: the hashes of the profile.
+        store: the store of the artifact.
+        access: the options that the artifact was opened with.
+        limits: bounds the size of the profile.
+        beside_alone: search the artifact's own location alone.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ProfileError: it is in none of these locations.
+        StoreError: one of them could not be reached, and no other has it.
+        OfflineError: it is not in the cache, and no other location may be read.
     """
     cache = SegmentCache(access.cache_dir)
     kept = None if access.force_download or beside_alone else _kept(cache, pin.sha256)
     if kept is not None and pin.fits(kept):
         return kept
     failures: list[tuple[str, CacheGenError]] = []
-    for place, fetch in islice(_sources(pin, store, access, limits), 1 if beside_alone else None):
+    for location, fetch in islice(_sources(pin, store, access, limits), 1 if beside_alone else None):
         try:
             data = fetch()
             if not pin.fits(data):
-                raise ProfileError("what is there is another profile")
+                raise ProfileError("the file there is another profile")
         except CacheGenError as error:
-            failures.append((place, error))
+            failures.append((location, error))
             continue
-        if access.key is None:  # what was sealed stays sealed on the disk, too: its store sees to that
+        if access.key is None:  # the cache must not hold the plain bytes of a sealed file
             _keep(cache, data)
         return data
     raise _not_found(pin, failures)
 
 
 def fetch_beside(pin: Pin, store: Store, limits: Limits) -> bytes:
-    """The file of the profile that the artifact in `store` needs, from beside it. Raises ProfileError for another one,
-    ArtifactNotFoundError, LimitError, StoreError.
+    """Fetch the file of the profile that an artifact needs, from the artifact's own location.
+
+    Args:
+        pin: the hashes of the profile.
+        store: the store of the artifact.
+        limits: bounds the size of the profile.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ProfileError: the file there is another profile.
+        ArtifactNotFoundError: there is no such file.
+        LimitError: the file exceeds the limits.
+        StoreError: the location cannot be read.
     """
-    # Its hash is in the manifest, which is signed.
+    # The manifest is signed, and holds the hash of the profile: a signature of its own is not needed.
     data = download(without_signature(store), PROFILE_FILE, limits, pin.nbytes)
     if not pin.fits(data):
-        raise ProfileError("what is there is another profile")
+        raise ProfileError("the file there is another profile")
     return data
 
 
 def fetch(
-    place: str | os.PathLike[str], access: Access, limits: Limits, digest: str | None = None
+    location: str | os.PathLike[str], access: Access, limits: Limits, digest: str | None = None
 ) -> tuple[bytes, str | None]:
-    """A profile's file from a place that the user named, and its place on the Hub at a commit.
+    """Fetch a profile's file from a location that the user named.
 
-    place: a repository ("user/name" or hf://...), a URL of a folder or a file, a folder, or a file. digest: take the
-    one of this digest, of which a repository keeps every one that was pushed there.
-    Raises ProfileError where there is none, or another one; StoreError, LimitError.
+    Args:
+        location: a repository ("user/name" or hf://...), a URL of a folder or a file, a folder, or a file.
+        access: the options for reaching it.
+        limits: bounds the size of the profile.
+        digest: fetch the profile with this digest; a repository keeps every profile that was pushed to it.
+
+    Returns:
+        The bytes of the file, and its location on the Hub at a commit (hf://...; None elsewhere).
+
+    Raises:
+        ProfileError: there is no profile, or it has another digest.
+        LimitError: the file exceeds the limits.
+        StoreError: the location cannot be read.
     """
     cache = SegmentCache(access.cache_dir)
-    if is_repository(place):
-        with named_both_ways(place):
-            data, where = _from_hub(str(place), access, limits, digest, cache)
-    elif isinstance(place, str) and is_url(place):
-        data, where = _from_url(place, access, limits, cache), None
+    if is_repository(location):
+        with named_both_ways(location):
+            data, where = _from_hub(str(location), access, limits, digest, cache)
+    elif isinstance(location, str) and is_url(location):
+        data, where = _from_url(location, access, limits, cache), None
     else:
-        path = local_path(place) / (access.subfolder or "")
+        path = local_path(location) / (access.subfolder or "")
         path = path / PROFILE_FILE if os.path.isdir(path) else path
         if access.revision is not None:
             raise ConfigError(
-                f"a revision is for repositories on the Hub; {path} has none{alternative(place, access.repo_type)}"
+                f"a revision is for repositories on the Hub; {path} has none{alternative(location, access.repo_type)}"
             )
         if not os.path.isfile(path):
             raise ProfileError(
                 f"there is no profile at {os.path.abspath(path)}; learn one with hf_cachegen.learn_profile"
-                f"{alternative(place, access.repo_type)}"
+                f"{alternative(location, access.repo_type)}"
             )
         data, where = download(LocalStore(path.parent), path.name, limits), None
     if digest is not None and xxhash.xxh3_128_hexdigest(data) != digest:
-        raise ProfileError(f"the profile at {place} is not {digest} but {xxhash.xxh3_128_hexdigest(data)}")
+        raise ProfileError(f"{location}: expected the profile {digest}, got {xxhash.xxh3_128_hexdigest(data)}")
     return data, where
 
 
 def download(store: Store, name: str, limits: Limits, nbytes: int | None = None) -> bytes:
-    """A whole file of a store, in ranges side by side. nbytes: what it should have. Raises LimitError, ProfileError."""
+    """Fetch a whole file of a store, as ranges that are fetched in parallel.
+
+    Args:
+        store: the store.
+        name: name of the file.
+        limits: bounds the size of the file.
+        nbytes: the expected size in bytes; None for any.
+
+    Raises:
+        LimitError: the file exceeds the limits.
+        ProfileError: the file has another size.
+        ArtifactNotFoundError, StoreError: the file cannot be read.
+    """
     size = store.size(name)
     if size > limits.max_profile_bytes:
         raise LimitError(f"{store}: {name} has {size} bytes, the limit for a profile is {limits.max_profile_bytes}")
     if nbytes not in (None, size):
-        raise ProfileError(f"what is there has {size} bytes, the profile that is needed {nbytes}")
+        raise ProfileError(f"expected a profile of {nbytes} bytes, the file there has {size} bytes")
     pieces = [
         Segment(name, str(offset), offset, min(_PIECE_BYTES, size - offset), "")
         for offset in range(0, size, _PIECE_BYTES)
@@ -166,7 +224,7 @@ def download(store: Store, name: str, limits: Limits, nbytes: int | None = None)
 def _sources(
     pin: Pin, store: Store, access: Access, limits: Limits
 ) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Where it may be, in the order of looking, and how to get it from there."""
+    """Yield the locations to search, in order, each with a function that fetches the file."""
     yield f"beside the artifact, {store}", partial(_beside, pin, store, limits)
     match = _ON_HUB.match(str(store))
     namespaces = [match["namespace"]] if match else []
@@ -179,18 +237,18 @@ def _sources(
 
 def _beside(pin: Pin, store: Store, limits: Limits) -> bytes:
     if store.folder() is not None:
-        raise ArtifactNotFoundError("its folder was looked into before")
+        raise ArtifactNotFoundError("its folder was searched before")
     return fetch_beside(pin, store, limits)
 
 
 def _pinned_on_hub(pin: Pin, url: str, access: Access, limits: Limits) -> bytes:
-    """By its hash, so that no commit needs to be asked for first."""
+    """Fetch by the hash, without resolving the revision to a commit first."""
     from hf_cachegen.stores import hub
 
     if access.local_files_only:
-        raise OfflineError(f"{url} may not be asked (local_files_only)")
-    place = hub.HubPlace.from_url(url)
-    store = RemoteStore(hub.open_hub(place, place.revision, access.token, access.patience), url)
+        raise OfflineError(f"{url} may not be read (local_files_only)")
+    location = hub.HubLocation.from_url(url)
+    store = RemoteStore(hub.open_hub(location, location.revision, access.token, access.patience), url)
     try:
         return download(store, f"{pin.digest}.safetensors", limits, pin.nbytes)
     except ArtifactNotFoundError:
@@ -198,14 +256,15 @@ def _pinned_on_hub(pin: Pin, url: str, access: Access, limits: Limits) -> bytes:
 
 
 def _not_found(pin: Pin, failures: list[tuple[str, CacheGenError]]) -> CacheGenError:
-    looked = "; ".join(f"{place[:200]}: {_reason(error)}" for place, error in failures)
-    looked = "".join(c if c.isprintable() else "?" for c in looked)  # a stranger's words among them
+    """Return the error that lists the locations that were searched."""
+    searched = "; ".join(f"{location[:200]}: {_reason(error)}" for location, error in failures)
+    searched = "".join(c if c.isprintable() else "?" for c in searched)  # parts of it are untrusted text
     text = f"this artifact needs {pin}: pass it as profile=, or put it in the model's or the artifact's folder"
-    text = f"{text} (looked: {looked})" if looked else text
-    grave = [e for _, e in failures if isinstance(e, StoreError) and not isinstance(e, StoreAccessError)]
-    # What could not be asked may have it: another time the same call may do.
-    found: CacheGenError = type(grave[0])(text) if grave else ProfileError(text)
-    found.__cause__ = grave[0] if grave else (failures[-1][1] if failures else None)
+    text = f"{text} (searched: {searched})" if searched else text
+    # A location that could not be reached may have it: the same call may succeed later.
+    unreached = [e for _, e in failures if isinstance(e, StoreError) and not isinstance(e, StoreAccessError)]
+    found: CacheGenError = type(unreached[0])(text) if unreached else ProfileError(text)
+    found.__cause__ = unreached[0] if unreached else (failures[-1][1] if failures else None)
     return found
 
 
@@ -218,34 +277,34 @@ def _from_hub(
 ) -> tuple[bytes, str]:
     from hf_cachegen.stores import hub
 
-    place = hub_place(name, access)
+    location = hub_location(name, access)
     offline = access.local_files_only or hub.is_offline()
-    commit = place.revision if hub.is_commit(place.revision) else None
-    head = f"commit of {place.revision}"
+    commit = location.revision if hub.is_commit(location.revision) else None
+    head = f"commit of {location.revision}"
     if commit is None and offline:
-        commit = (cache.noted(place.origin, head) or b"").decode("ascii", "replace")
+        commit = (cache.noted(location.origin, head) or b"").decode("ascii", "replace")
     elif commit is None:
         try:
-            commit = hub.resolve(place, access.token, access.patience)
+            commit = hub.resolve(location, access.token, access.patience)
         except ArtifactNotFoundError as error:
             raise ProfileError(str(error)) from error
-        cache.note(place.origin, head, commit.encode())
-    where = hub.HubPlace(place.repo_id, place.repo_type, place.subfolder, commit or place.revision).url
+        cache.note(location.origin, head, commit.encode())
+    where = hub.HubLocation(location.repo_id, location.repo_type, location.subfolder, commit or location.revision).url
     note = f"SHA-256 of profile {digest or ''} at {commit}"
-    kept = _kept(cache, (cache.noted(place.origin, note) or b"").decode("ascii", "replace"))
+    kept = _kept(cache, (cache.noted(location.origin, note) or b"").decode("ascii", "replace"))
     if kept is not None and not access.force_download:
         return kept, where
     if offline:
         raise OfflineError(
-            f"the profile at {place} is not in the cache at {cache.directory}; load it once without local_files_only "
-            "(and not in offline mode)"
+            f"the profile at {location} is not in the cache at {cache.directory}; load it once without "
+            "local_files_only (and not in offline mode)"
         )
-    store = RemoteStore(hub.open_hub(place, commit or "", access.token, access.patience), f"{place}")
+    store = RemoteStore(hub.open_hub(location, commit or "", access.token, access.patience), f"{location}")
     try:
         data = download(store, f"{digest}.safetensors" if digest else PROFILE_FILE, limits)
     except ArtifactNotFoundError as error:
-        raise ProfileError(f"there is no profile {digest or ''} in {place}") from error
-    cache.note(place.origin, note, _keep(cache, data).encode())
+        raise ProfileError(f"there is no profile {digest or ''} in {location}") from error
+    cache.note(location.origin, note, _keep(cache, data).encode())
     return data, where
 
 
@@ -270,7 +329,7 @@ def _from_url(url: str, access: Access, limits: Limits, cache: SegmentCache) -> 
 
 
 def _kept(cache: SegmentCache, sha256: str | None) -> bytes | None:
-    """The file of that SHA-256, proved, if it is in the cache."""
+    """Return the file with that SHA-256, checked, from the cache; None where the cache lacks it."""
     data = cache.noted(_ORIGIN, sha256) if sha256 else None
     return data if data is not None and hashlib.sha256(data).hexdigest() == sha256 else None
 

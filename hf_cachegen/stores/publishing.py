@@ -10,7 +10,7 @@ from typing import Any
 from hf_cachegen.artifact import Reader
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.stores.card import card, profile_card, sealed_card
-from hf_cachegen.stores.hub import DEFAULT_REVISION, HubPlace, Token
+from hf_cachegen.stores.hub import DEFAULT_REVISION, HubLocation, Token
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.profiles import REPO_TYPE
 from hf_cachegen.stores.pushing import Pushed, own_repository, push, push_profile
@@ -33,29 +33,29 @@ def publish_artifact(
     create_pr: bool = False,
     progress: bool = True,
 ) -> Pushed:
-    """Put the artifact in `folder`, with a card, into a repository, in one commit; make the repository if need be.
+    """Push the artifact in `folder`, with a card, to a repository in one commit; create the repository if needed.
 
     Args:
-        folder: an artifact, plain or sealed; every byte is checked that can be.
+        folder: an artifact, plain or sealed; its bytes are verified first.
         repo_id: "user/name".
-        profile: the file of the profile that goes along (`profiles.finding.profile_to_push`), None: none.
-        key: of a sealed artifact: open it first, and check its plain bytes.
+        profile: the file of the profile to push with it (`profiles.finding.profile_to_push`); None for none.
+        key: secret key of a sealed artifact, to verify its plain bytes too.
         description: what the context is, for the card.
         private: refuse a public repository.
-        token: of the Hub; default the one logged in with.
-        revision: branch (default: main); made if need be.
+        token: token for the Hub (default: the one logged in with).
+        revision: branch (default: main); created if needed.
         subfolder: folder within the repository.
         repo_type: "dataset", "model" or "space".
-        commit_message: of the commit.
+        commit_message: message of the commit.
         create_pr: open a pull request instead of committing.
-        progress: let the Hub's client draw its bars on stderr.
+        progress: show the progress bars of the Hub's client on stderr.
 
     Returns:
-        The URL of the commit, its id, and the location of what was pushed.
+        The URL of the commit, its id, and the pushed artifact's location.
 
     Raises:
         ConfigError: `private` and the repository is public; a key, and the artifact is not sealed.
-        ConflictError: this artifact was changed in the repository meanwhile.
+        ConflictError: this artifact was changed in the repository at the same time.
         ArtifactError: the artifact is damaged.
         StoreError: the Hub could not be reached, or refused.
     """
@@ -66,7 +66,7 @@ def publish_artifact(
     else:
         text = card(Reader(LocalStore(directory)), repo_id, subfolder=subfolder, description=description)
     return push(
-        directory, HubPlace(repo_id, repo_type, subfolder, revision or DEFAULT_REVISION), text, profile=profile,
+        directory, HubLocation(repo_id, repo_type, subfolder, revision or DEFAULT_REVISION), text, profile=profile,
         key=key, token=token, private=private, commit_message=commit_message, create_pr=create_pr, progress=progress,
     )  # fmt: skip
 
@@ -84,30 +84,30 @@ def publish_profile(
     create_pr: bool = False,
     progress: bool = True,
 ) -> Pushed:
-    """Put a profile's file, with a card, into a repository, in one commit; make the repository if need be.
+    """Push a profile's file, with a card, to a repository in one commit; create the repository if needed.
 
     Args:
-        data: the file.
+        data: the bytes of the file.
         pin: its hashes, and the model's name.
-        about: what the profile says of itself, for the card.
-        repo_id: default <you>/<model>-cachegen-profile.
+        about: the description in the profile's file, for the card.
+        repo_id: "user/name" (default: <you>/<model>-cachegen-profile).
         private: refuse a public repository.
-        token: of the Hub; default the one logged in with.
-        revision: branch (default: main); made if need be.
-        commit_message: of the commit.
+        token: token for the Hub (default: the one logged in with).
+        revision: branch (default: main); created if needed.
+        commit_message: message of the commit.
         create_pr: open a pull request instead of committing.
-        progress: let the Hub's client draw its bars on stderr.
+        progress: show the progress bars of the Hub's client on stderr.
 
     Returns:
-        The URL of the commit, its id, and the location of what was pushed.
+        The URL of the commit, its id, and the pushed profile's location.
 
     Raises:
         ConfigError: `private` and the repository is public; no repository can be named after the model.
-        ConflictError: the profile was changed in the repository meanwhile.
+        ConflictError: the profile was changed in the repository at the same time.
         StoreError: the Hub could not be reached, or refused.
     """
-    place = HubPlace(repo_id or own_repository(pin.model, token), REPO_TYPE, None, revision or DEFAULT_REVISION)
+    location = HubLocation(repo_id or own_repository(pin.model, token), REPO_TYPE, None, revision or DEFAULT_REVISION)
     return push_profile(
-        data, place, profile_card(about, pin, place.repo_id), token=token, private=private,
+        data, location, profile_card(about, pin, location.repo_id), token=token, private=private,
         commit_message=commit_message, create_pr=create_pr, progress=progress,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The artifact behind a URL: sizes and ranges as `container.Store` wants them, fetched ahead, damage fetched again."""
+"""A store of the files behind a URL: it fetches ranges ahead, and damaged ranges again."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ from hf_cachegen.stores.prefetch import Prefetcher
 from hf_cachegen.stores.retry import Patience
 
 THREADS = 8
-"""Connections at a time; one seldom fills a link."""
+"""Connections at a time; a single one seldom uses all the bandwidth."""
 AHEAD_BYTES = 256 << 20
-"""Most bytes that wait for their reader."""
+"""Largest number of bytes that wait for their reader."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)", re.IGNORECASE)
 
 
 class RemoteStore(Store):
-    """The files behind a URL, as an artifact's reader wants them: what came with opening a file is not fetched again,
-    announced ranges are fetched ahead, and damaged ones a second time.
+    """The files behind a URL, for an artifact's reader. Threads may share it.
 
-    files: reads the location; `open` is called once for each file. location: its name in messages. threads: connections
-    at a time of a prefetch. ahead_bytes: bound on the bytes that wait for their reader. Threads may share a store.
+    The bytes that came with opening a file are not fetched again. Announced ranges are fetched ahead, and damaged ones
+    a second time.
+
+    Args:
+        files: the store that reads the location; `open` is called once for each file.
+        location: its name in messages.
+        threads: number of connections that a prefetch uses at a time.
+        ahead_bytes: largest number of bytes that wait for their reader.
+
+    Raises:
+        ConfigError: threads or ahead_bytes is below 1.
     """
 
     def __init__(
@@ -59,7 +67,9 @@ class RemoteStore(Store):
         """Read exactly that range; fetch it a second time if it does not hash to `xxh3`."""
         size, head = self._open(name)
         if offset < 0 or length < 0 or offset + length > size:
-            raise TruncatedError(f"{name} has {size} bytes; {length} at {offset} were asked for; fetch it again")
+            raise TruncatedError(
+                f"{self}: expected {length} bytes at {offset}; {name} has {size} bytes: fetch it again"
+            )
         data = head[offset : offset + length] if offset + length <= len(head) else None
         if data is None and self._prefetcher is not None:
             data = self._prefetcher.take((name, offset, length))
@@ -80,8 +90,8 @@ class RemoteStore(Store):
         with ThreadPoolExecutor(self._threads, thread_name_prefix="hf_cachegen-open") as pool:
             opened = dict(zip(names, pool.map(self._open, names), strict=True))
         if not self.files.serves_ranges():
-            return  # a read takes the whole file, once its size was held against the manifest: there is no part to plan
-        # What came with opening is here already, and what the file has not is for `read` to refuse.
+            return  # a read fetches the whole file, after its size was compared with the manifest
+        # The ranges that came with opening are at hand; `read` refuses those beyond the end of the file.
         ranges = [
             (s.file, s.offset, s.length)
             for s in wanted
@@ -90,7 +100,7 @@ class RemoteStore(Store):
         self._prefetcher = Prefetcher(ranges, self.files.read, self._threads, self._ahead_bytes)
 
     def close(self) -> None:
-        """End a prefetch; the store may be used on."""
+        """End a prefetch; the store stays usable."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -111,7 +121,7 @@ class RemoteStore(Store):
             self._held.pop(held, None)
 
     def _from_held(self, name: str, offset: int, length: int) -> bytes | None:
-        """A range that held ones cover without a gap; None for any other."""
+        """Return a range that held ranges cover without a gap; None for any other."""
         found, end, stop = [], offset, offset + length
         for held in sorted((held for held in list(self._held) if held.file == name), key=lambda held: held.offset):
             data = self._held.get(held)
@@ -127,14 +137,14 @@ class RemoteStore(Store):
             # Bytes of this file failed verification: ranges that were held of it may be as wrong.
             self.release([held for held in list(self._held) if held.file == name])
         if again or name not in self._opened:
-            # The files compare what they find with what they found at first: ChangedError.
+            # The files raise ChangedError if the size or the ETag is not the first one.
             self._opened[name] = self.files.open(name)
         return self._opened[name]
 
 
-def is_url(place: str) -> bool:
-    """Whether this is a URL rather than a folder or a repository."""
-    return _SCHEME.match(place) is not None
+def is_url(location: str) -> bool:
+    """Report whether this is a URL rather than a folder or a repository."""
+    return _SCHEME.match(location) is not None
 
 
 def open_files(
@@ -145,10 +155,18 @@ def open_files(
     patience: Patience | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Store:
-    """The files under a URL: http(s) with `headers`, anything else through fsspec with `storage_options`.
+    """Open the files under a URL.
 
-    progress: called with the length of each piece that arrives; an error that it raises ends the request.
-    Raises ConfigError for a URL that cannot be one, or for options that the other kind takes.
+    Args:
+        url: the URL of the folder.
+        headers: HTTP headers, for http(s) URLs.
+        storage_options: options for fsspec, for URLs of other schemes.
+        patience: time limits and number of attempts.
+        progress: called with the length in bytes of each piece that arrives; an error that it raises ends the request.
+
+    Raises:
+        ConfigError: the URL is not valid, or an option is for another scheme.
+        MissingExtraError: the package of the filesystem is not installed.
     """
     scheme = _SCHEME.match(url)
     if scheme is None:
@@ -162,7 +180,7 @@ def open_files(
         raise ConfigError(f"storage_options are for fsspec URLs; pass headers for {shown(url)}")
     parts = urlsplit(url)
     if "@" in parts.netloc:
-        raise ConfigError(f"credentials do not belong into a URL ({shown(url)}): pass them as headers")
+        raise ConfigError(f"expected a URL without credentials ({shown(url)}): pass them as headers")
     folder = parts.path.rstrip("/")
     return HttpFiles(
         lambda name: urlunsplit((parts.scheme, parts.netloc, f"{folder}/{quote(name)}", parts.query, "")),

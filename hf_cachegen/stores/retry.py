@@ -1,4 +1,4 @@
-"""How patient a store is: how often an attempt is made again, how long it waits in between, and when it gives up."""
+"""The retry policy of stores: number of attempts, waits between them, and time limits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Patience:
-    """Limits of every request; times in seconds.
+    """Limits of every request.
 
-    attempts: how often a range is asked for before its error is raised.
-    timeout: longest silence of a server, also while connecting.
-    min_bytes_per_second: a body that comes slower than this, the first `timeout` seconds aside, counts as stalled.
-    backoff: wait before the second attempt; doubles from attempt to attempt, each shortened by up to a half at random,
-        so that many readers of a failing server do not come back at once.
-    max_wait: longest wait; a server that asks (Retry-After) for more is not waited for.
+    Attributes:
+        attempts: number of attempts before the error is raised.
+        timeout: longest silence of a server in seconds, also while connecting.
+        min_bytes_per_second: slowest rate of a body in bytes per second, after the first `timeout` seconds.
+        backoff: wait before the second attempt in seconds. It doubles with each attempt, and each wait is shortened by
+            up to a half at random, so that many readers of a failing server do not return at once.
+        max_wait: longest wait in seconds; the error is raised at once where a server asks for more (Retry-After).
 
-    Raises ConfigError for a value out of range.
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     attempts: int = 5
@@ -40,12 +42,17 @@ class Patience:
             raise ConfigError(f"backoff and max_wait must not be negative, got {self}")
 
     def seconds_for(self, length: int) -> float:
-        """Time that one attempt at `length` bytes may take."""
+        """Return the seconds that one attempt at `length` bytes may take."""
         return self.timeout + length / self.min_bytes_per_second
 
 
 class Again(Exception):
-    """An attempt failed, another may not; `error` is raised if none succeeds, `wait` are the seconds asked for."""
+    """An attempt failed, and another may succeed.
+
+    Args:
+        error: the error to raise if no attempt succeeds.
+        wait: seconds that the server asked to wait; None where it did not.
+    """
 
     def __init__(self, error: StoreError, wait: float | None = None) -> None:
         super().__init__(str(error))
@@ -53,7 +60,15 @@ class Again(Exception):
 
 
 def persist(patience: Patience, attempt: Callable[[], Result]) -> Result:
-    """What `attempt` returns, made again after each `Again`; the last one's error when patience is at its end."""
+    """Call `attempt` until it does not raise Again, and return its result.
+
+    Args:
+        patience: number of attempts, and waits between them.
+        attempt: the call to make.
+
+    Raises:
+        StoreError: the error of the last attempt.
+    """
     for number in range(1, patience.attempts + 1):
         try:
             return attempt()

@@ -1,4 +1,4 @@
-"""Encryption at rest: artifacts that only the holder of a secret key can read, wherever they lie.
+"""Encryption at rest: artifacts that only the holder of a secret key can read.
 
 Each file NAME becomes NAME.sealed:
 
@@ -6,9 +6,9 @@ Each file NAME becomes NAME.sealed:
     block i = AES-256-GCM of 64 KiB (the last one fewer), 16 bytes longer; nonce = i as 12 bytes, little-endian
     its key = HKDF-SHA256(secret key, salt, "hf_cachegen seal 1" NUL name NUL size)
 
-The salt is random, so no key and nonce are used twice. Name, size and position are bound to the bytes: a block that
-was moved, renamed, cut off or put together from two files does not open. Blocks open one by one: ranges stay ranges.
-The local cache keeps blocks as they are, sealed, under the salt of their file, once they have opened.
+The salt is random, so no key and nonce are used twice. The key of a file depends on its name and size, and the nonce on
+the position, so a block that was moved, renamed, cut or combined from two files does not open. Each block opens by
+itself, so ranges can be read. The local cache keeps the blocks that have opened, sealed, under the salt of their file.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _MAGIC = b"cgseal01"
 _SALT_BYTES = 32
 _HEADER_BYTES = len(_MAGIC) + _SALT_BYTES + 8
 _INFO = b"hf_cachegen seal 1"
-_FETCH_ANEW = "-"
-"""A checksum that no range has: a store that keeps what came with opening a file fetches it anew."""
+_FETCH_AGAIN = "-"
+"""A checksum that no range has, so that a store fetches the range again instead of returning the bytes it holds."""
 Secret = bytes | str | os.PathLike[str]
 
 
@@ -54,33 +54,39 @@ class _Opened:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the local cache has of a sealed artifact. origin: its place; version: names content that never changes (a
-    commit); without one, headers are fetched each time, except offline. anew: do not take what is there.
+    """The sealed bytes of one artifact in the local cache.
+
+    Attributes:
+        cache: the local cache.
+        origin: the location of the artifact.
+        version: name of content that never changes (a commit). Without one, headers are fetched each time, except
+            offline.
+        refresh: do not read cached bytes.
     """
 
     cache: SegmentCache
     origin: str
     version: str | None = None
-    anew: bool = False
+    refresh: bool = False
 
     def _header(self, name: str) -> str:
         return f"sealed header of {name}, {self.version or 'last seen'}"
 
     def header(self, name: str) -> bytes | None:
-        """The header of a sealed file, not proved."""
-        return None if self.anew else self.cache.noted(self.origin, self._header(name))
+        """Return the header of a sealed file, not verified; None where the cache lacks it."""
+        return None if self.refresh else self.cache.noted(self.origin, self._header(name))
 
     def range(self, opened: _Opened, name: str, position: int, count: int) -> bytes | None:
-        """A range of a sealed file, not proved."""
-        found = None if self.anew else self.cache.noted(self.origin, _range_key(opened, name, position, count))
+        """Return a range of a sealed file, not verified; None where the cache lacks it."""
+        found = None if self.refresh else self.cache.noted(self.origin, _range_key(opened, name, position, count))
         return found if found is not None and len(found) == count else None
 
     def has(self, opened: _Opened, name: str, position: int, count: int) -> bool:
-        """Whether `range` is likely to find it."""
-        return not self.anew and self.cache.has_note(self.origin, _range_key(opened, name, position, count))
+        """Report whether `range` is likely to find it."""
+        return not self.refresh and self.cache.has_note(self.origin, _range_key(opened, name, position, count))
 
     def keep(self, opened: _Opened, name: str, position: int, data: bytes) -> None:
-        """Keeps a range that has opened, and with it the header that it opened under."""
+        """Keep a range that has opened, and the header of its file."""
         self.cache.note(self.origin, _range_key(opened, name, position, len(data)), data)
         self.cache.note(self.origin, self._header(name), opened.header)
 
@@ -90,11 +96,18 @@ def _range_key(opened: _Opened, name: str, position: int, count: int) -> str:
 
 
 class SealedStore(Store):
-    """The plain files of what is sealed in `store` (None: only what is kept). key: 32 bytes, or the path of a file that
-    holds them. kept: the local cache of sealed ranges.
+    """The plain files of a sealed artifact. Threads may share it if they may share `store`.
 
-    Raises CorruptError for what this key does not open, ConfigError for a key that is none, MissingExtraError without
-    `cryptography`, OfflineError for what is not kept. Threads may share it as far as they may share the store.
+    Args:
+        store: the store of the sealed files; None to read the local cache alone.
+        key: 32 bytes, or the path of a file that holds them.
+        kept: the local cache of sealed ranges; None for no cache.
+
+    Raises:
+        ConfigError: the key cannot be read, or has another length.
+        MissingExtraError: `cryptography` is not installed.
+        CorruptError: when read: a block does not open with this key.
+        OfflineError: when read: `store` is None, and the cache lacks the range.
     """
 
     def __init__(self, store: Store | None, key: Secret, kept: Kept | None = None) -> None:
@@ -107,14 +120,14 @@ class SealedStore(Store):
         return str(self.store) if self.kept is None else self.kept.origin
 
     def size(self, name: str) -> int:
-        """Length of the plain file in bytes."""
+        """Return the length of the plain file in bytes."""
         return self._open(name).size
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Exactly that range of the plain file."""
+        """Read exactly that range of the plain file."""
         opened = self._open(name)
         if offset < 0 or length < 0 or offset + length > opened.size:
-            raise TruncatedError(f"{name} has {opened.size} bytes; {length} at {offset} were asked for")
+            raise TruncatedError(f"{self}: expected {length} bytes at {offset}; {name} has {opened.size} bytes")
         if not length:
             return b""
         first = offset // BLOCK_BYTES
@@ -123,41 +136,41 @@ class SealedStore(Store):
         return plain[start : start + length]
 
     def prefetch(self, segments: Iterable[Segment]) -> None:
-        """Has the blocks of these segments fetched ahead."""
+        """Begin to fetch the blocks of these segments."""
         if self.store is not None:
             inside = [s for s in segments if s.length and s.offset + s.length <= self.size(s.file)]
             self.store.prefetch([self.locate(s) for s in inside if not self._has(s)])
 
     def unwrap(self) -> Store | None:
-        """Return the store of the sealed files; None where only what is kept is at hand."""
+        """Return the store of the sealed files; None where only the local cache is read."""
         return self.store
 
     def unfetched(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Return none: ranges of the plain files are not ranges of the sealed ones."""
+        """Return an empty list: ranges of the plain files are not ranges of the sealed ones."""
         return []
 
     def folder(self) -> None:
-        """Return None: the plain files lie nowhere."""
+        """Return None: the plain files are in no folder."""
         return None
 
     def _has(self, segment: Segment) -> bool:
-        place = _sealed_range(self.size(segment.file), segment.offset, segment.length)
-        return self.kept is not None and self.kept.has(self._open(segment.file), segment.file, *place)
+        sealed = _sealed_range(self.size(segment.file), segment.offset, segment.length)
+        return self.kept is not None and self.kept.has(self._open(segment.file), segment.file, *sealed)
 
     def locate(self, segment: Segment) -> Segment:
         """Return the range of the sealed file that holds the blocks of a segment, which must not be empty."""
-        place = _sealed_range(self.size(segment.file), segment.offset, segment.length)
-        return Segment(segment.file + SUFFIX, segment.name, *place, "")
+        sealed = _sealed_range(self.size(segment.file), segment.offset, segment.length)
+        return Segment(segment.file + SUFFIX, segment.name, *sealed, "")
 
     def _unseal(self, opened: _Opened, name: str, first: int, position: int, count: int) -> bytes:
         from cryptography.exceptions import InvalidTag
 
         data = None
-        for attempt in range(3):  # what is kept may be torn; what was damaged on its way is fetched once more
+        for attempt in range(3):  # a cached range may be torn, and a fetched one damaged: fetch, then fetch again
             if attempt == 0:
                 data = self.kept.range(opened, name, position, count) if self.kept else None
             elif self.store is not None or data is None:
-                data = self._source(name).read(name + SUFFIX, position, count, None if attempt == 1 else _FETCH_ANEW)
+                data = self._source(name).read(name + SUFFIX, position, count, None if attempt == 1 else _FETCH_AGAIN)
             if data is None:
                 continue
             view = memoryview(data)
@@ -171,7 +184,7 @@ class SealedStore(Store):
             if attempt and self.kept:
                 self.kept.keep(opened, name, position, data)
             return plain
-        raise CorruptError(f"{self}: {name}{SUFFIX} was sealed with another key, or is damaged")
+        raise CorruptError(f"{self}: {name}{SUFFIX} is damaged, or was sealed with another key: pass the right key=")
 
     def _open(self, name: str) -> _Opened:
         if name not in self._opened:
@@ -187,38 +200,58 @@ class SealedStore(Store):
     def _source(self, name: str) -> Store:
         if self.store is None:
             raise OfflineError(
-                f"{self}: {name}{SUFFIX}, or the part of it that is needed, is not in the cache; load it once without "
+                f"{self}: {name}{SUFFIX}, or the range of it that is needed, is not in the cache; load it once without "
                 "local_files_only (and not in offline mode)"
             )
         return self.store
 
 
 def read_header(store: Store, name: str) -> bytes:
-    """The header of the sealed file of `name`, whose length must be what it says. Raises CorruptError, TruncatedError.
+    """Read the header of a sealed file, and compare the file's length with it.
+
+    Args:
+        store: the store of the sealed files.
+        name: name of the plain file.
+
+    Raises:
+        TruncatedError: the file is shorter than a header.
+        CorruptError: the file is not a sealed file, or has another length.
     """
     total = store.size(name + SUFFIX)
     if total < _HEADER_BYTES:
-        raise TruncatedError(f"{store}: {name}{SUFFIX} has {total} bytes, less than its header")
+        raise TruncatedError(f"{store}: expected a header of {_HEADER_BYTES} bytes, {name}{SUFFIX} has {total} in all")
     header = store.read(name + SUFFIX, 0, _HEADER_BYTES)
     if not header.startswith(_MAGIC):
-        raise CorruptError(f"{store}: {name}{SUFFIX} is no sealed file")
+        raise CorruptError(f"{store}: {name}{SUFFIX} is not a sealed file; fetch it again")
     size = _plain_size(header)
     if total != _HEADER_BYTES + size + TAG_BYTES * -(-size // BLOCK_BYTES):
-        raise CorruptError(f"{store}: {name}{SUFFIX} of {total} bytes cannot hold {size}; fetch it again")
+        raise CorruptError(
+            f"{store}: {name}{SUFFIX} has {total} bytes, which is not the length for {size} plain ones; fetch it again"
+        )
     return header
 
 
 def sealed_names(directory: str | os.PathLike[str]) -> list[str]:
-    """The plain names of the sealed files in a folder; empty where it holds no sealed artifact."""
+    """Return the plain names of the sealed files in a folder; an empty list where it holds no sealed artifact."""
     names = sorted(entry.name for entry in os.scandir(directory) if entry.name.endswith(SUFFIX))
     return [name.removesuffix(SUFFIX) for name in names] if MANIFEST_FILE + SUFFIX in names else []
 
 
 def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Secret) -> int:
-    """Writes the artifact in `directory`, every byte of which is checked, sealed into the folder `out`; returns the
-    bytes written. The manifest comes last: without it the folder holds nothing that opens.
+    """Verify an artifact, and write it sealed. The manifest is written last: without it nothing in the folder opens.
 
-    Raises ArtifactExistsError where sealed files stand already; ArtifactError, ConfigError.
+    Args:
+        directory: the folder of the artifact.
+        out: the folder for the sealed files; created if needed.
+        key: 32 bytes, or the path of a file that holds them.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        ConfigError: the key cannot be read, or has another length.
+        ArtifactExistsError: `out` holds sealed files already.
+        ArtifactError: the artifact is damaged.
     """
     secret = _secret(key)
     _cryptography()
@@ -259,7 +292,7 @@ def _sealed(store: LocalStore, name: str, key: bytes) -> Iterator[bytes]:
 
 
 def _sealed_range(size: int, offset: int, length: int) -> tuple[int, int]:
-    """(offset, length) within the sealed file of the blocks that hold a range, not empty, of the plain one."""
+    """Return (offset, length) in the sealed file of the blocks that hold a range, not empty, of the plain file."""
     first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
     plain = min(size, (last + 1) * BLOCK_BYTES) - first * BLOCK_BYTES
     return _HEADER_BYTES + first * (BLOCK_BYTES + TAG_BYTES), plain + (last - first + 1) * TAG_BYTES
@@ -284,9 +317,11 @@ def _secret(key: Secret) -> bytes:
         try:
             key = Path(os.path.expanduser(key)).read_bytes()
         except OSError as error:
-            raise ConfigError(f"there is no key to be read at {os.fspath(key)!r}: {error.strerror}") from error
+            raise ConfigError(f"expected a key file at {os.fspath(key)!r}: {error.strerror}") from error
     if len(key) != KEY_BYTES:
-        raise ConfigError(f"a key has {KEY_BYTES} bytes, got {len(key)}; head -c {KEY_BYTES} /dev/urandom makes one")
+        raise ConfigError(
+            f"expected a key of {KEY_BYTES} bytes, got {len(key)}; head -c {KEY_BYTES} /dev/urandom makes one"
+        )
     return key
 
 

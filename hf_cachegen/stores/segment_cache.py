@@ -1,13 +1,13 @@
 """Verified segments on the local disk, shared by all processes of a user.
 
-    <directory>/<hash of the origin>/origin            the URL or repository that this came from
+    <directory>/<hash of the origin>/origin            the URL or repository
     <directory>/<hash of the origin>/ab/<xxh3>-<bytes> a segment, named by its content
-    <directory>/<hash of the origin>/notes/<hash>      manifests, and which commit a branch was last seen at
+    <directory>/<hash of the origin>/notes/<hash>      a manifest, or the commit at which a branch was last seen
 
-A segment is found by its checksum, so revisions of a repository share what did not change. It is never found under
-another origin: XXH3 is not cryptographic, and a stranger's artifact must not be able to plant segments in yours.
-Files appear by renaming, whole; killed writers leave temporary files that `prune` removes. Nothing is synced to the
-disk and nothing believed: every read is hashed, and what a power cut tore is thrown away and fetched again.
+A segment is found by its checksum, so revisions of a repository share unchanged segments. It is never found under
+another origin: XXH3 is not cryptographic, and an untrusted artifact must not be able to plant segments in another one.
+Files are written under a temporary name and renamed; `prune` removes the temporary files of killed writers. Nothing is
+synced to the disk. Every read is hashed instead, and a file that a power cut tore is removed and fetched again.
 """
 
 from __future__ import annotations
@@ -30,15 +30,22 @@ LIMIT_VARIABLE = "HF_CACHEGEN_CACHE_BYTES"
 DEFAULT_LIMIT = 32 << 30
 """Bytes."""
 _PRUNINGS_PER_LIMIT = 16
-"""A process prunes after its first write, and each time that it has written this share of the limit."""
+"""A process prunes after its first write, and again after each limit / 16 bytes that it has written."""
 _ABANDONED_SECONDS = 3600
-"""A temporary file of this age has lost its writer."""
+"""Age in seconds from which a temporary file counts as left by a killed writer."""
 _TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True)
 class CachedOrigin:
-    """What the cache holds of one origin: files, bytes, and when it was last used (seconds since the epoch)."""
+    """The share of one origin in the cache.
+
+    Attributes:
+        origin: the URL or repository.
+        files: number of files.
+        nbytes: their size in bytes.
+        used: time of the last use, in seconds since the epoch.
+    """
 
     origin: str
     files: int
@@ -47,12 +54,17 @@ class CachedOrigin:
 
 
 class SegmentCache:
-    """directory: default $HF_CACHEGEN_CACHE, else `cachegen` in $HF_HOME.
-    limit: bytes, default $HF_CACHEGEN_CACHE_BYTES, else 32 GiB; what was not used for longest goes first. Between two
-        prunings it may be exceeded by a sixteenth.
+    """The local cache of verified segments. Threads and processes may share it.
 
-    Threads and processes may share it. Writing never fails a reader: without space or permission nothing is kept.
-    Raises ConfigError for a limit that is none.
+    A failed write raises nothing: without space or permission the cache keeps nothing.
+
+    Args:
+        directory: the folder (default: $HF_CACHEGEN_CACHE, else `cachegen` in $HF_HOME).
+        limit: size limit in bytes (default: $HF_CACHEGEN_CACHE_BYTES, else 32 GiB). The least recently used files are
+            removed first. The limit may be exceeded by a sixteenth between two prunings.
+
+    Raises:
+        ConfigError: the limit is negative, or not a number.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
@@ -64,7 +76,7 @@ class SegmentCache:
         self._known: dict[str, Path] = {}
 
     def get(self, origin: str, xxh3: str, length: int) -> bytes | None:
-        """The segment of that checksum, proved; None where it is not here."""
+        """Return the segment with that checksum, verified; None where the cache lacks it."""
         path = self._segment(origin, xxh3, length)
         data = _read(path)
         if data is not None and (len(data) != length or digest(data) != xxh3):
@@ -74,27 +86,27 @@ class SegmentCache:
         return data
 
     def has(self, origin: str, xxh3: str, length: int) -> bool:
-        """Whether `get` is likely to find it."""
+        """Report whether `get` is likely to find it."""
         return os.path.isfile(self._segment(origin, xxh3, length))
 
     def put(self, origin: str, xxh3: str, data: bytes) -> None:
-        """Keeps a segment; the caller has proved that it hashes to `xxh3`."""
+        """Keep a segment; the caller has verified that it hashes to `xxh3`."""
         self._write(origin, self._segment(origin, xxh3, len(data)), data)
 
     def note(self, origin: str, key: str, data: bytes) -> None:
-        """Keeps something small under a name, such as a manifest; whoever reads it must check it."""
+        """Keep bytes under a name, such as a manifest; the reader must verify them."""
         self._write(origin, self._note(origin, key), data)
 
     def noted(self, origin: str, key: str) -> bytes | None:
-        """What was last noted under that name."""
+        """Return the bytes last kept under that name, not verified; None where the cache lacks them."""
         return _read(self._note(origin, key))
 
     def has_note(self, origin: str, key: str) -> bool:
-        """Whether `noted` is likely to find it."""
+        """Report whether `noted` is likely to find it."""
         return self._note(origin, key).is_file()
 
     def origins(self) -> list[CachedOrigin]:
-        """What the cache holds, the least recently used first."""
+        """List the origins in the cache, the least recently used first."""
         found = []
         for home in self._homes():
             files = list(_files(home))
@@ -105,9 +117,15 @@ class SegmentCache:
         return sorted(found, key=lambda entry: entry.used)
 
     def prune(self, limit: int | None = None) -> tuple[int, int]:
-        """Removes what was not used for longest until `limit` (default: the cache's own) holds: (files, bytes) removed.
+        """Remove the least recently used files until the cache is within a limit.
 
-        Does nothing while another process prunes.
+        Nothing is removed while another process prunes.
+
+        Args:
+            limit: the limit in bytes (default: the cache's own).
+
+        Returns:
+            The numbers of files and bytes that were removed.
         """
         limit = self.limit if limit is None else limit
         if not self.directory.is_dir():
@@ -137,7 +155,7 @@ class SegmentCache:
             yield from (path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink())
 
     def _home(self, origin: str) -> Path:
-        if origin not in self._known:  # asked for each segment of an artifact
+        if origin not in self._known:  # called for each segment of an artifact
             self._known[origin] = self.directory / hashlib.sha256(origin.encode()).hexdigest()[:32]
         return self._known[origin]
 
@@ -162,7 +180,7 @@ class SegmentCache:
 
 
 def default_directory() -> str:
-    """Where the cache is unless somebody says otherwise: beside the Hub's own."""
+    """Return the default folder of the cache, beside the Hub's own cache."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     hub = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
     return os.environ.get(DIRECTORY_VARIABLE) or os.path.join(os.path.expanduser(hub), "cachegen")
@@ -185,12 +203,12 @@ def _read(path: Path, *, touch: bool = True) -> bytes | None:
         return data
     except FileNotFoundError:
         return None
-    except OSError:  # what cannot be read is not here
+    except OSError:  # an unreadable file counts as missing
         return None
 
 
 def _replace(path: Path, data: bytes) -> None:
-    for attempt in (1, 2):  # a pruning may remove the empty folder in between
+    for attempt in (1, 2):  # a pruning may remove the empty folder between the two calls
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
@@ -209,7 +227,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _files(home: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All files that pruning may remove."""
+    """Yield the files that pruning may remove."""
     for folder, _, names in os.walk(home):
         for name in names:
             path = Path(folder, name)

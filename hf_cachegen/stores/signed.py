@@ -1,12 +1,12 @@
 """Signatures: artifacts that only the holder of a private key can have made.
 
-The format's checksums find accidents and authenticate nothing. A signature file stands beside the manifest:
+The checksums of the format find accidents and do not authenticate. A signature is a file beside the manifest:
 
     cachegen.sig = Ed25519 signature, 128 hex digits, newline, statement
     statement    = JSON {"ranges": [[file, offset, length, SHA-256], ...], "signed": "hf_cachegen artifact 1"}
 
-The ranges are the manifest, and each file's header and segments: so every range that a reader asks for can be proved by
-itself, and a partial load proves what it loads. SignedStore lets nothing else through.
+The ranges are the manifest, and the header and the segments of each file. So each range that a reader asks for is
+verified by itself, and a partial load verifies all that it reads. SignedStore refuses any other range.
 """
 
 from __future__ import annotations
@@ -35,10 +35,17 @@ KeyLike = bytes | str | os.PathLike[str]
 
 
 class SignedStore(Store):
-    """What `store` has, as far as it is signed with the private half of `public_key`.
+    """The signed files of a store.
 
-    public_key: 32 raw bytes, or the path of a PEM file. Raises SignatureError for what is not signed or is not what was
-    signed, ConfigError for a key that is none, MissingExtraError without `cryptography`.
+    Args:
+        store: the store of the artifact.
+        public_key: 32 raw bytes, or the path of a PEM file.
+
+    Raises:
+        ConfigError: the key cannot be read.
+        MissingExtraError: `cryptography` is not installed.
+        SignatureError: the artifact is not signed with the private half of the key; when read: a range is not signed,
+            or has other bytes.
     """
 
     signed: ClassVar[bool] = True
@@ -54,14 +61,14 @@ class SignedStore(Store):
         return str(self.store)
 
     def size(self, name: str) -> int:
-        """Length of the file in bytes, which must be the signed one. (The signature itself may be looked at.)"""
+        """Return the length of the file in bytes, which must be the signed one (except of the signature itself)."""
         size = self.store.size(name)
         if name != SIGNATURE_FILE and self._sizes.get(name) != size:
-            raise SignatureError(f"{self}: {name} of {size} bytes is not signed")
+            raise SignatureError(f"{self}: the signature does not cover {name} of {size} bytes")
         return size
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
-        """Exactly that range, which must be a signed one."""
+        """Read exactly that range, which must be a signed one."""
         data = self.store.read(name, offset, length, xxh3)
         if name != SIGNATURE_FILE and hashlib.sha256(data).hexdigest() != self._ranges.get((name, offset, length)):
             raise SignatureError(f"{self}: {length} bytes at {offset} of {name} are not what was signed")
@@ -73,9 +80,18 @@ class SignedStore(Store):
 
 
 def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
-    """Writes `cachegen.sig` into an artifact's folder, after checking every byte there; returns its path.
+    """Verify an artifact, and write its signature `cachegen.sig` into its folder.
 
-    private_key: 32 raw bytes, or the path of a PEM file without a password. Raises ArtifactError, ConfigError.
+    Args:
+        directory: the folder of the artifact.
+        private_key: 32 raw bytes, or the path of a PEM file without a password.
+
+    Returns:
+        The path of the signature.
+
+    Raises:
+        ConfigError: the key cannot be read.
+        ArtifactError: the artifact is damaged.
     """
     key = _private(private_key)
     store = LocalStore(directory)
@@ -85,7 +101,7 @@ def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
     for name, entry in sorted(reader.manifest.files.items()):
         wanted.append((name, 0, entry.header_bytes))
         wanted += [(name, segment.offset, segment.length) for segment in entry.segments]
-    ranges = [[*place, hashlib.sha256(store.read(*place)).hexdigest()] for place in wanted]
+    ranges = [[*signed, hashlib.sha256(store.read(*signed)).hexdigest()] for signed in wanted]
     statement = json.dumps({"ranges": ranges, "signed": _SIGNED}, separators=(",", ":")).encode()
     target = store.directory / SIGNATURE_FILE
     handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=store.directory)
@@ -101,9 +117,7 @@ def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
 
 
 def require_current(directory: str | os.PathLike[str]) -> None:
-    """Raises SignatureError for a signature in an artifact's folder that is of another artifact. Whose it is, is not
-    looked at: that takes a key.
-    """
+    """Raise SignatureError unless the signature in an artifact's folder is of this artifact; its key is not checked."""
     manifest = Path(directory, MANIFEST_FILE).read_bytes()
     try:
         ranges = json.loads(Path(directory, SIGNATURE_FILE).read_bytes().partition(b"\n")[2])["ranges"]
@@ -115,7 +129,7 @@ def require_current(directory: str | os.PathLike[str]) -> None:
 
 
 def _statement(store: Store, key: Ed25519PublicKey) -> dict[tuple[str, int, int], str]:
-    """The signed ranges; nothing of the file is parsed before its signature is right."""
+    """Return the SHA-256 of each signed range; the file is parsed only after its signature was verified."""
     from cryptography.exceptions import InvalidSignature
 
     try:
@@ -166,14 +180,14 @@ def _pem(path: str | os.PathLike[str]) -> bytes:
     try:
         return Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
-        raise ConfigError(f"there is no key to be read at {os.fspath(path)}: {error.strerror}") from error
+        raise ConfigError(f"expected a key file at {os.fspath(path)}: {error.strerror}") from error
 
 
 def _checked(data: bytes, load: Callable[[bytes], Any], kind: type) -> Any:
     try:
         key = load(data)
     except (ValueError, TypeError) as error:  # never the data: it may be a private key
-        raise ConfigError(f"this is no {kind.__name__}: expected 32 bytes, or a PEM file without a password") from error
+        raise ConfigError(f"expected an {kind.__name__}, as 32 bytes or a PEM file without a password") from error
     if not isinstance(key, kind):
         raise ConfigError(f"expected an {kind.__name__}, got a key of another kind")
     return key

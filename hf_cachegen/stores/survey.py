@@ -1,4 +1,4 @@
-"""Looking at places: which artifacts are there, a whole copy of one, and whether a server does what loading needs."""
+"""List the artifacts and profiles at a location, copy an artifact whole, and check whether a server can serve one."""
 
 from __future__ import annotations
 
@@ -27,20 +27,25 @@ from hf_cachegen.artifact.manifest import is_own_file
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError, ProfileError
 from hf_cachegen.stores.http import shown
+from hf_cachegen.stores.locations import Access, hub_location, open_store
 from hf_cachegen.stores.naming import is_repository, local_path, named_both_ways, require_folder
-from hf_cachegen.stores.places import Access, hub_place, open_store
 from hf_cachegen.stores.profiles import fetch_beside, is_kept_profile
 from hf_cachegen.stores.remote import is_url, open_files
 from hf_cachegen.stores.sealed import SUFFIX
 
 CHECK_BYTES = 64 << 20
-"""At most so much is fetched to measure how fast a place is."""
+"""Most bytes that are fetched to measure the speed of a location."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """folder: relative to the place, "" for itself; in a namespace of the Hub the folder's own URL. nbytes: of all
-    files of the artifact, or of the profile in use there. kept: of a profile, how many older ones the folder has.
+    """An artifact, or a profile, at a location.
+
+    Attributes:
+        folder: path relative to the location, "" for the location itself; its URL in a namespace of the Hub.
+        nbytes: size in bytes of all files of the artifact, or of the profile in use.
+        profile: True for a profile.
+        kept: number of older profiles in the folder.
     """
 
     folder: str
@@ -51,31 +56,43 @@ class Found:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a server was asked for; passed: None where it is advice."""
+    """The result of one check of a server.
+
+    Attributes:
+        name: name of the check.
+        passed: None where the result is advice.
+        detail: the measured value, or the reason.
+    """
 
     name: str
     passed: bool | None
     detail: str
 
 
-def find_artifacts(place: str, access: Access | None = None) -> list[Found]:
-    """The artifacts among what `find` finds."""
-    return [found for found in find(place, access) if not found.profile]
+def find_artifacts(location: str, access: Access | None = None) -> list[Found]:
+    """List the artifacts at or below a location, without the profiles. Arguments and errors are those of `find`."""
+    return [found for found in find(location, access) if not found.profile]
 
 
-def find(place: str, access: Access | None = None) -> list[Found]:
-    """The artifacts, sealed ones too, and the profiles, at or below a folder, a repository or an fsspec URL, or in all
-    repositories of a namespace of the Hub (hf://name), in alphabetical order.
+def find(location: str, access: Access | None = None) -> list[Found]:
+    """List the artifacts, plain and sealed, and the profiles at or below a location, each in alphabetical order.
 
-    Raises ConfigError for http(s), which cannot list; ArtifactNotFoundError, StoreError.
+    Args:
+        location: a folder, a repository, an fsspec URL, or a namespace of the Hub (hf://name) for all its repositories.
+        access: the options for reaching it.
+
+    Raises:
+        ConfigError: the location is an http(s) URL, which cannot be listed.
+        ArtifactNotFoundError: there is no such folder or repository.
+        StoreError: the location cannot be reached.
     """
     access = access or Access()
-    if place.startswith("hf://"):
+    if location.startswith("hf://"):
         from hf_cachegen.stores import hub
 
-        if (name := hub.namespace(place)) is not None:
+        if (name := hub.namespace(location)) is not None:
             if access.revision or access.subfolder:
-                raise ConfigError(f"{place} is no repository: it has no revision or folder")
+                raise ConfigError(f"revision and subfolder are for one repository; {location} is a namespace")
             repositories = hub.find_repositories(name, _is_listed, access.token)
             files = {where.origin: hub.find_files(where, access.token) for where in repositories}
             return [
@@ -83,18 +100,18 @@ def find(place: str, access: Access | None = None) -> list[Found]:
                 for origin, listed in files.items()
                 for found in _found(listed)
             ]
-    if is_repository(place):
+    if is_repository(location):
         from hf_cachegen.stores import hub
 
-        with named_both_ways(place):
-            return _found(hub.find_files(hub_place(place, access), access.token))
-    if is_url(place):
-        listed = open_files(place, storage_options=access.storage_options, patience=access.patience).find()
+        with named_both_ways(location):
+            return _found(hub.find_files(hub_location(location, access), access.token))
+    if is_url(location):
+        listed = open_files(location, storage_options=access.storage_options, patience=access.patience).find()
         if listed is None:
-            raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(place)}")
+            raise ConfigError(f"a web server lists no files; name the artifact's own URL instead of {shown(location)}")
         return _found(listed)
-    root = local_path(place) / (access.subfolder or "")
-    require_folder(root, place, access.repo_type)
+    root = local_path(location) / (access.subfolder or "")
+    require_folder(root, location, access.repo_type)
     return _found({
         os.path.relpath(path, root): os.path.getsize(path)
         for folder, _, names in os.walk(root)
@@ -105,7 +122,7 @@ def find(place: str, access: Access | None = None) -> list[Found]:
 
 
 def _found(files: Mapping[str, int]) -> list[Found]:
-    """What there is of artifacts and profiles among these files, path and size."""
+    """Return the artifacts and profiles among these files, given as path and size."""
     sizes: dict[str, int] = {}
     profiles: dict[str, int] = {}
     kept: Counter[str] = Counter()
@@ -120,18 +137,18 @@ def _found(files: Mapping[str, int]) -> list[Found]:
     manifests = (MANIFEST_FILE, MANIFEST_FILE + SUFFIX)
     whole = [folder for folder in sizes if any(str(PurePosixPath(folder, name)) in files for name in manifests)]
     found = [Found(folder, sizes[folder]) for folder in sorted(whole)]
-    # One of those that are kept, under its digest, is the one in use.
+    # The profile in use is also kept under its digest.
     found += [Found(folder, profiles[folder], True, max(0, kept[folder] - 1)) for folder in sorted(profiles)]
     return [replace(one, folder="") if one.folder == "." else one for one in found]
 
 
 def _is_listed(path: str) -> bool:
-    """Whether there is an artifact or a profile where this file is."""
+    """Report whether the folder of this file holds an artifact or a profile."""
     return PurePosixPath(path).name.removesuffix(SUFFIX) in (MANIFEST_FILE, PROFILE_FILE)
 
 
 def pull(
-    place: str,
+    location: str,
     directory: str | os.PathLike[str],
     access: Access | None = None,
     *,
@@ -139,14 +156,27 @@ def pull(
     limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Copies a whole artifact into a folder, every segment verified, and returns its bytes. A signature beside it comes
-    along, and the profile that it needs, if it lies there.
+    """Copy a whole artifact into a folder, with its signature and its profile where they are beside it.
 
-    The folder holds all of it or nothing. progress: called with (bytes copied, bytes in all). Raises ArtifactError,
-    StoreError.
+    Every segment is verified. After an error the folder holds nothing of the artifact.
+
+    Args:
+        location: a folder, a URL or a repository.
+        directory: the folder to write; created if needed.
+        access: the options for reaching the location.
+        overwrite: replace an artifact in `directory`.
+        limits: limits for the artifact.
+        progress: called with (bytes copied, bytes in all).
+
+    Returns:
+        The size of the artifact in bytes.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged or above the limits, or `directory` holds one.
+        StoreError: the location cannot be read.
     """
     directory = os.path.expanduser(directory)
-    reader = Reader(open_store(place, access, limits), limits or Limits())
+    reader = Reader(open_store(location, access, limits), limits or Limits())
     manifest = reader.manifest
     segments = manifest.segments
     reader.prefetch(segments)
@@ -176,13 +206,21 @@ def _replace(path: Path, data: bytes) -> None:
         os.replace(partial, path)
 
 
-def serve_check(place: str, access: Access | None = None) -> list[Check]:
-    """Whether the place serves its artifact as loading needs it; stops at the first thing that fails."""
+def serve_check(location: str, access: Access | None = None) -> list[Check]:
+    """Check whether a location can serve its artifact for loading; stop at the first check that raises.
+
+    Args:
+        location: a URL or a repository.
+        access: the options for reaching it; the local cache is not used.
+
+    Returns:
+        The results of the checks that were made.
+    """
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="hf_cachegen-") as folder:
         access = replace(access or Access(), cache_dir=folder, local_files_only=False, force_download=True)
         try:
-            for step in _steps(place, access):
+            for step in _steps(location, access):
                 checks.append(step())
         except CacheGenError as error:
             checks.append(Check(_STEPS[len(checks)], False, f"{type(error).__name__}: {error}"))
@@ -192,17 +230,17 @@ def serve_check(place: str, access: Access | None = None) -> list[Check]:
 _STEPS = ("manifest", "ranges", "changes are noticed", "level 1", "speed")
 
 
-def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
+def _steps(location: str, access: Access) -> list[Callable[[], Check]]:
     state: dict[str, Reader] = {}
 
     def manifest() -> Check:
         start = time.perf_counter()
-        reader = state["reader"] = Reader(open_store(place, access))
+        reader = state["reader"] = Reader(open_store(location, access))
         seconds = time.perf_counter() - start
         return Check("manifest", True, f"{reader.manifest.tokens:,} tokens, {seconds * 1000:.0f} ms to open")
 
     def ranges() -> Check:
-        store, longest = _served(state["reader"], place), _longest(state["reader"])
+        store, longest = _served(state["reader"], location), _longest(state["reader"])
         store.size(longest.file)
         if not store.serves_ranges():
             return Check("ranges", None, "ignored: every file is fetched whole, once for each load")
@@ -210,12 +248,12 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
         for offset, length in ((first, last - first), (last - 1, 1)):
             data = store.read(longest.file, offset, length)
             if len(data) != length:
-                return Check("ranges", False, f"{len(data)} bytes came for a range of {length}")
+                return Check("ranges", False, f"expected a range of {length} bytes, got {len(data)}")
         return Check("ranges", True, f"exact, within {longest.file}")
 
     def changes() -> Check:
-        mark = _served(state["reader"], place).mark(_longest(state["reader"]).file)
-        detail = f"marked {mark[:60]}" if mark else "no ETag or date: mixed states are found by checksums alone"
+        mark = _served(state["reader"], location).mark(_longest(state["reader"]).file)
+        detail = f"marked {mark[:60]}" if mark else "no ETag or date: only checksums find mixed states"
         return Check("changes are noticed", True if mark else None, detail)
 
     def level() -> Check:
@@ -238,14 +276,14 @@ def _steps(place: str, access: Access) -> list[Callable[[], Check]]:
 
 
 def _longest(reader: Reader) -> Segment:
-    """The longest segment of the base, where it lies in the file that is served."""
+    """Return the longest segment of the base, as a range of the file that is served."""
     found = max(reader.manifest.files[BASE_FILE].segments, key=lambda segment: segment.length)
     return reader.store.locate(found)
 
 
-def _served(reader: Reader, place: str) -> Store:
-    """The files at the location, past everything that is kept of them."""
+def _served(reader: Reader, location: str) -> Store:
+    """Return the store of the files at the location, without the local cache."""
     store = innermost(reader.store)
     if store.folder() is not None:
-        raise ConfigError(f"{place} is a local folder: nothing serves it")
+        raise ConfigError(f"expected a URL or a repository; {location} is a local folder, which no server serves")
     return store

@@ -193,11 +193,11 @@ class SwapIn(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores unchanged."""
         if self._waiting is not None:
-            if int(self._cache.get_seq_length()) <= self._reuse.columns:
+            if int(self._cache.get_seq_length()) <= self._reuse.length:
                 self._waiting = time.monotonic()  # of a draft: the model has not begun to read
                 return scores
             self._refinement.first_token(
-                len(scores), int(input_ids.shape[1]) - self._reuse.columns, time.monotonic() - self._waiting
+                len(scores), int(input_ids.shape[1]) - self._reuse.length, time.monotonic() - self._waiting
             )
             self._waiting = None
         self._seen = self._refinement.bring(self._cache, self._reuse, self._seen)
@@ -217,7 +217,7 @@ def _copy(live: Tensor, known: Tensor, first: int, tokens: int, held: int, reuse
     """
     repeats = live.shape[0] // len(reuse.pads)
     for row, pads in enumerate(reuse.pads):
-        start, stop = max(first + pads, held), min(first + tokens + pads, reuse.columns, held + live.shape[2])
+        start, stop = max(first + pads, held), min(first + tokens + pads, reuse.length, held + live.shape[2])
         if start < stop:
             rows = slice(row * repeats, (row + 1) * repeats)
             live[rows, :, start - held : stop - held] = known[:, :, start - pads : stop - pads].to(live.device)

@@ -93,7 +93,7 @@ def _open(
             download = Download(session, artifact, sources, can_recompute=can_recompute)
             ending.callback(download.close, END_SECONDS)
             download.start()
-            return download, validate(artifact, model, options.tokenizer, likely)
+            return download, validate(artifact, model, options.tokenizer, likely, options.verify)
         except (ArtifactError, StoreError) as error:
             ending.pop_all()
             if download is not None:
@@ -133,7 +133,7 @@ def _question_tokens(context: OpenContext, options: StreamOptions) -> int:
     if options.prompt is None:
         return options.prompt_tokens
     ids, mask = options.prompt
-    shared = match(context.input_ids[0], ids, mask).columns
+    shared = match(context.input_ids[0], ids, mask).length
     if shared <= 0:
         raise PromptMismatchError("the prompt does not begin with the context")
     return int(ids.shape[1]) - shared

@@ -68,7 +68,7 @@ class Klt(Transform):
         if geometry.batch != 1:
             raise ConfigError(f"the klt transform needs a batch of 1, got {geometry.batch}")
         if config.levels != profile.levels:
-            raise ConfigError(f"the profile has {profile.levels} levels: config.levels must be equal, got {config.levels}")
+            raise ConfigError(f"the profile has {profile.levels} levels, config.levels is {config.levels}")
         values, digits = shipped_codebooks(config.prob_bits)
         if bool((profile.entries[0] >= values.entries).any()) or bool((profile.entries[1:] >= digits.entries).any()):
             raise ProfileError("a table entry of the profile is outside the codebook: the profile is damaged")

@@ -1,9 +1,10 @@
-"""From the name of a place to a store: a folder, a URL, or a repository on the Hub."""
+"""Open the store of a location: a folder, a URL, or a repository on the Hub."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -28,7 +29,7 @@ from hf_cachegen.stores.segment_cache import SegmentCache
 from hf_cachegen.stores.signed import SignedStore
 
 _UNCACHED = ("file", "memory")
-"""Schemes that are no farther than the cache."""
+"""Schemes of URLs that are as near as the local cache, which does not keep their files."""
 
 
 class ReachedStore(Store):
@@ -58,64 +59,74 @@ class ReachedStore(Store):
 
 
 class _Cached(NamedTuple):
-    """store: reads the location; None: nothing may be read there. kept: its part of the local cache."""
+    """A location that the local cache keeps: its store (None in offline mode), and its part of the cache."""
 
     store: Store | None
     kept: Kept
 
 
 def open_store(
-    place: str | os.PathLike[str],
+    location: str | os.PathLike[str],
     access: Access | None = None,
     limits: Limits | None = None,
     meter: Meter | None = None,
 ) -> Store:
-    """The store of the artifact at `place`: a folder, a URL (hf:// too), or a repository ("user/name").
+    """Open the store of an artifact.
 
-    `naming` says which strings are paths. A path object is always a folder. meter: counts the requests that leave this
-    process. Raises SignatureError, ConfigError, ArtifactNotFoundError, StoreError.
+    Args:
+        location: a folder, a URL (hf:// too), or a repository ("user/name"). `hf_cachegen.stores.naming` has the rule
+            by which a string is taken for a path or a repository; a path object is always a folder.
+        access: the options for reaching it.
+        limits: limits for the manifest.
+        meter: observer of the requests that leave this process.
+
+    Raises:
+        ConfigError: the options contradict each other, or do not apply to this kind of location.
+        ArtifactNotFoundError: there is no artifact.
+        SignatureError: `access` has a public key, and the artifact is not signed with its private half.
+        StoreError: the location cannot be reached.
     """
     access = access or Access()
     if access.local_files_only and access.force_download:
         raise ConfigError("local_files_only and force_download contradict each other")
-    with named_both_ways(place):
-        store = _plain(_open(place, access, meter), access, limits)
+    with named_both_ways(location):
+        store = _plain(_open(location, access, meter), access, limits)
         if access.public_key is not None:
             store = SignedStore(store, access.public_key)
-        if is_guess(place):
-            store.size(MANIFEST_FILE)  # now, so that its error names the folder too; readers ask for it next anyway
+        if is_guess(location):
+            store.size(MANIFEST_FILE)  # within the block, so that its error names the folder; readers need it next
     return ReachedStore(store, access)
 
 
 def access_of(store: Store) -> Access:
-    """How `open_store` reached it, so that what goes with it can be fetched likewise; the defaults for other stores."""
+    """Return the options that `open_store` opened a store with, to fetch a profile likewise; else the defaults."""
     found = store.access()
     return found if isinstance(found, Access) else Access()
 
 
 def _plain(found: Store | _Cached, access: Access, limits: Limits | None) -> Store:
-    """The plain files, from the local cache if it has them. It keeps sealed ones sealed."""
+    """Return the store of the plain files, behind the local cache where it applies. Sealed files stay sealed there."""
     if not isinstance(found, _Cached):
         return found if access.key is None else SealedStore(found, access.key)
     store, kept = found
     if access.key is not None:
         return SealedStore(store, access.key, kept)
-    return CachedStore(store, kept.cache, kept.origin, kept.version, anew=kept.anew, limits=limits)
+    return CachedStore(store, kept.cache, kept.origin, kept.version, refresh=kept.refresh, limits=limits)
 
 
-def _open(place: str | os.PathLike[str], access: Access, meter: Meter | None) -> Store | _Cached:
-    if is_repository(place):
-        return _hub(str(place), access, meter)
-    if isinstance(place, str) and is_url(place):
-        return _url(place, access, meter)
+def _open(location: str | os.PathLike[str], access: Access, meter: Meter | None) -> Store | _Cached:
+    if is_repository(location):
+        return _hub(str(location), access, meter)
+    if isinstance(location, str) and is_url(location):
+        return _url(location, access, meter)
     for name in ("revision", "headers", "storage_options"):
         if getattr(access, name):
             raise ConfigError(
-                f"{name} is for places on the network; {os.fspath(place)!r} is taken for a folder"
-                f"{alternative(place, access.repo_type)}"
+                f"{name} is for locations on the network; {os.fspath(location)!r} is a local folder"
+                f"{alternative(location, access.repo_type)}"
             )
-    path = local_path(place) / (access.subfolder or "")
-    require_folder(path, place, access.repo_type)
+    path = local_path(location) / (access.subfolder or "")
+    require_folder(path, location, access.repo_type)
     return LocalStore(path)
 
 
@@ -135,12 +146,12 @@ def _url(url: str, access: Access, meter: Meter | None) -> Store | _Cached:
         return store
     query = urlsplit(url).query
     origin = f"{name}?{hashlib.sha256(query.encode()).hexdigest()[:16]}" if query else name
-    kept = Kept(SegmentCache(access.cache_dir), origin, anew=access.force_download)
+    kept = Kept(SegmentCache(access.cache_dir), origin, refresh=access.force_download)
     return _Cached(None if access.local_files_only else store, kept)
 
 
 def is_kept(url: str) -> bool:
-    """Whether the local cache keeps what is read at a URL."""
+    """Report whether the local cache keeps the files of a URL."""
     return not url.startswith(tuple(f"{scheme}:" for scheme in _UNCACHED))
 
 
@@ -153,38 +164,44 @@ def _hub(name: str, access: Access, meter: Meter | None) -> _Cached:
 
     if access.headers or access.storage_options:
         raise ConfigError(f"headers and storage_options are for URLs; {name} on the Hub takes a token")
-    place = hub_place(name, access)
+    location = hub_location(name, access)
     cache = SegmentCache(access.cache_dir)
-    key = f"commit of {place.revision}"
+    key = f"commit of {location.revision}"
     if access.local_files_only or hub.is_offline():
-        commit = place.revision
+        commit = location.revision
         if not hub.is_commit(commit):
-            noted = cache.noted(place.origin, key)
+            noted = cache.noted(location.origin, key)
             commit = noted.decode("ascii", "replace") if noted else ""
         if not hub.is_commit(commit):
             raise OfflineError(
-                f"{place} is not in the cache at {cache.directory}; load it once without local_files_only (and not in "
-                "offline mode)"
+                f"{location} is not in the cache at {cache.directory}; load it once without local_files_only (and not "
+                "in offline mode)"
             )
-        return _Cached(None, Kept(cache, place.origin, commit))
-    commit = hub.resolve(place, access.token, access.patience)
-    cache.note(place.origin, key, commit.encode())
+        return _Cached(None, Kept(cache, location.origin, commit))
+    commit = hub.resolve(location, access.token, access.patience)
+    cache.note(location.origin, key, commit.encode())
     progress = None if meter is None else meter.arrived
-    files = hub.open_hub(place, commit, access.token, access.patience, progress)
-    return _Cached(_remote(files, f"{place}", meter), Kept(cache, place.origin, commit, access.force_download))
+    files = hub.open_hub(location, commit, access.token, access.patience, progress)
+    return _Cached(_remote(files, f"{location}", meter), Kept(cache, location.origin, commit, access.force_download))
 
 
-def hub_place(name: str, access: Access) -> Any:
-    """The HubPlace that a repository's name or an hf:// URL means, together with the options."""
-    from hf_cachegen.stores.hub import DEFAULT_REVISION, HubPlace
+def hub_location(name: str, access: Access) -> Any:
+    """Return the HubLocation of a repository's name or an hf:// URL together with the options.
+
+    Raises:
+        ConfigError: the name is not valid, or the URL and the options name two revisions or two folders.
+    """
+    from hf_cachegen.stores.hub import DEFAULT_REVISION, HubLocation
 
     if not name.startswith("hf://"):
-        return HubPlace(name, access.repo_type, access.subfolder, access.revision or DEFAULT_REVISION)
-    place = HubPlace.from_url(name, access.repo_type)
-    if access.revision is not None and place.revision not in (DEFAULT_REVISION, access.revision):
-        raise ConfigError(f"two revisions: {place.revision} in the URL, {access.revision} as revision=")
-    if access.subfolder is not None and place.subfolder is not None:
-        raise ConfigError(f"two folders: {place.subfolder} in the URL, {access.subfolder} as subfolder=")
-    return HubPlace(
-        place.repo_id, place.repo_type, place.subfolder or access.subfolder, access.revision or place.revision
+        return HubLocation(name, access.repo_type, access.subfolder, access.revision or DEFAULT_REVISION)
+    location = HubLocation.from_url(name, access.repo_type)
+    if access.revision is not None and location.revision not in (DEFAULT_REVISION, access.revision):
+        raise ConfigError(f"two revisions: {location.revision} in the URL, {access.revision} as revision=")
+    if access.subfolder is not None and location.subfolder is not None:
+        raise ConfigError(f"two folders: {location.subfolder} in the URL, {access.subfolder} as subfolder=")
+    return replace(
+        location,
+        subfolder=location.subfolder or access.subfolder,
+        revision=access.revision or location.revision,
     )
