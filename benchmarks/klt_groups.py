@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.codec import basis, fit
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.profile import Group, Rotary
 from hf_cachegen.codec.transforms.klt import Klt
@@ -74,9 +74,9 @@ def klt(layers: int, level: int, silent: float) -> tuple[Klt, list[bytes], Tenso
 def delta(layers: int, level: int) -> tuple[LossyCodec, list[bytes]]:
     """Return the same for delta, with values whose neighbours are similar."""
     vectors = torch.repeat_interleave(torch.arange(2 * layers), HEADS * DIM)
-    columns, config = Columns(vectors, vectors // 2 * 3 // layers), CacheGenConfig(transform="delta", measure=False)
-    rows = torch.randn(TOKENS, len(columns)).cumsum(0)
-    codec, _ = fit.fit(lambda: iter([(rows, SPAN)]), columns, config, config.group_tokens)
+    channels, config = Channels(vectors, vectors // 2 * 3 // layers), CacheGenConfig(transform="delta", measure=False)
+    rows = torch.randn(TOKENS, len(channels)).cumsum(0)
+    codec, _ = fit.fit(lambda: iter([(rows, SPAN)]), channels, config, config.group_tokens)
     return codec, codec.encode(rows, SPAN)[:level]
 
 

@@ -1,48 +1,48 @@
-"""Every error that the package raises on purpose.
+"""The errors that the package raises on purpose.
 
     CacheGenError
     ├── ConfigError (ValueError)               an option is out of its range
     ├── TensorError (ValueError)               tensors that cannot be encoded: shape, dtype, NaN
-    ├── UnsupportedLayerError (NotImplementedError)   a cache layer kind that this version does not handle
+    ├── UnsupportedLayerError (NotImplementedError)   a cache layer kind that this version does not support
     ├── UnsupportedModelError (NotImplementedError)   a model or call that cannot reuse a cache (encoder-decoder, ...)
-    ├── ReadOnlyCacheError (TypeError)         something tried to write into a CacheGenCache
+    ├── ReadOnlyCacheError (TypeError)         an attempt to write into a CacheGenCache
     ├── ProfileError (ValueError)              a profile that is missing, damaged, or of another model
     ├── NativeError (RuntimeError)             a compiled library is damaged or failed
     ├── MissingExtraError (ImportError)        an optional package is not installed
     ├── PrefixCacheError (OSError)             the prefix cache cannot read or write its directory
-    ├── StreamCancelledError (RuntimeError)    a stream that its user cancelled before the context was in place
+    ├── StreamCancelledError (RuntimeError)    a stream that its user cancelled before the context was loaded
     ├── ArtifactError                          the files of an artifact
     │   ├── ArtifactNotFoundError (FileNotFoundError)
     │   ├── ArtifactExistsError (FileExistsError)
     │   ├── ManifestError (ValueError)         the manifest is damaged, or contradicts itself or its files
     │   ├── UnsupportedFormatError (NotImplementedError)  a later format version, or an unknown required feature
-    │   ├── LimitError (ValueError)            a count or size above the caller's limits
+    │   ├── LimitError (ValueError)            a count or size is above the caller's limits
     │   ├── TruncatedError (EOFError)          a file or a stream ends too early
-    │   ├── CorruptError (ValueError)          bytes that are not what was written (checksum, coder's own check)
-    │   ├── SignatureError (ValueError)        not signed, or not what was signed, with the key that was asked for
+    │   ├── CorruptError (ValueError)          bytes differ from those written (checksum, or a check of the coder)
+    │   ├── SignatureError (ValueError)        no signature by the expected key, or one of other bytes
     │   └── LevelError (ValueError)            a level that the artifact does not have
-    ├── StoreError (OSError)                   a place on the network that cannot be reached, or fails
-    │   ├── StoreAccessError (PermissionError) the place refuses: no token, a wrong one, no right
-    │   ├── StoreTimeoutError (TimeoutError)   no answer, or too slow a one, in every attempt
-    │   ├── RangeError                         a server that does not serve byte ranges rightly
+    ├── StoreError (OSError)                   a remote location cannot be reached, or fails
+    │   ├── StoreAccessError (PermissionError) the location denies access: a missing or wrong token, or no permission
+    │   ├── StoreTimeoutError (TimeoutError)   no answer within the time limit, in every attempt
+    │   ├── RangeError                         a server that does not serve byte ranges correctly
     │   ├── ChangedError                       the files changed while they were read
-    │   ├── ConflictError                      somebody else pushed to the same place at the same time
-    │   └── OfflineError (FileNotFoundError)   only the local cache may be used, and it lacks what is needed
-    └── MismatchError                          a sound cache that belongs to something else
+    │   ├── ConflictError                      a concurrent push to the same location
+    │   └── OfflineError (FileNotFoundError)   only the local cache may be used, and a file is missing from it
+    └── MismatchError                          an intact cache that belongs to something else
         ├── WrongModelError                    another architecture or configuration
         ├── WrongWeightsError                  the same configuration with other weights, or another adapter
         ├── WrongDtypeError                    the model runs in another dtype
         ├── WrongTokenizerError                another tokenizer or chat template
         └── PromptMismatchError                the prompt does not begin with the cached context
 
-A message says what was expected, what was found, where, and what to do.
+A message states what was expected, what was found, where, and what to do.
 """
 
 from __future__ import annotations
 
 
 class CacheGenError(Exception):
-    """Root of all errors of this package."""
+    """Base class of all errors of this package."""
 
 
 class ConfigError(CacheGenError, ValueError):
@@ -50,19 +50,19 @@ class ConfigError(CacheGenError, ValueError):
 
 
 class TensorError(CacheGenError, ValueError):
-    """Tensors that cannot be encoded: their shapes, dtypes or values."""
+    """Tensors cannot be encoded: their shapes, dtypes or values."""
 
 
 class UnsupportedLayerError(CacheGenError, NotImplementedError):
-    """A cache layer kind that this version does not handle."""
+    """This version does not support a cache layer kind."""
 
 
 class UnsupportedModelError(CacheGenError, NotImplementedError):
-    """A model, or a way of calling it, that cannot reuse a cache."""
+    """A model, or a way of calling it, cannot reuse a cache."""
 
 
 class ReadOnlyCacheError(CacheGenError, TypeError):
-    """Something tried to write into a CacheGenCache."""
+    """An attempt to write into a CacheGenCache."""
 
 
 class ProfileError(CacheGenError, ValueError):
@@ -82,19 +82,19 @@ class PrefixCacheError(CacheGenError, OSError):
 
 
 class StreamCancelledError(CacheGenError, RuntimeError):
-    """A stream was cancelled by its user before the context was in place."""
+    """A stream was cancelled by its user before the context was loaded."""
 
 
 class ArtifactError(CacheGenError):
-    """Something is wrong with the files of an artifact."""
+    """The files of an artifact are missing, damaged or not supported."""
 
 
 class ArtifactNotFoundError(ArtifactError, FileNotFoundError):
-    """There is no artifact at this place."""
+    """The location holds no artifact."""
 
 
 class ArtifactExistsError(ArtifactError, FileExistsError):
-    """There is something at this place already."""
+    """The location already holds files of an artifact."""
 
 
 class ManifestError(ArtifactError, ValueError):
@@ -102,7 +102,7 @@ class ManifestError(ArtifactError, ValueError):
 
 
 class UnsupportedFormatError(ArtifactError, NotImplementedError):
-    """A later format version, or a required feature that this version does not know."""
+    """The artifact has a later format version, or requires a feature that this version does not support."""
 
 
 class LimitError(ArtifactError, ValueError):
@@ -114,47 +114,47 @@ class TruncatedError(ArtifactError, EOFError):
 
 
 class CorruptError(ArtifactError, ValueError):
-    """Bytes that are not what was written."""
+    """Bytes differ from those that were written."""
 
 
 class SignatureError(ArtifactError, ValueError):
-    """Not signed with the key that was asked for, or not what was signed."""
+    """There is no signature by the expected key, or it is of other bytes."""
 
 
 class LevelError(ArtifactError, ValueError):
-    """A level that the artifact does not have."""
+    """The artifact does not have this level."""
 
 
 class StoreError(CacheGenError, OSError):
-    """A place on the network cannot be reached, or fails in every attempt."""
+    """A remote location cannot be reached, or fails in every attempt."""
 
 
 class StoreAccessError(StoreError, PermissionError):
-    """The place refuses: there is no token, a wrong one, or one without the right."""
+    """The location denies access: the token is missing or wrong, or does not permit this."""
 
 
 class StoreTimeoutError(StoreError, TimeoutError):
-    """No answer within the time limit, or too slow a one, in every attempt."""
+    """No answer within the time limit, in every attempt."""
 
 
 class RangeError(StoreError):
-    """The server does not serve byte ranges rightly: it compresses them, or sends other ones, or a wrong length."""
+    """The server does not serve byte ranges correctly: it compresses them, or sends other bytes or a wrong length."""
 
 
 class ChangedError(StoreError):
-    """The files changed while they were being read: begin again."""
+    """The files changed while they were read. Open the artifact again."""
 
 
 class ConflictError(StoreError):
-    """Somebody else pushed to the same place in the meantime."""
+    """A concurrent push changed the same location."""
 
 
 class OfflineError(StoreError, FileNotFoundError):
-    """Only the local cache may be used, and it lacks what is needed."""
+    """Only the local cache may be used, and a file is missing from it."""
 
 
 class MismatchError(CacheGenError):
-    """A sound cache that belongs to something else."""
+    """The cache is intact, but belongs to something else."""
 
 
 class WrongModelError(MismatchError):

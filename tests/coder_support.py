@@ -27,20 +27,20 @@ class Section:
         return rans.decode(b"".join(streams), sizes, tokens, self.tables, self.table_ids, self.contexts, **options)
 
     def used_tables(self) -> Tensor:
-        """[tokens, columns]: the table of every symbol."""
+        """Return the table of every symbol, [tokens, channels]."""
         ids = self.table_ids.long()[None].expand(len(self.symbols), -1, -1)
         if self.contexts is None:
             return ids[:, :, 0]
         return ids.gather(2, self.contexts.long()[:, :, None])[:, :, 0]
 
     def entropy_bytes(self) -> float:
-        """The cross-entropy of the symbols under their tables."""
+        """Return the cross-entropy of the symbols under their tables."""
         chosen = self.tables.frequencies[self.used_tables(), self.symbols.long()]
         return float((self.tables.prob_bits - chosen.double().log2()).sum()) / 8
 
 
 def frequencies_of(weights: Tensor, prob_bits: int) -> Tensor:
-    """Rows of weights to rows of frequencies; every symbol of positive weight keeps at least 1."""
+    """Convert rows of weights to rows of frequencies; every symbol of positive weight keeps at least 1."""
     rows = []
     for row in weights.double():
         f = (row / row.sum() * (1 << prob_bits)).floor().long().clamp(max=4095)
@@ -59,16 +59,16 @@ def laplace_tables(scales: list[float], prob_bits: int, n_symbols: int = 32) -> 
     return Tables(frequencies_of(torch.stack([torch.exp(-distance / s) for s in scales]), prob_bits), prob_bits)
 
 
-def draw_section(seed: int, tokens: int, columns: int, tables: Tables, contexts: int) -> Section:
-    """Symbols that follow their tables."""
+def draw_section(seed: int, tokens: int, channels: int, tables: Tables, contexts: int) -> Section:
+    """Draw symbols that follow their tables."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
-    ids = draw(len(tables.frequencies), columns, contexts).to(torch.uint8)
-    chosen = draw(3, tokens, columns).to(torch.uint8) if contexts == 3 else None
-    section = Section(torch.empty(tokens, columns, dtype=torch.uint8), tables, ids, chosen)
+    ids = draw(len(tables.frequencies), channels, contexts).to(torch.uint8)
+    chosen = draw(3, tokens, channels).to(torch.uint8) if contexts == 3 else None
+    section = Section(torch.empty(tokens, channels, dtype=torch.uint8), tables, ids, chosen)
     symbol_of = torch.stack([torch.arange(len(f)).repeat_interleave(f) for f in tables.frequencies.long()])
-    section.symbols = symbol_of[section.used_tables(), draw(1 << tables.prob_bits, tokens, columns)].to(torch.uint8)
+    section.symbols = symbol_of[section.used_tables(), draw(1 << tables.prob_bits, tokens, channels)].to(torch.uint8)
     return section

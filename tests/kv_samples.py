@@ -1,5 +1,6 @@
-"""Small KV caches that look like real ones: channels of different scale and offset, neighbouring tokens alike, a wild
-first token.
+"""Small KV caches with the properties of real ones: channels differ in scale and offset, neighbouring tokens are
+similar,
+and the first token is very different.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ def sample_kv(
     layers: int = 3, tokens: int = 150, heads: int = 2, dim: int = 16, *, v_dim: int | None = None, batch: int = 1,
     dtype: torch.dtype = torch.bfloat16, seed: int = 0,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """(keys, values), lists of [batch, heads, tokens, dim]."""
+    """Return (keys, values), lists of [batch, heads, tokens, dim]."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(width: int) -> Tensor:
@@ -30,7 +31,7 @@ def sample_kv(
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Bit for bit, NaNs included."""
+    """Return whether all tensors are equal bit for bit, NaNs included."""
     bits = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
     return all(
         x.dtype == y.dtype and torch.equal(x.view(bits[x.dtype]), y.view(bits[y.dtype]))

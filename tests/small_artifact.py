@@ -24,7 +24,7 @@ FILES = {"cachegen.json", *(file for file, _, _ in SEGMENTS)}
 
 
 class MemoryStore(Store):
-    """A store over a dict; what it is given it returns, rightly or not."""
+    """A store over a dict. It returns the given bytes, valid or not."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
@@ -39,15 +39,16 @@ class MemoryStore(Store):
 
 
 def write(directory: Path, **options: bool) -> Manifest:
+    """Write the artifact."""
     return write_artifact(directory, MANIFEST, SEGMENTS, **options)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of the directory, the hidden ones too."""
+    """Return every file of the directory, hidden ones included."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def read_all(directory: Path) -> list[tuple[str, str, bytes]]:
-    """All that a loader would read, in the manifest's order."""
+    """Return all segments as (file, name, bytes), in the manifest's order."""
     reader = Reader(LocalStore(directory))
     return [(segment.file, segment.name, reader.read(segment)) for segment in reader.manifest.segments]

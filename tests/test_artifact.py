@@ -1,4 +1,4 @@
-"""Tensors to files and back; real artifacts, damaged in every way, never decode."""
+"""Tensors to files and back. Damaged or contradictory artifacts are never decoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_cachegen.artifact import Limits, manifest
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.encoded import decode_kv, encode_kv
 from hf_cachegen.codec import context
-from hf_cachegen.codec.chunk import Columns
+from hf_cachegen.codec.chunk import Channels
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.transforms import transform_of
@@ -48,14 +48,14 @@ def make(directory: Path, config: CacheGenConfig = CONFIG, **shape: Any) -> Path
 
 
 def decode(path: Path) -> None:
-    """What a loader does before the first token: everything it needs, at the finest level."""
+    """Read and decode all segments at the finest level."""
     artifact = Artifact(LocalStore(path))
     artifact.decode()
     _ = artifact.input_ids
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_files_hold_what_memory_held(config: CacheGenConfig, tmp_path: Path) -> None:
+def test_files_hold_the_encoded_context(config: CacheGenConfig, tmp_path: Path) -> None:
     keys, values = sample_kv(tokens=70)
     encoded = encode_kv(keys, values, config)
     write(encoded, tmp_path / "whole")
@@ -83,7 +83,7 @@ def test_a_level_needs_only_its_own_files(tmp_path: Path) -> None:
         Artifact(LocalStore(path)).decode(2)
 
 
-def test_geometry_survives(tmp_path: Path) -> None:
+def test_geometry_round_trips(tmp_path: Path) -> None:
     keys, values = sample_kv(layers=2, tokens=40, dim=8, v_dim=24)
     layers = [LayerGeometry("sliding", 2, 8, 2, 24, window=16), LayerGeometry("mla", 2, 8, 2, 24)]
     write(Encoder(keys, values, CONFIG, layers=layers), tmp_path / "a", fingerprint={"model": "x"})
@@ -150,7 +150,7 @@ def test_values_beyond_every_step_are_refused(side: int, token: Any, factor: flo
 
 
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=IDS[:2])
-def test_zeros_and_faint_channels_beside_others_are_encoded(config: CacheGenConfig) -> None:
+def test_zeros_and_very_small_channels_are_encoded(config: CacheGenConfig) -> None:
     keys, values = sample_kv(layers=2, tokens=70, dim=8)
     keys[0].zero_()
     values[1][..., 2] *= 1e-30
@@ -159,18 +159,18 @@ def test_zeros_and_faint_channels_beside_others_are_encoded(config: CacheGenConf
     assert float(decoded[1][1][..., 2].abs().max()) < 1e-2 * float(values[1].abs().max())
 
 
-def test_missing_artifact(tmp_path: Path) -> None:
+def test_a_missing_artifact_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError):
-        Artifact(LocalStore(tmp_path / "nowhere"))
+        Artifact(LocalStore(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize("level", [0, 4, True])
-def test_wrong_levels(level: int, tmp_path: Path) -> None:
+def test_wrong_levels_are_refused(level: int, tmp_path: Path) -> None:
     with pytest.raises(LevelError):
         Artifact(LocalStore(make(tmp_path / "a"))).decode(level)
 
 
-def test_limits_come_before_memory(tmp_path: Path) -> None:
+def test_limits_are_checked_before_allocation(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     with pytest.raises(LimitError):
         Artifact(LocalStore(path), limits=Limits(max_decoded_bytes=1000))
@@ -181,22 +181,22 @@ def test_limits_come_before_memory(tmp_path: Path) -> None:
 HOSTILE: dict[str, dict[str, Any]] = {
     "another codebook": {"codec": {"codebook": "other"}},
     "no options": {"codec": {"config": None}},
-    "no transform named": {"codec": {"config": {"transform": "auto"}}},
+    "unresolved transform": {"codec": {"config": {"transform": "auto"}}},
     "unknown option": {"codec": {"config": {"surprise": 1}}},
     "option out of range": {"codec": {"config": {"chunk_tokens": 0}}},
     "steps of another type": {"codec": {"config": {"steps": 3}}},
-    "steps that are words": {"codec": {"config": {"steps": ["a", "b", "c"]}}},
+    "steps that are strings": {"codec": {"config": {"steps": ["a", "b", "c"]}}},
     "more levels than files": {"codec": {"config": {"levels": 2}}},
     "other chunks than the table": {"codec": {"config": {"chunk_tokens": 33}}},
     "fewer tokens than chunks": {"geometry": {"tokens": 69}},
-    "no such dtype": {"geometry": {"dtype": "load"}},
+    "unknown dtype": {"geometry": {"dtype": "load"}},
     "another batch": {"geometry": {"batch": 2}},
     "another transform": {"codec": {"config": {"transform": "identity"}}},
 }
 
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
-def test_contradictions_under_a_right_checksum(change: dict[str, Any], tmp_path: Path) -> None:
+def test_contradictions_with_a_valid_checksum_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     file = path / "cachegen.json"
     found = manifest.loads(file.read_bytes())
@@ -212,13 +212,13 @@ WIDE_LAYER = {"kind": "full", "heads": 1 << 14, "k_dim": 1 << 16, "v_heads": 1, 
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_nothing_is_built_for_columns_that_the_side_information_lacks(
+def test_nothing_is_built_for_channels_that_the_side_information_lacks(
     config: CacheGenConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make(tmp_path / "a", config)
     encoded = Artifact(LocalStore(path)).read()
     assert len(encoded.side) in transform_of(encoded.config).side_lengths(encoded.geometry, encoded.config)
-    monkeypatch.setattr(Columns, "of", lambda geometry: pytest.fail("columns were built"))
+    monkeypatch.setattr(Channels, "of", lambda geometry: pytest.fail("channels were built"))
     geometry = {**encoded.geometry.to_dict(), "layers": [WIDE_LAYER]}
     for side in (b"", encoded.side, encoded.side + bytes(1)):
         with pytest.raises((CorruptError, TruncatedError)):
@@ -232,7 +232,7 @@ def test_nothing_is_built_for_columns_that_the_side_information_lacks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_truncation_at_every_offset(config: CacheGenConfig, tmp_path: Path) -> None:
+def test_truncation_at_every_offset_is_found(config: CacheGenConfig, tmp_path: Path) -> None:
     path = make(tmp_path / "a", config, layers=1, tokens=40, heads=1, dim=4)
     for file in sorted(path.iterdir()):
         whole = file.read_bytes()
@@ -245,7 +245,7 @@ def test_truncation_at_every_offset(config: CacheGenConfig, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_every_bit_of_the_manifest(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
     path = make(tmp_path / "a", layers=1, tokens=40, heads=1, dim=4)
     file = path / "cachegen.json"
     whole = file.read_bytes()
@@ -258,7 +258,7 @@ def test_every_bit_of_the_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_bits_of_the_segments(tmp_path: Path) -> None:
+def test_ten_thousand_flipped_bits_of_the_segments_are_found(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     rng = random.Random(0)
     files = sorted(path.glob("*.safetensors"))
@@ -278,7 +278,7 @@ def test_ten_thousand_bits_of_the_segments(tmp_path: Path) -> None:
     decode(path)
 
 
-def test_files_of_another_artifact(tmp_path: Path) -> None:
+def test_files_of_another_artifact_are_found(tmp_path: Path) -> None:
     one, other = make(tmp_path / "a"), make(tmp_path / "b", seed=1)
     for name in ("base.safetensors", "refine-1.safetensors"):
         mixed = tmp_path / f"mixed-{name}"
@@ -291,7 +291,7 @@ def test_files_of_another_artifact(tmp_path: Path) -> None:
 MEMORY_PROBE = """
 import resource, sys, torch
 from hf_cachegen.artifact.artifact import Artifact, write
-from hf_cachegen.codec.chunk import Columns
+from hf_cachegen.codec.chunk import Channels
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.transforms import transform_of
 from hf_cachegen.stores import LocalStore
@@ -315,8 +315,7 @@ print(before, encoding, peak() - before)
 
 
 def test_memory_is_the_tensors_and_one_chunk(tmp_path: Path) -> None:
-    """A cache of 64 MiB (its tensors 32 MiB, shared by K and V): encoding adds far less; decoding only its own
-    tensors.
+    """A cache of 64 MiB (its tensors 32 MiB, shared by K and V): encoding adds far less, decoding only its own tensors.
     """
     command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path)]
     done = subprocess.run(

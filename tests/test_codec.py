@@ -1,4 +1,4 @@
-"""Transforms, quantiser and tables: what each stage promises, and that the whole keeps its promises together."""
+"""Transforms, quantiser and tables: the properties of each stage, and of all stages together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = [config.transform for config in LOSSY]
 
 
 def lossy(encoder: Encoder) -> LossyCodec:
-    """The codec of nested symbols in an encoder's transform."""
+    """Return the codec of nested symbols in an encoder's transform."""
     assert isinstance(encoder.codec, Delta | Identity)
     return encoder.codec.inner
 
@@ -39,13 +39,13 @@ def test_levels_nest(values: list[int], levels: int) -> None:
     assert all(int(d.abs().max()) <= 1 for d in digits)
     for done, digit in enumerate(digits):
         exact = fine.double() / 3 ** (levels - 1 - done)
-        assert torch.equal(base.double(), exact.round())  # each level is what rounding at its own step gives
+        assert torch.equal(base.double(), exact.round())  # each level equals rounding at its own step
         base = quantize.refine(base, digit)
     assert torch.equal(base, fine)
 
 
 @given(st.lists(st.integers(0, 1 << 20), min_size=2, max_size=256).filter(any), st.sampled_from([10, 11, 12]))
-def test_normalised_frequencies_add_up(weights: list[int], prob_bits: int) -> None:
+def test_normalised_frequencies_have_the_right_sum(weights: list[int], prob_bits: int) -> None:
     freq = tables.normalise(weights, prob_bits)
     assert sum(freq) == 1 << prob_bits
     assert max(freq) <= 4095
@@ -120,38 +120,38 @@ def test_delta_inverts(tokens: int, group: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @given(st.integers(1, 30), st.sampled_from([1, 7, 300, 1100]), st.sampled_from([0, 2, 5]), st.integers(1, 3), st.data())
 @settings(max_examples=25, deadline=None)
-def test_compiled_passes_are_what_torch_does(
-    dtype: torch.dtype, tokens: int, columns: int, group: int, levels: int, data: st.DataObject
+def test_compiled_passes_equal_torch(
+    dtype: torch.dtype, tokens: int, channels: int, group: int, levels: int, data: st.DataObject
 ) -> None:
-    """Symbols of all sizes, up to ones that no float holds exactly; on every instruction set."""
+    """Use symbols of all sizes, up to ones that no float holds exactly, and every instruction set."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    rows = torch.randn(tokens, columns, generator=generator) * 10 ** (3 * torch.rand(columns, generator=generator))
+    rows = torch.randn(tokens, channels, generator=generator) * 10 ** (3 * torch.rand(channels, generator=generator))
     spread = data.draw(st.sampled_from([1, 30, 1e7, 1e12]))
     rows = torch.where(torch.rand(rows.shape, generator=generator) < 0.01, rows * spread, rows)
     rows = rows.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else rows.to(dtype)
     anchors = rows[::group].float() + 0.1 if group else None
-    means, steps = torch.randn(2, columns, generator=generator)
+    means, steps = torch.randn(2, channels, generator=generator)
     grid = Grid(anchors, group, means, steps.abs() + 0.1)
-    low = torch.randint(0, 3, (columns, 3), generator=generator, dtype=torch.uint8)
-    high = torch.maximum(low, torch.randint(0, 3, (columns, 3), generator=generator, dtype=torch.uint8))
+    low = torch.randint(0, 3, (channels, 3), generator=generator, dtype=torch.uint8)
+    high = torch.maximum(low, torch.randint(0, 3, (channels, 3), generator=generator, dtype=torch.uint8))
     coded = len(grid.positions(tokens))
     first = data.draw(st.integers(0, coded))
 
     def everything() -> list[torch.Tensor]:
         sums = passes.moments(rows, grid, first, coded)
         base, wide, digits, contexts = passes.quantise(rows, grid, levels)
-        counts = torch.ones(columns, 256, dtype=torch.int32)
+        counts = torch.ones(channels, 256, dtype=torch.int32)
         passes.count(counts, base)
         found = [base, *wide, digits, contexts, counts, *passes.clamp(base, low + 100, high + 150)]
         coarser = None
         for k in range(levels - 1):
             coarser = passes.contexts_of(*((digits[k - 1], 1) if k else (base, 128)), coarser)
-            counts = torch.zeros(columns, 9, dtype=torch.int32)
+            counts = torch.zeros(channels, 9, dtype=torch.int32)
             passes.count(counts, digits[k], coarser)
             found += [coarser, counts, *passes.clamp(digits[k], low, high, coarser)]
             assert torch.equal(coarser, contexts[k])
         for out in (torch.bfloat16, torch.float16, torch.float32):
-            values = torch.zeros(tokens, columns, dtype=out)
+            values = torch.zeros(tokens, channels, dtype=out)
             passes.restore(values, grid, first, base[first:], [digit[first:] for digit in digits], wide)
             found.append(values)
         return [*found, sums]
@@ -176,7 +176,7 @@ def test_anchor_scale_never_clips() -> None:
 
 
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
-def test_every_level_keeps_its_step(config: CacheGenConfig) -> None:
+def test_errors_are_within_half_a_step_at_every_level(config: CacheGenConfig) -> None:
     keys, values = sample_kv(dtype=torch.float32)
     encoder = Encoder(keys, values, config)
     inner = lossy(encoder)
@@ -193,7 +193,7 @@ def test_every_level_keeps_its_step(config: CacheGenConfig) -> None:
 
 
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
-def test_approximations_are_what_is_decoded(config: CacheGenConfig) -> None:
+def test_approximations_equal_the_decoded_rows(config: CacheGenConfig) -> None:
     encoder = Encoder(*sample_kv(), config)
     for (rows, span), parts in zip(encoder.rows.chunks(), encoder.chunks(), strict=True):
         for level, expected in enumerate(encoder.codec.approximations(rows, span), 1):
@@ -224,7 +224,7 @@ SHAPES = {
     "one token more than a chunk": {"tokens": 65},
     "batch of three": {"batch": 3, "tokens": 70},
     "K and V of different width": {"dim": 24, "v_dim": 8},
-    "more columns than a tile": {"heads": 5, "dim": 40, "layers": 1},
+    "more channels than a tile": {"heads": 5, "dim": 40, "layers": 1},
     "fp32": {"dtype": torch.float32},
     "fp16": {"dtype": torch.float16},
 }
@@ -248,7 +248,7 @@ def test_round_trip(config: CacheGenConfig, shape: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
-def test_channels_that_never_change(config: CacheGenConfig) -> None:
+def test_constant_channels_round_trip(config: CacheGenConfig) -> None:
     keys, values = sample_kv(layers=2, tokens=80)
     keys[0][..., 3] = 7.0
     keys[0][..., 4] = 0.0
@@ -276,12 +276,12 @@ def test_the_same_tensors_give_the_same_bytes(config: CacheGenConfig, monkeypatc
 
 
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
-def test_side_information_is_six_bytes_a_column(config: CacheGenConfig) -> None:
+def test_side_information_is_six_bytes_a_channel(config: CacheGenConfig) -> None:
     encoder = Encoder(*sample_kv(), config)
-    assert len(encoder.codec.side_bytes()) <= 6 * len(encoder.rows.columns)
+    assert len(encoder.codec.side_bytes()) <= 6 * len(encoder.rows.channels)
 
 
-def test_nested_levels_cost_what_the_finest_would() -> None:
+def test_nested_levels_cost_as_much_as_the_finest_alone() -> None:
     keys, values = sample_kv(tokens=2000, heads=4, dim=32)
     config = CacheGenConfig(transform="identity", chunk_tokens=1000)
     alone = encode_kv(keys, values, replace(config, levels=1))
@@ -297,12 +297,13 @@ def test_layer_thirds_have_the_papers_steps() -> None:
     ratio = lossy(encoder).steps / rows.std(0, unbiased=False)
     for vector in range(12):
         expected = (0.5, 1.0, 1.5)[vector // 2 // 2] / 3
-        mine = encoder.rows.columns.vectors == vector
+        mine = encoder.rows.channels.vectors == vector
         torch.testing.assert_close(ratio[mine].mean().item(), expected, rtol=0.05, atol=0)
 
 
-def test_auto_takes_what_codes_smaller() -> None:
-    """Neighbouring tokens alike: differences are small. All tokens for themselves: differences are larger than values.
+def test_auto_takes_the_smaller_transform() -> None:
+    """Where neighbouring tokens are similar, differences are small; where they are independent, differences are larger
+    than values.
     """
     still = [x.cumsum(2) for x in torch.randn(4, 1, 2, 400, 16)]
     noise = list(torch.randn(4, 1, 2, 400, 16))
@@ -375,8 +376,7 @@ def test_wrong_options_are_refused(options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("config", LOSSY, ids=IDS)
 def test_damaged_parts_end_in_a_typed_error_or_in_numbers(config: CacheGenConfig) -> None:
-    """Below the checksums: whatever the bytes, decoding ends, within its memory, in a typed error or in some tensors.
-    """
+    """Below the checksums, decoding any bytes ends, within its memory, in a typed error or in some tensors."""
     encoded = encode_kv(*sample_kv(layers=1, tokens=40), config)
     generator = torch.Generator().manual_seed(1)
     refused = 0
@@ -398,12 +398,12 @@ def test_damaged_parts_end_in_a_typed_error_or_in_numbers(config: CacheGenConfig
 
 def test_damaged_side_information_is_refused() -> None:
     encoded = encode_kv(*sample_kv(layers=1, tokens=40), LOSSY[0])
-    columns = len(encoded.side) // 5
+    channels = len(encoded.side) // 5
     for side in (
         encoded.side[:-1],
         encoded.side + b"\0",
-        encoded.side[:-1] + b"\xff",  # a refinement table that is not there
-        encoded.side[:columns] + b"\xff" + encoded.side[columns + 1 :],  # an anchor table that is not there
+        encoded.side[:-1] + b"\xff",  # a missing refinement table
+        encoded.side[:channels] + b"\xff" + encoded.side[channels + 1 :],  # a missing anchor table
         b"",
     ):
         with pytest.raises((CorruptError, TruncatedError)):

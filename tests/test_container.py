@@ -1,4 +1,4 @@
-"""The container: what is written comes back, with the same bytes for the same content, whole or not at all."""
+"""The container: artifacts are read back as written; equal content gives equal bytes; a write is complete or absent."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from tests.small_artifact import FILES, INPUT_IDS, MANIFEST, SEGMENTS, contents,
 LENGTHS = [(file, name, len(data)) for file, name, data in SEGMENTS]
 
 
-# What is written comes back.
+# Round trips.
 
 
-def test_segments_and_manifest_come_back(tmp_path: Path) -> None:
+def test_segments_and_manifest_round_trip(tmp_path: Path) -> None:
     written = write(tmp_path / "new" / "directory")
     reader = Reader(LocalStore(tmp_path / "new" / "directory"))
     assert reader.manifest == written
@@ -69,7 +69,7 @@ json_objects = st.dictionaries(st.text("xyz\n\x7f", max_size=4), json_values, ma
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_artifact_comes_back_and_has_the_sizes_that_were_computed(data: st.DataObject) -> None:
+def test_any_artifact_round_trips_and_has_the_computed_sizes(data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, 1000), min_size=1, max_size=4))
     manifest = Manifest(
         geometry=data.draw(json_objects),
@@ -105,7 +105,7 @@ def test_the_same_content_gives_the_same_bytes_however_it_is_streamed(tmp_path: 
     assert contents(tmp_path / "c") == first
 
 
-def test_the_bytes_of_version_1_are_these(tmp_path: Path) -> None:
+def test_the_bytes_of_version_1_do_not_change(tmp_path: Path) -> None:
     write_artifact(
         tmp_path,
         Manifest(geometry={}, codec={"é": [1, 2.5]}, chunks=((0, 2),)),
@@ -156,7 +156,7 @@ def test_a_level_counts_the_files_that_its_loader_fetches(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("level", [0, 4, -1])
-def test_a_level_that_is_not_there(tmp_path: Path, level: int) -> None:
+def test_a_missing_level_is_an_error(tmp_path: Path, level: int) -> None:
     write(tmp_path)
     with pytest.raises(LevelError, match="from 1 to 3"):
         Reader(LocalStore(tmp_path)).verify(level)
@@ -210,7 +210,7 @@ def test_the_container_imports_neither_torch_nor_numpy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-# What the writer refuses.
+# Input that the writer refuses.
 
 
 def write_base(directory: Path, manifest: Manifest, **options: Limits) -> None:
@@ -232,13 +232,13 @@ def write_base(directory: Path, manifest: Manifest, **options: Limits) -> None:
     ],
     ids=["nan", "object", "surrogate", "big-integer", "key-types", "geometry", "chunk-count", "chunk-gap", "no-chunks"],
 )
-def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path, manifest: Manifest) -> None:
+def test_an_unreadable_manifest_is_not_written(tmp_path: Path, manifest: Manifest) -> None:
     with pytest.raises(ManifestError):
         write_base(tmp_path / "new", manifest)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_above_the_limits_is_not_written(tmp_path: Path) -> None:
+def test_artifacts_above_the_limits_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(LimitError):
         write_base(tmp_path / "new", replace(MANIFEST, extra={"text": "x" * (1 << 20)}))
     with pytest.raises(LimitError):
@@ -247,13 +247,15 @@ def test_what_is_above_the_limits_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["../base.safetensors", "cachegen.json", "Base.safetensors", "", "a/b.safetensors"])
-def test_a_file_name_that_no_artifact_has(tmp_path: Path, file: str) -> None:
+def test_an_invalid_file_name_is_refused(tmp_path: Path, file: str) -> None:
     with pytest.raises(ManifestError):
         write_artifact(tmp_path / "new", MANIFEST, [*SEGMENTS, (file, "x", b"")])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("ids", [[-1], [2**63], [1.5], ["1"], [None]])
-def test_what_is_no_token_id(ids: list[int]) -> None:
+@pytest.mark.parametrize(
+    "ids", [[-1], [2**63], [1.5], ["1"], [None]], ids=["negative", "2^63", "float", "string", "none"]
+)
+def test_invalid_token_ids_are_refused(ids: list[int]) -> None:
     with pytest.raises(TensorError):
         pack_input_ids(ids)

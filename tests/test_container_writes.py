@@ -1,4 +1,4 @@
-"""Writing an artifact: at every moment there is a whole one, or none, and nothing of the user's is lost."""
+"""Writing an artifact: the directory holds a complete one or none at every moment, and the user's files are kept."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.artifact.artifact import ArtifactWriter, Reader, write_artifact
+from hf_cachegen.artifact import ArtifactWriter, Reader, write_artifact
 from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError
 from hf_cachegen.stores import LocalStore
 from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, read_all, write
 
-# What is there already is safe.
+# Existing files are safe.
 
 
-def test_an_existing_artifact_is_not_replaced_unasked(tmp_path: Path) -> None:
+def test_an_existing_artifact_is_kept_without_overwrite(tmp_path: Path) -> None:
     write(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(ArtifactExistsError, match="overwrite=True"):
@@ -32,7 +32,7 @@ def test_an_existing_artifact_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_a_lone_data_file_is_not_replaced_unasked(tmp_path: Path) -> None:
+def test_a_lone_data_file_is_kept_without_overwrite(tmp_path: Path) -> None:
     (tmp_path / "tokens.safetensors").write_bytes(b"somebody's")
     with pytest.raises(ArtifactExistsError, match=r"tokens.safetensors"):
         write(tmp_path)
@@ -65,22 +65,22 @@ def test_overwriting_a_damaged_artifact_removes_only_what_it_replaces(tmp_path: 
     assert Reader(LocalStore(tmp_path)).manifest.levels == 1
 
 
-def test_a_place_that_is_a_file(tmp_path: Path) -> None:
+def test_a_location_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ArtifactExistsError, match="not a directory"):
+        with pytest.raises(ArtifactExistsError, match="must be a directory"):
             write(place, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["cachegen.json", "base.safetensors"])
-def test_a_directory_in_the_place_of_a_file(tmp_path: Path, name: str) -> None:
+def test_a_directory_with_the_name_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(ArtifactExistsError, match="is a directory"):
         write(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-# Whole, or not at all.
+# Completely, or not at all.
 
 
 class Interruption(Exception):
@@ -109,11 +109,11 @@ def test_an_interrupted_overwrite_leaves_the_old_artifact(tmp_path: Path, after:
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "unlink"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 def test_a_failing_system_call_never_leaves_a_mixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, overwrite: bool
 ) -> None:
-    """Whichever call fails, what a reader then opens is the old artifact, the new one, or nothing."""
+    """Whichever call fails, a reader then opens the old artifact, the new one, or none."""
     changed = [(file, name, data[::-1] if name != "input_ids" else data) for file, name, data in SEGMENTS]
     real, calls, failing = getattr(os, call), 0, 0
 
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_a_second_writer_is_kept_out(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with (
         ArtifactWriter(tmp_path),
         pytest.raises(ArtifactExistsError, match="another writer"),
@@ -207,7 +207,7 @@ def test_a_second_writer_is_kept_out(tmp_path: Path) -> None:
     write(tmp_path)
 
 
-def test_a_file_system_without_locks_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "no locks here")
 

@@ -52,7 +52,7 @@ def saved(value: Any, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["legacy", "dynamic"])
-def test_there_and_back(tmp_path: Path, form: str) -> None:
+def test_files_round_trip(tmp_path: Path, form: str) -> None:
     pairs = tensors()
     path = saved(tuple(pairs) if form == "legacy" else dynamic(pairs), tmp_path / "past.pt")
     keys, values = load_cache(path)
@@ -97,7 +97,7 @@ def broken_cache() -> DynamicCache:
     ids=["code", "code-in-pair", "subclass", "dictionary", "tensor", "empty", "empty-cache", "one-tensor", "number",
          "four-entries", "text-as-keys"],
 )  # fmt: skip
-def test_what_is_no_cache(
+def test_other_objects_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, error: type[Exception]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -109,7 +109,7 @@ def test_what_is_no_cache(
 @pytest.mark.parametrize(
     "data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"], ids=["empty", "text", "zip", "pickle"]
 )
-def test_damaged_files(tmp_path: Path, data: bytes) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "past.pt").write_bytes(data)
     with pytest.raises(CorruptError):
         load_cache(tmp_path / "past.pt")
@@ -119,13 +119,13 @@ def test_damaged_files(tmp_path: Path, data: bytes) -> None:
         load_cache(tmp_path / "past.pt")
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files_are_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(ArtifactNotFoundError):
             load_cache(path)
 
 
-def test_saving_refuses(tmp_path: Path) -> None:
+def test_saving_refuses_unsupported_layers_and_existing_files(tmp_path: Path) -> None:
     pairs = tensors()
     sliding = [LayerGeometry("sliding", 2, 8, 2, 8, window=4)] * 3
     encoded = encode_kv([k for k, _ in pairs], [v for _, v in pairs], LOSSLESS, layers=sliding)
@@ -141,7 +141,7 @@ def test_saving_refuses(tmp_path: Path) -> None:
     save_cache(found, tmp_path / "out.pt", "legacy", overwrite=True)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_convert_command(tmp_path: Path) -> None:
     path = saved(tuple(tensors()), tmp_path / "past.pt")
     found = run_json("convert", path, tmp_path / "context")
     assert found["bytes"] == sum(file.stat().st_size for file in (tmp_path / "context").iterdir())
@@ -153,7 +153,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert run_json("convert", tmp_path / "no.pt", tmp_path / "x", code=3)["error"]["type"] == "ArtifactNotFoundError"
 
 
-def test_the_command_with_the_model(tmp_path: Path) -> None:
+def test_the_convert_command_with_a_model(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     model = tiny_models.make("llama", 0)
     ids = list(range(5, 25))
@@ -177,5 +177,5 @@ def test_the_command_with_the_model(tmp_path: Path) -> None:
     [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
     ids=" ".join,
 )
-def test_options_that_do_not_go_together(tmp_path: Path, options: list[str]) -> None:
+def test_contradictory_options_are_refused(tmp_path: Path, options: list[str]) -> None:
     assert run_json("convert", "past.pt", tmp_path / "out", *options, code=2)["error"]["type"] == "UsageError"

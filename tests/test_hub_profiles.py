@@ -28,8 +28,8 @@ from hf_cachegen.stores import LocalStore, Patience, SegmentCache
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, hub_of_profiles
+from tests.klt_support import samples
 from tests.small_artifact import contents
-from tests.test_klt import samples
 from tests.tiny_models import make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -220,7 +220,7 @@ def test_a_hub_that_is_down_is_said(server: HubServer, model, monkeypatch: pytes
     with running(Server()) as gone:
         monkeypatch.setattr(constants, "ENDPOINT", gone.url)
     monkeypatch.setattr(finding, "QUICK", IMPATIENT)
-    with pytest.warns(UserWarning, match=re.escape(f"whether there is a profile in {REPO} is not known")):
+    with pytest.warns(UserWarning, match=re.escape(f"cannot determine whether {REPO} has a profile")):
         assert context(model).profile is None
 
 

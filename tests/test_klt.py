@@ -1,5 +1,4 @@
-"""Profiles and the klt transform: what is learnt, that it is undone exactly, and that only the right profile is used.
-"""
+"""Profiles and the klt transform: the learnt arrays, their exact inverse, and the check for the right profile."""
 
 from __future__ import annotations
 
@@ -29,22 +28,12 @@ from hf_cachegen.errors import (
     WrongModelError,
 )
 from hf_cachegen.profiles.finding import profile_of
-from hf_cachegen.profiles.learning import DEFAULT_TARGETS, Sample, divergence, find_rotary, prefill
+from hf_cachegen.profiles.learning import DEFAULT_TARGETS, divergence, find_rotary, prefill
 from hf_cachegen.stores import LocalStore
+from tests.klt_support import samples
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
-
-
-def samples(count: int = 10, seed: int = 0) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randint(3, VOCABULARY, (1, 60), generator=generator),
-            torch.randint(3, VOCABULARY, (1, 12), generator=generator),
-        )
-        for _ in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +57,7 @@ def test_the_rotation_is_found_and_undone(model) -> None:
 
 
 def test_models_without_a_known_rotation_keep_their_keys() -> None:
-    for name in ("deepseek", "gemma3"):  # a latent for a key; two rotations in one model
+    for name in ("deepseek", "gemma3"):  # latent keys; two rotations in one model
         assert find_rotary(make(name)).style == "none"
 
 
@@ -107,7 +96,7 @@ def test_coefficients_invert(model, profile: Profile) -> None:
     rows = torch.cat([x[0].transpose(0, 1).flatten(1) for x in pairs], 1)
     span = Span(100, 60, 300)
     back = codec.basis.rows(codec.basis.coefficients(rows, span), span)
-    assert (back - rows).norm() < 0.003 * rows.norm()  # the basis is kept in float16
+    assert (back - rows).norm() < 0.003 * rows.norm()  # the basis is stored in float16
 
 
 def test_levels_meet_their_targets(model, profile: Profile) -> None:
@@ -133,7 +122,7 @@ def test_round_trip_at_every_level(model, profile: Profile) -> None:
     assert encode_kv(keys, values, None, profile).config.transform == "klt"
 
 
-def test_files_bring_it_back(profile: Profile, tmp_path: Path) -> None:
+def test_files_round_trip(profile: Profile, tmp_path: Path) -> None:
     path = profile.save(tmp_path)
     assert path.name == PROFILE_FILE
     for place in (path, tmp_path):
@@ -144,7 +133,7 @@ def test_files_bring_it_back(profile: Profile, tmp_path: Path) -> None:
         Profile.load(tmp_path / "nowhere")
 
 
-def test_another_profile_is_replaced_only_when_told_to(profile: Profile, tmp_path: Path) -> None:
+def test_another_profile_is_replaced_only_with_overwrite(profile: Profile, tmp_path: Path) -> None:
     path, other = profile.save(tmp_path), replace(profile, step_code=profile.step_code + 1)
     assert profile.save(tmp_path) == path  # the same bytes
     with pytest.raises(ArtifactExistsError):
@@ -175,13 +164,13 @@ def test_an_artifact_needs_its_own_profile(model, profile: Profile, tmp_path: Pa
     other = replace(profile, step_code=profile.step_code + 1)
     with pytest.raises(ProfileError, match=other.digest):
         CacheGenCache.from_pretrained(tmp_path / "a", model, profile=other)
-    profile.save(tmp_path / "a")  # beside the artifact it is found
+    profile.save(tmp_path / "a")  # it is found beside the artifact
     CacheGenCache.from_pretrained(tmp_path / "a", model).save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "base.safetensors").read_bytes() == (tmp_path / "a" / "base.safetensors").read_bytes()
     assert Artifact(LocalStore(tmp_path / "a")).manifest.required == ("klt",)
 
 
-def test_only_the_right_profile_is_taken_from_where_profiles_lie(model, profile: Profile, tmp_path: Path) -> None:
+def test_only_the_right_profile_is_taken_from_a_folder(model, profile: Profile, tmp_path: Path) -> None:
     cache = CacheGenCache.from_context(model, samples()[1][0], CONFIG, profile)
     cache.save_pretrained(tmp_path / "klt")
     cache.save_pretrained(tmp_path / "delta", replace(CONFIG, transform="delta"))
@@ -212,7 +201,7 @@ def test_profiles_are_parsed_only_under_their_digest(
         monkeypatch.undo()
 
 
-def test_readers_that_do_not_know_klt_refuse_it(model, profile: Profile, tmp_path: Path) -> None:
+def test_readers_without_klt_refuse_it(model, profile: Profile, tmp_path: Path) -> None:
     from hf_cachegen.artifact.manifest import loads
 
     CacheGenCache.from_context(model, samples()[1][0], CONFIG, profile).save_pretrained(tmp_path / "a")
@@ -228,11 +217,11 @@ def test_another_models_profile_is_refused(profile: Profile) -> None:
         encode_kv(keys, values, CONFIG, profile)
 
 
-def test_what_klt_cannot_do_is_refused(model, profile: Profile) -> None:
+def test_unsupported_configurations_are_refused(model, profile: Profile) -> None:
     keys, values, _ = prefill(model, samples()[0][0])
     with pytest.raises(ConfigError, match="profile"):
         encode_kv(keys, values, CONFIG)
-    with pytest.raises(ConfigError, match="row"):
+    with pytest.raises(ConfigError, match="batch"):
         encode_kv([k.expand(2, -1, -1, -1) for k in keys], [v.expand(2, -1, -1, -1) for v in values], CONFIG, profile)
     with pytest.raises(ConfigError, match="levels"):
         encode_kv(keys, values, replace(CONFIG, levels=2), profile)
@@ -242,7 +231,7 @@ def test_what_klt_cannot_do_is_refused(model, profile: Profile) -> None:
             encode_kv(keys, values, CONFIG, profile)
 
 
-def test_learning_needs_samples_and_sane_options(model) -> None:
+def test_learning_refuses_few_samples_and_wrong_options(model) -> None:
     with pytest.raises(ConfigError):
         learn_profile(model, samples(3))
     with pytest.raises(ConfigError):
@@ -263,9 +252,9 @@ IDS = torch.ones(1, 5, dtype=torch.int64)
     "sample",
     [(IDS, IDS[:, :0]), (IDS[:, :1], IDS), (IDS[0], IDS), (IDS.expand(2, -1), IDS), ([[1, 2]], IDS),
      (IDS.float(), IDS), (IDS, IDS, IDS), IDS, None],
-    ids=["no continuation", "one token", "a row", "two rows", "a list", "floats", "three", "a tensor", "nothing"],
+    ids=["no continuation", "one token", "one axis", "two rows", "a list", "floats", "three", "a tensor", "nothing"],
 )  # fmt: skip
-def test_samples_that_are_none_are_refused(model, sample) -> None:
+def test_invalid_samples_are_refused(model, sample) -> None:
     with pytest.raises(TensorError, match="sample 3"):
         learn_profile(model, [*samples(3), sample, *samples(6)])
 

@@ -1,4 +1,4 @@
-"""Learning a profile: it goes on where it was killed, and holds one sample's cache at a time."""
+"""Learning a profile: an interrupted run resumes, and holds one sample's cache at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def whole(model) -> Profile:
-    """Learnt in one go, without a file."""
+    """Learn in one run, without a file."""
     return learn_profile(model, samples(), config=CONFIG, seed=3)
 
 
@@ -46,13 +46,13 @@ class Killed(BaseException):
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is written after every sample."""
+    """Write everything after every sample."""
     monkeypatch.setattr(journal, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(journal, "SHARE_OF_TIME", 0)
 
 
 def learn_until(model, path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, records: int = 2) -> None:
-    """A learning that is killed behind so many records of a stage."""
+    """Run until a stage has written `records` records, then kill the run."""
     keep = journal.Journal.keep
 
     def dying(self, name: str, sums, done: int) -> None:
@@ -68,7 +68,7 @@ def learn_until(model, path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_learning_goes_on_to_the_same_profile(model, whole, stage, tmp_path, monkeypatch) -> None:
+def test_a_killed_run_resumes_to_the_same_profile(model, whole, stage, tmp_path, monkeypatch) -> None:
     path = tmp_path / "made" / "journal"
     learn_until(model, path, stage, monkeypatch)
     seen: list[str] = []
@@ -80,14 +80,14 @@ def test_a_killed_learning_goes_on_to_the_same_profile(model, whole, stage, tmp_
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_learning_that_was_killed_at_the_very_end_is_finished(model, whole, tmp_path, monkeypatch) -> None:
+def test_a_run_that_was_killed_at_the_end_is_finished(model, whole, tmp_path, monkeypatch) -> None:
     learn_until(model, tmp_path / "journal", "tables", monkeypatch, 5)
     again = learn_profile(model, samples(), config=CONFIG, seed=3, journal=tmp_path / "journal")
     assert again.digest == whole.digest
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_journal_belongs_to_one_learning(model, tmp_path, monkeypatch) -> None:
+def test_a_journal_belongs_to_one_run(model, tmp_path, monkeypatch) -> None:
     path = tmp_path / "journal"
     learn_until(model, path, "learn", monkeypatch)
     kept = path.read_bytes()
@@ -106,15 +106,15 @@ def test_a_journal_belongs_to_one_learning(model, tmp_path, monkeypatch) -> None
             learn_profile(model, samples(), config=CONFIG, seed=3, journal=path)
 
 
-def test_nothing_is_written_unasked(model, whole, tmp_path, monkeypatch) -> None:
+def test_nothing_is_written_without_a_journal(model, whole, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     learn_profile(model, samples(), config=CONFIG, seed=3)
     assert not list(tmp_path.iterdir())
     learn_profile(model, samples(), config=CONFIG, seed=3, journal="journal")
-    assert not list(tmp_path.iterdir())  # it took less than the time between two records
+    assert not list(tmp_path.iterdir())  # the run is shorter than the time between two records
 
 
-@pytest.mark.parametrize("module", [moments, learning])
+@pytest.mark.parametrize("module", [moments, learning], ids=["moments", "learning"])
 def test_one_samples_cache_is_held_at_a_time(model, module, monkeypatch) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     most = 0
@@ -130,4 +130,4 @@ def test_one_samples_cache_is_held_at_a_time(model, module, monkeypatch) -> None
     monkeypatch.setattr(module, "prefill", watched)
     learn_profile(model, samples(), config=CONFIG)
     assert len(held) > 5
-    assert most <= 2  # the one that is made while the last one's name still stands
+    assert most <= 2  # the new one, and the previous one that a name still refers to

@@ -1,4 +1,4 @@
-"""The coder: one format, two implementations, and what becomes of bytes that no encoder wrote."""
+"""The coder: one format with two implementations, and errors for bytes that no encoder wrote."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @st.composite
 def tables(draw: st.DrawFn) -> Tables:
-    """Skewed, uniform and degenerate tables side by side."""
+    """Draw skewed, uniform and degenerate tables."""
     prob_bits = draw(st.sampled_from([10, 11, 12]))
     n_symbols = draw(st.sampled_from([1, 2, 3, 32, 256] if prob_bits < 12 else [2, 3, 32, 256]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -60,9 +60,9 @@ def tables(draw: st.DrawFn) -> Tables:
     st.integers(0, 2**32),
 )
 def test_all_back_ends_give_the_same_bytes_and_decode_each_other(
-    tables: Tables, columns: int, tokens: int, contexts: int, seed: int
+    tables: Tables, channels: int, tokens: int, contexts: int, seed: int
 ) -> None:
-    section = draw_section(seed, tokens, columns, tables, contexts)
+    section = draw_section(seed, tokens, channels, tables, contexts)
     streams = section.encode(backend="reference")
     for backend in BACKENDS:
         assert section.encode(backend=backend) == streams
@@ -73,10 +73,11 @@ def test_all_back_ends_give_the_same_bytes_and_decode_each_other(
             assert torch.equal(section.decode(streams, backend="native"), section.symbols)
 
 
-@pytest.mark.parametrize("columns", [256, 512, 768])
-def test_tables_of_three_symbols_beside_others(columns: int, backend: str) -> None:
-    """Where a tile's tables all have three symbols a decoder may go another way: also with symbols that never come,
-    and with a neighbour whose tables have more.
+@pytest.mark.parametrize("channels", [256, 512, 768])
+def test_tables_of_three_symbols_among_others(channels: int, backend: str) -> None:
+    """A decoder may have a special path for tiles whose tables all have three symbols.
+
+    Cover symbols that never occur, and an adjacent tile whose tables have more symbols.
     """
     rows = [
         [1022, 1, 1, 0],
@@ -86,32 +87,32 @@ def test_tables_of_three_symbols_beside_others(columns: int, backend: str) -> No
         [512, 512, 0, 0],
         [256, 256, 256, 256],
     ]
-    chance = torch.Generator().manual_seed(columns)
-    table_ids = torch.randint(0, 5, (columns, 3), generator=chance).to(torch.uint8)
-    contexts = torch.randint(0, 3, (50, columns), generator=chance).to(torch.uint8)
+    chance = torch.Generator().manual_seed(channels)
+    table_ids = torch.randint(0, 5, (channels, 3), generator=chance).to(torch.uint8)
+    contexts = torch.randint(0, 3, (50, channels), generator=chance).to(torch.uint8)
     for last in (0, 5):
         table_ids[-1] = last
-        used = torch.tensor(rows)[table_ids.long()[torch.arange(columns), contexts.long()]].flatten(0, 1)
-        symbols = used.double().multinomial(1, generator=chance).reshape(50, columns).to(torch.uint8)
+        used = torch.tensor(rows)[table_ids.long()[torch.arange(channels), contexts.long()]].flatten(0, 1)
+        symbols = used.double().multinomial(1, generator=chance).reshape(50, channels).to(torch.uint8)
         section = Section(symbols, Tables(torch.tensor(rows), 10), table_ids, contexts)
         streams = section.encode(backend="reference")
         assert section.encode(backend=backend) == streams
         assert torch.equal(section.decode(streams, backend=backend), symbols)
 
 
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 65, 255, 256, 257, 512, 530])
-def test_tile_edges(columns: int, backend: str) -> None:
-    section = draw_section(columns, 5, columns, laplace_tables([0.5, 3.0], 11), 1)
+@pytest.mark.parametrize("channels", [1, 31, 32, 33, 64, 65, 255, 256, 257, 512, 530])
+def test_tile_edges(channels: int, backend: str) -> None:
+    section = draw_section(channels, 5, channels, laplace_tables([0.5, 3.0], 11), 1)
     streams = section.encode(backend=backend)
-    assert len(streams) == rans.tile_count(columns)
+    assert len(streams) == rans.tile_count(channels)
     assert torch.equal(section.decode(streams, backend=backend), section.symbols)
 
 
-@pytest.mark.parametrize(("tokens", "columns"), [(0, 0), (0, 40), (3, 0)])
-def test_empty_sections_have_no_streams(tokens: int, columns: int, backend: str) -> None:
-    section = draw_section(0, tokens, columns, laplace_tables([1.0], 11), 3)
+@pytest.mark.parametrize(("tokens", "channels"), [(0, 0), (0, 40), (3, 0)])
+def test_empty_sections_have_no_streams(tokens: int, channels: int, backend: str) -> None:
+    section = draw_section(0, tokens, channels, laplace_tables([1.0], 11), 3)
     assert section.encode(backend=backend) == []
-    assert section.decode([], backend=backend).shape == (tokens, columns)
+    assert section.decode([], backend=backend).shape == (tokens, channels)
 
 
 def test_a_stream_by_hand(backend: str) -> None:
@@ -124,7 +125,7 @@ def test_a_stream_by_hand(backend: str) -> None:
 
 
 def test_words_interleave_in_lane_order(backend: str) -> None:
-    """Two lanes, frequency 1 of 1024: 10 bits per symbol, so both lanes give their word at the same step."""
+    """Two lanes, frequency 1 of 1024: 10 bits per symbol, so both lanes write their word at the same step."""
     rare = Tables(torch.tensor([[1023, 1]]), 10)
     section = Section(torch.ones(3, 2, dtype=torch.uint8), rare, torch.zeros(2, 1, dtype=torch.uint8), None)
     state, words = 0x8000, []
@@ -138,7 +139,7 @@ def test_words_interleave_in_lane_order(backend: str) -> None:
 
 
 def test_the_bytes_never_change(backend: str) -> None:
-    """Artifacts of version 1 hold these bytes; a change here is a new format version."""
+    """Artifacts of version 1 hold these bytes. A change here is a new format version."""
     digest = hashlib.sha256()
     whole = torch.arange(40 * 300).reshape(40, 300)
     for contexts, prob_bits in ((1, 10), (3, 11), (1, 12)):
@@ -167,12 +168,12 @@ def test_overhead_above_the_cross_entropy(scale: float, bits: float, tokens: int
 # Bytes that no encoder wrote.
 
 
-def sample(contexts: int = 1, columns: int = 300, tokens: int = 20) -> Section:
-    return draw_section(3, tokens, columns, laplace_tables([0.7, 2.0, 5.0], 11), contexts)
+def sample(contexts: int = 1, channels: int = 300, tokens: int = 20) -> Section:
+    return draw_section(3, tokens, channels, laplace_tables([0.7, 2.0, 5.0], 11), contexts)
 
 
 def test_a_stream_cut_anywhere_is_truncated_or_corrupt(backend: str) -> None:
-    section = sample(columns=40)
+    section = sample(channels=40)
     (stream,) = section.encode()
     for length in range(len(stream)):
         with pytest.raises((TruncatedError, CorruptError)):
@@ -181,7 +182,7 @@ def test_a_stream_cut_anywhere_is_truncated_or_corrupt(backend: str) -> None:
         section.decode([stream[:-2]], backend=backend)
 
 
-def test_bytes_to_spare_are_corrupt(backend: str) -> None:
+def test_extra_bytes_are_corrupt(backend: str) -> None:
     section = sample()
     first, second = section.encode()
     for extra in (b"\0", b"\0\0", bytes(1000)):
@@ -192,7 +193,7 @@ def test_bytes_to_spare_are_corrupt(backend: str) -> None:
 
 
 def test_initial_states_out_of_range_are_corrupt(backend: str) -> None:
-    section = sample(columns=40)
+    section = sample(channels=40)
     (stream,) = section.encode()
     for state in (0, 0x7FFF, 0x80000000, 0xFFFFFFFF):
         with pytest.raises(CorruptError):
@@ -200,7 +201,7 @@ def test_initial_states_out_of_range_are_corrupt(backend: str) -> None:
 
 
 def test_damaged_streams_are_refused_or_are_other_valid_streams(backend: str) -> None:
-    """The coder's own check is no checksum, but it lets little through."""
+    """The coder's own check is no checksum, but it detects most damage."""
     section = sample()
     streams = section.encode()
     data = b"".join(streams)
@@ -223,14 +224,14 @@ def test_damaged_streams_are_refused_or_are_other_valid_streams(backend: str) ->
 
 
 def outcome(section: Section, streams: list[bytearray], backend: str) -> object:
-    """The symbols, or the error, as something to compare."""
+    """Return the symbols, or the error, in a form that can be compared."""
     try:
         return section.decode([bytes(stream) for stream in streams], backend=backend).numpy().tobytes()
     except (TruncatedError, CorruptError) as error:
         return type(error), str(error)
 
 
-def test_all_back_ends_judge_alike() -> None:
+def test_all_back_ends_report_the_same_errors() -> None:
     section = sample(contexts=3)
     streams = section.encode()
     chance = random.Random(2)
@@ -294,7 +295,7 @@ def test_tables_are_checked(frequencies: list[list[int]], prob_bits: int, error:
         Tables(torch.tensor(frequencies), prob_bits)
 
 
-def test_uint16_frequencies_are_tables_too() -> None:
+def test_uint16_frequencies_are_accepted() -> None:
     assert Tables(torch.tensor([[1000, 24]], dtype=torch.uint16), 10).frequencies.tolist() == [[1000, 24]]
 
 

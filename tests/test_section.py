@@ -1,4 +1,4 @@
-"""What a section's columns need is made once for all chunks."""
+"""The tables of a section's channels are prepared once for all chunks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.kv_samples import sample_kv
 
 
 @pytest.mark.parametrize("transform", ["delta", "identity"])
-def test_bounds_of_columns_are_made_once_for_all_chunks(
+def test_bounds_of_channels_are_made_once_for_all_chunks(
     transform: Literal["delta", "identity"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device every chunk would wait for them to be copied there, and turned."""
+    """Otherwise every chunk would wait for a transposed copy on the device."""
     seen: dict[tuple[int, int], set[int]] = {}
     kept = []
     clamp = passes.clamp

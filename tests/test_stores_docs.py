@@ -19,8 +19,8 @@ from hf_cachegen import CacheGenCache, CacheGenConfig, Profile
 from tests.cli_support import run, save_model
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, hub_of_profiles
+from tests.klt_support import samples
 from tests.small_artifact import contents
-from tests.test_klt import samples
 
 pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'hf_cachegen[crypto]')")
 pytestmark = [

@@ -1,4 +1,4 @@
-"""A transform is one class behind one protocol: this file adds one, and no other file knows of it."""
+"""The protocol of transforms: this file adds one, without a change in any other file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MARK = b"toy!"
 
 
 class Toy(Transform):
-    """Base: the values rounded to multiples of 2^-levels; each refinement: what the rounding at its level left over."""
+    """Base: the values rounded to multiples of 2^-levels. Each refinement: the rounding error of its level."""
 
     name = "toy"
 
@@ -79,7 +79,7 @@ def toy() -> Iterator[CacheGenConfig]:
     unregister("toy")
 
 
-def test_a_transform_of_ones_own_round_trips_in_memory(toy: CacheGenConfig) -> None:
+def test_a_registered_transform_round_trips_in_memory(toy: CacheGenConfig) -> None:
     keys, values = sample_kv(dtype=torch.float32)
     encoded = encode_kv(keys, values, toy)
     assert (encoded.config.transform, encoded.side, encoded.levels) == ("toy", MARK, 3)
@@ -94,7 +94,7 @@ def test_a_transform_of_ones_own_round_trips_in_memory(toy: CacheGenConfig) -> N
     assert "k_bits" not in encoded.report["layers"][0]
 
 
-def test_a_transform_of_ones_own_round_trips_through_files(toy: CacheGenConfig, tmp_path: Path) -> None:
+def test_a_registered_transform_round_trips_through_files(toy: CacheGenConfig, tmp_path: Path) -> None:
     keys, values = sample_kv(dtype=torch.float32)
     encoded = encode_kv(keys, values, toy)
     write(Encoder(keys, values, toy), tmp_path / "a")
@@ -114,20 +114,20 @@ def test_its_artifacts_are_refused_where_it_is_not_registered(toy: CacheGenConfi
         Artifact(LocalStore(tmp_path / "a"))
 
 
-def test_its_own_errors_come_through(toy: CacheGenConfig) -> None:
+def test_its_errors_are_raised(toy: CacheGenConfig) -> None:
     keys, values = sample_kv(layers=1, tokens=20)
     keys[0][0, 0, 3, 3] = float("inf")
     with pytest.raises(TensorError, match="finite"):
         encode_kv(keys, values, toy)
 
 
-def test_names() -> None:
+def test_names_are_unique_and_known() -> None:
     with pytest.raises(ConfigError, match="toy"):
         CacheGenConfig(transform="toy")
     for transform in BUILT_IN:
         with pytest.raises(ConfigError, match="another name"):
             register(transform)
-        unregister(transform.name)  # those that come with the package stay
+        unregister(transform.name)  # built-in transforms stay
     with pytest.raises(ConfigError, match="auto"):
         transform_of(CacheGenConfig())
     named = {transform_of(CacheGenConfig(transform=name)).name for name in TransformName.__args__ if name != "auto"}
@@ -137,8 +137,8 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize("transform", [t for t in BUILT_IN if not t.needs_profile], ids=lambda t: t.name)
-def test_approximations_are_what_coding_gives(transform: type[Transform]) -> None:
-    """The short ways of the transforms that come with the package, against the protocol's own."""
+def test_approximations_equal_the_coded_rows(transform: type[Transform]) -> None:
+    """Compare the built-in transforms' direct computation with the protocol's default, which codes."""
     lossless = transform.name == "lossless"
     config = CacheGenConfig(transform="identity" if lossless else transform.name, lossless=lossless, chunk_tokens=64)
     encoder = Encoder(*sample_kv(), config)

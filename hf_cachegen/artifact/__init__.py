@@ -1,7 +1,7 @@
-"""Streams <-> files: the surface that meets untrusted bytes.
+"""Convert streams to files and back. This package reads untrusted bytes.
 
-What is imported here knows neither torch nor numpy; `artifact` and `encoded` bridge to the codec, and are imported when
-one of their names is first used.
+The modules imported here use neither torch nor numpy. `artifact` and `encoded` connect them to the codec. They are
+imported when one of their names is first used.
 """
 
 from __future__ import annotations

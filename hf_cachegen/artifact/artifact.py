@@ -1,6 +1,6 @@
-"""Artifacts in files: what the codec makes of tensors, written chunk by chunk, and read the same way.
+"""Artifacts in files: write the codec's streams chunk by chunk, and read them in the same way.
 
-The one module of this package, with `encoded`, that knows the codec.
+In this package only this module and `encoded` use the codec.
 """
 
 from __future__ import annotations
@@ -46,11 +46,24 @@ def write(
     fingerprint: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes an artifact into `directory`: whole, or not at all. Raises ArtifactExistsError where there is one
-    already.
+    """Write an artifact into `directory`, completely or not at all.
+
+    Args:
+        source: A context to encode, or an encoded one.
+        directory: Created if it does not exist.
+        input_ids: The context's token ids, to store with it.
+        fingerprint: The model that the cache belongs to.
+        overwrite: Replace an existing artifact.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ArtifactExistsError: The directory already holds an artifact.
+        TensorError: input_ids are no token ids, or not one per token of the cache.
     """
     if input_ids is not None and len(input_ids) != source.geometry.tokens:
-        raise TensorError(f"{len(input_ids)} input_ids for a cache of {source.geometry.tokens} tokens")
+        raise TensorError(f"expected an input_id for each of {source.geometry.tokens} tokens, got {len(input_ids)}")
     chunks: Iterable[Sequence[bytes]]
     if isinstance(source, Encoder):
         side, chunks = source.codec.side_bytes(), source.chunks()
@@ -66,17 +79,20 @@ def write(
 
 
 class Artifact:
-    """An opened artifact: its manifest read and checked, its segments verified as they are read.
+    """An opened artifact. Its manifest is read and checked; its segments are verified when they are read.
 
     Args:
-        source: the store that holds it (`hf_cachegen.stores.open_store`, `LocalStore`), or a reader of it.
-        profile: the profile that decoding takes (`pin` says which), None where it takes none or nothing is decoded.
-            Nothing is searched for here: `hf_cachegen.profiles.finding.profile_of` does that.
-        limits: how large an artifact may claim to be; a reader has its own.
+        source: The store that holds it (`hf_cachegen.stores.open_store`, `LocalStore`), or a reader of it.
+        profile: The profile that decoding needs (`pin` describes it). None: it needs none, or nothing is decoded.
+            `hf_cachegen.profiles.finding.profile_of` finds it.
+        limits: The largest artifact to accept. A reader has its own limits.
 
     Raises:
-        ArtifactNotFoundError, ManifestError, LimitError, UnsupportedFormatError: its methods TruncatedError and
-            CorruptError too.
+        ArtifactNotFoundError: The store holds no artifact.
+        ManifestError: The manifest is damaged, or contradicts itself.
+        LimitError: The artifact is larger than the limits.
+        UnsupportedFormatError: It has a later format version, or needs an unknown feature.
+        TruncatedError, CorruptError: Raised by the methods that read segments, for damaged bytes.
     """
 
     def __init__(self, source: Store | Reader, profile: Profile | None = None, *, limits: Limits | None = None):
@@ -93,35 +109,37 @@ class Artifact:
             raise ManifestError("the chunk table does not match the geometry's tokens and the codec's chunk_tokens")
         transform = transform_of(self.config)
         if manifest.levels != transform.levels(self.config):
-            raise ManifestError(f"the codec has {self.config.levels} levels, the files {manifest.levels}")
+            raise ManifestError(f"expected files for {transform.levels(self.config)} levels, got {manifest.levels}")
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
-            raise LimitError(f"decoded, this cache has {self.geometry.nbytes} bytes: above the limit")
+            most = self.reader.limits.max_decoded_bytes
+            raise LimitError(f"expected a cache of at most {most} decoded bytes, got {self.geometry.nbytes}")
         side = manifest.segment(BASE_FILE, SIDE).length
         if side not in transform.side_lengths(self.geometry, self.config):
-            raise ManifestError(f"side information of {side} bytes: the geometry's columns take another number")
+            raise ManifestError(f"the side information has {side} bytes, which does not fit the geometry's channels")
         ids = manifest.files.get(TOKENS_FILE)
         if ids and ids.segments[0].length != 8 * self.geometry.tokens:
-            raise ManifestError("the number of input_ids is not the geometry's number of tokens")
+            raise ManifestError("the number of input_ids must be the geometry's number of tokens")
 
     def with_profile(self, profile: Profile | None) -> Artifact:
-        """The same opened artifact, ready to be decoded with this profile."""
+        """Return the same opened artifact, to be decoded with this profile."""
         return Artifact(self.reader, profile)
 
     @property
     def levels(self) -> int:
+        """Number of levels that it serves."""
         return self.manifest.levels
 
     @property
     def input_ids(self) -> list[int] | None:
-        """The context's token ids, None where they were not stored."""
+        """The context's token ids; None if they were not stored."""
         return self.reader.input_ids()
 
     def nbytes_at(self, level: int | None = None) -> int:
-        """Bytes that a loader of `level` fetches, everything counted; None: all that is stored."""
+        """Return the bytes that a loader of `level` fetches, manifest included. None: all stored bytes."""
         return self.reader.nbytes_at(level)
 
     def segments(self, chunk: int, level: int) -> list[Segment]:
-        """The segments of a chunk that decoding it at `level` takes: the base's, then the refinements'."""
+        """Return the segments needed to decode a chunk at `level`: the base's, then the refinements'."""
         files = [BASE_FILE, *(refine_file(number) for number in range(1, level))]
         return [self.manifest.segment(file, chunk_name(chunk)) for file in files]
 
@@ -136,7 +154,7 @@ class Artifact:
         return self.reader.read(self.manifest.segment(BASE_FILE, SIDE))
 
     def read(self) -> EncodedContext:
-        """Everything, verified, in memory."""
+        """Read and verify all parts into memory."""
         self._prefetch(self.levels)
         chunks = [self._parts(chunk, self.levels) for chunk in range(len(self.manifest.chunks))]
         parts = tuple(zip(*chunks, strict=True))
@@ -145,11 +163,16 @@ class Artifact:
 
     @property
     def pin(self) -> Pin | None:
-        """What the manifest says of the profile that decoding needs, None where it needs none."""
+        """The manifest's description of the profile that decoding needs; None if it needs none."""
         return Pin.from_codec(self.manifest.codec) if transform_of(self.config).needs_profile else None
 
     def codec(self) -> Transform:
-        """What decodes the chunks; fetches the side information. Raises ProfileError where it takes another profile."""
+        """Return the transform that decodes the chunks. Fetches the side information.
+
+        Raises:
+            ProfileError: The profile is missing, or another one.
+            TruncatedError, CorruptError: The side information is damaged.
+        """
         pin = self.pin
         if pin is not None and self.profile is None:
             raise ProfileError(f"this artifact needs {pin}: pass it as profile=")
@@ -158,7 +181,21 @@ class Artifact:
     def decode(
         self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """(keys, values) at `level` (default: the finest), read, verified and decoded chunk by chunk."""
+        """Read, verify and decode the context, chunk by chunk.
+
+        Args:
+            level: Default: the finest.
+            device: Of the tensors. Default: the CPU.
+            progress: Show a progress bar.
+
+        Returns:
+            (keys, values): for each layer [batch, heads, tokens, dim], in the cache's dtype.
+
+        Raises:
+            LevelError: The artifact does not have this level.
+            ProfileError: The profile is missing, or another one.
+            TruncatedError, CorruptError: The files are damaged.
+        """
         level = checked_level(level, self.levels)
         self._prefetch(level)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)

@@ -1,4 +1,4 @@
-"""An artifact in memory: an encoded context with what its files and its manifest will say.
+"""An artifact in memory: an encoded context, with the content of its files and of its manifest.
 
 `encode_kv` and `decode_kv` are the codec's `Encoder` and `decode_chunks` for all chunks at once.
 """
@@ -33,8 +33,13 @@ WRITER = f"hf_cachegen {__version__}"
 class EncodedContext:
     """A context's KV cache, encoded, in memory.
 
-    `parts[p][c]` are the bytes of chunk c in part p (0: the base, then the refinements); `report` says what it cost;
-    `profile` is that of the klt transform, which is kept once for a model and not counted in any context's size.
+    Attributes:
+        geometry: Of the cache.
+        config: The encoder's options, with the transform that was used.
+        side: The side information.
+        parts: `parts[p][c]` are the bytes of chunk c in part p (0: the base, then the refinements).
+        report: The measured sizes and errors (`Encoder.report`).
+        profile: Of the klt transform. It is stored once per model and not counted in the size of a context.
     """
 
     geometry: Geometry
@@ -46,15 +51,16 @@ class EncodedContext:
 
     @property
     def levels(self) -> int:
+        """Number of levels."""
         return len(self.parts)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that a user would store: all files, their headers and the manifest."""
+        """Bytes to store: all files, their headers and the manifest."""
         return nbytes_at(self._sizes())
 
     def nbytes_at(self, level: int) -> int:
-        """Bytes of everything that a loader of `level` must fetch. Raises LevelError."""
+        """Return the bytes that a loader of `level` fetches, headers and manifest included. Raises LevelError."""
         return nbytes_at(self._sizes(), level)
 
     def _sizes(self) -> dict[str, int]:
@@ -74,7 +80,24 @@ def encode_kv(
     layers: Sequence[LayerGeometry] | None = None,
     progress: bool = False,
 ) -> EncodedContext:
-    """Encodes keys and values (see `Encoder` for shapes and errors) in memory."""
+    """Encode keys and values in memory.
+
+    Args:
+        keys: Of layer i [batch, heads, tokens, k_dim]; all bfloat16, all float16 or all float32, on any devices.
+        values: Of layer i [batch, v_heads, tokens, v_dim], in the dtype of the keys.
+        config: Default: CacheGenConfig().
+        profile: Of the model, for the klt transform.
+        layers: The layers' geometry, where they are not all of kind "full".
+        progress: Show a progress bar.
+
+    Returns:
+        The encoded context.
+
+    Raises:
+        TensorError: The tensors do not fit together, or a value is not finite (lossless accepts such values).
+        ConfigError: The klt transform has no profile.
+        ProfileError: The profile is of another model.
+    """
     encoder = Encoder(keys, values, config, profile, layers=layers, progress=progress)
     parts, side = tuple(zip(*encoder.chunks(), strict=True)), encoder.codec.side_bytes()
     return EncodedContext(encoder.geometry, encoder.config, side, parts, encoder.report(), encoder.profile)
@@ -83,9 +106,19 @@ def encode_kv(
 def decode_kv(
     encoded: EncodedContext, level: int | None = None, device: torch.device | str | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(keys, values) at `level` (default: the finest), in the dtype they had, on `device` (default: the CPU).
+    """Decode a context from memory.
 
-    Raises LevelError, TruncatedError or CorruptError.
+    Args:
+        encoded: The context.
+        level: Default: the finest.
+        device: Of the tensors. Default: the CPU.
+
+    Returns:
+        (keys, values): for each layer [batch, heads, tokens, dim], in the dtype of the encoded tensors.
+
+    Raises:
+        LevelError: The context does not have this level.
+        TruncatedError, CorruptError: The bytes are damaged.
     """
     level = checked_level(level, encoded.levels)
     codec = codec_of(encoded.geometry, encoded.config, encoded.side, encoded.profile)
@@ -96,7 +129,7 @@ def decode_kv(
 
 
 def segments_of(side: bytes, chunks: Iterable[Sequence[bytes]]) -> Iterator[tuple[str, str, bytes]]:
-    """(file, name, bytes) of every segment, in the order of writing."""
+    """Yield (file, name, bytes) of every segment, in the order of writing."""
     yield BASE_FILE, SIDE, side
     for index, parts in enumerate(chunks):
         for part, data in enumerate(parts):
@@ -111,7 +144,7 @@ def manifest_of(
     profile: Profile | None,
     side: bytes,
 ) -> Manifest:
-    """The manifest, its files not yet known."""
+    """Return the manifest, without its files."""
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
         codec["profile"] = Pin.of(profile).to_dict()

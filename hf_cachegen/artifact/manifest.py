@@ -1,4 +1,5 @@
-"""The manifest: what an artifact holds, where each byte of it lies, and the checksums that prove it (docs/format.md).
+"""The manifest: the content of an artifact, the position of each byte, and the checksums that verify it
+(docs/format.md).
 
 `cachegen.json` is JSON in one fixed spelling, so equal content gives equal bytes:
 
@@ -10,9 +11,9 @@
     }
 
 The last member is the XXH3-128 of all bytes before its line. It is compared before anything is parsed: a flipped bit or
-a missing byte anywhere is a ManifestError. The checksum finds accidents, not malice (who writes a manifest can
-write its checksum), so everything below it is checked as a stranger's: types, names, limits, and that the segments of
-each file tile it from the end of its header to its last byte.
+a missing byte anywhere is a ManifestError. The checksum detects accidents, not attacks: an attacker can compute it too.
+So all values are checked as untrusted: types, names, limits, and that the segments of each file tile it from the end of
+its header to its last byte.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ BASE_FILE = "base.safetensors"
 TOKENS_FILE = header.TOKENS_FILE
 INPUT_IDS = "input_ids"
 SIGNATURE_FILE = "cachegen.sig"
-"""May stand beside the manifest, of which it says who made it (hf_cachegen.stores.signed)."""
+"""Optional file beside the manifest, with its signature (hf_cachegen.stores.signed)."""
 PROFILE_FILE = "cachegen_profile.safetensors"
 """A profile's name beside an artifact, in a model's folder, and in a repository (hf_cachegen.stores.profiles)."""
 FORMAT_VERSION = 1
 FEATURES: frozenset[str] = frozenset({"klt", "klt-tables", "sinks"})
 """Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-tables:
-the side information names tables that differ from the profile's; sinks: some tokens are finer than the rest."""
+the
+side information lists tables that differ from the profile's; sinks: some tokens have finer steps than the rest.
+"""
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")
 _SEGMENT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -51,7 +54,7 @@ _TAIL_BYTES = len('"xxh3":""\n}\n') + 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What a reader accepts at most; all are checked before memory is taken. Above one of them: LimitError."""
+    """The largest values that a reader accepts. They are checked before memory is allocated, and raise LimitError."""
 
     max_header_bytes: int = 1 << 20
     max_tokens: int = 1 << 24
@@ -85,18 +88,22 @@ class FileEntry:
 
     @property
     def header_bytes(self) -> int:
-        """Length of the header, which is where the data area begins."""
+        """Length of the header. The data area begins there."""
         return self.segments[0].offset if self.segments else self.size
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that is known of an artifact before its streams are read.
+    """The description of an artifact, which is read before its streams.
 
-    chunks: (first token, tokens) of each chunk, in order and without gaps.
-    geometry, codec, report, fingerprint: JSON objects that the layers above write and validate.
-    extra: whatever the user wants to keep with the artifact.
-    required: features without which this artifact cannot be read rightly.
+    Attributes:
+        geometry, codec, report, fingerprint: JSON objects that the layers above write and validate.
+        chunks: (first token, tokens) of each chunk, in order and without gaps.
+        files: The files by name.
+        extra: JSON object that the user stores with the artifact.
+        required: Features that a reader must support.
+        writer: Name and version of the program that wrote it.
+        format_version: Version of the format.
     """
 
     geometry: dict[str, Any]
@@ -112,21 +119,21 @@ class Manifest:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """All segments: files in alphabetical order, the order of the bytes within a file."""
+        """All segments: by file in alphabetical order, then in the order of their bytes."""
         return tuple(segment for _, entry in sorted(self.files.items()) for segment in entry.segments)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole context."""
+        """Number of tokens of the whole context."""
         return sum(count for _, count in self.chunks)
 
     @property
     def levels(self) -> int:
-        """How many levels the artifact serves."""
+        """Number of levels that the artifact serves."""
         return levels_of(self.files)
 
     def segment(self, file: str, name: str) -> Segment:
-        """The segment of that name; raises ManifestError where there is none."""
+        """Return the segment of this name. Raises ManifestError if there is none."""
         try:
             return self._index[file, name]
         except KeyError:
@@ -138,22 +145,22 @@ class Manifest:
 
 
 def chunk_name(index: int) -> str:
-    """Name of chunk `index`'s segment in the base and in every refinement."""
+    """Return the name of chunk `index`'s segment in the base and in every refinement."""
     return f"chunk-{index:05d}"
 
 
 def refine_file(number: int) -> str:
-    """File of refinement `number`, from 1: with it a loader reaches level `number + 1`."""
+    """Return the file of refinement `number`, from 1. With it a loader reaches level `number + 1`."""
     return f"refine-{number}.safetensors"
 
 
 def levels_of(files: Collection[str]) -> int:
-    """How many levels these files serve: the base, and one for each refinement."""
+    """Return the number of levels that these files serve: the base, and one for each refinement."""
     return 1 + sum(1 for name in files if _REFINE_NAME.fullmatch(name))
 
 
 def files_at(files: Collection[str], level: int) -> list[str]:
-    """Those of `files` that a loader of `level` (1: the base alone) must fetch, sorted; LevelError for another."""
+    """Return those of `files` that a loader of `level` (1: the base alone) fetches, sorted. Raises LevelError."""
     levels = levels_of(files)
     if not 1 <= level <= levels:
         raise LevelError(f"level must be from 1 to {levels} for this artifact, got {level}")
@@ -162,27 +169,27 @@ def files_at(files: Collection[str], level: int) -> list[str]:
 
 
 def nbytes_at(sizes: Mapping[str, int], level: int | None = None) -> int:
-    """Bytes that a loader of `level` must fetch, the manifest included; None: all files, what a user stores."""
+    """Return the bytes that a loader of `level` fetches, manifest included. None: all files, which a user stores."""
     return sum(sizes.values()) if level is None else sum(sizes[name] for name in files_at(sizes, level))
 
 
 def check_file_name(name: Any) -> None:
-    """Raises ManifestError for what cannot be a file of an artifact: paths, other suffixes, capitals."""
+    """Raise ManifestError for names that no file of an artifact has: paths, other suffixes, capitals."""
     _text(name, _FILE_NAME, "files")
 
 
 def is_own_file(name: str) -> bool:
-    """Whether a file of this name in an artifact's directory can only be the artifact's: it may be replaced."""
+    """Return whether a file of this name in an artifact's directory can only be the artifact's, and may be replaced."""
     return name in (MANIFEST_FILE, BASE_FILE, TOKENS_FILE) or _REFINE_NAME.fullmatch(name) is not None
 
 
 def digest(data: bytes | memoryview) -> str:
-    """XXH3-128 in hex, the only checksum of the format."""
+    """Return the XXH3-128 in hex, the only checksum of the format."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def tile(file: str, segments: Iterable[tuple[str, int, str]]) -> FileEntry:
-    """The entry of a file whose segments (name, length, digest) follow each other after the header."""
+    """Return the entry of a file whose segments (name, length, digest) follow each other after the header."""
     segments = list(segments)
     head = header.build(file, [(name, length) for name, length, _ in segments])
     placed, position = [], len(head)
@@ -193,7 +200,9 @@ def tile(file: str, segments: Iterable[tuple[str, int, str]]) -> FileEntry:
 
 
 def dumps(manifest: Manifest) -> bytes:
-    """The bytes of `cachegen.json`, equal for equal manifests; raises ManifestError for what JSON cannot hold."""
+    """Return the bytes of `cachegen.json`, equal for equal manifests. Raises ManifestError for values that JSON cannot
+    hold.
+    """
     members = {
         "chunks": manifest.chunks,
         "codec": manifest.codec,
@@ -226,10 +235,12 @@ def _tail(body: bytes) -> bytes:
 
 
 def loads(data: bytes, limits: Limits = DEFAULT_LIMITS, features: Collection[str] = FEATURES) -> Manifest:
-    """Parses and checks a manifest.
+    """Parse and check the bytes of a `cachegen.json`, untrusted. Unknown members are ignored.
 
-    Raises ManifestError (damaged, or contradicting itself), LimitError, or UnsupportedFormatError (a later format
-    version, or a required feature that is not among `features`). Unknown members are ignored.
+    Raises:
+        ManifestError: The manifest is damaged, or contradicts itself.
+        LimitError: A count or a size is above the limits.
+        UnsupportedFormatError: A later format version, or a required feature that is not among `features`.
     """
     if len(data) > limits.max_header_bytes:
         raise LimitError(f"{MANIFEST_FILE} has {len(data)} bytes, the limit is {limits.max_header_bytes}")
@@ -244,7 +255,7 @@ def loads(data: bytes, limits: Limits = DEFAULT_LIMITS, features: Collection[str
 
 
 class _Members:
-    """A JSON object, and where in the manifest it stands."""
+    """A JSON object, and its path in the manifest."""
 
     def __init__(self, where: str, value: Any) -> None:
         if not isinstance(value, dict):
@@ -252,11 +263,11 @@ class _Members:
         self.where, self.value = where, value
 
     def take(self, name: str, kind: type, default: Any = None) -> Any:
-        """The member `name`, which must be exactly a `kind` (a bool is no int); without a default it must be there."""
+        """Return the member `name`, exactly of this `kind` (a bool is no int). Without a default it is required."""
         value = self.value.get(name, default)
         if type(value) is not kind:
-            place = f"{self.where}.{name}" if self.where else name
-            raise ManifestError(f"{MANIFEST_FILE}: expected {kind.__name__} at {place}, got {_short(value)}")
+            where = f"{self.where}.{name}" if self.where else name
+            raise ManifestError(f"{MANIFEST_FILE}: expected {kind.__name__} at {where}, got {_short(value)}")
         return value
 
     def count(self, name: str) -> int:
@@ -269,14 +280,14 @@ class _Members:
         version = self.take("format_version", int)
         if version > FORMAT_VERSION:
             raise UnsupportedFormatError(
-                f"this artifact has format version {version}, this release reads {FORMAT_VERSION}; upgrade hf_cachegen"
+                f"this release reads format version {FORMAT_VERSION}, got format version {version}; upgrade hf_cachegen"
             )
         if version < 1:
             raise ManifestError(f"{MANIFEST_FILE}: format_version must be at least 1, got {version}")
         required = self.take("required", list, [])
         unknown = [feature for feature in required if type(feature) is not str or feature not in features]
         if unknown:
-            raise UnsupportedFormatError(f"this artifact needs {_short(unknown)}, unknown here; upgrade hf_cachegen")
+            raise UnsupportedFormatError(f"this release cannot read {_short(unknown)}; upgrade hf_cachegen to read it")
         chunks = _chunks(self.take("chunks", list), limits)
         files = _files(self.take("files", dict), limits)
         _check_parts(files, len(chunks))
@@ -347,7 +358,7 @@ def _segment(file: str, row: Any, where: str, limits: Limits) -> Segment:
 
 
 def _check_parts(files: Mapping[str, FileEntry], chunks: int) -> None:
-    """The base and each refinement hold every chunk once, in order; refinements are numbered from 1 without gaps."""
+    """Check that the base and each refinement hold every chunk once, in order, and that refinements have no gaps."""
     parts = [BASE_FILE, *(refine_file(number) for number in range(1, levels_of(files)))]
     expected = [chunk_name(index) for index in range(chunks)]
     for part in parts:
@@ -369,7 +380,7 @@ def _row(value: Any, length: int, where: str) -> list[Any]:
 
 def _count(value: Any, where: str) -> int:
     if type(value) is not int or value < 0:
-        raise ManifestError(f"{MANIFEST_FILE}: expected a whole number at {where}, got {_short(value)}")
+        raise ManifestError(f"{MANIFEST_FILE}: expected an integer of at least 0 at {where}, got {_short(value)}")
     return value
 
 
@@ -380,5 +391,5 @@ def _text(value: Any, pattern: re.Pattern[str], where: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A stranger's value, short enough for a message."""
+    """Shorten an untrusted value for a message."""
     return ascii(reprlib.repr(value))[1:-1]

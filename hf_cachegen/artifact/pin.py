@@ -1,4 +1,4 @@
-"""Pin: what an artifact's manifest says of the profile that decoding takes, and whether a file is that profile."""
+"""Pin: a manifest's description of the profile that decoding needs, and the test whether a file is that profile."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Pin:
-    """What an artifact says of the profile that it needs: XXH3-128 and SHA-256 of the file, its length, the model that
-    it was learnt from, and the repository (hf://..., at a commit) where it was. Older artifacts say only `digest`, and
-    perhaps `model`.
+    """The description of the profile that an artifact needs. Older artifacts have only `digest`, and perhaps `model`.
+
+    Attributes:
+        digest: XXH3-128 of the file, in hex.
+        sha256: SHA-256 of the file, in hex.
+        nbytes: Length of the file.
+        model: Name of the model that it was learnt from.
+        place: The repository that held it (hf://..., at a commit).
     """
 
     digest: str
@@ -39,34 +44,34 @@ class Pin:
 
     @classmethod
     def from_codec(cls, codec: Mapping[str, Any]) -> Pin:
-        """From the `codec` of a stranger's manifest. Raises ManifestError."""
+        """Read the `codec` of an untrusted manifest. Raises ManifestError."""
         named = codec.get("profile")
         if not isinstance(named, dict):
-            raise ManifestError("codec.profile must be an object that names the digest of a profile")
-        digest, sha256, nbytes, place = (named.get(name) for name in ("digest", "sha256", "bytes", "place"))
+            raise ManifestError("codec.profile must be an object with the digest of a profile")
+        digest, sha256, nbytes, location = (named.get(name) for name in ("digest", "sha256", "bytes", "place"))
         if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-            raise ManifestError(f"codec.profile must name the digest of a profile, got {digest!r:.80}")
+            raise ManifestError(f"codec.profile.digest must be 32 hex digits, got {digest!r:.80}")
         if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
             raise ManifestError(f"codec.profile.sha256 must be 64 hex digits, got {sha256!r:.80}")
         if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
-            raise ManifestError(f"codec.profile.bytes must be a whole number, got {nbytes!r:.80}")
-        # Any other URL could make a reader ask hosts of the stranger's choice.
-        if place is not None and not (isinstance(place, str) and place.startswith("hf://")):
-            raise ManifestError(f"codec.profile.place must be a repository on the Hub, hf://..., got {place!r:.80}")
-        return cls(digest, sha256, nbytes, str(named.get("model") or ""), place)
+            raise ManifestError(f"codec.profile.bytes must be an integer of at least 0, got {nbytes!r:.80}")
+        # With any other URL an untrusted artifact could choose the hosts that a reader contacts.
+        if location is not None and not (isinstance(location, str) and location.startswith("hf://")):
+            raise ManifestError(f"codec.profile.place must be a repository on the Hub, hf://..., got {location!r:.80}")
+        return cls(digest, sha256, nbytes, str(named.get("model") or ""), location)
 
     @classmethod
     def of(cls, profile: Profile) -> Pin:
-        """What artifacts that need this profile say of it."""
+        """Return the description of this profile."""
         return cls(*profile.hashes, profile.model, profile.place)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_codec`."""
+        """Return the JSON object that `from_codec` reads."""
         named = {"digest": self.digest, "model": self.model, "sha256": self.sha256, "bytes": self.nbytes}
         return {**named, **({"place": self.place} if self.place else {})}
 
     def fits(self, data: bytes) -> bool:
-        """Whether these are the bytes that are meant."""
+        """Return whether these bytes are the profile."""
         return (
             self.nbytes in (None, len(data))
             and xxhash.xxh3_128_hexdigest(data) == self.digest
@@ -74,7 +79,7 @@ class Pin:
         )
 
     def in_file(self, path: Path, limits: Limits) -> bytes | None:
-        """The bytes of a local file if they are the ones; None where there is no such file, or another one."""
+        """Return the bytes of a local file if they are the profile; None if the file is missing or another one."""
         try:
             size = path.stat().st_size
             if not path.is_file() or size > limits.max_profile_bytes or self.nbytes not in (None, size):

@@ -1,8 +1,8 @@
-"""Reads an artifact's segments, each proved before it is handed out.
+"""Read an artifact's segments. Each is verified before it is returned.
 
-A store gives byte ranges; it is not trusted. A file's size and header are checked when its first segment is read, a
-segment's length and XXH3-128 every time, so whatever flipped, ended early or came from elsewhere is an error here,
-before a decoder sees it. Memory: one segment. Threads may share a Reader as far as they may share its store.
+A store returns byte ranges and is not trusted. A file's size and header are checked when its first segment is read, and
+a segment's length and XXH3-128 at every read. Flipped, missing and foreign bytes are therefore an error here, before
+they reach a decoder. Memory: one segment. Threads may share a Reader if they may share its store.
 """
 
 from __future__ import annotations
@@ -30,9 +30,22 @@ from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, LimitError, 
 
 
 class Reader:
-    """An artifact in a store: `manifest`, and verified bytes. The constructor reads the manifest alone.
+    """An artifact in a store. The constructor reads the manifest only.
 
-    Raises ArtifactNotFoundError where there is none, and what `manifest.loads` raises.
+    Args:
+        store: Holds the files.
+        limits: The largest artifact to accept.
+        features: The features that the caller supports.
+
+    Attributes:
+        manifest: The checked manifest.
+        sizes: Bytes of every file, the manifest's included.
+
+    Raises:
+        ArtifactNotFoundError: The store holds no artifact.
+        ManifestError: The manifest is damaged, or contradicts itself.
+        LimitError: The artifact is larger than the limits.
+        UnsupportedFormatError: A later format version, or a required feature that is not among `features`.
     """
 
     def __init__(self, store: Store, limits: Limits = DEFAULT_LIMITS, features: Collection[str] = FEATURES) -> None:
@@ -47,35 +60,48 @@ class Reader:
         self._checked: set[str] = set()
 
     def nbytes_at(self, level: int | None = None) -> int:
-        """Bytes that a loader of `level` must fetch, the manifest included; None: all that is stored."""
+        """Return the bytes that a loader of `level` fetches, manifest included. None: all stored bytes."""
         return nbytes_at(self.sizes, level)
 
     def read(self, segment: Segment) -> bytes:
-        """The segment's bytes. Raises TruncatedError, CorruptError, or ManifestError for a file that is not there."""
+        """Read a segment.
+
+        Raises:
+            TruncatedError, CorruptError: The file is damaged.
+            ManifestError: The file is missing.
+        """
         if segment.file not in self._checked:
             self._check_file(segment.file)
         return self._range(segment.file, segment.offset, segment.length, segment.xxh3, f"segment {segment.name}")
 
     def prefetch(self, segments: Iterable[Segment]) -> None:
-        """Announce to the store which segments will be read next, in this order."""
+        """Announce to the store the segments that will be read next, in this order."""
         self.store.prefetch(segments)
 
     def input_ids(self) -> list[int] | None:
-        """The context's token ids; None where the artifact holds none."""
+        """Return the context's token ids; None if the artifact holds none."""
         if TOKENS_FILE not in self.manifest.files:
             return None
         ids = array("q", self.read(self.manifest.segment(TOKENS_FILE, INPUT_IDS)))
         if sys.byteorder == "big":
             ids.byteswap()
         if ids and min(ids) < 0:
-            raise CorruptError(f"{TOKENS_FILE}: a token id is negative: {min(ids)}")
+            raise CorruptError(f"{TOKENS_FILE}: token ids must be at least 0, got {min(ids)}")
         return ids.tolist()
 
     def verify(self, level: int | None = None, progress: Callable[[int, int], None] | None = None) -> int:
-        """Checks every byte of every file (of `level`: of those that it needs) and returns their number.
+        """Check every byte of every file (with a level, of the files that it needs).
 
-        progress: called with (bytes checked, bytes in all) after each header and segment.
-        Raises what `read` raises, at the first damage.
+        Args:
+            level: Default: all levels.
+            progress: Called with (bytes checked, all bytes) after each header and segment.
+
+        Returns:
+            The number of bytes checked.
+
+        Raises:
+            TruncatedError, CorruptError: A file is damaged.
+            ManifestError: A file is missing.
         """
         files = files_at(self.manifest.files, self.manifest.levels if level is None else level)
         done = self.sizes[MANIFEST_FILE]
@@ -97,19 +123,19 @@ class Reader:
             size = self.store.size(name)
         except ArtifactNotFoundError as error:
             raise ManifestError(
-                f"{name} is listed in {MANIFEST_FILE} but is not there; fetch the artifact again"
+                f"{name} is listed in {MANIFEST_FILE} but missing; fetch the artifact again"
             ) from error
         if size < entry.size:
-            raise TruncatedError(f"{name} has {size} bytes, expected {entry.size}; fetch the artifact again")
+            raise TruncatedError(f"expected {name} to have {entry.size} bytes, got {size}; fetch the artifact again")
         if size > entry.size:
-            raise CorruptError(f"{name} has {size} bytes, expected {entry.size}; fetch the artifact again")
+            raise CorruptError(f"expected {name} to have {entry.size} bytes, got {size}; fetch the artifact again")
         self._range(name, 0, entry.header_bytes, entry.header_xxh3, "the header")
         self._checked.add(name)
 
     def _range(self, file: str, offset: int, length: int, xxh3: str, what: str) -> bytes:
         data = self.store.read(file, offset, length, xxh3)
         if len(data) < length:
-            raise TruncatedError(f"{file}: {what} has {len(data)} bytes, expected {length}; fetch the artifact again")
+            raise TruncatedError(f"{file}: expected {length} bytes, {what} has {len(data)}; fetch the artifact again")
         if len(data) > length or digest(data) != xxh3:
-            raise CorruptError(f"{file}: {what} at byte {offset} is not what was written; fetch the artifact again")
+            raise CorruptError(f"{file}: {what} at byte {offset} has a wrong checksum; fetch the artifact again")
         return data

@@ -18,8 +18,8 @@ from hf_cachegen.artifact.manifest import Segment
 
 @dataclass(frozen=True, eq=False)
 class Range:
-    """Bytes [offset, offset + length) of a file. Two ranges with the same numbers are two: one may be released while
-    the other is still being fetched.
+    """Bytes [offset, offset + length) of a file. Compared by identity: of two ranges with equal numbers, one may be
+    released while the other is still fetched.
     """
 
     file: str
@@ -28,6 +28,7 @@ class Range:
 
     @property
     def end(self) -> int:
+        """Offset of the first byte after the range."""
         return self.offset + self.length
 
 

@@ -1,18 +1,18 @@
-"""Writes an artifact so that at every moment there is a whole one in the directory, or none.
+"""Write an artifact so that the directory holds a complete one or none at every moment.
 
-Segments stream through: each goes to its file's spool (nameless, in the same directory), so memory holds one segment at
-a time and neither their number nor their lengths need be known. `commit` puts header and spool together under a
-temporary name, syncs, and only when every file is on the disk:
+Segments are streamed. Each is appended to its file's spool (unnamed, in the same directory), so memory holds one
+segment at a time, and neither the number of segments nor their lengths must be known in advance. `commit` writes header
+and spool together under a temporary name, and syncs. Only when every file is on the disk, it
 
     1. removes the old manifest, if there is one     from here to 4 the directory holds no artifact
     2. renames the files
     3. syncs the directory
     4. renames the manifest                          from here it holds the new one
-    5. removes the old artifact's leftover files
+    5. removes the old artifact's remaining files
 
-A new file never stands beside the old manifest, and a crash between 1 and 4 leaves something that no reader opens.
-(The other way, exchanging whole directories, would carry off the user's own files that lie beside the artifact.)
-Whatever fails before 1 leaves the old artifact as it was. A lock on the directory keeps a second writer out.
+A new file is never combined with the old manifest. A crash between 1 and 4 leaves files that no reader opens.
+(Exchanging whole directories instead would remove the user's own files beside the artifact.) A failure before 1 leaves
+the old artifact unchanged. A lock on the directory excludes a second writer.
 """
 
 from __future__ import annotations
@@ -53,15 +53,22 @@ _PARTIAL = re.compile(r"\.(.+)\.partial")
 
 
 class ArtifactWriter:
-    """Writes one artifact into `directory`, which is made if need be.
+    """Write one artifact into `directory`, which is created if it does not exist.
 
-    with ArtifactWriter(directory) as writer:
-        writer.add("base.safetensors", "chunk-00000", stream)
-        writer.commit(manifest)
+        with ArtifactWriter(directory) as writer:
+            writer.add("base.safetensors", "chunk-00000", stream)
+            writer.commit(manifest)
 
-    Without `commit`, leaving the block leaves no trace. Raises ArtifactExistsError where files of an artifact stand
-    already (with overwrite=True they are replaced; other files are never touched) or another writer is at work, and
-    OSError as it comes (disk full, no permission).
+    Without `commit`, leaving the block removes everything that was written.
+
+    Args:
+        directory: Holds the artifact. Files that are not the artifact's are never changed.
+        overwrite: Replace the files of an existing artifact.
+        limits: The largest artifact to write.
+
+    Raises:
+        ArtifactExistsError: The directory holds files of an artifact, or another writer is using it.
+        OSError: The disk is full, or access is denied.
     """
 
     def __init__(
@@ -96,7 +103,7 @@ class ArtifactWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for spool in self._spools.values():
-            with contextlib.suppress(OSError):  # on a full disk the rest of its buffer, which nobody needs any more
+            with contextlib.suppress(OSError):  # on a full disk, flushing the rest of its buffer fails
                 spool.close()
         try:
             for name in os.listdir(self._directory):
@@ -108,7 +115,7 @@ class ArtifactWriter:
             self._unmake()
 
     def add(self, file: str, name: str, data: bytes | memoryview) -> None:
-        """Appends the segment `name` to `file`; files may be filled in any order, and in turns."""
+        """Append the segment `name` to `file`. Files may be written in any order, and alternately."""
         if file not in self._spools:
             check_file_name(file)
             self._refuse_existing(file)
@@ -121,10 +128,17 @@ class ArtifactWriter:
         self._spools[file].write(data)
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Puts the artifact in its place; `manifest` comes without files, and is returned with them."""
+        """Complete the artifact.
+
+        Args:
+            manifest: Without files.
+
+        Returns:
+            The manifest with its files.
+        """
         manifest = replace(manifest, files={file: tile(file, rows) for file, rows in self._segments.items()})
         data = dumps(manifest)
-        loads(data, self._limits, manifest.required)  # nothing is written that could not be read
+        loads(data, self._limits, manifest.required)  # write only what can be read again
         for file, rows in self._segments.items():
             spool = self._spools[file]
             spool.seek(0)
@@ -142,7 +156,7 @@ class ArtifactWriter:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(MANIFEST_FILE, dir_fd=self._directory)
             os.fsync(self._directory)
-        # A signature is of what it stood beside. (What cannot be removed signs nothing of this artifact.)
+        # The old signature does not fit the new files. (One that cannot be removed fails to verify.)
         with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
             os.unlink(SIGNATURE_FILE, dir_fd=self._directory)
         for file in self._segments:
@@ -158,9 +172,8 @@ class ArtifactWriter:
         self._made, self._segments = [], {}
 
     def _take_stock(self) -> set[str]:
-        """The data files that the old artifact, if there is a readable one, calls its own.
-
-        What a killed writer left of its temporary files is removed.
+        """Remove the temporary files of a killed writer, and return the data files of the readable old artifact, if
+        any.
         """
         for name in os.listdir(self._directory):
             partial = _PARTIAL.fullmatch(name)
@@ -168,7 +181,7 @@ class ArtifactWriter:
                 os.unlink(name, dir_fd=self._directory)
         self._refuse_existing(MANIFEST_FILE)
         try:
-            # O_NONBLOCK: a pipe of that name must not be waited for.
+            # O_NONBLOCK: do not wait for a pipe of that name.
             manifest = os.open(MANIFEST_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
             with os.fdopen(manifest, "rb") as file:
                 old = loads(file.read(self._limits.max_header_bytes + 1), self._limits)
@@ -198,8 +211,8 @@ class ArtifactWriter:
         os.rename(_partial(name), name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def _unmake(self) -> None:
-        """Removes the directories that this writer made and did not fill."""
-        with contextlib.suppress(OSError):  # somebody may have put something there meanwhile
+        """Remove the directories that this writer created and did not fill."""
+        with contextlib.suppress(OSError):  # the user may have put files there
             for made in reversed(self._made):
                 made.rmdir()
 
@@ -212,7 +225,22 @@ def write_artifact(
     overwrite: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Manifest:
-    """Writes segments (file, name, bytes), taken one at a time, and then `manifest`; see ArtifactWriter."""
+    """Write segments (file, name, bytes), taken one at a time, and then the manifest.
+
+    Args:
+        directory: Created if it does not exist.
+        manifest: Without files.
+        segments: In the order of writing.
+        overwrite: Replace an existing artifact.
+        limits: The largest artifact to write.
+
+    Returns:
+        The manifest with its files.
+
+    Raises:
+        ArtifactExistsError: The directory holds files of an artifact, or another writer is using it.
+        OSError: The disk is full, or access is denied.
+    """
     with ArtifactWriter(directory, overwrite=overwrite, limits=limits) as writer:
         for file, name, data in segments:
             writer.add(file, name, data)
@@ -220,9 +248,11 @@ def write_artifact(
 
 
 def artifact_sizes(manifest: Manifest, lengths: Iterable[tuple[str, str, int]]) -> dict[str, int]:
-    """Exact size in bytes of every file, the manifest's included, that `write_artifact` would write.
+    """Return the exact size in bytes of every file that `write_artifact` would write, the manifest included.
 
-    lengths: (file, segment name, length in bytes), in the order of writing. Pure: nothing is read or written.
+    Args:
+        manifest: Without files.
+        lengths: (file, segment name, length in bytes), in the order of writing.
     """
     rows: dict[str, list[tuple[str, int, str]]] = {}
     for file, name, length in lengths:
@@ -233,11 +263,12 @@ def artifact_sizes(manifest: Manifest, lengths: Iterable[tuple[str, str, int]]) 
 
 
 def pack_input_ids(ids: Sequence[int]) -> bytes:
-    """Token ids as the I64 little-endian bytes of the segment `input_ids`; TensorError for what is no token id."""
+    """Pack token ids as I64 little-endian, the bytes of the segment `input_ids`. Raises TensorError for other values.
+    """
     try:
         packed = array("q", ids)
     except (TypeError, OverflowError) as error:
-        raise TensorError(f"input_ids must be whole numbers below 2^63: {error}") from error
+        raise TensorError(f"input_ids must be integers below 2^63: {error}") from error
     if packed and min(packed) < 0:
         raise TensorError(f"input_ids must not be negative, got {min(packed)}")
     if sys.byteorder == "big":
@@ -250,12 +281,12 @@ def _partial(name: str) -> str:
 
 
 def _make(path: Path) -> list[Path]:
-    """Makes the directory and its parents; returns those that were not there, outermost first."""
-    missing = [place for place in (path, *path.parents) if not place.exists()]
+    """Create the directory and its parents; return the created ones, outermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ArtifactExistsError(f"{path} is not a directory; an artifact is a directory of files") from error
+        raise ArtifactExistsError(f"{path} must be a directory, in which the artifact's files are written") from error
     return missing[::-1]
 
 
@@ -264,7 +295,7 @@ def _lock(directory: int, path: Path) -> None:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ArtifactExistsError(f"another writer is at work in {path}; wait for it, or choose another") from error
+            raise ArtifactExistsError(f"another writer is using {path}; wait, or choose another directory") from error
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # some network file systems have no locks
             raise ArtifactError(f"cannot lock {path}: {error}") from error
 

@@ -1,12 +1,12 @@
-"""Rows of a cache <-> coefficients in a profile's basis: one matrix product per group of layers.
+"""Convert the rows of a cache to coefficients in a profile's basis and back: one matrix product per group of layers.
 
-Twists:
-1. The means ride in the product, so that it is rounded once.
-2. Where rows are wanted in bfloat16 and the machine multiplies that (AMX, AVX512-BF16), the product is of bfloat16 with
-   sums in float32, several times as fast as of float32. The leading components of a group, whose coefficients are
-   large beside their step, take part with twice the digits (`Narrow`). Decoded rows therefore differ between machines
-   by about a rounding of the cache's own dtype; symbols never do.
-3. The last components, if they are all zero in a chunk at its level, are left out of the product.
+Implementation notes:
+1. The means are part of the product, so that it is rounded once.
+2. Where rows are wanted in bfloat16 and the machine multiplies bfloat16 (AMX, AVX512-BF16), the product takes bfloat16
+   and sums in float32. That is several times as fast as float32. The leading components of a group have coefficients
+   that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
+   between machines by about a rounding of the cache's own dtype. Symbols never differ.
+3. The last components are left out of the product if they are all zero in a chunk at its level.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.profile import Group, Profile
 
 MEAN_TERMS = 3
-"""bfloat16 numbers whose sum is a float32 mean: 3 x 8 bits."""
+"""Number of bfloat16 terms whose sum is a float32 mean: 3 x 8 bits."""
 LEADING = 64
-"""Components with twice the digits. With none the finest level's divergence was a fifth higher (reference model)."""
+"""Number of components with twice the digits. With 0 the finest level's divergence is a fifth higher (reference model).
+"""
 WORTH_LEAVING_OUT = 0.25
-"""Share of idle components from which it costs less to see that they are zero than to multiply them."""
+"""Share of idle components above which testing them for zero costs less than multiplying them."""
 
 
 class Narrow(NamedTuple):
-    """A group's matrix U in bfloat16. Rows: the means; for the leading components what rounding left of U, and U again
-    (for what rounding leaves of their coefficients); rounded U [components, channels].
+    """A group's matrix U in bfloat16.
+
+    Its rows: the means; for the leading components the rounding error of U, and U again (for the rounding error of
+    their coefficients); rounded U [components, channels].
     """
 
     matrix: Tensor
@@ -41,7 +44,7 @@ class Narrow(NamedTuple):
 
     @classmethod
     def of(cls, synthesis: Tensor, mean: Tensor) -> Narrow:
-        """synthesis float32 [components, channels], mean float32 [channels]."""
+        """Build the matrix from synthesis float32 [components, channels] and mean float32 [channels]."""
         means = []
         for _ in range(MEAN_TERMS):
             means.append(_rounded(mean)[None])
@@ -51,7 +54,11 @@ class Narrow(NamedTuple):
         return cls(torch.cat(rows).bfloat16(), len(synthesis))
 
     def product(self, part: Tensor) -> Tensor:
-        """part float32 [tokens, components], all or the first of them, to bfloat16 [tokens, channels], means added."""
+        """Multiply part float32 [tokens, components], all or the leading ones, and add the means.
+
+        Returns:
+            bfloat16 [tokens, channels].
+        """
         extra = len(self.matrix) - self.components
         leading = (extra - MEAN_TERMS) // 2
         y = torch.ones(len(part), extra + part.shape[1], dtype=torch.bfloat16, device=part.device)
@@ -63,41 +70,44 @@ class Narrow(NamedTuple):
 
 
 _MATRICES: WeakKeyDictionary[Profile, dict[tuple[torch.device, bool], list[Any]]] = WeakKeyDictionary()
-"""For a device, and whether in bfloat16: of each group of a profile a Narrow, or (synthesis, mean); made once."""
+"""For each profile, and (device, whether in bfloat16): for each group a Narrow, or (synthesis, mean). Each is made
+once.
+"""
 
 
 @lru_cache(maxsize=1)
 def multiplies_bfloat16() -> bool:
-    """Whether this machine has instructions for products of bfloat16; without, they are slower than float32's."""
-    # Not every release of torch that is supported tells.
+    """Return whether this CPU has instructions for bfloat16 products. Without them these are slower than float32's."""
+    # Some supported releases of torch do not report them.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 class Basis:
-    """A profile's basis for caches of its model's geometry."""
+    """A profile's basis, for caches of its model's geometry."""
 
     def __init__(self, geometry: Geometry, profile: Profile):
         self.geometry, self.profile = geometry, profile
         self.slices = slices_of(geometry)
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
-        """rows [tokens, columns] of any float dtype to float32 [tokens, components], on the device of rows."""
+        """Convert rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows."""
         rotary, found = self.profile.rotary, []
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
         for group, _ in self._groups():
-            places = self._places(group)
-            x = torch.cat([rows[:, place] for place in places], 1).float()
+            slices = self._slices(group)
+            x = torch.cat([rows[:, part] for part in slices], 1).float()
             if group.kind == 0:
                 x = rotary.turn(x.reshape(len(x), -1, group.sensitivity.shape[1]), angles, -1).flatten(1)
-            x -= torch.cat([self.profile.means[place] for place in places]).to(x.device)
+            x -= torch.cat([self.profile.means[part] for part in slices]).to(x.device)
             found.append(x @ group.analysis.to(x.device))
         return torch.cat(found, 1)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None) -> Tensor:
-        """The inverse: y float32 [tokens, components] to rows [tokens, columns] of that dtype, on the device of y.
+        """Convert coefficients float32 [tokens, components] to rows [tokens, channels] of `dtype`, on the device of y.
 
-        idle: bool [components], those that are likely to be zero in all tokens.
+        Args:
+            idle: bool [components]: components that are likely to be zero in all tokens.
         """
         device = y.device
         rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=device)
@@ -115,23 +125,23 @@ class Basis:
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
-            places = self._places(group)
-            for place, columns in zip(places, back.split([p.stop - p.start for p in places], 1), strict=True):
-                rows[:, place] = columns
+            slices = self._slices(group)
+            for where, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
+                rows[:, where] = channels
         return rows
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:
-        """Each group and its components."""
+        """Iterate over the groups, each with the range of its components."""
         at = 0
         for group in self.profile.groups:
             yield group, slice(at, at + len(group.synthesis))
             at += len(group.synthesis)
 
-    def _places(self, group: Group) -> list[slice]:
+    def _slices(self, group: Group) -> list[slice]:
         return [self.slices[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
 
     def _mean(self, group: Group) -> Tensor:
-        return torch.cat([self.profile.means[place] for place in self._places(group)])
+        return torch.cat([self.profile.means[part] for part in self._slices(group)])
 
     def _matrices(self, device: torch.device, narrow: bool) -> list[Any]:
         known = _MATRICES.setdefault(self.profile, {})
@@ -153,8 +163,10 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def _shortened(part: Tensor, idle: Tensor) -> Tensor:
-    """The first components, behind which all are idle; all where they are many, or an idle one is not zero after all
-    (an exception). Components are in the order of their spread, so what is idle is mostly the last.
+    """Drop the trailing components if all of them are idle and zero.
+
+    Return all components where there is little to drop, or where an idle one is not zero (an exception). Components are
+    ordered by their spread, so the idle ones are mostly the last.
     """
     live = (~idle).nonzero().flatten()
     count = max(int(live[-1]) + 1 if len(live) else 1, LEADING)
@@ -165,7 +177,7 @@ def _shortened(part: Tensor, idle: Tensor) -> Tensor:
 
 
 def slices_of(geometry: Geometry) -> list[slice]:
-    """Columns of layer 0's K, layer 0's V, layer 1's K, ..."""
+    """Return the channel range of each vector: layer 0's K, layer 0's V, layer 1's K, ..."""
     found, at = [], 0
     for layer in geometry.layers:
         for width in (layer.k_channels, layer.v_channels):

@@ -1,8 +1,8 @@
-"""Where the stages meet: rows of a chunk -> nested symbols -> streams, and back.
+"""Convert the rows of a chunk to nested symbols and streams, and back.
 
-A chunk is a matrix of rows [tokens, columns]; its columns are every channel of every layer's K and V. It becomes one
-*part* per level: part 0 is the base, parts 1.. are refinements. What all chunks of an artifact share (steps, means,
-table entries: at most 6 bytes a column) is the side information, `Side`.
+A chunk is a matrix of rows [tokens, channels] with every channel of every layer's K and V. It becomes one *part* per
+level: part 0 is the base, parts 1.. are refinements. All chunks of an artifact share the side information (`Side`):
+steps, means and table entries, at most 6 bytes per channel with 3 levels.
 
 Order within the parts, for the tokens that are not anchors:
 
@@ -10,7 +10,8 @@ Order within the parts, for the tokens that are not anchors:
                   then digits of every refinement, protected tokens only
     refinement k  digits of refinement k, tokens that are not protected only
 
-so every level has the protected tokens at the finest step (the first and last of a context, which attention leans on).
+So every level has the protected tokens at the finest step. They are the first and last tokens of a context, which
+attention depends on most.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from hf_cachegen.errors import CorruptError
 
 @dataclass(frozen=True)
 class Span:
-    """A chunk's place in its context: tokens [first, first + tokens) of `total`."""
+    """The position of a chunk in its context: tokens [first, first + tokens) of `total`."""
 
     first: int
     tokens: int
     total: int
 
     def ordinary(self, config: CacheGenConfig, group_tokens: int = 0) -> slice:
-        """Which of the coded tokens are not protected; the others every level has at the finest step."""
+        """Return the range of the coded tokens that are not protected. Every level has the others at the finest step.
+        """
         position = self.first + anchoring.coded_positions(self.tokens, group_tokens)
         first = int((position < config.protect_first).sum())
         last = int((position < self.total - config.protect_last).sum())
@@ -51,17 +53,20 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """What the columns are. vectors int64 [columns] numbers the (layer, K or V) that each belongs to, 2 x layer + (0 or
-    1), rising; thirds int64 [columns] says in which third of the layers that is.
+class Channels:
+    """The vector and the third of the layers of each channel.
+
+    Attributes:
+        vectors: int64 [channels], ascending: the vector of each channel, 2 x layer + (0 for K, 1 for V).
+        thirds: int64 [channels]: 0, 1 or 2, the third of the layers that the channel's layer is in.
     """
 
     vectors: Tensor
     thirds: Tensor
 
     @classmethod
-    def of(cls, geometry: Geometry) -> Columns:
-        """The columns of a cache, in the order of `codec.rows`."""
+    def of(cls, geometry: Geometry) -> Channels:
+        """Return the channels of a cache, in the order of `codec.rows`."""
         widths = [geometry.batch * n for layer in geometry.layers for n in (layer.k_channels, layer.v_channels)]
         vectors = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
         return cls(vectors, (vectors // 2 * 3 // len(geometry.layers)))
@@ -72,10 +77,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Side:
-    """The side information of one artifact; every tensor is [columns] (refine_entries [levels - 1, columns]).
+    """The side information of one artifact. Every tensor is [channels]; refine_entries is [levels - 1, channels].
 
-    step_codes uint8 give the finest steps (`quantize.steps_of`); means int16, in 1/16 of the coarsest step (zero
-    where there are anchors); table entries uint8 of the shipped codebooks (anchor_entries zero where there are none).
+    Attributes:
+        step_codes: uint8: the finest steps (`quantize.steps_of`).
+        means: int16, in 1/16 of the coarsest step; zero where there are anchors.
+        anchor_entries: uint8 entries of the shipped codebook; zero where there are no anchors.
+        base_entries: uint8 entries of the shipped codebook.
+        refine_entries: uint8 entries of the shipped codebook.
     """
 
     step_codes: Tensor
@@ -85,26 +94,28 @@ class Side:
     refine_entries: Tensor
 
     @classmethod
-    def read(cls, cursor: Cursor, columns: int, config: CacheGenConfig, *, anchors: bool) -> Side:
-        """Read what `to_bytes` wrote. Raises TruncatedError or CorruptError for bytes that no encoder writes."""
-        steps = cursor.tensor(columns, torch.uint8)
-        means, peaks = torch.zeros(columns, dtype=torch.int16), torch.zeros(columns, dtype=torch.uint8)
+    def read(cls, cursor: Cursor, channels: int, config: CacheGenConfig, *, anchors: bool) -> Side:
+        """Read the bytes that `to_bytes` wrote. Raises TruncatedError or CorruptError for bytes that no encoder writes.
+        """
+        steps = cursor.tensor(channels, torch.uint8)
+        means, peaks = torch.zeros(channels, dtype=torch.int16), torch.zeros(channels, dtype=torch.uint8)
         if anchors:
-            peaks = cursor.tensor(columns, torch.uint8)
+            peaks = cursor.tensor(channels, torch.uint8)
         else:
-            means = cursor.tensor(columns, torch.int16)
-        base = cursor.tensor(columns, torch.uint8)
-        refine = cursor.tensor(columns * (config.levels - 1), torch.uint8).reshape(config.levels - 1, columns)
+            means = cursor.tensor(channels, torch.int16)
+        base = cursor.tensor(channels, torch.uint8)
+        refine = cursor.tensor(channels * (config.levels - 1), torch.uint8).reshape(config.levels - 1, channels)
         cursor.finish()
         values, digits = shipped_codebooks(config.prob_bits)
         for entries, book in ((peaks, values), (base, values), (refine, digits)):
             if bool((entries >= book.entries).any()):
-                raise CorruptError("the side information names a table that the codebook does not have")
+                raise CorruptError("a table entry of the side information is outside the codebook")
         return cls(steps, means, peaks, base, refine)
 
     def to_bytes(self, *, anchors: bool) -> bytes:
-        """The tensors one after the other: the entries of the anchors' tables in place of the means where there are
-        anchors, whose differences have no mean.
+        """Return the tensors one after the other.
+
+        With anchors, the entries of the anchors' tables are written instead of the means: the differences have no mean.
         """
         own = self.anchor_entries if anchors else self.means
         parts = (self.step_codes, own, self.base_entries, self.refine_entries)
@@ -122,13 +133,17 @@ class _Read(NamedTuple):
 
 
 class LossyCodec:
-    """Encodes and decodes the chunks of one artifact, at levels 1 (the base alone) to `config.levels`.
+    """Encode and decode the chunks of one artifact, at levels 1 (the base alone) to `config.levels`.
 
-    group_tokens: tokens per group whose first is an anchor; 0: no token is.
+    Args:
+        channels: Of the rows.
+        config: Its `levels`, `coder`, `prob_bits` and protected tokens are used.
+        side: The fitted side information.
+        group_tokens: Tokens per group, of which the first is an anchor. 0: there are no anchors.
     """
 
-    def __init__(self, columns: Columns, config: CacheGenConfig, side: Side, group_tokens: int = 0):
-        self.columns, self.config, self.side, self.group_tokens = columns, config, side, group_tokens
+    def __init__(self, channels: Channels, config: CacheGenConfig, side: Side, group_tokens: int = 0):
+        self.channels, self.config, self.side, self.group_tokens = channels, config, side, group_tokens
         self.values, self.digits = shipped_codebooks(config.prob_bits)
         self.steps = quantize.steps_of(side.step_codes)
         unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
@@ -139,16 +154,18 @@ class LossyCodec:
         self._scales: dict[tuple[int, torch.device], Grid] = {}
 
     def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:
-        """rows [tokens, columns], float, to symbols and anchors: on the CPU, or where there is a compiled coder for it
-        on the rows' device.
+        """Quantise rows [tokens, channels], of any float dtype, to symbols and anchors.
+
+        Returns:
+            Symbols on the rows' device where a compiled coder exists for it, else on the CPU; anchors on the CPU.
         """
-        anchors = anchoring.anchors_of(rows, self.columns.vectors, self.group_tokens)
-        grid = Grid.of(anchors, self.columns.vectors, self.group_tokens, self.means, self.steps)
+        anchors = anchoring.anchors_of(rows, self.channels.vectors, self.group_tokens)
+        grid = Grid.of(anchors, self.channels.vectors, self.group_tokens, self.means, self.steps)
         symbols = passes.quantise(rows, grid.to(rows.device), self.config.levels)
         return symbols, anchors
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
-        """rows [tokens, columns] to the bytes of every part."""
+        """Encode rows [tokens, channels] to the bytes of every part."""
         (symbols, anchors), coder = self.symbols(rows), self.config.coder
         base, parts = [], []
         if anchors is not None:
@@ -157,27 +174,32 @@ class LossyCodec:
             base.append(section.encode(indices, self._anchors, coder=coder))
         base.append(section.encode(symbols.base, self._base, wide=symbols.wide, coder=coder))
         ordinary = span.ordinary(self.config, self.group_tokens)
-        for digits, contexts, columns in zip(symbols.digits, symbols.contexts, self._refinements, strict=True):
+        for digits, contexts, assignment in zip(symbols.digits, symbols.contexts, self._refinements, strict=True):
             ends = without(digits, ordinary), without(contexts, ordinary)
-            base.append(section.encode(ends[0], columns, ends[1], coder=coder))
-            parts.append(section.encode(digits[ordinary], columns, contexts[ordinary], coder=coder))
+            base.append(section.encode(ends[0], assignment, ends[1], coder=coder))
+            parts.append(section.encode(digits[ordinary], assignment, contexts[ordinary], coder=coder))
         return [b"".join(base), *parts]
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The bytes of parts 0..level-1 to rows [tokens, columns], at level len(parts).
+        """Decode parts 0..level-1 to rows [tokens, channels], at level len(parts).
 
-        Raises TruncatedError or CorruptError on damaged bytes.
+        Raises:
+            TruncatedError, CorruptError: The bytes are damaged.
         """
-        rows = torch.empty(span.tokens, len(self.columns), dtype=dtype)
+        rows = torch.empty(span.tokens, len(self.channels), dtype=dtype)
         self.decode_into(parts, span, Target.matrix(rows))
         return rows
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        """As `decode`, to rows [row, row + tokens) of the target. After an error these rows mean nothing."""
+        """Decode parts 0..level-1 into rows [row, row + tokens) of the target. After an error these rows are undefined.
+
+        Raises:
+            TruncatedError, CorruptError: The bytes are damaged.
+        """
         read = self._read(parts, span)
         narrow = len(read.base.wide.positions) == 0
         if narrow and self.config.coder == "rans" and native.available(target.device):
-            self._place(read, span, target, row)
+            self._write(read, span, target, row)
         else:
             target.put(self._rows(read, span, target.dtype), row)
 
@@ -186,43 +208,43 @@ class LossyCodec:
         cursor, scales, peaks = Cursor(parts[0]), None, None
         n_anchors = anchoring.anchor_count(span.tokens, self.group_tokens)
         if n_anchors:
-            n_vectors = int(self.columns.vectors[-1]) + 1
+            n_vectors = int(self.channels.vectors[-1]) + 1
             scales = cursor.tensor(n_anchors * n_vectors, torch.bfloat16).reshape(n_anchors, n_vectors)
             peaks = section.read_narrow(cursor, n_anchors, self._anchors)
         ordinary, coded = span.ordinary(config, self.group_tokens), span.tokens - n_anchors
         base = section.read(cursor, coded, self._base)
         count = ordinary.stop - ordinary.start
-        finest = [section.read_narrow(cursor, coded - count, columns) for columns in self._refinements]
+        finest = [section.read_narrow(cursor, coded - count, assignment) for assignment in self._refinements]
         cursor.finish()
         rest = []
-        for part, columns in zip(parts[1:], self._refinements, strict=False):
+        for part, assignment in zip(parts[1:], self._refinements, strict=False):
             cursor = Cursor(part)
-            rest.append(section.read_narrow(cursor, count, columns))
+            rest.append(section.read_narrow(cursor, count, assignment))
             cursor.finish()
         return _Read(scales, peaks, base, finest, rest)
 
     def _scale(self, level: int, device: torch.device) -> Grid:
-        """The grid of a level without its anchors, on a device."""
+        """Return the grid of a level without its anchors, on a device."""
         if (level, device) not in self._scales:
             steps = self.steps * quantize.step_factor(level, self.config.levels)
             self._scales[level, device] = Grid(None, 0, self.means, steps).to(device)
         return self._scales[level, device]
 
-    def _place(self, read: _Read, span: Span, target: Target, row: int) -> None:
-        """Straight into place: a chunk without wide symbols."""
+    def _write(self, read: _Read, span: Span, target: Target, row: int) -> None:
+        """Decode a chunk without wide symbols directly into the target."""
         device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config, self.group_tokens)
-        sections = Sections(target, row, span.tokens, coded, len(self.columns))
+        sections = Sections(target, row, span.tokens, coded, len(self.channels))
         grid, finest = self._scale(1 + len(read.rest), device), self._scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
             anchors = Anchors(into.symbols(read.peaks, device), read.scales.to(device))
-            values = anchors.values(self.columns.vectors.to(device))
+            values = anchors.values(self.channels.vectors.to(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
         middle = Rows(ordinary.start, coded)
         ends = Rows(0, ordinary.start, ordinary.stop - ordinary.start)
         refined = read.rest or any(section.tokens for section in read.finest)
         if not read.rest:
-            sections.values(read.base, Rows(0, coded), [], grid)  # the protected among them are written over below
+            sections.values(read.base, Rows(0, coded), [], grid)  # the protected tokens are overwritten below
         if refined:
             base = sections.index(read.base, Rows(0, coded), [])
             sections.refine(read.rest, middle, base, grid)
@@ -230,7 +252,7 @@ class LossyCodec:
         sections.finish()
 
     def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:
-        """Stage by stage, on the CPU: any chunk, any coder."""
+        """Decode stage by stage on the CPU. Takes any chunk and any coder."""
         coder, ordinary = self.config.coder, span.ordinary(self.config, self.group_tokens)
         anchors = None
         if read.peaks is not None and read.scales is not None:
@@ -241,7 +263,8 @@ class LossyCodec:
         return self._restored(base, read.base.wide, finest, rest, anchors, span, dtype)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        """What `decode` would give at level 1, 2, ..., without coding anything: each float32 [tokens, columns]."""
+        """Return the result of `decode` at level 1, 2, ..., each float32 [tokens, channels], without coding anything.
+        """
         symbols, anchors = self.symbols(rows)
         ordinary, found = span.ordinary(self.config, self.group_tokens), []
         finest, rest = [without(d, ordinary) for d in symbols.digits], [d[ordinary] for d in symbols.digits]
@@ -252,7 +275,7 @@ class LossyCodec:
         return found
 
     def _digits(self, sections: Sequence[Coded], base: Tensor) -> list[Tensor]:
-        """The digits that refine `base`, uint8 [tokens, columns], one matrix from each section."""
+        """Decode the digits that refine `base`: one uint8 [tokens, channels] per section."""
         found: list[Tensor] = []
         contexts = None
         for coded in sections:
@@ -271,10 +294,10 @@ class LossyCodec:
         span: Span,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Base symbols of all coded tokens, all digits of the protected ones, some of the rest, to rows."""
-        rows = torch.empty(span.tokens, len(self.columns), dtype=dtype)
+        """Convert base symbols of all coded tokens, all digits of the protected ones and some of the rest to rows."""
+        rows = torch.empty(span.tokens, len(self.channels), dtype=dtype)
         a, b = (ordinary := span.ordinary(self.config, self.group_tokens)).start, ordinary.stop
-        grid = Grid.of(anchors, self.columns.vectors, self.group_tokens, self.means, self.steps)
+        grid = Grid.of(anchors, self.channels.vectors, self.group_tokens, self.means, self.steps)
         if grid.anchors is not None:
             rows[:: grid.group_tokens] = grid.anchors.to(dtype)
         passes.restore(rows, grid, 0, base[:a], [digits[:a] for digits in finest], wide)
@@ -285,5 +308,5 @@ class LossyCodec:
 
 
 def without(rows: Tensor, ordinary: slice) -> Tensor:
-    """The rows before and after those."""
+    """Return the rows outside the range `ordinary`."""
     return torch.cat([rows[: ordinary.start], rows[ordinary.stop :]])

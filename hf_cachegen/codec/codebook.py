@@ -1,10 +1,10 @@
-"""Where the shipped codebook comes from: integrals of bell-shaped densities on a grid of scales.
+"""Make the shipped codebook: integrals of bell-shaped densities on a grid of scales.
 
     python -m hf_cachegen.codec.codebook        # writes codebook.safetensors beside this file
 
-Densities exp(-|x / s|^shape) of shapes 0.7 (heavy tails), 1 (Laplace), 1.4 and 2 (Gauss), their standard deviations
-on a grid of ratio 2^(1/4) in units of the step. The file holds the frequencies at each precision of the coder,
-`values-11` [tables, 256] and `digits-11` [3 x entries, 3] and so on; it is part of format version 1, since an
+The densities are exp(-|x / s|^shape) of shapes 0.7 (heavy tails), 1 (Laplace), 1.4 and 2 (Gauss). Their standard
+deviations lie on a grid of ratio 2^(1/4), in units of the step. The file holds the frequencies at each precision of the
+coder: `values-11` [tables, 256], `digits-11` [3 x entries, 3] and so on. It is part of format version 1, since an
 artifact's table ids refer to it.
 """
 
@@ -26,7 +26,9 @@ _GRID = 64
 
 
 def density(shape: float, deviation: float, reach: int) -> np.ndarray:
-    """Probabilities of the cells [v - 1/2, v + 1/2), v = -reach..reach, of a density of this standard deviation."""
+    """Return the probabilities of the cells [v - 1/2, v + 1/2), v = -reach..reach, of a density of this standard
+    deviation.
+    """
     x = (np.arange((2 * reach + 1) * _GRID) + 0.5) / _GRID - reach - 0.5
     wide = np.linspace(-60, 60, 600001)
     unit = np.exp(-(np.abs(wide) ** shape))
@@ -36,12 +38,12 @@ def density(shape: float, deviation: float, reach: int) -> np.ndarray:
 
 
 def weights(p: np.ndarray) -> list[int]:
-    """Probabilities to integers."""
+    """Convert probabilities to integer weights."""
     return [int(v) for v in np.round(p / p.sum() * WEIGHT_TOTAL)]
 
 
 def value_rows() -> list[list[int]]:
-    """Weights of the value tables: always zero, all alike, then every density."""
+    """Return the weights of the value tables: always zero, uniform, then every density."""
     zero = [0] * 256
     zero[128] = WEIGHT_TOTAL
     rows = [zero, [WEIGHT_TOTAL // 256] * 256]
@@ -52,7 +54,7 @@ def value_rows() -> list[list[int]]:
 
 
 def digit_rows() -> list[list[int]]:
-    """Weights of the digit tables, three to an entry."""
+    """Return the weights of the digit tables, three per entry."""
     rows = [[0, WEIGHT_TOTAL, 0]] * 3
     for shape in DIGIT_SHAPES:
         for deviation in DIGIT_SCALES:
@@ -64,7 +66,7 @@ def digit_rows() -> list[list[int]]:
 
 
 def codebooks() -> dict[str, torch.Tensor]:
-    """int16 frequencies of every table at every precision."""
+    """Return the int16 frequencies of every table at every precision."""
     rows = {"values": value_rows(), "digits": digit_rows()}
     return {
         f"{name}-{bits}": torch.tensor([normalise(row, bits) for row in table], dtype=torch.int16)
@@ -74,7 +76,7 @@ def codebooks() -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Writes the file."""
+    """Write the file."""
     save_file(codebooks(), Path(__file__).with_name("codebook.safetensors"))
 
 

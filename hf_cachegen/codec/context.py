@@ -1,7 +1,7 @@
-"""A context's tensors <-> its side information and the parts of its chunks, one chunk in memory at a time.
+"""Convert a context's tensors to side information and the parts of its chunks, and back, one chunk in memory at a time.
 
-Keys and values are per-layer lists of [batch, heads, tokens, head_dim]. An `Encoder` gives the bytes of one chunk after
-the other, `decode_chunks` takes them in the same way.
+Keys and values are per-layer lists of [batch, heads, tokens, head_dim]. An `Encoder` yields the bytes of one chunk
+after the other. `decode_chunks` takes them in the same order.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ from hf_cachegen.errors import CorruptError, LevelError, TruncatedError
 
 
 class Encoder:
-    """Encodes one context: checks and measures it when made, then gives its chunks one by one.
+    """Encode one context: check and measure it in the constructor, then yield its chunks one by one.
 
-    keys[i] [batch, heads, tokens, k_dim] and values[i] [batch, v_heads, tokens, v_dim] of layer i: one dtype
-    (bfloat16, float16 or float32), any devices. config: default CacheGenConfig(). layers: their geometry where they
-    are not all of kind "full". Raises TensorError for tensors that do not fit together or are not finite (lossless
-    keeps those), ConfigError for klt without a profile, ProfileError for another model's.
+    Args:
+        keys: Of layer i [batch, heads, tokens, k_dim]; all bfloat16, all float16 or all float32, on any devices.
+        values: Of layer i [batch, v_heads, tokens, v_dim], in the dtype of the keys.
+        config: Default: CacheGenConfig().
+        profile: Of the model, for the klt transform.
+        layers: The layers' geometry, where they are not all of kind "full".
+        progress: Show a progress bar.
+
+    Raises:
+        TensorError: The tensors do not fit together, or a value is not finite (lossless accepts such values).
+        ConfigError: The klt transform has no profile.
+        ProfileError: The profile is of another model.
     """
 
     def __init__(
@@ -56,7 +64,7 @@ class Encoder:
         self._energy = torch.zeros(vectors, dtype=torch.float64)
 
     def chunks(self) -> Iterator[list[bytes]]:
-        """The bytes of every part, chunk by chunk."""
+        """Yield the bytes of every part, chunk by chunk."""
         count = len(self.rows.spans)
         for rows, span in tqdm(self.rows.chunks(), "encode", count, unit="chunk", disable=not self.progress):
             parts = self.codec.encode(rows, span)
@@ -67,14 +75,16 @@ class Encoder:
             yield parts
 
     def _measure(self, rows: Tensor, span: Span) -> None:
-        exact, owner = rows.double(), self.rows.columns.vectors
+        exact, owner = rows.double(), self.rows.channels.vectors
         self._energy.index_add_(0, owner, exact.square().nan_to_num().sum(0))
         for level, decoded in enumerate(self.codec.approximations(rows, span)):
             difference = decoded.to(rows.dtype).double().sub_(exact).nan_to_num_()
             self._errors[level].index_add_(0, owner, difference.square_().sum(0))
 
     def report(self) -> dict[str, Any]:
-        """What encoding cost, complete once `chunks` is exhausted; every list has one number per level."""
+        """Return the measured sizes and errors, complete once `chunks` is exhausted. Every list has one number per
+        level.
+        """
         elements = self.geometry.elements
         sizes = torch.tensor(self._bytes).cumsum(0).tolist()
         errors = (self._errors / self._energy.clamp_min(1e-300)).sqrt()
@@ -100,32 +110,38 @@ class Encoder:
         return found
 
     def _bits_by_vector(self) -> Tensor | None:
-        """Bits up to each level, [levels, vectors]; a joint basis has none of its own for a layer."""
+        """Return the bits up to each level, [levels, vectors]; None for a joint basis, whose bits belong to no single
+        layer.
+        """
         if self._bits is None:
             return None
         totals = torch.zeros(self._bits.shape[0], len(self._energy), dtype=torch.float64)
-        return totals.index_add_(1, self.rows.columns.vectors, self._bits).cumsum(0)
+        return totals.index_add_(1, self.rows.channels.vectors, self._bits).cumsum(0)
 
 
 def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Transform:
-    """The fitted transform that wrote this side information. Raises CorruptError, TruncatedError, ProfileError.
+    """Return the fitted transform that wrote this side information.
 
-    Nothing is built for any channel before there are as many bytes as such channels take.
+    Nothing is built for the channels before the length of the side information is checked.
+
+    Raises:
+        CorruptError, TruncatedError: The side information is damaged.
+        ProfileError: The profile is another one.
     """
     transform = transform_of(config)
     lengths = transform.side_lengths(geometry, config)
     if len(side) not in lengths:
-        message = f"the side information has {len(side)} bytes; that of this geometry has {lengths[0]} or more"
+        message = f"the side information must have {lengths[0]} bytes or more for this geometry, got {len(side)}"
         raise (TruncatedError if len(side) < lengths[0] else CorruptError)(message)
     return transform.from_side(side, geometry, config, profile)
 
 
 def checked_level(level: int | None, levels: int) -> int:
-    """`level`, or the finest for None. Raises LevelError."""
+    """Return `level`, or the finest for None. Raises LevelError."""
     if level is None:
         return levels
     if not isinstance(level, int) or isinstance(level, bool) or not 1 <= level <= levels:
-        raise LevelError(f"level must be a whole number from 1 to {levels} for this artifact, got {level!r}")
+        raise LevelError(f"level must be an integer from 1 to {levels} for this artifact, got {level!r}")
     return level
 
 
@@ -137,7 +153,19 @@ def decode_chunks(
     device: torch.device | str | None,
     progress: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(keys, values) from the parts of each chunk, decoded one by one straight into their tensors."""
+    """Decode the parts of each chunk, one by one, directly into new tensors.
+
+    Args:
+        codec: The fitted transform.
+        geometry: Of the cache.
+        spans: The chunks.
+        parts_of: Returns the parts of a chunk, by its index.
+        device: Of the new tensors. None: the CPU.
+        progress: Show a progress bar.
+
+    Returns:
+        (keys, values): for each layer [batch, heads, tokens, dim], in the geometry's dtype.
+    """
     found = empty_kv(geometry, [device] * len(geometry.layers))
     target = Target.layers(found)
     for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):

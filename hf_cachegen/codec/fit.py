@@ -1,10 +1,10 @@
-"""Side information learnt from the context itself: steps, means and table entries, in two passes over its chunks.
+"""Fit the side information to the context itself: steps, means and table entries, in two passes over its chunks.
 
-The first pass measures each channel's spread (of the values, or of their differences to the decoded anchor), from which
-its steps follow as in CacheGen, section 5.2: 0.5, 1 and 1.5 standard deviations in the first, middle and last third of
-the layers (first layers matter more). The second counts symbols and picks for every column the cheapest table of the
-codebook. Protected tokens do not count towards the spread where there are others: a first token's values can be a
-hundred times the rest.
+The first pass measures each channel's spread: of the values, or of their differences to the decoded anchor. The steps
+follow from it as in CacheGen, section 5.2: 0.5, 1 and 1.5 standard deviations in the first, middle and last third of
+the layers (the first layers matter more). The second pass counts symbols and picks the cheapest table of the codebook
+for every channel. Protected tokens do not count towards the spread where there are others: the values of a first token
+can be a hundred times as large.
 """
 
 from __future__ import annotations
@@ -17,42 +17,55 @@ from torch import Tensor
 
 from hf_cachegen.codec import anchors as anchoring
 from hf_cachegen.codec import passes, quantize
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.passes import Grid
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX, Codebook
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import TensorError
 
 Chunks = Callable[[], Iterator[tuple[Tensor, Span]]]
-"""Yields (rows [tokens, columns], span) of every chunk, anew at each call."""
+"""Yields (rows [tokens, channels], span) of every chunk, from the first at each call."""
 SMALLEST_STEP = 2.0**-40
-"""For channels that never change."""
+"""The step of channels that never change."""
 LARGEST_STEP = 2.0**23.75
+"""The largest step that a step code expresses."""
 
 
-def fit(chunks: Chunks, columns: Columns, config: CacheGenConfig, group_tokens: int = 0) -> tuple[LossyCodec, Tensor]:
-    """The codec of one context, and the bits of each part's columns under its tables, float64 [levels, columns].
+def fit(chunks: Chunks, channels: Channels, config: CacheGenConfig, group_tokens: int = 0) -> tuple[LossyCodec, Tensor]:
+    """Fit the codec of one context.
 
-    Raises TensorError for values that are not finite, or that no step serves: too large, too small, or too far from
-    the rest of their channel.
+    Args:
+        chunks: The rows of every chunk.
+        channels: Of the rows.
+        config: Its steps, levels and protected tokens are used.
+        group_tokens: Tokens per group, of which the first is an anchor. 0: there are no anchors.
+
+    Returns:
+        The codec, and the bits of each part's channels under its tables, float64 [levels, channels].
+
+    Raises:
+        TensorError: A value is not finite, or no step expresses it: it is too large, too small, or too far from the
+            rest of its channel.
     """
-    codes, means = _steps(*_spread(chunks, columns, config, group_tokens), columns, config)
-    none = torch.zeros(len(columns), dtype=torch.uint8)
+    codes, means = _steps(*_spread(chunks, channels, config, group_tokens), channels, config)
+    none = torch.zeros(len(channels), dtype=torch.uint8)
     blank = Side(codes, means, none, none, none.expand(config.levels - 1, -1))
-    side, bits = _with_entries(chunks, LossyCodec(columns, config, blank, group_tokens))
-    return LossyCodec(columns, config, side, group_tokens), bits
+    side, bits = _with_entries(chunks, LossyCodec(channels, config, blank, group_tokens))
+    return LossyCodec(channels, config, side, group_tokens), bits
 
 
 def _spread(
-    chunks: Chunks, columns: Columns, config: CacheGenConfig, group_tokens: int
+    chunks: Chunks, channels: Channels, config: CacheGenConfig, group_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """(mean, deviation) of what is quantised, float64 [columns]; the mean of differences to anchors is zero."""
-    nothing = torch.zeros(len(columns))
-    protected, ordinary = torch.zeros(2, 2, len(columns), dtype=torch.float64)
+    """Return (mean, deviation) of the values to quantise, float64 [channels]. The mean of differences to anchors is
+    zero.
+    """
+    nothing = torch.zeros(len(channels))
+    protected, ordinary = torch.zeros(2, 2, len(channels), dtype=torch.float64)
     count, every = 0, 0
     for rows, span in chunks():
-        anchors = anchoring.anchors_of(rows, columns.vectors, group_tokens)
-        grid = Grid.of(anchors, columns.vectors, group_tokens, nothing, nothing).to(rows.device)
+        anchors = anchoring.anchors_of(rows, channels.vectors, group_tokens)
+        grid = Grid.of(anchors, channels.vectors, group_tokens, nothing, nothing).to(rows.device)
         here = span.ordinary(config, group_tokens)
         coded = span.tokens - anchoring.anchor_count(span.tokens, group_tokens)
         ordinary += passes.moments(rows, grid, here.start, here.stop)
@@ -60,7 +73,7 @@ def _spread(
         count, every = count + here.stop - here.start, every + coded
         sums = [ordinary, protected] if anchors is None else [ordinary, protected, anchors.scales]
         if not all(bool(torch.isfinite(x).all()) for x in sums):
-            require_finite(rows, columns.vectors)
+            require_finite(rows, channels.vectors)
     if count < 2:
         count, ordinary = max(1, every), ordinary + protected
     total, squares = ordinary
@@ -69,41 +82,41 @@ def _spread(
 
 
 def require_finite(rows: Tensor, vectors: Tensor) -> None:
-    """Raises TensorError for rows [tokens, columns] that are not all finite; vectors as in `Columns`."""
+    """Raise TensorError unless all rows [tokens, channels] are finite; vectors as in `Channels`."""
     damaged = ~torch.isfinite(rows)
     if bool(damaged.any()):
         _refuse(int(vectors[int(damaged.any(0).int().argmax())]), "are not all finite")
 
 
-def _steps(mean: Tensor, deviation: Tensor, columns: Columns, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
-    """(step codes uint8, means int16), [columns]."""
+def _steps(mean: Tensor, deviation: Tensor, channels: Channels, config: CacheGenConfig) -> tuple[Tensor, Tensor]:
+    """Return (step codes uint8, means int16), each [channels]."""
     unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
-    step = deviation * torch.tensor(config.steps, dtype=torch.float64)[columns.thirds] / quantize.RATIO
-    # So that the mean fits its bytes, whatever its step is rounded to.
+    step = deviation * torch.tensor(config.steps, dtype=torch.float64)[channels.thirds] / quantize.RATIO
+    # The mean must fit into its bytes, whatever the step is rounded to.
     floor = mean.abs() / (0.9 * quantize.LARGEST_MEAN * unit)
     wanted = torch.maximum(step, floor)
-    _require_steps(wanted, columns)
+    _require_steps(wanted, channels)
     codes = quantize.step_codes(wanted.clamp_min(SMALLEST_STEP))
     means = (mean / (quantize.steps_of(codes).double() * unit)).round()
     return codes, means.clamp(-quantize.LARGEST_MEAN, quantize.LARGEST_MEAN).to(torch.int16)
 
 
-def _require_steps(wanted: Tensor, columns: Columns) -> None:
-    """Raises TensorError for steps float64 [columns] that are too large, or too small in all columns of a vector."""
-    vectors = int(columns.vectors[-1]) + 1
-    largest = torch.zeros(vectors, dtype=torch.float64).scatter_reduce_(0, columns.vectors, wanted, "amax")
+def _require_steps(wanted: Tensor, channels: Channels) -> None:
+    """Raise TensorError for steps float64 [channels] that are too large, or too small in all channels of a vector."""
+    vectors = int(channels.vectors[-1]) + 1
+    largest = torch.zeros(vectors, dtype=torch.float64).scatter_reduce_(0, channels.vectors, wanted, "amax")
     sound = (largest == 0) | (largest >= SMALLEST_STEP / 4) & (largest <= LARGEST_STEP)  # a NaN is not
     if not bool(sound.all()):
         _refuse(int((~sound).int().argmax()), "are too large or too small for any step")
 
 
-def _require_symbols(symbols: passes.Symbols, columns: Columns, levels: int) -> None:
-    """Raises TensorError where a symbol was clamped."""
+def _require_symbols(symbols: passes.Symbols, channels: Channels, levels: int) -> None:
+    """Raise TensorError where a symbol was clamped."""
     limit = int(quantize.split(torch.tensor(quantize.LARGEST_SYMBOL), levels)[0])
     clamped = (symbols.wide.indices - ZERO_INDEX).abs() >= limit
     if bool(clamped.any()):
         position = int(symbols.wide.positions[int(clamped.int().argmax())])
-        _refuse(int(columns.vectors[position % len(columns)]), "have some too far from the rest of their channel")
+        _refuse(int(channels.vectors[position % len(channels)]), "have some too far from the rest of their channel")
 
 
 def _refuse(vector: int, why: str) -> NoReturn:
@@ -113,14 +126,14 @@ def _refuse(vector: int, why: str) -> NoReturn:
 
 
 class Counts:
-    """How often each symbol of the base and each digit of the refinements occurs in every column."""
+    """Counts of each symbol of the base and each digit of the refinements, in every channel."""
 
-    def __init__(self, columns: int, levels: int):
-        self.base = torch.zeros(columns, VALUE_SYMBOLS, dtype=torch.int32)
-        self.digits = torch.zeros(levels - 1, columns, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
+    def __init__(self, channels: int, levels: int):
+        self.base = torch.zeros(channels, VALUE_SYMBOLS, dtype=torch.int32)
+        self.digits = torch.zeros(levels - 1, channels, DIGIT_CONTEXTS * DIGIT_SYMBOLS, dtype=torch.int32)
 
     def add(self, symbols: passes.Symbols) -> None:
-        """Count one chunk, where its symbols are: 64 MB of counts are not carried from a device for each."""
+        """Count one chunk on the device of its symbols, so that 64 MB of counts are not copied for each chunk."""
         self.base, self.digits = self.base.to(symbols.base.device), self.digits.to(symbols.base.device)
         passes.count(self.base, symbols.base)
         for part, digit, contexts in zip(self.digits, symbols.digits, symbols.contexts, strict=True):
@@ -128,29 +141,29 @@ class Counts:
 
     @property
     def parts(self) -> list[Tensor]:
-        """Histograms of the base and of each refinement, each int32 [columns, contexts x symbols], on the CPU."""
+        """The histograms of the base and of each refinement, each int32 [channels, contexts x symbols], on the CPU."""
         return [self.base.cpu(), *self.digits.cpu()]
 
     def choose(self, values: Codebook, digits: Codebook) -> tuple[Tensor, Tensor]:
-        """The cheapest tables: entries uint8 [levels, columns], and their bits float64 [levels, columns]."""
+        """Choose the cheapest tables: entries uint8 [levels, channels], and their bits float64 [levels, channels]."""
         chosen = [book.choose(part) for part, book in zip(self.parts, repeated(values, digits), strict=False)]
         return torch.stack([entries for entries, _ in chosen]), torch.stack([bits for _, bits in chosen])
 
 
 def repeated(values: Codebook, digits: Codebook) -> Iterator[Codebook]:
-    """The codebook of each part: the base's, then the refinements', for ever."""
+    """Yield the codebook of each part: the base's, then the refinements' without end."""
     yield values
     while True:
         yield digits
 
 
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
-    """The codec's side information with the cheapest table of every column, and the bits [levels, columns]."""
-    columns, levels = len(codec.columns), codec.config.levels
-    anchors, counts = torch.zeros(columns, VALUE_SYMBOLS, dtype=torch.int32), Counts(columns, levels)
+    """Return the codec's side information with the cheapest table of every channel, and the bits [levels, channels]."""
+    channels, levels = len(codec.channels), codec.config.levels
+    anchors, counts = torch.zeros(channels, VALUE_SYMBOLS, dtype=torch.int32), Counts(channels, levels)
     for rows, _ in chunks():
         symbols, found = codec.symbols(rows)
-        _require_symbols(symbols, codec.columns, levels)
+        _require_symbols(symbols, codec.channels, levels)
         if found is not None:
             passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
         counts.add(symbols)

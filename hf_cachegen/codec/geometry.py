@@ -1,7 +1,7 @@
-"""The shape of a context's KV cache: what must be known before a byte of it is decoded.
+"""The shape of a context's KV cache: all that must be known before a byte of it is decoded.
 
 Plain numbers without torch, so that a manifest can be checked before anything is allocated. For layer i the keys are
-[batch, heads, tokens, k_dim] and the values [batch, v_heads, tokens, v_dim]; K and V differ where attention is latent
+[batch, heads, tokens, k_dim] and the values [batch, v_heads, tokens, v_dim]. K and V differ where attention is latent
 (MLA: K is the latent, V the rotated key).
 """
 
@@ -14,7 +14,7 @@ from hf_cachegen.errors import LimitError, ManifestError, TensorError
 
 LayerKind = Literal["full", "sliding", "mla"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""The dtypes that a cache may have, and bytes per element of each."""
+"""The dtypes that a cache may have, with bytes per element."""
 
 MAX_LAYERS = 1 << 12
 MAX_HEADS = 1 << 14
@@ -22,14 +22,16 @@ MAX_DIM = 1 << 16
 MAX_TOKENS = 1 << 24
 MAX_BATCH = 1 << 12
 MAX_ELEMENTS = 1 << 42
-"""Ceilings far above any real model, so that no product of hostile counts is believed."""
+"""Limits far above any real model. They keep products of untrusted counts small."""
 
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """Heads and dims of one layer's keys and values; `window` is the sliding window in tokens, for that kind alone.
+    """Heads and dims of one layer's keys and values; `window` is the sliding window in tokens, for kind "sliding" only.
 
-    Raises TensorError for a value that no cache has, LimitError for one above the ceilings.
+    Raises:
+        TensorError: No cache has such a value.
+        LimitError: A value is above its limit.
     """
 
     kind: LayerKind
@@ -46,28 +48,29 @@ class LayerGeometry:
             _require_count(name, getattr(self, name), ceiling)
         if (self.window is not None) != (self.kind == "sliding"):
             raise TensorError(
-                f"a layer has a window exactly when it is sliding, got {self.kind!r} with {self.window!r}"
+                f"a layer has a window if and only if it is sliding, got kind {self.kind!r}, window {self.window!r}"
             )
         if self.window is not None:
             _require_count("window", self.window, MAX_TOKENS)
 
     @property
     def k_channels(self) -> int:
-        """Columns of the layer's keys for one row of the batch."""
+        """Number of channels of the layer's keys, for one row of the batch."""
         return self.heads * self.k_dim
 
     @property
     def v_channels(self) -> int:
-        """Columns of the layer's values for one row of the batch."""
+        """Number of channels of the layer's values, for one row of the batch."""
         return self.v_heads * self.v_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return plain values for the manifest."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> LayerGeometry:
-        """The inverse of `to_dict`, for untrusted JSON; unknown keys are ignored. Raises ManifestError, LimitError."""
+        """Read the result of `to_dict` from untrusted JSON. Unknown keys are ignored. Raises ManifestError, LimitError.
+        """
         names = ("kind", "heads", "k_dim", "v_heads", "v_dim")
         fields = _require_fields("a layer of the geometry", values, names)
         try:
@@ -78,9 +81,11 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """All layers' geometry, the number of tokens and of rows, and the dtype by its name ("bfloat16").
+    """All layers' geometry, the number of tokens, the batch size, and the name of the dtype ("bfloat16").
 
-    Raises TensorError for a value that no cache has, LimitError for one above the ceilings.
+    Raises:
+        TensorError: No cache has such a value.
+        LimitError: A value is above its limit.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -97,16 +102,16 @@ class Geometry:
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise TensorError(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {self.dtype!r}")
         if self.elements > MAX_ELEMENTS:
-            raise LimitError(f"the cache would have {self.elements} elements, more than {MAX_ELEMENTS}")
+            raise LimitError(f"a cache may have at most {MAX_ELEMENTS} elements, this geometry has {self.elements}")
 
     @property
     def channels(self) -> int:
-        """Numbers in the keys and values of one token, of all rows of the batch."""
+        """Number of channels of all layers' keys and values, for all rows of the batch."""
         return self.batch * sum(layer.k_channels + layer.v_channels for layer in self.layers)
 
     @property
     def elements(self) -> int:
-        """Numbers in all keys and values."""
+        """Number of elements of all keys and values."""
         return self.tokens * self.channels
 
     @property
@@ -115,17 +120,18 @@ class Geometry:
         return self.elements * DTYPE_BYTES[self.dtype]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return plain values for the manifest."""
         return {**asdict(self), "layers": [layer.to_dict() for layer in self.layers]}
 
     @classmethod
     def from_dict(cls, values: Any) -> Geometry:
-        """The inverse of `to_dict`, for untrusted JSON; unknown keys are ignored. Raises ManifestError, LimitError."""
+        """Read the result of `to_dict` from untrusted JSON. Unknown keys are ignored. Raises ManifestError, LimitError.
+        """
         fields = _require_fields("geometry", values, ("layers", "tokens", "batch", "dtype"))
         if not isinstance(fields["layers"], list):
             raise ManifestError(f"geometry: layers must be a list, got {type(fields['layers']).__name__}")
         if len(fields["layers"]) > MAX_LAYERS:
-            raise LimitError(f"geometry: {len(fields['layers'])} layers, more than {MAX_LAYERS}")
+            raise LimitError(f"geometry: at most {MAX_LAYERS} layers are allowed, got {len(fields['layers'])}")
         layers = tuple(LayerGeometry.from_dict(layer) for layer in fields.pop("layers"))
         try:
             return cls(layers=layers, **fields)
@@ -135,9 +141,9 @@ class Geometry:
 
 def _require_count(name: str, value: Any, ceiling: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise TensorError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
+        raise TensorError(f"{name} must be an integer of at least 1, got {value!r:.80}")
     if value > ceiling:
-        raise LimitError(f"{name} is above {ceiling}")
+        raise LimitError(f"{name} must be at most {ceiling}, got a larger number")
 
 
 def _require_fields(where: str, values: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Decoding straight into place: a section's streams to values in the layers' own tensors, in one compiled pass.
+"""Decode in place: a section's streams to values in the layers' own tensors, in one compiled pass.
 
-Symbols become values while they are decoded (section 5.2 of the paper gives the arithmetic, `passes.restore` the same
-in separate steps), and are written where they are used. On a CUDA device one launch decodes a section of all layers.
+Symbols become values while they are decoded (section 5.2 of the paper has the arithmetic; `passes.restore` does the
+same in separate steps) and are written to their final address. On a CUDA device one launch decodes a section of all
+layers.
 
-Twists:
-1. A `Target` says where each column's values lie; it is made once and serves every chunk of an artifact.
-2. What is found in the streams is told at the end, by `Sections.finish`: on a device nothing waits before.
-3. A column whose table entry is 0 has no stream; its symbols are zero, and are filled in.
+Implementation notes:
+1. A `Target` holds the address of each channel's values. It is made once and serves every chunk of an artifact.
+2. `Sections.finish` reports errors in the streams. Before that, nothing waits for the device.
+3. A channel whose table entry is 0 has no stream. Its symbols are zero, and are filled in.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from hf_cachegen.codec.section import Coded
 
 _BLOCK = ops.TILE_COLUMNS
 _INDEX = 3
-"""CG_UINT8: indices are written, not values."""
+"""CG_UINT8: write indices, not values."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where values go. places int64 [columns, 2]: the address of each column's first row, and the bytes from row to
-    row.
+    """The memory that values are written to.
 
-    kept: the tensors that the addresses point into.
+    Attributes:
+        places: int64 [channels, 2]: the address of each channel's first row, and the bytes from row to row.
+        dtype: Of the values.
+        kept: The tensors that the addresses point into.
     """
 
     places: Tensor
@@ -44,14 +47,17 @@ class Target:
 
     @property
     def device(self) -> torch.device:
+        """Device of the tensors."""
         return self.places.device
 
     @classmethod
     def layers(cls, tensors: Sequence[Tensor]) -> Target:
-        """tensors [batch, heads, tokens, dim], K and V of each layer in turn: of one dtype, on one device."""
+        """Make a target of tensors [batch, heads, tokens, dim]: K and V of each layer in turn, of one dtype, on one
+        device.
+        """
         offsets: dict[object, np.ndarray] = {}
         found = []
-        for x in tensors:  # by numpy: there may be hundreds, and each operation of torch's lets another thread go first
+        for x in tensors:  # numpy: there may be hundreds, and each torch operation yields to other threads
             shape = x.shape, x.stride()
             if shape not in offsets:
                 batch, heads, _, dim = (np.arange(n) * s * x.element_size() for n, s in zip(*shape, strict=True))
@@ -62,14 +68,14 @@ class Target:
 
     @classmethod
     def matrix(cls, rows: Tensor) -> Target:
-        """rows [tokens, columns]."""
+        """Make a target of rows [tokens, channels]."""
         column = torch.arange(rows.shape[1], device=rows.device)
         address = rows.data_ptr() + column * rows.stride(1) * rows.element_size()
         stride = torch.full_like(address, rows.stride(0) * rows.element_size())
         return cls(torch.stack([address, stride], 1), rows.dtype, (rows,))
 
     def put(self, rows: Tensor, row: int) -> None:
-        """Copies rows [tokens, columns] to rows [row, row + tokens)."""
+        """Copy rows [tokens, channels] to rows [row, row + tokens) of the target."""
         at, last = 0, row + len(rows)
         for x in self.kept:
             if x.dim() == 2:
@@ -82,7 +88,9 @@ class Target:
 
 
 class Rows(NamedTuple):
-    """Which coded rows of a chunk a section's tokens are: from `first` on, and from token `gap_at` on `gap` further."""
+    """The coded rows of a chunk that a section's tokens are: from `first` on, and from token `gap_at` on `gap` rows
+    further.
+    """
 
     first: int = 0
     gap_at: int = 0
@@ -90,9 +98,14 @@ class Rows(NamedTuple):
 
 
 class Sections:
-    """Decodes the sections of one chunk into a target, whose row `row` is the chunk's first of `tokens`.
+    """Decode the sections of one chunk into a target.
 
-    coded: coded rows of the chunk; columns: of the chunk.
+    Args:
+        target: Receives the values.
+        row: The target's row of the chunk's first token.
+        tokens: Number of tokens of the chunk.
+        coded: Number of coded rows of the chunk.
+        columns: Number of channels of the chunk.
     """
 
     def __init__(self, target: Target, row: int, tokens: int, coded: int, columns: int):
@@ -104,7 +117,7 @@ class Sections:
         self._plain = Grid(None, 0, nothing, nothing)
 
     def index(self, section: Coded, rows: Rows, coarser: Sequence[Tensor]) -> Tensor:
-        """Decodes to indices, which other sections refine: uint8 [blocks, coded, 256], as cg_output has them."""
+        """Decode to indices, which other sections refine: uint8 [blocks, coded, 256], the layout of cg_output."""
         blocks = -(-self.columns // _BLOCK)
         found = torch.empty(blocks, self.coded, _BLOCK, dtype=torch.uint8, device=self.device)
         places = _block_places(self.columns, self.coded, self.device).clone()
@@ -114,13 +127,11 @@ class Sections:
         return found
 
     def values(self, section: Coded, rows: Rows, coarser: Sequence[Tensor], grid: Grid) -> None:
-        """Decodes to values; grid is on the target's device, at the step that they have."""
+        """Decode to values. The grid is on the target's device, at the step of the decoded symbols."""
         self._decode(section, self._output(self.target, grid, self.row, self.tokens, rows, coarser))
 
     def refine(self, sections: Sequence[Coded], rows: Rows, base: Tensor, grid: Grid) -> None:
-        """Decodes the digits that refine a base, those of one refinement after the other, and with the last the
-        values.
-        """
+        """Decode the digits of one refinement after the other, which refine a base. The last one writes the values."""
         coarser = [base]
         for section in sections[:-1]:
             coarser.append(self.index(section, rows, coarser))
@@ -128,7 +139,7 @@ class Sections:
             self.values(section, rows, coarser, grid)
 
     def anchors(self, grid: Grid) -> None:
-        """Writes the chunk's anchors, if it has some."""
+        """Write the chunk's anchors, if there are any."""
         if grid.anchors is not None and len(grid.anchors):
             anchors, output = (
                 grid.anchors.contiguous(),
@@ -167,28 +178,30 @@ class Sections:
         return native.Output(chunk, *rows, row, target.places.data_ptr(), None, addresses, len(coarser))
 
     def finish(self) -> None:
-        """Waits for all of it. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
+        """Wait for the device. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
         native.check_decoded(torch.cat(self._statuses).tolist() if self._statuses else [])
         self._kept.clear()
 
 
-@lru_cache(maxsize=4)  # the chunks of a context are alike, but the last
+@lru_cache(maxsize=4)  # all chunks of a context but the last have one shape
 def _block_places(columns: int, coded: int, device: torch.device) -> Tensor:
-    """The places of a matrix in blocks, uint8 [blocks, coded, 256], that lies at address 0."""
+    """Return the addresses of a matrix in blocks, uint8 [blocks, coded, 256], that begins at address 0."""
     column = torch.arange(columns, device=device)
     address = column // _BLOCK * (coded * _BLOCK) + column % _BLOCK
     return torch.stack([address, torch.full_like(address, _BLOCK)], 1)
 
 
 def _of(output: native.Output, columns: Tensor) -> native.Output:
-    """The same for some columns."""
+    """Return the same output for some channels."""
     found = native.Output.from_buffer_copy(output)
     found.columns = columns.data_ptr()
     return found
 
 
 def symbols(section: Coded, device: torch.device) -> Tensor:
-    """The symbols (not indices) of a section that nothing refines: float32 [tokens, columns], waited for."""
+    """Decode the symbols (not indices) of a section that nothing refines: float32 [tokens, channels]. Waits for the
+    device.
+    """
     found = torch.empty(section.tokens, len(section.columns), device=device)
     sections = Sections(Target.matrix(found), 0, section.tokens, section.tokens, found.shape[1])
     unit = torch.ones(found.shape[1], device=device)

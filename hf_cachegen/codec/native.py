@@ -1,13 +1,13 @@
-"""The compiled code: finds its libraries, checks them, and calls their functions.
+"""The compiled code: find its libraries, check them, and call their functions.
 
-Twists:
-1. The libraries are optional: one for tensors on the CPU, one for those on a CUDA device. `available()` says whether
-   there is one, and logs a warning, once, when there is none for the CPU: the coder's reference then does the same,
-   slowly. A tensor on a device that has no library is coded on the CPU.
-2. The libraries know no torch: ctypes hands them addresses and sizes (the contract is cuda_ext/include/cachegen.h), and
-   lets go of the interpreter's lock meanwhile. On CUDA they run on torch's current stream of the tensors' device.
-3. The CPU's instruction set is chosen when a function is called: the best that the machine has, or the one that the
-   environment variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes, and so does CUDA.
+Rules:
+1. The libraries are optional: one for tensors on the CPU, one for tensors on a CUDA device. `available()` returns
+   whether a library exists. It logs a warning, once, if there is none for the CPU: the reference coder is then used,
+   which is slow. A tensor on a device without a library is coded on the CPU.
+2. The libraries do not use torch. ctypes passes addresses and sizes (the contract is cuda_ext/include/cachegen.h) and
+   releases the interpreter's lock during a call. On CUDA they run on torch's current stream of the tensors' device.
+3. The CPU's instruction set is chosen at each call: the best one of the machine, or the one that the environment
+   variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes, and so does CUDA.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 
 ABI_VERSION = 3
-"""CG_ABI_VERSION of the header that this file was written for."""
+"""The CG_ABI_VERSION of the header that this file matches."""
 LIBRARY, CUDA_LIBRARY = (Path(__file__).parent.parent / f"_{name}.so" for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Isa(IntEnum):
 
 
 class TileStatus(IntEnum):
-    """enum cg_status: what became of a call, or of a tile."""
+    """enum cg_status: the result of a call, or of a tile."""
 
     OK = 0
     BAD_ARGUMENT = 1
@@ -57,26 +57,26 @@ class TileStatus(IntEnum):
 
 
 _FOUND = {
-    TileStatus.BAD_ARGUMENT: "its bytes do not lie within the streams",
-    TileStatus.BAD_TABLES: "the tables are not such as build_tables makes",
+    TileStatus.BAD_ARGUMENT: "its bytes are outside the streams",
+    TileStatus.BAD_TABLES: "the tables were not made by build_tables",
     TileStatus.TRUNCATED: "the stream ends before its last symbol",
-    TileStatus.CORRUPT: "the stream is not one that an encoder wrote",
-    TileStatus.BAD_TABLE_ID: "a table id names no table",
-    TileStatus.BAD_CONTEXT: "a context is none of 0, 1, 2",
+    TileStatus.CORRUPT: "no encoder wrote this stream",
+    TileStatus.BAD_TABLE_ID: "a table id is out of range",
+    TileStatus.BAD_CONTEXT: "a context is not 0, 1 or 2",
     TileStatus.BAD_SYMBOL: "a symbol has no frequency in its table",
-    TileStatus.FAILED: "there is no memory for it",
+    TileStatus.FAILED: "out of memory",
 }
 
 
 def check_encoded(statuses: Iterable[int]) -> None:
-    """Raises TensorError for the first tile that could not be encoded."""
+    """Raise TensorError for the first tile that could not be encoded."""
     for tile, status in enumerate(map(int, statuses)):
         if status:
             raise TensorError(f"tile {tile} of the section cannot be encoded: {_FOUND[TileStatus(status)]}")
 
 
 def check_decoded(statuses: Iterable[int]) -> None:
-    """Raises TruncatedError or CorruptError for the first tile that could not be decoded."""
+    """Raise TruncatedError or CorruptError for the first tile that could not be decoded."""
     for tile, status in enumerate(map(int, statuses)):
         if status:
             error = TruncatedError if status == TileStatus.TRUNCATED else CorruptError
@@ -104,7 +104,7 @@ class _Run(ctypes.Structure):
 
 
 class Chunk(ctypes.Structure):
-    """struct cg_chunk; here as below the addresses are those of tensors that must outlive it."""
+    """struct cg_chunk. Here and below, the addresses are those of tensors that must outlive the structure."""
 
     _fields_ = [
         ("tokens", ctypes.c_uint64),
@@ -161,7 +161,7 @@ _CPU_PROTOTYPES = {
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at `path`, its version checked. Raises NativeError for one that cannot be used."""
+    """Load the library at `path` and check its version. Raises NativeError."""
     try:
         library = ctypes.CDLL(str(path))
         prototypes = _PROTOTYPES if path == CUDA_LIBRARY else {**_PROTOTYPES, **_CPU_PROTOTYPES}
@@ -172,7 +172,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise NativeError(f"{path} cannot be loaded ({error}); rebuild it: pip install --force-reinstall .") from error
     version = library.cg_abi_version()
     if version != ABI_VERSION:
-        raise NativeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; reinstall the package")
+        raise NativeError(f"expected ABI version {ABI_VERSION} in {path}, got {version}; reinstall the package")
     return library
 
 
@@ -180,8 +180,8 @@ def load(path: Path) -> ctypes.CDLL:
 def _library() -> ctypes.CDLL | None:
     if not LIBRARY.exists():
         _log.warning(
-            "hf_cachegen was installed without its compiled coder (%s is missing): the reference coder stands in, "
-            "hundreds of times slower. Install a C++ compiler and reinstall the package.",
+            "hf_cachegen was installed without its compiled coder (%s is missing). The reference coder stands in for "
+            "it, hundreds of times slower. Install a C++ compiler and reinstall the package.",
             LIBRARY.name,
         )
         return None
@@ -194,7 +194,9 @@ def _cuda_library() -> ctypes.CDLL | None:
 
 
 def available(device: torch.device | str = "cpu") -> bool:
-    """Whether there is a compiled coder for such a device. Raises NativeError if there is one that cannot be used."""
+    """Return whether a compiled coder exists for the type of a device. Raises NativeError if it exists but cannot be
+    used.
+    """
     kind = torch.device(device).type
     return kind in ("cpu", "cuda") and (_library() if kind == "cpu" else _cuda_library()) is not None
 
@@ -204,12 +206,12 @@ def _need_library(device: torch.device | str = "cpu") -> ctypes.CDLL:
     library = _library() if kind == "cpu" else _cuda_library()
     if library is None:
         missing = LIBRARY if kind == "cpu" else CUDA_LIBRARY
-        raise NativeError(f"the compiled coder was asked for, but {missing} is missing")
+        raise NativeError(f"the compiled coder needs {missing}, which is missing; reinstall the package")
     return library
 
 
 def available_isas() -> list[Isa]:
-    """The instruction sets that can be asked for on this machine, slowest first; none without a library."""
+    """Return the instruction sets that this machine supports, slowest first; none without a library."""
     library = _library()
     return [isa for isa in Isa if isa and library is not None and library.cg_isa_available(isa)]
 
@@ -228,20 +230,27 @@ def _run(isa: int = Isa.BEST, device: torch.device | str = "cpu") -> _Run:
 
 
 def _guard(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one: the library launches there."""
+    """Make a CUDA device the current one, where the library launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def call(name: str, *arguments: object, device: torch.device | None = None, isa: int = Isa.BEST) -> None:
-    """Calls a function of cachegen.h; its last argument, `run`, is added here.
+    """Call a function of cachegen.h. Its last argument, `run`, is added here.
 
-    Tensors and structures are passed by address; the caller vouches for their shapes. device: where it runs; default
-    that of the first tensor. Raises TensorError, NativeError.
+    Args:
+        name: The function.
+        arguments: Tensors and structures are passed by address. The caller guarantees their shapes.
+        device: Runs the function. Default: the device of the first tensor.
+        isa: Instruction set of the CPU.
+
+    Raises:
+        TensorError: A tensor is not contiguous, or on another device.
+        NativeError: The library is missing, or the function failed.
     """
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     device = device or tensors[0].device
     if any(not a.is_contiguous() or a.device != device for a in tensors):
-        raise TensorError(f"{name} needs contiguous tensors on {device}")
+        raise TensorError(f"{name}: all tensors must be contiguous and on {device}")
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in addresses]
     with _guard(device):
@@ -249,12 +258,20 @@ def call(name: str, *arguments: object, device: torch.device | None = None, isa:
 
 
 def slot_bytes(tokens: int) -> int:
-    """The longest stream of a tile of so many tokens."""
+    """Return the largest size of the stream of a tile with `tokens` tokens, in bytes."""
     return int(_need_library().cg_slot_bytes(tokens))
 
 
 def build_tables(frequencies: Tensor, prob_bits: int) -> Tensor:
-    """Integers [n_tables, n_symbols], each row summing to 2^prob_bits, to the coder's opaque memory: uint8 [bytes]."""
+    """Build the coder's lookup tables.
+
+    Args:
+        frequencies: Integers [n_tables, n_symbols], each row summing to 2^prob_bits.
+        prob_bits: 10 to 12.
+
+    Returns:
+        Opaque memory, uint8 [bytes].
+    """
     library = _need_library()
     n_tables, n_symbols = frequencies.shape
     rows = frequencies.to(torch.int32).to(torch.uint16).contiguous()
@@ -266,4 +283,4 @@ def build_tables(frequencies: Tensor, prob_bits: int) -> Tensor:
 
 def _require_ok(status: int) -> None:
     if status:
-        raise NativeError(f"the compiled coder refused its arguments: {TileStatus(status).name}")
+        raise NativeError(f"the compiled coder failed: {TileStatus(status).name}")

@@ -1,12 +1,12 @@
 """The compiled coder as torch custom ops, on the CPU or a CUDA device.
 
-Shapes and dtypes are those of codec/rans.py, with `tables` from native.build_tables and streams uint8 [bytes], all on
-one device; tile_bytes int64 [tiles] is on the CPU:
+Shapes and dtypes are those of codec/rans.py. `tables` is the result of native.build_tables, and streams are uint8
+[bytes]. All are on one device; only tile_bytes int64 [tiles] is on the CPU:
 
     torch.ops.cachegen.encode(symbols, tables, table_ids, contexts?, isa=0) -> (streams, tile_bytes)
     torch.ops.cachegen.decode(streams, tile_bytes, tables, table_ids, contexts?, tokens, isa=0) -> symbols
 
-Twist: the ops check whatever could take the library outside a buffer, so they are safe to call directly.
+The ops check every value that could make the library access memory outside a buffer. They are safe to call directly.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from hf_cachegen.codec import native
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 
 TILE_COLUMNS = 256
-"""CG_TILE_COLUMNS."""
+"""CG_TILE_COLUMNS: channels of a tile."""
 _DEVICES = ("cpu", "cuda")
 
 
 def tile_count(tokens: int, columns: int) -> int:
-    """Tiles of a section."""
+    """Return the number of tiles of a section."""
     return 0 if tokens == 0 else -(-columns // TILE_COLUMNS)
 
 
 class Section:
-    """The C view of a section, and the tensors that must outlive it. Raises TensorError."""
+    """The C view of a section, with the tensors that must outlive it. Raises TensorError."""
 
     def __init__(self, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int):
         for name, tensor, dims in (("tables", tables, 1), ("table_ids", table_ids, 2), ("contexts", contexts, 2)):
@@ -37,7 +37,7 @@ class Section:
                     f"{name} must be uint8 with {dims} dimensions, got {tensor.dtype} {list(tensor.shape)}"
                 )
             if tensor is not None and tensor.device != tables.device:
-                raise TensorError(f"{name} must be on {tables.device} as the tables are, got {tensor.device}")
+                raise TensorError(f"{name} must be on {tables.device} like the tables, got {tensor.device}")
         if tokens < 0:
             raise TensorError(f"tokens must be at least 0, got {tokens}")
         shape = (tokens, table_ids.shape[0])
@@ -51,15 +51,18 @@ class Section:
 
 
 def offsets_of(tile_bytes: Tensor, tiles: int, streams: Tensor) -> Tensor:
-    """Where each stream begins, and the last ends: int64 [tiles + 1], on the streams' device.
+    """Return where each stream begins, and where the last one ends: int64 [tiles + 1], on the streams' device.
 
-    Raises TensorError, CorruptError or TruncatedError for sizes that are not those of such streams.
+    Raises:
+        TensorError: The tensors have another dtype or shape.
+        CorruptError: The sizes do not fit the section.
+        TruncatedError: The streams are shorter than the sum of their sizes.
     """
     if streams.dtype != torch.uint8 or streams.dim() != 1 or tile_bytes.dtype != torch.int64 or tile_bytes.dim() != 1:
         raise TensorError("streams must be uint8 [bytes] and tile_bytes int64 [tiles]")
     if len(tile_bytes) != tiles or not bool(((tile_bytes >= 0) & (tile_bytes <= streams.numel())).all()):
         found = tile_bytes[:8].tolist()
-        raise CorruptError(f"{tiles} tiles need as many sizes, of 0 to {streams.numel()} bytes, got {found}")
+        raise CorruptError(f"expected the sizes of {tiles} tiles, each of 0 to {streams.numel()} bytes, got {found}")
     offsets = torch.zeros(tiles + 1, dtype=torch.int64)
     torch.cumsum(tile_bytes, 0, out=offsets[1:])
     if int(offsets[-1]) > streams.numel():
@@ -71,15 +74,20 @@ def offsets_of(tile_bytes: Tensor, tiles: int, streams: Tensor) -> Tensor:
 def encode(
     symbols: Tensor, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, isa: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """symbols uint8 [tokens, columns] to (streams back to back, bytes of each). Raises TensorError, NativeError."""
+    """Encode symbols uint8 [tokens, channels] to (streams, one after the other; bytes of each).
+
+    Raises:
+        TensorError: The arguments do not fit together, or a symbol has no frequency.
+        NativeError: The library failed.
+    """
     if symbols.dtype != torch.uint8 or symbols.dim() != 2 or symbols.device != tables.device:
         found = f"{symbols.dtype} {list(symbols.shape)} on {symbols.device}"
-        raise TensorError(f"symbols must be uint8 [tokens, columns] on {tables.device}, got {found}")
+        raise TensorError(f"symbols must be uint8 [tokens, channels] on {tables.device}, got {found}")
     section, device = Section(tables, table_ids, contexts, len(symbols)), symbols.device
     if section.view.columns != symbols.shape[1]:
-        raise TensorError(f"symbols of {symbols.shape[1]} columns need as many table ids, got {section.view.columns}")
+        raise TensorError(f"expected the table ids of {symbols.shape[1]} channels, got {section.view.columns}")
     slot_bytes = native.slot_bytes(len(symbols))
-    # Mostly never touched, so on the CPU never in memory.
+    # Most of it is never touched, so on the CPU it takes no memory.
     slots = torch.empty(section.tiles * slot_bytes, dtype=torch.uint8, device=device)
     sizes = torch.empty(section.tiles, dtype=torch.int64, device=device)
     statuses = torch.empty(section.tiles, dtype=torch.int32, device=device)
@@ -111,10 +119,12 @@ def decode(
     tokens: int,
     isa: int = 0,
 ) -> Tensor:
-    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError, CorruptError, TensorError."""
+    """Decode streams to uint8 [tokens, channels]. Inverse of `encode`. Raises TruncatedError, CorruptError,
+    TensorError.
+    """
     section, device = Section(tables, table_ids, contexts, tokens), streams.device
     if device != tables.device:
-        raise TensorError(f"streams must be on {tables.device} as the tables are, got {device}")
+        raise TensorError(f"streams must be on {tables.device} like the tables, got {device}")
     offsets, streams = offsets_of(tile_bytes, section.tiles, streams), streams.contiguous()
     symbols = torch.empty(tokens, table_ids.shape[0], dtype=torch.uint8, device=device)
     statuses = torch.empty(section.tiles, dtype=torch.int32, device=device)

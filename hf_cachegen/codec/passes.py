@@ -1,10 +1,10 @@
-"""The passes over a chunk's values, compiled where there is a compiler, in torch elsewhere: the same numbers.
+"""The passes over a chunk's values, compiled where a compiled library exists, else in torch: the same numbers.
 
-A chunk's rows are [tokens, columns]. The first of every `group_tokens` rows is an anchor where there are anchors; the
-others, all where there are none, are *coded rows*, and "coded rows [first, last)" counts them alone.
+A chunk's rows are [tokens, channels]. With anchors, the first of every `group_tokens` rows is an anchor. All other
+rows are *coded rows*, and "coded rows [first, last)" counts them alone.
 
-Symbols are bytes: an index is symbol + ZERO_INDEX, a digit's index digit + 1. The few base symbols that no byte holds
-stand beside their matrix, which has the nearest byte: `Wide`.
+Symbols are bytes: an index is symbol + ZERO_INDEX, a digit's index is digit + 1. The few base symbols that no byte
+holds are stored beside their matrix, which has the nearest byte: `Wide`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ _BLOCK_COLUMNS = 1024
 
 
 class Grid(NamedTuple):
-    """What makes values symbols: value = symbol x step + mean + anchor of its group.
+    """The mapping between values and symbols: value = symbol x step + mean + anchor of its group.
 
-    anchors: decoded, float32 [groups, columns], or None, then group_tokens is 0. means, steps: float32 [columns].
+    Attributes:
+        anchors: Decoded anchors, float32 [groups, channels]; None without anchors, then group_tokens is 0.
+        group_tokens: Tokens per group.
+        means: float32 [channels].
+        steps: float32 [channels].
     """
 
     anchors: Tensor | None
@@ -39,23 +43,23 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, anchors: Anchors | None, vectors: Tensor, group_tokens: int, means: Tensor, steps: Tensor) -> Grid:
-        """The grid of a chunk with these anchors; vectors int64 [columns] names each column's vector."""
+        """Return the grid of a chunk with these anchors; vectors int64 [channels] is the vector of each channel."""
         values = None if anchors is None else anchors.values(vectors)
         return cls(values, 0 if anchors is None else group_tokens, means, steps)
 
     def to(self, device: torch.device) -> Grid:
-        """On another device."""
+        """Return a copy on another device."""
         anchors = None if self.anchors is None else self.anchors.to(device)
         return Grid(anchors, self.group_tokens, self.means.to(device), self.steps.to(device))
 
     def positions(self, tokens: int) -> Tensor:
-        """int64: where the coded rows stand in a chunk."""
+        """Return the positions of the coded rows in a chunk of `tokens` tokens: int64."""
         position = torch.arange(tokens)
         return position if self.anchors is None else position[position % self.group_tokens != 0]
 
 
 class Wide(NamedTuple):
-    """Indices beyond a byte: positions int64, rising, position = row x columns + column; indices int32."""
+    """Indices beyond a byte: positions int64, ascending, position = row x channels + channel; indices int32."""
 
     positions: Tensor
     indices: Tensor
@@ -65,7 +69,7 @@ NONE_WIDE = Wide(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.i
 
 
 class Symbols(NamedTuple):
-    """Of all coded rows: base uint8 [rows, columns]; digits and their contexts uint8 [levels - 1, rows, columns]."""
+    """Of all coded rows: base uint8 [rows, channels]; digits and their contexts uint8 [levels - 1, rows, channels]."""
 
     base: Tensor
     wide: Wide
@@ -84,16 +88,19 @@ def _chunk(rows: Tensor, grid: Grid) -> native.Chunk:
 
 
 def _differences(rows: Tensor, grid: Grid, which: Tensor | slice) -> Tensor:
-    """Some coded rows less their anchors, float32."""
+    """Return some coded rows minus their anchors, float32."""
     coded = grid.positions(len(rows))[which].to(rows.device)
     y = rows[coded].float()
     return y if grid.anchors is None else y - grid.anchors[coded // grid.group_tokens]
 
 
 def moments(rows: Tensor, grid: Grid, first: int, last: int) -> Tensor:
-    """Sums of y and of its squares over coded rows [first, last), y = value - anchor; float64 [2, columns], on the CPU.
+    """Sum y and its squares over coded rows [first, last), with y = value - anchor.
 
-    In float64, so that the order of addition does not show in the few bits that are kept of them.
+    The sums are float64, so that the order of addition does not affect the few bits that are kept of them.
+
+    Returns:
+        float64 [2, channels], on the CPU.
     """
     if _compiled(rows):
         sums, rows = torch.zeros(2, rows.shape[1], dtype=torch.float64, device=rows.device), rows.contiguous()
@@ -104,7 +111,7 @@ def moments(rows: Tensor, grid: Grid, first: int, last: int) -> Tensor:
 
 
 def quantise(rows: Tensor, grid: Grid, levels: int) -> Symbols:
-    """All coded rows to symbols: on the CPU, or where there is a compiled coder for it on the rows' device."""
+    """Quantise all coded rows to symbols: on the rows' device where a compiled coder exists for it, else on the CPU."""
     if not _compiled(rows):
         return _exact(rows, grid, levels, slice(None))
     rows, device = rows.contiguous(), rows.device
@@ -122,14 +129,14 @@ def quantise(rows: Tensor, grid: Grid, levels: int) -> Symbols:
 
 
 def _exact(rows: Tensor, grid: Grid, levels: int, which: Tensor | slice) -> Symbols:
-    """Some coded rows to symbols, whatever their size."""
+    """Quantise some coded rows to symbols of any size."""
     fine = quantize.fine_symbols(_differences(rows, grid, which) - grid.means, grid.steps).cpu()
     symbols, digits = quantize.split(fine, levels)
     index = symbols + ZERO_INDEX
     base = index.clamp(0, VALUE_SYMBOLS - 1).to(torch.uint8)
-    row, column = (base != index).nonzero(as_tuple=True)
+    row, channel = (base != index).nonzero(as_tuple=True)
     counted = torch.arange(len(grid.positions(len(rows))))[which]
-    wide = Wide(counted[row] * rows.shape[1] + column, index[row, column])
+    wide = Wide(counted[row] * rows.shape[1] + channel, index[row, channel])
     found: list[Tensor] = []
     for digit in digits:
         found += [digit + DIGIT_ZERO, quantize.contexts(symbols)]
@@ -139,40 +146,50 @@ def _exact(rows: Tensor, grid: Grid, levels: int, which: Tensor | slice) -> Symb
 
 
 def restore(rows: Tensor, grid: Grid, first: int, base: Tensor, digits: Sequence[Tensor], wide: Wide) -> None:
-    """Writes the values of coded rows [first, first + len(base)) into rows (of any float dtype, on the CPU).
+    """Write the values of coded rows [first, first + len(base)) into rows.
 
-    base, and each of digits, uint8 [that many rows, columns], contiguous; wide is that of all coded rows.
+    Args:
+        rows: [tokens, channels] of any float dtype, on the CPU.
+        grid: At the step that the symbols have.
+        first: The first coded row to write.
+        base: Indices, uint8 [coded rows to write, channels], contiguous.
+        digits: Indices of each refinement's digits, in the shape of base.
+        wide: The wide symbols of all coded rows of the chunk.
     """
-    last, columns = first + len(base), base.shape[1]
+    last, channels = first + len(base), base.shape[1]
     if _compiled(rows):
         addresses = (ctypes.c_void_p * len(digits))(*(digit.data_ptr() for digit in digits))
         native.call("cg_restore", _chunk(rows, grid), first, last, base, addresses, len(digits), rows)
     else:
-        _place(rows, grid, slice(first, last), slice(None), base.int() - ZERO_INDEX, digits)
+        _store(rows, grid, slice(first, last), slice(None), base.int() - ZERO_INDEX, digits)
     if len(wide.positions):
-        row, column = wide.positions // columns, wide.positions % columns
+        row, channel = wide.positions // channels, wide.positions % channels
         mine = (row >= first) & (row < last)
-        row, column, symbols = row[mine], column[mine], wide.indices[mine] - ZERO_INDEX
-        _place(rows, grid, row, column, symbols, [digit[row - first, column] for digit in digits])
+        row, channel, symbols = row[mine], channel[mine], wide.indices[mine] - ZERO_INDEX
+        _store(rows, grid, row, channel, symbols, [digit[row - first, channel] for digit in digits])
 
 
-def _place(
-    rows: Tensor, grid: Grid, which: Tensor | slice, columns: Tensor | slice, symbols: Tensor, digits: Sequence[Tensor]
+def _store(
+    rows: Tensor, grid: Grid, which: Tensor | slice, channels: Tensor | slice, symbols: Tensor, digits: Sequence[Tensor]
 ) -> None:
     for digit in digits:
         symbols = quantize.refine(symbols, digit.int() - DIGIT_ZERO)
     coded = grid.positions(len(rows))[which]
-    y = symbols * grid.steps[columns] + grid.means[columns]
-    rows[coded, columns] = (y if grid.anchors is None else y + grid.anchors[coded // grid.group_tokens, columns]).to(
+    y = symbols * grid.steps[channels] + grid.means[channels]
+    rows[coded, channels] = (y if grid.anchors is None else y + grid.anchors[coded // grid.group_tokens, channels]).to(
         rows.dtype
     )
 
 
 def contexts_of(symbols: Tensor, zero: int, coarser: Tensor | None = None) -> Tensor:
-    """What a digit's table depends on, uint8: 0 where the coarser symbol is zero, 1 positive, 2 negative.
+    """Return the context that selects a digit's table, uint8: 0 where the coarser symbol is zero, 1 positive, 2
+    negative.
 
-    symbols: indices of base symbols, or of digits, then with the contexts that those digits had: the sign of a refined
-    symbol is that of the coarser one, unless this is zero.
+    Args:
+        symbols: Indices of base symbols, or of digits.
+        zero: The index of symbol 0.
+        coarser: For digits, the contexts that these digits had. The sign of a refined symbol is that of the coarser
+            one, unless this is zero.
     """
     if native.available(symbols.device):
         found = torch.empty_like(symbols)
@@ -183,21 +200,28 @@ def contexts_of(symbols: Tensor, zero: int, coarser: Tensor | None = None) -> Te
 
 
 def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(symbols uint8 [rows, columns] within their bounds, positions int64, rising, on the CPU, of those that were not).
+    """Clamp symbols to the support of their tables.
 
-    low, high: uint8 [columns, contexts], by the context of each symbol.
+    Args:
+        symbols: uint8 [rows, channels].
+        low: Lowest index, uint8 [channels, contexts], by the context of each symbol.
+        high: Highest index, uint8 [channels, contexts].
+        contexts: uint8 [rows, channels], where there are three.
+
+    Returns:
+        The clamped symbols, and the positions of the changed ones: int64, ascending, on the CPU.
     """
     device = symbols.device
     if native.available(device):
         symbols = symbols.contiguous()
         contexts = contexts if contexts is None else contexts.contiguous()
         low, high, inside = low.T.contiguous(), high.T.contiguous(), torch.empty_like(symbols)
-        rows, columns = symbols.shape
-        changed = torch.empty(-(-columns // _BLOCK_COLUMNS), rows, dtype=torch.uint8, device=device)
-        native.call("cg_clamp", symbols, contexts, rows, columns, low, high, inside, changed)
+        rows, channels = symbols.shape
+        changed = torch.empty(-(-channels // _BLOCK_COLUMNS), rows, dtype=torch.uint8, device=device)
+        native.call("cg_clamp", symbols, contexts, rows, channels, low, high, inside, changed)
         block, row = changed.cpu().nonzero(as_tuple=True)
-        column = block[:, None] * _BLOCK_COLUMNS + torch.arange(_BLOCK_COLUMNS)
-        position = (row[:, None] * columns + column)[column < columns].sort().values
+        channel = block[:, None] * _BLOCK_COLUMNS + torch.arange(_BLOCK_COLUMNS)
+        position = (row[:, None] * channels + channel)[channel < channels].sort().values
         there = position.to(device)
         return inside, position[(inside.view(-1)[there] != symbols.view(-1)[there]).cpu()]
     if contexts is None:
@@ -208,10 +232,12 @@ def clamp(symbols: Tensor, low: Tensor, high: Tensor, contexts: Tensor | None = 
 
 
 def count(counts: Tensor, symbols: Tensor, contexts: Tensor | None = None) -> None:
-    """Adds to counts int32 [columns, bins] how often each index occurs in each column of symbols uint8 [rows, columns].
+    """Add to `counts` how often each index occurs in each channel.
 
-    With contexts, uint8 of that shape, the bin is 3 x context + index. counts are on the CPU or with the others, which
-    are on any device.
+    Args:
+        counts: int32 [channels, bins], on the CPU or on the device of the symbols.
+        symbols: uint8 [rows, channels], on any device.
+        contexts: uint8 [rows, channels]. With contexts the bin is 3 x context + index.
     """
     bins, device = counts.shape[1], symbols.device
     if native.available(device):

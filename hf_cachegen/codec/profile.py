@@ -1,13 +1,13 @@
-"""Profile: the arrays that were learnt about one model, so that its caches code small: basis, step and table entries.
+"""Profile: the arrays learnt from one model so that its caches code small: basis, step and table entries.
 
-With x the rows of a group of layers' K (rotation undone) or V less their mean, coefficients are y = x W and rows come
-back as x = y U. F [heads, dim, dim] is how sensitive the model's own continuation is to an error in each head
-(`profiles/learning`), with a floor; U has the eigenvectors of the covariance of x F^(1/2), times F^(-1/2), so W = F U^T
-need not be kept. In this space every coefficient of every layer costs the same divergence per squared error: one step
-serves all.
+Let x be the rows of a group of layers' K (rotation undone) or V, minus their mean. Coefficients are y = x W, and rows
+are restored as x = y U. F [heads, dim, dim] is the sensitivity of the model's own continuation to an error in each head
+(`profiles/learning`), with a floor. U has the eigenvectors of the covariance of x F^(1/2), times F^(-1/2), so W = F U^T
+need not be stored. In this space every coefficient of every layer costs the same divergence per squared error, so one
+step serves all.
 
-A profile is one safetensors file; its digest names it in the side information of the caches that need it. Reading and
-writing such files, and publishing them, is not done here (`hf_cachegen/profiles`).
+A profile is one safetensors file. Its digest names it in the side information of the caches that need it. The package
+`hf_cachegen/profiles` reads, writes and publishes such files.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from hf_cachegen.errors import ProfileError
 
 PROFILE_VERSION = 1
 MAX_HEADER_BYTES = 1 << 25
-"""Of a file's safetensors header: some thousand layers' worth."""
+"""Limit of a file's safetensors header: enough for some thousand layers."""
 LARGEST_NUMBER = 1e15
-"""Of means, sensitivities and frequencies; a real profile's are of order 1, or of its model's keys and values."""
+"""Limit of means, sensitivities and frequencies. Those of a real profile are of order 1, or of its model's keys and
+values.
+"""
 LARGEST_SCALING = 1e3
 RotaryStyle = Literal["none", "half", "interleaved"]
 P = TypeVar("P", bound="Profile")
@@ -42,9 +44,13 @@ P = TypeVar("P", bound="Profile")
 
 @dataclass(frozen=True)
 class Rotary:
-    """The model's rotation of keys, where it is known: channel pairs (i, i + r/2) for "half", (2i, 2i + 1) for
-    "interleaved", of the first r channels of a head, by position times inv_freq float64 [r/2]; keys are also scaled by
-    `scaling`.
+    """The model's rotation of keys, where it is known.
+
+    Attributes:
+        style: The pairs of channels that are rotated, of the first r channels of a head: (i, i + r/2) for "half",
+            (2i, 2i + 1) for "interleaved".
+        inv_freq: float64 [r/2], radians per position.
+        scaling: Keys are also multiplied by this.
     """
 
     style: RotaryStyle
@@ -52,16 +58,16 @@ class Rotary:
     scaling: float = 1.0
 
     def apply(self, keys: Tensor, positions: Tensor, sign: int) -> Tensor:
-        """keys float32 [tokens, heads, dim] rotated (sign 1) or rotated back (sign -1), positions int64 [tokens]."""
+        """Rotate keys float32 [tokens, heads, dim] by sign 1, or back by sign -1, at positions int64 [tokens]."""
         return self.turn(keys, self.angles(positions), sign)
 
     def angles(self, positions: Tensor) -> Tensor:
-        """Cosines and sines at positions int64 [tokens]: float32 [2, tokens, 1, r/2]."""
+        """Return cosines and sines at positions int64 [tokens]: float32 [2, tokens, 1, r/2]."""
         angle = positions.to(torch.float64)[:, None, None] * self.inv_freq.to(positions.device)
         return torch.stack([angle.cos(), angle.sin()]).float()
 
     def turn(self, keys: Tensor, angles: Tensor, sign: int) -> Tensor:
-        """As `apply`, with the angles of the positions already known."""
+        """Rotate keys float32 [tokens, heads, dim] by the given `angles` (sign 1), or back (sign -1)."""
         if self.style == "none":
             return keys
         cos, sin = angles[0], sign * angles[1]
@@ -82,7 +88,9 @@ class Rotary:
 class Group:
     """A joint basis: layers [first, first + count) of K (kind 0) or V (kind 1).
 
-    sensitivity float32 [heads of all its layers, dim, dim]; synthesis float32 [components, channels].
+    Attributes:
+        sensitivity: float32 [heads of all its layers, dim, dim].
+        synthesis: float32 [components, channels].
     """
 
     kind: int
@@ -93,10 +101,10 @@ class Group:
 
     @cached_property
     def analysis(self) -> Tensor:
-        """W = F U^T, float32 [channels, components]."""
+        """The matrix W = F U^T, float32 [channels, components]."""
         heads, dim, _ = self.sensitivity.shape
-        columns = self.synthesis.mT.reshape(heads, dim, -1)
-        return torch.bmm(self.sensitivity, columns).reshape(heads * dim, -1).contiguous()
+        by_head = self.synthesis.mT.reshape(heads, dim, -1)
+        return torch.bmm(self.sensitivity, by_head).reshape(heads * dim, -1).contiguous()
 
 
 class FileHashes(NamedTuple):
@@ -108,20 +116,26 @@ class FileHashes(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes) -> FileHashes:
-        """The hashes of these bytes."""
+        """Hash these bytes."""
         return cls(xxhash.xxh3_128_hexdigest(data), hashlib.sha256(data).hexdigest(), len(data))
 
 
 @dataclass(eq=False)
 class Profile:
-    """Everything that the klt transform needs of one model. Its arrays are constants: what is derived from them is
-    computed once.
+    """The arrays that the klt transform needs of one model. They are constants: derived arrays are computed once.
 
-    means float32 [channels of all layers]; step_code: the finest step, as `codec.quantize` codes it; base_entries uint8
-    [components] and refine_entries uint8 [levels - 1, components] name tables of the shipped codebook; `about` says
-    which model (its fingerprint), from how much text, and the divergence measured at each level; place: the repository
-    and commit (hf://...) that it was loaded from or pushed to, if any, which artifacts made with it will name; read:
-    the hashes of the file that it was read from, if any. `dataclasses.replace` keeps neither of the last two.
+    Attributes:
+        layers: The model's layers.
+        rotary: The rotation of its keys.
+        means: float32 [channels of all layers].
+        groups: The joint bases.
+        step_code: The finest step, in the code of `codec.quantize`.
+        base_entries: uint8 [components]: entries of the shipped codebook.
+        refine_entries: uint8 [levels - 1, components]: entries of the shipped codebook.
+        about: The model (its fingerprint), the amount of text, and the divergence measured at each level.
+        place: The repository and commit (hf://...) that it was loaded from or pushed to, if any. Artifacts that are
+            made with it name them. `dataclasses.replace` drops it.
+        read: The hashes of the file that it was read from, if any. `dataclasses.replace` drops them.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -137,11 +151,13 @@ class Profile:
 
     @property
     def levels(self) -> int:
+        """Number of levels that it has table entries for."""
         return 1 + len(self.refine_entries)
 
     @property
     def divergences(self) -> list[float] | None:
-        """KL of each level, nats per token of the samples that were held out when learning; None if it does not say."""
+        """KL of each level, nats per token of the samples held out when learning; None if `about` does not contain it.
+        """
         measured = self.about.get("measured")
         rows = measured if isinstance(measured, list) else []
         found = [kl for row in rows if isinstance(row, dict) and isinstance(kl := row.get("kl"), float)]
@@ -150,12 +166,12 @@ class Profile:
 
     @property
     def entries(self) -> Tensor:
-        """uint8 [levels, components]: the table entries of the base and of each refinement."""
+        """The table entries of the base and of each refinement, uint8 [levels, components]."""
         return torch.cat([self.base_entries[None], self.refine_entries])
 
     @property
     def model(self) -> str:
-        """Name of the model, "" where the profile does not say."""
+        """Name of the model; "" if it is unknown."""
         return str(self.about.get("model") or "")
 
     @property
@@ -165,11 +181,11 @@ class Profile:
 
     @cached_property
     def hashes(self) -> FileHashes:
-        """Of the file that it was read from, else of the one that `to_bytes` gives."""
+        """Hashes of the file that it was read from, else of the bytes that `to_bytes` returns."""
         return self.read or FileHashes.of(self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The file. The basis is kept in float16; its numbers are of order 1."""
+        """Return the file. The basis is stored in float16; its numbers are of order 1."""
         tensors = {
             "means": self.means, "inv_freq": self.rotary.inv_freq, "base_entries": self.base_entries,
             "refine_entries": self.refine_entries,
@@ -192,21 +208,26 @@ class Profile:
 
     @classmethod
     def from_bytes(cls: type[P], data: bytes, place: str | None = None) -> P:
-        """Read the bytes of a file; place: its repository and commit, if any.
+        """Read the bytes of a file.
 
-        Raises ProfileError for bytes that are no profile, or one that contradicts itself.
+        Args:
+            data: The file.
+            place: Its repository and commit (hf://...), if any.
+
+        Raises:
+            ProfileError: The bytes are no profile, or contradict themselves.
         """
         try:
             length = int.from_bytes(data[:8], "little")
             if length > MAX_HEADER_BYTES:
-                raise ProfileError(f"a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
+                raise ProfileError(f"its header may have at most {MAX_HEADER_BYTES} bytes, got {length}")
             header = json.loads(data[8 : 8 + length])
             described = json.loads(header["__metadata__"]["cachegen_profile"])
             tensors = load_tensors(data)
             if any(x.dtype != torch.float16 for name, x in tensors.items() if name.startswith("synthesis-")):
-                raise ProfileError("the basis must be float16")
+                raise ProfileError("its basis must be float16")
             if described["version"] != PROFILE_VERSION:
-                raise ProfileError(f"a profile of version {described['version']}; this release reads {PROFILE_VERSION}")
+                raise ProfileError(f"expected version {PROFILE_VERSION}, got version {described['version']}")
             groups = tuple(
                 Group(int(kind), int(first), int(count), tensors[f"sensitivity-{i}"], tensors[f"synthesis-{i}"].float())
                 for i, (kind, first, count) in enumerate(described["groups"])
@@ -218,22 +239,22 @@ class Profile:
                 tensors["refine_entries"], dict(described["about"]),
             )  # fmt: skip
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise ProfileError(f"this is not a profile: {error}") from error
+            raise ProfileError(f"these bytes are not a profile: {error}") from error
         profile._check()
         profile.read, profile.place = FileHashes.of(data), place
         return profile
 
     def _check(self) -> None:
-        """Raises ProfileError unless shapes and dtypes fit each other."""
+        """Raise ProfileError unless shapes and dtypes fit each other."""
         channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         components, covered = 0, []
         sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
         for group in self.groups:
             inside = group.kind in (0, 1) and 0 <= group.first < group.first + group.count <= len(channels)
-            places = (
+            shapes = (
                 [c[2 * group.kind :][:2] for c in channels[group.first : group.first + group.count]] if inside else []
             )
-            heads, dims = sum(h for h, _ in places), {d for _, d in places}
+            heads, dims = sum(h for h, _ in shapes), {d for _, d in shapes}
             shape = tuple(group.sensitivity.shape)
             sound &= len(dims) == 1 and shape == (heads, *dims, *dims) and group.synthesis.dim() == 2
             sound = sound and group.synthesis.shape[1] == heads * shape[1]
@@ -244,7 +265,7 @@ class Profile:
             sound = sound and group.sensitivity.dtype == torch.float32 and _moderate(group.sensitivity)
             sound = sound and bool(torch.isfinite(group.synthesis).all())
             if not sound:
-                break  # each group costs its layers: as many as it has bytes for, and no more
+                break  # stop here: the work stays in proportion to the bytes of the file
         width = sum(h * d + vh * vd for h, d, vh, vd in channels)
         sound = sound and sorted(covered) == [(kind, layer) for kind in (0, 1) for layer in range(len(channels))]
         sound = sound and tuple(self.means.shape) == (width,) and self.means.dtype == torch.float32
@@ -255,7 +276,7 @@ class Profile:
             raise ProfileError("this profile contradicts itself: the shapes of its tensors do not fit its layers")
 
     def _rotary_is_sound(self) -> bool:
-        """Whether it turns channels that all layers' keys have, by angles and a scale that are numbers."""
+        """Return whether it rotates channels that all layers' keys have, by finite angles and a moderate scale."""
         rotary, narrowest = self.rotary, min((layer.k_dim for layer in self.layers), default=0)
         fits = rotary.inv_freq.dim() == 1 and 2 * rotary.inv_freq.numel() <= narrowest
         fits = fits and rotary.inv_freq.dtype == torch.float64 and _moderate(rotary.inv_freq)
@@ -264,12 +285,12 @@ class Profile:
 
 
 def _moderate(x: Tensor) -> bool:
-    """Whether all its numbers are finite, and none absurd."""
+    """Return whether all numbers are finite and at most LARGEST_NUMBER."""
     return bool((x.abs() <= LARGEST_NUMBER).all())
 
 
 def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:
-    """Raises ProfileError unless the profile is of a model with these layers."""
+    """Raise ProfileError unless the profile is of a model with these layers."""
     if tuple(layers) != profile.layers:
         raise ProfileError(
             f"the profile is of {profile.about.get('model', 'another model')!r}, whose layers differ from this "

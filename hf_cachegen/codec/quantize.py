@@ -1,10 +1,10 @@
 """Nested uniform quantisation: one fine symbol, read at any of its levels.
 
-A value y is rounded once, at the finest step: f = round(y / step). Level l of n sees f at a step 3^(n - l) times
-coarser. Because boundaries of a mid-tread quantiser of step 3s are boundaries of the one of step s, the coarse symbol
-is a function of the fine one, c = floor((f + 1) / 3), and what is missing is one digit in {-1, 0, 1}: f = 3c + d. So
-a base of coarse symbols and one ternary refinement a level cost together what the fine symbols alone would (CacheGen,
-section 5.3, has one stream per level instead).
+A value y is rounded once, at the finest step: f = round(y / step). Level l of n has a step 3^(n - l) times as large.
+The decision boundaries of a mid-tread quantiser of step 3s are also boundaries of the one of step s. So the coarse
+symbol is a function of the fine one, c = floor((f + 1) / 3), and the difference is one digit in {-1, 0, 1}: f = 3c + d.
+A base of coarse symbols and one ternary refinement per level together cost what the fine symbols alone would.
+(CacheGen, section 5.3, has one stream per level instead.)
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ STEPS_PER_OCTAVE = 4
 UNIT_CODE = 160
 """A step is one byte, code -> 2^((code - 160) / 4): from 2^-40, far below any cache's spread, to 2^23."""
 MEANS_PER_STEP = 16
-"""A mean is an int16 multiple of this part of the coarsest step."""
+"""A mean is an int16 multiple of 1/16 of the coarsest step."""
 LARGEST_MEAN = 2**15 - 1
 
 RATIO = 3
-"""Steps of adjacent levels differ by this factor; odd, so that the levels nest."""
+"""Ratio of the steps of adjacent levels; odd, so that the levels nest."""
 LARGEST_SYMBOL = 2**30
-"""Fine symbols are int32; a larger one says that a column's step is absurd for its values."""
+"""Fine symbols are int32. A larger one means that a channel's step does not fit its values."""
 
 
 def fine_symbols(y: Tensor, step: Tensor) -> Tensor:
-    """round(y / step) as int32, clamped to +-LARGEST_SYMBOL. y float32 [tokens, columns], step float32 [columns]."""
+    """Return round(y / step) as int32, clamped to +-LARGEST_SYMBOL. y float32 [tokens, channels], step float32
+    [channels].
+    """
     return (y / step).round_().clamp_(-LARGEST_SYMBOL, LARGEST_SYMBOL).to(torch.int32)
 
 
 def split(fine: Tensor, levels: int) -> tuple[Tensor, list[Tensor]]:
-    """Fine symbols to (base symbols, digits of each refinement, coarse to fine); all int32 of one shape."""
+    """Split fine symbols into (base symbols, digits of each refinement from coarse to fine); all int32 of one shape."""
     digits = []
     for _ in range(levels - 1):
         coarse = torch.div(fine + 1, RATIO, rounding_mode="floor")
@@ -41,27 +43,30 @@ def split(fine: Tensor, levels: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def refine(symbols: Tensor, digits: Tensor) -> Tensor:
-    """Symbols one level finer."""
+    """Return the symbols one level finer."""
     return RATIO * symbols + digits
 
 
 def contexts(symbols: Tensor) -> Tensor:
-    """What a refinement's table depends on: 0 where the coarser symbol is zero, 1 positive, 2 negative. uint8."""
+    """Return the context that selects a refinement's table: 0 where the coarser symbol is zero, 1 positive, 2 negative;
+    uint8.
+    """
     return (symbols > 0).to(torch.uint8) + 2 * (symbols < 0).to(torch.uint8)
 
 
 def step_factor(level: int, levels: int) -> int:
-    """Step of `level` in units of the finest step."""
+    """Return the step of `level` in units of the finest step."""
     return int(RATIO ** (levels - level))
 
 
 def step_codes(steps: Tensor) -> Tensor:
-    """The codes nearest to these steps, float64 and positive; uint8. Steps beyond the grid get its nearest end."""
+    """Return the codes nearest to these steps, float64 and positive; uint8. Steps beyond the grid get its nearest end.
+    """
     return ((steps.log2() * STEPS_PER_OCTAVE).round() + UNIT_CODE).clamp(0, 255).to(torch.uint8)
 
 
 def steps_of(codes: Tensor) -> Tensor:
-    """The steps, float32, the same on every machine: exact powers of two times one of four constants."""
+    """Return the steps, float32, equal on every machine: exact powers of two times one of four constants."""
     quarters = codes.to(torch.int64) - UNIT_CODE
     fraction = torch.tensor([2.0 ** (i / STEPS_PER_OCTAVE) for i in range(STEPS_PER_OCTAVE)])
     return torch.ldexp(fraction[quarters % STEPS_PER_OCTAVE], quarters.div(STEPS_PER_OCTAVE, rounding_mode="floor"))

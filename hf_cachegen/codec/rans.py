@@ -1,9 +1,9 @@
-"""Symbols to streams and back: the one door to the entropy coders.
+"""Code symbols to streams and back: the interface to the entropy coders.
 
-A *section* is a matrix of symbol indices uint8 [tokens, columns]. It is coded as *tiles* of up to TILE_COLUMNS adjacent
-columns and all tokens; each tile is a stream of its own. Every column has one table, or three, of which `contexts`
-picks one per symbol. Which implementation runs is no part of the format: the native coder and `rans_reference.py`
-(where a stream is spelt out) give the same bytes.
+A *section* is a matrix of symbol indices, uint8 [tokens, channels]. It is coded as *tiles* of up to TILE_COLUMNS
+adjacent channels and all tokens. Each tile is one stream. Every channel has one table, or three of which `contexts`
+selects one per symbol. The format does not depend on the implementation: the native coder and `rans_reference.py`
+(which defines a stream) produce the same bytes.
 
 Errors: ConfigError and TensorError for arguments that cannot be coded; TruncatedError and CorruptError for streams that
 no encoder wrote. Hostile streams, table ids and contexts end in one of these, never in undefined behaviour.
@@ -23,7 +23,10 @@ from hf_cachegen.codec import native, ops, rans_reference, torchac_coder
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
 Backend = Literal["native", "scalar", "avx2", "avx512", "reference"]
-"""The compiled coder at its best or on one instruction set (see codec/native.py), or the readable one."""
+""""native" is the compiled coder with the best instruction set, the next three name one (codec/native.py), "reference"
+is
+the readable coder.
+"""
 _ISAS = {"native": native.Isa.BEST, **{isa.name.lower(): isa for isa in native.Isa if isa}}
 _SLOW: dict[str, Any] = {"reference": rans_reference, "torchac": torchac_coder}
 TILE_COLUMNS = ops.TILE_COLUMNS
@@ -37,12 +40,16 @@ MAX_FREQUENCY = 4095
 
 
 class Tables:
-    """Integer frequencies that coders share; compared by identity, because coders keep what they derive from one.
+    """Integer frequencies shared by the coders. Compared by identity, because coders cache what they derive from them.
 
-    frequencies: integers [n_tables, n_symbols], kept as int32; a row sums to 2^prob_bits, none is above MAX_FREQUENCY.
-    prob_bits: 10 to 12.
+    Args:
+        frequencies: Integers [n_tables, n_symbols], kept as int32. A row sums to 2^prob_bits, none is above
+            MAX_FREQUENCY.
+        prob_bits: 10 to 12.
 
-    Raises ConfigError or TensorError for others.
+    Raises:
+        ConfigError: prob_bits is out of range.
+        TensorError: The frequencies have another dtype, shape, range or sum.
     """
 
     def __init__(self, frequencies: Tensor, prob_bits: int):
@@ -57,16 +64,16 @@ class Tables:
         frequencies = frequencies.detach().to("cpu", torch.int64)
         least, most = int(frequencies.min()), int(frequencies.max())
         if least < 0 or most > MAX_FREQUENCY:
-            raise TensorError(f"frequencies must lie in 0..{MAX_FREQUENCY}, got {least}..{most}")
+            raise TensorError(f"frequencies must be within 0..{MAX_FREQUENCY}, got {least}..{most}")
         wrong = (frequencies.sum(1) != 1 << prob_bits).nonzero().flatten().tolist()
         if wrong:
             total = int(frequencies[wrong[0]].sum())
-            raise TensorError(f"table {wrong[0]} sums to {total}, not to 2^{prob_bits}")
+            raise TensorError(f"the frequencies of table {wrong[0]} must sum to 2^{prob_bits}, got {total}")
         self.frequencies, self.prob_bits = frequencies.to(torch.int32), prob_bits
 
     @cached_property
     def native(self) -> Tensor:
-        """What the compiled coder looks up: opaque uint8 [bytes], built once, free to be copied to a device."""
+        """The lookup tables of the compiled coder: opaque uint8 [bytes], built once; may be copied to a device."""
         return native.build_tables(self.frequencies, self.prob_bits)
 
     @cached_property
@@ -74,15 +81,15 @@ class Tables:
         return {torch.device("cpu"): self.native}
 
     def on(self, device: torch.device) -> Tensor:
-        """`native` on a device."""
+        """Return `native` on a device, copied there once."""
         if device not in self._elsewhere:
             self._elsewhere[device] = self.native.to(device)
         return self._elsewhere[device]
 
 
-def tile_count(columns: int) -> int:
-    """Tiles of a section that has tokens; one without tokens has no tiles."""
-    return -(-columns // TILE_COLUMNS)
+def tile_count(channels: int) -> int:
+    """Return the number of tiles of a section with tokens. A section without tokens has no tiles."""
+    return -(-channels // TILE_COLUMNS)
 
 
 def encode(
@@ -93,16 +100,25 @@ def encode(
     coder: str = "rans",
     backend: Backend | None = None,
 ) -> list[bytes]:
-    """One stream per tile.
+    """Encode a section to one stream per tile.
 
-    symbols: uint8 [tokens, columns], on any device. table_ids: uint8 [columns, 1 or 3], on the CPU. contexts: uint8
-    [tokens, columns], 0 to 2, with the symbols, given if and only if there are three ids. coder: "rans" or
-    "torchac". backend: None takes the best implementation of rans; a name forces it.
+    Args:
+        symbols: uint8 [tokens, channels], on any device.
+        tables: The tables that the ids refer to.
+        table_ids: uint8 [channels, 1 or 3], on the CPU.
+        contexts: uint8 [tokens, channels], 0 to 2, on the symbols' device; given if and only if there are three ids.
+        coder: "rans" or "torchac".
+        backend: Name of the implementation of rans. None: the best one.
 
-    Raises TensorError for a symbol that has no frequency in its table.
+    Returns:
+        The streams.
+
+    Raises:
+        TensorError: A symbol has no frequency in its table, or the arguments do not fit together.
+        ConfigError: The coder or the backend is unknown.
     """
     if symbols.dim() != 2:
-        raise TensorError(f"symbols must be [tokens, columns], got {tuple(symbols.shape)}")
+        raise TensorError(f"symbols must be [tokens, channels], got {tuple(symbols.shape)}")
     if not native.available(device := symbols.device):
         device, symbols, contexts = _CPU, symbols.cpu(), contexts if contexts is None else contexts.cpu()
     _require_bytes("symbols", symbols, (symbols.shape[0], symbols.shape[1]), device)
@@ -127,24 +143,43 @@ def decode(
     coder: str = "rans",
     backend: Backend | None = None,
 ) -> Tensor:
-    """The inverse of `encode`: uint8 [tokens, columns], from streams back to back and the size of each."""
+    """Decode the streams of a section. Inverse of `encode`.
+
+    Args:
+        streams: The streams, one after the other.
+        tile_bytes: Bytes of each stream.
+        tokens: Number of tokens of the section.
+        tables: The tables that the ids refer to.
+        table_ids: uint8 [channels, 1 or 3], on the CPU.
+        contexts: uint8 [tokens, channels], 0 to 2; given if and only if there are three ids.
+        coder: "rans" or "torchac".
+        backend: Name of the implementation of rans. None: the best one.
+
+    Returns:
+        uint8 [tokens, channels], on the CPU.
+
+    Raises:
+        TruncatedError, CorruptError: No encoder wrote these streams.
+        TensorError: The arguments do not fit together.
+        ConfigError: The coder or the backend is unknown.
+    """
     if tokens < 0:
         raise TensorError(f"tokens must be at least 0, got {tokens}")
-    columns = table_ids.shape[0] if table_ids.dim() else 0
-    _check_side(tokens, columns, table_ids, contexts)
-    tiles = tile_count(columns) if tokens else 0
+    channels = table_ids.shape[0] if table_ids.dim() else 0
+    _check_side(tokens, channels, table_ids, contexts)
+    tiles = tile_count(channels) if tokens else 0
     if len(tile_bytes) != tiles or any(size < 0 for size in tile_bytes):
-        raise CorruptError(f"{tiles} tiles of {columns} columns need as many sizes, got {list(tile_bytes)[:8]}")
+        raise CorruptError(f"expected the sizes of {tiles} tiles for {channels} channels, got {list(tile_bytes)[:8]}")
     data = memoryview(streams).cast("B")
     if sum(tile_bytes) > len(data):
         raise TruncatedError(f"streams of {sum(tile_bytes)} bytes expected, {len(data)} found")
     if sum(tile_bytes) < len(data):
         raise CorruptError(f"streams of {sum(tile_bytes)} bytes expected, {len(data)} found")
-    if tokens == 0 or columns == 0:
-        return torch.empty(tokens, columns, dtype=torch.uint8)
+    if tokens == 0 or channels == 0:
+        return torch.empty(tokens, channels, dtype=torch.uint8)
     chosen = _choose(coder, backend)
     if chosen in _ISAS:
-        writable = bytearray(data) if data.readonly else data  # torch takes no other
+        writable = bytearray(data) if data.readonly else data  # torch.frombuffer needs a writable buffer
         packed = torch.frombuffer(writable or bytearray(1), dtype=torch.uint8)[: len(data)]
         sizes = torch.tensor(list(tile_bytes), dtype=torch.int64)
         isa = _ISAS[chosen]
@@ -173,15 +208,15 @@ def _choose(coder: str, backend: str | None) -> str:
 
 
 def _check_side(
-    tokens: int, columns: int, table_ids: Tensor, contexts: Tensor | None, device: torch.device = _CPU
+    tokens: int, channels: int, table_ids: Tensor, contexts: Tensor | None, device: torch.device = _CPU
 ) -> None:
     if table_ids.dim() != 2 or table_ids.shape[1] not in (1, 3):
-        raise TensorError(f"table_ids must be [columns, 1 or 3], got {tuple(table_ids.shape)}")
-    _require_bytes("table_ids", table_ids, (columns, table_ids.shape[1]), _CPU)
+        raise TensorError(f"table_ids must be [channels, 1 or 3], got {tuple(table_ids.shape)}")
+    _require_bytes("table_ids", table_ids, (channels, table_ids.shape[1]), _CPU)
     if (contexts is not None) != (table_ids.shape[1] == 3):
-        raise TensorError("contexts are given if and only if every column has three table ids")
+        raise TensorError("contexts must be given if and only if every channel has three table ids")
     if contexts is not None:
-        _require_bytes("contexts", contexts, (tokens, columns), device)
+        _require_bytes("contexts", contexts, (tokens, channels), device)
 
 
 def _require_bytes(name: str, tensor: Tensor, shape: tuple[int, int], device: torch.device) -> None:

@@ -1,15 +1,15 @@
-"""The rANS coder, slow and readable: what a stream is, in numpy. The native coder gives the same bytes.
+"""The rANS coder in numpy, slow and readable. It defines a stream. The native coder produces the same bytes.
 
-Twists:
-1. The encoder runs backwards, last symbol first, so that the decoder reads forwards.
-2. A tile of w columns has up to 32 lanes, each one 32-bit state in [2^15, 2^31). Lane l owns the per_lane =
-   ceil(w / 32) columns from l * per_lane on (the last lane maybe fewer): they share the 24 bits that a state costs.
-3. The lanes share one sequence of 16-bit words: after each step (token t, the c-th column of every lane that has one),
+Conventions:
+1. The encoder runs backwards from the last symbol, so that the decoder reads forwards.
+2. A tile of w channels has up to 32 lanes. Each lane is one 32-bit state in [2^15, 2^31). Lane l owns the per_lane =
+   ceil(w / 32) channels from l * per_lane on (the last lane may have fewer). They share the 24 bits that a state costs.
+3. The lanes share one sequence of 16-bit words. After each step (token t, the c-th channel of every lane that has one),
    the lanes whose state fell below 2^15 take one word each, in lane order.
-4. The encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, was given other
-   bytes: a check that costs nothing. It is no checksum: a flipped bit in a lane's last word may make another valid
-   stream (one in some thousands), so whoever stores streams adds one.
-5. States stay in range whatever the words are, if the first ones are: a decoder checks nothing else on its way.
+4. The encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, reports corrupt
+   bytes. This check costs nothing, but it is no checksum: a flipped bit in a lane's last word can give another valid
+   stream (one in some thousands). Code that stores streams must add a checksum.
+5. States stay in range for any words if the initial states are in range. The decoder needs no other check in its loop.
 
     stream = u32 state[lanes]; u16 word[...]        little-endian
 
@@ -36,7 +36,7 @@ Array = NDArray[Any]
 
 
 class Side(NamedTuple):
-    """What both directions need beside the symbols; shapes as in `rans.encode`, and checked there."""
+    """The inputs of both directions beside the symbols. `rans.encode` defines and checks their shapes."""
 
     frequencies: Array
     prob_bits: int
@@ -45,16 +45,16 @@ class Side(NamedTuple):
 
 
 class _Tiles:
-    """Adjacent tiles of one width: which lane owns which column, every symbol's table, and what became of each tile."""
+    """Adjacent tiles of one width: the lane of each channel, the table of each symbol, and the status of each tile."""
 
-    def __init__(self, side: Side, first_column: int, count: int, width: int):
-        self.columns = slice(first_column, first_column + count * width)
+    def __init__(self, side: Side, first_channel: int, count: int, width: int):
+        self.channels = slice(first_channel, first_channel + count * width)
         self.shape = (count, width)
         self.per_lane = -(-width // LANES)
         self.lanes = -(-width // self.per_lane)
         self.head_bytes = 4 * self.lanes
         self.status = np.zeros(count, dtype=np.int32)
-        self.ids = side.table_ids[self.columns].astype(np.int64).reshape(count, width, -1)
+        self.ids = side.table_ids[self.channels].astype(np.int64).reshape(count, width, -1)
         self.contexts = None if side.contexts is None else self.split(side.contexts)
         if self.contexts is not None:
             bad = (self.contexts > 2).any(axis=(0, 2))
@@ -65,21 +65,23 @@ class _Tiles:
         self.ids[bad] = 0
 
     def fail(self, tiles: Array | np.bool_, status: TileStatus) -> None:
-        """The first failure of a tile stands."""
+        """Set the status of tiles that have not failed before."""
         self.status[tiles & (self.status == TileStatus.OK)] = status
 
     def split(self, matrix: Array) -> Array:
-        """[tokens, all columns] to [tokens, tile, width]."""
-        return matrix[:, self.columns].astype(np.int64).reshape(len(matrix), *self.shape)
+        """Reshape [tokens, all channels] to [tokens, tile, width]."""
+        return matrix[:, self.channels].astype(np.int64).reshape(len(matrix), *self.shape)
 
     def step(self, t: int, c: int) -> tuple[slice, Array, Array]:
-        """The lanes that have a c-th column, those columns, and the tables [tile, lane] of their symbols of token t."""
-        columns: Array = np.arange(self.lanes) * self.per_lane + c
-        columns = columns[columns < self.shape[1]]
-        ids = self.ids[:, columns]
-        chosen = 0 if self.contexts is None else self.contexts[t][:, columns, None]
+        """Return the lanes that have a c-th channel, those channels, and the tables [tile, lane] of their symbols of
+        token t.
+        """
+        channels: Array = np.arange(self.lanes) * self.per_lane + c
+        channels = channels[channels < self.shape[1]]
+        ids = self.ids[:, channels]
+        chosen = 0 if self.contexts is None else self.contexts[t][:, channels, None]
         table = np.take_along_axis(ids, np.broadcast_to(chosen, (*ids.shape[:2], 1)), axis=2)[:, :, 0]
-        return slice(len(columns)), columns, table
+        return slice(len(channels)), channels, table
 
 
 def _by_width(side: Side) -> Iterator[_Tiles]:
@@ -91,7 +93,7 @@ def _by_width(side: Side) -> Iterator[_Tiles]:
 
 
 def encode(symbols: Array, side: Side) -> list[bytes]:
-    """uint8 [tokens, columns] to one stream per tile. Raises TensorError for what cannot be encoded."""
+    """Encode uint8 [tokens, channels] to one stream per tile. Raises TensorError for symbols that cannot be encoded."""
     n_tables, n_symbols = side.frequencies.shape
     frequencies = np.zeros((n_tables, 256), dtype=np.int64)  # a symbol beyond a table has no frequency there
     frequencies[:, :n_symbols] = side.frequencies
@@ -110,8 +112,8 @@ def _encode_tiles(tiles: _Tiles, symbols: Array, frequencies: Array, starts: Arr
     given = np.zeros(words.shape, dtype=bool)
     for t in reversed(range(tokens)):
         for c in reversed(range(tiles.per_lane)):
-            lanes, columns, table = tiles.step(t, c)
-            f, start = (array[table, split[t][:, columns]] for array in (frequencies, starts))
+            lanes, channels, table = tiles.step(t, c)
+            f, start = (array[table, split[t][:, channels]] for array in (frequencies, starts))
             tiles.fail((f == 0).any(1), TileStatus.BAD_SYMBOL)
             f = np.maximum(f, 1)
             x = state[:, lanes]
@@ -125,7 +127,7 @@ def _encode_tiles(tiles: _Tiles, symbols: Array, frequencies: Array, starts: Arr
 
 
 def decode(streams: Sequence[memoryview], tokens: int, side: Side) -> Array:
-    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError or CorruptError."""
+    """Decode one stream per tile to uint8 [tokens, channels]. Raises TruncatedError or CorruptError."""
     frequencies = side.frequencies.astype(np.int64)
     starts = frequencies.cumsum(1) - frequencies
     symbol_of = np.stack([np.repeat(np.arange(len(row)), row) for row in frequencies])  # [table, slot]
@@ -134,14 +136,14 @@ def decode(streams: Sequence[memoryview], tokens: int, side: Side) -> Array:
     for tiles in _by_width(side):
         mine = streams[len(status) : len(status) + tiles.shape[0]]
         decoded = _decode_tiles(tiles, mine, tokens, frequencies, starts, symbol_of, side.prob_bits)
-        symbols[:, tiles.columns] = decoded.reshape(tokens, -1)
+        symbols[:, tiles.channels] = decoded.reshape(tokens, -1)
         status += tiles.status.tolist()
     check_decoded(status)
     return symbols
 
 
 def _heads_and_words(tiles: _Tiles, streams: Sequence[memoryview]) -> tuple[Array, list[Array]]:
-    """Initial states [tile, lane] and each tile's words; those of a tile that fails here are made up, and harmless."""
+    """Return the initial states [tile, lane] and each tile's words; valid substitutes for a tile that fails here."""
     size = np.array([len(stream) for stream in streams])
     tiles.fail(size < tiles.head_bytes, TileStatus.TRUNCATED)
     tiles.fail(size % 2 != 0, TileStatus.CORRUPT)
@@ -163,13 +165,13 @@ def _decode_tiles(
     prob_bits: int,
 ) -> Array:
     state, per_tile = _heads_and_words(tiles, streams)
-    words = np.concatenate([*per_tile, np.zeros(1, "<u2")]).astype(np.int64)  # the last one stands for all past an end
+    words = np.concatenate([*per_tile, np.zeros(1, "<u2")]).astype(np.int64)  # the last one is read past an end
     end = np.cumsum([len(w) for w in per_tile])
     cursor = end - [len(w) for w in per_tile]
     symbols = np.empty((tokens, *tiles.shape), dtype=np.uint8)
     for t in range(tokens):
         for c in range(tiles.per_lane):
-            lanes, columns, table = tiles.step(t, c)
+            lanes, channels, table = tiles.step(t, c)
             x = state[:, lanes]
             slot = x & ((1 << prob_bits) - 1)
             symbol = symbol_of[table, slot]
@@ -179,7 +181,7 @@ def _decode_tiles(
             word = words[np.where(low & (at < end[:, None]), at, -1)]
             state[:, lanes] = np.where(low, x << WORD_BITS | word, x)
             cursor = cursor + low.sum(1)
-            symbols[t][:, columns] = symbol
+            symbols[t][:, channels] = symbol
     tiles.fail(cursor > end, TileStatus.TRUNCATED)
     tiles.fail((state != MIN_STATE).any(1) | (cursor != end), TileStatus.CORRUPT)
     return symbols

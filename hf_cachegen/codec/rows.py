@@ -1,4 +1,4 @@
-"""Tensors <-> rows: keys and values per layer, [batch, heads, tokens, dim], and chunks as matrices [tokens, channels].
+"""Convert keys and values per layer, [batch, heads, tokens, dim], to chunks as matrices [tokens, channels], and back.
 
 The channels of a row: layer 0's K, its V, layer 1's K, ..., each by batch, head, dim.
 """
@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.chunk import Columns, Span
+from hf_cachegen.codec.chunk import Channels, Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.errors import TensorError
@@ -20,8 +20,12 @@ from hf_cachegen.errors import TensorError
 class ContextRows:
     """A context's keys and values as rows, one chunk in memory at a time.
 
-    keys[i] [batch, heads, tokens, k_dim] and values[i] [batch, v_heads, tokens, v_dim] of layer i: of one dtype, on any
-    devices. geometry: theirs. spans: the chunks to give. whole: the context that these are some chunks of.
+    Args:
+        keys: Of layer i [batch, heads, tokens, k_dim]; all of one dtype, on any devices.
+        values: Of layer i [batch, v_heads, tokens, v_dim], in the dtype of the keys.
+        geometry: Of these tensors.
+        spans: The chunks to iterate over.
+        whole: The whole context, if these are only some of its chunks.
     """
 
     def __init__(
@@ -29,21 +33,22 @@ class ContextRows:
         whole: ContextRows | None = None,
     ):  # fmt: skip
         self.keys, self.values, self.geometry, self.spans = keys, values, geometry, spans
-        self.columns = Columns.of(geometry)
+        self.channels = Channels.of(geometry)
         self._whole = whole
 
     def chunks(self) -> Iterator[tuple[Tensor, Span]]:
-        """(rows [tokens, channels] on layer 0's device, span) of every chunk, from the first at each call."""
+        """Yield (rows [tokens, channels] on layer 0's device, span) of every chunk, from the first at each call."""
         for span in self.spans:
             yield gather(self.keys, self.values, span), span
 
     def only(self, chunks: Sequence[int]) -> ContextRows:
-        """The same context with these chunks alone; the rest still shows in `sinks` and `first_token`."""
+        """Return the same context with these chunks only. `sinks` and `first_token` still depend on the whole context.
+        """
         return ContextRows(self.keys, self.values, self.geometry, [self.spans[index] for index in chunks], self)
 
     @cached_property
     def sinks(self) -> Tensor:
-        """Positions of the attention sinks, int64, rising, on the CPU; found when first asked for."""
+        """Positions of the attention sinks, int64, ascending, on the CPU. Computed at the first access."""
         return find_sinks(self.keys) if self._whole is None else self._whole.sinks
 
     @property
@@ -53,18 +58,25 @@ class ContextRows:
 
 
 def spans_of(tokens: int, chunk_tokens: int) -> list[Span]:
-    """The chunks of a context."""
+    """Return the chunks of a context."""
     return [Span(first, min(chunk_tokens, tokens - first), tokens) for first in range(0, tokens, chunk_tokens)]
 
 
 def geometry_of(keys: Sequence[Tensor], values: Sequence[Tensor], layers: Sequence[LayerGeometry] | None) -> Geometry:
-    """The geometry of these tensors; layers: that of their layers, where they are not all of kind "full".
+    """Return the geometry of these tensors.
 
-    Raises TensorError for tensors that do not fit together, or do not fit the layers.
+    Args:
+        keys: Of layer i [batch, heads, tokens, k_dim].
+        values: Of layer i [batch, v_heads, tokens, v_dim].
+        layers: The layers' geometry, where they are not all of kind "full".
+
+    Raises:
+        TensorError: The tensors do not fit together, or do not fit the layers.
     """
     if not keys or len(keys) != len(values) or (layers is not None and len(layers) != len(keys)):
         raise TensorError(
-            f"{len(keys)} keys and {len(values)} values; there must be one of each per layer, and a layer"
+            f"expected one key tensor and one value tensor per layer, got {len(keys)} keys and {len(values)} values"
+            + ("" if layers is None else f" for {len(layers)} layers")
         )
     found, first = [], keys[0]
     for index, (k, v) in enumerate(zip(keys, values, strict=True)):
@@ -77,22 +89,25 @@ def geometry_of(keys: Sequence[Tensor], values: Sequence[Tensor], layers: Sequen
         shape = {"heads": k.shape[1], "k_dim": k.shape[3], "v_heads": v.shape[1], "v_dim": v.shape[3]}
         layer = LayerGeometry("full", **shape) if layers is None else layers[index]
         if any(getattr(layer, name) != value for name, value in shape.items()):
-            raise TensorError(f"layer {index}: the tensors have {shape}, the geometry given says {layer}")
+            raise TensorError(f"layer {index}: expected tensors of {layer}, got {shape}")
         found.append(layer)
     dtype = str(first.dtype).removeprefix("torch.")
     return Geometry(tuple(found), tokens=first.shape[2], batch=first.shape[0], dtype=dtype)
 
 
 def gather(keys: Sequence[Tensor], values: Sequence[Tensor], span: Span) -> Tensor:
-    """rows [tokens, columns] of a chunk, on layer 0's device."""
+    """Return the rows [tokens, channels] of a chunk, on layer 0's device."""
     device, tokens = keys[0].device, slice(span.first, span.first + span.tokens)
     pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
     return torch.cat([x[:, :, tokens].permute(2, 0, 1, 3).reshape(span.tokens, -1).to(device) for x in pairs], 1)
 
 
 def empty_kv(geometry: Geometry, devices: Sequence[torch.device | str | None]) -> list[Tensor]:
-    """Room for a cache: layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim] each. devices: of
-    each layer.
+    """Allocate a cache: layer 0's keys, its values, layer 1's keys, ..., each [batch, heads, tokens, dim].
+
+    Args:
+        geometry: Of the cache.
+        devices: The device of each layer.
     """
     dtype, found = getattr(torch, geometry.dtype), []
     for layer, device in zip(geometry.layers, devices, strict=True):
@@ -102,8 +117,8 @@ def empty_kv(geometry: Geometry, devices: Sequence[torch.device | str | None]) -
 
 
 def scatter(rows: Tensor, found: Sequence[Tensor], span: Span) -> None:
-    """The inverse of `gather`: puts a chunk's rows [tokens, columns] where they belong in `empty_kv`'s tensors."""
+    """Write a chunk's rows [tokens, channels] into the tensors of `empty_kv`. Inverse of `gather`."""
     widths = [x.shape[0] * x.shape[1] * x.shape[3] for x in found]
-    for x, columns in zip(found, rows.split(widths, 1), strict=True):
-        shaped = columns.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
+    for x, channels in zip(found, rows.split(widths, 1), strict=True):
+        shaped = channels.reshape(span.tokens, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
         x[:, :, span.first : span.first + span.tokens] = shaped

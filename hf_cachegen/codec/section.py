@@ -1,15 +1,15 @@
-"""A matrix of small integers to bytes and back: the unit that chunks are made of.
+"""Code a matrix of small integers to bytes, and back. Chunks consist of such sections.
 
-Twists:
-1. Columns whose codebook entry is 0 ("always zero") are not coded; the others close ranks before they are cut into
-   tiles.
-2. A symbol outside its table's support is coded as the nearest supported one, and its true index stands in the
-   exceptions.
-3. Positions of exceptions count over all columns, coded or not: position = token * columns + column, strictly rising.
+Rules:
+1. Channels whose codebook entry is 0 ("always zero") are not coded. The others are compacted, then cut into tiles.
+2. A symbol outside its table's support is coded as the nearest supported one. Its true index is stored as an exception.
+3. Positions of exceptions count over all channels, coded or not: position = token * channels + channel. They strictly
+   ascend.
 
     u32 exceptions; u32 tile_bytes[tiles]; (u32 position, i32 index)[exceptions]; streams, back to back
 
-Little-endian. The number of tiles follows from the entries of the columns, which are the artifact's side information.
+Little-endian. The number of tiles follows from the entries of the channels, which are in the artifact's side
+information.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST_INDEX = LARGEST_SYMBOL + ZERO_INDEX
 
 
 class _Lent:
-    """Bytes as numpy takes them for writable: torch takes no others. Whoever holds the array holds them."""
+    """Bytes that claim to be writable, which torch requires. An array made from this object keeps the bytes alive."""
 
     def __init__(self, data: memoryview):
         self.data = data
@@ -42,52 +42,64 @@ class _Lent:
 
 
 class Cursor:
-    """Reads a segment from front to back and never past its end."""
+    """Read a segment from front to back, and never past its end."""
 
     def __init__(self, data: bytes | memoryview):
         self.data = memoryview(data)
         self.at = 0
 
     def take(self, count: int) -> memoryview:
+        """Return the next `count` bytes. Raises TruncatedError."""
         if count > len(self.data) - self.at:
-            raise TruncatedError(f"a segment of {len(self.data)} bytes ends early: {count} bytes expected at {self.at}")
+            raise TruncatedError(
+                f"expected {count} bytes at byte {self.at} of a segment, which ends at byte {len(self.data)}"
+            )
         self.at += count
         return self.data[self.at - count : self.at]
 
     def tensor(self, count: int, dtype: torch.dtype) -> Tensor:
-        """The next `count` little-endian values, copied (so that they may be written to)."""
+        """Return the next `count` little-endian values as a writable copy. Raises TruncatedError."""
         data = self.take(count * dtype.itemsize)
         return torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
     def stream(self, count: int) -> Tensor:
-        """The next `count` bytes where they lie, uint8: never to be written to."""
+        """Return the next `count` bytes as uint8, without a copy. They must not be written to. Raises TruncatedError.
+        """
         data = self.take(count)
         if not count:
             return torch.empty(0, dtype=torch.uint8)
         return torch.from_numpy(np.asarray(_Lent(data)))
 
     def u32(self, count: int) -> list[int]:
+        """Return the next `count` unsigned 32-bit integers. Raises TruncatedError."""
         return list(struct.unpack(f"<{count}I", self.take(4 * count)))
 
     def rest(self) -> memoryview:
-        """What is left."""
+        """Return the remaining bytes without reading them."""
         return self.data[self.at :]
 
     def finish(self) -> None:
+        """Raise CorruptError unless all bytes were read."""
         if self.at != len(self.data):
-            raise CorruptError(f"a segment of {len(self.data)} bytes has {len(self.data) - self.at} bytes too many")
+            raise CorruptError(f"expected a segment of {self.at} bytes, got {len(self.data)} bytes")
 
 
 class Assignment:
-    """Which table of a codebook codes each column. entries: uint8 [columns].
+    """The table of a codebook that codes each channel.
 
-    live, dead int32: the columns that are coded, and those whose symbols are all zero; table_ids uint8 [live,
-    contexts].
+    Args:
+        book: The codebook.
+        entries: uint8 [channels].
+
+    Attributes:
+        live: int32: the channels that are coded.
+        dead: int32: the channels whose symbols are all zero.
+        table_ids: uint8 [live, contexts].
     """
 
     def __init__(self, book: Codebook, entries: Tensor):
         self.book, self.entries = book, entries
-        # By numpy: torch's threads, whatever the size, would spin for milliseconds where the coder's are to run.
+        # numpy: torch's threads would occupy the coder's cores for milliseconds, whatever the size.
         live, dead = (torch.from_numpy(np.flatnonzero(which)) for which in (entries.numpy(), entries.numpy() == 0))
         self.live, self.dead = live.int(), dead.int()
         self.table_ids = book.table_ids(entries[live])
@@ -98,7 +110,7 @@ class Assignment:
         return len(self.entries)
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """(tables for the compiled coder, table_ids, live, dead) on a device."""
+        """Return (tables for the compiled coder, table_ids, live, dead) on a device, copied there once."""
         if device not in self._elsewhere:
             tensors = (self.table_ids, self.live, self.dead)
             self._elsewhere[device] = (self.book.tables.on(device), *(x.to(device) for x in tensors))
@@ -106,7 +118,7 @@ class Assignment:
 
     @cached_property
     def _runs(self) -> list[slice]:
-        """Adjacent live columns; empty where they are too many to be copied one by one."""
+        """Ranges of adjacent live channels; empty if there are too many to copy one by one."""
         edges = (self.live.diff() != 1).nonzero().flatten() + 1
         if len(edges) >= MAX_RUNS:
             return []
@@ -114,7 +126,7 @@ class Assignment:
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
 
     def close(self, x: Tensor) -> Tensor:
-        """x [tokens, columns] without its dead columns."""
+        """Remove the dead channels from x [tokens, channels]."""
         if not len(self.dead):
             return x
         if self._runs:
@@ -122,7 +134,7 @@ class Assignment:
         return x.index_select(1, self.live.to(x.device))
 
     def open(self, symbols: Tensor) -> Tensor:
-        """The inverse, for symbols uint8 [tokens, live columns]: dead columns are zero."""
+        """Insert the dead channels as zeros into symbols uint8 [tokens, live channels]. Inverse of `close`."""
         if not len(self.dead):
             return symbols
         opened, at = symbols.new_full((len(symbols), len(self)), self.book.zero), 0
@@ -132,8 +144,10 @@ class Assignment:
         return opened if self._runs else opened.index_copy_(1, self.live.long().to(symbols.device), symbols)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """(lowest, highest index uint8 [columns, contexts] of each table's support), kept on that device, a context's
-        columns side by side; None where every index is within it.
+        """Return the lowest and the highest index of each table's support, cached per device.
+
+        Returns:
+            Two uint8 [channels, contexts], stored context by context; None where every index is supported.
         """
         if device not in self._bounds:
             tables = self.book.table_ids(self.entries).long().T.contiguous()
@@ -145,26 +159,32 @@ class Assignment:
 
 def encode(
     symbols: Tensor,
-    columns: Assignment,
+    assignment: Assignment,
     contexts: Tensor | None = None,
     wide: Wide = NONE_WIDE,
     *,
     coder: str,
 ) -> bytes:
-    """symbols uint8 [tokens, columns]: indices, possibly outside their tables; contexts uint8 [tokens, columns] for a
-    book with three contexts; wide: the indices that no byte holds. symbols and contexts on one device, wide on the CPU.
+    """Encode a section.
+
+    Args:
+        symbols: Indices, uint8 [tokens, channels], possibly outside their tables' support.
+        assignment: The tables of the channels.
+        contexts: uint8 [tokens, channels], on the symbols' device, for a book with three contexts.
+        wide: The indices that no byte holds, on the CPU.
+        coder: "rans" or "torchac".
     """
     inside, position, device = symbols, NONE_WIDE.positions, symbols.device
-    if (bounds := columns.bounds(device)) is not None:
+    if (bounds := assignment.bounds(device)) is not None:
         inside, position = passes.clamp(symbols, *bounds, contexts)
     index = symbols.view(-1)[position.to(device)].int().cpu()
     if len(wide.positions):
         position = torch.cat([position, wide.positions]).unique()
         index = symbols.view(-1)[position.to(device)].int().cpu()
         index[torch.searchsorted(position, wide.positions)] = wide.indices
-    inside = columns.close(inside)
-    contexts = columns.close(contexts) if contexts is not None else None
-    streams = rans.encode(inside, columns.book.tables, columns.table_ids, contexts, coder=coder)
+    inside = assignment.close(inside)
+    contexts = assignment.close(contexts) if contexts is not None else None
+    streams = rans.encode(inside, assignment.book.tables, assignment.table_ids, contexts, coder=coder)
     head = struct.pack(f"<{1 + len(streams)}I", len(position), *map(len, streams))
     exceptions = torch.stack([position.to(torch.int32), index], 1)  # u32 positions wrap: the same bits
     return b"".join([head, exceptions.numpy().tobytes(), *streams])
@@ -174,7 +194,13 @@ def encode(
 class Coded:
     """A section that is read but not decoded, on the CPU.
 
-    tile_bytes int64 [tiles]; positions int64, rising, and indices int32 of the exceptions; streams uint8 [bytes].
+    Attributes:
+        columns: The tables of its channels.
+        tokens: Number of tokens.
+        tile_bytes: int64 [tiles].
+        positions: int64, ascending: of the exceptions.
+        indices: int32: of the exceptions.
+        streams: uint8 [bytes].
     """
 
     columns: Assignment
@@ -186,43 +212,44 @@ class Coded:
 
     @cached_property
     def wide(self) -> Wide:
-        """The exceptions that are no index of their tables."""
+        """The exceptions whose index is outside their tables."""
         which = (self.indices < 0) | (self.indices >= self.columns.book.tables.frequencies.shape[1])
         return Wide(self.positions[which], self.indices[which]) if bool(which.any()) else NONE_WIDE
 
     def decode(self, contexts: Tensor | None = None, *, coder: str) -> Tensor:
-        """uint8 [tokens, columns], on the CPU; an index that no byte holds becomes the nearest that one does.
+        """Decode to uint8 [tokens, channels], on the CPU. An index that no byte holds becomes the nearest one.
 
-        Raises TruncatedError or CorruptError on damaged bytes.
+        Raises:
+            TruncatedError, CorruptError: The bytes are damaged.
         """
-        columns, tokens = self.columns, self.tokens
-        contexts = columns.close(contexts) if contexts is not None else None
-        tables, streams = columns.book.tables, self.streams.numpy().data
+        assignment, tokens = self.columns, self.tokens
+        contexts = assignment.close(contexts) if contexts is not None else None
+        tables, streams = assignment.book.tables, self.streams.numpy().data
         sizes = self.tile_bytes.tolist()
-        symbols = rans.decode(streams, sizes, tokens, tables, columns.table_ids, contexts, coder=coder)
-        symbols = columns.open(symbols)
+        symbols = rans.decode(streams, sizes, tokens, tables, assignment.table_ids, contexts, coder=coder)
+        symbols = assignment.open(symbols)
         symbols.view(-1)[self.positions] = self.indices.clamp(0, tables.frequencies.shape[1] - 1).to(torch.uint8)
         return symbols
 
 
-def read(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
-    """The section that the cursor stands before. Raises TruncatedError or CorruptError on damaged bytes."""
+def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
+    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
     (count,) = cursor.u32(1)
-    tile_bytes = cursor.u32(rans.tile_count(len(columns.live)) if tokens else 0)
+    tile_bytes = cursor.u32(rans.tile_count(len(assignment.live)) if tokens else 0)
     exceptions = cursor.tensor(2 * count, torch.int32).reshape(-1, 2)
     streams = cursor.stream(sum(tile_bytes))
     position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1].contiguous()
     if count:
-        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(columns):
-            raise CorruptError("positions of exceptions must rise and lie within the chunk")
+        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(assignment):
+            raise CorruptError("positions of exceptions must ascend and be within the chunk")
         if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-            raise CorruptError(f"an exception lies beyond {LARGEST_INDEX}, which no encoder writes")
-    return Coded(columns, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
+            raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
+    return Coded(assignment, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
 
 
-def read_narrow(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
-    """As `read`, of a matrix without wide indices. Raises CorruptError where there is one."""
-    found = read(cursor, tokens, columns)
+def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
+    """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
+    found = read(cursor, tokens, assignment)
     if len(found.wide.positions):
-        raise CorruptError("an exception holds a number that is no index of its tables")
+        raise CorruptError("the index of an exception must be within its tables")
     return found

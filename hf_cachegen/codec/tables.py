@@ -1,16 +1,16 @@
-"""Histograms to integer frequencies to a codebook, and the choice of a table for every column.
+"""Convert histograms to integer frequencies and a codebook, and choose a table for every channel.
 
 A table is a row of integer frequencies that sums to 2^prob_bits. A codebook is a set of tables named by one byte.
 Both are made and compared in integers only, so that every machine makes the same tables and the same choices.
 
-Two kinds of codebook:
+There are two kinds of codebook:
 
 - *value* tables code whole symbols: index = value + ZERO_INDEX, 256 indices; table 0 is "always zero";
 - *digit* tables code a refinement's digit {-1, 0, 1}, index = digit + 1; one id names three tables, for a coarser
   symbol that is zero, positive or negative (table = 3 * id + context); id 0 is "always zero".
 
-A column whose id is 0 is not coded at all. Symbols outside a table's support are rare by choice; they are coded as
-the nearest symbol inside and corrected by an exception (`section.py`), at EXCEPTION_BITS each.
+A channel whose id is 0 is not coded. Symbols outside a table's support are rare by choice. They are coded as the
+nearest symbol inside and corrected by an exception (`section.py`), at EXCEPTION_BITS each.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ DIGIT_SYMBOLS = 3
 DIGIT_ZERO = 1
 DIGIT_CONTEXTS = 3
 SHIPPED_CODEBOOK = "cachegen-1"
-"""Name of the codebook that comes with the package; another set of tables would have another name."""
+"""Name of the codebook that is part of the package. Another set of tables needs another name."""
 EXCEPTION_BITS = 64
 COST_SCALE = 256
-"""Costs are kept in 1/256 bit, as integers."""
+"""Costs are integers in units of 1/256 bit."""
 _SUPPORT_SHARE = 1 << 17
-"""A symbol rarer than one in this many is left to the exceptions: a frequency of 1 would cost the others more."""
+"""A symbol rarer than one in this many becomes an exception: a frequency of 1 would cost the others more."""
 
 
 def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
-    """Integer weights to frequencies that sum to 2^prob_bits, each symbol of the support at least 1.
+    """Convert integer weights to frequencies that sum to 2^prob_bits, at least 1 for each symbol of the support.
 
-    The support is contiguous, so that an exception can be clamped into it. Greedy on weight / frequency, which
-    minimises the code length. At 12 bits no frequency exceeds 4095 (the decoder's entry has 12 bits for it).
+    The support is contiguous, so that an exception can be clamped into it. The algorithm is greedy on weight /
+    frequency, which minimises the code length. At 12 bits no frequency exceeds 4095 (the decoder's entry has 12 bits
+    for it).
     """
     total, budget = sum(weights), 1 << prob_bits
     kept = [i for i, w in enumerate(weights) if w * _SUPPORT_SHARE >= total > 0]
@@ -84,10 +85,12 @@ def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
 
 
 class Codebook:
-    """Tables with what the encoder needs to choose among them.
+    """Tables, with the costs that the encoder needs to choose among them.
 
-    frequencies int32 [tables, symbols]; `contexts` is 1 for value tables, 3 for digit tables (then tables = 3 x
-    entries).
+    Args:
+        frequencies: int32 [tables, symbols].
+        prob_bits: Every row sums to 2^prob_bits.
+        contexts: 1 for value tables, 3 for digit tables (then tables = 3 x entries).
     """
 
     def __init__(self, frequencies: Tensor, prob_bits: int, contexts: int):
@@ -101,8 +104,10 @@ class Codebook:
 
     @cached_property
     def cost(self) -> Tensor:
-        """What each symbol costs, float64 [entries, contexts * symbols], in whole COST_SCALEths of a bit: exact in
-        any order of summation. A symbol outside the support costs its neighbour inside and an exception.
+        """The cost of each symbol, float64 [entries, contexts * symbols], in integer multiples of 1/COST_SCALE bit.
+
+        Integers are exact in any order of summation. A symbol outside the support costs its neighbour inside plus an
+        exception.
         """
         frequencies, prob_bits = self.tables.frequencies, self.tables.prob_bits
         bits = [[prob_bits - math.log2(f) if f else 0.0 for f in row] for row in frequencies.tolist()]
@@ -114,39 +119,55 @@ class Codebook:
 
     @cached_property
     def narrowest(self) -> int:
-        """The entry, other than "always zero", under which a column of zeros costs least: some thousandth of a bit."""
+        """The entry, other than "always zero", that codes a channel of zeros most cheaply: about a thousandth of a bit
+        per symbol.
+        """
         return 1 + int(self.cost[1:, self.zero].argmin())
 
     def choose(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
-        """The cheapest entry of every column, uint8 [columns], and what it costs in bits, float64 [columns].
+        """Choose the cheapest entry of every channel.
 
-        histograms: integers [columns, contexts * symbols].
+        Args:
+            histograms: Integers [channels, contexts * symbols].
+
+        Returns:
+            The entries, uint8 [channels], and their cost in bits, float64 [channels].
         """
         near = _seen(histograms)
         cost, entries = (histograms[:, near].double() @ self.cost[:, near].mT).min(1)
         return entries.to(torch.uint8), cost / COST_SCALE
 
     def bits(self, histograms: Tensor, entries: Tensor) -> Tensor:
-        """What these columns cost under these entries uint8 [columns]: bits, float64 [columns]."""
+        """Return the cost in bits, float64 [channels], of these histograms under entries uint8 [channels]."""
         near = _seen(histograms)
         return (histograms[:, near] * self.cost[:, near][entries.long()]).sum(1) / COST_SCALE
 
     def table_ids(self, entries: Tensor) -> Tensor:
-        """Entries uint8 [columns] to the coder's table ids uint8 [columns, contexts]."""
+        """Convert entries uint8 [channels] to the coder's table ids uint8 [channels, contexts]."""
         return (entries.to(torch.int64)[:, None] * self.contexts + torch.arange(self.contexts)).to(torch.uint8)
 
 
 def _seen(histograms: Tensor) -> slice:
-    """Of 256 symbols most occur nowhere, and cost nothing: the range of those that do."""
+    """Return the range of the symbols that occur. Of 256 symbols most do not, and cost nothing."""
     seen = histograms.any(0).nonzero().flatten().tolist() or [0]
     return slice(seen[0], seen[-1] + 1)
 
 
 def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> Tensor:
-    """Up to `entries` value tables, int32 [tables, symbols], that code these histograms [columns, symbols] cheaply.
+    """Learn up to `entries` value tables that code these histograms cheaply.
 
-    Clusters columns: begins with equal shares in the order of their mean symbol, then gives each column to its
-    cheapest table and makes every table anew from its columns, `rounds` times.
+    The channels are clustered. At first each cluster is an equal share of them, in the order of their mean symbol.
+    Then, in each of `rounds` rounds, every table is made from its channels, and each channel goes to its cheapest
+    table.
+
+    Args:
+        histograms: Integers [channels, symbols].
+        entries: Number of tables.
+        prob_bits: Every table sums to 2^prob_bits.
+        rounds: Number of iterations.
+
+    Returns:
+        int32 [tables, symbols].
     """
     symbols = torch.arange(histograms.shape[1], dtype=torch.float64)
     order = ((histograms.double() @ symbols) / histograms.sum(1).clamp_min(1)).argsort(stable=True)
@@ -163,7 +184,7 @@ def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> 
 
 @lru_cache(maxsize=8)
 def shipped_codebooks(prob_bits: int) -> tuple[Codebook, Codebook]:
-    """(value tables, digit tables) of the package at this precision; `codebook.py` made the file."""
+    """Load (value tables, digit tables) of the package at this precision. `codebook.py` made the file."""
     shipped = load_file(Path(__file__).with_name("codebook.safetensors"))
     values, digits = shipped[f"values-{prob_bits}"], shipped[f"digits-{prob_bits}"]
     return Codebook(values, prob_bits, 1), Codebook(digits, prob_bits, DIGIT_CONTEXTS)

@@ -1,12 +1,12 @@
 """The paper's coder: the same symbols through torchac's arithmetic coder (an optional extra, GPL-3.0, never vendored).
 
-Twists:
-1. torchac codes with 16-bit cumulative frequencies in which no symbol may be impossible: every symbol gets 1 and its
+Implementation notes:
+1. torchac codes with 16-bit cumulative frequencies in which every symbol must be possible. Every symbol gets 1 plus its
    share of the rest, which costs 0.006 bits per symbol at 256 symbols.
-2. Its decoder reads zeros past the end of a stream and turns any bytes into symbols, in silence. So a stream ends with
-   a CRC-32 of its symbols.
+2. The decoder of torchac reads zeros past the end of a stream, and decodes any bytes without an error. So a stream ends
+   with a CRC-32 of its symbols.
 
-    stream = torchac's bytes; u32 CRC-32 of the tile's symbols [tokens, columns]        little-endian
+    stream = torchac's bytes; u32 CRC-32 of the tile's symbols [tokens, channels]        little-endian
 """
 
 from __future__ import annotations
@@ -30,42 +30,46 @@ Array = NDArray[Any]
 
 
 def _torchac() -> Any:
-    """torchac, which compiles itself when it is imported."""
+    """Import torchac, which compiles itself at the first import. Raises MissingExtraError."""
     try:
         return import_module("torchac")
-    except Exception as error:  # its build fails with whatever class the compiler driver likes
+    except Exception as error:  # a failed build can raise any class
         message = "coder='torchac' needs torchac, ninja and a C++ compiler: pip install 'hf_cachegen[torchac]'"
         raise MissingExtraError(f"{message} (importing torchac failed: {error})") from error
 
 
 def _cumulative(frequencies: Array, prob_bits: int) -> Array:
-    """int64 [tables, symbols + 1] from 0 to 2^16, rising strictly."""
+    """Return cumulative frequencies, int64 [tables, symbols + 1], strictly ascending from 0 to 2^16."""
     symbols = frequencies.shape[1]
     below = np.pad(frequencies.astype(np.int64).cumsum(1), ((0, 0), (1, 0)))
     return np.arange(symbols + 1) + (below * ((1 << PRECISION_BITS) - symbols) >> prob_bits)
 
 
 def _table_of(first: int, shape: tuple[int, ...], side: Side) -> Array:
-    """[tokens, width]: the table of every symbol of the tile that begins at column `first`; ValueError for none."""
+    """Return the table of every symbol, [tokens, width], of the tile that begins at channel `first`.
+
+    Raises:
+        ValueError: A table id or a context is out of range.
+    """
     tokens, width = shape
     ids = side.table_ids[first : first + width].astype(np.int64)
     if (ids >= len(side.frequencies)).any():
-        raise ValueError("a table id names no table")
+        raise ValueError("a table id is out of range")
     if side.contexts is None:
         return np.broadcast_to(ids[:, 0], (tokens, width))
     contexts = side.contexts[:, first : first + width].astype(np.int64)
     if (contexts > 2).any():
-        raise ValueError("a context is none of 0, 1, 2")
+        raise ValueError("a context is not 0, 1 or 2")
     return np.take_along_axis(np.broadcast_to(ids, (tokens, width, 3)), contexts[:, :, None], axis=2)[:, :, 0]
 
 
 def _cdf(cumulative: Array, table: Array) -> torch.Tensor:
-    """int16 [tokens, width, symbols + 1], the upper bound 2^16 wrapping to 0, as torchac wants it."""
+    """Return int16 [tokens, width, symbols + 1]; the upper bound 2^16 wraps to 0, as torchac expects."""
     return torch.from_numpy(cumulative.astype(np.uint16).view(np.int16)[table])
 
 
 def encode(symbols: Array, side: Side) -> list[bytes]:
-    """uint8 [tokens, columns] to one stream per tile. Raises TensorError for what cannot be encoded."""
+    """Encode uint8 [tokens, channels] to one stream per tile. Raises TensorError, MissingExtraError."""
     torchac = _torchac()
     cumulative = _cumulative(side.frequencies, side.prob_bits)
     frequencies = np.zeros((len(side.frequencies), 256), dtype=np.int64)
@@ -85,13 +89,15 @@ def encode(symbols: Array, side: Side) -> list[bytes]:
 
 
 def decode(streams: Sequence[memoryview], tokens: int, side: Side) -> Array:
-    """The inverse of `encode`: uint8 [tokens, columns]. Raises TruncatedError or CorruptError."""
+    """Decode one stream per tile to uint8 [tokens, channels]. Raises TruncatedError, CorruptError, MissingExtraError.
+    """
     torchac = _torchac()
     cumulative = _cumulative(side.frequencies, side.prob_bits)
     symbols = np.empty((tokens, len(side.table_ids)), dtype=np.uint8)
     for tile, stream in enumerate(streams):
         if len(stream) < _CRC.size:
-            raise TruncatedError(f"tile {tile} of the section cannot be decoded: {len(stream)} bytes hold no checksum")
+            found = f"expected a checksum of {_CRC.size} bytes, got {len(stream)} bytes"
+            raise TruncatedError(f"tile {tile} of the section cannot be decoded: {found}")
         mine = symbols[:, tile * TILE_COLUMNS : (tile + 1) * TILE_COLUMNS]
         try:
             table = _table_of(tile * TILE_COLUMNS, mine.shape, side)
@@ -100,5 +106,5 @@ def decode(streams: Sequence[memoryview], tokens: int, side: Side) -> Array:
         coded, checksum = bytes(stream[: -_CRC.size]), stream[-_CRC.size :]
         mine[:] = torchac.decode_int16_normalized_cdf(_cdf(cumulative, table), coded).numpy()
         if zlib.crc32(mine.tobytes()) != _CRC.unpack(checksum)[0]:
-            raise CorruptError(f"tile {tile} of the section cannot be decoded: its symbols have another checksum")
+            raise CorruptError(f"tile {tile} of the section cannot be decoded: the checksum of its symbols is wrong")
     return symbols

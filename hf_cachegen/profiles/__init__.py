@@ -1,1 +1,1 @@
-"""What was learnt about models: files of profiles, where they are found and published, and how they are learnt."""
+"""Profiles: learn them from models, store them in files, publish them, and find the right one."""

@@ -1,4 +1,4 @@
-"""Profile as users hold it: the arrays of `codec.profile` with the ways in and out: files, repositories, URLs."""
+"""The public Profile: the arrays of `codec.profile`, with methods to read and write files, repositories and URLs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hf_cachegen.stores.profiles import REPO_TYPE, fetch
 
 @dataclass(eq=False)
 class Profile(codec_profile.Profile):
-    """Everything that the klt transform needs of one model. Make one by `learn_profile`, or `load` it.
+    """Everything that the klt transform needs of one model. Make one with `learn_profile`, or `load` it.
 
     The fields are those of `hf_cachegen.codec.profile.Profile`.
     """
 
     @property
     def named(self) -> Pin:
-        """What an artifact that needs this profile says of it."""
+        """The description of this profile in the artifacts that need it."""
         return Pin.of(self)
 
     @property
@@ -34,16 +34,29 @@ class Profile(codec_profile.Profile):
         return replace(self.named, place=None)
 
     def checked_bytes(self) -> bytes:
-        """The file, which must have the digest that artifacts know this profile by. Raises ProfileError."""
+        """Return the file, which must have the digest that artifacts refer to.
+
+        Raises:
+            ProfileError: This release would write other bytes.
+        """
         data = self.to_bytes()
         if not self.pin.fits(data):
-            raise ProfileError(f"profile {self.digest} was written by another release: copy its file instead")
+            raise ProfileError(f"this release would write other bytes for profile {self.digest}: copy its file instead")
         return data
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the file into a folder (such as the model's), or to a path that ends in .safetensors; return its path.
+        """Write the file into a folder (such as the model's), or to a path that ends in .safetensors.
 
-        Raises ArtifactExistsError where another one is there, which artifacts may need, unless overwrite.
+        Args:
+            path: The folder or the file.
+            overwrite: Replace another profile, which existing artifacts may need.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ArtifactExistsError: Another profile exists at this path.
+            ProfileError: This release would write other bytes.
         """
         return write_file(path, self.checked_bytes(), overwrite=overwrite)
 
@@ -62,16 +75,26 @@ class Profile(codec_profile.Profile):
         repo_type: str = REPO_TYPE,
         **access: Any,
     ) -> Profile:
-        """Load from a repository on the Hub ("user/name"), a URL, a folder or a file; kept in the local cache.
+        """Load from a repository on the Hub ("user/name"), a URL, a folder or a file. Downloads are kept in the local
+        cache.
 
-        digest: take the profile of this digest, and no other; a repository has all that were ever pushed there.
-        access: revision, token, cache_dir, local_files_only, force_download and subfolder as in Transformers, and the
-        other fields of hf_cachegen.stores.Access.
-        Raises ProfileError where there is none, or another one; StoreError, LimitError.
+        Args:
+            place: The location.
+            digest: XXH3-128 of the profile to load. A repository keeps every profile that was pushed to it.
+            limits: The largest file to accept.
+            repo_type: Of the repository.
+            access: revision, token, cache_dir, local_files_only, force_download and subfolder as in Transformers, and
+                the other fields of hf_cachegen.stores.Access.
+
+        Raises:
+            ProfileError: There is no profile, or another one.
+            ConfigError: The options name a key.
+            StoreError: The location cannot be reached.
+            LimitError: The file is larger than the limits.
         """
         options = Access(**access, repo_type=repo_type)
         if options.key is not None or options.public_key is not None:
-            raise ConfigError("a profile is neither sealed nor signed: pass digest= to have one and no other")
+            raise ConfigError("profiles are neither sealed nor signed: pass digest= instead of a key")
         data, where = fetch(place, options, limits or Limits(), digest)
         return cls.from_bytes(data, where)
 
@@ -85,11 +108,26 @@ class Profile(codec_profile.Profile):
         commit_message: str = "Upload a profile",
         create_pr: bool = False,
     ) -> str:
-        """Put it, with a card, into a repository on the Hub, in one commit; the repository is made if need be. Returns
-        the URL of the commit. Artifacts that are made with this object afterwards name the repository and the commit.
+        """Upload the profile, with a card, to a repository on the Hub, in one commit.
 
-        repo_id: default <you>/<model>-cachegen-profile, which readers of your artifacts look into by themselves. The
-        one that is in use there before is replaced, and kept under its digest. Raises ConfigError, StoreError.
+        Artifacts that are made with this object afterwards name the repository and the commit. A profile that the
+        repository had before is replaced, and kept under its digest.
+
+        Args:
+            repo_id: Created if it does not exist. Default: <you>/<model>-cachegen-profile, where readers of your
+                artifacts look for it.
+            private: Make a new repository private.
+            token: Of your account on the Hub. None: the stored one.
+            revision: The branch to push to.
+            commit_message: Of the commit.
+            create_pr: Open a pull request instead.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            ConfigError: The repository has no valid name.
+            StoreError: The Hub cannot be reached, or denies access.
         """
         from hf_cachegen.stores.publishing import publish_profile
 
@@ -102,16 +140,28 @@ class Profile(codec_profile.Profile):
 
 
 def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> Path:
-    """Write a profile's file as it is; the arguments, the result and the errors are those of `Profile.save`."""
-    place = Path(os.path.expanduser(path))
-    place = place if place.suffix == ".safetensors" else place / PROFILE_FILE
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists() and not overwrite:
-        if place.is_file() and place.stat().st_size == len(data) and place.read_bytes() == data:
-            return place
-        raise ArtifactExistsError(f"there is another profile at {place}: pass overwrite=True to replace it")
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place.parent) as folder:
-        partial = Path(folder) / place.name  # in a folder of its own, so that it has the usual permissions
+    """Write a profile's file unchanged, into a folder or to a path that ends in .safetensors.
+
+    Args:
+        path: The folder or the file.
+        data: The file.
+        overwrite: Replace another profile.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ArtifactExistsError: Another profile exists at this path.
+    """
+    target = Path(os.path.expanduser(path))
+    target = target if target.suffix == ".safetensors" else target / PROFILE_FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not overwrite:
+        if target.is_file() and target.stat().st_size == len(data) and target.read_bytes() == data:
+            return target
+        raise ArtifactExistsError(f"there is another profile at {target}: pass overwrite=True to replace it")
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=target.parent) as folder:
+        partial = Path(folder) / target.name  # a file in a new folder has the usual permissions
         partial.write_bytes(data)
-        os.replace(partial, place)
-    return place
+        os.replace(partial, target)
+    return target

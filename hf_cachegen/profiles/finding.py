@@ -1,7 +1,7 @@
-"""Which profile: the one to encode a model's caches with, and the one that an artifact cannot be decoded without.
+"""Find a profile: the one to encode a model's caches with, and the one that an artifact is decoded with.
 
-Names are not believed. A profile found for encoding must be of the model's configuration and, where nobody named it, of
-its very weights; one found for decoding must have the hashes that the artifact says, wherever it lies.
+Names are not trusted. A profile found for encoding must be of the model's configuration and, unless the user named it,
+of the model's weights. One found for decoding must have the hashes in the artifact, at any location.
 """
 
 from __future__ import annotations
@@ -40,16 +40,22 @@ if TYPE_CHECKING:
 ProfileLike = Profile | str | os.PathLike | None
 AUTO = "auto"
 _known: WeakValueDictionary[str, Profile] = WeakValueDictionary()
-"""Profiles in use, by SHA-256: artifacts of one model share one."""
+"""Profiles in use, by SHA-256. Artifacts of one model share one."""
 
 
 def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None:
-    """The profile to encode `model`'s caches with.
+    """Return the profile to encode `model`'s caches with.
 
-    profile: one, its place (a file, a folder, a repository or a URL), None, or "auto": that in the model's folder, or,
-    for a model on the Hub, in <model>-cachegen-profile beside it (looked for once in a process; HF_CACHEGEN_PROFILES
-    names other namespaces, or none). Raises ProfileError, WrongModelError for another model's, WrongWeightsError for
-    one that nobody named and that was learnt from other weights.
+    Args:
+        profile: A profile, its location (a file, a folder, a repository or a URL), None, or "auto". "auto" looks in the
+            model's folder, or for a model on the Hub in <model>-cachegen-profile beside it (once per process;
+            HF_CACHEGEN_PROFILES names other namespaces, or none).
+        model: The model.
+
+    Raises:
+        ProfileError: There is no profile at this location, or it is damaged.
+        WrongModelError: It is of another model.
+        WrongWeightsError: "auto" found one that was learnt from other weights.
     """
     found = find(profile, model_folder(model))
     if found is None:
@@ -57,24 +63,32 @@ def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None
     try:
         Fingerprint.from_dict(found.about.get("fingerprint")).check_config(model)
     except ManifestError as error:
-        raise ProfileError(f"this profile does not say whose it is: {error}") from error
+        raise ProfileError(f"this profile has no valid fingerprint of its model: {error}") from error
     weights = found.about.get("weights")
-    # One from a model's own folder that does not say its weights is an older one.
+    # Older profiles in a model's folder have no checksum of the weights.
     if profile == AUTO and (weights is not None or found.place) and weights != coarse_weights(model):
         raise WrongWeightsError(
             f"the profile found for this model ({found.place or 'in its folder'}) was learnt from other weights of the "
-            "same configuration: pass it as profile= if it shall be used all the same, else None"
+            "same configuration: pass it as profile= to use it, or None to use none"
         )
     return found
 
 
 def model_folder(model: PreTrainedModel | None) -> str:
-    """The folder or the Hub id that a model was loaded from, "" where there is none."""
+    """Return the folder or the Hub id that a model was loaded from; "" if there is none."""
     return "" if model is None else str(getattr(model.config, "_name_or_path", ""))
 
 
 def find(profile: ProfileLike, model: str) -> Profile | None:
-    """As `for_encoding`, for a model of that name (a folder, or an id on the Hub), whose weights are not at hand."""
+    """Return the profile for a model of this name, without comparing the model.
+
+    Args:
+        profile: A profile, its location, None, or "auto".
+        model: A folder, or an id on the Hub.
+
+    Raises:
+        ProfileError: There is no profile at this location, or it is damaged.
+    """
     if profile is None or isinstance(profile, Profile):
         return profile
     if profile != AUTO:
@@ -82,28 +96,37 @@ def find(profile: ProfileLike, model: str) -> Profile | None:
     model = os.path.expanduser(model)
     if model and Path(model, PROFILE_FILE).is_file():
         return Profile.load(model)
-    # A model whose folder has been moved since it was loaded is none of the Hub's.
+    # The path of a folder that was moved since the model was loaded is not an id on the Hub.
     return _on_hub(tuple(repositories(model))) if is_repository(model) else None
 
 
 def for_decoding(profile: ProfileLike, pin: Pin, store: Store, model_folder: str, limits: Limits) -> Profile:
-    """The profile that the artifact in `store` needs.
+    """Return the profile that the artifact in `store` needs.
 
-    profile: one, its place, "auto": the right one beside the artifact or in `model_folder`, else from the places of
-    `fetch_pinned`; None: the one beside the artifact alone.
-    Raises ProfileError where it is missing or another one, StoreError and SignatureError as `fetch_pinned` does.
+    Args:
+        profile: A profile, its location, "auto" or None. "auto" looks beside the artifact and in `model_folder`, then
+            at the locations of `fetch_pinned`. None looks beside the artifact only.
+        pin: The artifact's description of the profile.
+        store: Holds the artifact.
+        model_folder: Of the model, "" if unknown.
+        limits: The largest file to accept.
+
+    Raises:
+        ProfileError: The profile is missing, or another one.
+        StoreError: A location cannot be reached.
+        SignatureError: A signed artifact does not fix the profile's SHA-256.
     """
     if profile is not None and profile != AUTO:
         access = access_of(store)
-        # What reaches the artifact (a password for its server, a folder within it) is not for another place.
+        # Options of the artifact's location (a password for its server, a folder) do not apply to another location.
         own = Access(token=access.token, cache_dir=access.cache_dir, local_files_only=access.local_files_only,
                      patience=access.patience)  # fmt: skip
         given = profile if isinstance(profile, Profile) else _named(profile, own, pin.digest, limits)
         if given.digest != pin.digest or (pin.sha256 and given.pin.sha256 != pin.sha256):
-            raise ProfileError(f"this artifact needs {pin}, the one given is {given.digest}")
+            raise ProfileError(f"this artifact needs {pin}, got profile {given.digest}")
         return given
     if pin.sha256 is None and any(one.signed for one in chain(store)):
-        raise SignatureError(f"the signature of {store} does not cover {pin}: pass it as profile=")
+        raise SignatureError(f"the signature of {store} does not cover the SHA-256 of {pin}: pass it as profile=")
     if profile == AUTO and (known := _known.get(pin.sha256 or "")) is not None:
         return known
     data = _in_folders(pin, store, model_folder if profile == AUTO else "", limits)
@@ -114,7 +137,7 @@ def for_decoding(profile: ProfileLike, pin: Pin, store: Store, model_folder: str
 
 
 def profile_of(artifact: Artifact, profile: ProfileLike = AUTO, model_folder: str = "") -> Profile | None:
-    """The profile that decoding `artifact` takes, None where it takes none; otherwise as `for_decoding`."""
+    """Return the profile that decoding `artifact` needs; None if it needs none. Raises the errors of `for_decoding`."""
     pin = artifact.pin
     return None if pin is None else for_decoding(profile, pin, artifact.store, model_folder, artifact.reader.limits)
 
@@ -122,14 +145,24 @@ def profile_of(artifact: Artifact, profile: ProfileLike = AUTO, model_folder: st
 def open_with_profile(
     store: Store, profile: ProfileLike = AUTO, model_folder: str = "", limits: Limits | None = None
 ) -> Artifact:
-    """Open the artifact in `store`, ready to be decoded. Raises what `Artifact` and `for_decoding` raise."""
+    """Open the artifact in `store`, ready to be decoded. Raises the errors of `Artifact` and `for_decoding`."""
     artifact = Artifact(store, limits=limits)
     return artifact.with_profile(profile_of(artifact, profile, model_folder))
 
 
 def profile_to_push(profile: Profile | None, codec: Mapping[str, Any], with_profile: bool | None) -> bytes | None:
-    """The file of the profile that goes along with an artifact of that `codec`; None: none does, since it needs none,
-    shall not, or (with_profile None) says itself where it is on the Hub. Raises ProfileError.
+    """Return the file of the profile to upload together with an artifact of this `codec`.
+
+    Args:
+        profile: The profile at hand.
+        codec: Of the artifact's manifest.
+        with_profile: Whether to upload it. None: only if the artifact does not name a repository that has it.
+
+    Returns:
+        The file; None if it is not uploaded.
+
+    Raises:
+        ProfileError: The profile is missing, or another one.
     """
     if "profile" not in codec or with_profile is False:
         return None
@@ -137,24 +170,24 @@ def profile_to_push(profile: Profile | None, codec: Mapping[str, Any], with_prof
     if with_profile is None and pin.place is not None:
         return None
     if profile is None or profile.digest != pin.digest:
-        raise ProfileError(f"the artifact needs {pin}, which is not at hand to go along: pass it as profile=")
+        raise ProfileError(f"the artifact needs {pin}, which would be uploaded with it: pass it as profile=")
     return profile.checked_bytes()
 
 
 def _in_folders(pin: Pin, store: Store, model_folder: str, limits: Limits) -> bytes | None:
-    """The file, where it is in one of the local folders; nothing is made of a file that is another one."""
+    """Return the file, if it is in one of the local folders. A file with other hashes is not parsed."""
     folders = [folder for folder in (store.folder(), model_folder) if folder]
     files = (pin.in_file(Path(folder, PROFILE_FILE), limits) for folder in folders)
     return next((data for data in files if data is not None), None)
 
 
 def _named(
-    place: str | os.PathLike[str], access: Access, digest: str | None = None, limits: Limits | None = None
+    location: str | os.PathLike[str], access: Access, digest: str | None = None, limits: Limits | None = None
 ) -> Profile:
     options = {name: getattr(access, name) for name in ("token", "cache_dir", "local_files_only", "patience")}
-    # Of a repository, which keeps its older profiles, the one that is needed; a file is what it is.
-    kept = digest if isinstance(place, str) and is_repository(place) else None
-    return Profile.from_pretrained(place, digest=kept, limits=limits, **options)
+    # A repository keeps its older profiles, so the digest selects one. A file holds only one.
+    kept = digest if isinstance(location, str) and is_repository(location) else None
+    return Profile.from_pretrained(location, digest=kept, limits=limits, **options)
 
 
 @lru_cache(maxsize=16)
@@ -164,7 +197,7 @@ def _on_hub(repositories: tuple[str, ...]) -> Profile | None:
 
 
 def _in_repository(repo_id: str) -> Profile | None:
-    """The profile in use there, None where there is none or nobody can tell."""
+    """Return the profile of a repository; None if there is none, or this cannot be determined."""
     try:
         return Profile.from_pretrained(f"{HUB}{REPO_TYPE}s/{repo_id}", patience=QUICK)
     except (OfflineError, StoreAccessError):
@@ -174,5 +207,5 @@ def _in_repository(repo_id: str) -> Profile | None:
             return None
         raise
     except StoreError as error:
-        warnings.warn(f"whether there is a profile in {repo_id} is not known: {error}", stacklevel=2)
+        warnings.warn(f"cannot determine whether {repo_id} has a profile: {error}", stacklevel=2)
         return None

@@ -1,4 +1,5 @@
-"""The transforms, by name. Adding one is a file here and a line in BUILT_IN; its name goes into `config.TransformName`.
+"""The transforms, by name. To add one, add a file here and an entry in BUILT_IN, and its name in
+`config.TransformName`.
 
 Code outside the package adds its own with `register`.
 """
@@ -23,10 +24,10 @@ def register(transform: type[Transform]) -> None:
     """Add a transform: `CacheGenConfig(transform=transform.name)` then selects it.
 
     Raises:
-        ConfigError: another transform has this name.
+        ConfigError: Another transform has this name.
     """
     if transform.name in _BY_NAME:
-        raise ConfigError(f"there is a transform {transform.name!r}: choose another name for {transform.__name__}")
+        raise ConfigError(f"the name of {transform.__name__} must be new, got {transform.name!r}: choose another name")
     add_transform_name(transform.name)
     _BY_NAME[transform.name] = transform
 
@@ -39,12 +40,12 @@ def unregister(name: str) -> None:
 
 
 def transform_of(config: CacheGenConfig) -> type[Transform]:
-    """The transform that a configuration selects.
+    """Return the transform that a configuration selects.
 
     Raises:
-        ConfigError: it selects none yet ("auto", which `choosing.resolved` resolves), or one that is not registered.
+        ConfigError: The name is not registered, or is still "auto", which `choosing.resolved` replaces.
     """
     found = _BY_NAME.get(Lossless.name if config.lossless else config.transform)
     if found is None:
-        raise ConfigError(f"transform must be one of {sorted(_BY_NAME)} by now, got {config.transform!r}")
+        raise ConfigError(f"transform must be one of {sorted(_BY_NAME)} here, got {config.transform!r}")
     return found

@@ -1,4 +1,4 @@
-"""transform="auto": which transform a context is encoded with."""
+"""transform="auto": choose the transform that a context is encoded with."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hf_cachegen.config import CacheGenConfig
 
 AUTO = "auto"
 TRIED = (Delta, Identity)
-"""Without a profile, the one of these that codes smaller; the first where they are equal."""
+"""Without a profile, the one of these that codes smaller is chosen; the first where they are equal."""
 
 
 def resolved(context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> CacheGenConfig:
-    """The configuration with the name of a transform in place of "auto".
+    """Return the configuration with "auto" replaced by the name of a transform.
 
-    That is klt where there is a profile, else the transform that codes two chunks of the context smaller at equal
-    steps: a step twice as fine costs a bit per value, so bits + log2(step) compares two transforms at their own steps.
+    With a profile this is klt. Else it is the transform that codes two chunks of the context smaller at equal steps. A
+    step half as large costs one more bit per value, so bits + log2(step) compares two transforms at their own steps.
 
     Raises:
-        TensorError: a value in these chunks is not finite, or too large.
+        TensorError: A value in these chunks is not finite, or too large.
     """
     if config.transform != AUTO:
         return config

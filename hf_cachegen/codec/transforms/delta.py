@@ -1,4 +1,4 @@
-"""delta, CacheGen as published (section 5.2): anchors, and every other token's difference to its group's anchor.
+"""delta, the transform of CacheGen (section 5.2): anchors, and every other token's difference to its group's anchor.
 
 Side information, per channel: u8 step; u8 table of the anchors; u8 table of the base, u8 of each refinement.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hf_cachegen.codec import fit
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.profile import Profile
@@ -21,14 +21,17 @@ from hf_cachegen.config import CacheGenConfig
 
 
 class Delta(Transform):
-    """Codes the differences to anchors, `config.group_tokens` tokens to an anchor. inner: the codec of the differences.
+    """Code the differences to anchors, one anchor per `config.group_tokens` tokens.
+
+    Args:
+        inner: The codec of the differences.
     """
 
     name = "delta"
 
     def __init__(self, inner: LossyCodec):
         self.inner = inner
-        self.channels = len(inner.columns)
+        self.channels = len(inner.channels)
 
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
@@ -37,14 +40,16 @@ class Delta(Transform):
 
     @classmethod
     def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
-        """The codec of the differences, and the bits of each part's channels, float64 [levels, channels]."""
-        return fit.fit(context.chunks, context.columns, config, config.group_tokens)
+        """Fit the codec of the differences. Return it with the bits of each part's channels, float64 [levels,
+        channels].
+        """
+        return fit.fit(context.chunks, context.channels, config, config.group_tokens)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Delta:
-        columns = Columns.of(geometry)
-        found = Side.read(Cursor(side), len(columns), config, anchors=True)
-        return cls(LossyCodec(columns, config, found, config.group_tokens))
+        channels = Channels.of(geometry)
+        found = Side.read(Cursor(side), len(channels), config, anchors=True)
+        return cls(LossyCodec(channels, config, found, config.group_tokens))
 
     @classmethod
     def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:

@@ -1,10 +1,10 @@
-"""identity: values less their channel's mean. It keeps the context's first token exactly, if that is an attention sink.
+"""identity: values minus their channel's mean. The context's first token is stored exactly if it is an attention sink.
 
-A sink's values are not like those of any other token, and the first is by far the most important (`codec.sinks`). It is
-coded as if its neighbour stood there twice, and its own row stands in the side information.
+The values of a sink differ from those of all other tokens, and the first token is by far the most important
+(`codec.sinks`). It is coded as a copy of its neighbour, and its own row is stored in the side information.
 
 Side information, per channel: u8 step; i16 mean in 1/16 of the coarsest step; u8 table of the base, u8 of each
-refinement. Then, where the first token is kept, its row in the cache's dtype.
+refinement. Then the first token's row in the cache's dtype, if it is stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import fit
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.profile import Profile
@@ -26,13 +26,18 @@ from hf_cachegen.config import CacheGenConfig
 
 
 class Identity(Transform):
-    """Codes the values as they are. inner: their codec; first [channels]: the row of the first token, None: coded."""
+    """Code the values without a prediction.
+
+    Args:
+        inner: The codec of the values.
+        first: The row of the first token, [channels]; None: it is coded with the others.
+    """
 
     name = "identity"
 
     def __init__(self, inner: LossyCodec, first: Tensor | None = None):
         self.inner, self.first = inner, first
-        self.channels = len(inner.columns)
+        self.channels = len(inner.channels)
 
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
@@ -41,20 +46,20 @@ class Identity(Transform):
 
     @classmethod
     def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
-        """The codec of the values, and the bits of each part's channels, float64 [levels, channels]."""
+        """Fit the codec of the values. Return it with the bits of each part's channels, float64 [levels, channels]."""
         if 0 not in context.sinks:
-            return fit.fit(context.chunks, context.columns, config)
-        fit.require_finite(context.first_token[None], context.columns.vectors)
+            return fit.fit(context.chunks, context.channels, config)
+        fit.require_finite(context.first_token[None], context.channels.vectors)
 
         def without_first() -> Iterator[tuple[Tensor, Span]]:
             return ((blanked(rows, span), span) for rows, span in context.chunks())
 
-        return fit.fit(without_first, context.columns, config)
+        return fit.fit(without_first, context.channels, config)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Identity:
-        columns, own = Columns.of(geometry), _own_length(geometry, config)
-        inner = LossyCodec(columns, config, Side.read(Cursor(side[:own]), len(columns), config, anchors=False))
+        channels, own = Channels.of(geometry), _own_length(geometry, config)
+        inner = LossyCodec(channels, config, Side.read(Cursor(side[:own]), len(channels), config, anchors=False))
         if len(side) == own:
             return cls(inner)
         return cls(inner, torch.frombuffer(bytearray(side[own:]), dtype=getattr(torch, geometry.dtype)))
@@ -94,7 +99,7 @@ class Identity(Transform):
 
 
 def blanked(rows: Tensor, span: Span) -> Tensor:
-    """Rows [tokens, channels] of a chunk, the context's first token like its neighbour, or zero where it has none."""
+    """Replace the context's first token in rows [tokens, channels] by its neighbour, or by zero if it has none."""
     if span.first:
         return rows
     rows = rows.clone()
@@ -103,5 +108,5 @@ def blanked(rows: Tensor, span: Span) -> Tensor:
 
 
 def _own_length(geometry: Geometry, config: CacheGenConfig) -> int:
-    """Bytes of the side information without the first token."""
+    """Return the bytes of the side information without the first token."""
     return geometry.channels * (3 + config.levels)

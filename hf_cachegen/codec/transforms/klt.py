@@ -1,17 +1,18 @@
 """klt, the sensitivity-weighted transform: rows -> coefficients of a profile's basis -> nested symbols, and back.
 
-Keys are turned back to position zero where the model's rotation is known (a third fewer bits), means are taken off,
-and each group of layers goes through one matrix product. Coefficients are coded as the identity's values
-are: with one step for all, no means, and the profile's table entries.
+Keys are rotated back to position zero where the model's rotation is known (a third fewer bits), the means are
+subtracted, and each group of layers is multiplied by one matrix. The coefficients are coded like the values of the
+identity transform, with one step for all, no means, and the profile's table entries.
 
-A context unlike those that the profile was learnt from has coefficients larger than their tables know, each an
-exception of eight bytes: a task that the profile has not seen took three times the bits it takes with tables of its
-own. So the side information, which is the profile's digest alone where that serves, may name the entries that differ:
+In a context unlike those that the profile was learnt from, some coefficients are outside the support of their tables.
+Each is an exception of eight bytes: a task that the profile was not learnt from took three times the bits that it takes
+with its own tables. So the side information, which is the profile's digest alone where that serves, can list the
+entries that differ:
 
     digest[16]; for each part: u8 bitmap[ceil(components / 8)], u8 entry[ones in the bitmap]
 
-with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has an entry of its own. Behind these, in a context
-that has sinks (`sinks`), their positions, u32 each: coefficients of a sink are in units of a finer step.
+with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has its own entry. In a context with sinks (`sinks`)
+their positions follow, u32 each: the coefficients of a sink are in units of a finer step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import basis, quantize
-from hf_cachegen.codec.chunk import Columns, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
@@ -38,14 +39,22 @@ from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorEr
 
 DIGEST_BYTES = 16
 ENTRY_BITS = 8
+"""The cost of an entry in the side information."""
 
 
 class Klt(Transform):
-    """Codes coefficients in the basis of the model's profile.
+    """Code coefficients in the basis of the model's profile.
 
-    entries uint8 [parts, components]: the table entries of the base and of each refinement; None: the profile's.
-    sinks int64 [n]: positions of tokens with finer steps, rising; None: no token has.
-    Raises ProfileError where the profile does not fit, ConfigError for what the transform cannot do.
+    Args:
+        geometry: Of the cache; a batch of 1.
+        config: Its number of levels is that of the profile.
+        profile: Of the model.
+        entries: uint8 [parts, components]: the table entries of the base and of each refinement. None: the profile's.
+        sinks: int64 [n], ascending: the positions of tokens with finer steps. None: there are none.
+
+    Raises:
+        ProfileError: The profile is of another model, or damaged.
+        ConfigError: The transform does not support the geometry or the configuration.
     """
 
     name = "klt"
@@ -57,12 +66,12 @@ class Klt(Transform):
     ):  # fmt: skip
         require_layers(profile, geometry.layers)
         if geometry.batch != 1:
-            raise ConfigError(f"the klt transform codes one row of the batch, got {geometry.batch}")
+            raise ConfigError(f"the klt transform needs a batch of 1, got {geometry.batch}")
         if config.levels != profile.levels:
-            raise ConfigError(f"the profile has {profile.levels} levels, the configuration {config.levels}")
+            raise ConfigError(f"the profile has {profile.levels} levels, config.levels is {config.levels}")
         values, digits = shipped_codebooks(config.prob_bits)
         if bool((profile.entries[0] >= values.entries).any()) or bool((profile.entries[1:] >= digits.entries).any()):
-            raise ProfileError("the profile names a table that the codebook does not have")
+            raise ProfileError("a table entry of the profile is outside the codebook: the profile is damaged")
         self.geometry, self.config, self.profile, self.channels = geometry, config, profile, geometry.channels
         self.entries = profile.entries if entries is None else entries
         self.sinks = torch.empty(0, dtype=torch.int64) if sinks is None else sinks
@@ -70,17 +79,18 @@ class Klt(Transform):
         nothing = torch.zeros(components, dtype=torch.uint8)
         codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
         side = Side(codes, nothing.to(torch.int16), nothing, self.entries[0], self.entries[1:])
-        columns = Columns(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
-        self.inner = LossyCodec(columns, config, side)
+        channels = Channels(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
+        self.inner = LossyCodec(channels, config, side)
         self.basis = basis.Basis(geometry, profile)
 
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
-        """Fit to a context, with table entries of its own where they save more than they take.
+        """Fit to a context. Own table entries are used where they save more than they cost.
 
         Raises:
-            TensorError: a value is not finite, or so large that the profile's step cannot express it.
-            ConfigError, ProfileError: as the constructor.
+            TensorError: A value is not finite, or so large that the profile's step cannot express it.
+            ConfigError: A profile is missing, or the transform does not support the configuration.
+            ProfileError: The profile is of another model.
         """
         profile = _required(profile)
         codec = cls(context.geometry, config, profile, sinks=context.sinks)
@@ -91,13 +101,13 @@ class Klt(Transform):
         books = repeated(codec.inner.values, codec.inner.digits)
         for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
             own = book.choose(histograms)[0]
-            # A column that is silent here alone stays coded: neighbours that are all coded are the quicker to decode.
+            # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
             own = own.where((own > 0) | (given == 0), own.new_tensor(book.narrowest))
             gain = book.bits(histograms, given) - book.bits(histograms, own) - ENTRY_BITS
             entries.append(torch.where(gain > 0, own, given))
             saved += float(gain.clamp_min(0).sum())
         bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
-        if saved > bitmaps or len(codec.sinks):  # sinks stand behind the bitmaps
+        if saved > bitmaps or len(codec.sinks):  # the sinks follow the bitmaps
             codec = cls(context.geometry, config, profile, torch.stack(entries), context.sinks)
         return Fitted(codec, None)
 
@@ -106,7 +116,7 @@ class Klt(Transform):
         profile = _required(profile)
         codec = cls(geometry, config, profile)
         if side[:DIGEST_BYTES] != codec.side_bytes():
-            raise ProfileError("the side information names another profile")
+            raise ProfileError("the side information needs another profile than the one given")
         if len(side) == DIGEST_BYTES:
             return codec
         cursor, entries = Cursor(side[DIGEST_BYTES:]), profile.entries.clone()
@@ -114,15 +124,15 @@ class Klt(Transform):
         for part, row in enumerate(entries):
             bits = np.unpackbits(np.frombuffer(cursor.take(-(-components // 8)), np.uint8), bitorder="little")
             if bits[components:].any():
-                raise CorruptError("the side information gives entries to components that the profile does not have")
+                raise CorruptError("the side information has entries for components that the profile does not have")
             own = torch.from_numpy(bits[:components]).bool()
             row[own] = cursor.tensor(int(own.sum()), torch.uint8)
             if bool((row >= (codec.inner.digits if part else codec.inner.values).entries).any()):
-                raise CorruptError("the side information names a table that the codebook does not have")
+                raise CorruptError("a table entry of the side information is outside the codebook")
         found = cursor.tensor(len(cursor.rest()) // 4, torch.int32).long()
         cursor.finish()
         if bool((found[1:] <= found[:-1]).any()) or bool(((found < 0) | (found >= geometry.tokens)).any()):
-            raise CorruptError("the side information names sinks that do not rise, or that the context does not have")
+            raise CorruptError("the positions of sinks in the side information must ascend and be within the context")
         return cls(geometry, config, profile, entries, found)
 
     @classmethod
@@ -147,21 +157,21 @@ class Klt(Transform):
         return b"".join([*found, self.sinks.to(torch.int32).numpy().tobytes()])
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
-        """What is coded: float32 [tokens, components], on the device of rows."""
+        """Return the coefficients to code: float32 [tokens, components], on the device of rows."""
         return self._scaled(self.basis.coefficients(rows, span), span, FINER)
 
     def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
-        """Coefficients with those of the chunk's sinks multiplied, in place."""
+        """Multiply the coefficients of the chunk's sinks by `factor`, in place."""
         here = self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first
         if len(here):
             y[here.to(y.device)] *= factor
         return y
 
     def checked(self, rows: Tensor, span: Span) -> Tensor:
-        """As `coefficients`. Raises TensorError where they cannot be coded."""
+        """Return `coefficients`. Raises TensorError where they cannot be coded."""
         y = self.coefficients(rows, span)
         if y.numel() and not float(y.abs().max()) < quantize.LARGEST_SYMBOL * float(self.inner.steps[0]):
-            require_finite(rows, Columns.of(self.geometry).vectors)
+            require_finite(rows, Channels.of(self.geometry).vectors)
             raise TensorError("a value is too large for the profile's step; only lossless=True keeps such values")
         return y
 
@@ -190,7 +200,7 @@ class Klt(Transform):
 
 
 def has_sinks(side: bytes, profile: Profile) -> bool:
-    """Whether this side information, which an encoder wrote, names sinks."""
+    """Return whether this side information, which an encoder wrote, lists sinks."""
     at, width = DIGEST_BYTES, -(-profile.entries.shape[1] // 8)
     for _ in range(profile.levels):
         at += width + int.from_bytes(side[at : at + width], "little").bit_count()

@@ -1,13 +1,13 @@
-"""lossless: bit-exact coding of bf16, fp16 and fp32 values by planes of bytes.
+"""lossless: bit-exact coding of bf16, fp16 and fp32 values by byte planes.
 
-A value's bits are rotated left by one, so that the sign comes last and the exponent first, and cut into bytes: plane
-0 the most significant. Exponents of a channel are much alike and compress; the lowest planes hardly do. Every (plane,
-channel) is a column of its own; the tables are learnt from the context by clustering its columns' histograms, and
-travel in the side information:
+A value's bits are rotated left by one, so that the exponent comes first and the sign last. They are then cut into
+bytes: plane 0 is the most significant. Exponents of a channel are similar and compress; the lowest planes hardly do.
+Every (plane, channel) pair is coded as a channel. The tables are learnt from the context by clustering the histograms
+of these, and are part of the side information:
 
-    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x columns]
+    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x channels]
 
-Table 0 is that of "always zero", whose columns are not coded.
+Table 0 is "always zero". Its channels are not coded.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from hf_cachegen.errors import CorruptError
 
 TABLES_PER_PLANE = 16
 MAX_TABLES = 256
-"""Their number stands in a byte."""
+"""Their number is stored in one byte."""
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 def to_planes(rows: Tensor) -> Tensor:
-    """rows [tokens, columns] to bytes, uint8 [tokens, planes x columns]."""
+    """Convert rows [tokens, channels] to bytes, uint8 [tokens, planes x channels]."""
     bits = rows.contiguous().view(_INTEGERS[rows.dtype])
     rotated = bits << 1 | (bits < 0)
     planes = rotated.view(torch.uint8).reshape(*rows.shape, rows.dtype.itemsize).flip(2)  # the most significant first
@@ -44,16 +44,23 @@ def to_planes(rows: Tensor) -> Tensor:
 
 
 def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_planes`."""
-    columns = planes.shape[1] // dtype.itemsize
-    rotated = planes.reshape(len(planes), dtype.itemsize, columns).flip(1).transpose(1, 2).contiguous()
+    """Convert uint8 [tokens, planes x channels] to rows [tokens, channels] of `dtype`. Inverse of `to_planes`."""
+    channels = planes.shape[1] // dtype.itemsize
+    rotated = planes.reshape(len(planes), dtype.itemsize, channels).flip(1).transpose(1, 2).contiguous()
     rotated = rotated.view(_INTEGERS[dtype]).squeeze(2)
     sign = torch.iinfo(rotated.dtype).min
     return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
 
 
 class Lossless(Transform):
-    """Codes the bytes of the values, in one level. Selected by `CacheGenConfig.lossless`, not by its name."""
+    """Code the bytes of the values, in one level. `CacheGenConfig.lossless` selects it, not its name.
+
+    Args:
+        dtype: Of the cache.
+        config: Its `coder` is used.
+        book: The learnt tables.
+        entries: uint8 [planes x channels]: the table of each.
+    """
 
     name = "lossless"
 
@@ -65,11 +72,11 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        counts = torch.zeros(len(context.columns) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+        counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
         for rows, _ in context.chunks():
             passes.count(counts, to_planes(rows.cpu()))
         never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
-        never[0, ZERO_INDEX] = 1  # entry 0 means "not coded": as everywhere, it is the table of "always zero"
+        never[0, ZERO_INDEX] = 1  # entry 0 means "always zero", which is not coded
         learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]
         book = Codebook(torch.cat(learnt), config.prob_bits, 1)
         entries, bits = book.choose(counts)
@@ -83,9 +90,9 @@ class Lossless(Transform):
         entries = cursor.tensor(geometry.channels * dtype.itemsize, torch.uint8)
         cursor.finish()
         if bool((frequencies < 0).any()) or bool((frequencies.sum(1) != 1 << config.prob_bits).any()):
-            raise CorruptError("the side information has a table whose frequencies do not add up")
+            raise CorruptError("the frequencies of a table in the side information have the wrong sum")
         if bool((entries >= tables).any()):
-            raise CorruptError("the side information names a table that it does not have")
+            raise CorruptError("a table id in the side information is out of range")
         return cls(dtype, config, Codebook(frequencies, config.prob_bits, 1), entries)
 
     @classmethod

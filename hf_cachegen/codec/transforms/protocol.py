@@ -1,11 +1,11 @@
 """Transform: the protocol between a context's rows and the parts of an artifact.
 
 One instance encodes and decodes the chunks of one context. A transform is one class in one file. It is registered by
-its name (`hf_cachegen.codec.transforms.register`), and no file outside this package asks which transform it has.
+its name (`hf_cachegen.codec.transforms.register`). No file outside this package depends on which transform it has.
 
 A chunk's rows are [tokens, channels]: all channels of layer 0's K, of its V, of layer 1's K, ... (`codec.rows.gather`).
-It becomes one part for each level: part 0 is the base, every further part a refinement. Level n is decoded from parts
-0..n-1. What all chunks share is the side information.
+They become one part per level: part 0 is the base, every further part a refinement. Level n is decoded from parts
+0..n-1. All chunks share the side information.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from hf_cachegen.config import CacheGenConfig
 class Fitted(NamedTuple):
     """A transform fitted to a context.
 
-    bits: what each channel costs under the tables that were chosen, float64 [levels, channels]; None where a channel
-    has no bits of its own.
+    Attributes:
+        transform: The transform.
+        bits: The cost of each channel under the chosen tables, float64 [levels, channels]; None where the bits belong
+            to no single channel.
     """
 
     transform: Transform
@@ -37,12 +39,12 @@ class Fitted(NamedTuple):
 
 
 class Transform(ABC):
-    """Encodes and decodes the chunks of one context. The class methods say what such a context may look like.
+    """Encode and decode the chunks of one context. The class methods describe the contexts of a configuration.
 
     Attributes:
-        name: the value of `CacheGenConfig.transform` that selects it, and that manifests name it by.
-        needs_profile: whether it takes the model's profile, to encode and to decode.
-        channels: the number of channels of its rows.
+        name: The value of `CacheGenConfig.transform` that selects it, and its name in manifests.
+        needs_profile: Whether it needs the model's profile to encode and to decode.
+        channels: The number of channels of its rows.
     """
 
     name: ClassVar[str]
@@ -52,17 +54,20 @@ class Transform(ABC):
     @classmethod
     @abstractmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
-        """Fit to a context, chunk by chunk, as often as needed.
+        """Fit to a context. The chunks may be iterated over more than once.
 
         Args:
-            context: rows of bfloat16, float16 or float32, on the device of layer 0's keys.
-            config: its `transform` is `name`.
-            profile: of the model; None where none was given.
+            context: Rows of bfloat16, float16 or float32, on the device of layer 0's keys.
+            config: Its `transform` is `name`.
+            profile: Of the model; None where none was given.
+
+        Returns:
+            The fitted transform and its bits.
 
         Raises:
-            TensorError: the transform cannot express a value: not finite, or too large.
-            ConfigError: the configuration asks for what the transform cannot do, or a profile is missing.
-            ProfileError: the profile is another model's.
+            TensorError: The transform cannot express a value: it is not finite, or too large.
+            ConfigError: The transform does not support the configuration, or a profile is missing.
+            ProfileError: The profile is of another model.
         """
 
     @classmethod
@@ -70,52 +75,64 @@ class Transform(ABC):
     def from_side(
         cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
     ) -> Transform:
-        """The transform that wrote this side information, which is untrusted; its length is one of `side_lengths`.
+        """Restore the transform that wrote this side information.
+
+        Args:
+            side: Untrusted; its length is one of `side_lengths`.
+            geometry: Of the cache.
+            config: Of the artifact.
+            profile: Of the model; None where none was given.
+
+        Returns:
+            The fitted transform.
 
         Raises:
-            CorruptError, TruncatedError: no encoder writes these bytes.
-            ConfigError: a profile is missing.
-            ProfileError: the profile is another one.
+            CorruptError, TruncatedError: No encoder writes these bytes.
+            ConfigError: A profile is missing.
+            ProfileError: The profile is another one.
         """
 
     @classmethod
     @abstractmethod
     def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
-        """The lengths in bytes that the side information of such a cache can have; computed without allocating."""
+        """Return the possible lengths of the side information of such a cache, in bytes. Nothing is allocated."""
 
     @classmethod
     def levels(cls, config: CacheGenConfig) -> int:
-        """The number of levels, and of a chunk's parts."""
+        """Return the number of levels, which is also the number of a chunk's parts."""
         return config.levels
 
     @classmethod
     def features(
         cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
     ) -> tuple[str, ...]:
-        """What a reader must support to read these artifacts (`artifact.manifest.FEATURES`).
+        """Return the features that a reader must support to read these artifacts (`artifact.manifest.FEATURES`).
 
         Args:
-            side: what an encoder of this release wrote.
+            side: The side information that an encoder of this release wrote.
+            geometry: Of the cache.
+            config: Of the artifact.
+            profile: Of the model; None where none is needed.
         """
         return ()
 
     @abstractmethod
     def side_bytes(self) -> bytes:
-        """The side information."""
+        """Return the side information."""
 
     @abstractmethod
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         """Encode a chunk.
 
         Args:
-            rows: [tokens, channels], as those that it was fitted to.
-            span: which tokens of the context these are.
+            rows: [tokens, channels], in the dtype that it was fitted to.
+            span: The position of the chunk in the context.
 
         Returns:
             The bytes of every part, `levels` of them.
 
         Raises:
-            TensorError: as `fit`.
+            TensorError: The transform cannot express a value.
         """
 
     @abstractmethod
@@ -124,20 +141,31 @@ class Transform(ABC):
 
         After an error these rows are undefined.
 
+        Args:
+            parts: The bytes of parts 0..level-1.
+            span: The position of the chunk in the context.
+            target: Receives the rows.
+            row: The target's row of the chunk's first token.
+
         Raises:
-            CorruptError, TruncatedError: the bytes are damaged.
+            CorruptError, TruncatedError: The bytes are damaged.
         """
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Decode a chunk into rows [tokens, channels] of this dtype, on the CPU. Raises what `decode_into` raises."""
+        """Decode a chunk at level len(parts) into new rows [tokens, channels] of this dtype, on the CPU.
+
+        Raises:
+            CorruptError, TruncatedError: The bytes are damaged.
+        """
         rows = torch.empty(span.tokens, self.channels, dtype=dtype)
         self.decode_into(parts, span, Target.matrix(rows))
         return rows
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        """What `decode` gives at level 1, 2, ...: each float32 [tokens, channels] on the CPU, or of the rows' dtype.
+        """Return the result of `decode` at level 1, 2, ...: each float32 [tokens, channels] on the CPU, or of the rows'
+        dtype.
 
-        Used to measure errors and divergences. A transform that gets there without coding overrides this.
+        Used to measure errors and divergences. A transform that can compute this without coding should override it.
         """
         parts = self.encode(rows, span)
         return [self.decode(parts[:level], span) for level in range(1, len(parts) + 1)]

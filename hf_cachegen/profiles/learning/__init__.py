@@ -1,15 +1,15 @@
-"""Learns a Profile from a model and samples of what its caches are used for: contexts, and what follows them.
+"""Learn a Profile from a model and samples of its use: contexts, and the text that follows them.
 
-1. Sensitivity (`moments.py`): the gradient g of the log-likelihood of a continuation (labels drawn from the model
-   itself, so that E[g g^T] is the Fisher information) with respect to the cached keys and values, through the Cache
-   API, for every architecture alike. A floor keeps what the samples did not use from being thrown away.
-2. Covariance of keys (rotation undone) and values, jointly over groups of layers; eigenvectors in the sensitivity's
-   metric.
-3. The step (`learning.py`), the largest whose divergence on held-out samples is within the targets; then each
-   coefficient's tables.
+1. Sensitivity (`moments.py`): the gradient g of the log-likelihood of a continuation with respect to the cached keys
+   and values. The labels are drawn from the model itself, so E[g g^T] is the Fisher information. The gradient is taken
+   through the Cache API, for every architecture. A floor keeps directions that the samples did not use.
+2. Covariance of keys (rotation undone) and values, jointly over groups of layers; eigenvectors in the metric of the
+   sensitivity.
+3. The step (`learning.py`): the largest one whose divergence on held-out samples is within the targets. Then the tables
+   of each coefficient.
 
-Memory does not grow with the number of samples; each is run three times, held-out ones about ten. What has been done is
-kept in a file, if asked for, and a learning that was killed goes on from there (`journal.py`).
+Memory does not grow with the number of samples. Each sample is run three times, held-out ones about ten times. Progress
+can be stored in a file, from which an interrupted run resumes (`journal.py`).
 """
 
 from __future__ import annotations

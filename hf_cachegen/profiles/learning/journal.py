@@ -1,9 +1,9 @@
-"""How far a learning has got, kept in a file, so that one that was killed goes on where it was.
+"""Progress of a learning run in a file, from which an interrupted run resumes.
 
-A learning goes through stages; each adds samples, one after the other, to sums: float64 or integer tensors, changed in
-place. After a sample, when it is time, all sums and how many samples each stage has seen are written to the file, whole
-or not at all. Sums are restored to the bit and samples are taken in the same order, so the profile is the same as
-without the interruption. The file's key says of which learning it is: model, samples and options.
+A run has stages. Each adds samples, one after the other, to sums: float64 or integer tensors, changed in place. From
+time to time, after a sample, all sums and the number of samples of each stage are written to the file, completely or
+not at all. Sums are restored bit for bit and samples are taken in the same order, so the profile equals that of an
+uninterrupted run. The file's key identifies the run: model, samples and options.
 """
 
 from __future__ import annotations
@@ -24,14 +24,24 @@ from tqdm import tqdm
 from hf_cachegen.errors import ConfigError
 
 SECONDS_BETWEEN = 30.0
+"""Least time between two writes."""
 SHARE_OF_TIME = 20
-"""Writing may take one part in so many of the time."""
+"""Writing takes at most 1 / SHARE_OF_TIME of the time."""
 Item = TypeVar("Item")
 Sums = Mapping[str, Tensor]
 
 
 class Journal:
-    """path: the file, or None to keep nothing. Raises ConfigError for a file of another learning or another kind."""
+    """Progress of one run.
+
+    Args:
+        path: The file; None stores nothing.
+        key: Identifies the run.
+        progress: Show a progress bar per stage.
+
+    Raises:
+        ConfigError: The file is of another run, or of another kind.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None, key: str, *, progress: bool = False):
         self.path, self.key, self.progress = None if path is None else Path(path), key, progress
@@ -50,16 +60,16 @@ class Journal:
             key, done = str(about["key"]), {str(stage): int(count) for stage, count in about["done"].items()}
             sums = load_file(path)
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path} is not the record of a learning: {error}; name another file") from error
+            raise ConfigError(f"{path} is not the journal of a learning run: {error}; name another file") from error
         if key != self.key:
             raise ConfigError(
-                f"{path} is the record of another learning (of another model, other samples or other options): repeat "
-                "that one, or remove the file to begin this one"
+                f"{path} is the journal of another learning run (another model, other samples or other options): "
+                "repeat that run, or remove the file to begin this one"
             )
         self._done, self._sums = done, sums
 
     def each(self, stage: str, items: Sequence[Item], sums: Sums) -> Iterator[Item]:
-        """The items that `stage` has not seen yet; what was done with the others is put into `sums` first."""
+        """Yield the items that `stage` has not seen yet. The sums of the others are restored into `sums` first."""
         done = self.restore(stage, sums)
         for index in tqdm(
             range(done, len(items)), stage, len(items), initial=done, unit="sample", disable=not self.progress
@@ -68,17 +78,19 @@ class Journal:
             self.keep(stage, sums, index + 1)
 
     def restore(self, stage: str, sums: Sums) -> int:
-        """Puts what was kept of `stage` into `sums`; returns how many items that has seen. Raises ConfigError."""
+        """Restore the sums of `stage` into `sums`, in place. Return the number of items that they contain. Raises
+        ConfigError.
+        """
         for name, x in sums.items():
             kept = self._sums.get(f"{stage}.{name}")
             if stage in self._done and (kept is None or kept.shape != x.shape or kept.dtype != x.dtype):
-                raise ConfigError(f"{self.path} is damaged: remove it to begin anew")
+                raise ConfigError(f"{self.path} is damaged: remove it to begin again")
             if kept is not None:
                 x.copy_(kept)
         return self._done.get(stage, 0)
 
     def keep(self, stage: str, sums: Sums, done: int) -> None:
-        """Notes that `sums` have seen so many items, and writes everything when it is time."""
+        """Record `sums` of the first `done` items, and write the file when it is time."""
         self._done[stage] = done
         self._sums.update((f"{stage}.{name}", x) for name, x in sums.items())
         if self.path is not None and time.monotonic() - self._last >= self._wait:
@@ -95,5 +107,5 @@ class Journal:
 
 
 def unknown(*shape: int) -> Tensor:
-    """float64 numbers that are not known yet."""
+    """Return float64 NaN, for numbers to compute."""
     return torch.full(shape, float("nan"), dtype=torch.float64)

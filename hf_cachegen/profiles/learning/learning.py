@@ -1,7 +1,7 @@
 """learn_profile: moments of the training samples, then the step by the divergence of held-out ones, then the tables.
 
-Every fifth sample is held out (the first of every five, 12 at most), and what a profile says of its levels' divergence
-and bits is measured on those.
+The first of every five samples is held out, 12 at most. The divergence and the bits of each level that a profile states
+are measured on these.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ MAX_HELD_OUT = 12
 STEP_CODES = 256
 MAX_GAP = 32
 KEPT_PEAK = 0.25
-"""A component stays if a sample's coefficient reaches this part of the finest step: half a step is what a symbol takes,
-and contexts of another kind reach further."""
+"""A component is kept if a sample's coefficient reaches this fraction of the finest step. A symbol needs half a step,
+and
+contexts of another kind have larger coefficients.
+"""
 
 
 def learn_profile(
@@ -71,28 +73,46 @@ def learn_profile(
 ) -> Profile:
     """Learn `model`'s profile from samples that mix the uses its caches are meant for.
 
-    target_kl: the largest divergence that each level may have, coarse to fine, in nats per token of a continuation; the
-    step is the largest with which all hold. With fewer numbers than levels the finest levels have them, a number alone
-    is the finest's. Levels differ by 3 in step, about 4 to 9 in divergence, so one target binds and the others are
-    bettered; `Profile.about["measured"]` has what each level came to. floor: under the sensitivities, in units of the
-    mean of each layer's K or V. group_layers: layers that share a basis (default: as many as have
-    DEFAULT_GROUP_CHANNELS channels). Every fifth sample is held out and measured by. The model runs in eval mode, and
-    comes back in its own. journal: a file that keeps what has been done, from which the same call goes on after it was
-    killed, to the same profile; remove it when the profile is saved. Raises ConfigError, TensorError, ProfileError,
-    UnsupportedModelError.
+    The model runs in eval mode, and its own mode is restored afterwards. Every fifth sample is held out and used for
+    measuring. Levels differ by 3 in step, about 4 to 9 in divergence, so one target is binding and the other levels are
+    better; `Profile.about["measured"]` has the measured divergence of each level.
+
+    Args:
+        model: The model.
+        samples: (context_ids [1, tokens], continuation_ids [1, tokens]), int64.
+        config: Its levels and the precision of the coder are used.
+        target_kl: Largest divergence of each level, coarse to fine, in nats per token of a continuation. The step is
+            the largest with which all hold. Fewer numbers than levels apply to the finest levels, one number to the
+            finest.
+        floor: Lower bound on the sensitivity, as a fraction of the mean of each layer's K or V.
+        group_layers: Number of layers that share a basis. Default: as many as have DEFAULT_GROUP_CHANNELS channels.
+        undo_rotation: Rotate keys back to position zero, where the rotation is known.
+        seed: Random seed.
+        progress: Show progress bars.
+        journal: A file for the progress. The same call resumes from it after an interruption and returns the same
+            profile. Remove it when the profile is saved.
+
+    Returns:
+        The profile.
+
+    Raises:
+        ConfigError: An option is out of its range, there are too few samples, or the journal is of another run.
+        TensorError: A sample has no valid token ids.
+        ProfileError: No step meets the targets.
+        UnsupportedModelError: The model cannot reuse a cache.
     """
     require_model(model)
     config = replace(config or CacheGenConfig(), transform="klt")
     if len(samples) < HELD_OUT_EVERY:
         raise ConfigError(
-            f"learning a profile takes at least {HELD_OUT_EVERY} samples, got {len(samples)}: give more text, or make "
+            f"learning a profile needs at least {HELD_OUT_EVERY} samples, got {len(samples)}: pass more text, or make "
             "shorter contexts of it"
         )
     targets = _targets(target_kl, config.levels)
     if not 0 < floor < 100:
         raise ConfigError(f"floor must be positive and below 100, got {floor}")
     if group_layers is not None and (not isinstance(group_layers, int) or group_layers < 1):
-        raise ConfigError(f"group_layers must be a whole number of at least 1, got {group_layers!r}")
+        raise ConfigError(f"group_layers must be an integer of at least 1, got {group_layers!r}")
     for index, sample in enumerate(samples):
         require_sample(index, sample)
     with evaluation_mode(model):
@@ -102,7 +122,7 @@ def learn_profile(
 
 
 def _targets(target_kl: float | Sequence[float], levels: int) -> tuple[float, ...]:
-    """One for each level, coarse to fine. Raises ConfigError."""
+    """Return one target per level, coarse to fine. Raises ConfigError."""
     found = (target_kl,) if isinstance(target_kl, int | float) else tuple(target_kl)
     if not found or not all(0 < target < 10 for target in found):
         raise ConfigError(f"target_kl must be positive numbers below 10, got {target_kl}")
@@ -110,7 +130,7 @@ def _targets(target_kl: float | Sequence[float], levels: int) -> tuple[float, ..
 
 
 class _Learning:
-    """One learning: what its stages share."""
+    """One learning run: the state that its stages share."""
 
     def __init__(
         self, model: PreTrainedModel, samples: Sequence[Sample], config: CacheGenConfig, targets: tuple[float, ...],
@@ -144,7 +164,7 @@ class _Learning:
         return replace(profile, about={**about, "measured": measured})
 
     def _key(self, options: dict[str, object]) -> str:
-        """Hash of all that the result depends on."""
+        """Hash everything that the result depends on."""
         described = {"options": options, "config": self.config.to_dict(), "fingerprint": self.fingerprint}
         found = xxhash.xxh3_128(json.dumps(described, sort_keys=True).encode())
         for sample in self.samples:
@@ -153,7 +173,7 @@ class _Learning:
         return found.hexdigest()
 
     def _step(self, profile: Profile, journal: Journal) -> int:
-        """Bisects for the largest step code with which every level is within its target."""
+        """Bisect for the largest step code with which every level is within its target."""
         known = unknown(STEP_CODES, self.config.levels)
         done = journal.restore("step", {"divergence": known})
         low, high = 0, STEP_CODES
@@ -169,13 +189,13 @@ class _Learning:
                 bar.update()
         if low == 0:
             raise ProfileError(
-                f"no step brings the divergence within {self.targets} nats: load the model in float32 (rounding alone "
-                "may diverge as much), or ask for less"
+                f"no step keeps the divergence within {self.targets} nats: load the model in float32 (rounding alone "
+                "may diverge more), or pass larger targets"
             )
         return low
 
     def _with_entries(self, profile: Profile, journal: Journal) -> Profile:
-        """The profile with each coefficient's cheapest tables, and without components that hardly show."""
+        """Return the profile with each coefficient's cheapest tables, and without components that stay near zero."""
         components = len(profile.base_entries)
         counts, peaks = Counts(components, self.config.levels), torch.zeros(components)
         sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
@@ -192,7 +212,7 @@ class _Learning:
         groups, at = [], 0
         for group in profile.groups:
             mine = kept[at : at + len(group.synthesis)]
-            mine[0] = True  # a group's columns need one component at least to be seen through
+            mine[0] = True  # a group needs at least one component
             groups.append(replace(group, synthesis=group.synthesis[mine]))
             at += len(mine)
         entries = entries[:, kept]
@@ -200,8 +220,9 @@ class _Learning:
 
 
 def _close_gaps(entries: Tensor, narrowest: int) -> None:
-    """Gives components that are always zero, but stand between others that are not, a table after all: they cost
-    next to nothing, and columns side by side are quicker to decode. entries: uint8 [components], changed in place.
+    """Give a table to components that are always zero but lie between others that are not, in place.
+
+    They cost almost nothing, and adjacent coded components decode faster. entries: uint8 [components].
     """
     live = entries.nonzero().flatten()
     for before, after in zip(live.tolist(), live[1:].tolist(), strict=False):
@@ -212,7 +233,7 @@ def _close_gaps(entries: Tensor, narrowest: int) -> None:
 def _coded(
     model: PreTrainedModel, profile: Profile, context: Tensor, config: CacheGenConfig
 ) -> tuple[Tensor, Klt]:
-    """A context's rows [tokens, columns], on the CPU, and the profile's codec for it."""
+    """Return a context's rows [tokens, channels], on the CPU, and the profile's codec for it."""
     keys, values, _ = prefill(model, context)
     return _rows(keys, values), _codec(profile, keys, config)
 
@@ -232,7 +253,7 @@ def _codec(profile: Profile, keys: Sequence[Tensor], config: CacheGenConfig) -> 
 def divergence(
     model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig
 ) -> list[float]:
-    """Mean KL of each level, nats per token of the continuations: exact cache against decoded."""
+    """Return the mean KL of each level, nats per token of the continuations, of the decoded against the exact cache."""
     totals = [0.0] * config.levels
     for context, continuation in samples:
         keys, values, _ = prefill(model, context)
@@ -246,7 +267,7 @@ def divergence(
 def _levels(
     profile: Profile, keys: Sequence[Tensor], values: Sequence[Tensor], config: CacheGenConfig
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """(keys, values) as each level has them, where the model's own are."""
+    """Yield (keys, values) decoded at each level, on the devices of the given ones."""
     codec, rows = _codec(profile, keys, config), _rows(keys, values)
     span = Span(0, len(rows), len(rows))
     for approximation in codec.approximations(rows, span):
@@ -259,7 +280,8 @@ def _levels(
 def measure(
     model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig
 ) -> list[dict[str, float]]:
-    """For each level: its divergence on these samples, and bits per element of the chunks (no headers)."""
+    """Return, for each level, its divergence on these samples and the bits per element of the chunks (without headers).
+    """
     sizes, elements = [0] * config.levels, 0
     for context, _ in samples:
         rows, codec = _coded(model, profile, context, config)

@@ -1,6 +1,6 @@
 """Sums over the training samples: means, second moments by group of layers, sensitivities by head; and the bases.
 
-Everything is added up in float64 and kept on the CPU; products are taken where the model's layers are.
+All sums are float64 on the CPU. Products are computed on the devices of the model's layers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_GROUP_CHANNELS = 2048
-"""Layers share a basis while their channels together are no more: the product and the profile grow with it."""
+"""Layers share a basis while they have at most this many channels together: the product and the profile grow with it.
+"""
 LEAST_SENSITIVITY = 0.02
-"""Under every layer's, in units of the model's mean, whatever its own: no sample may have minded a layer at all."""
+"""Lower bound on sensitivity, in units of the model's mean: the samples may not depend on a layer at all."""
 
 
 class Moments:
-    """Of a model's keys (rotation undone) and values, and of the gradients with respect to them."""
+    """Moments of a model's keys (rotation undone) and values, and of the gradients with respect to them."""
 
     def __init__(
         self, model: PreTrainedModel, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
@@ -36,22 +37,22 @@ class Moments:
         self.shapes = [[(x.shape[1], x.shape[3]) for x in side] for side in (keys, values)]
         widest = max(h * d for side in self.shapes for h, d in side)
         self.group_layers = group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
-        self.places = [place for kind in (0, 1) for place in self._group(kind)]
+        self.ranges = [part for kind in (0, 1) for part in self._group(kind)]
         self.count = torch.zeros(1, dtype=torch.int64)
         self.sums = [[_zeros(h * d) for h, d in side] for side in self.shapes]
-        self.squares = [_zeros(self._width(place), self._width(place)) for place in self.places]
+        self.squares = [_zeros(self._width(part), self._width(part)) for part in self.ranges]
         self.fisher = [[_zeros(h, d, d) for h, d in side] for side in self.shapes]
         numbered = ((f"{kind}-{layer}", kind, layer) for kind in (0, 1) for layer in range(len(self.layers)))
         sums = {"count": self.count} | {f"square-{index}": x for index, x in enumerate(self.squares)}
         for name, kind, layer in numbered:
             sums |= {f"sum-{name}": self.sums[kind][layer], f"fisher-{name}": self.fisher[kind][layer]}
         for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
-            # Each sample has draws of its own, which do not depend on those before it.
+            # The draws of a sample do not depend on the samples before it.
             draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
             self._add(model, context, continuation, draws)
 
     def _group(self, kind: int) -> list[tuple[int, int, int]]:
-        """(kind, first layer, layers) of each group: neighbours of equal head_dim."""
+        """Return (kind, first layer, layers) of each group: adjacent layers of equal head_dim."""
         found: list[tuple[int, int, int]] = []
         for layer, (_, dim) in enumerate(self.shapes[kind]):
             if found and found[-1][2] < self.group_layers and self.shapes[kind][layer - 1][1] == dim:
@@ -60,15 +61,15 @@ class Moments:
                 found.append((kind, layer, 1))
         return found
 
-    def _width(self, place: tuple[int, int, int]) -> int:
-        kind, first, count = place
+    def _width(self, part: tuple[int, int, int]) -> int:
+        kind, first, count = part
         return sum(h * d for h, d in self.shapes[kind][first : first + count])
 
     def _add(self, model: PreTrainedModel, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
         keys, values, _ = prefill(model, context)
         sides = (keys, values)
         self.count += context.shape[1]
-        for square, (kind, first, count) in zip(self.squares, self.places, strict=True):
+        for square, (kind, first, count) in zip(self.squares, self.ranges, strict=True):
             layers = range(first, first + count)
             framed = [in_frame(sides[kind][layer], kind, self.rotary).flatten(1) for layer in layers]
             for layer, x in zip(layers, framed, strict=True):
@@ -82,19 +83,22 @@ class Moments:
 
     @property
     def means(self) -> Tensor:
-        """float64 [columns], in the order of a chunk's columns."""
+        """The means, float64 [channels], in the order of a chunk's channels."""
         pairs = (self.sums[kind][layer] for layer in range(len(self.layers)) for kind in (0, 1))
         return torch.cat(list(pairs)) / self.count
 
     def groups(self, floor: float) -> tuple[Group, ...]:
-        """The bases, all components kept, for sensitivities with `floor` times the mean of their layer's K or V under
-        them, and with LEAST_SENSITIVITY times the mean of all.
+        """Compute the bases with all components.
+
+        Args:
+            floor: Lower bound on sensitivity, as a fraction of the mean of the layer's K or V. LEAST_SENSITIVITY times
+                the mean of all is added to it.
         """
         means = [[float(f.diagonal(dim1=1, dim2=2).mean()) for f in side] for side in self.fisher]
         # In units of their mean, so that the basis is of order 1.
         unit = max(sum(map(sum, means)) / sum(map(len, means)), 1e-30)
         found = []
-        for (kind, first, count), square in zip(self.places, self.squares, strict=True):
+        for (kind, first, count), square in zip(self.ranges, self.squares, strict=True):
             layers = range(first, first + count)
             sensitivity = torch.cat([
                 self.fisher[kind][layer] / unit
@@ -107,13 +111,14 @@ class Moments:
             mean = torch.cat([self.sums[kind][layer] for layer in layers]) / self.count
             covariance = square / self.count - torch.outer(mean, mean)
             _, basis = torch.linalg.eigh(root @ covariance @ root)
-            synthesis = (basis.flip(1).mT @ inverse).half().float()  # as the file will have it
+            synthesis = (basis.flip(1).mT @ inverse).half().float()  # rounded as in the file
             found.append(Group(kind, first, count, sensitivity.float(), synthesis))
         return tuple(found)
 
 
 def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:
-    """K (kind 0) or V (1) of a layer, [1, heads, tokens, dim], as float32 [tokens, heads, dim], the rotation undone."""
+    """Return K (kind 0) or V (1) of a layer, [1, heads, tokens, dim], as float32 [tokens, heads, dim], rotation undone.
+    """
     rows = x[0].detach().float().transpose(0, 1)
     return rotary.apply(rows, torch.arange(len(rows), device=rows.device), -1) if kind == 0 else rows
 
@@ -122,8 +127,10 @@ def gradients(
     model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], continuation: Tensor, rotary: Rotary,
     draws: torch.Generator,
 ) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
-    """(kind, layer, gradient float32 [tokens, heads, dim] in the frame of the bases) of all layers' K, then V: of the
-    log-likelihood of labels that are drawn from what the model says at each token of the continuation.
+    """Compute the gradients of the log-likelihood of labels drawn from the model's own distribution at each token.
+
+    Yields:
+        (kind, layer, gradient float32 [tokens, heads, dim] in the frame of the bases) of all layers' K, then V.
     """
     leaves = [x.detach().requires_grad_() for x in (*keys, *values)]
     with torch.enable_grad():

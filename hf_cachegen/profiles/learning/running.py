@@ -1,4 +1,4 @@
-"""What learning asks of a model: a context's exact keys and values, what it says after them, how keys are rotated."""
+"""Run a model for learning: a context's exact keys and values, the logits that follow, and the rotation of the keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLAT = 0.2
 
 
 def require_sample(index: int, sample: Sample) -> None:
-    """Raises TensorError unless it is a context of two tokens or more and a continuation of one or more."""
+    """Raise TensorError unless the sample is a context of two or more tokens and a continuation of one or more."""
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         raise TensorError(f"sample {index}: expected (context_ids, continuation_ids), got {type(sample).__name__}")
     for name, ids, least in (("context", sample[0], 2), ("continuation", sample[1], 1)):
@@ -45,7 +45,7 @@ def require_sample(index: int, sample: Sample) -> None:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
-    """Exact (keys, values, layers) of a context [1, tokens]."""
+    """Return the exact (keys, values, layers) of a context [1, tokens]."""
     past = DynamicCache()
     with fresh_state(model):
         run(model, ids.to(model.device), past)
@@ -56,7 +56,8 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Ten
 def continuation_logits(
     model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor
 ) -> Tensor:
-    """Logits float32 [tokens, vocabulary] of what follows a context with these keys and values."""
+    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values.
+    """
     past = DynamicCache()
     for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
         past.update(k, v, layer)
@@ -66,8 +67,10 @@ def continuation_logits(
 
 @torch.no_grad()
 def find_rotary(model: PreTrainedModel) -> Rotary:
-    """The rotation of the model's keys, from its own rotary module, if undoing it makes the first layer's keys of a
-    repeated token equal, as they then must be (they depend on nothing else); otherwise style "none".
+    """Find the rotation of the model's keys.
+
+    The first layer's keys of a repeated token depend only on the token and the position. If undoing the rotation of the
+    model's own rotary module makes them equal, this rotation is returned, else style "none".
     """
     none = NO_ROTATION
     modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
