@@ -29,22 +29,12 @@ from hf_cachegen.errors import (
     WrongModelError,
 )
 from hf_cachegen.profiles.finding import profile_of
-from hf_cachegen.profiles.learning import DEFAULT_TARGETS, Sample, divergence, find_rotary, prefill
+from hf_cachegen.profiles.learning import DEFAULT_TARGETS, divergence, find_rotary, prefill
 from hf_cachegen.stores import LocalStore
+from tests.profile_support import samples
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
-
-
-def samples(count: int = 10, seed: int = 0) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randint(3, VOCABULARY, (1, 60), generator=generator),
-            torch.randint(3, VOCABULARY, (1, 12), generator=generator),
-        )
-        for _ in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
