@@ -231,7 +231,7 @@ def test_a_profile_found_by_name_is_checked(server: HubServer, model, profile: P
     profile.push_to_hub(REPO)
     with pytest.raises(WrongWeightsError, match=REPO):
         context(finetuned)
-    assert context(finetuned, profile)._profile is profile  # named, it is the user's decision
+    assert context(finetuned, profile).profile is profile  # a named profile is the user's decision
     older = replace(profile, about={k: v for k, v in profile.about.items() if k != "weights"})
     older.push_to_hub(REPO)
     finding._on_hub.cache_clear()

@@ -97,7 +97,7 @@ class Profile(codec_profile.Profile):
             self.checked_bytes(), self.pin, self.about, repo_id, private=private, token=token, revision=revision,
             commit_message=commit_message, create_pr=create_pr,
         )  # fmt: skip
-        self.place = pushed.place
+        self.place = pushed.location
         return pushed.url
 
 
