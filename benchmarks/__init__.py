@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks.NAME`, from the checkout."""
+"""Benchmarks; run `python -m benchmarks.NAME` from the checkout."""

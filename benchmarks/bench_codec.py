@@ -1,4 +1,4 @@
-"""Speed and overhead of the codec, as ratios of things timed in one run.
+"""Measure speed and overhead of the codec, as ratios of times taken in one run.
 
     python -m benchmarks.bench_codec --out results.json
 
@@ -6,7 +6,7 @@ Times are the best of several rounds, the contestants taking turns, since machin
 ratios. Every contestant codes the same symbols under the same frequencies, and its decoder's result is compared; one
 thread, unless it says otherwise. constriction (its ANS coder) and torchac take part where they are installed.
 
-The package's own door returns a new matrix, whose pages are faulted in while it is written; "in place" is the same into
+The package's coder returns a new matrix, whose pages are mapped while it is written; "in place" is the same into
 memory that has its pages already: the coder alone.
 """
 
@@ -40,7 +40,7 @@ Contestants = dict[str, Callable[[], object]]
 
 
 def machine() -> dict[str, Any]:
-    """The hardware and software that the figures belong to."""
+    """Return the hardware and software of the figures."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))
@@ -56,7 +56,7 @@ def machine() -> dict[str, Any]:
 
 
 def best(contestants: Contestants, rounds: int) -> dict[str, float]:
-    """Seconds of the best call of each; they take turns of at least 20 ms, so that each finds warm caches."""
+    """Return the seconds of the best call of each; they take turns of at least 20 ms, so that caches are warm."""
     seconds: dict[str, float] = {}
     for _ in range(rounds):
         for name, run in contestants.items():
@@ -70,7 +70,7 @@ def best(contestants: Contestants, rounds: int) -> dict[str, float]:
 
 
 class Symbols:
-    """Symbols uint8 [tokens, COLUMNS] drawn from the TABLES tables of a codebook nearest to so many bits a symbol."""
+    """Draw symbols uint8 [tokens, COLUMNS] from the TABLES tables of a codebook nearest to `bits` bits a symbol."""
 
     def __init__(self, bits: float, contexts: int, tokens: int = TOKENS):
         book = shipped_codebooks(11)[0 if contexts == 1 else 1]
@@ -89,7 +89,7 @@ class Symbols:
         self.entropy_bytes = float((11 - frequency.double().log2()).sum()) / 8
 
     def coder(self, **options: str) -> tuple[list[bytes], Callable[[], object], Callable[[], Tensor]]:
-        """(streams, encode, decode) by the package's own door."""
+        """Return (streams, encode, decode) by the package's public coder."""
         sections = (self.tables, self.ids, self.contexts)
         streams = rans.encode(self.symbols, *sections, **options)
         data, sizes = bytearray(b"".join(streams)), list(map(len, streams))
@@ -100,7 +100,7 @@ class Symbols:
         )
 
     def in_place(self, threads: int) -> Callable[[], None]:
-        """decode by the compiled coder into memory that has its pages."""
+        """Return a decode by the compiled coder into memory whose pages are mapped."""
         streams = rans.encode(self.symbols, self.tables, self.ids, self.contexts)
         packed = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
         section = ops.Section(self.tables.native, self.ids, self.contexts, len(self.symbols))
@@ -115,11 +115,11 @@ class Symbols:
         decode()
         native.check_decoded(statuses.tolist())
         if not torch.equal(found, self.symbols):
-            raise RuntimeError("other symbols were decoded in place")
+            raise RuntimeError("decoding in place gave other symbols")
         return decode
 
     def constriction(self) -> tuple[Callable[[], object], Callable[[], object]]:
-        """(encode, decode) by constriction, one call for all symbols of a table."""
+        """Return (encode, decode) by constriction, one call for all symbols of a table."""
         stream = import_module("constriction").stream
         order = self.used.flatten().argsort(stable=True)
         symbols = self.symbols.flatten()[order].int().numpy()
@@ -149,7 +149,7 @@ class Symbols:
 
 
 def speed(bits: float, contexts: int, rounds: int) -> dict[str, Any]:
-    """M symbols/s of encoding and decoding, by contestant."""
+    """Return M symbols/s of encoding and decoding, by contestant."""
     sample = Symbols(bits, contexts)
     encoders: Contestants = {}
     decoders: Contestants = {}
@@ -184,7 +184,7 @@ def speed(bits: float, contexts: int, rounds: int) -> dict[str, Any]:
 
 
 def second_thread(bits: float, contexts: int, rounds: int) -> dict[str, float]:
-    """How many times as fast two threads decode in place as one does, by the tokens of a section."""
+    """Return the speed of two threads relative to one, decoding into mapped memory, by the tokens of a section."""
     found = {}
     for tokens in (TOKENS, MANY_TOKENS):
         sample = Symbols(bits, contexts, tokens)
@@ -194,7 +194,7 @@ def second_thread(bits: float, contexts: int, rounds: int) -> dict[str, float]:
 
 
 def nesting(tokens: int = 4096) -> dict[str, float]:
-    """Bits per element of three nested levels, and of their finest coded alone."""
+    """Return bits per element of three nested levels, and of the finest coded alone."""
     x = torch.randn(4, 1, 4, tokens, 64).cumsum(3) % 7 + torch.randn(4, 1, 4, tokens, 64)
     config = CacheGenConfig(transform="identity", measure=False)
     sizes = {levels: encode_kv(list(x[:2]), list(x[2:]), replace(config, levels=levels)).nbytes for levels in (3, 1)}
@@ -229,10 +229,10 @@ def whole_context(transform: Any, rounds: int, tokens: int = 2048) -> dict[str, 
 
 @click.command()
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--hardware", help="what to call this machine, where its processor hides its name")
-@click.option("--out", type=click.Path(path_type=Path), help="write the figures as JSON")
+@click.option("--hardware", help="Name of this machine, where its processor reports none.")
+@click.option("--out", type=click.Path(path_type=Path), help="Path of the figures as JSON.")
 def main(rounds: int, hardware: str | None, out: Path | None) -> None:
-    """Speed and overhead of the codec."""
+    """Measure speed and overhead of the codec."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     samples = {"2 bits, 32 tables": (2.0, 1), "0.3 bits, 32 tables": (0.3, 1)}

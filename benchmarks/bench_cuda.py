@@ -1,11 +1,11 @@
-"""Speed of the CUDA back-end on the KV cache of an 8B model, as ratios to a copy on the same device in the same run.
+"""Measure the CUDA back-end on the KV cache of an 8B model, as ratios to a copy on the same device in the same run.
 
     python -m benchmarks.bench_cuda --out results.json
     python -m benchmarks.bench_cuda --device cpu --tokens 512 --layers 2     # the same by the CPU's coder, to try it
 
 Kernels are timed alone, replayed as a graph over all chunks of the context on several streams, everything else (reading
 headers, copying streams to the device, checking) once before; "whole" is `decode_kv` with everything. The sections of
-one chunk serve for all, at places of their own. Rates count the bf16 bytes of keys and values.
+one chunk serve for all, at addresses of their own. Rates count the bf16 bytes of keys and values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of the best round."""
+    """Return the seconds of the best round."""
     best = float("inf")
     for _ in range(ROUNDS):
         if device.type == "cuda":
@@ -54,7 +54,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """The calls of the compiled library that are made meanwhile; what they point to stays in memory."""
+    """Record the calls of the compiled library; the memory that they point to is kept."""
     calls: list[Call] = []
     real, sections = native.call, chunk.Sections
 
@@ -75,7 +75,7 @@ def recorded() -> Iterator[list[Call]]:
 
 
 def replay(groups: list[list[Call]], device: torch.device) -> Callable[[], object]:
-    """Makes the calls of each group in turn, groups side by side."""
+    """Make the calls of each group in turn, groups side by side."""
     native_calls = [[call for call in group if isinstance(call[0][0], str)] for group in groups]
     if device.type == "cpu":
         return lambda: [native.call(*a, **k) for group in native_calls for a, k in group]
@@ -95,7 +95,7 @@ def replay(groups: list[list[Call]], device: torch.device) -> Callable[[], objec
 
 
 def context(layers: int, transform: Any) -> Encoder:
-    """A chunk from the middle of a context: neighbouring tokens alike, channels of very different size."""
+    """Return a chunk from the middle of a context: neighbouring tokens similar, channels of very different size."""
     scale = torch.exp(torch.randn(2 * layers, 1, HEADS, 1, DIM))
     noise = torch.randn(2 * layers, 1, HEADS, CHUNK, DIM)
     for token in range(1, CHUNK):
@@ -106,7 +106,7 @@ def context(layers: int, transform: Any) -> Encoder:
 
 
 def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> dict[str, float]:
-    """GB/s, and microseconds of one chunk, by level."""
+    """Return GB/s, and microseconds for one chunk, by level."""
     codec, parts = made.codec, next(made.chunks())
     tensors = [torch.empty(1, HEADS, tokens, DIM, dtype=torch.bfloat16, device=device) for _ in range(2 * layers)]
     target, span, found = Target.layers(tensors), Span(0, CHUNK, CHUNK), {}
@@ -123,7 +123,7 @@ def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> d
 
 
 def encoding(made: Encoder, device: torch.device) -> dict[str, float]:
-    """GB/s of one chunk, rows on the device to bytes on the host, everything included; and of its kernels alone."""
+    """Return GB/s of one chunk, from rows on the device to bytes on the host, in all and for its kernels alone."""
     rows, span = next(made.rows.chunks())
     rows, codec = rows.to(device), made.codec
     result = {"whole, GB/s": rows.nbytes / seconds(lambda: codec.encode(rows, span), device) / 1e9}
@@ -137,7 +137,7 @@ def encoding(made: Encoder, device: torch.device) -> dict[str, float]:
 
 
 def whole(made: Encoder, tokens: int, device: torch.device) -> dict[str, float]:
-    """GB/s of decode_kv, by level: the chunk again and again as a context of so many tokens."""
+    """Return GB/s of decode_kv by level, for a context of `tokens` tokens made of repeated chunks."""
     count = tokens // CHUNK
     keys, values = ([x.repeat(1, 1, count, 1) for x in part] for part in (made.rows.keys, made.rows.values))
     encoder = Encoder(keys, values, made.config)
@@ -153,12 +153,12 @@ def whole(made: Encoder, tokens: int, device: torch.device) -> dict[str, float]:
 
 @click.command()
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--tokens", default=8192, show_default=True, help="of the context; a multiple of 256")
+@click.option("--tokens", default=8192, show_default=True, help="Length of the context in tokens, a multiple of 256.")
 @click.option("--layers", default=32, show_default=True)
-@click.option("--hardware", help="what to call this machine")
-@click.option("--out", type=click.Path(path_type=Path), help="write the figures as JSON")
+@click.option("--hardware", help="Name of this machine.")
+@click.option("--out", type=click.Path(path_type=Path), help="Path of the figures as JSON.")
 def main(device: str, tokens: int, layers: int, hardware: str | None, out: Path | None) -> None:
-    """Speed of the CUDA back-end."""
+    """Measure the speed of the CUDA back-end."""
     where = torch.device(device)
     if not native.available(where) or (where.type == "cuda" and not torch.cuda.is_available()):
         raise click.ClickException(f"no compiled coder, or no device, for {device}")

@@ -1,8 +1,8 @@
-"""Would a basis learnt from the context itself pay? For models that have no profile, on the reference model.
+"""Measure the gain of a basis learnt from the context itself, for models without a profile, on the reference model.
 
     python -m benchmarks.context_basis
 
-Each context is coded four ways, all with the same coder's tables (chosen from the context, one byte a column) and no
+Each context is coded in four ways, all with the same coder's tables (chosen from the context, a byte a channel) and no
 sensitivities: with a step for each channel (about what transform="identity" does), with one step for each head, and in
 the principal components of each head, keys as cached and turned back to position zero. The basis counts at 8 bits a
 number. Bits per element at three divergences, means over the tasks.
@@ -38,7 +38,7 @@ COLUMN_BITS = 24
 
 
 def coded(x: Tensor, way: str, factor: float) -> tuple[float, Tensor]:
-    """(bits, decoded) of a head's rows [tokens, dim]."""
+    """Return (bits, decoded) of a head's rows [tokens, dim]."""
     mean = x.mean(0)
     z, bits = x - mean, float(COLUMN_BITS * x.shape[1])
     basis = torch.eye(x.shape[1])
@@ -59,7 +59,7 @@ def coded(x: Tensor, way: str, factor: float) -> tuple[float, Tensor]:
 
 
 def decoded(kv: KV, rotary: Rotary, way: str, factor: float) -> tuple[float, KV]:
-    """(bits per element, keys and values) of a context."""
+    """Return (bits per element, keys and values) of a context."""
     bits, elements, sides = 0.0, 0, ([], [])  # type: tuple[float, int, tuple[list[Tensor], list[Tensor]]]
     turned = way.endswith("undone")
     for kind, side in enumerate(kv):
@@ -76,7 +76,7 @@ def decoded(kv: KV, rotary: Rotary, way: str, factor: float) -> tuple[float, KV]
 
 @torch.no_grad()
 def curve(model: torch.nn.Module, tests: Sequence[Test], rotary: Rotary, way: str) -> list[list[float]]:
-    """[bits per element, KL] at each factor."""
+    """Return [bits per element, KL] at each factor."""
     points = [[0.0, 0.0] for _ in FACTORS]
     for test in tests:
         keys, values, _ = prefill(model, test.context)
@@ -91,9 +91,9 @@ def curve(model: torch.nn.Module, tests: Sequence[Test], rotary: Rotary, way: st
 
 @click.command()
 @click.option("--tokens", multiple=True, type=int, default=(1024, 2048, 3600), show_default=True)
-@click.option("--contexts", default=1, show_default=True, help="of each task")
+@click.option("--contexts", default=1, show_default=True, help="Contexts of each task.")
 def main(tokens: tuple[int, ...], contexts: int) -> None:
-    """Bits per element with and without a basis of the context's own."""
+    """Compare bits per element with and without a basis of the context."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     view, rotary = Table("tokens", "coded", *(f"at KL {kl}" for kl in DIVERGENCES)), find_rotary(model)

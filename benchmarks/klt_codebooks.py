@@ -1,4 +1,4 @@
-"""What the number of tables in the codebook is worth to klt: a part of the shipped ones, a finer grid of the same
+"""Measure the value of the number of tables in klt's codebook: a part of the shipped ones, a finer grid of the same
 densities, or tables learnt from the samples' histograms.
 
 Symbols do not depend on the tables, and so divergence does not: bits are those of the default, and the difference of
@@ -32,21 +32,21 @@ GRID, OCTAVES = 63, 8.5
 """Scales of each shape of value tables in a grid of 256 tables, and how far they reach: as far as the shipped ones."""
 MOST_DIGITS = 85
 ROUNDS, SMOOTHING = 6, 0.03
-"""Of learning tables; so much of a learnt table is the best shipped one, for what the samples have not seen."""
+"""Share of the best shipped table in a learnt one, for symbols that the samples have not seen."""
 
 Books = tuple[Codebook, Codebook]
 SHIPPED: Books = shipped_codebooks(BASE.prob_bits)
 
 
 def part_of(book: Codebook, size: int) -> Codebook:
-    """`size` entries, evenly from a book, with its first ("always zero")."""
+    """Return `size` entries, evenly from a book, with its first ("always zero")."""
     rows = book.tables.frequencies.reshape(book.entries, book.contexts, -1)
     kept = torch.linspace(1, book.entries - 1, min(size, book.entries) - 1).round().long()
     return Codebook(torch.cat([rows[:1], rows[kept]]).flatten(0, 1), BASE.prob_bits, book.contexts)
 
 
 def finer_grid() -> Codebook:
-    """256 value tables of the densities of the shipped ones, on closer scales."""
+    """Return 256 value tables of the densities of the shipped ones, on closer scales."""
     with mock.patch.object(codebook, "VALUE_SCALES", [0.125 * 2 ** (OCTAVES * k / (GRID - 1)) for k in range(GRID)]):
         return _book(codebook.value_rows(), 1)
 
@@ -57,8 +57,8 @@ def _book(rows: list[list[int]], contexts: int) -> Codebook:
 
 
 def clustered(histograms: Tensor, size: int, shipped: Codebook) -> Codebook:
-    """`size` entries that code these histograms, integers [columns, contexts x symbols], cheaply: columns in the order
-    of what they cost, then each to its cheapest entry and every entry anew from its columns, in turns.
+    """Learn `size` entries that code histograms, integers [components, contexts x symbols], in few bits: components in
+    the order of their cost, then, in turns, each to its cheapest entry and every entry again from its components.
     """
     given, bits = shipped.choose(histograms)
     ours = histograms[given > 0]
@@ -80,7 +80,7 @@ def clustered(histograms: Tensor, size: int, shipped: Codebook) -> Codebook:
 
 @dataclass
 class Seen:
-    """Histograms of one context or of some, at each profile's step: int32 [components, contexts x symbols] by part."""
+    """Return histograms of contexts at each profile's step: int32 [components, contexts x symbols] by part."""
 
     parts: list[list[Tensor]]
 
@@ -96,7 +96,7 @@ class Seen:
 
 
 def lengths(parts: Sequence[Tensor], given: Sequence[Tensor], books: Books) -> Tensor:
-    """Bits of each part, float64 [parts], with entries of the context's own where they save more than they take."""
+    """Return the bits of each part, float64 [parts], with the context's own entries where they save bits."""
     found = []
     for histograms, entries, book in zip(parts, given, repeated(*books), strict=False):
         bits = book.bits(histograms, entries)
@@ -121,12 +121,12 @@ class Codebooks:
 
     @cached_property
     def histograms(self) -> tuple[Tensor, Tensor]:
-        """Of values and of digits, at every step, int32 [columns, contexts x symbols]."""
+        """Histograms of values and of digits at every step, int32 [components, contexts x symbols]."""
         values = torch.cat([parts[0] for parts in self.training.parts])
         return values, torch.cat([part for parts in self.training.parts for part in parts[1:]])
 
     def curve(self, name: str, default: Curve) -> Curve:
-        """The default's curve with the bits of these tables."""
+        """Return the default's curve with the bits of these tables."""
         books = NAMES[name](self)
         print(name, [book.entries for book in books])
         both = [(some, _chosen(self.training.parts[0], some)) for some in (books, SHIPPED)]
@@ -143,7 +143,7 @@ class Codebooks:
 
 
 def _chosen(parts: Sequence[Tensor], books: Books) -> list[Tensor]:
-    """The entries of each part that the samples choose."""
+    """Return the entries of each part that the samples choose."""
     return [book.choose(part)[0] for part, book in zip(parts, repeated(*books), strict=False)]
 
 

@@ -1,11 +1,11 @@
-"""How near klt's coding is to the entropy of what it codes, on the reference model.
+"""Compare klt's code length with the entropy of its symbols, on the reference model.
 
     python -m benchmarks.klt_coding
 
-For contexts that the profile has not seen: bits per element up to each level, of the chunks and the side information,
-and of all files; beside them the code length of the same symbols under distributions learnt, one for each coefficient
-(and digit's context), from as many samples as the profile ("held-out entropy"), and under the context's own ("own
-entropy", which nobody can reach, since it would have to be told). No tokens are protected: a part is one matrix.
+For contexts that the profile has not seen, it prints the bits per element up to each level, of the chunks with their
+side information and of all files. Beside them is the code length of the same symbols under other distributions, one for
+each coefficient (and digit's context): learnt from as many samples as the profile ("held-out entropy"), and the
+context's own ("own entropy", a bound, because these distributions are not stored). No tokens are protected.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from hf_cachegen.profiles.learning import prefill
 
 CONFIG = CacheGenConfig(transform="klt", protect_first=0, protect_last=0, measure=False)
 PRIOR = 0.02
-"""Added to each count of a distribution that is learnt from samples."""
+"""Added to each count of a distribution learnt from samples."""
 
 
 def bits(counts: Tensor, learnt: Tensor, symbols: int) -> float:
-    """Code length of counts [columns, contexts x symbols] under the distributions of other counts."""
+    """Return the code length of counts [components, contexts x symbols] under distributions of other counts."""
     found, weights = counts.reshape(-1, symbols).double(), learnt.reshape(-1, symbols).double()
     share = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
     return float(-(found * share.clamp_min(1e-12).log2()).sum())
 
 
 @click.command()
-@click.option("--contexts", default=4, show_default=True, help="test contexts of each task")
-@click.option("--samples", default=32, show_default=True, help="samples of each task for the held-out distributions")
-@click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about")
+@click.option("--contexts", default=4, show_default=True, help="Test contexts of each task.")
+@click.option("--samples", default=32, show_default=True, help="Samples of each task for the held-out distributions.")
+@click.option("--tokens", default=1024, show_default=True, help="Approximate length of a context in tokens.")
 def main(contexts: int, samples: int, tokens: int) -> None:
-    """How near klt's coding is to the entropy."""
+    """Compare klt's code length with the entropy."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     profile = Profile.load(MODEL_PATH)

@@ -1,13 +1,13 @@
-"""What decoding klt costs beside delta, and the price of a joint basis, on the geometry of an 8B model.
+"""Compare the decoding cost of klt and delta, and measure the price of a joint basis, on the geometry of an 8B model.
 
     python -m benchmarks.klt_groups
 
-8 KV heads of 128, as many layers as a group joins, a chunk of 512 tokens without protected ones. Both codecs decode
-symbols of the same spread (klt's falls from component to component as a real one's does, and `--silent` says what share
-is zero at every level); tables are the context's own. Times are of whole chunks, from bytes to rows in the cache's
-dtype, best of several rounds taking turns, in processor time of one core, by element as a multiple of delta's. The last
-columns are the product alone, in the precision that a bfloat16 cache and that another takes, and how far the first is
-from the second. Bits per element by group size are in docs/rate_distortion.md.
+The cache has 8 KV heads of 128, the layers of one group, and a chunk of 512 tokens without protected ones. Both codecs
+decode symbols of the same spread (klt's falls from component to component as in a real cache; `--silent` is their share
+that is zero at every level). Tables are chosen for the context. Times are those of whole chunks, from bytes
+to rows in the cache's dtype: processor time of one core, the best of several alternating rounds, relative to delta. The
+last fields are the product alone, in bfloat16 and in float32, and the relative difference of both. Bits per element by
+group size are in docs/rate_distortion.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STEP_CODE = 160
 
 
 def best(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Least processor time of each, in seconds; they take turns."""
+    """Return the least processor time of each in seconds; they take turns."""
     found = dict.fromkeys(work, float("inf"))
     for _ in range(rounds):
         for name, run in work.items():
@@ -49,7 +49,7 @@ def best(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]
 
 
 def klt(layers: int, level: int, silent: float) -> tuple[Klt, list[bytes], Tensor]:
-    """A codec of so many layers in one group, a chunk's parts up to a level, and its coefficients."""
+    """Return a codec of `layers` layers in one group, the parts of a chunk up to a level, and its coefficients."""
     geometry = LayerGeometry("full", HEADS, DIM, HEADS, DIM)
     width = layers * HEADS * DIM
     angles = 1e-4 ** (torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2))
@@ -72,7 +72,7 @@ def klt(layers: int, level: int, silent: float) -> tuple[Klt, list[bytes], Tenso
 
 
 def delta(layers: int, level: int) -> tuple[LossyCodec, list[bytes]]:
-    """As `klt`, of values whose neighbours are alike."""
+    """Return the same for delta, with values whose neighbours are similar."""
     vectors = torch.repeat_interleave(torch.arange(2 * layers), HEADS * DIM)
     columns, config = Columns(vectors, vectors // 2 * 3 // layers), CacheGenConfig(transform="delta", measure=False)
     rows = torch.randn(TOKENS, len(columns)).cumsum(0)
@@ -83,9 +83,9 @@ def delta(layers: int, level: int) -> tuple[LossyCodec, list[bytes]]:
 @click.command()
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--level", default=2, show_default=True)
-@click.option("--silent", default=0.3, show_default=True, help="share of components that are zero at every level")
+@click.option("--silent", default=0.3, show_default=True, help="Share of components that are zero at every level.")
 def main(rounds: int, level: int, silent: float) -> None:
-    """Decoding klt beside delta, by layers a group."""
+    """Compare decoding of klt and delta, by layers in a group."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     found = Table(

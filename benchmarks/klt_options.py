@@ -1,10 +1,10 @@
-"""What each choice of the klt transform is worth: bits per element at one divergence.
+"""Measure the value of each choice of the klt transform: bits per element at one divergence.
 
     python -m benchmarks.klt_options --out docs/results/klt_options
     python -m benchmarks.klt_options --model MODEL --text TEXT --out docs/results/klt_options_other
 
-Each variant changes one option of `learn_profile` or of the encoder, or does in its place what the encoder does not.
-Bits are read off the variant's curve at the target divergence, by task and on average; the last column is the ratio to
+Each variant changes one option of `learn_profile` or of the encoder, or replaces a step of the encoder.
+Bits are read off the variant's curve at the target divergence, by task and on average; the last field is the ratio to
 the default. On the reference model "left out" rows learn from the two other tasks, and are measured on the one that was
 left out. Attention sinks are coded as all tokens are (`benchmarks.sinks` has what they are worth). Another model is
 measured on a text of which it sees one part as samples and another as tests. Results are written after each option;
@@ -65,7 +65,7 @@ KEPT_KL = (0.1, 0.02, 0.005, 0.001)
 
 
 def pieces(tokenizer: Any, text: str, samples: int, tests: int, tokens: int) -> tuple[list[Sample], list[Test]]:
-    """Samples from the text's first 80 %, tests from its last 20 %, each a context and the 128 tokens after it."""
+    """Cut samples from the first 80 % of a text and tests from the last 20 %: a context and the 128 tokens after it."""
     ids = tokenizer(text, return_tensors="pt").input_ids
     edge, whole = int(0.8 * ids.shape[1]), tokens + 128
     starts = torch.linspace(0, edge - whole, samples).long().tolist()
@@ -75,14 +75,14 @@ def pieces(tokenizer: Any, text: str, samples: int, tests: int, tokens: int) -> 
 
 
 def benched(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of a benchmark of one model and its texts, but for the samples."""
-    place = click.Path(path_type=Path)
+    """Add the options of a benchmark of one model and its texts, except samples."""
+    path = click.Path(path_type=Path)
     options = (
-        click.option("--out", type=place, required=True, help="path of the results, without suffix"),
-        click.option("--model", "path", type=place, help="another model than the reference"),
-        click.option("--text", type=place, help="what the other model is measured on"),
-        click.option("--contexts", default=3, show_default=True, help="test contexts of each task"),
-        click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about"),
+        click.option("--out", type=path, required=True, help="Path of the results, without suffix."),
+        click.option("--model", "path", type=path, help="Folder of another model than the reference."),
+        click.option("--text", type=path, help="Text file for another model."),
+        click.option("--contexts", default=3, show_default=True, help="Test contexts of each task."),
+        click.option("--tokens", default=1024, show_default=True, help="Approximate length of a context in tokens."),
     )
     for option in reversed(options):
         command = option(command)
@@ -92,7 +92,7 @@ def benched(command: Callable[..., None]) -> Callable[..., None]:
 def bench_of(
     path: Path | None, text: Path | None, samples: int, contexts: int, tokens: int
 ) -> tuple[Bench, Callable[[tuple[str, ...]], list[Sample]]]:
-    """What these options ask for; and samples of some of the reference model's tasks. Raises UsageError."""
+    """Return what the options select, and samples of some of the reference model's tasks. Raises UsageError."""
     if (path is None) != (text is None):
         raise click.UsageError("--model and --text go together")
     model = AutoModelForCausalLM.from_pretrained(path or MODEL_PATH, dtype=torch.float32)
@@ -111,15 +111,15 @@ def bench_of(
 
 @click.command()
 @benched
-@click.option("--samples", default=12, show_default=True, help="samples of each task that profiles are learnt from")
-@click.option("--kl", default=0.005, show_default=True, help="divergence, nats per token, at which bits are compared")
-@click.option("--only", multiple=True, help="these options alone, and the default")
+@click.option("--samples", default=12, show_default=True, help="Samples of each task to learn profiles from.")
+@click.option("--kl", default=0.005, show_default=True, help="Divergence to compare bits at, in nats per token.")
+@click.option("--only", multiple=True, help="Option to measure beside the default; repeatable.")
 @no_sinks()
 def main(
     out: Path, path: Path | None, text: Path | None, contexts: int, tokens: int, samples: int, kl: float,
     only: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """What each choice is worth."""
+    """Measure the value of each choice."""
     torch.manual_seed(0)
     bench, mix = bench_of(path, text, samples, contexts, tokens)
     model, mixed, tests = bench.model, bench.mixed, bench.tests
@@ -192,7 +192,7 @@ class Results:
             usual = sum(rows["default"][task] for task in bits)
             mean = sum(bits.values()) / len(bits)
             lines.append(f"| {name} | {cells} | {mean:.3f} | {sum(bits.values()) / usual:.3f} |")
-        lines += ["", "Bits per element, means over the tasks, with so many components of each group:", ""]
+        lines += ["", "Bits per element, means over the tasks, with these components of each group:", ""]
         lines.append(f"| components | of all | {' | '.join(f'KL {kl}' for kl in KEPT_KL)} | profile, MB | decoding |")
         lines.append("|---" * (len(KEPT_KL) + 4) + "|")
         for name, (share, size, time) in self.prices.items():

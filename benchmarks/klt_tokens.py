@@ -1,4 +1,4 @@
-"""What a step for each token would be worth to klt: finer where the model minds an error more.
+"""Measure the value of a step for each token in klt: finer where an error has more effect on the model.
 
 With s the sensitivity of a token (what it adds to the divergence per squared step), steps in proportion to s^(-1/2)
 cost the fewest bits at one divergence, were all else alike. A token's step is one of 17, a quarter of an octave apart;
@@ -28,17 +28,17 @@ from hf_cachegen.profiles.learning.moments import gradients
 
 PER_OCTAVE, REACH = 4, 8
 FLOOR = 0.5
-"""Added to sensitivities in units of their mean: gradients are samples, and nothing is worth nothing."""
+"""Added to sensitivities, in units of their mean: gradients are samples, so no token has a sensitivity of zero."""
 DRAWS = 8
 CONTINUATIONS, CONTINUATION_TOKENS = 4, 64
-"""That the model itself is asked for, where the sensitivity is that of what it would say next."""
+"""Continuations drawn from the model, where the sensitivity is that of its own continuation."""
 BINS = 16
 RECENT = 64
-"""Tokens at the end whose attention is looked at alone."""
+"""Tokens at the end whose attention is used."""
 
 
 def sensitivity(bench: Bench, context: Tensor, continuations: Sequence[Tensor], draws: int) -> Tensor:
-    """How much the model minds an error of a step in each coefficient, summed over them: float32 [tokens, groups]."""
+    """Return the effect of an error of one step in each coefficient, summed over them: float32 [tokens, groups]."""
     profile, found = bench.profiles[0], torch.zeros(context.shape[1], len(bench.profiles[0].groups))
     keys, values, _ = prefill(bench.model, context)
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def sensitivity(bench: Bench, context: Tensor, continuations: Sequence[Tensor], 
 
 
 def drawn(bench: Bench, context: Tensor) -> list[Tensor]:
-    """Continuations [1, tokens] that the model itself draws."""
+    """Draw continuations [1, tokens] from the model itself."""
     torch.manual_seed(0)
     found = bench.model.generate(
         context, attention_mask=torch.ones_like(context), do_sample=True, top_k=0, num_return_sequences=CONTINUATIONS,
@@ -66,7 +66,7 @@ def drawn(bench: Bench, context: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def features(bench: Bench, context: Tensor) -> dict[str, Tensor]:
-    """What an encoder can know of tokens, float32 [tokens] each: logarithms, less their mean except of positions."""
+    """Return the features that an encoder knows, float32 [tokens] each: logarithms minus their mean, or positions."""
     bench.model.set_attn_implementation("eager")
     try:
         out = bench.model(input_ids=context, use_cache=True, output_attentions=True)
@@ -91,13 +91,13 @@ def features(bench: Bench, context: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Known:
-    """What the samples say of sensitivities by features."""
+    """Sensitivities as functions of features, learnt from the samples."""
 
     bench: Bench
 
     @cached_property
     def samples(self) -> list[tuple[dict[str, Tensor], Tensor]]:
-        """Of each sample its features and, in units of their mean, the sensitivities of its tokens."""
+        """For each sample, its features and the sensitivities of its tokens in units of their mean."""
         found = []
         for context, continuation in self.bench.mixed:
             s = sensitivity(self.bench, context, [continuation], DRAWS // 2).sum(1)
@@ -106,7 +106,7 @@ class Known:
 
     @cached_property
     def weights(self) -> Tensor:
-        """Of all features together, for the logarithm of the sensitivity."""
+        """Coefficients of all features together, for the logarithm of the sensitivity."""
         x = torch.cat([_matrix(known) for known, _ in self.samples])
         y = torch.cat([s for _, s in self.samples]).clamp_min(1e-3).log()
         return torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
@@ -115,7 +115,7 @@ class Known:
         return _matrix(known) @ self.weights if name == "all of these" else known[name]
 
     def guess(self, name: str, context: Tensor) -> Tensor:
-        """The sensitivity of each token, float32 [tokens, 1], as this feature tells."""
+        """Return the sensitivity of each token, float32 [tokens, 1], predicted from a feature."""
         x = torch.cat([self.feature(name, known) for known, _ in self.samples])
         s = torch.cat([s for _, s in self.samples])
         edges = x.quantile(torch.arange(1, BINS) / BINS)
@@ -129,23 +129,23 @@ def _matrix(known: dict[str, Tensor]) -> Tensor:
 
 
 def codes_of(s: Tensor) -> Tensor:
-    """Sensitivities [tokens, 1 or groups] to how much finer than the profile's the step is, in parts of an octave."""
+    """Return how much finer each step is than the profile's, in parts of an octave; [tokens, 1 or groups]."""
     finer = PER_OCTAVE * 0.5 * (s / s.mean() + FLOOR).log2()
     return (finer - finer.mean()).round().clamp(-REACH, REACH)
 
 
 def side_bits(codes: Tensor) -> float:
-    """The entropy of codes [tokens, n], and a byte for each code that occurs in a column."""
+    """Return the entropy of codes [tokens, n] in bits, plus a byte for each code that occurs in a group."""
     total = 0.0
-    for column in codes.T:
-        counts = column.unique(return_counts=True)[1].double()
+    for group in codes.T:
+        counts = group.unique(return_counts=True)[1].double()
         total += float((counts * (counts.sum() / counts).log2()).sum()) + 8 * len(counts)
     return total
 
 
 @contextmanager
 def steps_by_token(codes: Tensor) -> Iterator[None]:
-    """Coefficients are in units of their token's step. codes: [tokens, 1 or groups]."""
+    """Code coefficients in units of their token's step; codes: [tokens, 1 or groups]."""
     forth, back = Basis.coefficients, Basis.rows
 
     def finer(basis: Basis, span: Span) -> Tensor:
@@ -164,7 +164,7 @@ def steps_by_token(codes: Tensor) -> Iterator[None]:
 
 
 def by_tokens(bench: Bench, sensitivities: Callable[[Test], Tensor], free: bool = False) -> Coder:
-    """The default profiles with a step for each token. free: steps need not be told."""
+    """Return a codec of the default profiles with a step for each token; free: side information is not counted."""
     known = [
         (prefill(bench.model, test.context)[0][0], codes_of(sensitivities(test)))
         for tests in bench.tests.values()
@@ -183,7 +183,7 @@ def by_tokens(bench: Bench, sensitivities: Callable[[Test], Tensor], free: bool 
 
 
 def variants(bench: Bench) -> dict[str, Callable[[], Coder]]:
-    """By name, what makes the coder."""
+    """Return the makers of codecs by name."""
     known = Known(bench)
 
     def own(test: Test) -> Tensor:

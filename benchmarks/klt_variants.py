@@ -1,4 +1,4 @@
-"""What the klt options are measured on, and stand-ins for what learning or the encoder do otherwise: a basis for each
+"""Models, samples and tests of the klt options, and replacements for steps of learning and encoding: a basis for each
 head, other roundings, fewer components.
 """
 
@@ -25,13 +25,13 @@ from hf_cachegen.profiles.learning import Sample, learning, moments, prefill
 
 BASE = CacheGenConfig(transform="klt", measure=False)
 DEAD_ZONES = (0.05, 0.1)
-"""Parts of the finest step by which a coefficient is moved towards zero before it is rounded."""
+"""Fractions of the finest step by which a coefficient is moved towards zero before rounding."""
 LAMBDAS = (0.05, 0.1)
-"""Of rate-distortion optimised rounding: squared steps a bit is worth; at a high rate 0.115."""
+"""Weights of rate-distortion optimised rounding: squared steps for each bit; 0.115 at a high rate."""
 KEPT = {f"first {n} of 8 components": n / 8 for n in (1, 2, 4, 6)} | {
     f"{share:.1%} of the variance": share for share in (0.9, 0.99, 0.999)
 }
-"""How many components of a group are kept: so many of the full width, or as many as have this share of the variance."""
+"""Components of a group that are kept: a share of the full width, or those that have a share of the variance."""
 TIMED_LEVEL, TIMES = 2, 7
 
 Coder = Callable[[KV], list[Point]]
@@ -39,7 +39,7 @@ Coder = Callable[[KV], list[Point]]
 
 @dataclass
 class Bench:
-    """A model, samples to learn from, and by task contexts to test on."""
+    """A model, samples to learn from, and test contexts by task."""
 
     model: Any
     mixed: list[Sample]
@@ -47,12 +47,12 @@ class Bench:
 
     @cached_property
     def profiles(self) -> list[Profile]:
-        """Learnt with the defaults, at several steps."""
+        """Profiles learnt with the defaults, at several steps."""
         return learnt(self.model, self.mixed)
 
     @cached_property
     def shares(self) -> list[Tensor]:
-        """Of each group, the share of the samples' variance that its first components have, in their own metric."""
+        """For each group, the share of the samples' variance in its first components, in the metric of the basis."""
         profile, squares = self.profiles[0], torch.zeros(())
         for context, _ in self.mixed:
             rows, codec = learning._coded(self.model, profile, context, BASE)
@@ -61,7 +61,7 @@ class Bench:
         return [part.cumsum(0) / part.sum() for part in parts]
 
     def kept(self, name: str) -> list[Profile]:
-        """The profiles with fewer components of each group, as KEPT names them."""
+        """Return the profiles with fewer components of each group, by the names in KEPT."""
         widths = [group.analysis.shape[0] for group in self.profiles[0].groups]
         part = KEPT[name]
         if name.endswith("variance"):
@@ -72,12 +72,12 @@ class Bench:
 
 
 def with_config(profiles: list[Profile], config: CacheGenConfig = BASE) -> Coder:
-    """The profiles, coded with these options of the encoder."""
+    """Return a codec of these profiles with these options of the encoder."""
     return lambda kv: [point for profile in profiles for point in levels_of(kv, config, profile)]
 
 
 def within(context: Callable[[], Any], coder: Coder) -> Coder:
-    """The coder, with something in it replaced."""
+    """Return the codec with a part of it replaced."""
 
     def coded(kv: KV) -> list[Point]:
         with context():
@@ -87,7 +87,7 @@ def within(context: Callable[[], Any], coder: Coder) -> Coder:
 
 
 def variants(bench: Bench) -> dict[str, Callable[[], Coder]]:
-    """By name, what makes the coder."""
+    """Return the makers of codecs by name."""
     found: dict[str, Callable[[], Coder]] = {}
     changes: dict[str, Callable[[Klt, Tensor], Tensor]] = {}
     changes |= {f"dead zone {width}": partial(dead_zone, width) for width in DEAD_ZONES}
@@ -105,7 +105,7 @@ def variants(bench: Bench) -> dict[str, Callable[[], Coder]]:
 
 @contextmanager
 def heads_apart() -> Iterator[None]:
-    """Learning sees no correlation between heads, and so finds a basis for each."""
+    """Replace covariances so that heads are uncorrelated and each has its own basis."""
     groups = moments.Moments.groups
 
     def masked(self: moments.Moments, floor: float) -> Any:
@@ -128,14 +128,14 @@ def heads_apart() -> Iterator[None]:
 
 @contextmanager
 def coefficients_changed(change: Callable[[Klt, Tensor], Tensor]) -> Iterator[None]:
-    """Coefficients are changed before they are rounded."""
+    """Change coefficients before they are rounded."""
     checked = Klt.checked
     with mock.patch.object(Klt, "checked", lambda self, rows, span: change(self, checked(self, rows, span))):
         yield
 
 
 def dead_zone(width: float, codec: Klt, y: Tensor) -> Tensor:
-    """Coefficients that much of a step nearer to zero."""
+    """Move coefficients towards zero by a fraction of a step."""
     return y.sign() * (y.abs() - width * codec.inner.steps).clamp_min(0)
 
 
@@ -160,7 +160,7 @@ def optimised(worth: float, codec: Klt, y: Tensor) -> Tensor:
 
 
 def kept(profile: Profile, counts: list[int]) -> Profile:
-    """The profile with so many leading components of each group."""
+    """Return the profile with `counts` leading components of each group."""
     groups: list[Group] = []
     chosen: list[int] = []
     at = 0

@@ -1,4 +1,4 @@
-"""Bits per element against divergence, for every codec, on the reference model.
+"""Measure bits per element against divergence, for every codec, on the reference model.
 
     python -m benchmarks.rate_distortion --out docs/results/rate_distortion
 
@@ -31,8 +31,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import uniform
+from eval.baselines import released
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, document, sample
-from eval.released import released
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
 from hf_cachegen.codec import rows
 from hf_cachegen.profiles.learning import Sample, continuation_logits, learning, moments, prefill
@@ -42,21 +42,21 @@ from matplotlib import pyplot
 
 KV = tuple[Sequence[Tensor], Sequence[Tensor]]
 Point = tuple[float, KV]
-"""Bits per element, and what is decoded."""
+"""(bits per element, decoded keys and values)."""
 SCALES = (0.35, 0.6, 1.0, 1.7, 3.0)
 """Factors on the steps of the transforms that need no profile."""
 LEVELS = {2: "level 3", 1: "level 2", 0: "level 1"}
 SHOWN = {
     "uniform": {"exact": 0, "float16": 1, "uniform 8-bit": 2, "uniform 4-bit": 5, "uniform 3-bit": 6},
-    "CacheGen as released": {"CacheGen as released": 2},
+    "CacheGen as released": {"CacheGen as released": 1},
     **{
         name: {f"{name}, {level}": index + offset for index, level in LEVELS.items()}
         for name, offset in (("delta", 6), ("identity", 6), ("PCA per layer", 0), ("klt", 0))
     },
 }
-"""Points by codec: those of the defaults are the third of SCALES, and a profile's own step, the first."""
+"""Points by codec: defaults are the third of SCALES; a profile's own step is the first."""
 PCA_FLOOR = 99.0
-"""With this under all sensitivities, in units of their mean, they are alike, and klt is plain PCA."""
+"""Lower bound on sensitivities, in units of their mean, that makes them equal, so that klt is plain PCA."""
 
 
 STEP_CODES = (8, 3, -2, -8)
@@ -64,7 +64,7 @@ STEP_CODES = (8, 3, -2, -8)
 
 
 class Test(NamedTuple):
-    """A context and its continuation, int64 [1, tokens], and the places in it of each answer's tokens."""
+    """A context and its continuation, int64 [1, tokens], and the positions of each answer's tokens in it."""
 
     context: Tensor
     continuation: Tensor
@@ -73,14 +73,14 @@ class Test(NamedTuple):
 
 @contextmanager
 def no_sinks() -> Iterator[None]:
-    """Neither learning nor encoding sees any sinks."""
+    """Disable the detection of sinks in learning and encoding."""
     none = {"return_value": torch.empty(0, dtype=torch.int64)}
     with mock.patch.object(learning, "find_sinks", **none), mock.patch.object(rows, "find_sinks", **none):
         yield
 
 
 def test_of(tokenizer: Any, task: str, seed: int, tokens: int) -> Test:
-    """As `eval.reference.sample`, with the places of the answers."""
+    """Return a sample as `eval.reference.sample` does, with the positions of the answers."""
     made, after, spans = document(task, seed, tokens), "", []
     for question in made.questions:
         start = len(after) + len(question.prompt) + question.completion.rindex(question.answer)
@@ -96,19 +96,19 @@ def test_of(tokenizer: Any, task: str, seed: int, tokens: int) -> Test:
 
 
 def learnt(model: Any, samples: Sequence[Sample], **options: Any) -> list[Profile]:
-    """A profile, and the same at other steps, for a longer curve."""
+    """Return a profile, and the same at other steps, for a longer curve."""
     profile = learn_profile(model, samples, **options)
     return [profile, *(replace(profile, step_code=profile.step_code + more) for more in STEP_CODES)]
 
 
 def learnt_pca(model: Any, samples: Sequence[Sample]) -> list[Profile]:
-    """Plain principal components of each layer's keys (as cached) and values."""
+    """Learn plain principal components of each layer's keys (as cached) and values."""
     with mock.patch.object(moments, "LEAST_SENSITIVITY", PCA_FLOOR):
         return learnt(model, samples, floor=1e-3, group_layers=1, undo_rotation=False)
 
 
 def by_steps(transform: str) -> Callable[[KV], list[Point]]:
-    """delta or identity at several steps, every level of each."""
+    """Return a codec of delta or identity at several steps, every level of each."""
 
     def codec(kv: KV) -> list[Point]:
         points = []
@@ -122,13 +122,13 @@ def by_steps(transform: str) -> Callable[[KV], list[Point]]:
 
 
 def by_profiles(profiles: Sequence[Profile]) -> Callable[[KV], list[Point]]:
-    """klt with each of these profiles, every level of each."""
+    """Return a codec of klt with each of these profiles, every level of each."""
     config = CacheGenConfig(transform="klt", measure=False)
     return lambda kv: [point for profile in profiles for point in levels_of(kv, config, profile)]
 
 
 def levels_of(kv: KV, config: CacheGenConfig, profile: Profile | None) -> list[Point]:
-    """Every level of one encoding."""
+    """Return the points of every level of one encoding."""
     encoded = encode_kv(*kv, config, profile)
     elements = encoded.geometry.elements
     return [
@@ -137,7 +137,7 @@ def levels_of(kv: KV, config: CacheGenConfig, profile: Profile | None) -> list[P
 
 
 def by_bits(kv: KV) -> list[Point]:
-    """Uniform quantisation at several widths."""
+    """Return the points of uniform quantisation at several widths."""
     width = kv[0][0].shape[-1]
     return [(8.0 * kv[0][0].dtype.itemsize, kv), (16.0, half(kv))] + [
         (
@@ -149,25 +149,28 @@ def by_bits(kv: KV) -> list[Point]:
 
 
 def half(kv: KV) -> KV:
-    """As float16 keeps it."""
+    """Return a cache after rounding to float16."""
     keys, values = ([x.half().to(x.dtype) for x in side] for side in kv)
     return keys, values
 
 
 def as_released(kv: KV) -> list[Point]:
-    """The released code's bins (the third point), and more and fewer."""
-    return [released(kv, factor) for factor in (4.0, 2.0, 1.0, 0.5)]
+    """Return the paper's artifact at its three quantisation levels, the finest first; the second is its default."""
+    elements = sum(x.numel() for side in kv for x in side)
+    return [
+        (stored.bits / elements, (stored.keys, stored.values)) for stored in released.cachegen(*kv, table_tokens=None)
+    ]
 
 
 Curve = dict[str, list[list[float]]]
-"""Task to its points [bits per element, KL, same token, answers], means over the contexts, in the codec's own order."""
+"""Task to points [bits per element, KL, same token, answers], means over the contexts, in the order of the codec."""
 
 
 @torch.no_grad()
 def curves(
     model: Any, codecs: dict[str, Callable[[KV], list[Point]]], tests: dict[str, list[Test]]
 ) -> dict[str, Curve]:
-    """Every codec on every test context."""
+    """Measure every codec on every test context."""
     found: dict[str, Curve] = {name: defaultdict(list) for name in codecs}
     work = [(task, s) for task, samples in tests.items() for s in samples]
     for task, test in tqdm(work, "contexts"):
@@ -179,22 +182,22 @@ def curves(
                 points = found[name][task]
                 if index == len(points):
                     points.append([0.0] * 4)
-                for place, value in enumerate((bits, *compare(exact, lossy, test))):
-                    points[index][place] += value / len(tests[task])
+                for field, value in enumerate((bits, *compare(exact, lossy, test))):
+                    points[index][field] += value / len(tests[task])
     return found
 
 
 def compare(exact: Tensor, lossy: Tensor, test: Test) -> tuple[float, float, float]:
-    """(KL, share of equal likeliest tokens, share of right answers) of log-probabilities [tokens, vocabulary]."""
+    """Return (KL, share of same likeliest tokens, share of right answers) of log-probabilities [tokens, vocabulary]."""
     kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
     likeliest = lossy.argmax(-1)
     right = likeliest[:-1] == test.continuation[0, 1:]  # token i + 1 is what follows token i
-    answers = [bool(right[[place - 1 for place in places]].all()) for places in test.answers]
+    answers = [bool(right[[position - 1 for position in positions]].all()) for positions in test.answers]
     return kl, float((likeliest == exact.argmax(-1)).float().mean()), sum(answers) / max(1, len(answers))
 
 
 def bits_at(points: Sequence[Sequence[float]], kl: float) -> float:
-    """Bits at this divergence: between the points of the lower hull, straight in log KL; NaN beyond them."""
+    """Return the bits at a divergence, interpolated in log KL between points of the lower hull; NaN beyond them."""
     hull: list[Sequence[float]] = []
     for bits, found, *_ in sorted(map(list, points)):
         if not hull or found < hull[-1][1]:
@@ -207,7 +210,7 @@ def bits_at(points: Sequence[Sequence[float]], kl: float) -> float:
 
 
 def table(found: dict[str, Curve], targets: dict[str, float]) -> str:
-    """Bits per element of each codec at each task's target divergence."""
+    """Return bits per element of each codec at each task's target divergence."""
     lines = ["| codec | " + " | ".join(f"{task}, KL {kl:.4f}" for task, kl in targets.items()) + " | mean | to klt |"]
     lines.append("|---" * (len(targets) + 3) + "|")
     rows = {name: [bits_at(curve[task], kl) for task, kl in targets.items()] for name, curve in found.items()}
@@ -220,18 +223,18 @@ def table(found: dict[str, Curve], targets: dict[str, float]) -> str:
 
 
 def operating_points(found: dict[str, Curve]) -> str:
-    """Each codec where its authors, or its defaults, put it: means over the tasks."""
+    """Return each codec at its authors' or default settings: means over the tasks."""
     lines = ["| codec | bits per element | KL, nats per token | same token | answers |", "|---|---:|---:|---:|---:|"]
     for name, points in SHOWN.items():
         for label, index in points.items():
             rows = [curve[index] for curve in found[name].values()]
-            bits, kl, same, answers = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+            bits, kl, same, answers = (sum(values) / len(rows) for values in zip(*rows, strict=True))
             lines.append(f"| {label} | {bits:.2f} | {kl:.4f} | {same:.1%} | {answers:.1%} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(found: dict[str, Curve], out: Path) -> None:
-    """One panel a task; PNG and SVG."""
+    """Plot one panel for each task; PNG and SVG."""
     tasks = list(next(iter(found.values())))
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4), sharey=True)
     for axis, task in zip(axes, tasks, strict=True):
@@ -248,13 +251,13 @@ def plot(found: dict[str, Curve], out: Path) -> None:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="path of the results, without suffix")
-@click.option("--contexts", default=4, show_default=True, help="test contexts of each task")
-@click.option("--tokens", default=1024, show_default=True, help="tokens of a context, about")
-@click.option("--samples", default=20, show_default=True, help="samples of each task that the profile is learnt from")
-@click.option("--leave-out", type=click.Choice(TASKS), help="a task that the profile does not see")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
+@click.option("--contexts", default=4, show_default=True, help="Test contexts of each task.")
+@click.option("--tokens", default=1024, show_default=True, help="Approximate length of a context in tokens.")
+@click.option("--samples", default=20, show_default=True, help="Samples of each task to learn the profile from.")
+@click.option("--leave-out", type=click.Choice(TASKS), help="Task that the profile does not see.")
 def main(out: Path, contexts: int, tokens: int, samples: int, leave_out: str | None) -> None:
-    """Bits per element against divergence."""
+    """Measure bits per element against divergence."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
@@ -272,7 +275,7 @@ def main(out: Path, contexts: int, tokens: int, samples: int, leave_out: str | N
         "klt": by_profiles(learnt(model, mix)),
     }
     found = curves(model, codecs, tests)
-    targets = {task: found["CacheGen as released"][task][2][1] for task in TASKS}
+    targets = {task: found["CacheGen as released"][task][1][1] for task in TASKS}
     text = table(found, targets) + "\n" + operating_points(found)
     print(text)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What it is worth to code attention sinks finer (`hf_cachegen.codec.sinks`): bits at equal divergence.
+"""Measure the value of finer steps for attention sinks (`hf_cachegen.codec.sinks`): bits at equal divergence.
 
     python -m benchmarks.sinks --out runs/sinks
     python -m benchmarks.sinks --model runs/smollm2-135m --text wikitext2_valid.txt --samples 10 --out runs/sinks
@@ -38,13 +38,13 @@ KL = (0.02, 0.005)
 
 
 def without(coder: Callable[[KV], list[Point]], kv: KV) -> list[Point]:
-    """As the coder does where there are no sinks."""
+    """Code as if there were no sinks."""
     with no_sinks():
         return coder(kv)
 
 
 def share_of(bench: Bench, test: Test) -> tuple[int, float, float]:
-    """How many sinks a context has, and what share of its tokens' sensitivities the first token and the sinks have."""
+    """Return the number of sinks of a context, and the shares of sensitivity of the first token and of all sinks."""
     with torch.no_grad():
         sinks = find_sinks(prefill(bench.model, test.context)[0])
     found = sensitivity(bench, test.context, [test.continuation], DRAWS).sum(1)
@@ -52,7 +52,7 @@ def share_of(bench: Bench, test: Test) -> tuple[int, float, float]:
 
 
 def table(shares: dict[str, list[tuple[int, float, float]]], found: dict[str, Curve]) -> str:
-    """What the contexts have, and bits with and without."""
+    """Return the sinks of the contexts, and bits with and without them."""
     lines = ["| text | sinks of each context | of the sensitivity: the first token | all sinks |", "|---|---|---|---|"]
     for task, some in shares.items():
         counts, first, every = zip(*some, strict=True)
@@ -69,9 +69,9 @@ def table(shares: dict[str, list[tuple[int, float, float]]], found: dict[str, Cu
 
 @click.command()
 @benched
-@click.option("--samples", default=10, show_default=True, help="samples of each task that the profile is learnt from")
+@click.option("--samples", default=10, show_default=True, help="Samples of each task to learn the profile from.")
 def main(out: Path, path: Path | None, text: Path | None, contexts: int, tokens: int, samples: int) -> None:
-    """Bits with sinks and without."""
+    """Compare bits with and without sinks."""
     bench, _ = bench_of(path, text, samples, contexts, tokens)
     coders = {"klt": by_profiles(bench.profiles), "identity": by_steps("identity")}
     coders |= {f"{name}, without": partial(without, coder) for name, coder in coders.items()}

@@ -1,4 +1,4 @@
-"""`python -m eval run` measures codecs on a data set; `python -m eval report` makes a page and tables of the runs."""
+"""Command line: `python -m eval run` measures codecs on a data set, `python -m eval report` makes a page of runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from eval.codecs import NAMES
 from eval.datasets import LOADERS
-from hf_cachegen.cli.models import DTYPES
+from eval.models import DTYPES
 from hf_cachegen.errors import CacheGenError
 
 INTERRUPTED = 130
@@ -24,41 +24,50 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", required=True, help="Folder or Hub id of a causal language model.")
-@click.option("--dataset", required=True, metavar="NAME[:OPTION=VALUE,...]", help=f"One of {', '.join(LOADERS)}.")
+@click.option("--dataset", required=True, metavar="NAME[:OPTION=VALUE,...]", help=f"Data set: {', '.join(LOADERS)}.")
 @click.option(
     "--codec",
     "codecs",
     multiple=True,
     default=("all",),
     show_default=True,
-    help=f"Repeatable: {', '.join(NAMES)}, or all that can be used here. exact is always measured.",
+    help=f"Codec, repeatable: {', '.join(NAMES)}, or all that can be used here. exact is always measured.",
 )
-@click.option("--levels", help="Of the package's codecs, such as 1,3.  [default: all]")
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many contexts.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of generated data and of the bootstrap.")
-@click.option("--device", help="cpu, cuda:0, ...  [default: a GPU for each process, else cpu]")
+@click.option("--levels", help="Levels of codecs that have several, such as 1,3.  [default: all]")
+@click.option("--limit", type=click.IntRange(min=1), help="Most contexts.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of generated data.")
+@click.option("--device", help="Device, such as cpu or cuda:0.  [default: a GPU for each process, else cpu]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Dtype of the model.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--profile", default="auto", show_default=True, metavar="auto|none|FILE", help="For klt.")
+@click.option("--profile", default="auto", show_default=True, metavar="auto|none|LOCATION", help="Profile for klt.")
+@click.option("--basis", metavar="FILE", help="Joint basis for kvtc and pca (python -m eval.baselines.joint).")
 @click.option("--chunk-tokens", type=int, default=512, show_default=True, help="Tokens per chunk of an artifact.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Questions answered at once.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Prompt and answer together.  [default: the model's]")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Questions that are answered at once."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    help="Limit of prompt and answer together, in tokens.  [default: the model's]",
+)
 @click.option(
     "--too-long",
     type=click.Choice(TOO_LONG),
-    default="skip",
-    show_default=True,
-    help="What becomes of longer examples; middle cuts their context in the middle, as LongBench does.",
+    help="Rule for longer examples; middle cuts their context in the middle.  [default: the data set's]",
 )
 @click.option(
-    "--include-question", is_flag=True, help="Cache the question with the context, as the paper's artifact did."
+    "--include-question", is_flag=True, help="Cache of the question with the context, as in the paper's artifact."
 )
-@click.option("--chat-template", is_flag=True, help="Put the tokenizer's chat template around context and question.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; an unfinished one goes on."
+    "--chat-template/--no-chat-template",
+    default=None,
+    help="Tokenizer's chat template around context and question.  [default: the data set's]",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; an unfinished run continues."
 )
 def run(out: Path, levels: str | None, **given: Any) -> None:
-    """Measure codecs on a data set, each against the exact cache on the same examples."""
+    """Measure codecs on a data set and compare each with the exact cache on the same examples."""
     from eval.report.tables import text_table
     from eval.run import Options
     from eval.run import run as measure
@@ -66,11 +75,13 @@ def run(out: Path, levels: str | None, **given: Any) -> None:
     try:
         wanted = None if levels is None else tuple(sorted({int(level) for level in levels.split(",")}))
     except ValueError as error:
-        raise click.BadParameter(f"whole numbers with commas, got {levels!r}", param_hint="'--levels'") from error
+        raise click.BadParameter(
+            f"expected whole numbers with commas, got {levels!r}", param_hint="'--levels'"
+        ) from error
     try:
         found = measure(Options(levels=wanted, **given), out)
     except KeyboardInterrupt:
-        click.echo(f"\nstopped; the same command goes on where {out} ends", err=True)
+        click.echo(f"\nstopped; the same command continues the run in {out}", err=True)
         sys.exit(INTERRUPTED)
     if found:
         click.echo(text_table(out))
@@ -81,14 +92,16 @@ def run(out: Path, levels: str | None, **given: Any) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder for index.html, report.md and plots."
 )
-@click.option("--title", default="KV caches, compressed: quality, size, time", show_default=True, help="Of the page.")
+@click.option(
+    "--title", default="KV caches, compressed: quality, size, time", show_default=True, help="Title of the page."
+)
 @click.option(
     "--adaptation",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Results of python -m eval.adaptation, to stand in the page too.",
+    help="Results of python -m eval.adaptation, to include in the page.",
 )
 def report(runs: tuple[Path, ...], out: Path, title: str, adaptation: Path | None) -> None:
-    """One page (HTML), tables (Markdown) and plots (SVG) of finished RUNS."""
+    """Make one page (HTML), tables (Markdown) and plots (SVG) of finished RUNS."""
     from eval.report import write
 
     for path in write(runs, out, title, adaptation):

@@ -1,16 +1,15 @@
-"""The adaptation experiment (CacheGen, SIGCOMM 2024, section 7.4): bandwidth traces replayed against a real artifact.
+"""The adaptation experiment (CacheGen, SIGCOMM 2024, section 7.4): bandwidth traces replayed against a real context.
 
     python -m eval.adaptation --out docs/results/adaptation
 
-Twists: time is simulated (`eval.simulation`), everything else is the product's or measured: the policies, the bandwidth
-estimate, the bytes of every chunk from the artifact's manifest, and the loss: the mixture of levels that a run ended
-with is put together from really decoded chunks, and the reference model's next-token divergence from the exact cache
-is measured over questions and right answers. The reference model's cache is small, so bytes are multiplied until the
-8-bit cache has the size of the paper's (Table 1: Mistral-7B, LongChat: 622 MB), and prefill and decoding take what the
-options say.
+Time is simulated (`eval.simulation`). The policies and the bandwidth estimate are those of the package, and the bytes
+of every chunk are real. Quality is measured: the mixture of levels at the end of a run is put together from decoded
+chunks, and its divergence from the exact cache is measured over questions and right answers. The cache of the reference
+model is small, so bytes are multiplied until the 8-bit cache has the size of the paper's (Table 1: Mistral-7B,
+LongChat: 622 MB). Prefill and decoding take the times given by the options.
 
-Contestants: adaptive, the paper's algorithm, each level alone, 8-bit quantisation, text. Writes a table (Markdown), all
-figures (JSON), and plots (PNG, SVG) over the SLO and over the bandwidth.
+Contestants: adaptive, the paper's algorithm, each level alone, 8-bit quantisation, text. The results are a table
+(Markdown), all figures (JSON), and plots (PNG, SVG) over the SLO and over the bandwidth.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,12 +34,8 @@ from eval.divergence import kl, log_probabilities
 from eval.reference import HELD_OUT_SEED, MODEL_PATH, document
 from eval.simulation import Chunk, Outcome, simulate
 from eval.traces import Link
-from hf_cachegen import CacheGenCache, CacheGenConfig
-from hf_cachegen.artifact import BASE_FILE, chunk_name, refine_file
-from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen import CacheGenCache, CacheGenConfig, EncodedContext, decode_kv, encode_kv
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.profiles.finding import open_with_profile
-from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import Adaptive, Fixed, Paper, Policy
 
 matplotlib.use("Agg")
@@ -51,12 +45,12 @@ PAPER_UNIFORM_BYTES = 622e6
 KV = tuple[list[Tensor], list[Tensor]]
 UNIFORM, TEXT = "uniform 8-bit", "text"
 Kept = tuple[int, int]
-"""(traces in which adaptive meets the SLO and a fixed choice does, traces in which a fixed choice does)"""
+"""(traces in which both adaptive and a fixed choice meet the SLO, traces in which a fixed choice does)"""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A policy on chunks: those of the artifact, or with one level, those of another coding."""
+    """A policy and its chunks: those of the encoded context, or, with one level, those of another coding."""
 
     name: str
     policy: Policy
@@ -65,8 +59,16 @@ class Contestant:
 
 @dataclass
 class Row:
-    """One contestant at one SLO over all traces. Times in seconds; violations: share of the traces; kl, nats per token,
-    and choices, as shares of all chunks in words, are means over them.
+    """One contestant at one SLO over all traces.
+
+    Attributes:
+        contestant: its name.
+        slo: seconds.
+        violations: share of the traces that missed the SLO.
+        ttft_mean: seconds.
+        ttft_p95: seconds.
+        kl: mean over the traces, nats per token.
+        choices: shares of all chunks, as text.
     """
 
     contestant: str
@@ -79,14 +81,21 @@ class Row:
 
 
 class Judge:
-    """What a mixture of levels costs in quality; after: token ids [1, tokens] of questions and right answers."""
+    """Measures the divergence of a mixture of levels.
 
-    def __init__(self, model: Any, artifact: Artifact, cache: CacheGenCache, after: Tensor) -> None:
-        self._spans = artifact.manifest.chunks
+    Args:
+        model: the model of the cache.
+        encoded: the encoded context.
+        cache: its exact cache.
+        after: int64 [1, tokens], questions and right answers.
+    """
+
+    def __init__(self, model: Any, encoded: EncodedContext, cache: CacheGenCache, after: Tensor) -> None:
+        self._spans = spans_of(encoded)
         exact = (list(cache.kv.keys), list(cache.kv.values))
         self._decoded: dict[int | None, KV] = {None: exact}
-        for level in range(1, artifact.levels + 1):
-            self._decoded[level] = artifact.decode(level)
+        for level in range(1, encoded.levels + 1):
+            self._decoded[level] = decode_kv(encoded, level, model.device)
         self._ask: Callable[[KV], Tensor] = lambda kv: log_probabilities(model, *kv, after)
         self._exact = self._ask(exact)
         self._known: dict[tuple[int | None, ...], float] = {}
@@ -94,8 +103,10 @@ class Judge:
         self.uniform = kl(self._exact, self._ask(coarse))
 
     def __call__(self, choices: tuple[int | None, ...]) -> float:
-        """KL, nats per token; choices: a level for each chunk, None for one that was recomputed at the context's front,
-        which is exact there.
+        """Return the divergence of a mixture in nats per token.
+
+        Args:
+            choices: a level for each chunk; None for one that was recomputed at the context's front, which is exact.
         """
         if choices not in self._known:
             mixed: KV = ([], [])
@@ -110,20 +121,25 @@ class Judge:
         return self._known[choices]
 
 
+def spans_of(encoded: EncodedContext) -> list[tuple[int, int]]:
+    """Return (first token, number of tokens) of every chunk of an encoded context."""
+    tokens, step = encoded.geometry.tokens, encoded.config.chunk_tokens
+    return [(first, min(step, tokens - first)) for first in range(0, tokens, step)]
+
+
 def chunks_of(
-    artifact: Artifact, scale: float, prefill_tokens_per_second: float, decode_tokens_per_second: float
+    encoded: EncodedContext, scale: float, prefill_tokens_per_second: float, decode_tokens_per_second: float
 ) -> tuple[Chunk, ...]:
-    """The artifact's chunks with the bytes of its manifest, times `scale`."""
+    """Return the chunks of an encoded context as the simulation takes them, their bytes multiplied by `scale`."""
     found = []
-    for index, (_, tokens) in enumerate(artifact.manifest.chunks):
-        files = [BASE_FILE, *(refine_file(n) for n in range(1, artifact.levels))]
-        parts = tuple(scale * artifact.manifest.segment(file, chunk_name(index)).length for file in files)
+    for index, (_, tokens) in enumerate(spans_of(encoded)):
+        parts = tuple(scale * len(part[index]) for part in encoded.parts)
         found.append(Chunk(parts, tokens / decode_tokens_per_second, tokens / prefill_tokens_per_second))
     return tuple(found)
 
 
 def contestants(chunks: tuple[Chunk, ...], uniform_bytes: float) -> list[Contestant]:
-    """All that take part; uniform_bytes: of the whole context in 8 bits."""
+    """Return all contestants; uniform_bytes: bytes of the whole context in 8 bits."""
     share = uniform_bytes / len(chunks)
     plain = tuple(Chunk((share,), chunk.decode_seconds, chunk.recompute_seconds) for chunk in chunks)
     levels = len(chunks[0].parts)
@@ -137,19 +153,19 @@ def contestants(chunks: tuple[Chunk, ...], uniform_bytes: float) -> list[Contest
 
 
 def run(contestant: Contestant, link: Link, slo: float, question_seconds: float, round_trip: float) -> Outcome:
-    """One context over one link."""
+    """Simulate one context over one link; times in seconds."""
     return simulate(contestant.chunks, link, contestant.policy, slo, question_seconds, round_trip)
 
 
 def quality(contestant: Contestant, outcome: Outcome, judge: Judge) -> float:
-    """KL of what a run ended with."""
+    """Return the divergence at the end of a run, nats per token."""
     return judge.uniform if contestant.name == UNIFORM else judge(outcome.choices)
 
 
 def over_slo(
     who: Sequence[Contestant], links: Sequence[Link], slos: Sequence[float], judge: Judge, question: float, rtt: float
 ) -> tuple[list[Row], dict[str, Kept]]:
-    """Rows, and for each SLO in how many of the traces where a fixed choice meets it adaptive does so too."""
+    """Return the rows, and for each SLO the number of traces in which adaptive and a fixed choice meet it."""
     rows: list[Row] = []
     kept: dict[str, Kept] = {}
     for slo in tqdm(slos, "SLOs"):
@@ -183,7 +199,7 @@ def _word(contestant: Contestant, choice: int | None) -> str:
 def over_bandwidth(
     who: Sequence[Contestant], rates: Sequence[float], slo: float, judge: Judge, question: float, rtt: float
 ) -> list[dict[str, Any]]:
-    """TTFT and KL on steady links."""
+    """Return TTFT (seconds) and KL (nats per token) on steady links."""
     found = []
     for rate in rates:
         for one in who:
@@ -200,7 +216,7 @@ def over_bandwidth(
 
 
 def table(rows: Sequence[Row], kept: dict[str, Kept]) -> str:
-    """Markdown: for each SLO and contestant violations, TTFT and KL."""
+    """Format violations, TTFT and KL of each SLO and contestant as Markdown."""
     slos = sorted({row.slo for row in rows})
     names = list(dict.fromkeys(row.contestant for row in rows))
     found = {(row.contestant, row.slo): row for row in rows}
@@ -211,7 +227,7 @@ def table(rows: Sequence[Row], kept: dict[str, Kept]) -> str:
         cells = (f"{found[name, slo].violations:.0%} / {found[name, slo].kl:.4f}" for slo in slos)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     cells = (f"{kept[f'{slo:g}'][0]} of {kept[f'{slo:g}'][1]}" for slo in slos)
-    lines.append("| adaptive is in time where a fixed choice is | " + " | ".join(cells) + " |")
+    lines.append("| adaptive meets the SLO where a fixed choice does | " + " | ".join(cells) + " |")
     lines += ["", "Mean / 95th percentile of the time to the first token, seconds:", ""]
     lines.append("| contestant | " + " | ".join(f"SLO {slo:g} s" for slo in slos) + " |")
     lines.append("|---|" + "---:|" * len(slos))
@@ -222,7 +238,7 @@ def table(rows: Sequence[Row], kept: dict[str, Kept]) -> str:
 
 
 def plot(rows: Sequence[Row], steady: Sequence[dict[str, Any]], slo: float, out: Path) -> None:
-    """Violations and KL over the SLO, TTFT and KL over the bandwidth; PNG and SVG."""
+    """Plot violations and KL over the SLO, TTFT and KL over the bandwidth; PNG and SVG."""
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7.5))
     names = list(dict.fromkeys(row.contestant for row in rows))
     for name in names:
@@ -250,56 +266,68 @@ def plot(rows: Sequence[Row], steady: Sequence[dict[str, Any]], slo: float, out:
 
 
 def links_of(count: int, seed: int, chunks: int, spread: str, files: Sequence[Path]) -> list[Link]:
-    """The traces of the files, else `count` of the paper's."""
+    """Return the traces of the files, or `count` of the paper's. Raises ConfigError."""
     if files:
         return [traces.load(path) for path in files]
     if spread not in ("uniform", "log"):
-        raise ConfigError(f"spread must be 'uniform' or 'log', got {spread!r}")
+        raise ConfigError(f"expected spread to be 'uniform' or 'log', got {spread!r}")
     return [
         traces.paper(seed + index, chunks, spread="log" if spread == "log" else "uniform") for index in range(count)
     ]
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="path of the results, without suffix")
-@click.option("--traces", "count", default=100, show_default=True, help="how many of the paper's traces")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--spread", default="log", show_default=True, type=click.Choice(["uniform", "log"]))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
+@click.option("--traces", "count", default=100, show_default=True, help="Number of traces as in the paper.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 @click.option(
-    "--trace-file", "files", multiple=True, type=click.Path(path_type=Path), help="traces instead; repeatable"
+    "--spread",
+    default="log",
+    show_default=True,
+    type=click.Choice(["uniform", "log"]),
+    help="Distribution of bandwidths.",
 )
-@click.option("--slo", "slos", multiple=True, type=float, default=(0.5, 1, 1.5, 2, 3, 4, 6), show_default=True)
-@click.option("--plot-slo", default=2.0, show_default=True, help="SLO of the figures over the bandwidth")
-@click.option("--tokens", default=1100, show_default=True, help="tokens of the context, about")
-@click.option("--chunk-tokens", default=128, show_default=True)
 @click.option(
-    "--uniform-bytes", default=PAPER_UNIFORM_BYTES, show_default=True, help="what the 8-bit cache is scaled to"
+    "--trace-file",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File of a trace, instead of random ones; repeatable.",
 )
-@click.option("--prefill-seconds", default=3.0, show_default=True, help="of the whole context")
-@click.option("--decode-seconds", default=0.1, show_default=True, help="of the whole context")
-@click.option("--question-seconds", default=0.05, show_default=True, help="prefill of the question")
-@click.option("--round-trip", default=0.001, show_default=True, help="seconds of a request and its answer")
+@click.option("--slo", "slos", multiple=True, type=float, default=(0.5, 1, 1.5, 2, 3, 4, 6), show_default=True,
+              help="SLO in seconds; repeatable.")  # fmt: skip
+@click.option("--plot-slo", default=2.0, show_default=True, help="SLO of the plots over the bandwidth, in seconds.")
+@click.option("--tokens", default=1100, show_default=True, help="Approximate length of the context in tokens.")
+@click.option("--chunk-tokens", default=128, show_default=True, help="Tokens per chunk.")
+@click.option(
+    "--uniform-bytes",
+    default=PAPER_UNIFORM_BYTES,
+    show_default=True,
+    help="Size in bytes that the 8-bit cache is scaled to.",
+)
+@click.option("--prefill-seconds", default=3.0, show_default=True, help="Prefill of the whole context, in seconds.")
+@click.option("--decode-seconds", default=0.1, show_default=True, help="Decoding of the whole context, in seconds.")
+@click.option("--question-seconds", default=0.05, show_default=True, help="Prefill of the question, in seconds.")
+@click.option("--round-trip", default=0.001, show_default=True, help="Round trip of a request, in seconds.")
 def main(
     out: Path, count: int, seed: int, spread: str, files: tuple[Path, ...], slos: tuple[float, ...], plot_slo: float,
     tokens: int, chunk_tokens: int, uniform_bytes: float, prefill_seconds: float, decode_seconds: float,
     question_seconds: float, round_trip: float,
 ) -> None:  # fmt: skip
-    """The adaptation experiment."""
+    """Run the adaptation experiment."""
     options = {**click.get_current_context().params, "out": out.name, "files": [path.name for path in files]}
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     made = document("lines", HELD_OUT_SEED + seed, tokens)
     ids = tokenizer(made.text, return_tensors="pt").input_ids
     cache = CacheGenCache.from_context(model, ids)
-    with tempfile.TemporaryDirectory() as folder:
-        cache.save_pretrained(folder, CacheGenConfig(chunk_tokens=chunk_tokens), overwrite=True)
-        artifact = open_with_profile(LocalStore(folder), model_folder=str(MODEL_PATH))
-        after = "".join(question.prompt + question.completion for question in made.questions)
-        judge = Judge(model, artifact, cache, tokenizer(after, return_tensors="pt").input_ids)
+    encoded = encode_kv(cache.kv.keys, cache.kv.values, CacheGenConfig(chunk_tokens=chunk_tokens), cache.profile)
+    after = "".join(question.prompt + question.completion for question in made.questions)
+    judge = Judge(model, encoded, cache, tokenizer(after, return_tensors="pt").input_ids)
     width = cache.kv.keys[0].shape[-1]
     real = cache.kv.geometry.elements * uniform.bits_per_element(8, width) / 8
     total = ids.shape[1]
-    chunks = chunks_of(artifact, uniform_bytes / real, total / prefill_seconds, total / decode_seconds)
+    chunks = chunks_of(encoded, uniform_bytes / real, total / prefill_seconds, total / decode_seconds)
     who = contestants(chunks, uniform_bytes)
     links = links_of(count, seed, len(chunks), spread, files)
     rows, kept = over_slo(who, links, sorted(slos), judge, question_seconds, round_trip)

@@ -1,4 +1,4 @@
-"""Greedy answers to questions about one context, from its cache, or from the text where there is none."""
+"""Answer questions about one context greedily, from its cache, or from the text where there is none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from hf_cachegen import CacheGenCache
 def answers(
     model: Any, tokenizer: Any, cache: CacheGenCache | None, prompts: list[list[int]], new_tokens: int, batch: int = 8
 ) -> list[str]:
-    """What follows each prompt (context and question, token ids), at most `new_tokens` tokens, `batch` at once."""
+    """Generate the answer to each prompt.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        cache: the cache of the context; None to prefill the whole prompt.
+        prompts: token ids of context and question.
+        new_tokens: most tokens of an answer.
+        batch: prompts answered at once.
+
+    Returns:
+        The answers as text.
+    """
     texts: list[str] = []
     for first in range(0, len(prompts), batch):
         rows = {"input_ids": prompts[first : first + batch]}
@@ -25,5 +37,5 @@ def answers(
 
 
 def first_line(text: str) -> str:
-    """Where an answer ends that is one line; blank lines before it do not count."""
+    """Return the first line of an answer that is not empty."""
     return text.lstrip("\n").split("\n")[0]

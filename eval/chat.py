@@ -1,7 +1,7 @@
-"""A chat model's template around an example, cut where the context ends: the cache holds what stands before the
+"""Put a chat model's template around an example, cut where the context ends: the cache holds the part before the
 question.
 
-The template is the tokenizer's own, with context and question as one user message and the answer to come.
+The template is the tokenizer's own, with context and question as one user message and a prompt for the answer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from hf_cachegen.errors import ConfigError
 
 
 def with_template(tokenizer: Any, examples: Iterable[Example]) -> Iterator[Example]:
-    """The same examples inside the template. Raises ConfigError where the tokenizer has none, or where it changes the
-    text so that the end of the context cannot be found.
+    """Yield the same examples inside the template.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        examples: the examples.
+
+    Raises:
+        ConfigError: the tokenizer has no template, or it changes the text so that the end of the context is not found.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("the tokenizer has no chat template: leave out --chat-template")

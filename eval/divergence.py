@@ -1,4 +1,4 @@
-"""How far one cache's predictions are from another's, in nats."""
+"""Measure the divergence between the predictions of two caches, in nats."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cachegen.profiles.learning import continuation_logits
+from eval.models import continuation_logits
 
 
 @torch.no_grad()
 def log_probabilities(model: Any, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor) -> Tensor:
-    """float32 [tokens, vocabulary] of the token after each of ids [1, tokens], which follow these keys and values."""
+    """Return the log-probabilities of the token after each of `ids`, float32 [tokens, vocabulary].
+
+    Args:
+        model: the model of the cache.
+        keys: per layer [1, heads, context tokens, head_dim].
+        values: likewise.
+        ids: int64 [1, tokens], the tokens that follow the context.
+    """
     return continuation_logits(model, keys, values, ids).log_softmax(-1)
 
 
 def kl(exact: Tensor, lossy: Tensor) -> float:
-    """Mean divergence per token of log-probabilities [tokens, vocabulary]."""
+    """Return the mean KL divergence in nats per token of log-probabilities [tokens, vocabulary]."""
     return (exact.exp() * (exact - lossy)).sum(-1).mean().item()

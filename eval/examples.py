@@ -1,7 +1,7 @@
-"""What is evaluated: a context and questions about it, whatever data set they come from.
+"""The examples of an evaluation: a context and questions about it, from any data set.
 
-The cache holds the context and nothing else: a question comes later, and to put it into the cache (as the paper's
-artifact did) would let the prefill attend from it to everything. `with_question` makes that form, for comparison.
+The cache holds the context and nothing else, because a question comes later. If the question were cached too, as in the
+paper's artifact, the prefill could attend from it to everything. `with_question` makes that form, for comparison.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Question:
-    """`text` follows the context; `answers` are the right ones; `completion` is a right continuation word for word.
+    """One question about a context.
 
-    Divergence and perplexity are taken over text and completion; without a completion the exact cache's own answer
-    stands in its place. A question without answers is not generated for (perplexity alone).
+    Divergence and perplexity are measured over text and completion. Without a completion the exact cache's own answer
+    is used instead. A question without answers is not generated for (perplexity only).
+
+    Attributes:
+        text: the text that follows the context.
+        answers: the right answers.
+        completion: a right continuation, word for word.
     """
 
     text: str
@@ -26,7 +31,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Example:
-    """One context and what is asked about it; `id` is unique in its data set."""
+    """One context and the questions about it; `id` is unique in its data set."""
 
     id: str
     context: str
@@ -35,11 +40,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples and how they are scored.
+    """Examples, and how their authors ask and score them.
 
-    scores: names in `scorers.SCORERS`, the first is the one that plots show; empty for perplexity. new_tokens: at most
-    that many are generated for an answer. first_line: the answer ends with its first line that is not empty. source:
-    where it comes from (repository and revision, or file and digest, or seed), for the run's record.
+    Attributes:
+        name: title in reports.
+        examples: the contexts and their questions.
+        scores: names in eval.scorers.SCORERS; plots show the first. Empty for perplexity.
+        new_tokens: the most tokens of an answer.
+        first_line: the answer ends with its first line that is not empty.
+        source: where the data come from (repository and revision, file and digest, or seed), for the run's record.
+        chat_template: the authors put the model's chat template around a prompt.
+        too_long: their rule for prompts that exceed the model: "skip", "middle" or "error".
     """
 
     name: str
@@ -48,10 +59,12 @@ class Dataset:
     new_tokens: int = 32
     first_line: bool = False
     source: dict[str, Any] = field(default_factory=dict)
+    chat_template: bool = False
+    too_long: str = "skip"
 
 
 def with_question(examples: Iterable[Example]) -> Iterator[Example]:
-    """The same examples with each question made part of its context, one example a question."""
+    """Yield the same examples with each question made part of its context, one example for each question."""
     for example in examples:
         for number, question in enumerate(example.questions):
             rest = Question("", question.answers, question.completion)
@@ -59,9 +72,12 @@ def with_question(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def split(prompt: str, marker: str) -> tuple[str, str] | None:
-    """(context, question) of a whole prompt, cut before the last `marker`; None where there is none.
+    """Cut a prompt before its last `marker`.
 
-    The spaces before the marker go with the question: most tokenizers join a space to the word behind it.
+    Spaces before the marker belong to the question, since most tokenizers join a space to the word after it.
+
+    Returns:
+        (context, question), None where the marker does not occur.
     """
     at = prompt.rfind(marker)
     if at < 0:

@@ -1,10 +1,9 @@
-"""One example under every codec: answers, divergence, sizes, seconds. The exact cache comes first, and is what the
-others are held against.
+"""Measure one example under every codec: answers, divergence, sizes, seconds.
 
-Twists: the last token of the context is always fed again, so that the first token after it has a prediction too.
-Divergence and agreement are teacher-forced: both caches see the same tokens after the context (the question and a right
-completion, or, where the data set has none, the exact cache's own greedy answer), so one wrong token does not make all
-later ones count as wrong. Answers are generated freely.
+The exact cache comes first; the others are compared with it. The last token of the context is always fed again, so that
+the first token after it has a prediction too. Divergence and agreement are teacher-forced: both caches see the same
+tokens after the context (the question and a right completion, or, where the data set has none, the exact cache's own
+greedy answer), so one wrong token does not make all later ones wrong. Answers are generated freely.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from eval.answers import answers, first_line
 from eval.codecs import EXACT, TEXT, Kept, Kit, keep, wait
 from eval.divergence import kl, log_probabilities
 from eval.examples import Dataset, Example
+from eval.models import token_ids
 from hf_cachegen import CacheGenCache
-from hf_cachegen.cli.models import token_ids
 
 Record = dict[str, Any]
 
@@ -36,16 +35,23 @@ class Encoded:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Length of the longest prompt in tokens."""
         return len(self.context) + max(map(len, self.questions))
 
     @property
     def prompts(self) -> list[list[int]]:
+        """Context and question of every question."""
         return [self.context + question for question in self.questions]
 
 
 def encode(tokenizer: Any, example: Example, start: bool = True) -> Encoded:
-    """start=False: the text already holds what begins a prompt, as a chat template's does."""
+    """Tokenize an example.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        example: the example.
+        start: add the tokens that begin a prompt; False for a text that holds them already, as a chat template's does.
+    """
     questions = [token_ids(tokenizer, question.text, start=False) for question in example.questions]
     return Encoded(token_ids(tokenizer, example.context, start=start), questions)
 
@@ -53,7 +59,19 @@ def encode(tokenizer: Any, example: Example, start: bool = True) -> Encoded:
 def measure(
     kit: Kit, dataset: Dataset, example: Example, encoded: Encoded, codecs: Sequence[str], batch: int
 ) -> Record:
-    """The example's line of the predictions: plain values, in the order of the questions."""
+    """Measure one example.
+
+    Args:
+        kit: model, tokenizer and the needs of codecs.
+        dataset: how answers are generated.
+        example: the example.
+        encoded: its tokens.
+        codecs: names in eval.codecs.NAMES, the exact cache first.
+        batch: questions answered at once.
+
+    Returns:
+        One record of the predictions: plain values, lists in the order of the questions.
+    """
     exact = CacheGenCache.from_context(kit.model, encoded.context, profile=kit.profile, tokenizer=kit.tokenizer)
     asks = any(question.answers for question in example.questions)
     record: Record = {
@@ -120,7 +138,7 @@ def _variant(kept: Kept, outputs: list[str], rows: list[tuple[float, float | Non
 
 
 def _first_token(kit: Kit, cache: CacheGenCache, encoded: Encoded) -> float:
-    """Seconds from a cache in memory to the first token of an answer: the prefill of the question."""
+    """Return the seconds from a cache in memory to the first token of an answer: the prefill of the question."""
     wait(kit.model)
     start = time.perf_counter()
     answers(kit.model, kit.tokenizer, cache, encoded.prompts[:1], 1)
@@ -129,8 +147,15 @@ def _first_token(kit: Kit, cache: CacheGenCache, encoded: Encoded) -> float:
 
 
 def continuation(model: Any, cache: CacheGenCache, after: Tensor) -> Tensor:
-    """Log-probabilities float32 [n - 1, vocabulary] of what follows the context; after: int64 [1, n], its first token
-    the last one of the context.
+    """Return the log-probabilities of the tokens that follow a context.
+
+    Args:
+        model: the model.
+        cache: the context's cache.
+        after: int64 [1, n], the last token of the context and the tokens that follow it.
+
+    Returns:
+        float32 [n - 1, vocabulary].
     """
     tokens = cache.input_ids.shape[1] - 1
     keys, values = ([x[:, :, :tokens] for x in side] for side in (cache.kv.keys, cache.kv.values))
@@ -138,10 +163,17 @@ def continuation(model: Any, cache: CacheGenCache, after: Tensor) -> Tensor:
 
 
 def compare(exact: Tensor, lossy: Tensor, tokens: Tensor, completion: int) -> tuple[float, float | None, float]:
-    """(mean KL of exact against lossy in nats per token, share of the completion's tokens where both would choose the
-    same, negative log-likelihood of the completion in nats).
+    """Compare two predictions of the same tokens.
 
-    exact, lossy: log-probabilities [n, vocabulary]; tokens: int64 [n], what followed, the last `completion` the answer.
+    Args:
+        exact: log-probabilities float32 [n, vocabulary] from the exact cache.
+        lossy: the same from a decoded cache.
+        tokens: int64 [n], the tokens that followed.
+        completion: the number of last tokens that are the answer.
+
+    Returns:
+        (mean KL in nats per token, share of the answer's tokens at which both choose the same, None without an answer;
+        negative log-likelihood of the answer in nats).
     """
     divergence = kl(exact, lossy)
     if not completion:

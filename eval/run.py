@@ -1,7 +1,7 @@
-"""`python -m eval run`: one model, one data set, any number of codecs, into a folder.
+"""Measure one model on one data set under any number of codecs, into a folder (`python -m eval run`).
 
-Under `accelerate launch` the examples are divided among the processes of all nodes (which must see the folder), and the
-first process merges. An interrupted run is taken up by the same command: what is finished is not done again.
+Under `accelerate launch` the examples are divided among the processes of all nodes, which must share the folder, and
+the first process merges. The same command continues an interrupted run: finished examples are not measured again.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from eval import codecs, datasets, metrics, surroundings
+from eval.baselines import CALIBRATED
+from eval.baselines.joint import Joint
 from eval.chat import with_template
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example, with_question
 from eval.measure import Encoded, encode, measure
+from eval.models import find_profile, load_model, load_tokenizer, position_limit, token_ids
 from eval.run_folder import RunFolder
-from hf_cachegen.cli.models import find_profile, load_model, token_ids
 from hf_cachegen.errors import ConfigError
 
 PATIENCE = timedelta(days=7)
-"""How long the first process waits for the others: a straggler is no fault."""
+"""The longest wait of the first process for the others: a slow process is not an error."""
 WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `run` is asked for; docs/evaluation.md says what each means."""
+    """The options of `run`; docs/evaluation.md explains each."""
 
     model: str
     dataset: str
@@ -51,31 +52,40 @@ class Options:
     chunk_tokens: int = 512
     batch: int = 8
     max_tokens: int | None = None
-    too_long: str = "skip"
+    too_long: str | None = None
     include_question: bool = False
-    chat_template: bool = False
+    chat_template: bool | None = None
+    basis: str | None = None
 
 
 def run(options: Options, out: Path) -> dict[str, Any]:
-    """Measures, and returns the metrics (in the first process; an empty dictionary in the others).
+    """Measure, and return the metrics.
 
-    Raises ConfigError for options, data and folders that do not fit.
+    Args:
+        options: what to measure.
+        out: folder of the run; an unfinished run continues.
+
+    Returns:
+        The metrics in the first process, an empty dictionary in the others.
+
+    Raises:
+        ConfigError: an option, the data or the folder do not fit.
     """
     state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
     set_seed(options.seed)
     folder = RunFolder(out)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(options.model, options.revision)
     dataset = datasets.load(options.dataset, Request(tokenizer, options.limit, options.seed))
     if options.include_question:
         inside = tuple(with_question(dataset.examples))
         dataset = replace(dataset, name=f"{dataset.name}, question cached", examples=inside)
+    options = with_defaults(options, dataset, tokenizer)
     if options.chat_template:
         dataset = replace(dataset, examples=tuple(with_template(tokenizer, dataset.examples)))
     profile = find_profile(options.profile, options.model)
-    chosen, missing = codecs.choose(options.codecs, profile)
-    most = options.max_tokens or _model_limit(options)
+    joint = None if options.basis is None else Joint.load(Path(options.basis))
+    chosen, missing = codecs.choose(options.codecs, profile, joint)
+    most = options.max_tokens or position_limit(options.model, options.revision)
     kept, left_out = fit(tokenizer, dataset, most, options)
     asked = {
         **asdict(options),
@@ -87,29 +97,51 @@ def run(options: Options, out: Path) -> dict[str, Any]:
         "max_tokens": most,
         "profile": None if profile is None or "klt" not in chosen else
                    {"digest": profile.digest, "bytes": len(profile.to_bytes())},
+        "basis": None if options.basis is None or not {*CALIBRATED} & {*chosen} else
+                 {"sha256": hashlib.sha256(Path(options.basis).read_bytes()).hexdigest()},
     }  # fmt: skip
-    # Where it ran is no part of what was asked: a run may go on elsewhere.
+    # The device is not part of the request: a run may continue on another one.
     asked = {key: value for key, value in asked.items() if key != "device"}
     if state.is_main_process:
         folder.begin(asked, {**surroundings.session(state.num_processes), "device": options.device})
     state.wait_for_everyone()
-    _measure_all(options, dataset, kept, chosen, profile, tokenizer, folder, state)
+    _measure_all(options, dataset, kept, chosen, profile, joint, tokenizer, folder, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
     records = folder.merge([example.id for example, _ in kept])
-    found = metrics.summarise(records, dataset.scores, options.seed)
+    found = metrics.summarise(records, dataset.scores)
     folder.finish(found)
     return found
+
+
+def with_defaults(options: Options, dataset: Dataset, tokenizer: Any) -> Options:
+    """Return the options with the data set's own chat template and truncation rule where none are given.
+
+    A chat template is left out where the tokenizer has none, unless it was asked for.
+    """
+    chat = options.chat_template
+    if chat is None:
+        chat = dataset.chat_template and bool(getattr(tokenizer, "chat_template", None))
+    return replace(options, chat_template=chat, too_long=options.too_long or dataset.too_long)
 
 
 def fit(
     tokenizer: Any, dataset: Dataset, most: int, options: Options
 ) -> tuple[list[tuple[Example, Encoded]], list[str]]:
-    """(examples with their tokens, ids of those left out because prompt and answer exceed `most` tokens).
+    """Apply the rule for examples that are too long.
 
-    With "middle" their contexts lose tokens in the middle instead, as LongBench does. Raises ConfigError with "error",
-    and where nothing is left.
+    Args:
+        tokenizer: a Transformers tokenizer.
+        dataset: the examples.
+        most: limit of prompt and answer together, in tokens.
+        options: its `too_long` is "skip", "middle" (contexts lose tokens in the middle, as in LongBench) or "error".
+
+    Returns:
+        (examples with their tokens, ids of those left out).
+
+    Raises:
+        ConfigError: an example is too long and the rule is "error", or no example is left.
     """
     kept: list[tuple[Example, Encoded]] = []
     left_out: list[str] = []
@@ -124,7 +156,10 @@ def fit(
             ids = found.context[: length - length // 2] + found.context[len(found.context) - length // 2 :]
             kept.append((example, replace(found, context=ids)))
         elif options.too_long == "error":
-            raise ConfigError(f"example {example.id!r} needs {found.longest} tokens and its answer; there are {most}")
+            raise ConfigError(
+                f"example {example.id!r}: expected prompt and answer of at most {most} tokens, the prompt needs "
+                f"{found.longest}: use --too-long skip or middle, or raise --max-tokens"
+            )
         else:
             left_out.append(example.id)
     if not kept:
@@ -136,7 +171,7 @@ def fit(
 
 def _measure_all(
     options: Options, dataset: Dataset, kept: Sequence[tuple[Example, Encoded]], chosen: Sequence[str], profile: Any,
-    tokenizer: Any, folder: RunFolder, state: PartialState,
+    joint: Joint | None, tokenizer: Any, folder: RunFolder, state: PartialState,
 ) -> None:  # fmt: skip
     done = folder.done()
     mine = kept[state.process_index :: state.num_processes]
@@ -144,9 +179,9 @@ def _measure_all(
     if not todo:
         return
     device = options.device or str(state.device)
-    model, _ = load_model(options.model, revision=options.revision, dtype=options.dtype, device=device)
-    kit = codecs.Kit(model, tokenizer, profile, options.chunk_tokens, options.levels)
-    # The first use of a model and of each codec is slow, and would count in the first example's seconds.
+    model = load_model(options.model, revision=options.revision, dtype=options.dtype, device=device)
+    kit = codecs.Kit(model, tokenizer, profile, options.chunk_tokens, options.levels, joint)
+    # The first use of a model and of each codec is slow and would distort the first example's seconds.
     first = todo[0][1]
     short = Encoded(first.context[:WARM_UP_TOKENS], first.questions)
     measure(kit, replace(dataset, new_tokens=min(2, dataset.new_tokens)), todo[0][0], short, chosen, options.batch)
@@ -157,14 +192,6 @@ def _measure_all(
             writer.add(measure(kit, dataset, example, encoded, chosen, options.batch))
 
 
-def _model_limit(options: Options) -> int:
-    """Tokens that the model was made for."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(options.model, revision=options.revision).get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-
-
 def _digest(examples: Sequence[Example]) -> str:
-    """Of everything that is asked, so that another version of the data is not taken for the same run."""
+    """Return the SHA-256 of all examples, so that another version of the data is another run."""
     return hashlib.sha256(json.dumps([asdict(example) for example in examples]).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""A stream in simulated time: the product's schedule, policy and bandwidth estimate over a link that is a trace.
+"""Simulate a stream: the package's schedule, policy and bandwidth estimate over a link that replays a trace.
 
-What decides is the product's own (`hf_cachegen.streaming`): here are only the clock, the link and the calling thread.
-Two twists: what was asked for arrives in that order, since all connections fetch the same run together, after a round
-trip; and the calling thread does one thing at a time, so an arrived chunk waits while another is decoded or recomputed.
+All decisions are those of `hf_cachegen.streaming`. Simulated are the clock, the link and the calling thread. Requested
+bytes arrive in the order of the requests, after a round trip, because all connections fetch the same run together. The
+calling thread does one thing at a time, so an arrived chunk waits while another is decoded or recomputed.
 """
 
 from __future__ import annotations
@@ -15,23 +15,36 @@ from dataclasses import dataclass
 
 from eval.traces import Link
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.streaming import CONNECTIONS, Policy
-from hf_cachegen.streaming.bandwidth import Bandwidth
-from hf_cachegen.streaming.fetching import WAKE_SECONDS
-from hf_cachegen.streaming.schedule import Chunk as Progress
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule
-from hf_cachegen.streaming.session import RESERVE
-from hf_cachegen.streaming.window import request_bytes
+from hf_cachegen.streaming import (
+    CONNECTIONS,
+    RESERVE,
+    WAKE_SECONDS,
+    Bandwidth,
+    Decode,
+    Finished,
+    Policy,
+    Recompute,
+    Schedule,
+    ScheduledChunk,
+    request_bytes,
+)
 
 SLICES = 8
-"""Pieces in which a part's bytes arrive."""
+"""Number of pieces in which the bytes of a part arrive."""
 LONGEST = 600.0
 """Seconds of simulated time after which a stream counts as never ready."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """parts[p]: bytes of the base (p = 0) and of each refinement. Seconds: decoding it at any level, recomputing it."""
+    """One chunk of a context.
+
+    Attributes:
+        parts: bytes of the base and of each refinement.
+        decode_seconds: seconds to decode it at any level.
+        recompute_seconds: seconds to recompute it.
+    """
+
 
     parts: tuple[float, ...]
     decode_seconds: float
@@ -40,8 +53,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """ttft in seconds, infinite where the link stops for ever; choices: the level of each chunk, None for text; nbytes:
-    carried until then.
+    """The result of a stream.
+
+    Attributes:
+        ttft: seconds to the first token, infinite where the link never recovers.
+        choices: the level of each chunk, None for text.
+        nbytes: bytes received by then.
     """
 
     ttft: float
@@ -50,7 +67,7 @@ class Outcome:
 
 
 class _Request:
-    """A run of parts on its way: the slices that have yet to come."""
+    """A requested run of parts: the slices that have not arrived yet."""
 
     def __init__(self, parts: Sequence[tuple[int, int]], chunks: Sequence[Chunk]) -> None:
         self.began = 0
@@ -72,7 +89,7 @@ class _Run:
         progress = []
         for index, chunk in enumerate(chunks):
             sizes = tuple(map(round, chunk.parts))
-            progress.append(Progress(index, index, 1, sizes, sizes, len(sizes)))
+            progress.append(ScheduledChunk(index, index, 1, sizes, sizes, len(sizes)))
         self.schedule = Schedule(
             progress, policy, deadline, "before", lambda found: chunks[found.index].recompute_seconds
         )
@@ -84,11 +101,11 @@ class _Run:
         self.number = 0
 
     def at(self, time: float, kind: str, what: object) -> None:
-        self.number += 1  # so that events of one time keep their order
+        self.number += 1  # events of the same time keep their order
         heapq.heappush(self.events, (time, self.number, kind, what))
 
     def fetch(self) -> None:
-        """Sends requests while there is something to ask for."""
+        """Send requests while the schedule asks for parts."""
         while True:
             rate = self.bandwidth.rate()
             under_way = [request.nbytes for request in self.under_way]
@@ -102,7 +119,7 @@ class _Run:
             self.at(self.now + self.round_trip, "answered", request)
 
     def carry(self) -> None:
-        """Puts the next slice on the line, if it is free."""
+        """Put the next slice on the link, if it is free."""
         if not self.line_busy and self.waiting:
             request = self.waiting.popleft()
             (chunk, _), nbytes, _ = request.slices[0]
@@ -110,7 +127,7 @@ class _Run:
             self.at(self.link.finish(self.now, nbytes, chunk), "slice", request)
 
     def work(self) -> bool:
-        """Gives the calling thread something to do, if it is free; whether all is done."""
+        """Give the calling thread its next work, if it is free; report whether the stream is finished."""
         if self.thread_busy:
             return False
         work = self.schedule.next_work(self.now, self.bandwidth.rate())
@@ -125,7 +142,7 @@ class _Run:
         return False
 
     def happen(self) -> None:
-        """What comes next; at the latest, that somebody looks at the clock."""
+        """Process the next event, or advance the clock by the loader's wake interval."""
         wake = self.now + WAKE_SECONDS
         if not self.events or self.events[0][0] > wake:
             self.now = wake
@@ -153,7 +170,7 @@ class _Run:
             self.schedule.recomputed(what.chunk)
 
     def run(self) -> float:
-        """Until the schedule says that it is enough; returns when."""
+        """Run until the schedule is finished; return the time in seconds, infinite where it never is."""
         while self.now < LONGEST:
             self.fetch()
             self.carry()
@@ -172,11 +189,22 @@ def simulate(
     round_trip: float = 0.0,
     connections: int = CONNECTIONS,
 ) -> Outcome:
-    """One context of such chunks over a link. slo: seconds to the first token; question_seconds: the prefill of the
-    question, which comes after the context; round_trip: of each request. Raises ConfigError.
+    """Simulate one context over a link.
+
+    Args:
+        chunks: the chunks of the context, each with the same number of parts.
+        link: the link.
+        policy: a policy of hf_cachegen.streaming.
+        slo: seconds to the first token.
+        question_seconds: prefill of the question, after the context.
+        round_trip: seconds of each request.
+        connections: number of connections.
+
+    Raises:
+        ConfigError: there are no chunks, or they differ in their number of parts.
     """
     if not chunks or len({len(chunk.parts) for chunk in chunks}) != 1:
-        raise ConfigError("a context has one or more chunks, of equally many parts")
+        raise ConfigError("expected one or more chunks with the same number of parts")
     run = _Run(chunks, link, policy, (1 - RESERVE) * slo - question_seconds, round_trip, connections)
     ready = run.run()
     choices = tuple(None if chunk.text else chunk.level for chunk in run.schedule.chunks)

@@ -1,4 +1,4 @@
-"""Where a measurement was made: versions, processor, threads, device, revision of the checkout."""
+"""Record the surroundings of a measurement: versions, processor, threads, device, revision of the checkout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def session(processes: int) -> dict[str, Any]:
-    """Plain values; nothing that names a person or a machine."""
+    """Return the surroundings as plain values, without names of persons or machines."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["python", "-m", "eval", *sys.argv[1:]],
@@ -41,7 +41,7 @@ def session(processes: int) -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None outside a checkout."""
+    """Return the commit of the checkout, with "+" where files differ from it, None outside a checkout."""
     commit = _git("rev-parse", "HEAD")
     return None if commit is None else commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
@@ -55,7 +55,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def processor() -> str:
-    """Its name, as far as the system says it."""
+    """Return the name of the processor, as far as the system reports it."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

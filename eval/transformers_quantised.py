@@ -1,9 +1,9 @@
-"""Transformers' own quantised caches as baselines: what a context decodes to and how many bytes it takes.
+"""Transformers' own quantised caches as baselines: the decoded context and the bytes that it takes.
 
-The context is given to a QuantizedCache as a prefill would give it, and read back. Bytes are those of all tensors that
-the layers then hold: packed values, scales, shifts. (While generating, QuantizedCache keeps the newest tokens exact and
-quantises again now and then; a context that is stored is quantised once, as here.) hqq packs several rows into a byte
-and fails on what is left over, so it gets a context filled up with its last token, and the surplus counts.
+The context is written to a QuantizedCache as a prefill would write it, and read back. Bytes are those of all tensors of
+the layers: packed values, scales, shifts. While generating, QuantizedCache keeps the newest tokens exact and quantises
+again from time to time; a stored context is quantised once, as here. hqq packs several rows into a byte and fails on a
+remainder, so its context is padded with the last token, and the padding counts.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ BACKENDS = {
 }
 """Codec to (backend, bits, axis): the axes of Transformers' documentation."""
 HQQ_TOKENS = 4
-"""A multiple of every number of rows that hqq packs into one byte (1, 2, 4)."""
+"""Common multiple of the numbers of rows that hqq packs into one byte (1, 2, 4)."""
 _NEEDS = {"quanto": "optimum.quanto", "hqq": "hqq.core.quantize"}
 
 
 def missing(codec: str) -> str | None:
-    """Why this codec cannot be used here; None where it can."""
+    """Return the reason why a codec cannot be used here, None where it can."""
     backend = BACKENDS[codec][0]
     if backend == "fp8":
         return None if hasattr(transformers.cache_utils, "Fp8QuantizedLayer") else "this transformers has no fp8 cache"
@@ -46,7 +46,7 @@ def missing(codec: str) -> str | None:
 
 
 def quantise(codec: str, config: Any, keys: Sequence[Tensor], values: Sequence[Tensor]) -> QuantizedCache:
-    """A QuantizedCache that holds these keys and values, per layer [1, heads, tokens, dim]."""
+    """Return a QuantizedCache of keys and values, per layer [1, heads, tokens, head_dim]."""
     backend, bits, axis = BACKENDS[codec]
     # Groups run over the flattened tensor; a size must divide every layer's.
     numbers = {x.numel() // x.shape[-2] for x in (*keys, *values)}
@@ -60,14 +60,14 @@ def quantise(codec: str, config: Any, keys: Sequence[Tensor], values: Sequence[T
 
 
 def dequantise(cache: QuantizedCache, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """(keys, values) of the first `tokens` tokens, as attention would see them."""
+    """Return (keys, values) of the first `tokens` tokens as attention reads them."""
     keys = [layer._dequantize(layer._quantized_keys)[:, :, :tokens] for layer in cache.layers]
     values = [layer._dequantize(layer._quantized_values)[:, :, :tokens] for layer in cache.layers]
     return keys, values
 
 
 def nbytes(cache: QuantizedCache) -> int:
-    """Bytes of everything that is stored."""
+    """Return the bytes of everything that is stored."""
     return sum(_held([layer._quantized_keys, layer._quantized_values]) for layer in cache.layers)
 
 

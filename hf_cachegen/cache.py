@@ -25,6 +25,7 @@ from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
 from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
 from hf_cachegen.generation import attach as attach_to
+from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import build_dynamic
 from hf_cachegen.models.opening import Tokens
 from hf_cachegen.models.prefix import Reuse
@@ -171,6 +172,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: bool = False,
         limits: Limits | None = None,
+        verify: Verify = "probe",
         attach: bool = True,
         **access: Any,
     ) -> CacheGenCache:
@@ -188,6 +190,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             tokenizer: if given, it must be the one of the artifact.
             progress: show a progress bar.
             limits: limits for the counts and sizes in the artifact.
+            verify: "probe" also runs the first tokens through the model and compares them with what the artifact
+                recorded (docs/identity.md); "weights" does not.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
             access: revision, token, cache_dir, local_files_only, force_download, subfolder and repo_type as in
                 Transformers, and the other fields of hf_cachegen.stores.Access.
@@ -198,7 +202,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             StoreError: its location cannot be read.
             ProfileError: its profile is missing, or the given profile is another one.
         """
-        context = load_context(path, model, access, level, device, profile, tokenizer, limits, progress)
+        context = load_context(path, model, access, level, device, profile, tokenizer, limits, progress, verify)
         return cls._of(context, model, attach)
 
     @classmethod

@@ -19,8 +19,10 @@ from transformers.cache_utils import Cache
 from hf_cachegen.artifact import Limits, Store
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
+from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.models.layers import KVTensors, capture
 from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
 from hf_cachegen.models.requirements import (
@@ -52,6 +54,7 @@ class CachedContext:
         config: options of the encoder; None for the defaults.
         profile: the profile of its model, if any.
         source: the store of the artifact that it was loaded from, if any.
+        verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -69,11 +72,13 @@ class CachedContext:
         profile: Profile | None = None,
         source: Store | None = None,
         refinement: Refinement | None = None,
+        verify: Verify = "probe",
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
+        self.verify = verify
 
     @property
     def report(self) -> CacheReport:
@@ -85,12 +90,15 @@ class CachedContext:
         require_model(model)
         self.fingerprint.check(model, tokenizer)
         require_geometry(model.config, self.kv.geometry)
+        if self.verify == "probe":
+            self.fingerprint.check_probe(model, self.input_ids[0].tolist())
 
     def parts(self) -> dict[str, Any]:
         """Return the arguments that create another object of the same context."""
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
+            "verify": self.verify,
         }  # fmt: skip
 
 
@@ -110,6 +118,8 @@ def compute_context(
     require_model(model)
     ids = one_row(input_ids)
     require_length(model, ids.shape[1])
+    identify(model)
+    require_inactive(model, ids[0].tolist())
     found = for_encoding(profile, model)
     start = time.perf_counter()
     if positions_change(model.config, 1, ids.shape[1]):
@@ -125,7 +135,7 @@ def compute_context(
             run(model, chunk, past, last_logits_only=True)
     _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
     kv = checked_kv(capture(past, model.config), model, ids)
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
     return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
 
@@ -174,7 +184,7 @@ def wrap_cache(
     found = for_encoding(profile, model)
     ids = one_row(input_ids)
     kv = checked_kv(capture(cache, model.config), model, ids).clone()
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes)
     return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
 
@@ -189,10 +199,11 @@ def load_context(
     tokenizer: PreTrainedTokenizerBase | None = None,
     limits: Limits | None = None,
     progress: bool = False,
+    verify: Verify = "probe",
 ) -> CachedContext:
     """Load an artifact whole. Arguments and errors are those of `CacheGenCache.from_pretrained`."""
     start = time.perf_counter()
-    found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer)
+    found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer, verify=verify)
     taken = profile_of(found.artifact, profile, model_folder(model))
     artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
@@ -211,15 +222,16 @@ def load_context(
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
-        source=artifact.store,
+        source=artifact.store, verify=verify,
     )  # fmt: skip
 
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
     """Load an artifact under a deadline. Arguments and errors are those of `CacheGenCache.stream`."""
-    found, kv, refinement = stream_context(path, model, StreamOptions.from_keywords(options))
+    chosen = StreamOptions.from_keywords(options)
+    found, kv, refinement = stream_context(path, model, chosen)
     artifact = found.artifact
     return CachedContext(
         kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,
-        source=artifact.store, refinement=refinement,
+        source=artifact.store, refinement=refinement, verify=chosen.verify,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""encode, generate and verify --model: from a text to an answer, on a tiny model."""
+"""The commands encode, generate and verify --model: from a text to an answer, on a tiny model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def lossless(tmp_path_factory: pytest.TempPathFactory, model: Path, document: Pa
 
 
 def reference_answer(model: Path, document: Path, **options: object) -> str:
-    """What the stock model answers without any cache of ours."""
+    """Return the answer of the stock model without an artifact."""
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     words = f"{document.read_text(encoding='utf-8')} {QUESTION}"
     ids = tokenizer(words, return_tensors="pt")["input_ids"]
@@ -64,7 +64,7 @@ def test_encode_reports_what_it_wrote(tmp_path: Path, model: Path, document: Pat
     assert {**run_json("inspect", folder), "artifact": str(folder)}["levels"] == found["levels"]
 
 
-def test_encode_says_that_a_text_is_longer_than_the_models_positions(
+def test_encode_notes_a_text_longer_than_the_model_was_trained_for(
     tmp_path: Path, model: Path, document: Path
 ) -> None:
     said = "120 tokens, the model was trained for 64"
@@ -110,7 +110,7 @@ def test_encode_from_stdin_and_twice_gives_the_same_bytes(tmp_path: Path, model:
     assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
 
 
-def test_encode_overwrites_only_when_told_to(tmp_path: Path, model: Path, document: Path) -> None:
+def test_encode_overwrites_only_with_the_option(tmp_path: Path, model: Path, document: Path) -> None:
     command = ("encode", document, "--model", model, "--out", tmp_path / "context")
     assert run(*command).exit_code == 0
     assert run_json(*command, code=cli_errors.USAGE)["error"]["type"] == "ArtifactExistsError"
@@ -211,7 +211,7 @@ def test_sampling_at_the_ends_of_the_ranges(lossless: Path, model: Path) -> None
         assert run_json(*ask(lossless, model, "--sample", *options))["new_tokens"] > 0
 
 
-def test_generate_refuses_a_level_that_is_not_there(lossless: Path, model: Path) -> None:
+def test_generate_refuses_a_level_that_does_not_exist(lossless: Path, model: Path) -> None:
     found = run_json(*ask(lossless, model, "--level", 3), code=cli_errors.USAGE)
     assert found["error"]["type"] == "LevelError"
 

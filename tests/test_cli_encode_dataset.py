@@ -1,4 +1,4 @@
-"""Artifacts of a whole data set: once for each text, by several processes, after a kill too."""
+"""The command encode-dataset: each text once, by one or several processes, also after a kill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eval.reference import MODEL_PATH
 from hf_cachegen import CacheGenCache
 from hf_cachegen.cli.encode_dataset import INDEX_FILE, TextDataset, encode_rows, write_index
 from hf_cachegen.errors import ArtifactExistsError, ConfigError
-from tests.cli_support import documented
+from tests.cli_support import documented, run, run_json, save_model
 from tests.small_artifact import write as write_small
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def index(out: Path) -> list[dict[str, Any]]:
 
 
 def files(out: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below, with when it was written."""
+    """Return every file below `out`, with its modification time."""
     found = [path for path in out.rglob("*") if path.is_file() and path.name != INDEX_FILE]
     return {str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
@@ -85,20 +85,13 @@ def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) 
     assert files(out) == before
     assert (out / INDEX_FILE).read_bytes() == listed
 
-    command = arguments(texts, out, "--json")[len(MODULE) :]
-    as_command = called(["-m", "hf_cachegen.cli", "encode-dataset", *command], tmp_path)
-    assert as_command.stdout == as_command.stdout.strip() + "\n"
-    found = json.loads(as_command.stdout)
-    assert documented("encode-dataset", found)
-    assert (found["rows"], found["artifacts"]) == (6, 5)
-    assert files(out) == before
-
     other = called(arguments(texts, out, "--levels", "2", "--limit", "1"), tmp_path)
     assert (other.returncode, "belongs to a different run" in other.stderr) == (2, True)
     assert files(out) == before
     assert (out / INDEX_FILE).read_bytes() == listed
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     process = subprocess.Popen(
@@ -124,6 +117,17 @@ def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path,
         name: data for name, (_, data) in files(tmp_path / "two").items()
     }
     assert index(killed) == index(tmp_path / "two")
+
+
+def test_the_command_reports_as_json(texts: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    options = ("--dataset", texts, "--model", model, "--out", tmp_path / "out", "--device", "cpu", "--limit", 2)
+    found = run_json("encode-dataset", *options)
+    assert documented("encode-dataset", found)
+    rows = index(tmp_path / "out")
+    assert (found["rows"], found["artifacts"]) == (2, len({row["artifact"] for row in rows}))
+    done = run("encode-dataset", *options)
+    assert "process 0: 0 encoded" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,7 @@ class Lengths:
 
 
 class FakeEncoding:
-    """An artifact is called by the encoding's own name and its text's length."""
+    """An encoding whose artifacts are named by its own name and the length of the text."""
 
     def __init__(self, name: str) -> None:
         self.own, self.tokenizer = name, Lengths()
@@ -173,7 +177,7 @@ class FakeEncoding:
 
 
 def run_of(name: str, out: Path, *texts: str) -> list[str]:
-    """One run over those texts; returns what was made."""
+    """Run once over these texts; return the names of the artifacts that were written."""
     place = out.parent / "rows.jsonl"
     place.write_text("".join(json.dumps({"context": text}) + "\n" for text in texts))
     encoding: Any = FakeEncoding(name)

@@ -1,4 +1,4 @@
-"""What an error says to do, in the words of the command line."""
+"""The messages of errors: advice in terms of the command line, and no control characters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tensors(folder: Path) -> Path:
     return folder
 
 
-def test_an_output_that_exists_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_an_existing_output_is_reported_before_the_model_is_loaded(tmp_path: Path) -> None:
     document, there = text_file(tmp_path / "a.txt"), tensors(tmp_path / "there")
     command = ("encode", document, "--model", tmp_path / "no model", "--out", there)
     assert "use --overwrite" in message(*command, code=cli_errors.USAGE)
@@ -64,7 +64,7 @@ def test_the_advice_that_is_replaced_occurs_in_the_package() -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["line", "json"])
-def test_a_message_obeys_no_stranger(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_has_no_control_characters(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     error = errors.WrongDtypeError("made in \x1b]0;owned\x07\n\x9b31m red" + "a" * 300_000)
     assert cli_errors.report(error, options) == cli_errors.MISMATCH
     captured = capsys.readouterr()
@@ -74,7 +74,7 @@ def test_a_message_obeys_no_stranger(options: tuple[str, ...], capsys: pytest.Ca
     assert len(said) < 5000
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_cachegen.cli.profiles.load_model", lambda *_, **__: (torch.nn.Linear(1, 1), None))
     wrong = text_file(tmp_path / "latin.txt", "caf\u00e9 w1".encode("latin-1"))
     for command in (
@@ -87,7 +87,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         assert said.endswith("at byte 3")
 
 
-def test_convert_passes_no_advice_on_to_run_what_a_file_holds(tmp_path: Path) -> None:
+def test_convert_omits_advice_to_run_code_from_a_file(tmp_path: Path) -> None:
     torch.save(Foreign(), tmp_path / "past.pt")
     said = message("convert", tmp_path / "past.pt", tmp_path / "out", code=cli_errors.ARTIFACT)
     assert said.endswith("or is damaged: it names print, which is not loaded")

@@ -1,4 +1,4 @@
-"""inspect and verify, which need no model, and every command's errors."""
+"""The commands inspect and verify, which need no model, and the errors of all commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewrite(folder: Path, **changes: object) -> Path:
-    """Changes members of the manifest, and its checksum with them."""
+    """Change members of the manifest, and its checksum."""
     path = folder / MANIFEST_FILE
     members = json.loads(path.read_text())
     members.update(changes)
@@ -34,7 +34,7 @@ def rewrite(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_inspect_tells_everything_as_json(folder: Path) -> None:
+def test_inspect_prints_everything_as_json(folder: Path) -> None:
     found = run_json("inspect", folder)
     assert (found["tokens"], found["batch"], found["dtype"], found["chunks"]) == (TOKENS, 1, "float32", 3)
     assert found["exact_bytes"] == 2 * LAYERS * HEADS * TOKENS * DIM * 4
@@ -98,7 +98,7 @@ def test_inspect_without_a_report(tmp_path: Path) -> None:
     assert run("inspect", other, "--plot", tmp_path / "bits.png").exit_code == cli_errors.ARTIFACT
 
 
-def test_a_stranger_cannot_steer_the_terminal(tmp_path: Path) -> None:
+def test_an_untrusted_manifest_cannot_control_the_terminal(tmp_path: Path) -> None:
     other = rewrite(write(tmp_path / "other"), writer="\x1b[2Jevil [red]writer\x07", extra={"\x1b]0;": 1})
     shown = run("inspect", other).stdout
     assert "\x1b[2J" not in shown

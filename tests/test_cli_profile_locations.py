@@ -1,4 +1,4 @@
-"""push-profile and pull-profile, and what push, pull, encode and generate do about profiles, on a Hub on loopback."""
+"""The commands push-profile and pull-profile, and the profiles of other commands, with a Hub on loopback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Another machine: nothing is known there."""
+    """Simulate another machine, with empty caches."""
     finding._known.clear()
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
 
@@ -67,7 +67,7 @@ def test_there_and_back(server: HubServer, profile: Path, tmp_path: Path) -> Non
 
 
 def test_profiles_are_listed(server: HubServer, profile: Path, tmp_path: Path) -> None:
-    """By name, in a folder, and in a namespace beside the artifacts that are there."""
+    """By name, in a folder, and in a namespace next to the artifacts."""
     write(tmp_path / "context")
     nbytes, size = profile.stat().st_size, sum(map(len, contents(tmp_path / "context").values()))
     assert run("push-profile", profile, "user/profiles").exit_code == 0
@@ -96,7 +96,7 @@ def test_profiles_are_listed(server: HubServer, profile: Path, tmp_path: Path) -
     assert run_json("ls", "hf://nobody")["artifacts"] == []
 
 
-def test_what_is_private_is_listed_for_those_who_may_see_it(
+def test_private_profiles_are_listed_with_access_only(
     server: HubServer, profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("push-profile", profile, "user/profiles").exit_code == 0
@@ -115,6 +115,7 @@ def test_what_is_private_is_listed_for_those_who_may_see_it(
         ["pull-profile", "user/nothing", "out"],
         ["pull-profile", "rubbish.safetensors", "out"],
     ],
+    ids=["push-nothing", "push-damaged", "pull-nothing", "pull-damaged"],
 )
 def test_errors(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
@@ -124,7 +125,7 @@ def test_errors(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not server.repos
 
 
-def test_push_lets_no_artifact_go_that_none_can_read(
+def test_push_refuses_an_artifact_without_its_profile(
     server: HubServer, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "klt"
@@ -136,9 +137,9 @@ def test_push_lets_no_artifact_go_that_none_can_read(
     assert PROFILE_FILE not in server.repos["datasets/user/without"].files
     assert run("push", folder, "user/context", "--profile", profile).exit_code == 0
     assert server.repos["datasets/user/context"].files[PROFILE_FILE] == profile.read_bytes()
-    for place, code in (("user/context", 0), ("user/without", PROFILE)):
-        elsewhere(monkeypatch, tmp_path / place)
-        assert run(*ask(place, model)).exit_code == code
+    for repository, code in (("user/context", 0), ("user/without", PROFILE)):
+        elsewhere(monkeypatch, tmp_path / repository)
+        assert run(*ask(repository, model)).exit_code == code
     elsewhere(monkeypatch, tmp_path / "pulled")
     assert run("pull", "user/context", tmp_path / "pulled").exit_code == 0
     assert (tmp_path / "pulled" / PROFILE_FILE).read_bytes() == profile.read_bytes()
@@ -166,7 +167,7 @@ def test_a_profile_of_a_repository(server: HubServer, model: Path, profile: Path
     assert run(*ask("user/context", model, "--profile", "user/profiles")).exit_code == 0
 
 
-def test_what_needs_no_profile_takes_none(server: HubServer, model: Path, profile: Path, tmp_path: Path) -> None:
+def test_push_refuses_an_unneeded_profile(server: HubServer, model: Path, profile: Path, tmp_path: Path) -> None:
     assert encode(model, tmp_path / "plain", "--profile", "none").exit_code == 0
     for options, code in (((), 0), (("--profile", "none"), 0), (("--profile", profile), USAGE)):
         assert run("push", tmp_path / "plain", "user/plain", *options).exit_code == code
@@ -175,7 +176,7 @@ def test_what_needs_no_profile_takes_none(server: HubServer, model: Path, profil
 def test_a_model_its_profile_and_its_caches_all_on_the_hub(
     server: HubServer, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No path is named: the model's id is enough to encode with its profile, and on another machine to answer."""
+    """The model's id is enough to encode with its profile, and to answer on another machine."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = server.repos["models/org/model"] = Repo(private=False)
     repo.commit({path.name: path.read_bytes() for path in model.iterdir()}, "a model")
@@ -201,7 +202,7 @@ def test_a_model_its_profile_and_its_caches_all_on_the_hub(
 def test_signed_and_sealed_with_its_profile(
     server: HubServer, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything that reading takes goes along in one sealed folder, but for two keys."""
+    """One sealed folder holds all that reading needs, except two keys."""
     serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

@@ -1,4 +1,4 @@
-"""profile, and --profile of the other commands, on a tiny model."""
+"""The command `profile`, and the option --profile of the other commands, on a tiny model."""
 
 from __future__ import annotations
 
@@ -91,15 +91,15 @@ def test_profile_goes_into_the_models_own_folder_and_is_used_from_there(own: Pat
     assert run_json("inspect", folder)["profile"] is None
 
 
-def test_profile_overwrites_only_when_told_to(tmp_path: Path, model: Path, long_text: Path, profile: Path) -> None:
-    place = Path(shutil.copy(profile, tmp_path))
+def test_profile_overwrites_only_with_the_option(tmp_path: Path, model: Path, long_text: Path, profile: Path) -> None:
+    path = Path(shutil.copy(profile, tmp_path))
     command = ("profile", "--model", model, "--text", long_text, "--out", tmp_path, *LEARN, "--seed", 1)
     found = run_json(*command, code=cli_errors.USAGE)
-    assert (found["error"]["type"], str(place) in found["error"]["message"]) == ("ArtifactExistsError", True)
-    assert run_json(*command, "--overwrite")["digest"] == Profile.load(place).digest != Profile.load(profile).digest
+    assert (found["error"]["type"], str(path) in found["error"]["message"]) == ("ArtifactExistsError", True)
+    assert run_json(*command, "--overwrite")["digest"] == Profile.load(path).digest != Profile.load(profile).digest
 
 
-def test_a_killed_run_goes_on(
+def test_an_interrupted_run_continues(
     tmp_path: Path, model: Path, long_text: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("profile", "--model", model, "--text", long_text, "--out", tmp_path, *LEARN)
@@ -126,10 +126,10 @@ def test_a_killed_run_goes_on(
 
 def test_profile_takes_its_options(tmp_path: Path, model: Path, long_text: Path) -> None:
     options = ("--target-kl", 5, 1, 0.1, "--floor", 2, "--group-layers", 1, "--no-undo-rotation", "--seed", 3)
-    place = tmp_path / "mine.safetensors"
-    found = run_json("profile", "--model", model, "--text", long_text, "--out", place, *LEARN, *options)
-    assert (found["profile"], found["rotation"]) == (str(place), "none")
-    about = Profile.load(place).about
+    path = tmp_path / "mine.safetensors"
+    found = run_json("profile", "--model", model, "--text", long_text, "--out", path, *LEARN, *options)
+    assert (found["profile"], found["rotation"]) == (str(path), "none")
+    about = Profile.load(path).about
     assert [about[name] for name in ("target_kl", "floor", "group_layers", "seed")] == [[5, 1, 0.1], 2, 1, 3]
 
 
@@ -143,6 +143,7 @@ def test_profile_from_samples_of_a_task(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", '{"context": "w1"}', '{"context": "w1", "continuation": 7}', '{"context": "", "continuation": ""}'],
+    ids=["no-json", "list", "no-continuation", "number", "empty"],
 )  # fmt: skip
 def test_a_wrong_row_is_named(tmp_path: Path, model: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
@@ -257,8 +258,8 @@ def test_decoding_takes_the_profile_that_the_artifact_names(
         missing = run_json(*ready(encoded, *options), code=cli_errors.PROFILE)
         assert missing["error"]["type"] == "ProfileError"
     assert digest in run_json(*ready(encoded), code=cli_errors.PROFILE)["error"]["message"]
-    for place in (profile, profile.parent):
-        done = run(*ready(encoded, "--profile", place))
+    for location in (profile, profile.parent):
+        done = run(*ready(encoded, "--profile", location))
         assert done.exit_code == 0, done.output
     beside = Path(shutil.copytree(encoded, tmp_path / "beside"))
     shutil.copy(profile, beside)
@@ -267,7 +268,7 @@ def test_decoding_takes_the_profile_that_the_artifact_names(
 
 
 @pytest.mark.parametrize("command", ["generate", "stream", "verify"])
-def test_a_model_that_is_not_there_is_said_before_its_profile(tmp_path: Path, encoded: Path, command: str) -> None:
+def test_a_missing_model_is_reported_before_its_profile(tmp_path: Path, encoded: Path, command: str) -> None:
     prompt = [] if command == "verify" else ["--prompt", "w1"]
     found = run_json(command, encoded, "--model", tmp_path / "mistyped", *prompt, code=cli_errors.USAGE)
     assert "cannot load" in found["error"]["message"]
@@ -296,13 +297,14 @@ def test_another_models_profile_is_a_mismatch(tmp_path: Path, profile: Path) -> 
         (["--profile", "nowhere"], False, cli_errors.PROFILE, "nowhere; learn one"),
         (["--transform", "delta"], True, cli_errors.USAGE, "--profile LOCATION requires --transform klt"),
         (["--lossless"], True, cli_errors.USAGE, "--profile LOCATION requires --transform klt"),
-        (["--levels", 2], True, cli_errors.USAGE, "the profile has 3 levels"),
+        (["--levels", 2], True, cli_errors.USAGE, "conflicts with the profile, which has 3 levels"),
     ],
+    ids=["no-profile", "none", "nowhere", "delta", "lossless", "levels"],
 )
 def test_encode_refuses_what_does_not_go_with_the_profile(
     tmp_path: Path, profile: Path, options: list[object], given: bool, code: int, named: str
 ) -> None:
-    """All of it before the model is loaded, which here is none."""
+    """Each error comes before the model is loaded: the model does not exist here."""
     chosen = ["--profile", profile, *options] if given else options
     command = ("encode", "-", "--model", tmp_path / "none", "--out", tmp_path / "o", *chosen)
     found = run_json(*command, code=code, stdin="w1")

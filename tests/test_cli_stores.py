@@ -1,4 +1,4 @@
-"""push, pull, ls, serve-check and cache: places on loopback."""
+"""The commands push, pull, ls, serve-check and cache, with servers on loopback."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_push_ls_pull(server: HubServer, folder: Path, tmp_path: Path) -> None:
 
 
 def test_links_are_pushed_only_from_within(server: HubServer, folder: Path, tmp_path: Path) -> None:
-    """The Hub's own cache may be pushed; what a link elsewhere names may be the user's and another's wish."""
+    """Links within the folder are pushed, as in the Hub's own cache; links out of it are refused."""
     snapshot = tmp_path / "repo" / "snapshots" / "commit"
     (tmp_path / "repo" / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -98,6 +98,7 @@ def test_pushing_to_the_public(server: HubServer, folder: Path) -> None:
         (["push", "nothing", "user/name"], 3, "ArtifactNotFoundError"),
         (["cache", "prune", "--to", "lots"], 2, "BadParameter"),
     ],
+    ids=["no-repository", "no-server", "scheme", "no-folder", "no-listing", "push-nothing", "size"],
 )
 def test_errors(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, kind: str

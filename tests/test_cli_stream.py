@@ -1,4 +1,4 @@
-"""hf-cachegen stream: the answer, the report, and the view."""
+"""The command stream: the answer, the report, and the live view."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_answer_is_that_of_generate(url: str, artifact: Path, model: Path) -
     assert threads_end()
 
 
-def test_people_get_the_answer_and_achunk_table(url: str, model: Path) -> None:
+def test_a_terminal_gets_the_answer_and_a_table(url: str, model: Path) -> None:
     done = run("stream", url, "--model", model, "--prompt", QUESTION, "--max-new-tokens", 4, "--slo", 60)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.strip()
@@ -70,8 +70,8 @@ def test_people_get_the_answer_and_achunk_table(url: str, model: Path) -> None:
     assert "level" in done.stderr
 
 
-def test_without_an_slo_the_view_says_what_came_first_and_what_was_aimed_at(artifact: Path, model: Path) -> None:
-    """Nobody gives the refinements before the answer is there: level 1 is not "the finest level"."""
+def test_without_an_slo_the_table_says_that_the_bases_came_first(artifact: Path, model: Path) -> None:
+    """The server holds the refinements back until the answer is complete, so level 1 is not the target."""
     gate = threading.Event()
 
     def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
@@ -89,14 +89,14 @@ def test_without_an_slo_the_view_says_what_came_first_and_what_was_aimed_at(arti
         shown = " ".join(done.stderr.split())
         assert "no SLO: the finest level" in shown
         assert "level 1" in shown
-        said = "the level above is the target; the bases came first, and 0 of 4 chunks were refined while the model "
-        assert f"{said}generated" in shown
+        assert "the level above is the target; the bases came first" in shown
+        assert "0 of 4 chunks were refined while the model generated" in shown
     with running(Server()) as server:
         shown = run("stream", serve(server, artifact), *command, "--refine", "before").stderr
     assert "is the target" not in shown
 
 
-def test_the_table_shows_both_levels_of_a_chunk_that_became_finer() -> None:
+def test_the_table_shows_both_levels_of_a_refined_chunk() -> None:
     chunks = (
         ChunkReport(0, 0, 16, 3, 1, "a reason"), ChunkReport(1, 16, 16, 1, 1, "a reason"),
         ChunkReport(2, 32, 8, None, None, "no source has it"),
@@ -117,7 +117,7 @@ def test_one_choice_for_all_chunks(url: str, model: Path, level: str) -> None:
     assert {chunk["choice"] for chunk in found["report"]["chunks"]} == {expected}
 
 
-def test_another_place_takes_over(url: str, artifact: Path, model: Path) -> None:
+def test_a_fallback_takes_over(url: str, artifact: Path, model: Path) -> None:
     with running(Server()) as broken:
         half = serve(broken, artifact)
         broken.files = {name: data for name, data in broken.files.items() if "refine" not in name}

@@ -1,4 +1,4 @@
-"""Caches that torch.save wrote, to artifacts and back; what such a file may not do."""
+"""Convert caches that torch.save wrote to artifacts and back, and refuse hostile files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Bomb:
 
 
 class Other(DynamicCache):
-    """A cache class that a stranger's program had."""
+    """A cache class of another program."""
 
 
 def broken_cache() -> DynamicCache:
@@ -94,7 +94,9 @@ def broken_cache() -> DynamicCache:
         ([(torch.zeros(1),) * 4], UnsupportedLayerError),
         (broken_cache(), TensorError),
     ],
-)
+    ids=["code", "code-in-pair", "subclass", "dictionary", "tensor", "empty", "empty-cache", "one-tensor", "number",
+         "four-entries", "text-as-keys"],
+)  # fmt: skip
 def test_what_is_no_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, error: type[Exception]
 ) -> None:
@@ -104,7 +106,9 @@ def test_what_is_no_cache(
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"])
+@pytest.mark.parametrize(
+    "data", [b"", b"not a file of torch", b"PK\x03\x04", b"\x80\x02}"], ids=["empty", "text", "zip", "pickle"]
+)
 def test_damaged_files(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "past.pt").write_bytes(data)
     with pytest.raises(CorruptError):
@@ -169,7 +173,9 @@ def test_the_command_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]]
+    "options",
+    [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
+    ids=" ".join,
 )
 def test_options_that_do_not_go_together(tmp_path: Path, options: list[str]) -> None:
     assert run_json("convert", "past.pt", tmp_path / "out", *options, code=2)["error"]["type"] == "UsageError"

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kv_samples import sample_kv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import scorers, uniform
 from eval.answers import answers
 from eval.reference import MODEL_PATH, TASKS, corpus, document, held_out_lines
-from eval.released import released
 from hf_cachegen import CacheGenCache, Profile
 
 DATA = os.environ.get("CACHEGEN_EVAL_DATA")
@@ -43,16 +41,6 @@ def test_uniform_quantisation_keeps_its_step(bits: int) -> None:
     step = (x.amax(-1) - x.amin(-1)) / (2**bits - 1)
     assert bool(((uniform.quantise(x, bits) - x).abs().amax(-1) <= 0.51 * step + 0.01).all())
     assert uniform.bits_per_element(bits, 64) == bits + 0.5
-
-
-def test_the_released_codec_spends_bits_as_its_bins_say() -> None:
-    kv = sample_kv(layers=6, tokens=512, dtype=torch.float32)
-    spent = [released(kv, factor)[0] for factor in (0.5, 1.0, 2.0)]
-    assert spent == sorted(spent)
-    bits, (keys, values) = released(kv)
-    assert 1 < bits < 8
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip([*keys, *values], [*kv[0], *kv[1]], strict=True)]
-    assert max(errors) < 0.5
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -85,12 +85,17 @@ def test_the_published_cases_are_split_before_their_question(spec: str, marker: 
         assert marker not in example.context
         assert question.text.lstrip().startswith(marker)
         assert SCORERS[dataset.scores[0]](f"It is {question.answers[0]}", question.answers) == 1.0
+    artifact = "cachegen" in spec
+    assert dataset.new_tokens == (20 if artifact else 100 if "lines" in spec else 50)
+    assert dataset.chat_template is not artifact
 
 
 @published
 def test_wikitext_windows_follow_each_other(tokenizer: Any) -> None:
     spec = "wikitext:path=$CACHEGEN_EVAL_DATA/wikitext2_valid.txt,prefix=96,suffix=32"
-    examples = loaded(spec, tokenizer, 4).examples
+    dataset = loaded(spec, tokenizer, 4)
+    assert dataset.source["<unk>"] == 11_718  # the copy is tokenised, not raw
+    examples = dataset.examples
     text = (Path(str(DATA)) / "wikitext2_valid.txt").read_text()
     assert text.startswith("".join(e.context + str(e.questions[0].completion) for e in examples))
     for example in examples:
@@ -121,14 +126,25 @@ def test_longbench_form(name: str, tmp_path: Path, tokenizer: Any) -> None:
     dataset = loaded(f"longbench-{name}:repo={folder}", tokenizer, 2)
     assert [example.id for example in dataset.examples] == ["id0", "id1"]
     example = dataset.examples[1]
-    assert example.context.endswith("Passage: example 1")
+    assert example.context.endswith({"triviaqa": "Passage: p1\n", "narrativeqa": "Passage: example 1"}[name])
+    assert "Passage: example 1" in example.context
     assert "q1?" in example.questions[0].text
+    assert (dataset.new_tokens, dataset.chat_template, dataset.too_long) == (
+        {"triviaqa": 32, "narrativeqa": 128}[name], name == "narrativeqa", "middle",
+    )  # fmt: skip
     assert "q1?" not in example.context
     assert example.questions[0].answers == ("a1", "b")
     assert dataset.scores[0] == "f1"
     assert dataset.source["revision"] == "main"
     by_files = loaded(f"longbench-{name}:repo={folder},files={name}/*.parquet", tokenizer, 2)
     assert by_files.examples == dataset.examples
+
+
+def test_longbench_rows_without_a_question_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{**LONGBENCH_ROWS[0], "input": "Passage: p0\nq0?"}]
+    folder = on_the_hub(tmp_path / "bench", "triviaqa", "test", rows)
+    with pytest.raises(ConfigError, match="row 0: expected 'Question:'"):
+        loaded(f"longbench-triviaqa:repo={folder}", tokenizer)
 
 
 TRIVIA_ROWS = [
@@ -155,7 +171,26 @@ def test_triviaqa_as_published_on_the_hub(tmp_path: Path, tokenizer: Any) -> Non
     assert "Sunset Boulevard is a musical." in example.context
     assert example.questions[0].answers == ("Sunset Boulevard", "Sunset Blvd")
     assert "Which musical?" in example.questions[0].text
-    assert len(loaded(f"triviaqa:repo={folder},documents=web", tokenizer).examples) == 2
+    web = loaded(f"triviaqa:repo={folder},documents=web", tokenizer).examples
+    assert [example.id for example in web] == ["tc_0--f", "tc_1--f"]
+
+
+def test_web_asks_once_for_each_document_and_verified_is_a_subset(tmp_path: Path, tokenizer: Any) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"Document {name}.")
+    pages = [{"Filename": f"{name}.txt", "DocPartOfVerifiedEval": name == "b"} for name in "abc"]
+    records = [
+        {"Answer": {"Value": "x"}, "SearchResults": pages, "Question": "?", "QuestionId": str(n),
+         "QuestionPartOfVerifiedEval": n == 1}
+        for n in range(2)
+    ]  # fmt: skip
+    (tmp_path / "qa.json").write_text(json.dumps({"Data": records}))
+    spec = f"triviaqa:path={tmp_path / 'qa.json'},evidence={tmp_path},documents=web"
+    assert len(loaded(spec, tokenizer).examples) == 6
+    assert len(loaded(spec, tokenizer, 4).examples) == 4
+    (verified,) = loaded(f"{spec},verified=1", tokenizer).examples
+    assert verified.id == "1--b.txt"
+    assert verified.context.endswith("Document b.")
 
 
 @published
@@ -167,7 +202,7 @@ def test_triviaqa_as_published_in_json(tmp_path: Path, tokenizer: Any) -> None:
     (example,) = loaded(spec, tokenizer).examples
     assert "He wrote Sunset Boulevard." in example.context
     assert {"Sunset Boulevard", "West Sunset Boulevard"} <= set(example.questions[0].answers)
-    with pytest.raises(ConfigError, match="evidence= must name"):
+    with pytest.raises(ConfigError, match="evidence= to name"):
         loaded("triviaqa:path=$CACHEGEN_EVAL_DATA/triviaqa_sample.json", tokenizer)
 
 
@@ -191,6 +226,7 @@ def test_narrativeqa_groups_the_questions_of_a_story(tmp_path: Path, tokenizer: 
     dataset = loaded(f"narrativeqa:repo={folder}", tokenizer)
     assert [(example.id, len(example.questions)) for example in dataset.examples] == [("d0", 2), ("d1", 2)]
     assert dataset.examples[1].context.endswith("Story 1.")
+    assert dataset.scores == ("f1", "rouge_l", "bleu_1", "bleu_4", "meteor", "em")
     short = loaded(f"narrativeqa:repo={folder},of=summary,questions=1", tokenizer, 1)
     assert short.examples[0].context.endswith("Short.")
     assert len(short.examples[0].questions) == 1
@@ -214,7 +250,7 @@ def test_jsonl_joins_rows_of_one_context(tmp_path: Path, tokenizer: Any) -> None
     [
         ("[1]", "line 1: expected a JSON object"),
         ("{", "line 1"),
-        ('{"context": "c", "question": "q"}', "no 'answers'"),
+        ('{"context": "c", "question": "q"}', "expected a field 'answers'"),
         ('{"context": "c", "question": "q", "answers": [1]}', "answers texts"),
         ('{"context": 1, "question": "q", "answers": ["a"]}', "must be texts"),
         ('{"context": "c", "question": "q", "answers": ["a"], "completion": 3}', "completion must be a text"),
@@ -229,15 +265,16 @@ def test_jsonl_names_the_row_that_is_wrong(line: str, match: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("nothing", "there is no data set 'nothing'"),
-        ("longeval-lines:colour=red", "no option 'colour=red'"),
-        ("longeval-lines:lines", "no option 'lines'"),
-        ("longeval-lines:lines=many", "must be a whole number"),
+        ("nothing", "unknown data set 'nothing'"),
+        ("longeval-lines:colour=red", "unknown option 'colour=red'"),
+        ("longeval-lines:lines", "unknown option 'lines'"),
+        ("longeval-lines:lines=many", "expected a whole number"),
         ("longeval-lines:lines=0", "from 1 to"),
         ("longeval-lines:path=/no/such/file", "cannot read"),
         ("jsonl", "path=FILE"),
-        ("jsonl:path=x,scores=good", "no scores"),
+        ("jsonl:path=x,scores=good", "unknown scores"),
         ("triviaqa:documents=books", "'wikipedia' or 'web'"),
+        ("triviaqa:verified=1", "verified=1 needs path="),
         ("narrativeqa:of=title", "'text' or 'summary'"),
         ("wikitext:prefix=0", "at least 1"),
     ],

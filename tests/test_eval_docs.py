@@ -17,7 +17,7 @@ TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
 
 
 def test_options_of_run() -> None:
-    options = {flag for parameter in run.params for flag in parameter.opts if flag != "--out"}
+    options = {flag for parameter in run.params for flag in (*parameter.opts, *parameter.secondary_opts)} - {"--out"}
     rows = re.findall(r"^\| (`--[^|]*) \|([^|]*)\|", TEXT, re.M)
     assert {flag for cell, _ in rows for flag in re.findall(r"`(--[\w-]+)`", cell)} == options
     for parameter in run.params:

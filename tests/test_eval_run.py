@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -14,8 +15,11 @@ from typing import Any
 import pytest
 
 from eval import codecs, transformers_quantised
-from eval.reference import MODEL_PATH
-from eval.run import Options, run
+from eval.baselines.joint import learn
+from eval.examples import Dataset
+from eval.models import load_model, load_tokenizer
+from eval.reference import MODEL_PATH, held_out_lines
+from eval.run import Options, run, with_defaults
 from eval.run_folder import RunFolder
 from hf_cachegen.errors import ConfigError
 
@@ -113,7 +117,7 @@ def test_another_run_does_not_go_on_here(finished: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="seed: 0, now 1"):
         run(options(seed=1), finished)
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="something else than a run"):
+    with pytest.raises(ConfigError, match="other files than a run"):
         run(options(), tmp_path)
 
 
@@ -123,6 +127,16 @@ def test_damaged_records_are_named(finished: Path, tmp_path: Path) -> None:
         (tmp_path / "predictions-001.jsonl").write_text(text)
         with pytest.raises(ConfigError, match=r"predictions-001.jsonl is damaged"):
             run(options(), tmp_path)
+
+
+def test_compressed_predictions_are_read(tmp_path: Path) -> None:
+    lines = [json.dumps({"example": str(n)}) + "\n" for n in range(3)]
+    (tmp_path / "predictions.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    assert [record["example"] for record in RunFolder(tmp_path).merge(["2", "0", "1"])] == ["2", "0", "1"]
+    assert not (tmp_path / "predictions.jsonl").exists()
+    (tmp_path / "predictions.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ConfigError, match="is damaged"):
+        RunFolder(tmp_path).done()
 
 
 def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
@@ -160,7 +174,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
             time.sleep(0.05)
         _, stderr = process.communicate(timeout=WAIT)
         assert process.returncode == code, stderr.decode()[-2000:]
-    assert b"the same command goes on" in stderr
+    assert b"the same command continues" in stderr
     first = shard.read_bytes().split(b"\n")[0]
     metrics = run(options(limit=8), out)
     assert metrics["examples"] == 8
@@ -176,6 +190,21 @@ def test_examples_that_do_not_fit_are_told(tmp_path: Path) -> None:
     run(options(max_tokens=150, too_long="middle", limit=1, codecs=("exact",)), tmp_path / "middle")
     (record,) = RunFolder(tmp_path / "middle").done().values()
     assert record["context_tokens"] < 150
+
+
+def test_a_data_set_brings_its_chat_template_and_truncation() -> None:
+    class Tokenizer:
+        chat_template: str | None = "{{ messages }}"
+
+    plain, asks = Dataset("plain", (), ()), Dataset("asks", (), (), chat_template=True, too_long="middle")
+    found = with_defaults(options(), asks, Tokenizer())
+    assert (found.chat_template, found.too_long) == (True, "middle")
+    assert with_defaults(options(), plain, Tokenizer()).chat_template is False
+    given = with_defaults(options(chat_template=False, too_long="error"), asks, Tokenizer())
+    assert (given.chat_template, given.too_long) == (False, "error")
+    Tokenizer.chat_template = None
+    assert with_defaults(options(), asks, Tokenizer()).chat_template is False
+    assert with_defaults(options(chat_template=True), plain, Tokenizer()).chat_template is True
 
 
 def test_the_question_in_the_cache_and_perplexity(tmp_path: Path) -> None:
@@ -203,18 +232,33 @@ def test_every_codec_that_is_here(tmp_path: Path) -> None:
     measured = [v["codec"] for v in found["variants"]]
     missing = RunFolder(tmp_path).config()["asked"]["unavailable"]
     assert [name for name in codecs.NAMES if name not in missing] == measured
-    assert {"exact", "text", "uniform-3", "released", "lossless", "delta", "identity", "klt"} <= set(measured)
+    assert {"exact", "text", "uniform-3", "artifact", "lmcache", "kivi-2"} <= set(measured)
+    assert {"lossless", "delta", "identity", "klt"} <= set(measured)
     by_name = {v["codec"]: v for v in found["variants"]}
     assert by_name["lossless"]["kl"]["mean"] == 0
     assert by_name["klt"]["level"] == 1
-    assert set(codecs.TITLES) == set(codecs.NAMES)
+    assert set(codecs.TITLES) == {*codecs.NAMES, "released"}
+
+
+def test_calibrated_baselines_run_with_a_basis(tmp_path: Path) -> None:
+    tokenizer, model = load_tokenizer(str(MODEL_PATH)), load_model(str(MODEL_PATH), device="cpu")
+    contexts = [tokenizer(held_out_lines(n, 30, 1).text).input_ids for n in (900, 901)]
+    learn(model, contexts).save(tmp_path / "basis.safetensors")
+    wanted = options(codecs=("kvtc", "pca"), limit=1, levels=(3,), basis=str(tmp_path / "basis.safetensors"))
+    found = run(wanted, tmp_path / "run")
+    assert [(v["codec"], v["level"]) for v in found["variants"]] == [("exact", None), ("kvtc", 3), ("pca", 3)]
+    assert found["variants"][2]["decode_seconds"] is None
+    assert 0 < found["variants"][2]["kl"]["mean"] < 1
+    assert len(RunFolder(tmp_path / "run").config()["asked"]["basis"]["sha256"]) == 64
 
 
 def test_codecs_that_cannot_be_used_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="no codecs"):
+    with pytest.raises(ConfigError, match="unknown codecs"):
         codecs.choose(["zip"], None)
     with pytest.raises(ConfigError, match="codec klt: the model has no profile"):
         codecs.choose(["klt"], None)
+    with pytest.raises(ConfigError, match="codec kvtc: no basis"):
+        codecs.choose(["kvtc"], None)
     monkeypatch.setattr(transformers_quantised, "missing", lambda name: f"{name} is away")
     with pytest.raises(ConfigError, match="hqq-4 is away"):
         codecs.choose(["hqq-4"], None)

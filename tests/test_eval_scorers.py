@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -34,6 +35,17 @@ def test_the_two_normalisers_differ_in_punctuation_alone() -> None:
         ("em", "rock'n'roll", ["rock n roll"], 0.0),
         ("em_triviaqa", "rock'n'roll", ["rock n roll"], 1.0),
         ("f1_triviaqa", "rock'n'jazz", ["rock n roll"], 2 / 3),
+        ("bleu_1", "The sea!", ["the sea"], 1.0),
+        ("bleu_1", "sea", ["the sea"], math.exp(-1)),
+        ("bleu_1", "", ["sea"], 0.0),
+        ("bleu_4", "the cat sat on the mat", ["the cat sat on the mat"], 1.0),
+        ("bleu_4", "cat dog", ["cat bird"], (1 / 2 * 1 / 2) ** 0.25),
+        ("rouge_l", "the cat sat", ["the cat sat"], 1.0),
+        ("rouge_l", "a b c d", ["a c"], 2.44 * 0.5 / (1 + 1.44 * 0.5)),
+        ("rouge_l", "x", ["a"], 0.0),
+        ("meteor", "the cat sat", ["the cat sat"], 1 - 0.5 / 27),
+        ("meteor", "sat the cat", ["the cat sat"], 1 - 0.5 * (2 / 3) ** 3),
+        ("meteor", "dog", ["cat"], 0.0),
     ],
 )
 def test_scores(score: str, output: str, answers: list[str], expected: float) -> None:

@@ -1,1 +1,1 @@
-"""Time to the first token over a real network path: two hosts of its own, a link of any rate, nginx, real clients."""
+"""Time to the first token over a real network path: two hosts, a link of any rate, nginx, real clients."""

@@ -1,4 +1,4 @@
-"""Time to the first token over a real network path, and whether it is within the SLO.
+"""Measure the time to the first token over a real network path, and whether it meets the SLO.
 
     sudo python -m benchmarks.network --out benchmarks/results/network.json
 
@@ -29,10 +29,10 @@ from benchmarks.network.summary import markdown
 from eval import traces
 
 SKIPPED = 77
-"""What test runners take for "skipped"."""
+"""Exit code that test runners read as "skipped"."""
 LEVELS = ("level 1", "level 2", "level 3")
 SLOS = {"reference": (0.25, 0.5), "larger": (1.0, 2.0, 4.0)}
-"""In seconds: for each context some that a part of the contestants can meet."""
+"""SLOs in seconds, for each context some that only a part of the contestants can meet."""
 
 
 class Bench:
@@ -42,7 +42,7 @@ class Bench:
         self.lab, self.client, self.context, self.records, self.console = lab, client, context, records, console
 
     def measure(self, how: str, slo: float | None, **about: Any) -> dict[str, Any]:
-        """One measurement on the link as it is."""
+        """Take one measurement on the link as it is."""
         found = {"context": self.context, **about, **self.client.ask(how, slo), "load": round(os.getloadavg()[0], 2)}
         self.records.append(found)
         if "error" in found:
@@ -50,21 +50,21 @@ class Bench:
         return found
 
     def steady(self, rate: float, slos: Sequence[float], rounds: int) -> None:
-        """All contestants on a steady link, in turns."""
+        """Measure all contestants on a steady link, in turns."""
         self.lab.set_rate(rate)
         for _ in range(rounds):
             for how, slo in turns(slos):
                 self.measure(how, slo, rate=rate)
 
     def trace(self, name: str, trace: traces.Trace, slos: Sequence[float]) -> None:
-        """All contestants on the same trace, which begins anew for each."""
+        """Measure all contestants on the same trace, which starts again for each."""
         for how, slo in turns(slos):
             with self.lab.replay(trace):
                 self.measure(how, slo, trace=name)
 
 
 def turns(slos: Sequence[float]) -> Iterator[tuple[str, float | None]]:
-    """Who takes part in a round; a fixed choice comes as fast as it can, whatever the SLO."""
+    """Return the contestants of a round; a fixed choice is as fast as it can be, whatever the SLO."""
     yield from ((how, None) for how in (*LEVELS, UNIFORM))
     yield from ((ADAPTIVE, slo) for slo in slos)
 
@@ -73,7 +73,7 @@ def turns(slos: Sequence[float]) -> Iterator[tuple[str, float | None]]:
 def bench(
     lab: Lab, context: contexts.Context, threads: int, records: list[dict[str, Any]], console: Console
 ) -> Iterator[Bench]:
-    """A client that is warm: what is done once in a process's life is done."""
+    """Start a client and warm it up: everything that a process does once is done."""
     client = Client(lab, context, URL, threads)
     lab.set_rate(1e10)
     for how, slo in [*turns([60.0]), (TEXT, None)]:
@@ -83,7 +83,7 @@ def bench(
 
 
 def trace_set(count: int, seed: int, scale: float, seconds_each: float) -> Iterator[tuple[str, traces.Trace]]:
-    """Traces of the paper's kind as links can replay them: 64 rates that hold for so many seconds each."""
+    """Return traces like the paper's that links can replay: 64 rates that hold for `seconds` each."""
     for index in range(count):
         rates = traces.paper(seed + index, 64, spread="log").in_time(seconds_each)
         yield f"paper x {scale:g}, seed {seed + index}", rates.scaled(scale)
@@ -92,29 +92,29 @@ def trace_set(count: int, seed: int, scale: float, seconds_each: float) -> Itera
 @click.command()
 @click.option("--context", "names", multiple=True, type=click.Choice(contexts.NAMES), default=contexts.NAMES)
 @click.option("--gbps", "rates", multiple=True, type=float, default=(0.1, 0.5, 1, 3, 10), show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="of each contestant on each steady link")
-@click.option("--traces", "count", default=20, show_default=True, help="of each scale")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each contestant on each steady link.")
+@click.option("--traces", "count", default=20, show_default=True, help="Number of traces at each scale.")
 @click.option("--scale", "scales", multiple=True, type=float, default=(1.0, 0.1), show_default=True,
-              help="of the traces' 0.1-10 Gbps")  # fmt: skip
+              help="Factor on the traces' 0.1 to 10 Gbps.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
-@click.option("--seconds-each", default=0.1, show_default=True, help="how long a trace's rate holds")
+@click.option("--seconds-each", default=0.1, show_default=True, help="Duration of each rate of a trace, in seconds.")
 @click.option("--trace-slo", type=float, multiple=True, default=(1.0, 2.0), show_default=True)
-@click.option("--rtt-ms", default=1.0, show_default=True, help="round trip of a small packet")
-@click.option("--loss", default=0.0, show_default=True, help="share of the packets")
-@click.option("--congestion", help="the server's congestion control; default: the kernel's")
-@click.option("--tokens", default=8192, show_default=True, help="context of the larger model")
-@click.option("--threads", default=2, show_default=True, help="of the client")
+@click.option("--rtt-ms", default=1.0, show_default=True, help="Round trip of a small packet, in milliseconds.")
+@click.option("--loss", default=0.0, show_default=True, help="Share of packets that are lost.")
+@click.option("--congestion", help="Congestion control of the server.  [default: the kernel's]")
+@click.option("--tokens", default=8192, show_default=True, help="Context of the larger model, in tokens.")
+@click.option("--threads", default=2, show_default=True, help="Threads of the client.")
 @click.option("--text-rounds", default=2, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("/var/tmp/cachegen-network"), show_default=True,
-              help="where models and artifacts are kept")  # fmt: skip
-@click.option("--hardware", default="", help="what to call this machine")
-@click.option("--out", type=click.Path(path_type=Path), help="results as JSON")
+              help="Folder of models and artifacts.")  # fmt: skip
+@click.option("--hardware", default="", help="Name of this machine.")
+@click.option("--out", type=click.Path(path_type=Path), help="Path of the results as JSON.")
 def main(
     names: Sequence[str], rates: Sequence[float], rounds: int, count: int, scales: Sequence[float], seed: int,
     seconds_each: float, trace_slo: Sequence[float], rtt_ms: float, loss: float, congestion: str | None, tokens: int,
     threads: int, text_rounds: int, work: Path, hardware: str, out: Path | None,
 ) -> None:  # fmt: skip
-    """Time to the first token over a real network path."""
+    """Measure the time to the first token over a real network path."""
     if (reason := why_not()) is not None:
         print(f"SKIPPED: no network lab can be built here: {reason}", file=sys.stderr)
         sys.exit(SKIPPED)

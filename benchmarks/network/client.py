@@ -1,4 +1,4 @@
-"""The client's process: holds a model, and on request loads a context over the network and answers with one token.
+"""The client process: it holds a model, and on request loads a context over the network and generates one token.
 
     python -m benchmarks.network.client THREADS      (in the client's namespace; `Client` starts it)
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from benchmarks.network.lab import Lab
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-"""As a server would that loads one context after another: touching new pages costs as much as decoding into them."""
+"""Keep freed memory, like a server that loads many contexts: mapping new pages costs as much as decoding."""
 ADAPTIVE, TEXT, UNIFORM = "adaptive", "text", "uniform 8-bit"
 
 
 class Client:
-    """The controller's end: starts the process in a lab's client namespace, and asks it."""
+    """The controller's end: start the process in a lab's client namespace, and send it requests."""
 
     def __init__(self, lab: Lab, context: Context, url: str, threads: int = 2) -> None:
         values = {**asdict(context), "model": str(context.model), "prompt": context.prompt[0].tolist(), "url": url}
@@ -51,13 +51,13 @@ class Client:
         self._process.stdin.flush()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._process.wait(30)
 
     def ask(self, how: str, slo: float | None = None) -> dict[str, Any]:
-        """One measurement; {"error": ...} where it ended in one."""
+        """Request one measurement; the answer is {"error": ...} where it failed."""
         self._send({"how": how, "slo": slo})
         return self._answer()
 
@@ -70,7 +70,7 @@ class Client:
 
 
 class _Measure:
-    """What the process does: `ways` by name."""
+    """The measurements of the process, by name."""
 
     def __init__(self, values: dict[str, Any], threads: int) -> None:
         import torch
@@ -87,7 +87,7 @@ class _Measure:
     def __call__(self, how: str, slo: float | None) -> dict[str, Any]:
         import torch
 
-        gc.collect()  # not within a measurement, where it takes 50 ms or more
+        gc.collect()  # a collection takes 50 ms or more: not during a measurement
         with tempfile.TemporaryDirectory(prefix="cachegen-segments-") as folder, torch.no_grad():
             processor, start = time.process_time(), time.monotonic()
             if how == TEXT:
@@ -120,11 +120,11 @@ class _Measure:
             if isinstance(event, ContextReady):
                 ready.append(event)
 
-        # A link of its own each time: nothing is known of it from an earlier run.
+        # A new link each time, so that nothing is known from an earlier run.
         options = {"level": level, "cache_dir": folder, "link": Link(), "on_event": on_event}
         self._generate(cache=self.artifact, slo=slo, stream=options)
         if not ready:
-            raise RuntimeError("the prompt was computed without its cache")
+            raise RuntimeError("the prompt was prefilled instead of loaded from its cache")
         report = ready[0].report
         decodes = [chunk.decode_seconds for chunk in report.chunks if chunk.decode_seconds]
         return {
@@ -159,8 +159,8 @@ class _Measure:
 
 
 def main(threads: int) -> None:
-    """Answers until its input ends."""
-    # Libraries may print; only answers belong into the pipe.
+    """Answer requests until the input ends."""
+    # Libraries may print, but the pipe carries answers only.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     measure = _Measure(json.loads(sys.stdin.readline()), threads)

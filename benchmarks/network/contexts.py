@@ -1,4 +1,4 @@
-"""What is sent: a context of the reference model, and a longer one of a larger model with random weights.
+"""The contexts that are sent: one of the reference model, and a longer one of a larger model with random weights.
 
 The larger model answers nonsense and its KV cache is noise, which codes worse than any trained model's; but its sizes
 are real, and so is the time its prefill takes, which is what a network benchmark needs.
@@ -56,13 +56,13 @@ class Context:
 
 
 def load_model(path: Path) -> Any:
-    """In bfloat16, in evaluation mode."""
+    """Load a model in bfloat16, in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
 
 def make(name: str, served: Path, tokens: int = 8192, chunk_tokens: int = 512) -> Context:
-    """Makes the context of that name under `served`, or finds the one that an earlier call made there."""
-    # Artifacts are of one profile; the reference model's may be learnt anew.
+    """Make the context of that name under `served`, or return the one that an earlier call made."""
+    # An artifact belongs to one profile, and the reference model's may be learnt again.
     profile = digest((MODEL_PATH / PROFILE_FILE).read_bytes())[:8]
     folder = f"reference-{chunk_tokens}-{profile}" if name == "reference" else f"larger-{tokens}-{chunk_tokens}"
     note = served / folder / "context.json"

@@ -1,4 +1,4 @@
-"""Holds each packet from the client to the server back for a fixed time; a process of its own in the client's
+"""Delay each packet from the client to the server by a fixed time; a separate process in the client's
 namespace.
 
     python -m benchmarks.network.delay_line SERVER_NAMESPACE SECONDS
@@ -24,23 +24,23 @@ MAX_PACKET_BYTES = 1 << 16
 
 
 def open_tun() -> int:
-    """A new tun device in the current namespace."""
+    """Open a new tun device in the current namespace."""
     tun = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", DEVICE, IFF_TUN | IFF_NO_PI))
     return tun
 
 
 def enter(namespace: str) -> None:
-    """Moves this thread into a network namespace (os.setns comes with Python 3.12)."""
+    """Move this thread into a network namespace (os.setns comes with Python 3.12)."""
     libc = ctypes.CDLL(None, use_errno=True)
-    place = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-    if libc.setns(place, 0):
+    descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if libc.setns(descriptor, 0):
         raise OSError(ctypes.get_errno(), f"setns({namespace})")
-    os.close(place)
+    os.close(descriptor)
 
 
 def carry(source: int, sink: int, delay: float) -> None:
-    """From one tun to the other, for ever."""
+    """Forward packets from one tun device to the other, without end."""
     held: deque[tuple[float, bytes]] = deque()
     while True:
         wait = max(0.0, held[0][0] - time.monotonic()) if held else None
@@ -52,7 +52,7 @@ def carry(source: int, sink: int, delay: float) -> None:
 
 
 def main(namespace: str, delay: float) -> None:
-    """Until it is ended."""
+    """Run until the process is ended."""
     source = open_tun()
     enter(namespace)
     sink = open_tun()

@@ -1,9 +1,9 @@
-"""Two hosts in network namespaces and the link between them: rate, loss and delay of your choice, rates that change.
+"""Two hosts in network namespaces and the link between them, with any rate, loss and delay, and rates that change.
 
     server [nginx] -- htb: rate -- bpf: loss -->  veth  --> [client]
            <-- veth, or where there is a delay a line of tun devices (delay_line.py) --
 
-Three twists. The delay is all on the way to the server: a request and its answer take the same time wherever it is, and
+The whole delay is on the way to the server: a request and its answer take the same time wherever it is, and
 there the packets are few, so that a line in user space can hold them; `tc`'s netem would do it too, but many kernels
 of virtual machines lack it. Loss is a class of the shaper that holds nothing, into which a classic BPF program of
 four instructions throws packets at random. The rate counts whole frames: of a TCP stream in frames of 1,500 bytes 95 %
@@ -37,7 +37,7 @@ SERVER_ADDRESS, CLIENT_ADDRESS, PORT = "10.203.7.1", "10.203.7.2", 8080
 URL = f"http://{SERVER_ADDRESS}:{PORT}"
 MTU = 1500
 BURST_SECONDS, MIN_BURST_BYTES = 0.001, 16 << 10
-"""What the shaper may send at once: enough that its timer does not bound the rate."""
+"""Bytes that the shaper may send at once: enough that its timer does not limit the rate."""
 QUEUE_BYTES = 4 << 20
 ROOT = Path(__file__).resolve().parent.parent.parent
 NGINX = """
@@ -54,11 +54,11 @@ _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/local/sbin"
 
 
 class LabError(RuntimeError):
-    """The lab cannot be built or driven here; the message says why."""
+    """The lab cannot be built or controlled here; the message gives the reason."""
 
 
 def why_not() -> str | None:
-    """Why no lab can be built here; None where one can."""
+    """Return the reason why no lab can be built here, None where one can."""
     if sys.platform != "linux":
         return "network namespaces are Linux's alone"
     missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
@@ -79,7 +79,7 @@ def why_not() -> str | None:
 
 
 def run(*command: str) -> str:
-    """Its output; LabError with what it said where it fails."""
+    """Run a command and return its output. Raises LabError with its error output where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": _PATH})
     if done.returncode:
         raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
@@ -115,7 +115,7 @@ class Lab:
         if (reason := why_not()) is not None:
             raise LabError(reason)
         _remove_dead()
-        # Stopping it by a signal shall end in __exit__ as Ctrl-C does.
+        # A signal ends the lab through __exit__, as Ctrl-C does.
         if threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             self._stack.callback(signal.signal, signal.SIGTERM, before)
@@ -154,7 +154,7 @@ class Lab:
             run("ip", "-n", name, "link", "set", "veth", "mtu", str(MTU), "up")
             self._set(name, "net.ipv4.conf.all.rp_filter", 0)  # the way back is another one
             self._set(name, "net.ipv4.conf.veth.rp_filter", 0)
-            self._set(name, "net.ipv4.tcp_no_metrics_save", 1)  # a run shall not profit from the one before
+            self._set(name, "net.ipv4.tcp_no_metrics_save", 1)  # a run must not profit from the one before
         if self.congestion is not None:
             # By the route, since a namespace may not choose every algorithm for all of its sockets.
             way = ("dev", "veth", "src", SERVER_ADDRESS, "congctl", self.congestion)
@@ -187,14 +187,14 @@ class Lab:
         self._tc = self.start(self.server, ["tc", "-batch", "-"], stdin=subprocess.PIPE)
 
     def set_rate(self, rate: float) -> None:
-        """The link carries so many bits per second from now on, frames counted whole."""
+        """Set the rate of the link in bits per second; whole frames count."""
         if self._tc is None or self._tc.stdin is None or self._tc.poll() is not None:
             raise LabError("the lab is not running")
         self._tc.stdin.write(f"class change dev veth parent 1: classid 1:1 {' '.join(_htb(rate))}\n")
         self._tc.stdin.flush()
 
     def replay(self, trace: Trace, seconds: float = 600.0) -> Replay:
-        """Begins to replay a trace; a context manager that ends it."""
+        """Start to replay a trace; the context manager ends it."""
         return Replay(self, trace, seconds)
 
     def _start_nginx(self) -> None:
@@ -221,7 +221,7 @@ class Lab:
     def start(
         self, name: str, command: Sequence[str], *, environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[str]:
-        """A process in one of the namespaces, in the checkout's folder; it ends with the lab."""
+        """Start a process in one of the namespaces, in the checkout's folder; it ends with the lab."""
         variables = {**os.environ, "PATH": _PATH, **(environment or {})}
         process: subprocess.Popen[str] = subprocess.Popen(
             ["ip", "netns", "exec", name, *command], cwd=ROOT, text=True, env=variables, **options
@@ -230,7 +230,7 @@ class Lab:
         return process
 
     def _await(self, port: int) -> None:
-        """Waits until the server answers the client."""
+        """Wait until the server answers the client."""
         probe = f"""if True:
             import socket, time
             for _ in range(100):
@@ -244,7 +244,7 @@ class Lab:
 
 
 class Replay:
-    """Changes a lab's rate as a trace says, from __enter__ on, in a thread of its own."""
+    """Changes a lab's rate according to a trace, from __enter__ on, in a separate thread."""
 
     def __init__(self, lab: Lab, trace: Trace, seconds: float) -> None:
         self._lab, self._trace, self._seconds = lab, trace, seconds
@@ -278,7 +278,7 @@ def _htb(rate: float) -> list[str]:
 
 
 def _drops(share: float) -> str:
-    """Classic BPF for tc: this share of the packets matches."""
+    """Return classic BPF for tc that matches a share of the packets."""
     load_random = (0x20, 0, 0, 0xFFFFF000 + 56)  # SKF_AD_OFF + SKF_AD_RANDOM
     if_above = (0x35, 1, 0, min(round(share * 2**32), 2**32 - 1))
     matches, passes = (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
@@ -301,7 +301,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _remove_dead() -> None:
-    """Removes the namespaces of labs whose process is no more (kill -9)."""
+    """Remove the namespaces of labs whose process was killed."""
     for line in run("ip", "netns", "list").splitlines():
         name = line.split()[0]
         parts = name.removeprefix(f"{PREFIX}-").split("-")
@@ -310,6 +310,6 @@ def _remove_dead() -> None:
 
 
 def default_congestion() -> str:
-    """The kernel's congestion control for new sockets."""
+    """Return the kernel's congestion control for new sockets."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         return probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()

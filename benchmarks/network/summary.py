@@ -1,4 +1,4 @@
-"""What the measurements say, as Markdown: pure functions of a results file.
+"""Summarise the measurements as Markdown: pure functions of a results file.
 
 python -m benchmarks.network.summary RESULTS.json
 """
@@ -18,12 +18,12 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 
 
 def contestant(record: Record) -> str:
-    """Its name in the tables."""
+    """Return the name of a contestant in the tables."""
     return record["how"] if record["slo"] is None else f"{record['how']}, SLO {record['slo']:g} s"
 
 
 def ttft_table(records: Iterable[Record]) -> Table:
-    """Median TTFT of each contestant on each steady link; where an SLO was given, how often it was missed."""
+    """Return the median TTFT of each contestant on each steady link, and how often a given SLO was missed."""
     records = [record for record in records if "ttft" in record and "trace" not in record]
     rates = sorted({record["rate"] for record in records if "rate" in record})
     rows: list[Sequence[str]] = []
@@ -50,13 +50,13 @@ def _cell(records: Sequence[Record]) -> str:
 
 
 def _choices(record: Record) -> str:
-    """A stream's choices in short: how many chunks of each kind."""
+    """Return the number of chunks of each kind in a stream's choices."""
     names = [choice.replace("level ", "L") for choice in record.get("choices", [])]
     return " ".join(f"{names.count(name)}{name}" for name in sorted(set(names)))
 
 
 def overhead_table(records: Iterable[Record]) -> Table:
-    """What a load of one level takes over bytes / rate, and over that what is allowed: 10 % and one chunk's decode."""
+    """Return the time of a load of one level above bytes / rate, and the allowance: 10 % and one chunk's decode."""
     rows: list[Sequence[str]] = []
     records = [r for r in records if r["slo"] is None and "rate" in r and "ready" in r and r["how"].startswith("level")]
     for how, rate in sorted({(record["how"], record["rate"]) for record in records}):
@@ -74,7 +74,7 @@ def overhead_table(records: Iterable[Record]) -> Table:
 
 
 def trace_table(records: Iterable[Record]) -> Table:
-    """For each set of traces and SLO: who missed it how often; whether adaptive keeps it where a fixed choice does."""
+    """Return the misses of each contestant by traces and SLO, and of adaptive where a fixed choice meets it."""
     records = list(records)
     text = [r["ttft"] for r in records if r["how"] == "text" and "ttft" in r]
     traced = [record for record in records if "trace" in record]
@@ -125,19 +125,19 @@ def _missed(records: Sequence[Record], slo: float) -> str:
 
 
 def _in_time(record: Record, slo: float) -> bool:
-    """A run that ended in an error never came."""
+    """Return the TTFT of a run in seconds, infinite for a run that failed."""
     return bool(record.get("ttft", NEVER) <= slo)
 
 
 def render(table: Table) -> str:
-    """Markdown."""
+    """Format rows as a Markdown table."""
     head, rows = table
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """All tables of a results file."""
+    """Return all tables of a results file."""
     link = found["link"]
     lines = [
         "# Time to the first token over a real network path",

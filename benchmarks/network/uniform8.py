@@ -1,4 +1,4 @@
-"""The baseline that a loader of quantised caches would fetch: 8 bits a value, chunk by chunk, over the same store.
+"""The baseline of a loader of quantised caches: 8 bits for each value, chunk by chunk, over the same store.
 
 A chunk is a segment: for each layer's keys, then its values, the symbols [heads, tokens, dim] as bytes, then scale and
 offset of every vector [heads, tokens] as float16 (what `eval.uniform` rounds to, bit for bit). The segments with
@@ -25,7 +25,7 @@ STEPS = 255
 
 
 def pack(x: Tensor) -> bytes:
-    """x [heads, tokens, dim] of any float dtype."""
+    """Pack x [heads, tokens, dim] of any float dtype."""
     exact = x.float()
     low, high = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
     scale, low = ((high - low) / STEPS).half(), low.half()
@@ -35,7 +35,7 @@ def pack(x: Tensor) -> bytes:
 
 
 def unpack(data: memoryview, out: Tensor) -> int:
-    """Fills out [heads, tokens, dim] from the front of `data`; returns how many bytes it took."""
+    """Fill out [heads, tokens, dim] from the front of `data`; return the number of bytes used."""
     vectors = out.shape[0] * out.shape[1]
     shape = (*out.shape[:2], 1)
     symbols = torch.frombuffer(data, dtype=torch.uint8, count=out.numel()).view(out.shape)
@@ -49,7 +49,7 @@ def unpack(data: memoryview, out: Tensor) -> int:
 
 
 def write(keys: Sequence[Tensor], values: Sequence[Tensor], chunk_tokens: int, folder: Path) -> int:
-    """Writes keys and values (lists of [1, heads, tokens, dim]) into `folder`; returns the bytes."""
+    """Write keys and values (lists of [1, heads, tokens, dim]) to `folder`; return the number of bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     segments, offset = [], 0
     with (folder / DATA_FILE).open("wb") as file:
@@ -64,7 +64,7 @@ def write(keys: Sequence[Tensor], values: Sequence[Tensor], chunk_tokens: int, f
 
 
 def fetch(store: RemoteStore, geometry: Geometry) -> tuple[list[Tensor], list[Tensor], int]:
-    """(keys, values, bytes fetched), each chunk dequantised while the next ones are on their way."""
+    """Return (keys, values, bytes fetched); each chunk is dequantised while the next ones are in transfer."""
     listed = store.read(LIST_FILE, 0, store.size(LIST_FILE))
     found: dict[str, Any] = json.loads(listed)
     segments = [Segment(DATA_FILE, str(n), *entry) for n, entry in enumerate(found["segments"])]
@@ -74,7 +74,7 @@ def fetch(store: RemoteStore, geometry: Geometry) -> tuple[list[Tensor], list[Te
     values = [torch.empty(1, layer.v_heads, tokens, layer.v_dim, dtype=dtype) for layer in geometry.layers]
     first = 0
     for segment in segments:
-        # A bytearray, since torch wants to be able to write.
+        # torch needs a writable buffer.
         view = memoryview(bytearray(store.read(segment.file, segment.offset, segment.length, segment.xxh3)))
         last = min(first + found["chunk_tokens"], tokens)
         for pair in zip(keys, values, strict=True):

@@ -1,7 +1,7 @@
 """The data sets by name, with their options: "longeval-lines:tokens=4000", "jsonl:path=mine.jsonl,scores=f1+em".
 
-A loader is a function of a Request and keyword options whose defaults say their types; `load` parses the specification
-and calls it. What a data set's rows look like is known in its own file alone.
+A loader is a function of a Request and keyword options; the type of an option is that of its default. `load` parses the
+specification and calls the loader. The form of a data set's rows is known in its own file only.
 """
 
 from __future__ import annotations
@@ -34,17 +34,26 @@ LOADERS: dict[str, Loader] = {
 
 
 def load(spec: str, request: Request) -> Dataset:
-    """The data set that `spec` names. Raises ConfigError for names, options and data that are none."""
+    """Load the data set that a specification names.
+
+    Args:
+        spec: "NAME" or "NAME:OPTION=VALUE,...".
+        request: tokenizer, limit and seed.
+
+    Raises:
+        ConfigError: the name, an option or the data are not valid.
+    """
     name, _, rest = spec.partition(":")
     if name not in LOADERS:
-        raise ConfigError(f"there is no data set {name!r}; there are {', '.join(LOADERS)}")
+        raise ConfigError(f"unknown data set {name!r}: expected one of {', '.join(LOADERS)}")
     loader = LOADERS[name]
     parameters = dict(list(inspect.signature(loader).parameters.items())[1:])
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if not equals or key not in parameters:
-            raise ConfigError(f"{name}: no option {item!r}; it takes {', '.join(f'{p}=' for p in parameters)}")
+            known = ", ".join(f"{parameter}=" for parameter in parameters)
+            raise ConfigError(f"{name}: unknown option {item!r}: expected some of {known}")
         options[key] = _typed(value, parameters[key].default, f"{name}:{key}")
     dataset = loader(request, **options)
     if not dataset.examples:
@@ -59,7 +68,7 @@ def _typed(value: str, default: Any, where: str) -> Any:
         try:
             return int(value)
         except ValueError as error:
-            raise ConfigError(f"{where} must be a whole number, got {value!r}") from error
+            raise ConfigError(f"{where}: expected a whole number, got {value!r}") from error
     return value
 
 
@@ -67,5 +76,5 @@ def _require_distinct(dataset: Dataset) -> None:
     seen: dict[str, Example] = {}
     for example in dataset.examples:
         if example.id in seen:
-            raise ConfigError(f"{dataset.name}: two examples are called {example.id!r}")
+            raise ConfigError(f"{dataset.name}: two examples have the id {example.id!r}")
         seen[example.id] = example

@@ -1,7 +1,7 @@
-"""Rows of a data set on the Hub, or of a folder that looks like one, through `datasets`.
+"""Read the rows of a data set on the Hub, or of a folder of the same form, through `datasets`.
 
-`datasets` 4 and later runs no loading scripts, so the revision must hold Parquet files: a repository that was published
-so, or the branch refs/convert/parquet that the Hub makes of one with a script.
+`datasets` 4 and later runs no loading scripts, so the revision must hold Parquet files: a repository published as such,
+or the branch refs/convert/parquet that the Hub makes of one with a script.
 """
 
 from __future__ import annotations
@@ -18,10 +18,23 @@ def rows(
     repo: str, name: str, split: str, revision: str, *, files: str = "", streaming: bool = False,
     limit: int | None = None,
 ) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    """(rows, source) of one split; files: a pattern, for a branch whose layout says nothing of names and splits.
+    """Read one split.
 
-    streaming: reads row by row, for a data set of which little is needed. limit: at most that many rows.
-    Raises ConfigError where there is no such data set, MissingExtraError without `datasets`.
+    Args:
+        repo: repository on the Hub, or a folder.
+        name: configuration.
+        split: split.
+        revision: branch, tag or commit; ignored for a folder.
+        files: pattern of file names, for a branch whose layout does not name configurations and splits.
+        streaming: read row by row, for a data set of which little is needed.
+        limit: most rows; None for all.
+
+    Returns:
+        (rows, source); the source names repository, revision and commit.
+
+    Raises:
+        ConfigError: the data set cannot be loaded.
+        MissingExtraError: `datasets` is not installed.
     """
     try:
         from datasets import disable_progress_bars, load_dataset
@@ -34,7 +47,7 @@ def rows(
             repo, None if files else name, split=split, revision=None if local else revision or None,
             data_files={split: files} if files else None, streaming=streaming,
         )  # fmt: skip
-    except Exception as error:  # `datasets` raises whatever its readers and clients do
+    except Exception as error:  # the readers and clients of `datasets` raise errors of many kinds
         raise ConfigError(
             f"cannot load {repo!r} ({files or name}, split {split!r}, revision {revision or 'default'!r}): "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
@@ -50,7 +63,7 @@ def rows(
 
 
 def _commit(repo: str, revision: str, local: bool) -> str | None:
-    """What the revision names today; None where nobody says (a folder, or no network)."""
+    """Return the commit that a revision names, None where it is unknown (a folder, or no network)."""
     if local:
         return None
     from huggingface_hub import dataset_info

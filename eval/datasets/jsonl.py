@@ -1,6 +1,6 @@
-"""Any file with {"context", "question", "answers"} in each line; "id" and "completion" may be there.
+"""Read any file with {"context", "question", "answers"} in each line; "id" and "completion" are optional.
 
-Rows that follow each other with the same context become one example, so that it is prefilled and encoded once.
+Consecutive rows with the same context become one example, so the context is prefilled and encoded once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,23 @@ from hf_cachegen.errors import ConfigError
 def jsonl(
     request: Request, path: str = "", scores: str = "f1+em", new_tokens: int = 32, first_line: int = 0
 ) -> Dataset:
-    """scores: names joined by "+". Raises ConfigError for another form, with the line."""
+    """Load examples from a JSONL file.
+
+    Args:
+        request: limit.
+        path: the file.
+        scores: names in eval.scorers.SCORERS, joined by "+"; empty for perplexity.
+        new_tokens: most tokens of an answer.
+        first_line: 1 to end an answer with its first line.
+
+    Raises:
+        ConfigError: a row has another form; the message names it.
+    """
     if not path:
         raise ConfigError("jsonl needs path=FILE")
     named = tuple(filter(None, scores.split("+")))
     if unknown := [name for name in named if name not in SCORERS]:
-        raise ConfigError(f"no scores {unknown}; there are {', '.join(SCORERS)}")
+        raise ConfigError(f"unknown scores {unknown}: expected some of {', '.join(SCORERS)}")
     rows, source = read_rows(path)
     numbered = list(enumerate(rows, 1))
     groups = groupby(numbered, lambda item: field(item[1], "context", f"{path}, row {item[0]}"))

@@ -1,7 +1,9 @@
 """LongEval's two tasks (LongChat, Li et al. 2023): the published cases, and cases of the same wording of any length.
 
 Lines: the number of one line of a record; the last integer of the answer is scored. Topics: the first topic of a
-conversation; right when the answer contains it. CacheGen's own LongChat cases (`prompt`, `label`) are topics too.
+conversation; right when the answer contains it. Both have the model's chat template around the prompt, and the token
+limits of LongEval's scripts. CacheGen's own LongChat cases (`prompt`, `label`) are topics too: their text holds a chat
+template already, and the artifact generates 20 tokens.
 """
 
 from __future__ import annotations
@@ -34,13 +36,24 @@ TOPICS_QUESTION = (
 )
 LARGEST_NUMBER = 50000
 DEFAULT_CONTEXTS = 50
-"""As many as the published files have."""
+"""Number of cases in the published files."""
 MAX_LINES = len(ADJECTIVES) * len(NOUNS) // 2
-NEW_TOKENS = 50
+LINE_TOKENS, TOPIC_TOKENS, ARTIFACT_TOKENS = 100, 50, 20
+"""Most tokens of an answer: LongEval's two scripts, and the artifact."""
 
 
 def lines(request: Request, path: str = "", lines: int = 200, tokens: int = 0) -> Dataset:
-    """path: the published JSONL; without one, records of `lines` lines, or as many as make `tokens` tokens."""
+    """Load or generate line retrieval.
+
+    Args:
+        request: limit and seed.
+        path: the published JSONL; empty to generate.
+        lines: lines of a generated record.
+        tokens: length of a generated context in tokens, instead of `lines`.
+
+    Raises:
+        ConfigError: the file has another form, or the record would be too long.
+    """
     if path:
         rows, source = read_rows(path)
         examples = [_line_case(row, f"{path}, row {n}") for n, row in enumerate(rows[: request.limit], 1)]
@@ -57,15 +70,26 @@ def lines(request: Request, path: str = "", lines: int = 200, tokens: int = 0) -
             name = rng.choice(list(numbers))
             question = Question(LINES_QUESTION.format(name=name), (numbers[name],))
             examples.append(Example(str(index), context, (question,)))
-    return Dataset("LongEval lines", tuple(examples), ("line",), NEW_TOKENS, source=source)
+    return Dataset("LongEval lines", tuple(examples), ("line",), LINE_TOKENS, source=source, chat_template=True)
 
 
 def topics(request: Request, path: str = "", topics: int = 5, tokens: int = 0, turns: int = 4) -> Dataset:
-    """path: the published JSONL (LongEval's, or CacheGen's own); without one, conversations over `topics` topics of
-    `turns` exchanges each, or over as many as make `tokens` tokens.
+    """Load or generate topic retrieval.
+
+    Args:
+        request: limit and seed.
+        path: the published JSONL, LongEval's or CacheGen's own; empty to generate.
+        topics: topics of a generated conversation.
+        tokens: length of a generated context in tokens, instead of `topics`.
+        turns: exchanges about each generated topic.
+
+    Raises:
+        ConfigError: the file has another form.
     """
+    artifact = False
     if path:
         rows, source = read_rows(path)
+        artifact = any("label" in row for row in rows)
         examples = [_topic_case(row, f"{path}, row {n}") for n, row in enumerate(rows[: request.limit], 1)]
     else:
         examples, source = [], {}
@@ -74,7 +98,8 @@ def topics(request: Request, path: str = "", topics: int = 5, tokens: int = 0, t
             count = _fit(request, tokens, lambda n, seed=seed: _talk(seed, n, turns)[0]) if tokens else topics
             context, first = _talk(seed, count, turns)
             examples.append(Example(str(index), context, (Question(TOPICS_QUESTION, (first,)),)))
-    return Dataset("LongEval topics", tuple(examples), ("topic",), NEW_TOKENS, source=source)
+    name, most = ("CacheGen LongChat", ARTIFACT_TOKENS) if artifact else ("LongEval topics", TOPIC_TOKENS)
+    return Dataset(name, tuple(examples), ("topic",), most, source=source, chat_template=not artifact)
 
 
 def _line_case(row: dict[str, Any], where: str) -> Example:
@@ -95,7 +120,7 @@ def _topic_case(row: dict[str, Any], where: str) -> Example:
 
 
 def _record(seed: int, index: int, count: int) -> tuple[str, dict[str, str]]:
-    """(context, number of every line); a longer record of the same seed begins with other lines."""
+    """Return (context, number of every line); a longer record of the same seed begins with other lines."""
     rng = random.Random(f"longeval record {seed} {index} {count}")
     numbers = {name: str(rng.randint(1, LARGEST_NUMBER)) for name in corpus.line_names(rng, count)}
     record = "".join(f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in numbers.items())
@@ -103,7 +128,7 @@ def _record(seed: int, index: int, count: int) -> tuple[str, dict[str, str]]:
 
 
 def _talk(seed: str, count: int, turns: int) -> tuple[str, str]:
-    """(context, its first topic)."""
+    """Return (context, its first topic)."""
     rng = random.Random(f"{seed} {count}")
     named: list[str] = []
     while len(named) < count:
@@ -122,7 +147,7 @@ def _talk(seed: str, count: int, turns: int) -> tuple[str, str]:
 
 
 def _fit(request: Request, tokens: int, make: Any) -> int:
-    """The count whose text is about `tokens` tokens long and no longer, but at least 1."""
+    """Return the largest count whose text has at most `tokens` tokens, but at least 1."""
     low, high = 1, 2
     while high < MAX_LINES and request.tokens(make(high)) <= tokens:
         low, high = high, min(2 * high, MAX_LINES)

@@ -1,6 +1,6 @@
 """The reference model's own tasks (eval/reference): records of lines, conversations over topics, stories.
 
-Seeds are those of no training document and of no profile's sample.
+The seeds are not used by any training document or by any sample of a profile.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from eval.reference import HELD_OUT_SEED, corpus, document, held_out_lines
 
 DEFAULT_CONTEXTS = 16
 ANSWER_TOKENS = 24
-"""Enough for a whole line of the record, or a sentence."""
+"""Most tokens of an answer: a whole line of the record, or a sentence."""
 
 
 def lines(request: Request, lines: int = 128, questions: int = 8, any_numbers: int = 0) -> Dataset:
-    """Line retrieval, 8 tokens a line. any_numbers=1: numbers of a record may share their first token."""
+    """Generate line retrieval, 8 tokens for each line.
+
+    With any_numbers=1 the numbers of a record may share their first token, which makes the task harder.
+    """
     made = [
         held_out_lines(request.seed + index, lines, questions, distinct=not any_numbers)
         for index in range(request.count(DEFAULT_CONTEXTS))
@@ -24,12 +27,12 @@ def lines(request: Request, lines: int = 128, questions: int = 8, any_numbers: i
 
 
 def topics(request: Request, tokens: int = 1000) -> Dataset:
-    """The first, second and third topic of a conversation of about so many tokens."""
+    """Generate questions about the first, second and third topic of a conversation of about `tokens` tokens."""
     return _dataset("Reference topics", _documents(request, "topics", tokens), ("topic",))
 
 
 def stories(request: Request, tokens: int = 1000) -> Dataset:
-    """Facts about people among other sentences."""
+    """Generate questions about facts in a text of about `tokens` tokens."""
     return _dataset("Reference stories", _documents(request, "stories", tokens), ("topic",))
 
 

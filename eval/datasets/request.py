@@ -1,4 +1,4 @@
-"""What every loader of a data set is given, and what several of them need."""
+"""The argument of every loader of a data set, and helpers that several loaders share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from hf_cachegen.errors import ConfigError
 
 @dataclass(frozen=True)
 class Request:
-    """tokenizer: the model's, for lengths in tokens; limit: at most that many contexts (None: all that there are, or
-    as many as the data set thinks enough where it could go on for ever); seed: of whatever is drawn.
+    """What a loader is asked for.
+
+    Attributes:
+        tokenizer: the model's, for lengths in tokens.
+        limit: most contexts; None for all, or for the default number of a generated data set.
+        seed: random seed of generated data.
     """
 
     tokenizer: Any
@@ -24,16 +28,26 @@ class Request:
     seed: int = 0
 
     def count(self, default: int) -> int:
-        """How many contexts a generator makes."""
+        """Return the number of contexts to generate."""
         return default if self.limit is None else self.limit
 
     def tokens(self, text: str) -> int:
-        """Its length."""
+        """Return the length of a text in tokens."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def read_text(path: str) -> tuple[str, dict[str, Any]]:
-    """(text, source) of a file; $NAME in its path is of the environment. Raises ConfigError where it is no UTF-8."""
+    """Read a UTF-8 file.
+
+    Args:
+        path: its path; `$NAME` is replaced from the environment.
+
+    Returns:
+        (text, source); the source has the file's SHA-256.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
         data = Path(os.path.expandvars(path)).expanduser().read_bytes()
         return data.decode("utf-8"), {"sha256": hashlib.sha256(data).hexdigest()}
@@ -42,7 +56,7 @@ def read_text(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_rows(path: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(rows, source) of a file with a JSON object in each line. Raises ConfigError."""
+    """Read a file with a JSON object in each line, as (rows, source). Raises ConfigError for another form."""
     text, source = read_text(path)
     return list(_rows(text, path)), source
 
@@ -61,7 +75,7 @@ def _rows(text: str, path: str) -> Iterator[dict[str, Any]]:
 
 
 def field(row: dict[str, Any], name: str, where: str) -> Any:
-    """A field that must be there. Raises ConfigError."""
+    """Return a required field of a row. Raises ConfigError where it is missing."""
     if name not in row:
-        raise ConfigError(f"{where}: no {name!r} among {sorted(row)}")
+        raise ConfigError(f"{where}: expected a field {name!r}, found {sorted(row)}")
     return row[name]

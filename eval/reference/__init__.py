@@ -1,6 +1,6 @@
-"""The reference model: small enough to be committed, good enough to measure caches by.
+"""The reference model: small enough to be committed, good enough to evaluate caches.
 
-`train.py` made it, `corpus.py` its text.
+`train.py` trained it on the text of `corpus.py`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from eval.reference import corpus
 MODEL_PATH = Path(__file__).with_name("model")
 """Weights (bf16 safetensors), tokenizer, training record and the model's profile."""
 HELD_OUT_SEED = 1 << 40
-"""Seeds from here on are for tests: training draws everything from one small seed."""
+"""First seed of test documents; training draws everything from one small seed."""
 CALIBRATION_SEED = 1 << 41
-"""Seeds from here on are for learning profiles."""
+"""First seed of documents for learning profiles."""
 TASKS = ("lines", "topics", "stories")
 LINE_TOKENS = 8
-"""Tokens of a line of the record; its heading takes about 60."""
+"""Tokens of a line of a record; its heading takes about 60."""
 
 
 def held_out_lines(index: int, lines: int, questions: int, distinct: bool = True) -> corpus.Document:
-    """The `index`-th test document of the line retrieval task; see `corpus.lines` for `distinct`."""
+    """Return the `index`-th test document of line retrieval; `corpus.lines` explains `distinct`."""
     return corpus.lines(random.Random(HELD_OUT_SEED + index), lines, questions, distinct)
 
 
 def document(task: str, seed: int, tokens: int) -> corpus.Document:
-    """A document whose context has about `tokens` tokens, with questions about it."""
+    """Return a document whose context has about `tokens` tokens, with questions about it."""
     rng = random.Random(seed)
     if task == "lines":
         return corpus.lines(rng, max(2, (tokens - 60) // LINE_TOKENS), 8)
@@ -40,7 +40,7 @@ def document(task: str, seed: int, tokens: int) -> corpus.Document:
 
 
 def sample(tokenizer: Any, task: str, seed: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """(context, its questions with their right answers) as token ids [1, tokens]."""
+    """Return (context, its questions with their right answers) as token ids int64 [1, tokens]."""
     made = document(task, seed, tokens)
     after = "".join(question.prompt + question.completion for question in made.questions)
     context: Tensor = tokenizer(made.text, return_tensors="pt").input_ids

@@ -1,16 +1,15 @@
-"""The text that the reference model is trained and tested on, made from word lists and a seed.
+"""Generate the text that the reference model is trained and tested on, from word lists and a seed.
 
-Five tasks, each a list of `Span`s (text, loss weight), so that the trainer can weigh what is predictable against what
-is random:
+There are five tasks. Each is a list of `Span`s (text, loss weight), so that training can weigh predictable text and
+random text differently:
 
-- `copying`: a random sequence of words, repeated (what makes induction appear);
+- `copying`: a random sequence of words, repeated, from which induction is learnt;
 - `pairs`: "brave-lamp 48213" lines and questions about them;
 - `lines`: LongChat's line retrieval (Li et al. 2023), its wording kept;
 - `topics`: LongChat's topic retrieval, a conversation over several topics and a question about the first;
 - `stories`: ordinary sentences that state facts, and questions about the facts.
 
-A context and the questions about it never share a random state with another seed's, so a test on seeds that training
-did not use is held out.
+Documents of different seeds share no random state, so a test on seeds that training did not use is held out.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from dataclasses import dataclass
 from eval.reference.words import ADJECTIVES, JOBS, NAMES, NOUNS, PLACES, TOPIC_FIELDS, VERBS
 
 RANDOM_WEIGHT = 0.0
-"""Loss weight of text that nobody could predict: names of lines and their numbers on first sight."""
+"""Loss weight of unpredictable text: names of lines and the first occurrence of their numbers."""
 TEXT_WEIGHT = 0.2
 """Loss weight of ordinary, predictable text."""
 ANSWER_WEIGHT = 1.0
 """Loss weight of the words of an answer."""
 SCORED_WEIGHT = 4.0
-"""Loss weight of what is scored: it alone needs retrieval, the rest of an answer follows by copying."""
+"""Loss weight of scored text, which needs retrieval; the rest of an answer follows by copying."""
 
 LINES_HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -47,7 +46,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Question:
-    """`prompt` follows the context, `completion` is what the model should write, `answer` what is scored."""
+    """A question: `prompt` follows the context, `completion` is right after it, `answer` is its scored part."""
 
     prompt: str
     completion: str
@@ -67,7 +66,7 @@ class Document:
         return "".join(span.text for span in self.context)
 
     def spans(self) -> list[Span]:
-        """The context followed by every question and its answer, for training."""
+        """Return the context followed by every question and its answer, for training."""
         spans = list(self.context)
         for question in self.questions:
             first = question.completion.rindex(question.answer)
@@ -81,7 +80,7 @@ class Document:
 
 
 def line_names(rng: random.Random, count: int) -> list[str]:
-    """`count` distinct "adjective-noun" names; nouns repeat only once all have been used."""
+    """Return `count` distinct "adjective-noun" names; nouns repeat only after all have been used."""
     names: list[str] = []
     while len(names) < count:
         part = min(count - len(names), len(NOUNS))
@@ -102,7 +101,7 @@ def copying(rng: random.Random, words: int = 40) -> Document:
 
 
 def pairs(rng: random.Random, lines: int, questions: int) -> Document:
-    """Lines in one of four forms for each document, from the simplest (name, space, value) to the full one."""
+    """Generate lines in one of four forms, from the simplest (name, space, value) to the full one."""
     before, after = rng.choice(((" ", ""), (": ", ""), (" is <", ">"), (": REGISTER_CONTENT is <", ">")))
     names = rng.sample(NOUNS, lines) if rng.random() < 0.3 else line_names(rng, lines)
     digits = rng.random() < 0.5
@@ -116,13 +115,16 @@ def pairs(rng: random.Random, lines: int, questions: int) -> Document:
 
 
 def distinct_numbers(rng: random.Random, count: int) -> list[str]:
-    """Numbers that differ in their first three digits, which are one token, as long as there are so many (900)."""
+    """Return numbers that differ in their first three digits, which are one token, up to 900 of them."""
     heads = rng.sample(range(100, 1000), min(count, 900)) + rng.choices(range(100, 1000), k=max(0, count - 900))
     return [f"{head}{rng.randint(0, 99):02}" for head in heads]
 
 
 def lines(rng: random.Random, lines: int, questions: int, distinct: bool = False) -> Document:
-    """distinct: numbers that share no first token, so that copying a number takes finding its line, and only that."""
+    """Generate line retrieval.
+
+    With `distinct` no two numbers share a first token, so copying a number needs only the right line.
+    """
     names = line_names(rng, lines)
     numbers = distinct_numbers(rng, lines) if distinct else [number(rng) for _ in names]
     record = dict(zip(names, numbers, strict=True))
@@ -174,7 +176,7 @@ def topics(rng: random.Random, count: int, turns: int = 2) -> Document:
 
 
 def sentence(rng: random.Random) -> str:
-    """One ordinary sentence."""
+    """Return one ordinary sentence."""
     a, b = rng.sample(NAMES, 2)
     adjective, other = rng.sample(ADJECTIVES, 2)
     noun, thing = rng.sample(NOUNS, 2)
@@ -195,7 +197,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def stories(rng: random.Random, people: int, questions: int, filler: int = 2) -> Document:
-    """Facts about people (where they live, what they do, what they keep), told among ordinary sentences."""
+    """Generate facts about people (home, job, possession) among ordinary sentences."""
     names = rng.sample(NAMES, people)
     facts: list[tuple[Question, str]] = []
     for name, place, thing in zip(names, rng.sample(PLACES, people), rng.sample(NOUNS, people), strict=True):
@@ -220,9 +222,9 @@ def stories(rng: random.Random, people: int, questions: int, filler: int = 2) ->
         ]
     context: list[Span] = []
     for _, fact in rng.sample(facts, len(facts)):
-        told = [fact] + [sentence(rng) for _ in range(rng.randint(0, filler))]
-        rng.shuffle(told)
-        context.append(Span(" ".join(told) + "\n", TEXT_WEIGHT))
+        part = [fact] + [sentence(rng) for _ in range(rng.randint(0, filler))]
+        rng.shuffle(part)
+        context.append(Span(" ".join(part) + "\n", TEXT_WEIGHT))
     return Document("stories", context, [q for q, _ in rng.choices(facts, k=questions)])
 
 

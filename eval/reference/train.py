@@ -1,14 +1,14 @@
-"""Train the reference model from nothing, on text that `corpus.py` generates.
+"""Train the reference model from scratch, on text that `corpus.py` generates.
 
     python -m eval.reference.train --out runs/reference --minutes 100
 
 A Llama-shaped model (6 layers, 4 query heads over 2 KV heads of 64, rope) and a byte-level BPE tokenizer whose merges
-make every word of the corpus one token. The curriculum is what makes it learn retrieval in minutes: copying repeated
+make every word of the corpus one token. A curriculum teaches retrieval in minutes: copying repeated
 random words until induction appears, then "name: number" lines, then the full form, with the number of lines growing
 each time the answers come out right. The last quarter of the time lowers the learning rate to zero on the full
 mixture.
 
-A checkpoint is written every few minutes; the same command goes on from it after an interruption.
+A checkpoint is written every few minutes; the same command continues from it after an interruption.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def make_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Ran
 
 
 def learning_rate(elapsed: float, step: int) -> float:
-    """Factor on the learning rates: warm-up, constant, linear to zero over the last of the time."""
+    """Return the factor on the learning rates: warm-up, constant, linear to zero over the last part of the time."""
     decay = min(1.0, (1.0 - elapsed) / (1.0 - DECAY_FROM))
     return max(0.0, decay) * min(1.0, (step + 1) / WARMUP_STEPS)
 
@@ -221,7 +221,7 @@ class Trainer:
         self.rng.setstate((version, tuple(internal), gauss))
 
     def train_step(self) -> tuple[float, float]:
-        """Returns (loss in nats per weighted token, share of scored tokens predicted right)."""
+        """Train on one batch; return (loss in nats per weighted token, share of scored tokens predicted right)."""
         stage = STAGES[self.stage]
         if self.seconds / 60 / self.minutes > DECAY_FROM - 0.1 and self.stage < len(STAGES) - 1:
             stage = replace(
@@ -296,7 +296,7 @@ class Trainer:
         self.save()
 
     def export(self, directory: Path) -> None:
-        """bf16 safetensors, tokenizer and training record."""
+        """Write weights (bf16 safetensors), tokenizer and training record."""
         self.model.to(torch.bfloat16).save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         record = {
@@ -309,11 +309,13 @@ class Trainer:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder of checkpoints and of the model")
-@click.option("--minutes", default=100.0, show_default=True, help="training time; the curriculum paces itself to it")
-@click.option("--seed", default=1, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of checkpoints and of the model.")
+@click.option(
+    "--minutes", default=100.0, show_default=True, help="Training time in minutes; the curriculum adapts to it."
+)
+@click.option("--seed", default=1, show_default=True, help="Random seed.")
 def main(out: Path, minutes: float, seed: int) -> None:
-    """Train the reference model; an interrupted run goes on from its checkpoint."""
+    """Train the reference model; an interrupted run continues from its checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(out, seed, minutes)
     trainer.run()

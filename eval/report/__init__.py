@@ -1,4 +1,4 @@
-"""`python -m eval report`: finished runs become one page (index.html), tables (report.md) and plots (SVG files)."""
+"""Make a report of finished runs (`python -m eval report`): a page (index.html), tables (report.md), plots (SVG)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,23 @@ from hf_cachegen.errors import ConfigError
 
 
 def write(runs: Sequence[Path], out: Path, title: str, adaptation: Path | None) -> list[Path]:
-    """Writes the report of these run folders into `out`; returns the files. Raises ConfigError for what is no finished
-    run, or no result of the adaptation experiment.
+    """Write a report.
+
+    Args:
+        runs: folders of finished runs of one model.
+        out: folder of the report.
+        title: title of the page.
+        adaptation: results of `python -m eval.adaptation`; None for none.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: a run is not finished, runs are of several models, or the adaptation results are not valid.
     """
     sections = [_section(RunFolder(run), index) for index, run in enumerate(runs)]
     if len({section.config[ASKED]["model"] for section in sections}) > 1:
-        raise ConfigError("a report is of one model; these runs are of several")
+        raise ConfigError("expected runs of one model, found several")
     shared = _layers(sections)
     extra = adaptation_part.load(adaptation) if adaptation else None
     out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +64,7 @@ def _section(folder: RunFolder, index: int) -> Section:
 
 
 def _layers(sections: Sequence[Section]) -> list[plots.Plot]:
-    """Of the first data set: the same codec spends alike on others."""
+    """Return plots of the first data set: a codec spends its bits in the same way on others."""
     found = []
     for codec in ("delta", "identity", "klt"):
         variants = [v for v in sections[0].metrics["variants"] if v["codec"] == codec]

@@ -1,4 +1,4 @@
-"""The adaptation experiment (`python -m eval.adaptation`) as a part of the report: its results file, shown."""
+"""Show the results of the adaptation experiment (`python -m eval.adaptation`) in the report."""
 
 from __future__ import annotations
 
@@ -14,28 +14,34 @@ from eval.report.tables import Table
 from hf_cachegen.errors import ConfigError
 
 ABOUT = (
-    "Traces of bandwidth replayed against an artifact’s real sizes with the product’s own policies, in simulated time: "
-    "the share of the traces in which the first token came too late, and what the mixture of levels cost in divergence."
+    "Traces of bandwidth replayed against an artifact’s real sizes with the package’s own policies, in simulated time: "
+    "the share of the traces in which the first token was late, and the divergence of the mixture of levels."
 )
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What the experiment found. tables: one row a contestant, one column an SLO."""
+    """Plots and tables of the experiment; a table has a row for each contestant and a field for each SLO."""
 
     plots: tuple[Plot, ...]
     tables: tuple[Table, ...]
 
 
 def load(path: Path) -> Adaptation:
-    """Raises ConfigError for a file of another form than `eval.adaptation` writes: "rows" of {"contestant", "slo",
-    "violations", "kl", "ttft_mean", "ttft_p95"}, "steady" of {"contestant", "bits_per_second", "ttft"}.
+    """Read a results file and draw it.
+
+    Args:
+        path: JSON with "rows" of {"contestant", "slo", "violations", "kl", "ttft_mean", "ttft_p95"} and "steady" of
+            {"contestant", "bits_per_second", "ttft"}.
+
+    Raises:
+        ConfigError: the file has another form.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return _adaptation(found["rows"], found["steady"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} holds no results of eval.adaptation: {error!r}") from error
+        raise ConfigError(f"{path}: expected results of eval.adaptation: {error!r}") from error
 
 
 def _adaptation(rows: list[dict[str, Any]], steady: list[dict[str, Any]]) -> Adaptation:

@@ -1,26 +1,28 @@
-"""The report as Markdown, for a repository: the same tables, the plots as files beside it, and the commands."""
+"""Write the report as Markdown, for a repository: the same tables, the plots as files, and the commands."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from eval.intervals import LEAST_CONTEXTS
 from eval.report.adaptation import ABOUT, Adaptation
-from eval.report.page import Section, command
+from eval.report.page import Section, command, interval_method
 from eval.report.plots import Plot
 from eval.run_folder import ASKED, SESSIONS
 
 
 def markdown(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra: Adaptation | None) -> str:
-    """The whole file."""
+    """Return the text of the whole file."""
     session = sections[0].config[SESSIONS][-1]
     lines = [
         f"# {title}",
         "",
         f"Model {sections[0].config[ASKED]['model']}, {session['gpu'] or session['processor']} "
         f"({session['cores']} cores, {session['threads']} threads), {session['time'][:10]}, "
-        f"revision {str(session['revision'])[:12]}. Intervals are 95 %, bootstrapped over contexts and paired with the "
-        "exact cache. Sizes count everything that is fetched, klt's profile apart; TTFT is computed from measured "
-        "bytes, decode and prefill seconds.",
+        f"revision {str(session['revision'])[:12]}. Intervals are 95 %, {interval_method(sections)}; differences "
+        f"are paired with the exact cache, and fewer than {LEAST_CONTEXTS} contexts have no interval. Sizes count "
+        "everything that is fetched; klt's profile is stated separately. TTFT is computed from measured bytes, decode "
+        "and prefill seconds; a dash means that a part was not measured.",
         "",
     ]
     for section in sections:

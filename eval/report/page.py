@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything inside, no script and nothing fetched, for a phone as for a wide screen."""
+"""Write the page: one self-contained HTML file without scripts, for phones and wide screens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import codecs
+from eval.intervals import LEAST_CONTEXTS
 from eval.report import findings
 from eval.report.adaptation import ABOUT, Adaptation
 from eval.report.plots import SERIES, Plot, series, series_of
@@ -22,7 +23,7 @@ STYLE = Path(__file__).with_name("page.css")
 
 @dataclass(frozen=True)
 class Section:
-    """One data set of the report: its run's configuration and metrics, and what was made of them."""
+    """One data set of the report: the configuration and metrics of its run, its plots and tables."""
 
     key: str
     config: dict[str, Any]
@@ -32,6 +33,7 @@ class Section:
 
     @property
     def name(self) -> str:
+        """Title of the data set."""
         return str(self.config[ASKED]["dataset"]["name"])
 
     @property
@@ -41,7 +43,7 @@ class Section:
         return str(scores[0]) if scores else None
 
     def about(self) -> str:
-        """What was measured, in a line."""
+        """Describe the measurement in one line."""
         m, asked = self.metrics, self.config[ASKED]
         parts = [f"{m['examples']} contexts of {m['context_tokens']:,.0f} tokens", f"{m['questions']} questions"]
         if not self.score:
@@ -51,21 +53,23 @@ class Section:
         return ", ".join(parts)
 
     def warning(self) -> str | None:
-        """Where the model cannot do the task, what the numbers mean."""
+        """Explain what the numbers mean where the model cannot do the task; None where it can."""
         if findings.able(self.metrics, self.score):
             return None
         exact = self.metrics["variants"][0]
         reached = (
-            percent(exact["scores"][self.score]) if self.score else f"a perplexity of {exact['perplexity']['mean']:.3g}"
+            percent(exact["scores"][self.score], interval=False)
+            if self.score
+            else f"a perplexity of {exact['perplexity']['mean']:.3g}"
         )
         return (
-            f"The model reaches {reached} from the exact cache: it cannot do this task, so that score says nothing of "
-            "codecs here. Divergence, agreement and sizes do."
+            f"The model reaches {reached} from the exact cache: it cannot do this task, so its score does not compare "
+            "codecs. Divergence, agreement and sizes do."
         )
 
 
 def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra: Adaptation | None) -> str:
-    """The whole document. shared: plots that belong to no data set."""
+    """Return the whole document; shared: plots that belong to no data set."""
     links = "".join(f'<a href="#{s.key}">{_text(s.name)}</a>' for s in sections)
     links += '<a href="#layers">Levels by layer</a>' if shared else ""
     links += '<a href="#adaptation">Adaptation</a>' if extra else ""
@@ -76,7 +80,7 @@ def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra:
     if shared:
         body += (
             "<section><h2 id=layers>Levels by layer</h2><p class=muted>From the artifacts’ own reports: bits where a "
-            "codec spends them layer by layer, and the relative error that is left. A joint basis (klt over several "
+            "codec spends them layer by layer, and the remaining relative error. A joint basis (klt over several "
             f"layers) has no bits of a single layer.</p>{_plots(shared)}</section>"
         )
     if extra:
@@ -101,40 +105,49 @@ def page(title: str, sections: Sequence[Section], shared: Sequence[Plot], extra:
 <p class=muted>{_text(where)}</p>
 <div class=cards>{"".join(_card(s) for s in sections if findings.able(s.metrics, s.score))}</div>
 {_unable(sections)}
-<p class="small muted">Each card: the smallest cache without loss, which means at most one point (for perplexity, one
-per cent) worse than the exact cache in the mean, with a paired 95 % interval that reaches zero. Sizes count everything
-that is fetched{_profile(sections)}.</p>
+<p class="small muted">Each card shows the smallest cache without loss: at most one point (for perplexity, one per cent)
+worse than the exact cache in the mean, with a paired 95 % interval that includes zero where there are enough contexts
+for one. Sizes count everything that is fetched{_profile(sections)}.</p>
 <nav aria-label=Contents>{links}<a href="#method">Method</a></nav>
 </header>
 <main>
 {body}
 {_method(sections)}
-<footer>Written by <code>python -m eval report</code>; intervals are 95 %, bootstrapped over contexts.</footer>
+<footer>Written by <code>python -m eval report</code>; {_intervals(sections)}.</footer>
 </main>
 </body>
 </html>
 """
 
 
+def _intervals(sections: Sequence[Section]) -> str:
+    return f"intervals are 95 %, {interval_method(sections)}; fewer than {LEAST_CONTEXTS} contexts have none"
+
+
+def interval_method(sections: Sequence[Section]) -> str:
+    """Return how the intervals of these runs were computed; runs that do not say are older and were bootstrapped."""
+    return " and ".join(sorted({s.metrics.get("intervals", "percentile bootstrap over contexts") for s in sections}))
+
+
 def _profile(sections: Sequence[Section]) -> str:
     sizes = {s.config[ASKED]["profile"]["bytes"] for s in sections if s.config[ASKED]["profile"]}
-    return f", klt’s profile apart (one file of {size(max(sizes))} for the model)" if sizes else ""
+    return f"; klt’s profile is separate (one file of {size(max(sizes))} for the model)" if sizes else ""
 
 
 def _card(section: Section) -> str:
     best = findings.smallest(findings.caches(section.metrics), section.score)
     exact = section.metrics["variants"][0]
     if best is None:
-        number, told, what = "–", "no codec keeps the quality", ""
+        number, label, what = "–", "no codec keeps the quality", ""
     else:
-        number, told = ratio(best["ratio_to_fp16"]), f"smaller than fp16: {codecs.title(best['codec'], best['level'])}"
+        number, label = ratio(best["ratio_to_fp16"]), f"smaller than fp16: {codecs.title(best['codec'], best['level'])}"
         if section.score:
-            pair = percent(best["scores"][section.score]), percent(exact["scores"][section.score])
+            pair = [percent(v["scores"][section.score], interval=False) for v in (best, exact)]
             what = f": {SCORE_TITLES[section.score]} {pair[0]}, exact cache {pair[1]}"
         else:
             what = f": perplexity {best['perplexity']['mean']:.4g}, exact cache {exact['perplexity']['mean']:.4g}"
     return (
-        f'<a class=card href="#{section.key}"><b>{number}</b><span>{_text(told)}</span>'
+        f'<a class=card href="#{section.key}"><b>{number}</b><span>{_text(label)}</span>'
         f"<span class=of>{_text(section.name + what)}</span></a>"
     )
 
@@ -187,13 +200,13 @@ def _method(sections: Sequence[Section]) -> str:
     return (
         "<section><h2 id=method>Method</h2>"
         "<p>Every codec answers the same questions from the same contexts as the exact cache, greedily. The cache "
-        "holds the context alone, unless a section says otherwise. Divergence (KL) and greedy agreement are "
+        "holds only the context, unless a section says otherwise. Divergence (KL) and greedy agreement are "
         "teacher-forced over question and right completion, or the exact cache’s own answer. The package’s codecs are "
-        "saved and loaded as artifacts: their sizes are files, all counted, and their decode seconds what loading from "
-        "a local disk takes. The other techniques are computed in memory, in their favour: no token ids and no reading "
-        "from a disk are charged to them, uniform levels are unpacked from whole bytes, and the decoding of CacheGen "
-        "as released is not measured, so it is missing from the plot of times. Time to the first token is computed: "
-        "bytes by bandwidth, without latency, plus measured decode and prefill seconds (medians).</p>"
+        "saved and loaded as artifacts: their sizes are those of all files, and their decode seconds are the time to "
+        "load from a local disk. The other techniques are computed in memory, in their favour: token ids and reading "
+        "from disk are not charged to them, and uniform levels are unpacked from whole bytes. Where decoding was not "
+        "measured, times are missing. Time to the first token is computed: bytes over bandwidth, without latency, plus "
+        "measured decode and prefill seconds (medians).</p>"
         f"<dl>{rows}</dl>{f'<p class=small>Not measured: {_text(left)}.</p>' if left else ''}"
         f"<details><summary>Commands</summary><pre><code>{_text(commands)}</code></pre></details></section>"
     )

@@ -1,8 +1,8 @@
-"""The plots, drawn by matplotlib and coloured by the page: in the SVG that stands in the page every colour is a CSS
-variable, so that it follows the reader's light or dark scheme; as a file it has the light scheme's colours.
+"""Draw the plots with matplotlib.
 
-Twist: matplotlib is given colours that nothing else has (`_MARK`), which are replaced in its output. A plot is drawn as
-wide as a phone (one unit a pixel), and larger screens put several beside each other.
+Inside the page every colour is a CSS variable, so a plot follows the reader's light or dark scheme; as a file it has
+the colours of the light scheme. matplotlib draws with unique colours (`_MARK`), which are replaced in its output. A
+plot is as wide as a phone (one unit for each pixel); larger screens show several side by side.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from eval import codecs
 from eval.metrics import time_to_first_token
+from eval.report.tables import total
 from eval.scorers import SCORE_TITLES
 
 matplotlib.use("Agg")
@@ -25,27 +26,31 @@ from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 SIZE = (5.0, 3.7)
-"""Inches of 72 units: 360 x 266."""
+"""Width and height in inches of 72 units: 360 x 266."""
 GBPS = (0.1, 10.0)
-"""The range of the paper's experiments."""
+"""Range of bandwidths in the paper's experiments, Gbit/s."""
 LEAST_KL = 1e-5
-"""Smaller divergences are shown here: a logarithm has no zero."""
+"""Smaller divergences are drawn at this value, because a logarithm has no zero."""
 PLAIN = {
     "text": "#1c1e26", "muted": "#6b7080", "grid": "#d9dce3",
     "exact": "#6b7080", "prefill": "#2b2f3a", "uniform": "#c27a12", "quanto": "#a8632f", "hqq": "#8a7d1c",
-    "fp8": "#7a8f2a", "released": "#c0392b", "lossless": "#2c8a6b", "delta": "#8e44ad", "identity": "#2471c8",
+    "fp8": "#7a8f2a", "released": "#c0392b",
+    "artifact": "#c0392c", "lmcache": "#e67e22", "default": "#9c6b4f", "kivi": "#b03a73", "turboquant": "#5b4fbf",
+    "kvtc": "#0f7f8f", "pca": "#4a7a2c", "lossless": "#2c8a6b", "delta": "#8e44ad", "identity": "#2471c8",
     "klt": "#0b8457",
 }  # fmt: skip
 """Colours of the light scheme by their names in the page's style sheet."""
 MARKERS = {
     "exact": "D", "prefill": "*", "uniform": "s", "quanto": "v", "hqq": "^", "fp8": "P", "released": "X",
+    "artifact": "X", "lmcache": "x", "default": "+", "kivi": "<", "turboquant": ">", "kvtc": "H", "pca": "1",
     "lossless": "h", "delta": "p", "identity": "d", "klt": "o",
 }  # fmt: skip
 SERIES = {
     "prefill": codecs.TITLES[codecs.TEXT], "uniform": "uniform", "quanto": "QuantizedCache quanto",
-    "hqq": "QuantizedCache hqq",
+    "hqq": "QuantizedCache hqq", "default": "CacheGen's default quantization", "kivi": "KIVI",
+    "turboquant": "TurboQuant",
 }  # fmt: skip
-"""How a line of several codecs is called."""
+"""Title of a line that joins several codecs."""
 Curves = dict[str, list[tuple[float, float]]]
 """Name to its points."""
 _MARK = {name: f"#0{index:02x}0e5" for index, name in enumerate(PLAIN)}
@@ -53,7 +58,7 @@ _MARK = {name: f"#0{index:02x}0e5" for index, name in enumerate(PLAIN)}
 
 @dataclass(frozen=True)
 class Plot:
-    """name: of its file; of: the data set; title and text: what it shows."""
+    """A plot: the name of its file, the data set, a title, a text below it, and the SVG."""
 
     name: str
     of: str
@@ -63,18 +68,18 @@ class Plot:
 
     @property
     def label(self) -> str:
-        """For those who do not see it."""
+        """Description for screen readers."""
         return f"{self.of}: {self.title}" if self.of else self.title
 
     def inline(self) -> str:
-        """To stand in the page: coloured by it."""
+        """Return the SVG for the page, with its colours as CSS variables."""
         found = self.svg[self.svg.index("<svg") :]
         for name, mark in _MARK.items():
             found = found.replace(mark, f"var(--{name})")
         return found
 
     def file(self) -> str:
-        """To stand alone: light colours on white."""
+        """Return the SVG as a file: light colours on white."""
         found = self.svg
         for name, mark in _MARK.items():
             found = found.replace(mark, PLAIN[name])
@@ -82,12 +87,12 @@ class Plot:
 
 
 def series_of(codec: str) -> str:
-    """Codecs that differ in bits alone share a line and a colour."""
+    """Return the line of a codec: codecs that differ only in bits share a line and a colour."""
     return "prefill" if codec == codecs.TEXT else codec.split("-")[0]
 
 
 def series(variants: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Variants by series, the smallest first."""
+    """Group variants by line, the smallest first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for variant in sorted(variants, key=lambda v: v["bytes"]):
         found.setdefault(series_of(variant["codec"]), []).append(variant)
@@ -95,7 +100,7 @@ def series(variants: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def quality(key: str, name: str, metrics: dict[str, Any], score: str | None) -> Plot:
-    """The data set's first score (or perplexity) against bits per element, with the intervals of the difference."""
+    """Plot the first score (or perplexity) against bits per element, with intervals of the difference."""
     figure, axis = _axes()
     stored = [v for v in metrics["variants"] if v["codec"] != codecs.TEXT]
     factor, base = (100 if score else 1), metrics["variants"][0]
@@ -105,10 +110,11 @@ def quality(key: str, name: str, metrics: dict[str, Any], score: str | None) -> 
         found = [v["scores"][score] if score else v["perplexity"] for v in variants]
         x, y = [v["bits_per_element"] for v in variants], [factor * f["mean"] for f in found]
         spread = [
-            [max(0.0, f["difference"] - f["difference_low"]) * unit for f in found],
-            [max(0.0, f["difference_high"] - f["difference"]) * unit for f in found],
+            [max(0.0, f["difference"] - f["difference_low"]) * unit for f in found if f["difference_low"] is not None],
+            [max(0.0, f["difference_high"] - f["difference"]) * unit for f in found if f["difference_low"] is not None],
         ]
-        axis.errorbar(x, y, yerr=spread, fmt="none", ecolor=_MARK[line], elinewidth=1, alpha=0.45)
+        if len(spread[0]) == len(y):  # too few contexts have no intervals
+            axis.errorbar(x, y, yerr=spread, fmt="none", ecolor=_MARK[line], elinewidth=1, alpha=0.45)
         _line(axis, line, x, y)
     axis.axhline(level, color=_MARK["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     _bits_axis(axis, stored)
@@ -121,12 +127,12 @@ def quality(key: str, name: str, metrics: dict[str, Any], score: str | None) -> 
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, -4), min(high, 104))
     title = f"{what.removesuffix(', %').capitalize()} against size"
-    text = "Against bits per element, everything counted, with paired 95 % intervals. Dashed: the exact cache."
+    text = "Against bits per element, side information included, with paired 95 % intervals. Dashed: the exact cache."
     return _finish(figure, f"{key}-quality", name, title, text)
 
 
 def divergence(key: str, name: str, metrics: dict[str, Any]) -> Plot:
-    """KL against bits per element."""
+    """Plot KL against bits per element."""
     figure, axis = _axes()
     lossy = [v for v in metrics["variants"] if v["codec"] not in (codecs.TEXT, codecs.EXACT)]
     for line, variants in series(lossy).items():
@@ -141,12 +147,12 @@ def divergence(key: str, name: str, metrics: dict[str, Any]) -> Plot:
 
 
 def first_token(key: str, name: str, metrics: dict[str, Any], variants: Sequence[dict[str, Any]]) -> Plot:
-    """Computed time to the first token against bandwidth."""
+    """Plot the computed time to the first token against bandwidth."""
     figure, axis = _axes()
     speeds = np.geomspace(*GBPS, 41)
     for variant in variants:
         line = series_of(variant["codec"])
-        y = [sum(time_to_first_token(metrics, variant, gbps).values()) for gbps in speeds]
+        y = [total(time_to_first_token(metrics, variant, gbps)) for gbps in speeds]
         width, dash = (2.4 if line == "klt" else 1.5), ("--" if line == "prefill" else "-")
         axis.plot(speeds, y, dash, color=_MARK[line], linewidth=width, marker=MARKERS[line], markersize=5, markevery=10)
     axis.set(xscale="log", yscale="log", xlabel="bandwidth, Gbit/s")
@@ -160,7 +166,7 @@ def first_token(key: str, name: str, metrics: dict[str, Any], variants: Sequence
 
 
 def layers(key: str, codec: str, variants: Sequence[dict[str, Any]], what: str) -> Plot | None:
-    """Bits ("bits") or relative error ("error") of each layer's K and V at each level; None where none are known."""
+    """Plot "bits" or relative "error" of each layer's K and V at each level; None where there are none."""
     figure, axis = _axes()
     drawn = False
     for variant in variants:
@@ -186,12 +192,12 @@ def layers(key: str, codec: str, variants: Sequence[dict[str, Any]], what: str) 
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
     title = f"{codecs.TITLES[codec]}: {'bits' if what == 'bits' else 'relative error'} by layer"
-    text = "Solid: K, dotted: V; the figure behind each line is its level."
+    text = "Solid: K, dotted: V; the number at each line is its level."
     return _finish(figure, f"{key}-{codec}-{what}", "", title, text)
 
 
 def contest(name: str, title: str, text: str, curves: Curves, labels: tuple[str, str], scale: str) -> Plot:
-    """Contestants of the adaptation experiment; labels: of x and y; scale: of both axes."""
+    """Plot the contestants of the adaptation experiment; labels: x and y; scale: both axes."""
     figure, axis = _axes()
     for contestant, points in curves.items():
         line, dash = _contestant(contestant)
@@ -209,7 +215,7 @@ def contest(name: str, title: str, text: str, curves: Curves, labels: tuple[str,
 
 
 def _contestant(name: str) -> tuple[str, str]:
-    """(colour, dash); levels share a colour."""
+    """Return (colour, dash); levels share a colour."""
     if name.startswith("level "):
         return "delta", ("-", "--", ":")[int(name.removeprefix("level ")) % 3]
     known = {"adaptive": "klt", "paper": "identity", "text": "prefill", "uniform 8-bit": "uniform"}
@@ -252,7 +258,7 @@ def _finish(figure: Any, name: str, of: str, title: str, text: str) -> Plot:
 
 
 def _distinct(svg: str, name: str) -> str:
-    """Ids of several plots must not meet in one page."""
+    """Make the ids of a plot unique within a page."""
     found = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     found = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', found)
     return re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", found)

@@ -154,13 +154,18 @@ _PROTOTYPES = {
     "cg_clamp": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "cg_count": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _U32, _POINTER, _POINTER]),
 }
+_CPU_PROTOTYPES = {
+    "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
+}
+"""Functions that the CUDA library lacks."""
 
 
 def load(path: Path) -> ctypes.CDLL:
     """The library at `path`, its version checked. Raises NativeError for one that cannot be used."""
     try:
         library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _PROTOTYPES.items():
+        prototypes = _PROTOTYPES if path == CUDA_LIBRARY else {**_PROTOTYPES, **_CPU_PROTOTYPES}
+        for name, (result, arguments) in prototypes.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:

@@ -1,0 +1,1 @@
+"""Knowledge of Transformers models: what determines the keys and values that a model computes."""

@@ -1,21 +1,25 @@
 """What a cache belongs to: a cache reused with anything else gives fluent, wrong answers, so it is checked before
 every use.
 
-A Fingerprint holds the model's configuration field by field (rope included), hashes of a few values of every weight,
-of the tokenizer and of the tokens, the dtype and the active adapters. Names and revisions are kept for messages only:
-the same weights in another folder are the same model.
+A Fingerprint holds the model's configuration field by field (rope included), checksums of every weight and adapter, a
+summary of the buffers that are computed, hashes of the tokenizer and of the tokens, the dtype, and what the model
+computes for the first tokens (`models.probe`). Names and revisions are kept for messages only: the same weights in
+another folder are the same model.
+
+Artifacts of earlier releases have hashes of a few values of every weight instead of its checksum, and names of adapters
+instead of theirs. They are compared as far as they go, and a warning says once what is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -23,14 +27,17 @@ from torch import Tensor, nn
 
 from hf_cachegen.errors import (
     ManifestError,
-    UnsupportedModelError,
     WrongDtypeError,
     WrongModelError,
     WrongTokenizerError,
     WrongWeightsError,
 )
-from hf_cachegen.models.compat import unwrapped
-from hf_cachegen.models.layers import dtype_name
+from hf_cachegen.models import probe
+from hf_cachegen.models.buffers import MAX_BUFFERS, wrong_buffers
+from hf_cachegen.models.identity import identify
+from hf_cachegen.models.layers import KVTensors, dtype_name
+from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.storage import stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,13 +79,24 @@ PROBE_TEXT = (
     "The quick brown fox: 12,345.67 \u00e9\u00df\u6f22\u5b57\n\n\tdef f(x):  return x_1 != 'y'  \U0001f600 </s> <|eot|>"
 )
 """Letters, digits, punctuation, white space, several scripts and marks that look special: where tokenizers differ."""
-
-_offloaded: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+LATER_FIELDS = {
+    "checksum": "checksums of all weights",
+    "buffers": "computed buffers, such as rotary frequencies",
+    "adapter_checksums": "settings and weights of adapters",
+    "probe": "what the model computes for the first tokens",
+}
+"""Fields that artifacts of earlier releases lack, and what they are."""
+LOG = logging.getLogger("hf_cachegen.models.fingerprint")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`of` makes one, `check` compares one with a model at hand."""
+    """`of` makes one, `check` compares one with a model at hand.
+
+    weights: a hash of a few values of every weight, for readers that know no checksum. adapters: names of the active
+    ones, for messages and for the same readers. The last four are None in artifacts of earlier releases, and the probe
+    also where there are no keys and values yet.
+    """
 
     model_id: str
     commit: str | None
@@ -89,23 +107,53 @@ class Fingerprint:
     tokens: str
     tokenizer: str | None
     transformers: str
+    checksum: str | None = None
+    buffers: dict[str, str] | None = None
+    adapter_checksums: tuple[str, ...] | None = None
+    probe: str | None = None
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None = None
+        cls,
+        model: PreTrainedModel,
+        input_ids: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        kv: KVTensors | None = None,
+        *,
+        own: bool = False,
     ) -> Fingerprint:
-        """The fingerprint of `model` (and of the tokenizer, where given) and a context's token ids."""
+        """The fingerprint of `model` (and of the tokenizer, where given) and a context's token ids.
+
+        kv: the keys and values of the context, of which a probe is recorded; own: `model`, as it is now, computed them,
+        so that they need not be compared with it.
+        Raises UnsupportedModelError for a weight or an adapter that cannot be identified.
+        """
+        identity = identify(model)
         return cls(
             model_id=str(getattr(model.config, "_name_or_path", "")),
             commit=getattr(model.config, "_commit_hash", None),
             config=_config(model),
             weights=_weights(model),
             dtype=dtype_name(model.dtype),
-            adapters=_adapters(model),
+            adapters=identity.adapter_names,
             tokens=hash_tokens(input_ids),
             tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
             transformers=transformers.__version__,
+            checksum=identity.checksum,
+            buffers=identity.buffers,
+            adapter_checksums=identity.adapters,
+            probe=None if kv is None else _probe_of(model, input_ids, kv, own),
         )
+
+    def check_probe(self, model: PreTrainedModel, input_ids: Sequence[int]) -> None:
+        """Compare what `model` computes for the first tokens with the probe; nothing happens where it was compared and
+        the model has not changed, or there is none. Raises WrongWeightsError.
+        """
+        if self.probe is not None and self.probe not in (identity := identify(model)).probed:
+            probe.check(model, input_ids, self.probe, self.dtype)
+            # The first forward pass may have changed how weights are stored.
+            for known in (identity, identify(model)):
+                known.probed.add(self.probe)
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises WrongModelError, WrongDtypeError, WrongWeightsError or WrongTokenizerError if the cache is not this
@@ -117,19 +165,36 @@ class Fingerprint:
                 f"the cache was made in {self.dtype}, {self._name(model)} runs in {dtype}: load the model with "
                 f"dtype={self.dtype!r}, or make the cache anew"
             )
-        if (adapters := _adapters(model)) != self.adapters:
-            raise WrongWeightsError(
-                f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
-            )
-        if _weights(model) != self.weights:
-            raise WrongWeightsError(
-                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} "
-                "has the same configuration but other weights"
-            )
+        self._check_weights(model)
         if tokenizer is not None and self.tokenizer is not None and _tokenizer(tokenizer) != self.tokenizer:
             raise WrongTokenizerError(
                 f"the cache was made with another tokenizer or chat template than {tokenizer.name_or_path!r}: its "
                 "tokens may not be those of the same text"
+            )
+
+    def _check_weights(self, model: PreTrainedModel) -> None:
+        if missing := tuple(text for name, text in LATER_FIELDS.items() if getattr(self, name) is None):
+            _warn_once(self.model_id, missing)
+        identity = identify(model)
+        adapters = identity.adapter_names
+        alike = self.adapters == adapters if self.adapter_checksums is None else (
+            self.adapter_checksums == identity.adapters
+        )  # fmt: skip
+        if not alike:
+            same_names = " with other weights or settings (scaling, rank)" if adapters == self.adapters else ""
+            raise WrongWeightsError(
+                f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
+                f"{same_names}"
+            )
+        if (_weights(model) != self.weights) if self.checksum is None else (identity.checksum != self.checksum):
+            raise WrongWeightsError(
+                f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} "
+                "has the same configuration but other weights"
+            )
+        if wrong := [] if self.buffers is None else wrong_buffers(self.buffers, identity.buffers):
+            raise WrongWeightsError(
+                f"the cache was made with other values of the buffers {wrong[:4]} than {self._name(model)} has: they "
+                "were edited, or rounded by a cast of the model (load it with dtype= instead)"
             )
 
     def check_config(self, model: PreTrainedModel) -> None:
@@ -156,7 +221,8 @@ class Fingerprint:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        return {**asdict(self), "adapters": list(self.adapters)}
+        found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in found.items() if value is not None or name not in LATER_FIELDS}
 
     @classmethod
     def from_dict(cls, values: Any) -> Fingerprint:
@@ -165,13 +231,44 @@ class Fingerprint:
             raise ManifestError(f"fingerprint must be an object, got {type(values).__name__}")
         known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
         texts = [known[name] for name in ("model_id", "weights", "dtype", "tokens", "transformers")]
-        optional = [known[name] for name in ("commit", "tokenizer") if known[name] is not None]
+        optional = [
+            known[name] for name in ("commit", "tokenizer", "checksum", "probe") if known[name] is not None
+        ]  # fmt: skip
         config, adapters = known["config"], known["adapters"]
         if not isinstance(config, dict) or not isinstance(adapters, list) or len(config) > MAX_CONFIG_FIELDS:
             raise ManifestError("fingerprint: config must be an object and adapters a list, of ordinary size")
-        if not all(isinstance(text, str) for text in [*texts, *optional, *config.values(), *adapters]):
+        buffers, checksums = known["buffers"], known["adapter_checksums"]
+        if not isinstance(buffers, dict | None) or not isinstance(checksums, list | None):
+            raise ManifestError("fingerprint: buffers must be an object and adapter_checksums a list")
+        if len(buffers or {}) > MAX_BUFFERS or len(checksums or []) > MAX_CONFIG_FIELDS:
+            raise ManifestError("fingerprint: more buffers or adapters than a model has")
+        texts += [*optional, *config.values(), *adapters, *(buffers or {}).values(), *(checksums or [])]
+        if not all(isinstance(text, str) for text in texts):
             raise ManifestError("fingerprint: a value that must be text is not")
-        return cls(**{**known, "adapters": tuple(adapters)})
+        return cls(**{
+            **known,
+            "adapters": tuple(adapters),
+            "adapter_checksums": None if checksums is None else tuple(checksums),
+        })  # fmt: skip
+
+
+def _probe_of(model: PreTrainedModel, input_ids: Sequence[int], kv: KVTensors, own: bool) -> str:
+    pair: tuple[Sequence[Tensor], Sequence[Tensor]] = kv.keys, kv.values
+    if positions_change(model.config, min(probe.PROBE_TOKENS, kv.geometry.tokens), kv.geometry.tokens):
+        # The first tokens of a longer context are rotated otherwise than those tokens alone.
+        pair, own = probe.run(model, input_ids), True
+    recorded = probe.record(*pair)
+    if own:
+        identify(model).probed.add(recorded)
+    return recorded
+
+
+@lru_cache(maxsize=64)
+def _warn_once(model_id: str, missing: tuple[str, ...]) -> None:
+    LOG.warning(
+        "a cache of %r does not record %s, as caches of earlier releases do not: a difference there goes unseen. Make "
+        "the cache again to have it compared.", model_id or "a model", ", ".join(missing),
+    )  # fmt: skip
 
 
 def hash_tokens(input_ids: Sequence[int]) -> str:
@@ -217,27 +314,30 @@ def _weights(model: PreTrainedModel) -> str:
 
 def _probes(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight, PROBES of its values, on the CPU) of every weight; one transfer per device and dtype."""
-    tensors, found = dict(_persistent(model)), {}
+    tensors = dict(_persistent(model))
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if tensor.device.type == "meta":
-            found[name] = _offloaded_probe(model, name)
-        else:
-            groups.setdefault((tensor.device, tensor.dtype), {})[name] = _probe(tensor)
+        groups.setdefault((tensor.device, tensor.dtype), {})[name] = _probe(tensor)
+    found: dict[str, Tensor] = {}
     for probes in groups.values():
         values = torch.cat(list(probes.values())).cpu().split([len(probe) for probe in probes.values()])
         found.update(zip(probes, values, strict=True))
     return ((name, tensor, found[name]) for name, tensor in tensors.items())
 
 
+@torch.no_grad()
 def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights and persistent buffers. The others are left out: rope rewrites its own while the model runs."""
-    for path, module in unwrapped(model).named_modules():
-        path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")  # what torch.compile puts into names
+    """Weights and persistent buffers, as they are stored. The others are left out: rope rewrites its own while the
+    model runs.
+    """
+    for path, module in model.named_modules():
+        # What torch.compile puts into names is no part of them.
+        shown = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
         buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for name, tensor in {**module._parameters, **buffers}.items():
             if tensor is not None:
-                yield f"{path}.{name}", tensor.detach()
+                for suffix, part in stored(module, path, name, tensor).parts():
+                    yield f"{shown}.{name}{suffix}", part.detach()
 
 
 def _probe(tensor: Tensor) -> Tensor:
@@ -257,37 +357,6 @@ def _positions(count: int) -> Tensor:
 
 def _bytes(values: Tensor) -> bytes:
     return values.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _offloaded_probe(model: nn.Module, name: str) -> Tensor:
-    """The probe of a weight that accelerate keeps on the CPU or on disk. Remembered, because a read costs the whole
-    weight and accelerate never writes an offloaded weight back.
-    """
-    known = _offloaded.setdefault(model, {})
-    if name not in known:
-        path, _, local = name.rpartition(".")
-        hook = getattr(unwrapped(model).get_submodule(path), "_hf_hook", None)
-        maps = (getattr(inner, "weights_map", None) for inner in getattr(hook, "hooks", (hook,)))
-        try:
-            weight = next(weights for weights in maps if weights is not None)[local]
-        except (StopIteration, KeyError) as error:
-            raise UnsupportedModelError(
-                f"weight {name!r} is on the meta device and accelerate holds no value of it"
-            ) from error
-        known[name] = _probe(weight.detach().cpu())
-    return known[name]
-
-
-def _adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that take part in the forward pass, from PEFT's tuner layers (read without importing
-    PEFT).
-    """
-    active: set[str] = set()
-    for module in model.modules():
-        if hasattr(module, "merged_adapters") and not getattr(module, "disable_adapters", False):
-            names: Any = module.active_adapters
-            active.update(names)
-    return tuple(sorted(active))
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
 from hf_cachegen.artifact.artifact import Artifact
-from hf_cachegen.errors import CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, TensorError, WrongDtypeError
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.requirements import require_geometry, require_model
 from hf_cachegen.models.running import layer_devices
@@ -65,6 +66,7 @@ def validate(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     likely: Sequence[int] = (),
+    verify: Verify = "probe",
 ) -> OpenContext:
     """Validate an artifact against the model and the tokens.
 
@@ -73,6 +75,8 @@ def validate(
         model: The model; None to compare the manifest and the tokens alone.
         tokenizer: If given, it is compared with the fingerprint.
         likely: Token ids that may begin with the context. Where they do, the stored ones are not fetched.
+        verify: "probe" also runs the first tokens through the model and compares them with what the artifact recorded
+            (docs/identity.md); "weights" does not.
 
     Raises:
         ManifestError: The artifact has no fingerprint or no tokens, or contradicts itself.
@@ -80,6 +84,8 @@ def validate(
         ArtifactError: The tokens are damaged.
         StoreError: The tokens cannot be read.
     """
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify must be one of {get_args(Verify)}, got {verify!r}")
     store = artifact.store
     if artifact.fingerprint is None or TOKENS_FILE not in artifact.manifest.files:
         raise ManifestError(
@@ -99,7 +105,10 @@ def validate(
         fingerprint.check(model, tokenizer)
         require_geometry(model.config, artifact.geometry)
         devices = layer_devices(model, len(artifact.geometry.layers))
-    return OpenContext(artifact, fingerprint, _tokens(artifact, fingerprint, likely), devices)
+    input_ids = _tokens(artifact, fingerprint, likely)
+    if model is not None and verify == "probe":
+        fingerprint.check_probe(model, input_ids[0].tolist())
+    return OpenContext(artifact, fingerprint, input_ids, devices)
 
 
 def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:

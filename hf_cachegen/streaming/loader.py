@@ -24,6 +24,7 @@ from hf_cachegen.streaming.prefill_speed import PROBES, probe
 from hf_cachegen.streaming.recompute import recompute
 from hf_cachegen.streaming.report import StreamReport
 from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Stuck, Wait, Work
+from hf_cachegen.streaming.summary import summarise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,7 @@ class Loader:
     def report(self, *, finished: bool) -> StreamReport:
         """Return the state of the stream."""
         with self._changed:
-            return self.session.tally.report(self.download, finished=finished)
+            return summarise(self.download, finished=finished)
 
     def learn_question(self, tokens: int, seconds: float) -> None:
         """Record the measured prefill time of a suffix of the context."""

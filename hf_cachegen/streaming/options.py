@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_cachegen.artifact import Limits
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.prefix import require_prompts
 from hf_cachegen.profiles.finding import ProfileLike
 from hf_cachegen.stores import Access
@@ -52,6 +53,8 @@ class StreamOptions:
         fallback: Further locations of the same artifact, each a path or a pair (path, access options).
         profile: The profile, its location, None (the one beside the artifact alone) or "auto".
         tokenizer: Compared with the tokenizer of the artifact's fingerprint if given.
+        verify: "probe" also runs the first tokens through the model and compares them (docs/identity.md). "weights"
+            does not.
         limits: Bounds on the sizes that an artifact may claim.
         on_event: Called with each `hf_cachegen.streaming.Event`.
         stall_seconds: Silence after which a source has failed. Default: a quarter of the SLO, at least 0.5 s; 10 s
@@ -75,6 +78,7 @@ class StreamOptions:
     fallback: Sequence[Fallback] = ()
     profile: ProfileLike = "auto"
     tokenizer: PreTrainedTokenizerBase | None = None
+    verify: Verify = "probe"
     limits: Limits | None = None
     on_event: Callable[[Event], None] | None = None
     stall_seconds: float | None = None

@@ -93,7 +93,7 @@ def _open(
             download = Download(session, artifact, sources, can_recompute=can_recompute)
             ending.callback(download.close, END_SECONDS)
             download.start()
-            return download, validate(artifact, model, options.tokenizer, likely)
+            return download, validate(artifact, model, options.tokenizer, likely, options.verify)
         except (ArtifactError, StoreError) as error:
             ending.pop_all()
             if download is not None:

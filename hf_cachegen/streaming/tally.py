@@ -1,17 +1,12 @@
-"""Count what a stream does, and make its report."""
+"""Count what a stream does, for its report."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
-from hf_cachegen.artifact import refine_file
-from hf_cachegen.streaming.report import ChunkReport, StreamReport
-from hf_cachegen.streaming.schedule import Part
-
-if TYPE_CHECKING:
-    from hf_cachegen.streaming.download import Download
+from hf_cachegen.streaming.report import ChunkReport
+from hf_cachegen.streaming.schedule import Chunk, Part
 
 LOG = logging.getLogger("hf_cachegen.streaming")
 
@@ -59,47 +54,27 @@ class Tally:
         else:
             self.fault(part[0], what)
 
-    def report(self, download: Download, *, finished: bool) -> StreamReport:
-        """Return the report of a stream. finished: whether nothing more will arrive."""
-        session, artifact, schedule = download.session, download.artifact, download.schedule
-        chunks = []
-        for chunk in schedule.chunks:
-            used = [self._nbytes.get((chunk.index, part), (0, False)) for part in range(chunk.level)]
-            chunks.append(
-                ChunkReport(
-                    index=chunk.index,
-                    first=chunk.first,
-                    tokens=chunk.tokens,
-                    level=None if chunk.text else chunk.level,
-                    first_level=None if chunk.text else chunk.first_level,
-                    why=chunk.why,
-                    nbytes=sum(nbytes for nbytes, _ in used),
-                    wire_bytes=sum(nbytes for nbytes, wire in used if wire),
-                    transfer_seconds=self._transfer.get(chunk.index),
-                    decode_seconds=self._decode.get(chunk.index),
-                    recompute_seconds=self._recompute.get(chunk.index),
-                    prefill_seconds=session.speed.seconds(chunk.first, chunk.tokens),
-                    bytes_per_second=chunk.rate,
-                    faults=tuple(self._chunk_faults[chunk.index]),
-                )
-            )
-        levels = [chunk.level for chunk in chunks if chunk.level is not None]
-        files = artifact.manifest.files
-        fixed = artifact.nbytes_at(1) - sum(chunk.sizes[0] for chunk in schedule.chunks)
-        fixed += sum(files[refine_file(number)].header_bytes for number in range(1, max(levels, default=1)))
-        return StreamReport(
-            context_tokens=artifact.geometry.tokens,
-            exact_bytes=artifact.geometry.nbytes,
-            loaded_bytes=fixed + sum(chunk.nbytes for chunk in chunks),
-            level=min(levels, default=None),
-            load_seconds=self.ready,
-            encoding=artifact.report,
-            slo=session.options.slo,
-            ttft=self.ttft,
-            chunks=tuple(chunks),
-            faults=tuple(self.faults),
-            bytes_per_second=session.bandwidth.rate(),
-            wire_bytes=sum(nbytes for nbytes, wire in self._nbytes.values() if wire),
-            sources=download.locations,
-            finished=finished,
+    def chunk_report(self, chunk: Chunk, prefill_seconds: float | None) -> ChunkReport:
+        """Return the report of one chunk of the schedule. prefill_seconds: what recomputing it would take."""
+        used = [self._nbytes.get((chunk.index, part), (0, False)) for part in range(chunk.level)]
+        return ChunkReport(
+            index=chunk.index,
+            first=chunk.first,
+            tokens=chunk.tokens,
+            level=None if chunk.text else chunk.level,
+            first_level=None if chunk.text else chunk.first_level,
+            why=chunk.why,
+            nbytes=sum(nbytes for nbytes, _ in used),
+            wire_bytes=sum(nbytes for nbytes, wire in used if wire),
+            transfer_seconds=self._transfer.get(chunk.index),
+            decode_seconds=self._decode.get(chunk.index),
+            recompute_seconds=self._recompute.get(chunk.index),
+            prefill_seconds=prefill_seconds,
+            bytes_per_second=chunk.rate,
+            faults=tuple(self._chunk_faults[chunk.index]),
         )
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of parts that came over the network."""
+        return sum(nbytes for nbytes, wire in self._nbytes.values() if wire)

@@ -1,0 +1,128 @@
+"""A probe: what a model computes for the first tokens of a context, to be compared where no hash can see a difference.
+
+Hooks, edited attributes, patched functions and other code change keys and values without changing a weight or a
+setting. So an artifact records one number for each layer, K or V, and token of the first PROBE_TOKENS tokens: the
+projection of that vector onto fixed signs. A loader runs the tokens again, in one forward pass, and compares.
+
+Let x be the vector recorded, y the one computed now, of n channels, and s its signs: |s.(y - x)| / |y| estimates the
+relative difference |y - x| / |y|. Of a layer's tokens the root mean square over all but the farthest quarter counts, so
+that a few tokens that a mixture of experts routes otherwise do not decide; the largest over layers, K and V is the
+distance. Equal models on other kernels, batch sizes or devices are apart by rounding (`TOLERANCES`; docs/identity.md
+has what was measured); a smaller change than that cannot be told from another kernel, and matters as little.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hf_cachegen.errors import ManifestError, WrongWeightsError
+from hf_cachegen.models import compat
+from hf_cachegen.models.checksum import words
+from hf_cachegen.models.requirements import layer_kinds
+from hf_cachegen.models.running import evaluation_mode, layer_devices
+from hf_cachegen.models.state import fresh_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 16
+"""Tokens recorded and run again: what a forward pass costs least for, and enough that chance does not hide a change."""
+KEPT_TOKENS = 0.75
+"""Part of a layer's tokens that counts, the nearest ones."""
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Distances between two runs of one model, by dtype: at least four times the largest that was measured."""
+SIGN_SEED = 0x7072_6F62_65
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The largest relative difference of a probe, and where it is."""
+
+    value: float
+    layer: int
+    side: str
+
+
+def record(keys: Sequence[Tensor], values: Sequence[Tensor]) -> str:
+    """Record the first tokens of a cache.
+
+    Args:
+        keys: For each layer [1, heads, tokens, dim].
+        values: For each layer [1, heads, tokens, dim].
+
+    Returns:
+        Base64 of little-endian float32 [layers, 2, min(tokens, PROBE_TOKENS)]: 2.5 kB for 30 layers.
+    """
+    return base64.b64encode(_projected(keys, values)[0].numpy().astype("<f4").tobytes()).decode()
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, input_ids: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Compute keys and values of the first PROBE_TOKENS tokens of a context, in one forward pass in evaluation mode."""
+    device = layer_devices(model, len(layer_kinds(model.config)))[0]
+    cache = DynamicCache()
+    ids = torch.tensor([list(input_ids[:PROBE_TOKENS])], device=device)
+    with evaluation_mode(model), fresh_state(model):
+        compat.run(model, ids, cache, last_logits_only=True)
+    layers: list[Any] = cache.layers
+    return [layer.keys for layer in layers], [layer.values for layer in layers]
+
+
+def distance(recorded: str, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Distance:
+    """Compare a record with keys and values computed now. Raises ManifestError for a record that is none of them."""
+    now, norms = _projected(keys, values)
+    try:
+        data = base64.b64decode(recorded, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise ManifestError("fingerprint: the probe is not base64") from error
+    if len(data) != 4 * now.numel():
+        raise ManifestError(f"fingerprint: the probe has {len(data)} bytes, this model's has {4 * now.numel()}")
+    then = torch.frombuffer(bytearray(data), dtype=torch.float32).view(now.shape)
+    apart = ((now - then).abs() / norms.clamp_min(torch.finfo(torch.float32).tiny)).sort(-1).values
+    apart = apart.nan_to_num(nan=torch.inf)[..., : max(1, int(KEPT_TOKENS * apart.shape[-1]))]
+    by_layer = apart.square().mean(-1).sqrt()
+    place = int(by_layer.argmax())
+    return Distance(float(by_layer.max()), place // 2, ("keys", "values")[place % 2])
+
+
+def check(model: PreTrainedModel, input_ids: Sequence[int], recorded: str, dtype: str) -> None:
+    """Run the first tokens again and compare. Raises WrongWeightsError, which says what was compared."""
+    if dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
+        dtype = "float16"  # TF32 multiplies numbers of as many digits
+    tolerance = TOLERANCES.get(dtype, max(TOLERANCES.values()))
+    found = distance(recorded, *run(model, input_ids))
+    if not found.value <= tolerance:
+        count = min(len(input_ids), PROBE_TOKENS)
+        raise WrongWeightsError(
+            f"the model's weights and settings are those of the cache, but its {found.side} of layer {found.layer} for "
+            f"the first {count} tokens differ from the recorded ones by {found.value:.2g} (relative; rounding in "
+            f"{dtype} allows {tolerance:.2g}): look for forward hooks, edited attributes or patched code, or pass "
+            'verify="weights" to skip this comparison'
+        )
+
+
+def _projected(keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(projections, norms) of every layer's K and V: float32 [layers, 2, tokens], on the CPU."""
+    projections, norms = [], []
+    for tensor in (side for pair in zip(keys, values, strict=True) for side in pair):
+        rows = tensor[0, :, :PROBE_TOKENS].detach().transpose(0, 1).flatten(1).float().cpu()
+        projections.append((rows * _signs(rows.shape[1])).sum(1))
+        norms.append(rows.norm(dim=1))
+    shape = (len(keys), 2, -1)
+    return torch.stack(projections).view(shape), torch.stack(norms).view(shape)
+
+
+@lru_cache(maxsize=16)
+def _signs(channels: int) -> Tensor:
+    """Fixed pseudo-random signs: float32 [channels]."""
+    bits = words(-(-channels // 64), SIGN_SEED)
+    return torch.tensor([1.0 - 2 * (bits[channel // 64] >> channel % 64 & 1) for channel in range(channels)])
