@@ -1,4 +1,4 @@
-"""Fixtures of more than one file of tests. Tests that stream, or load from places, take `own_cache`."""
+"""Fixtures of more than one file of tests. Tests that stream, or load from locations, use `own_cache`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from tests.http_server import Server, running
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The local cache of segments and speeds is the test's own."""
+    """Give the test a local cache of segments and speeds of its own."""
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A web server of no files."""
+    """Run a web server without files."""
     with running(Server()) as found:
         yield found
 
 
 @pytest.fixture
 def spare() -> Iterator[Server]:
-    """Another one."""
+    """Run a second web server without files."""
     with running(Server()) as found:
         yield found
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The artifact of the context of streaming_support, of the model "llama"."""
+    """Return the artifact of the context of streaming_support, for the model "llama"."""
     from tests.streaming_support import write  # torch, which most tests do without
 
     return write("llama", tmp_path / "artifact")
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def url(server: Server, folder: Path) -> str:
-    """`folder` on `server`."""
+    """Serve `folder` on `server`, and return its URL."""
     from tests.streaming_support import serve
 
     return serve(server, folder)

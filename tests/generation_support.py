@@ -1,4 +1,4 @@
-"""What the tests of generate() share: decoding modes, prompts of one context, and comparisons with the stock call."""
+"""Shared by the tests of generate(): decoding modes, prompts of one context, and comparisons with the stock call."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ ASSISTED = {
 
 
 def prompt(question: int, seed: int = 3) -> torch.Tensor:
-    """The context and a question; a negative number drops so many of the context's tokens."""
+    """Return the context and a question of `question` tokens; a negative number drops tokens of the context."""
     return torch.cat([CONTEXT, tokens(max(question, 1), seed)], dim=1)[:, : 40 + question]
 
 
 def batch(*questions: int) -> dict[str, torch.Tensor]:
-    """Prompts of one document with questions of different length, as a tokenizer left-pads them."""
+    """Return left-padded prompts of one document with questions of different length."""
     rows = [prompt(question, seed)[0] for seed, question in enumerate(questions)]
     longest = max(map(len, rows))
     pads = [longest - len(row) for row in rows]
@@ -70,7 +70,7 @@ def same(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> bool:
 
 @contextmanager
 def fed(model: Any) -> Iterator[list[int]]:
-    """The number of tokens of every forward pass."""
+    """Record the number of tokens of every forward pass."""
     lengths: list[int] = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True
@@ -81,7 +81,7 @@ def fed(model: Any) -> Iterator[list[int]]:
 
 @remember
 def cached(name: str) -> CacheGenCache:
-    """The cache of CONTEXT, for all tests: none changes it."""
+    """Return the cache of CONTEXT, which all tests share and none changes."""
     return CacheGenCache.from_context(shared(name), CONTEXT)
 
 

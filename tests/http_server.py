@@ -1,4 +1,4 @@
-"""A small HTTP server on loopback that serves ranges rightly, until a test tells it how to fail.
+"""A small HTTP server on loopback that serves byte ranges, with faults that a test sets.
 
 A fault is a function (request, body, headers) that answers a request by itself; `server.faults` holds the next ones:
 each request for a file takes the first, None lets a request pass.
@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Request(BaseHTTPRequestHandler):
-    """One connection: GET with a range, or without."""
+    """One connection: GET with or without a range."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -65,7 +65,7 @@ class Request(BaseHTTPRequestHandler):
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
     def reset(self) -> None:
-        """Ends the connection with a TCP reset."""
+        """End the connection with a TCP reset."""
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
@@ -98,7 +98,7 @@ class Server(ThreadingHTTPServer):
             return self.faults.pop(0) if self.faults else self.always
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error here."""
+        """Ignore the error of a client that went away."""
 
 
 @contextmanager
@@ -125,13 +125,13 @@ def ignore_range(request: Request, body: bytes, headers: dict[str, str]) -> None
 
 
 def with_other_length(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """Ignores the range and sends something else, as an error page that says 200."""
+    """Ignore the range and send another body, like an error page with status 200."""
     headers.pop("Content-Range")
     request.answer(200, request.server.files[request.path.lstrip("/")] + b"more", headers)
 
 
 def whole_without_length(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """Ignores the range; the end of the connection is the end of the file."""
+    """Ignore the range; the end of the connection is the end of the file."""
     request.send_response(200)
     request.end_headers()
     request.wfile.write(request.server.files[request.path.lstrip("/")])
@@ -139,12 +139,12 @@ def whole_without_length(request: Request, body: bytes, headers: dict[str, str])
 
 
 def whole_of_another(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """Ignores the range, and the file is another one of the same length by now."""
+    """Ignore the range, and send another file of the same length."""
     ignore_range(request, body, {**headers, "ETag": '"another"'})
 
 
 def whole_cut(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """Ignores the range, and announces all, sends a part, closes."""
+    """Ignore the range, announce the whole file, send a part, and close."""
     whole = request.server.files[request.path.lstrip("/")]
     headers.pop("Content-Range")
     request.answer(200, whole[: len(whole) // 2], {**headers, "Content-Length": str(len(whole))})
@@ -152,7 +152,7 @@ def whole_cut(request: Request, body: bytes, headers: dict[str, str]) -> None:
 
 
 def with_headers(**changes: str | None) -> Fault:
-    """The right body under other headers; None leaves one out."""
+    """Send the right body under other headers; None leaves one out."""
 
     def fault(request: Request, body: bytes, headers: dict[str, str]) -> None:
         merged = {**headers, **{name.replace("_", "-"): value for name, value in changes.items()}}
@@ -162,13 +162,13 @@ def with_headers(**changes: str | None) -> Fault:
 
 
 def other_range(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """The first bytes of the file, whatever was asked for, and says so."""
+    """Send the first bytes of the file for any range, with the matching headers."""
     total = headers["Content-Range"].rpartition("/")[2]
     request.answer(206, body, {**headers, "Content-Range": f"bytes 1-{len(body)}/{int(total) + 2}"})
 
 
 def cut(fraction: float) -> Fault:
-    """Announces all, sends a part, closes."""
+    """Announce all bytes, send a part, and close."""
 
     def fault(request: Request, body: bytes, headers: dict[str, str]) -> None:
         request.answer(206, body[: int(len(body) * fraction)], {**headers, "Content-Length": str(len(body))})
@@ -178,7 +178,7 @@ def cut(fraction: float) -> Fault:
 
 
 def cut_without_length(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """An old server: no length, the end of the connection is the end of the body; here it comes too early."""
+    """Act like an old server: without a length, the connection ends the body; here it ends too early."""
     request.send_response(206)
     for name, value in headers.items():
         request.send_header(name, value)
@@ -218,7 +218,7 @@ def stall_in_body(seconds: float) -> Fault:
 
 
 def trickle_headers(pause: float) -> Fault:
-    """A header that never ends, a byte at a time."""
+    """Send a header that never ends, a byte at a time."""
 
     def fault(request: Request, body: bytes, headers: dict[str, str]) -> None:
         request.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX-Comment: ")
@@ -230,7 +230,7 @@ def trickle_headers(pause: float) -> Fault:
 
 
 def trickle(pause: float) -> Fault:
-    """A byte at a time, never silent for long."""
+    """Send a byte at a time, without a long silence."""
 
     def fault(request: Request, body: bytes, headers: dict[str, str]) -> None:
         request.answer(206, b"", {**headers, "Content-Length": str(len(body))})

@@ -159,7 +159,7 @@ def info(request: HubRequest, kind: str, repo: str, revision: str | None) -> Non
 
 
 def listing(request: HubRequest, kind: str) -> None:
-    """The repositories of an author, with the names of their files if that is asked for."""
+    """List the repositories of an author, with the names of their files if requested."""
     asked = parse_qs(urlsplit(request.path).query)
     rows = []
     for name, repo in request.server.repos.items():
@@ -293,7 +293,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
 
 
 def point_client_at(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the real client take this server for the Hub, online and without XET."""
+    """Point the real client at this server, online and without XET."""
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + urlsplit(template).path)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -305,7 +305,7 @@ def point_client_at(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def hub_of_profiles(monkeypatch: pytest.MonkeyPatch, segments: Path) -> Iterator[HubServer]:
-    """The Hub for its owner, segments kept in that folder, nothing remembered of where profiles were found."""
+    """Run a Hub for its owner, with segments kept in that folder and no known locations of profiles."""
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(segments))
     monkeypatch.setenv("HF_TOKEN", "owner")
     finding._on_hub.cache_clear()

@@ -1,4 +1,4 @@
-"""What the tests of streaming share: a context's artifact on a server, and streams of it that never hang."""
+"""Shared by the tests of streaming: a context's artifact on a server, and streams with a time limit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHUNKS = -(-CONTEXT_TOKENS // CHUNK_TOKENS)
 
 @remember
 def exact(name: str) -> CacheGenCache:
-    """The cache of CONTEXT, by prefill."""
+    """Return the cache of CONTEXT, from a prefill."""
     return CacheGenCache.from_context(shared(name), CONTEXT, CONFIG)
 
 
@@ -36,7 +36,7 @@ def write(name: str, folder: Path, config: CacheGenConfig | None = None) -> Path
 
 
 def serve(server: Server, folder: Path, under: str = "") -> str:
-    """Puts an artifact on the server, and returns its URL."""
+    """Put an artifact on the server, and return its URL."""
     server.files.update({f"{under}/{name}".lstrip("/"): data for name, data in contents(folder).items()})
     return f"{server.url}/{under}".rstrip("/")
 
@@ -51,14 +51,14 @@ def same_kv(a: Any, b: Any, tokens: slice = slice(None)) -> bool:
 
 
 LIMIT_SECONDS = 60.0
-"""Far above what any of these streams takes; below what a hang would."""
+"""Far above the time of any of these streams; below that of a hang."""
 
 
-def stream(place: Any, **options: Any) -> CacheGenCache:
-    """The stream of a place that may fail; neither hangs, nor leaves a thread."""
+def stream(location: Any, **options: Any) -> CacheGenCache:
+    """Stream from a location that may fail; check that the call ends in time and leaves no thread."""
     start = time.monotonic()
     try:
-        return CacheGenCache.stream(place, shared("llama"), stall_seconds=0.5, **options)
+        return CacheGenCache.stream(location, shared("llama"), stall_seconds=0.5, **options)
     finally:
         assert time.monotonic() - start < LIMIT_SECONDS
         assert threads_end()
@@ -70,7 +70,7 @@ def report(cache: CacheGenCache) -> StreamReport:
 
 
 def only(files: str, fault: Fault) -> Fault:
-    """The fault for those files; others are answered rightly. Heads too: whatever is asked of the file."""
+    """Return the fault for every request for those files; other files are served."""
 
     def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
         if files in request.path:
@@ -82,7 +82,7 @@ def only(files: str, fault: Fault) -> Fault:
 
 
 def refinements_wait(server: Server) -> threading.Event:
-    """Requests for refinements are answered once this is set."""
+    """Return an event; requests for refinements are answered once it is set."""
     gate = threading.Event()
     server.always = lambda request, body, headers: (
         gate.wait(20) if "refine" in request.path else None,
@@ -92,7 +92,7 @@ def refinements_wait(server: Server) -> threading.Event:
 
 
 def refining_waits(cache: CacheGenCache) -> tuple[threading.Event, threading.Event]:
-    """From now on each refinement waits while it is decoded: (set when one does, to be set for it to go on)."""
+    """Make each refinement wait while it is decoded; return the events that report one and that release it."""
     assert cache.refinement is not None
     writer, decoding, go_on = cache.refinement._loader.writer, threading.Event(), threading.Event()
     rows = writer.rows
@@ -107,7 +107,7 @@ def refining_waits(cache: CacheGenCache) -> tuple[threading.Event, threading.Eve
 
 
 def threads_end(within: float = 10.0) -> bool:
-    """Whether all threads of the package end; those that wait for nothing do so at once."""
+    """Report whether all threads of the package end within a number of seconds."""
     end = time.monotonic() + within
     while any(thread.name.startswith("hf_cachegen") for thread in threading.enumerate()):
         if time.monotonic() > end:

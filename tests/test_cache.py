@@ -1,4 +1,4 @@
-"""CacheGenCache: made from a context or a cache, saved, loaded, checked, and never written into."""
+"""CacheGenCache: created from a context or a cache, saved, loaded, checked, and read-only."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_from_cache_wraps_a_copy() -> None:
     torch.testing.assert_close(cache.kv.keys[0], CacheGenCache.from_context(model, CONTEXT).kv.keys[0])
 
 
-def test_from_cache_takes_what_generate_returns() -> None:
+def test_from_cache_takes_the_cache_of_generate() -> None:
     model = tiny_models.shared("llama")
     result = model.generate(CONTEXT, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     expected = r"expected a cache of 45 tokens as in input_ids, it holds 44; .* pass sequences\[:, :-1\]"
@@ -113,7 +113,7 @@ def test_from_cache_takes_what_generate_returns() -> None:
     assert torch.equal(generate(model, prompt, cache=chat, max_new_tokens=8, do_sample=False), expected)
 
 
-def test_from_cache_checks_what_can_be_seen() -> None:
+def test_from_cache_checks_shapes_and_dtype() -> None:
     model = tiny_models.shared("llama")
     with torch.no_grad():
         stock = cache_of(model(CONTEXT, use_cache=True))
@@ -230,7 +230,7 @@ def test_saving_a_loaded_cache_copies_the_artifact(cache: CacheGenCache, tmp_pat
         coarse.save_pretrained(tmp_path / "c")
 
 
-def test_saving_does_not_overwrite_unasked(cache: CacheGenCache, tmp_path: Path) -> None:
+def test_saving_does_not_overwrite_by_default(cache: CacheGenCache, tmp_path: Path) -> None:
     cache.save_pretrained(tmp_path / "a")
     with pytest.raises(ArtifactExistsError):
         cache.save_pretrained(tmp_path / "a")
@@ -253,7 +253,7 @@ def test_loading_checks_the_model_before_decoding(
             CacheGenCache.from_pretrained(tmp_path / "a", model)
 
 
-def test_artifacts_without_what_a_cache_needs(cache: CacheGenCache, tmp_path: Path) -> None:
+def test_artifacts_that_hold_no_context(cache: CacheGenCache, tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError):
         CacheGenCache.from_pretrained(tmp_path / "nothing")
     encoded, ids = encode_kv(cache.kv.keys, cache.kv.values), CONTEXT[0].tolist()

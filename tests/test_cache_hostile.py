@@ -1,4 +1,4 @@
-"""Artifacts whose manifest says another geometry than the model has, and contexts that are no tokens."""
+"""Artifacts whose manifest states another geometry than the model's, and contexts that are not token ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTEXT = tiny_models.tokens(40)
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    """Changes the manifest's geometry, and the checksum with it."""
+    """Change the geometry in the manifest, and its checksum."""
     path = folder / MANIFEST_FILE
     members = json.loads(path.read_text())
     edit(members["geometry"])
@@ -41,7 +41,7 @@ def every_layer(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def halved(geometry: dict[str, Any]) -> None:
-    """Twice the layers, of half the heads: as many columns as before."""
+    """Double the layers and halve their heads: the number of channels stays."""
     geometry["layers"] = [{**layer, "heads": 1, "v_heads": 1} for layer in geometry["layers"] for _ in range(2)]
 
 
@@ -131,6 +131,6 @@ def test_a_model_in_training_mode_is_prefilled_without_dropout() -> None:
      None, ["a", "text"], [[3, 4], [5]], [CONTEXT]],
     ids=["encoding", "encoding of lists", "dict", "text", "none", "words", "ragged", "list of tensors"],
 )  # fmt: skip
-def test_a_context_that_is_no_tokens(context: Any) -> None:
+def test_a_context_that_is_not_token_ids(context: Any) -> None:
     with pytest.raises(TensorError, match=r"expected one row of token ids.* pass input_ids, such as tokenizer"):
         CacheGenCache.from_context(tiny_models.shared("llama"), context)

@@ -1,6 +1,6 @@
 """generate() from a cache returns what model.generate returns without one, in every decoding mode.
 
-Prompts are random and the models tiny, in fp32: whatever reads one wrong key gives other tokens.
+Prompts are random and the models tiny, in fp32: one wrong key changes the tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from tests.generation_support import (
 )
 from tests.tiny_models import shared, tokens
 
-# A question, an exact hit, a prompt shorter than the cache.
-each_length = pytest.mark.parametrize("question", [9, 0, -25])
+each_length = pytest.mark.parametrize("question", [9, 0, -25], ids=["question", "exact hit", "shorter prompt"])
 
 
 @pytest.fixture(name="cache")
@@ -79,7 +78,7 @@ def test_the_mask_of_a_batch_is_inferred_as_usual(name: str, cache: CacheGenCach
 
 
 @each_model
-def test_just_the_rest_is_computed(name: str, cache: CacheGenCache) -> None:
+def test_only_the_rest_is_computed(name: str, cache: CacheGenCache) -> None:
     model = shared(name)
     for question, first in ((9, 9), (1, 1), (0, 1), (-5, 1)):
         with fed(model) as lengths:
@@ -143,7 +142,7 @@ def test_rope_that_depends_on_the_length_is_recomputed() -> None:
 
 
 @llama
-def test_generating_leaves_the_cache_as_it_was(name: str, cache: CacheGenCache) -> None:
+def test_generating_does_not_change_the_cache(name: str, cache: CacheGenCache) -> None:
     before = copy.deepcopy(cache)
     for options in (*MODES.values(), ASSISTED["prompt lookup"]):
         assert same(shared(name), cache, prompt(9), **options)
@@ -202,7 +201,7 @@ def test_stopping_criteria_and_processors_see_the_whole_prompt(name: str, cache:
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "beam sampling", "prompt lookup"])
 @llama
-def test_dictionaries(name: str, cache: CacheGenCache, mode: str) -> None:
+def test_results_as_dictionaries(name: str, cache: CacheGenCache, mode: str) -> None:
     inputs = {"input_ids": prompt(9)} if mode == "prompt lookup" else batch(3, 9)
     options = {**MODES, **ASSISTED}[mode] | {
         "return_dict_in_generate": True,

@@ -1,4 +1,4 @@
-"""generate() as a function to call: arguments, refusals, attach, threads and placed models."""
+"""The arguments and refusals of generate(), attach, threads, and models on several devices."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_calls_that_cannot_start_from_a_cache_are_refused(name: str, cache: Cach
 
 
 @llama
-def test_unsound_arguments_are_refused(name: str, cache: CacheGenCache) -> None:
+def test_invalid_arguments_are_refused(name: str, cache: CacheGenCache) -> None:
     with pytest.raises(UnsupportedModelError, match="no input_ids"):
         generate(shared(name), cache=cache)
     with pytest.raises(ConfigError, match=r"given twice, as \['cache', 'past_key_values'\]"):
@@ -156,7 +156,7 @@ def test_threads_share_a_cache(name: str, cache: CacheGenCache) -> None:
 
 @pytest.mark.filterwarnings("ignore:You are calling .generate")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_models_that_accelerate_placed(name: str, cache: CacheGenCache) -> None:
+def test_models_that_accelerate_dispatched(name: str, cache: CacheGenCache) -> None:
     placed = accelerate.dispatch_model(tiny_models.make(name), {"": "cpu"}, force_hooks=True)
     offloaded = accelerate.cpu_offload(tiny_models.make(name), execution_device=torch.device("cpu"))
     assert offloaded.lm_head.weight.device.type == "meta"

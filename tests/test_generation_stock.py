@@ -1,7 +1,7 @@
-"""What goes wrong with a stock cache, case by case, and does not here: the reason for every part of generate().
+"""The failures of stock caches, case by case: the reason for every part of generate().
 
-Each test first shows that the stock call gives other tokens or raises (should a release of Transformers put one right,
-its test says so), then that ours gives the tokens of a call without a cache.
+Each test first shows that the stock call gives other tokens or raises; it fails if a release of Transformers corrects
+that. Then it shows that generate() gives the tokens of a call without a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sampl
 
 
 def prefilled(name: str, **kwargs: Any) -> DynamicCache:
-    """A stock cache of the context."""
+    """Return a stock cache of the context."""
     cache = DynamicCache(**kwargs)
     with torch.no_grad():
         shared(name)(CONTEXT, **{CACHE_ARGUMENT: cache}, use_cache=True)
@@ -32,7 +32,7 @@ def prefilled(name: str, **kwargs: Any) -> DynamicCache:
 
 
 def right(name: str, **inputs: Any) -> torch.Tensor:
-    """The tokens of a call without a cache, which ours are checked to be."""
+    """Return the tokens of a call without a cache, after comparing those of generate() with them."""
     expected = shared(name).generate(**inputs, **OPTIONS)
     cache = CacheGenCache.from_context(shared(name), CONTEXT)
     assert torch.equal(generate(shared(name), **inputs, cache=cache, **OPTIONS), expected)
@@ -77,7 +77,7 @@ def test_a_prompt_that_is_another() -> None:
 @pytest.mark.parametrize("assistant", [None, "qwen3"], ids=["prompt lookup", "assisted"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_assisted_decoding(name: str, assistant: str | None) -> None:
-    """The first step feeds the whole prompt, whatever the cache holds."""
+    """The first step feeds the whole prompt even beside a cache."""
     extra = {"assistant_model": shared(assistant)} if assistant else {"prompt_lookup_num_tokens": 3}
     expected = right(name, input_ids=prompt(9), **extra)
     try:
@@ -98,7 +98,7 @@ def test_one_document_with_many_questions(name: str) -> None:
 
 
 def test_pads_between_context_and_question_fail_with_a_sliding_window() -> None:
-    """The remedy that does for full attention: a window counts the pads as tokens, and forgets as many."""
+    """Such pads work for full attention; a window counts them as tokens, and drops as many."""
     question = batch(3, 12)
     for name, agrees in (("llama", True), ("mistral", False)):
         expected = right(name, **question)
@@ -120,7 +120,7 @@ def test_beams_and_several_sequences(extra: dict[str, Any]) -> None:
 
 
 def test_tokens_without_the_mask_of_what_came_before() -> None:
-    """Just the rest needs a mask of the whole, which the stock call does not make; ours takes the whole prompt."""
+    """The rest alone needs a mask of the whole prompt, which the stock call does not make."""
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         stock("llama", prefilled("llama"), input_ids=prompt(9)[:, 40:])
     right("llama", input_ids=prompt(9))
@@ -141,7 +141,7 @@ def test_a_cache_is_used_twice() -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_sliding_window_rebuilt_from_its_tensors(name: str) -> None:
-    """The rebuilt layer forgets how many tokens went through it, and with them the positions."""
+    """The rebuilt layer loses the number of tokens that it has seen, and so the positions."""
     config = shared(name).config
     pairs = [(layer.keys, layer.values) for layer in prefilled(name, config=config).layers]
     rebuilt = DynamicCache(pairs, config=config)
@@ -150,7 +150,7 @@ def test_a_sliding_window_rebuilt_from_its_tensors(name: str) -> None:
 
 
 def test_a_cache_of_another_dtype() -> None:
-    """Concatenation promotes bfloat16 to float32 without a word."""
+    """Concatenation promotes bfloat16 to float32 without a warning."""
     cache = DynamicCache([(layer.keys.bfloat16(), layer.values.bfloat16()) for layer in prefilled("llama").layers])
     assert stock("llama", cache, input_ids=prompt(9)).shape == (1, 61)
     ours = CacheGenCache.from_context(tiny_models.make("llama").bfloat16(), CONTEXT)

@@ -40,7 +40,7 @@ from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, write
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 IMPATIENT = Patience(attempts=2, timeout=10, backoff=0.01)
-PLACE = HubLocation("user/context")
+LOCATION = HubLocation("user/context")
 TEXT = "---\ntags: [kv-cache]\n---\n# A context\n"
 
 
@@ -59,17 +59,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "context"
 
 
-def push(folder: Path, place: HubLocation = PLACE, **options: object) -> Pushed:
-    return pushing.push(folder, place, TEXT, **{"token": "owner", **options})
+def push(folder: Path, location: HubLocation = LOCATION, **options: object) -> Pushed:
+    return pushing.push(folder, location, TEXT, **{"token": "owner", **options})
 
 
-def repo_of(server: HubServer, place: HubLocation = PLACE) -> Repo:
-    return server.repos[f"{place.repo_type}s/{place.repo_id}"]
+def repo_of(server: HubServer, location: HubLocation = LOCATION) -> Repo:
+    return server.repos[f"{location.repo_type}s/{location.repo_id}"]
 
 
-def reader(place: HubLocation = PLACE, token: str | None = "owner") -> Reader:
-    commit = hub.resolve(place, token, IMPATIENT)
-    return Reader(RemoteStore(hub.open_hub(place, commit, token, IMPATIENT)))
+def reader(location: HubLocation = LOCATION, token: str | None = "owner") -> Reader:
+    commit = hub.resolve(location, token, IMPATIENT)
+    return Reader(RemoteStore(hub.open_hub(location, commit, token, IMPATIENT)))
 
 
 def test_push_and_read_back(server: HubServer, folder: Path) -> None:
@@ -91,7 +91,7 @@ def test_the_user_agent(server: HubServer, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "location",
     [
         HubLocation("user/context", "model"),
         HubLocation("user/context", subfolder="a b/c"),
@@ -99,11 +99,11 @@ def test_the_user_agent(server: HubServer, folder: Path) -> None:
     ],
     ids=str,
 )
-def test_other_places(server: HubServer, folder: Path, place: HubLocation) -> None:
-    push(folder, place)
-    assert reader(place).verify()
-    paths = set(repo_of(server, place).commits[repo_of(server, place).branches[place.revision]][1])
-    assert {place.path(name) for name in (*FILES, "README.md")} <= paths
+def test_other_locations(server: HubServer, folder: Path, location: HubLocation) -> None:
+    push(folder, location)
+    assert reader(location).verify()
+    paths = set(repo_of(server, location).commits[repo_of(server, location).branches[location.revision]][1])
+    assert {location.path(name) for name in (*FILES, "README.md")} <= paths
 
 
 def test_a_revision_is_a_commit_for_the_whole_load(server: HubServer, folder: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_second_push_replaces_the_first_in_one_commit(server: HubServer, folde
     assert reader().verify()
 
 
-def test_a_signature_goes_along(server: HubServer, folder: Path) -> None:
+def test_a_signature_is_pushed_too(server: HubServer, folder: Path) -> None:
     pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'hf_cachegen[crypto]')")
     data = sign(folder, bytes(range(32))).read_bytes()
     push(folder)
@@ -151,7 +151,7 @@ def test_sealed_artifacts(server: HubServer, folder: Path, tmp_path: Path) -> No
     from hf_cachegen.stores.sealed import seal
 
     key, sealed = bytes(range(32)), tmp_path / "sealed"
-    push(folder)  # what is there in the open goes
+    push(folder)  # the plain files are removed
     seal(folder, sealed, key)
     push(sealed, key=key)
     assert set(repo_of(server).files) == {*(f"{name}.sealed" for name in FILES), ".gitattributes", "README.md"}
@@ -173,14 +173,14 @@ def test_sealed_artifacts(server: HubServer, folder: Path, tmp_path: Path) -> No
             push(sealed, **options)
 
 
-def test_the_same_again_is_no_commit_of_other_files(server: HubServer, folder: Path) -> None:
+def test_a_repeated_push_changes_no_file(server: HubServer, folder: Path) -> None:
     push(folder)
     uploads = [call for call in server.calls if call.startswith("PUT")]
     push(folder)
     assert [call for call in server.calls if call.startswith("PUT")] == uploads
 
 
-def test_somebody_elses_card_stays(server: HubServer, folder: Path) -> None:
+def test_a_foreign_card_stays(server: HubServer, folder: Path) -> None:
     push(folder)
     assert repo_of(server).files["README.md"].startswith(TEXT.encode())
     repo_of(server).commit({**repo_of(server).files, "README.md": b"my own words"}, "a card")
@@ -188,7 +188,7 @@ def test_somebody_elses_card_stays(server: HubServer, folder: Path) -> None:
     assert repo_of(server).files["README.md"] == b"my own words"
 
 
-def test_others_commit_meanwhile(server: HubServer, folder: Path) -> None:
+def test_a_concurrent_commit(server: HubServer, folder: Path) -> None:
     push(folder)
     repo = repo_of(server)
     server.before_commit = [lambda: repo.commit({**repo.files, "notes.txt": b"theirs"}, "meanwhile") and None] * 2
@@ -197,7 +197,7 @@ def test_others_commit_meanwhile(server: HubServer, folder: Path) -> None:
     assert [message for _, _, message in repo.commits.values()][-2:] == ["meanwhile", "mine"]
 
 
-def test_others_push_the_same_artifact_meanwhile(server: HubServer, folder: Path) -> None:
+def test_a_concurrent_push_of_the_same_artifact(server: HubServer, folder: Path) -> None:
     push(folder)
     repo = repo_of(server)
     server.before_commit = [lambda: repo.commit({**repo.files, "base.safetensors": b"theirs"}, "meanwhile") and None]
@@ -206,7 +206,7 @@ def test_others_push_the_same_artifact_meanwhile(server: HubServer, folder: Path
     assert repo.files["base.safetensors"] == b"theirs"
 
 
-def test_others_commit_all_the_time(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commits_during_every_attempt(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push(folder)
     repo = repo_of(server)
     numbers = iter(range(99))
@@ -219,7 +219,7 @@ def test_others_commit_all_the_time(server: HubServer, folder: Path, monkeypatch
 
 
 def test_many_push_to_one_repository(server: HubServer, folder: Path) -> None:
-    """Each its own artifact, all at once: nobody's is lost, and each is one commit."""
+    """Each pushes its own artifact at the same time: none is lost, and each is one commit."""
     names = [f"part-{number}" for number in range(6)]
     push(folder)
     with ThreadPoolExecutor(len(names)) as pool:
@@ -239,7 +239,7 @@ def test_a_pull_request(server: HubServer, folder: Path) -> None:
     assert repo_of(server).branches["main"] == head
 
 
-def test_a_public_repository_is_asked_about(server: HubServer, folder: Path) -> None:
+def test_a_public_repository_needs_consent(server: HubServer, folder: Path) -> None:
     push(folder, private=False)
     assert not repo_of(server).private
     with pytest.raises(ConfigError, match="private=False"):
@@ -266,14 +266,14 @@ def test_who_may_read_and_write(server: HubServer, folder: Path) -> None:
         with pytest.raises(ArtifactNotFoundError, match="private one needs a token"):
             reader(token=token)
     with pytest.raises(StoreAccessError, match="token"):
-        hub.open_hub(PLACE, "main", None, IMPATIENT).open("cachegen.json")
+        hub.open_hub(LOCATION, "main", None, IMPATIENT).open("cachegen.json")
 
 
-def test_what_is_not_there(server: HubServer, folder: Path) -> None:
+def test_missing_repositories_and_files(server: HubServer, folder: Path) -> None:
     push(folder)
-    for place in (HubLocation("user/nothing"), HubLocation("user/context", revision="nothing")):
+    for location in (HubLocation("user/nothing"), HubLocation("user/context", revision="nothing")):
         with pytest.raises(ArtifactNotFoundError, match="nothing"):
-            reader(place)
+            reader(location)
     with pytest.raises(ArtifactNotFoundError, match=r"sub/cachegen.json"):
         reader(HubLocation("user/context", subfolder="sub"))
 
@@ -290,7 +290,7 @@ def test_listing(server: HubServer, folder: Path) -> None:
 
 def test_offline(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for act in (lambda: push(folder), reader, lambda: hub.open_hub(PLACE, "main"), lambda: hub.find_files(PLACE)):
+    for act in (lambda: push(folder), reader, lambda: hub.open_hub(LOCATION, "main"), lambda: hub.find_files(LOCATION)):
         with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
             act()
     assert not server.calls
@@ -299,12 +299,12 @@ def test_offline(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_hub_is_down(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(Server()) as other:
         monkeypatch.setattr(constants, "ENDPOINT", other.url)
-    for act in (lambda: hub.resolve(PLACE, "owner", IMPATIENT), lambda: push(folder)):
+    for act in (lambda: hub.resolve(LOCATION, "owner", IMPATIENT), lambda: push(folder)):
         with pytest.raises(StoreError, match=r"hf://datasets/user/context at main: .*refused"):
             act()
 
 
-def test_faults_between_us_and_the_hub(server: HubServer, folder: Path) -> None:
+def test_network_faults(server: HubServer, folder: Path) -> None:
     push(folder)
     found = reader()
     server.faults = [faults.reset_in_body, None, faults.status(503), None, faults.cut(0.3)]
@@ -314,8 +314,8 @@ def test_faults_between_us_and_the_hub(server: HubServer, folder: Path) -> None:
         reader()
 
 
-def test_large_files_come_from_elsewhere_without_the_token(server: HubServer, folder: Path) -> None:
-    """As on the Hub: resolve redirects to a storage host, with a signature of its own in the query."""
+def test_the_token_stays_with_the_hub(server: HubServer, folder: Path) -> None:
+    """The Hub redirects to a storage host, with a signature of its own in the query."""
     push(folder)
     with running(Server()) as storage:
         storage.files = {f"blobs/{name}": data for name, data in contents(folder).items()}
@@ -335,7 +335,7 @@ def test_large_files_come_from_elsewhere_without_the_token(server: HubServer, fo
 
 
 @pytest.mark.parametrize(
-    "place",
+    "location",
     [
         {"repo_id": "no//name"},
         {"repo_id": "a/b/c"},
@@ -346,14 +346,15 @@ def test_large_files_come_from_elsewhere_without_the_token(server: HubServer, fo
         {"repo_id": "user/x", "subfolder": "a\0b"},
         {"repo_id": "user/x", "revision": ""},
     ],
+    ids=["empty part", "three parts", "type", "parent folder", "absolute folder", "dot folder", "nul", "revision"],
 )
-def test_what_is_no_place(place: dict[str, str]) -> None:
+def test_invalid_locations(location: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
-        HubLocation(**place)
+        HubLocation(**location)
 
 
 @pytest.mark.parametrize(
-    ("url", "place"),
+    ("url", "location"),
     [
         ("hf://datasets/user/name", HubLocation("user/name")),
         ("hf://user/name", HubLocation("user/name")),
@@ -363,10 +364,11 @@ def test_what_is_no_place(place: dict[str, str]) -> None:
         ("hf://user", None),
         ("hf://datasets/user/name/../other", None),
     ],
+    ids=lambda value: value if isinstance(value, str) else str(value),
 )
-def test_urls(url: str, place: HubLocation | None) -> None:
-    if place is None:
+def test_urls(url: str, location: HubLocation | None) -> None:
+    if location is None:
         with pytest.raises(ConfigError):
             HubLocation.from_url(url)
     else:
-        assert HubLocation.from_url(url) == place
+        assert HubLocation.from_url(url) == location

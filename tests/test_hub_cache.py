@@ -1,4 +1,4 @@
-"""A cache's way to the Hub and back, and from URLs, by the names of Transformers."""
+"""Push caches to the Hub and load them from it and from URLs, with the argument names of Transformers."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def pushed(server: HubServer, context: CacheGenCache) -> HubServer:
     return server
 
 
-def load(place: str = REPO, **options: object) -> CacheGenCache:
-    return CacheGenCache.from_pretrained(place, **{"token": "owner", "patience": IMPATIENT, **options})
+def load(location: str = REPO, **options: object) -> CacheGenCache:
+    return CacheGenCache.from_pretrained(location, **{"token": "owner", "patience": IMPATIENT, **options})
 
 
 def same(one: CacheGenCache, other: CacheGenCache) -> bool:
@@ -78,7 +78,7 @@ def same(one: CacheGenCache, other: CacheGenCache) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_there_and_back(
+def test_push_and_load(
     pushed: HubServer, context: CacheGenCache, model: torch.nn.Module, tmp_path: Path
 ) -> None:
     context.save_pretrained(tmp_path / "local")
@@ -133,9 +133,9 @@ def test_another_cache_dir(pushed: HubServer, tmp_path: Path, cache_folder: Path
 
 def test_revisions_and_folders(server: HubServer, context: CacheGenCache, model: torch.nn.Module) -> None:
     context.push_to_hub(REPO, token="owner", subfolder="deep/inside", revision="trial")
-    for place, options in ((REPO, {"subfolder": "deep/inside", "revision": "trial"}),
+    for location, options in ((REPO, {"subfolder": "deep/inside", "revision": "trial"}),
                            (f"hf://datasets/{REPO}@trial/deep/inside", {})):  # fmt: skip
-        assert same(load(place, **options), load(place, **options))
+        assert same(load(location, **options), load(location, **options))
     with pytest.raises(ArtifactNotFoundError):
         load(revision="trial")
     with pytest.raises(ConfigError, match="two revisions"):
@@ -155,7 +155,7 @@ def test_a_model_repository(server: HubServer, context: CacheGenCache) -> None:
         load()
 
 
-def test_a_loaded_cache_is_pushed_as_it_was(pushed: HubServer) -> None:
+def test_a_loaded_cache_is_pushed_unchanged(pushed: HubServer) -> None:
     load().push_to_hub("user/copy", token="owner")
     files, copies = (pushed.repos[f"datasets/{name}"].files for name in (REPO, "user/copy"))
     assert {k: v for k, v in files.items() if k != "README.md"} == {k: v for k, v in copies.items() if k != "README.md"}
@@ -165,7 +165,7 @@ def test_limits(pushed: HubServer) -> None:
     for limits in (Limits(max_tokens=39), Limits(max_decoded_bytes=1000), Limits(max_header_bytes=100)):
         with pytest.raises(LimitError):
             load(limits=limits)
-        load()  # and none of it is taken for damage of what is cached
+        load()  # and a limit is not reported as a damaged cache
 
 
 def test_the_card(pushed: HubServer) -> None:
@@ -177,7 +177,7 @@ def test_the_card(pushed: HubServer) -> None:
         assert said in body, said
 
 
-def test_the_card_of_what_was_not_measured(tmp_path: Path) -> None:
+def test_the_card_without_measurements(tmp_path: Path) -> None:
     write(tmp_path / "context")
     manifest = Reader(LocalStore(tmp_path / "context")).manifest
     layer = {"kind": "full", "heads": 1, "k_dim": 2, "v_heads": 1, "v_dim": 2, "window": None}
@@ -222,10 +222,10 @@ def test_from_memory(context: CacheGenCache, tmp_path: Path, cache_folder: Path)
     assert not cache_folder.exists()
 
 
-@pytest.mark.parametrize("place", ["nothing at all", "/nothing/here", "./user/name", "a/b/c"])
-def test_what_is_neither_folder_nor_repository(place: str) -> None:
+@pytest.mark.parametrize("location", ["nothing at all", "/nothing/here", "./user/name", "a/b/c"])
+def test_locations_that_are_neither_folder_nor_repository(location: str) -> None:
     with pytest.raises(ArtifactNotFoundError):
-        CacheGenCache.from_pretrained(place)
+        CacheGenCache.from_pretrained(location)
 
 
 def test_unknown_options(tmp_path: Path) -> None:

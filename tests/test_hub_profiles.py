@@ -1,4 +1,4 @@
-"""A profile's way to the Hub and back, and how caches that need one find it."""
+"""Push profiles to the Hub and load them from it; caches find the profile that they need."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def learnt(model: torch.nn.Module) -> Profile:
 
 @pytest.fixture
 def profile(learnt: Profile) -> Profile:
-    """One that was never anywhere."""
+    """A profile that was never saved or pushed."""
     return replace(learnt)
 
 
@@ -68,17 +68,17 @@ def context(model: torch.nn.Module, profile: Profile | str | None = "auto", **op
     return CacheGenCache.from_context(model, samples()[1][0], CONFIG, profile, **options)
 
 
-def load(place: str | Path, **options: object) -> CacheGenCache:
-    return CacheGenCache.from_pretrained(place, **{"patience": IMPATIENT, **options})
+def load(location: str | Path, **options: object) -> CacheGenCache:
+    return CacheGenCache.from_pretrained(location, **{"patience": IMPATIENT, **options})
 
 
 def emptied(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Another machine: nothing of it is in the local cache, or in use."""
+    """Act as another machine: the local cache is empty, and no profile is in use."""
     finding._known.clear()
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
 
 
-def test_there_and_back(server: HubServer, profile: Profile, tmp_path: Path) -> None:
+def test_push_and_load(server: HubServer, profile: Profile, tmp_path: Path) -> None:
     url = profile.push_to_hub(REPO)
     repo = server.repos[f"models/{REPO}"]
     commit = repo.branches["main"]
@@ -108,7 +108,7 @@ def test_the_card(server: HubServer, profile: Profile) -> None:
         assert str(said) in body
 
 
-def test_the_default_repository_is_ones_own(server: HubServer, profile: Profile) -> None:
+def test_the_default_repository_is_the_users(server: HubServer, profile: Profile) -> None:
     profile.push_to_hub()
     assert set(server.repos) == {"models/owner/model-cachegen-profile"}
     local = replace(profile, about={**profile.about, "model": "/home/me/models/llama/"})
@@ -118,7 +118,7 @@ def test_the_default_repository_is_ones_own(server: HubServer, profile: Profile)
         replace(profile, about={**profile.about, "model": ".."}).push_to_hub()
 
 
-def test_a_cache_says_where_its_profile_is(
+def test_a_cache_names_the_location_of_its_profile(
     server: HubServer, model, profile: Profile, tmp_path: Path, monkeypatch
 ) -> None:
     profile.push_to_hub("somebody/else")
@@ -138,7 +138,7 @@ def test_a_cache_says_where_its_profile_is(
     assert Reader(LocalStore(tmp_path / "copy")).manifest.codec["profile"]["place"] == profile.place
 
 
-def test_a_profile_goes_along_where_nothing_says_where_it_is(
+def test_a_profile_without_a_location_is_pushed_with_the_cache(
     server: HubServer, model, profile: Profile, tmp_path: Path, monkeypatch
 ) -> None:
     context(model, profile).push_to_hub("user/context")
@@ -158,7 +158,7 @@ def test_a_profile_goes_along_where_nothing_says_where_it_is(
     assert PROFILE_FILE not in server.repos["datasets/user/delta"].files
 
 
-def test_a_newer_profile_does_not_leave_artifacts_behind(
+def test_artifacts_find_their_profile_after_a_newer_one(
     server: HubServer, model, profile: Profile, tmp_path: Path, monkeypatch
 ) -> None:
     context(model, profile).push_to_hub("user/context", with_profile=False)
@@ -216,7 +216,7 @@ def test_a_model_on_the_hub_without_a_profile(server: HubServer, model) -> None:
     assert len(server.calls) == 1
 
 
-def test_a_hub_that_is_down_is_said(server: HubServer, model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_down_is_reported(server: HubServer, model, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(Server()) as gone:
         monkeypatch.setattr(constants, "ENDPOINT", gone.url)
     monkeypatch.setattr(finding, "QUICK", IMPATIENT)
@@ -224,14 +224,14 @@ def test_a_hub_that_is_down_is_said(server: HubServer, model, monkeypatch: pytes
         assert context(model).profile is None
 
 
-def test_a_name_is_not_believed(server: HubServer, model, profile: Profile) -> None:
-    """What lies under the model's name must be of its configuration, and of its very weights."""
+def test_a_profile_found_by_name_is_checked(server: HubServer, model, profile: Profile) -> None:
+    """A profile found by the model's name must be of its configuration and its exact weights."""
     finetuned = make("llama", 1)
     finetuned.config._name_or_path = MODEL
     profile.push_to_hub(REPO)
     with pytest.raises(WrongWeightsError, match=REPO):
         context(finetuned)
-    assert context(finetuned, profile).profile is profile  # named, it is the user's decision
+    assert context(finetuned, profile).profile is profile  # a named profile is the user's decision
     older = replace(profile, about={k: v for k, v in profile.about.items() if k != "weights"})
     older.push_to_hub(REPO)
     finding._on_hub.cache_clear()
@@ -280,7 +280,7 @@ def test_a_signature_covers_the_profile(server: HubServer, model, profile: Profi
     assert load(folder, model=model, public_key=public, profile=profile)
 
 
-def test_profiles_are_counted_and_pruned_with_the_rest(server: HubServer, profile: Profile) -> None:
+def test_profiles_are_counted_and_pruned_like_segments(server: HubServer, profile: Profile) -> None:
     profile.push_to_hub(REPO)
     Profile.from_pretrained(REPO)
     rows = {row.origin: row.nbytes for row in SegmentCache().origins()}
@@ -290,8 +290,8 @@ def test_profiles_are_counted_and_pruned_with_the_rest(server: HubServer, profil
         Profile.from_pretrained(REPO, local_files_only=True)
 
 
-def test_a_profile_that_another_release_wrote_is_not_written_anew(profile: Profile, tmp_path: Path) -> None:
-    """The digest is that of the file: a file that says the same in other words is another profile."""
+def test_a_profile_that_another_release_wrote_is_not_written_again(profile: Profile, tmp_path: Path) -> None:
+    """The digest is that of the file: the same content in other bytes is another profile."""
     data = profile.to_bytes()
     length = int.from_bytes(data[:8], "little")
     spaced = (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :]

@@ -1,4 +1,4 @@
-"""Caches taken apart and rebuilt: geometry, prefixes, rows, and every kind of layer that is refused."""
+"""Caches captured and rebuilt: geometry, prefixes, rows, and every kind of layer that is refused."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def test_sliding_and_latent_layers_have_their_geometry() -> None:
     assert latent.k_dim != latent.v_dim, "K is a latent, V a rotary key"
 
 
-@pytest.mark.parametrize("columns", [1, 15, 16, 17, 39, 40])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 39, 40])
 @pytest.mark.parametrize("name", tiny_models.SUPPORTED)
-def test_a_built_cache_is_the_stock_one_of_that_prefix(name: str, columns: int) -> None:
+def test_a_built_cache_is_the_stock_one_of_that_prefix(name: str, length: int) -> None:
     config = tiny_models.shared(name).config
     kv = capture(prefill(name, DynamicCache()), config)
-    built = build_dynamic(kv, Reuse((0,), columns, False), 1, [CPU] * 4)
-    stock = prefill(name, DynamicCache(config=config), columns)
+    built = build_dynamic(kv, Reuse((0,), length, False), 1, [CPU] * 4)
+    stock = prefill(name, DynamicCache(config=config), length)
     assert type(built) is DynamicCache
     for mine, theirs in zip(built.layers, stock.layers, strict=True):
         assert type(mine) is type(theirs)
-        assert mine.get_seq_length() == theirs.get_seq_length() == columns
+        assert mine.get_seq_length() == theirs.get_seq_length() == length
         assert mine.get_mask_sizes(3) == theirs.get_mask_sizes(3)
         torch.testing.assert_close(mine.keys, theirs.keys)
         torch.testing.assert_close(mine.values, theirs.values)
@@ -81,10 +81,10 @@ def test_padded_rows_hold_the_context_after_their_pads(name: str) -> None:
     assert torch.equal(keys[0], kv.keys[0][0, :, 40 - kept : 40])
     assert torch.equal(keys[2], keys[3])
     assert torch.equal(keys[3][:, -10:], kv.keys[0][0, :, 27:37])
-    assert not keys[5].any(), "a row that begins after the cached columns has none"
+    assert not keys[5].any(), "a row that begins after the cached length has none"
 
 
-def test_static_caches_have_the_room_that_was_asked_for() -> None:
+def test_static_caches_have_the_requested_room() -> None:
     config = tiny_models.shared("gemma3").config
     kv = capture(prefill("gemma3", DynamicCache()), config)
     built = build_static(kv, Reuse((0,), 30, False), 2, [CPU] * 4, config, 64)
@@ -109,7 +109,7 @@ def test_encoder_decoder_models_are_refused_by_name() -> None:
         CacheGenCache.from_context(tiny_models.shared("t5"), tiny_models.tokens(5))
 
 
-def test_unsound_caches_are_refused() -> None:
+def test_invalid_caches_are_refused() -> None:
     config = tiny_models.shared("llama").config
     with pytest.raises(TensorError, match="has 0"):
         capture(DynamicCache(), config)
@@ -143,7 +143,7 @@ def test_tensors_that_contradict_the_geometry_are_refused() -> None:
         KVTensors(tuple(k.half() for k in kv.keys), kv.values, kv.geometry)
 
 
-def test_layers_of_a_placed_model_have_their_devices() -> None:
+def test_layers_of_a_dispatched_model_have_their_devices() -> None:
     model = tiny_models.shared("llama")
     assert layer_devices(model, 4) == [CPU] * 4
     assert layer_devices(model, 5) == [CPU] * 5, "no list of five layers: the model's own device"
@@ -161,7 +161,7 @@ def test_rope_that_depends_on_the_length_forbids_reuse_across_it() -> None:
     assert positions_change(config, 51, 99)
 
 
-def test_match_finds_the_common_columns() -> None:
+def test_match_finds_the_common_prefix() -> None:
     context = torch.tensor([5, 6, 7, 8])
 
     def of(*rows: list[int]) -> Reuse:
@@ -217,7 +217,12 @@ def test_geometry_survives_its_dictionary() -> None:
         {**GEOMETRY, "layers": [{**LAYER, "kind": "sliding"}]},
         {**GEOMETRY, "tokens": 1 << 24, "layers": [{**LAYER, "heads": 1 << 14, "k_dim": 1 << 16}]},
     ],
-)
+    ids=[
+        "none", "list", "empty", "layers dict", "no layers", "layer number", "tokens bool", "tokens negative",
+        "tokens float", "tokens huge", "batch string", "dtype list", "dtype unknown", "many layers", "kind list",
+        "kind unknown", "no heads", "window of a full layer", "sliding without window", "huge product",
+    ],
+)  # fmt: skip
 def test_hostile_geometry_is_refused(hostile: object) -> None:
     with pytest.raises((ManifestError, LimitError)):
         Geometry.from_dict(hostile)

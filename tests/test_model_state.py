@@ -1,4 +1,4 @@
-"""What a model knows beside its weights: learnt positions, and state that an earlier call left behind."""
+"""Properties of a model beside its weights: learnt positions, and state that an earlier call has left."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dynamic_ntk() -> Any:
     return hf.LlamaForCausalLM(config).eval()
 
 
-def test_a_longer_input_leaves_nothing_behind() -> None:
+def test_state_of_a_longer_input_is_reset() -> None:
     """At exactly the original length the stock rotary module keeps the frequencies of the longest input seen."""
     expected = CacheGenCache.from_context(dynamic_ntk(), CONTEXT).kv.keys
     model = dynamic_ntk()
@@ -70,7 +70,7 @@ def test_a_longer_input_leaves_nothing_behind() -> None:
     assert torch.equal(seeded(fresh.generate, ids, cache=cache, do_sample=False), right)
 
 
-def test_position_offsets_of_an_earlier_picture_do_not_count() -> None:
+def test_position_offsets_of_an_earlier_picture_are_reset() -> None:
     model = tiny_models.make("llama")
     model.model.rope_deltas = left_behind = torch.tensor([[7]])
     with fresh_state(model):

@@ -1,4 +1,4 @@
-"""What a name means: a path here, which the network is never asked for, or a repository; and what errors say of it."""
+"""A location's name is taken for a local path, which causes no request, or for a repository; errors name both."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks for an address fails the test: AssertionError is none of the errors that are caught."""
+    """Fail the test when an address is looked up: no code under test catches AssertionError."""
 
     def asked(*arguments: Any, **options: Any) -> None:
         raise AssertionError(f"the network was asked: {arguments}")
@@ -92,7 +92,7 @@ PATHS = [
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", PATHS)
-def test_what_can_only_be_a_path_is_never_asked_of_the_network(name: str) -> None:
+def test_a_path_causes_no_request(name: str) -> None:
     assert not is_repository(name)
     folder = os.path.abspath(os.path.expanduser(name))
     uses: list[tuple[Callable[[], Any], type[CacheGenError]]] = [
@@ -110,8 +110,10 @@ def test_what_can_only_be_a_path_is_never_asked_of_the_network(name: str) -> Non
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["ls"], ["pull-profile"], ["pull"], ["serve-check"]])
-def test_nor_by_a_command(command: list[str], here: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["verify"], ["ls"], ["pull-profile"], ["pull"], ["serve-check"]], ids=" ".join
+)
+def test_a_path_causes_no_request_by_a_command(command: list[str], here: Path) -> None:
     out = ["out"] if "pull" in command[0] else []
     code = {"pull-profile": 6, "serve-check": 1}.get(command[0], 3)
     found = run_json(*command, "runs/report", *out, code=code)
@@ -120,13 +122,13 @@ def test_nor_by_a_command(command: list[str], here: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_nor_for_a_model_a_profile_or_a_data_set(here: Path) -> None:
+def test_a_path_of_a_model_a_profile_or_a_data_set_causes_no_request(here: Path) -> None:
     Path("text.txt").write_text("words")
     found = run_json("encode", "text.txt", "--out", "out", "--model", "runs/model", code=2)
     assert str(here / "runs" / "model") in found["error"]["message"]
-    for place in ("runs/data", "data.jsonl", "a/data.csv", "./data"):
+    for location in ("runs/data", "data.jsonl", "a/data.csv", "./data"):
         with pytest.raises(ConfigError, match="there is no file or folder"):
-            next(TextDataset(place).rows())
+            next(TextDataset(location).rows())
     assert find_profile("auto", "runs/model") is None
     with pytest.raises(ProfileError, match="no profile at"):
         find_profile("runs/profile", "")
@@ -137,7 +139,7 @@ def test_names_of_models_may_lack_a_namespace() -> None:
 
 
 def test_a_name_that_can_be_both_is_a_repository(hub: HubServer, here: Path) -> None:
-    """The error says both, and the folder first."""
+    """The error names both, the folder first."""
     for use in (
         lambda: open_store("user/report"),
         lambda: open_store("user/report", Access(revision="0" * 40)),
@@ -182,7 +184,7 @@ def test_a_network_that_fails_names_the_folder_first(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("no_network")
-def test_what_is_here_is_found_under_every_spelling(here: Path) -> None:
+def test_a_folder_is_found_under_every_spelling(here: Path) -> None:
     write(here / "runs" / "report.cachegen")
     for name in ("runs/report.cachegen", "runs/report.cachegen/", "~/runs/report.cachegen", "./runs/report.cachegen"):
         assert open_store(name).size("cachegen.json")
@@ -191,7 +193,7 @@ def test_what_is_here_is_found_under_every_spelling(here: Path) -> None:
     assert open_store("runs", Access(subfolder="report.cachegen")).size("cachegen.json")
 
 
-def test_home_is_the_same_to_who_writes_and_who_reads(here: Path) -> None:
+def test_home_is_expanded_when_writing_and_reading(here: Path) -> None:
     cache = CacheGenCache.from_context(shared("llama"), tokens(40), CacheGenConfig(chunk_tokens=16))
     cache.save_pretrained("~/saved")
     assert CacheGenCache.from_pretrained("~/saved").input_ids.shape == (1, 40)
@@ -210,7 +212,7 @@ def test_a_file_instead_of_a_folder(here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", b"bytes", None, 3], ids=repr)
-def test_what_names_nothing(name: Any) -> None:
+def test_names_that_are_empty_or_of_another_type(name: Any) -> None:
     with pytest.raises(ConfigError, match="expected a path, a URL or a repository"):
         open_store(name)
 
@@ -222,6 +224,6 @@ def test_urls_under_other_spellings() -> None:
         open_store("HTTP://127.0.0.1:9/report", Access(patience=QUICKLY)).size("cachegen.json")
 
 
-def test_a_revision_of_what_is_taken_for_a_folder() -> None:
+def test_a_revision_of_a_folder_is_refused() -> None:
     with pytest.raises(ConfigError, match="write hf://datasets/runs/other"):
         open_store("runs/other", Access(revision="v2"))

@@ -49,7 +49,7 @@ def test_an_artifact_its_card_and_its_profile_go_in_one_commit(server: HubServer
 
 
 @pytest.mark.parametrize("subfolder", [None, "chapter 1"])
-def test_a_sealed_artifact_goes_with_a_card_that_tells_nothing(
+def test_the_card_of_a_sealed_artifact_reveals_nothing(
     server: HubServer, folder: Path, tmp_path: Path, subfolder: str | None
 ) -> None:
     key = bytes(range(32))
@@ -62,7 +62,7 @@ def test_a_sealed_artifact_goes_with_a_card_that_tells_nothing(
     assert "tokens" not in files[f"{inside}README.md"].decode()
 
 
-def test_what_cannot_be_published(server: HubServer, folder: Path, tmp_path: Path) -> None:
+def test_artifacts_that_cannot_be_published(server: HubServer, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not sealed"):
         publish_artifact(folder, "user/book", key=bytes(32), token="owner")
     with pytest.raises(ArtifactNotFoundError):

@@ -1,4 +1,4 @@
-"""Ranges over HTTP: whatever a server does, the bytes are right or the error is typed, in bounded time."""
+"""Ranges over HTTP: whatever a server does, a read returns the right bytes or raises a typed error, in bounded time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def store_of(server: Server, folder: str = "", **options: object) -> RemoteStore
 
 
 def artifact_on(server: Server, tmp_path: Path) -> list[tuple[str, bytes]]:
-    """Puts a small artifact under context/ and returns its segments as a local reader gives them."""
+    """Put a small artifact under context/ and return its segments as a local reader reads them."""
     write(tmp_path / "context")
     server.files.update({f"context/{name}": data for name, data in contents(tmp_path / "context").items()})
     return [(s.name, server.files[f"context/{s.file}"][s.offset : s.offset + s.length]) for s in segments(server)]
@@ -80,7 +80,7 @@ def test_a_small_file_takes_one_request(server: Server) -> None:
     assert len(server.requests) == 1
 
 
-def test_what_is_sent(server: Server) -> None:
+def test_request_headers(server: Server) -> None:
     store_of(server, headers={"Authorization": "Bearer secret", "User-Agent": "test/1"}).size("data")
     _, headers = server.requests[0]
     assert (headers["Authorization"], headers["User-Agent"]) == ("Bearer secret", "test/1")
@@ -95,7 +95,7 @@ def test_an_artifact(server: Server, tmp_path: Path) -> None:
     assert reader.verify() == sum(map(len, contents(tmp_path / "context").values()))
 
 
-def test_what_came_with_opening_is_not_fetched_ahead(server: Server) -> None:
+def test_the_head_of_a_file_is_not_fetched_again(server: Server) -> None:
     store = store_of(server)
     half = HEAD_BYTES // 2
     pieces = [Segment("data", f"{offset}", offset, half, "") for offset in range(0, 10 * half, half)]
@@ -135,7 +135,7 @@ PASSING: dict[str, Fault] = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_a_passing_fault_is_mended(server: Server, fault: Fault) -> None:
+def test_a_passing_fault_is_retried(server: Server, fault: Fault) -> None:
     store = store_of(server)
     assert store.size("data") == len(DATA)
     server.faults = [fault, fault]
@@ -204,7 +204,7 @@ def test_a_server_that_cannot_serve_ranges_is_found_out_when_opening(server: Ser
         store_of(server).size("data")
 
 
-def test_what_came_before_a_cut_is_not_fetched_again(server: Server) -> None:
+def test_an_interrupted_body_is_continued(server: Server) -> None:
     store = store_of(server)
     store.size("data")
     server.faults = [faults.cut(0.5), faults.reset_at_once]
@@ -224,14 +224,14 @@ def test_retry_after_is_honoured(server: Server, kind: str) -> None:
     assert 0.9 < time.monotonic() - start < 15
 
 
-def test_nobody_listens(server: Server) -> None:
+def test_a_refused_connection(server: Server) -> None:
     url = server.url
     server.server_close()
     with pytest.raises(StoreError, match="ConnectionRefusedError"):
         RemoteStore(open_files(url, patience=IMPATIENT)).size("data")
 
 
-def test_a_host_that_is_not_there() -> None:
+def test_an_unknown_host() -> None:
     with pytest.raises(StoreError, match="in every attempt"):
         RemoteStore(open_files("http://nowhere.invalid", patience=IMPATIENT)).size("data")
 
@@ -307,7 +307,7 @@ def test_a_range_beyond_the_file(server: Server, offset: int, length: int) -> No
 
 
 @pytest.mark.parametrize("name", ["", "..", "../data", "a/b", "/etc/passwd", "data\0", "Data", "a?b", "a" * 65])
-def test_what_is_no_file_name(server: Server, name: str) -> None:
+def test_invalid_file_names(server: Server, name: str) -> None:
     with pytest.raises(CorruptError, match="not the name"):
         store_of(server).size(name)
     assert not server.requests
@@ -322,8 +322,9 @@ def test_what_is_no_file_name(server: Server, name: str) -> None:
         ("https://host/x", {"storage_options": {"key": 1}}),
         ("memory://x", {"headers": {"a": "b"}}),
     ],
+    ids=["no scheme", "unknown scheme", "credentials", "options of another scheme", "headers of another scheme"],
 )
-def test_urls_that_cannot_be(url: str, options: dict) -> None:
+def test_invalid_urls(url: str, options: dict) -> None:
     with pytest.raises(ConfigError) as caught:
         open_files(url, **options)
     assert "secret" not in str(caught.value)
@@ -343,7 +344,9 @@ def test_secrets_are_not_shown() -> None:
     assert "secret" not in shown
 
 
-@pytest.mark.parametrize("wrong", [{"attempts": 0}, {"timeout": 0}, {"backoff": -1}, {"min_bytes_per_second": 0}])
-def test_impossible_patience(wrong: dict) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"attempts": 0}, {"timeout": 0}, {"backoff": -1}, {"min_bytes_per_second": 0}], ids=str
+)
+def test_invalid_patience(wrong: dict) -> None:
     with pytest.raises(ConfigError):
         Patience(**wrong)

@@ -1,4 +1,4 @@
-"""A server that does a different wrong at each request: what is loaded is what was written, or the error has a type.
+"""A server with another fault at each request: a load returns the written artifact, or raises a typed error.
 
 The artifact, its signature or seal and its profile are loaded through all layers at once, cold and from a cache that
 earlier attempts have half filled.
@@ -25,8 +25,8 @@ from hf_cachegen.stores.sealed import seal
 from hf_cachegen.stores.signed import sign
 from tests import http_server as faults
 from tests.http_server import Fault, Request, Server, running
+from tests.signing_support import PUBLIC
 from tests.small_artifact import SEGMENTS, contents, write
-from tests.test_store_signed import PUBLIC
 
 KEY = bytes(range(32))
 PROFILE = bytes(range(256)) * 600
@@ -40,7 +40,7 @@ def other_bytes(request: Request, body: bytes, headers: dict[str, str]) -> None:
 
 
 def other_file(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """The same range of another file, under this one's headers."""
+    """Send the same range of another file, under this file's headers."""
     file = sorted(request.server.files)[0]
     request.answer(206, (request.server.files[file] * 9000)[: len(body)], headers)
 
@@ -100,5 +100,5 @@ def test_all_or_a_typed_error(web: tuple[Server, dict[str, bytes]], tmp_path: Pa
         server.faults = [draw.choice(WRONGS) if draw.random() < rate else None for _ in range(200)]
         loaded += attempt(load)
         server.faults = []
-        assert number % 3 != 2 or attempt(load), "what was kept of the attempts before does no harm"
+        assert number % 3 != 2 or attempt(load), "bytes that earlier attempts cached do no harm"
     assert ATTEMPTS / 5 < loaded < ATTEMPTS

@@ -1,4 +1,4 @@
-"""Ranges through fsspec, from filesystems that behave and from one that does not; fetching ahead."""
+"""Ranges through fsspec, from sound and from faulty filesystems; fetching ahead."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DATA = bytes(range(256)) * 16
 
 
 class Moody(MemoryFileSystem):
-    """Does to each range what the next of `moods` says: an exception, or a function of the right bytes."""
+    """A filesystem that treats each range by the next of `moods`: an exception, or a function of the right bytes."""
 
     protocol = "moody"
     store: dict[str, Any] = {}  # noqa: RUF012 (as in fsspec)
@@ -80,16 +80,18 @@ def test_an_artifact(tmp_path: Path, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "inner"])
-def test_what_is_no_file(tmp_path: Path, name: str) -> None:
+def test_missing_and_irregular_files(tmp_path: Path, name: str) -> None:
     (tmp_path / "inner").mkdir()
     with pytest.raises((ArtifactNotFoundError, StoreError), match=r"there is no|not a regular file"):
         RemoteStore(open_files(f"file://{tmp_path}")).size(name)
 
 
 @pytest.mark.parametrize(
-    "mood", [OSError("lost"), ConnectionResetError(), TimeoutError(), RuntimeError("boto"), lambda data: data[:-1]]
+    "mood",
+    [OSError("lost"), ConnectionResetError(), TimeoutError(), RuntimeError("boto"), lambda data: data[:-1]],
+    ids=["lost", "reset", "timeout", "other error", "too short"],
 )
-def test_a_passing_fault_is_mended(moody: RemoteStore, mood: Any) -> None:
+def test_a_passing_fault_is_retried(moody: RemoteStore, mood: Any) -> None:
     Moody.moods = [mood, mood]
     assert moody.read("data", 10, 100) == DATA[10:110]
     assert not Moody.moods
@@ -106,6 +108,7 @@ def test_a_passing_fault_is_mended(moody: RemoteStore, mood: Any) -> None:
         (lambda data: data[:-1], StoreError),
         (lambda data: DATA, RangeError),
     ],
+    ids=["no right", "missing", "lost", "timeout", "other error", "too short", "too long"],
 )
 def test_a_lasting_fault_is_a_typed_error(moody: RemoteStore, mood: Any, error: type[Exception]) -> None:
     Moody.moods = [mood] * 3
@@ -152,7 +155,7 @@ def test_wrong_bytes_are_fetched_again(moody: RemoteStore, tmp_path: Path) -> No
 
 
 def test_a_filesystem_that_stalls() -> None:
-    """An asynchronous filesystem is given up when its time is over."""
+    """A call of an asynchronous filesystem ends at its time limit."""
     class Asleep(AsyncFileSystem):
         protocol = "asleep"
 
@@ -240,7 +243,7 @@ def test_ranges_may_be_taken_out_of_order_once_and_after_an_end() -> None:
     assert prefetcher.take(ranges[1]) is None
 
 
-def test_the_error_of_a_request_is_its_readers() -> None:
+def test_the_error_of_a_request_is_raised_to_its_reader() -> None:
     def fail(name: str, offset: int, length: int) -> bytes:
         raise RangeError("no ranges")
 
@@ -251,13 +254,13 @@ def test_the_error_of_a_request_is_its_readers() -> None:
     assert prefetcher.take(ranges[1]) is None
 
 
-def test_a_prefetch_leaves_out_what_the_file_has_not(moody: RemoteStore) -> None:
+def test_a_prefetch_leaves_out_ranges_beyond_the_file(moody: RemoteStore) -> None:
     moody.prefetch([Segment("data", "one", 0, 10, ""), Segment("data", "two", 4090, 10, "")])
     assert moody.read("data", 0, 10) == DATA[:10]
     moody.close()
 
 
-@pytest.mark.parametrize("wrong", [{"threads": 0}, {"ahead_bytes": 0}])
-def test_impossible_options(moody: RemoteStore, wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"ahead_bytes": 0}], ids=str)
+def test_invalid_options(moody: RemoteStore, wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         RemoteStore(moody.files, "here", **wrong)

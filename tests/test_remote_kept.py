@@ -1,4 +1,4 @@
-"""Connections are kept from request to request, and what became of them meanwhile does no harm."""
+"""Connections are reused from request to request, and a broken idle connection does no harm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ONCE = Patience(attempts=1, timeout=5)
 
 
 class Remembering(Request):
-    """Notes the connection of each request, so that a test can break it."""
+    """A handler that records the connection of each request, so that a test can break it."""
 
     server: Any
 
@@ -42,7 +42,7 @@ def files_of(server: Server, patience: Patience = ONCE, progress: Any = None) ->
 
 
 def used(server: Any) -> int:
-    """How many connections there were."""
+    """Return the number of connections."""
     return len(set(map(id, server.connections)))
 
 
@@ -55,7 +55,7 @@ def test_one_connection_serves_many_requests(server: Any) -> None:
     assert used(server) == 1
 
 
-def test_threads_have_their_own(server: Any) -> None:
+def test_threads_have_connections_of_their_own(server: Any) -> None:
     files = files_of(server)
     files.open("data")
     with ThreadPoolExecutor(4) as pool:
@@ -90,12 +90,12 @@ def test_a_broken_answer_is_not_followed_by_another_on_its_connection(server: An
 
 
 def stray(request: Request, body: bytes, headers: dict[str, str]) -> None:
-    """More than was announced: it would be the beginning of the next answer."""
+    """Send more than was announced: it would be the beginning of the next answer."""
     request.answer(206, body, headers)
     request.wfile.write(b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\n\r\nevil")
 
 
-def test_bytes_that_nobody_asked_for_are_not_taken_for_an_answer(server: Any) -> None:
+def test_unrequested_bytes_are_not_taken_for_an_answer(server: Any) -> None:
     files = files_of(server)
     server.faults = [stray]
     files.open("data")
@@ -130,8 +130,8 @@ def test_a_server_that_closes_after_each_answer(server: Any) -> None:
     assert used(server) == 4
 
 
-def test_another_process_has_its_own(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a fork both hold the same sockets; two that use one would read each other's answers."""
+def test_a_forked_process_has_connections_of_its_own(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork both processes hold the same sockets, and would read each other's answers."""
     files = files_of(server)
     files.open("data")
     monkeypatch.setattr("os.getpid", lambda: -1)
@@ -141,7 +141,7 @@ def test_another_process_has_its_own(server: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_stores_share_connections_and_keep_few_idle_ones(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many caches live, of a host and of others."""
+    """Many stores of one host and of others live at the same time."""
     files_of(server).open("data")
     files_of(server).open("data")
     assert used(server) == 1

@@ -1,4 +1,4 @@
-"""What a killed load has fetched and proved is not fetched again; and docs/stores.md says the limits that hold."""
+"""Verified segments of a killed load are not fetched again; docs/stores.md states the limits in the code."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def starts(server: Server) -> list[int]:
-    """First bytes of the ranges of the base file that were asked for, its opening aside."""
+    """Return the first bytes of the requested ranges of the base file, without its opening."""
     ranges = [headers["Range"] for path, headers in server.requests if path.endswith("base.safetensors")]
     return [int(r.removeprefix("bytes=").partition("-")[0]) for r in ranges if not r.startswith("bytes=0-")]
 
 
-def test_a_killed_load_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+def test_a_killed_load_continues(server: Server, tmp_path: Path) -> None:
     limit = 2 * SEGMENT_BYTES
 
     def stall_late(request: Request, body: bytes, headers: dict[str, str]) -> None:
@@ -54,8 +54,8 @@ def test_a_killed_load_goes_on_where_it_was(server: Server, tmp_path: Path) -> N
         "reader = Reader(open_store(sys.argv[1], Access(cache_dir=sys.argv[2])))\n"
         "for segment in reader.manifest.segments: reader.read(segment); print(segment.name, flush=True)"
     )
-    place, cache = f"{server.url}/context", tmp_path / "cache"
-    command = [sys.executable, "-c", code, place, str(cache)]
+    location, cache = f"{server.url}/context", tmp_path / "cache"
+    command = [sys.executable, "-c", code, location, str(cache)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         names = [process.stdout.readline().strip() for _ in range(3)]
@@ -63,14 +63,14 @@ def test_a_killed_load_goes_on_where_it_was(server: Server, tmp_path: Path) -> N
     assert names == ["side", "chunk-00000", "chunk-00001"]
     server.always = None
     server.requests.clear()
-    reader = Reader(open_store(place, Access(cache_dir=cache)))
+    reader = Reader(open_store(location, Access(cache_dir=cache)))
     reader.prefetch(reader.manifest.segments)
     assert reader.verify() == sum(map(len, contents(tmp_path / "context").values()))
     last = reader.manifest.segments[-1]
     assert min(starts(server)) == last.offset
 
 
-def test_the_document_says_the_limits() -> None:
+def test_the_document_states_the_limits() -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "stores.md").read_text(encoding="utf-8")
     patience = Patience()
     waits = ", ".join(f"{patience.backoff * 2**i:g}" for i in range(patience.attempts - 1))

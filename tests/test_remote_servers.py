@@ -1,5 +1,6 @@
-"""Artifacts on servers that others wrote: nginx, and S3 through s3fs. `make` installs the latter, .ci/run the former;
-where they are not installed these tests are skipped, and say so.
+"""Artifacts on real servers: nginx, and S3 through s3fs. Tests are skipped where these are not installed.
+
+`make` installs s3fs, .ci/run installs nginx.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def test_an_artifact_on_nginx(nginx: tuple[str, Path], tmp_path: Path) -> None:
     write(root / "context")
     access = Access(cache_dir=tmp_path / "cache", patience=IMPATIENT)
     total = sum(map(len, contents(root / "context").values()))
-    for place in (f"{url}/context", f"{url}/moved"):
-        found = open_store(place, access)
+    for location in (f"{url}/context", f"{url}/moved"):
+        found = open_store(location, access)
         assert any(isinstance(one, CachedStore) for one in chain(found))
         reader = Reader(found)
         reader.prefetch(reader.manifest.segments)
@@ -183,6 +184,6 @@ def test_changes_and_refusals_on_s3(s3: dict[str, object]) -> None:
         found.size("nothing")
     with pytest.raises(ArtifactNotFoundError):
         RemoteStore(open_files("s3://no-such-bucket", storage_options=s3, patience=IMPATIENT)).size("data")
-    nobody = {**s3, "client_kwargs": {"endpoint_url": "http://127.0.0.1:9"}}
+    closed = {**s3, "client_kwargs": {"endpoint_url": "http://127.0.0.1:9"}}
     with pytest.raises(StoreError):
-        RemoteStore(open_files("s3://bucket", storage_options=nobody, patience=Patience(1, 5))).size("data")
+        RemoteStore(open_files("s3://bucket", storage_options=closed, patience=Patience(1, 5))).size("data")

@@ -1,4 +1,4 @@
-"""Listing places, copying artifacts whole, and asking a server whether it will do."""
+"""List locations, copy artifacts whole, and check whether a server can serve one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server(folder: Path) -> Iterator[Server]:
         yield found
 
 
-def test_finding_in_folders_and_filesystems(tmp_path: Path, folder: Path) -> None:
+def test_artifacts_in_folders_and_filesystems(tmp_path: Path, folder: Path) -> None:
     write(tmp_path / "deep" / "inside")
     (tmp_path / "deep" / "notes.txt").write_text("no artifact")
     (tmp_path / "half").mkdir()
@@ -52,7 +52,7 @@ def test_finding_in_folders_and_filesystems(tmp_path: Path, folder: Path) -> Non
     assert find_artifacts("memory://survey") == [Found("inside", size)]
 
 
-def test_places_that_cannot_be_listed(tmp_path: Path, server: Server) -> None:
+def test_locations_that_cannot_be_listed(tmp_path: Path, server: Server) -> None:
     with pytest.raises(ConfigError, match="lists no files"):
         find_artifacts(f"{server.url}/context")
     with pytest.raises(ArtifactNotFoundError):
@@ -81,19 +81,19 @@ def test_a_failed_copy_leaves_nothing(tmp_path: Path, server: Server) -> None:
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_server_that_will_do(server: Server) -> None:
+def test_a_sound_server(server: Server) -> None:
     checks = serve_check(f"{server.url}/context", ACCESS)
     assert [(check.name, check.passed) for check in checks] == [
         ("manifest", True), ("ranges", True), ("changes are noticed", True), ("level 1", True), ("speed", None)
     ]  # fmt: skip
 
 
-def test_a_server_that_marks_nothing(server: Server) -> None:
+def test_a_server_without_etag_and_date(server: Server) -> None:
     server.always = faults.with_headers(ETag=None)
     assert [check.passed for check in serve_check(f"{server.url}/context", ACCESS)] == [True, True, None, True, None]
 
 
-def test_a_server_without_ranges_will_do_slowly(server: Server) -> None:
+def test_a_server_without_ranges(server: Server) -> None:
     server.always = faults.ignore_range
     checks = serve_check(f"{server.url}/context", ACCESS)
     assert [check.passed for check in checks] == [True, None, True, True, None]
@@ -109,7 +109,7 @@ def test_a_server_without_ranges_will_do_slowly(server: Server) -> None:
         (faults.status(404), "there is no"),
     ],
 )
-def test_a_server_that_will_not_do(server: Server, fault: Fault, said: str) -> None:
+def test_a_faulty_server(server: Server, fault: Fault, said: str) -> None:
     server.always = fault
     (check,) = serve_check(f"{server.url}/context", ACCESS)
     assert (check.name, check.passed) == ("manifest", False)

@@ -1,4 +1,4 @@
-"""Ranges over TLS: with a certificate that is trusted, and without one."""
+"""Ranges over TLS: with a trusted certificate, and without one."""
 
 from __future__ import annotations
 
@@ -72,23 +72,23 @@ def test_a_trusted_certificate(server: Server, certificate: Path, monkeypatch: p
         found.read("data", 100_000, 100)
 
 
-def test_a_certificate_that_nobody_trusts(server: Server) -> None:
+def test_an_untrusted_certificate(server: Server) -> None:
     with pytest.raises(StoreError, match="certificate is not valid"):
         store(server).size("data")
     assert not server.requests
 
 
-def test_from_tls_to_none(server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_from_https_to_http(server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     server.always = faults.status(302, Location=f"http://127.0.0.1:{server.server_port}/data")
     with pytest.raises(StoreError, match="less safe"):
         store(server).size("data")
 
 
-def test_bytes_that_nobody_asked_for_are_not_taken_for_an_answer(
+def test_unrequested_bytes_are_not_taken_for_an_answer(
     server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They come in one record with the body's end: decrypted with it, they lie in wait above the socket."""
+    """They come in one record with the end of the body, are decrypted with it, and wait above the socket."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     found = store(server)
     assert found.size("data") == len(DATA)
@@ -104,7 +104,7 @@ def test_bytes_that_nobody_asked_for_are_not_taken_for_an_answer(
 
 
 class Tunnel(Request):
-    """A proxy that connects whoever has the password."""
+    """A proxy that connects clients with the password."""
 
     def do_CONNECT(self) -> None:
         self.server.requests.append((self.path, self.headers))
@@ -126,10 +126,10 @@ class Tunnel(Request):
             pass  # one side went away
 
 
-def test_what_is_for_a_proxy_is_for_the_proxy_alone(
+def test_proxy_credentials_go_to_the_proxy_alone(
     server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the tunnel is there already."""
+    """This holds for an open tunnel, too."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     with running(Server(Tunnel)) as proxy:
         for name in ("no_proxy", "NO_PROXY"):

@@ -1,4 +1,4 @@
-"""A server that knows no byte ranges: whole files are taken, checked as ever, and fetched once."""
+"""A server without byte ranges: files are fetched whole, once, with all checks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IMPATIENT = Patience(attempts=2, timeout=5, backoff=0.01)
 
 
 class Plain(SimpleHTTPRequestHandler):
-    """What `python -m http.server` runs, and the paths that it was asked for."""
+    """The handler of `python -m http.server`, which records the requested paths."""
 
     asked: list[str]
 
@@ -144,7 +144,7 @@ def test_flipped_bits_are_found_after_a_second_fetch(tmp_path: Path, head: int) 
 
 
 def test_a_size_that_is_not_the_manifests_is_not_fetched(tmp_path: Path) -> None:
-    """Neither by a reader nor ahead of it: what a server claims bounds nothing."""
+    """A size that a server announces is never trusted, by a reader or a prefetch."""
     write("llama", tmp_path / "artifact")
     with open(tmp_path / "artifact" / "base.safetensors", "ab") as file:
         file.truncate(1 << 32)
@@ -170,7 +170,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             store.read("big", len(BIG) - 10, 10)
 
 
-def test_a_server_that_forgets_its_ranges_later(server: Server) -> None:
+def test_a_server_that_stops_serving_ranges(server: Server) -> None:
     """A range of the middle is cut short; the next answer is the whole file."""
     server.files["data"] = BIG
     store = RemoteStore(open_files(server.url, patience=IMPATIENT))

@@ -1,4 +1,4 @@
-"""The stock call is the product: `model.generate(..., cache=cache)` on a model that a CacheGenCache has prepared."""
+"""The stock call `model.generate(..., cache=cache)` on a model that a CacheGenCache has prepared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ each_way = pytest.mark.parametrize("how", ["from_context", "from_cache", "from_p
 
 
 @each_way
-def test_making_a_cache_prepares_its_model(how: str, artifact: Path, own_cache: None) -> None:
+def test_creating_a_cache_prepares_its_model(how: str, artifact: Path, own_cache: None) -> None:
     model = tiny_models.make("llama")
     before = dict(model.__dict__)
     expected = seeded(model.generate, prompt(9), do_sample=False)
@@ -159,8 +159,8 @@ def test_arguments_keep_their_names(with_cache: bool) -> None:
     assert own.seen == [(1, []), (0, ["input_ids"]), (0, ["inputs"])]
 
 
-def test_a_default_is_no_request_for_no_cache() -> None:
-    """What a model trained with gradient checkpointing is saved with."""
+def test_a_saved_default_of_no_cache_is_ignored() -> None:
+    """A model trained with gradient checkpointing is saved with use_cache=False."""
     model = tiny_models.make("llama")
     expected = seeded(tiny_models.make("llama").generate, prompt(9), do_sample=False)
     model.config.use_cache = model.generation_config.use_cache = False
@@ -176,7 +176,7 @@ def test_a_default_is_no_request_for_no_cache() -> None:
 
 @each_way
 @pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
-def test_the_cache_may_be_made_in_the_call(how: str, wrap: Any, artifact: Path, own_cache: None) -> None:
+def test_the_cache_may_be_created_in_the_call(how: str, wrap: Any, artifact: Path, own_cache: None) -> None:
     """Python looks up `model.generate` before it computes the argument that prepares the model."""
     expected = seeded(tiny_models.make("llama").generate, prompt(9), do_sample=False)
     model = wrap(tiny_models.make("llama"))

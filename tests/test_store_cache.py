@@ -1,4 +1,4 @@
-"""The cache of segments: whole files or none, however many write, and whoever is killed; nothing in it is believed."""
+"""The cache of segments: files appear whole under concurrent and killed writers, and every read is verified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = "https://host/context"
 
 
 class Counting(MemoryStore):
-    """A store that remembers what it was asked for."""
+    """A store that records the requests."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(files)
@@ -61,7 +61,7 @@ def read_all(store: CachedStore) -> int:
     return Reader(store).verify()
 
 
-def test_what_was_put_is_found_under_its_origin_alone(cache: SegmentCache) -> None:
+def test_a_segment_is_found_under_its_origin_alone(cache: SegmentCache) -> None:
     key = put(cache, b"data")
     assert cache.get(HERE, key, 4) == b"data"
     assert cache.get(f"{HERE}2", key, 4) is None
@@ -69,7 +69,7 @@ def test_what_was_put_is_found_under_its_origin_alone(cache: SegmentCache) -> No
     assert (cache.has(HERE, key, 4), cache.has(HERE, key, 5)) == (True, False)
 
 
-def test_damage_on_the_disk_is_found_and_thrown_away(cache: SegmentCache) -> None:
+def test_a_damaged_file_is_removed(cache: SegmentCache) -> None:
     key = put(cache, b"data")
     (path,) = files_of(cache)
     for damaged in (b"dat", b"dbta", b""):
@@ -79,14 +79,14 @@ def test_damage_on_the_disk_is_found_and_thrown_away(cache: SegmentCache) -> Non
         put(cache, b"data")
 
 
-def test_only_the_user_may_look(cache: SegmentCache) -> None:
+def test_only_the_user_may_read_the_folder(cache: SegmentCache) -> None:
     put(cache, b"data")
     (path,) = files_of(cache)
     assert path.stat().st_mode & 0o077 == 0
     assert path.parent.stat().st_mode & 0o077 == 0
 
 
-def test_the_least_recently_used_goes_first(cache: SegmentCache) -> None:
+def test_the_least_recently_used_file_is_removed_first(cache: SegmentCache) -> None:
     keys = [put(cache, bytes([i]) * 100) for i in range(5)]
     for age, path in enumerate(sorted(files_of(cache), key=lambda path: keys.index(path.name.partition("-")[0]))):
         os.utime(path, (age, age))
@@ -114,7 +114,7 @@ def test_pruning_everything_leaves_an_empty_folder(cache: SegmentCache) -> None:
     assert cache.origins() == []
 
 
-def test_abandoned_temporary_files_go(cache: SegmentCache) -> None:
+def test_abandoned_temporary_files_are_removed(cache: SegmentCache) -> None:
     put(cache, b"data")
     (path,) = files_of(cache)
     young, old = path.parent / ".tmp-young", path.parent / ".tmp-old"
@@ -126,7 +126,7 @@ def test_abandoned_temporary_files_go(cache: SegmentCache) -> None:
     assert not old.exists()
 
 
-def test_a_cache_that_cannot_be_written_fails_nobody(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     cache = SegmentCache(tmp_path / "file" / "inside")
     key = put(cache, b"data")
@@ -134,7 +134,7 @@ def test_a_cache_that_cannot_be_written_fails_nobody(tmp_path: Path) -> None:
     assert (cache.origins(), cache.prune()) == ([], (0, 0))
 
 
-def test_where_it_is_and_how_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DIRECTORY_VARIABLE, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     assert SegmentCache().directory == tmp_path / "home" / "cachegen"
@@ -192,7 +192,7 @@ def test_a_killed_writer_leaves_whole_segments(cache: SegmentCache) -> None:
     assert all(f"{digest(path.read_bytes())}-{path.stat().st_size}" == path.name for path in whole)
 
 
-def test_the_second_time_nothing_is_fetched(cache: SegmentCache, store: Counting) -> None:
+def test_a_second_load_fetches_nothing(cache: SegmentCache, store: Counting) -> None:
     total = read_all(CachedStore(store, cache, HERE, "commit"))
     store.asked.clear()
     assert read_all(CachedStore(store, cache, HERE, "commit")) == total
@@ -200,7 +200,7 @@ def test_the_second_time_nothing_is_fetched(cache: SegmentCache, store: Counting
     assert read_all(CachedStore(None, cache, HERE, "commit")) == total
 
 
-def test_without_a_version_the_manifest_is_asked_for(cache: SegmentCache, store: Counting) -> None:
+def test_without_a_version_the_manifest_is_fetched(cache: SegmentCache, store: Counting) -> None:
     read_all(CachedStore(store, cache, HERE))
     store.asked.clear()
     read_all(CachedStore(store, cache, HERE))
@@ -208,14 +208,14 @@ def test_without_a_version_the_manifest_is_asked_for(cache: SegmentCache, store:
     assert read_all(CachedStore(None, cache, HERE))
 
 
-def test_another_version_shares_what_did_not_change(cache: SegmentCache, store: Counting) -> None:
+def test_versions_share_unchanged_segments(cache: SegmentCache, store: Counting) -> None:
     read_all(CachedStore(store, cache, HERE, "one"))
     store.asked.clear()
     read_all(CachedStore(store, cache, HERE, "two"))
     assert store.asked == ["size cachegen.json", "read cachegen.json"]
 
 
-def test_anew_fetches_everything(cache: SegmentCache, store: Counting) -> None:
+def test_refresh_fetches_everything(cache: SegmentCache, store: Counting) -> None:
     read_all(CachedStore(store, cache, HERE, "commit"))
     first = list(store.asked)
     store.asked.clear()
@@ -223,12 +223,12 @@ def test_anew_fetches_everything(cache: SegmentCache, store: Counting) -> None:
     assert store.asked == first
 
 
-def test_offline_without_it(cache: SegmentCache) -> None:
+def test_offline_without_cached_files(cache: SegmentCache) -> None:
     with pytest.raises(OfflineError, match="local_files_only"):
         Reader(CachedStore(None, cache, HERE, "commit"))
 
 
-def test_offline_with_a_part_of_it(cache: SegmentCache, store: Counting) -> None:
+def test_offline_with_a_part_of_the_files(cache: SegmentCache, store: Counting) -> None:
     reader = Reader(CachedStore(store, cache, HERE, "commit"))
     reader.verify(level=1)
     offline = Reader(CachedStore(None, cache, HERE, "commit"))
@@ -246,7 +246,7 @@ def test_damaged_entries_are_fetched_again(cache: SegmentCache, store: Counting)
     assert read_all(CachedStore(store, cache, HERE, "commit")) == total
 
 
-def test_what_is_damaged_at_the_source_is_not_kept(cache: SegmentCache, store: Counting) -> None:
+def test_damage_at_the_source_is_not_kept(cache: SegmentCache, store: Counting) -> None:
     store.files["base.safetensors"] = store.files["base.safetensors"][:-1] + b"x"
     with pytest.raises(CorruptError):
         read_all(CachedStore(store, cache, HERE, "commit"))
@@ -259,7 +259,7 @@ def test_what_is_damaged_at_the_source_is_not_kept(cache: SegmentCache, store: C
         Reader(CachedStore(None, cache, HERE, "other"))
 
 
-def test_a_load_that_broke_goes_on_where_it_was(cache: SegmentCache, store: Counting) -> None:
+def test_an_interrupted_load_continues(cache: SegmentCache, store: Counting) -> None:
     sound = store.files["refine-1.safetensors"]
     store.files["refine-1.safetensors"] = sound[:-1] + b"x"
     with pytest.raises(CorruptError):
@@ -271,14 +271,14 @@ def test_a_load_that_broke_goes_on_where_it_was(cache: SegmentCache, store: Coun
     assert "read base.safetensors" not in store.asked
 
 
-def test_limits_are_the_readers(cache: SegmentCache, store: Counting) -> None:
+def test_limits_of_the_reader_apply(cache: SegmentCache, store: Counting) -> None:
     tight = Limits(max_tokens=1)
     with pytest.raises(LimitError, match="the limit"):
         Reader(CachedStore(store, cache, HERE, "commit", limits=tight), tight)
 
 
 def test_a_cache_behind_a_link(tmp_path: Path) -> None:
-    """The folder itself may be a link (home folders are small); what links out of it is neither listed nor emptied."""
+    """The folder itself may be a link (home folders are small); links out of it are neither listed nor emptied."""
     (tmp_path / "large").mkdir()
     (tmp_path / "cache").symlink_to(tmp_path / "large")
     cache = SegmentCache(tmp_path / "cache", limit=1 << 20)

@@ -1,4 +1,4 @@
-"""What a store can do beyond sizes and ranges, asked through the whole chain of stores."""
+"""The methods of a store beyond sizes and ranges, called through the whole chain of stores."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from hf_cachegen.stores.sealed import SealedStore
 from hf_cachegen.stores.signed import SignedStore, sign
 from tests import http_server as faults
 from tests.http_server import Server
+from tests.signing_support import KEY, PUBLIC, pem
 from tests.small_artifact import MemoryStore, write
-from tests.test_store_signed import KEY, PUBLIC, pem
 
 DATA = bytes(range(250))
 SECRET = bytes(range(32))
 
 
 class Ranges(Store):
-    """A file of which the first ten bytes arrive with its size; it remembers what was read."""
+    """A file whose first ten bytes arrive with its size; it records the reads."""
 
     def __init__(self, data: bytes = DATA) -> None:
         self.data, self.reads = data, list[tuple[int, int]]()
@@ -48,21 +48,21 @@ class Ranges(Store):
 
 
 class Recording:
-    """A meter that remembers what it is told."""
+    """A meter that records its calls."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.events: list[Any] = []
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        self.told.append("begins")
+        self.events.append("begins")
         try:
             yield
         finally:
-            self.told.append("ends")
+            self.events.append("ends")
 
     def arrived(self, nbytes: int) -> None:
-        self.told.append(nbytes)
+        self.events.append(nbytes)
 
 
 def segment(offset: int, length: int) -> Segment:
@@ -104,7 +104,7 @@ def test_capabilities(name: str, tmp_path: Path) -> None:
     assert access_of(store) == Access()
 
 
-def test_a_kept_segment_is_local(tmp_path: Path) -> None:
+def test_a_cached_segment_is_local(tmp_path: Path) -> None:
     cache, wanted = SegmentCache(tmp_path), segment(100, 20)
     store = CachedStore(RemoteStore(Ranges()), cache, "here")
     store.read("data", 100, 20, wanted.xxh3)
@@ -117,7 +117,7 @@ def test_a_segment_is_located_in_the_sealed_file() -> None:
     assert store.locate(segment(100, 20)) == segment(100, 20)
 
 
-def test_an_opened_store_tells_how_it_was_reached(tmp_path: Path) -> None:
+def test_an_opened_store_has_its_options(tmp_path: Path) -> None:
     write(tmp_path / "artifact")
     sign(tmp_path / "artifact", pem(KEY, tmp_path / "key.pem"))
     access = Access(public_key=PUBLIC)
@@ -130,7 +130,7 @@ def test_an_opened_store_tells_how_it_was_reached(tmp_path: Path) -> None:
     assert without_signature(innermost(store)) is innermost(store)
 
 
-def test_a_second_signature_check_is_no_way_around_the_first(tmp_path: Path) -> None:
+def test_a_second_signature_check_does_not_replace_the_first(tmp_path: Path) -> None:
     write(tmp_path / "artifact")
     sign(tmp_path / "artifact", pem(KEY, tmp_path / "key.pem"))
     store = SignedStore(LocalStore(tmp_path / "artifact"), PUBLIC)
@@ -155,7 +155,7 @@ def test_held_ranges_serve_the_reads_within_them() -> None:
     assert files.reads == [(90, 40), (50, 10), (55, 10)]
 
 
-def test_damage_in_a_held_range_is_fetched_a_second_time_and_no_more() -> None:
+def test_damage_in_a_held_range_is_fetched_once_more() -> None:
     files = Ranges()
     files.damaged = 1
     store, wanted = RemoteStore(files), segment(100, 20)
@@ -166,7 +166,7 @@ def test_damage_in_a_held_range_is_fetched_a_second_time_and_no_more() -> None:
     assert files.reads[2:] == [(120, 10)]  # the other ranges of the file were dropped
 
 
-def test_what_came_with_opening_a_file_need_not_be_held() -> None:
+def test_the_head_of_a_file_need_not_be_held() -> None:
     store = RemoteStore(Ranges())
     head, later = segment(0, 10), segment(5, 10)
     assert store.unfetched([head, later]) == [head, later]
@@ -174,18 +174,18 @@ def test_what_came_with_opening_a_file_need_not_be_held() -> None:
     assert store.unfetched([head, later]) == [later]
 
 
-def test_each_request_is_metered_and_what_needs_none_is_not() -> None:
+def test_each_request_is_metered_and_held_ranges_are_not() -> None:
     meter = Recording()
     store = RemoteStore(MeteredStore(Ranges(), meter))
     store.size("data")
     store.read("data", 0, 10)
-    assert meter.told == ["begins", "ends"]
+    assert meter.events == ["begins", "ends"]
     held = Range("data", 100, 50)
     store.hold(held)
     store.read("data", 110, 10)
-    assert meter.told == ["begins", "ends"] * 2
+    assert meter.events == ["begins", "ends"] * 2
     store.read("data", 50, 10)
-    assert meter.told == ["begins", "ends"] * 3
+    assert meter.events == ["begins", "ends"] * 3
 
 
 def test_a_failed_request_ends_too() -> None:
@@ -197,7 +197,7 @@ def test_a_failed_request_ends_too() -> None:
     store = MeteredStore(Failing({"data": DATA}), meter)
     with pytest.raises(CorruptError):
         store.read("data", 0, 10)
-    assert meter.told == ["begins", "ends"]
+    assert meter.events == ["begins", "ends"]
     assert store.open("data") == (250, b"")
 
 
@@ -213,9 +213,9 @@ def test_pieces_are_metered_as_they_arrive(server: Server, own_cache: Path, memo
     meter = Recording()
     store = open_store(url, meter=meter)
     store.size("data")
-    meter.told.clear()
+    meter.events.clear()
     assert store.read("data", 100_000, 700_000) == (DATA * 4000)[100_000:800_000]
-    first, *pieces, last = meter.told
+    first, *pieces, last = meter.events
     assert (first, sum(pieces), last) == ("begins", 700_000, "ends")
     assert memory or len(pieces) > 1
 

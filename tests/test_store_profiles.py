@@ -1,5 +1,6 @@
-"""The files of profiles in places: found by hash, from beside an artifact, from repositories, and believed for nothing
-else. What a profile means does not matter here: any bytes will do.
+"""The files of profiles: found by hash, beside an artifact and in repositories, and accepted for the right hash alone.
+
+Any bytes stand for a profile here: its content does not matter.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ IMPATIENT = Patience(attempts=2, timeout=10, backoff=0.01)
 DATA = bytes(range(256)) * 1200  # more than what comes with opening a file
 OTHER = DATA[::-1]
 MODEL = "org/model"
-PLACE = HubLocation("org/model-cachegen-profile", "model")
+REPOSITORY = HubLocation("org/model-cachegen-profile", "model")
 
 
 def pin_of(data: bytes, **changes: Any) -> Pin:
@@ -65,15 +66,15 @@ def access(tmp_path: Path) -> Access:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Server]:
-    """A server with an artifact at /a."""
+    """Serve an artifact at /a."""
     write(tmp_path / "artifact")
     with running(Server()) as found:
         found.files = {f"a/{name}": data for name, data in contents(tmp_path / "artifact").items()}
         yield found
 
 
-def push(data: bytes, place: HubLocation = PLACE, **options: Any) -> pushing.Pushed:
-    return pushing.push_profile(data, place, "---\n---\n# A profile", **{"token": "owner", **options})
+def push(data: bytes, location: HubLocation = REPOSITORY, **options: Any) -> pushing.Pushed:
+    return pushing.push_profile(data, location, "---\n---\n# A profile", **{"token": "owner", **options})
 
 
 def find(pin: Pin, web: Server, access: Access, limits: Limits | None = None) -> bytes:
@@ -97,17 +98,17 @@ def test_a_push_keeps_every_profile_under_its_digest(server: HubServer, access: 
     digests = [pin_of(data).digest for data in (DATA, OTHER)]
     assert set(files) == {".gitattributes", "README.md", PROFILE_FILE, *(f"{digest}.safetensors" for digest in digests)}
     assert files[PROFILE_FILE] == OTHER
-    assert fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits()) == (OTHER, second.location)
+    assert fetch(REPOSITORY.repo_id, replace(access, repo_type="model"), Limits()) == (OTHER, second.location)
     pinned = replace(access, repo_type="model", revision=first.commit)
-    assert fetch(PLACE.repo_id, pinned, Limits()) == (DATA, first.location)
-    by_digest = fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits(), digests[0])
+    assert fetch(REPOSITORY.repo_id, pinned, Limits()) == (DATA, first.location)
+    by_digest = fetch(REPOSITORY.repo_id, replace(access, repo_type="model"), Limits(), digests[0])
     assert by_digest == (DATA, second.location)
     assert first.location == f"hf://models/org/model-cachegen-profile@{first.commit}"
     with pytest.raises(ProfileError, match="no profile 0000"):
-        fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits(), "0" * 32)
+        fetch(REPOSITORY.repo_id, replace(access, repo_type="model"), Limits(), "0" * 32)
 
 
-def test_others_push_a_profile_meanwhile(server: HubServer) -> None:
+def test_a_concurrent_push_of_a_profile(server: HubServer) -> None:
     push(DATA)
     repo = server.repos["models/org/model-cachegen-profile"]
     server.before_commit = [lambda: repo.commit({**repo.files, "notes.txt": b"theirs"}, "meanwhile") and None]
@@ -119,11 +120,11 @@ def test_others_push_a_profile_meanwhile(server: HubServer) -> None:
     assert repo.files[PROFILE_FILE] == b"theirs"
 
 
-def test_the_second_time_nothing_is_asked_for(server: HubServer, access: Access, web: Server) -> None:
+def test_a_second_load_sends_no_request(server: HubServer, access: Access, web: Server) -> None:
     push(DATA)
     server.calls.clear()
     assert find(pin_of(DATA), web, access) == DATA
-    assert server.calls == [f"GET /{PLACE.repo_id}/resolve/main/{pin_of(DATA).digest}.safetensors"] * 2
+    assert server.calls == [f"GET /{REPOSITORY.repo_id}/resolve/main/{pin_of(DATA).digest}.safetensors"] * 2
     server.calls.clear()
     web.requests.clear()
     assert find(pin_of(DATA), web, access) == DATA
@@ -134,7 +135,7 @@ def test_the_second_time_nothing_is_asked_for(server: HubServer, access: Access,
     assert server.calls
 
 
-def test_what_is_in_the_cache_is_hashed_again(server: HubServer, access: Access, web: Server, tmp_path: Path) -> None:
+def test_cached_profiles_are_hashed_again(server: HubServer, access: Access, web: Server, tmp_path: Path) -> None:
     push(DATA)
     find(pin_of(DATA), web, access)
     (path,) = (p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size == len(DATA))
@@ -144,12 +145,12 @@ def test_what_is_in_the_cache_is_hashed_again(server: HubServer, access: Access,
     assert server.calls
 
 
-def test_where_it_is_looked_for(server: HubServer, access: Access, web: Server) -> None:
-    """Beside the artifact, where the artifact says, where profiles of the model are; another one there is passed by."""
+def test_the_order_of_the_search(server: HubServer, access: Access, web: Server) -> None:
+    """Search beside the artifact, at the pinned location, then in the model's repositories; skip another profile."""
     with pytest.raises(ProfileError) as caught:
         find(pin_of(DATA), web, access)
-    for place in (f"beside the artifact, {web.url}/a", "hf://models/org/model-cachegen-profile: not there", "profile="):
-        assert place in str(caught.value)
+    for text in (f"beside the artifact, {web.url}/a", "hf://models/org/model-cachegen-profile: not there", "profile="):
+        assert text in str(caught.value)
     push(OTHER)
     with pytest.raises(ProfileError, match="another profile"):
         find(pin_of(DATA), web, access)
@@ -170,15 +171,15 @@ def test_the_namespace_of_the_artifact(server: HubServer, access: Access, tmp_pa
     assert fetch_pinned(pin_of(DATA), open_store("me/report", access), access, Limits()) == DATA
 
 
-def test_a_repository_that_was_not_made_by_us(server: HubServer, access: Access, web: Server) -> None:
-    """Uploaded by hand, it has the one file."""
+def test_a_repository_that_was_uploaded_by_hand(server: HubServer, access: Access, web: Server) -> None:
+    """A repository that was uploaded by hand has the one file."""
     repo = server.repos["models/org/model-cachegen-profile"] = Repo(private=False)
     repo.commit({PROFILE_FILE: DATA}, "by hand")
     assert find(pin_of(DATA), web, access) == DATA
 
 
-def test_a_repository_that_moves_on(server: HubServer, access: Access, web: Server) -> None:
-    """Between the listing of a commit and the download, and in the middle of a download."""
+def test_a_branch_that_moves(server: HubServer, access: Access, web: Server) -> None:
+    """The branch moves after a commit was resolved, and in the middle of a download."""
     push(DATA)
     repo = server.repos["models/org/model-cachegen-profile"]
 
@@ -187,8 +188,8 @@ def test_a_repository_that_moves_on(server: HubServer, access: Access, web: Serv
         request.answer(206, body, headers)
 
     server.faults = [move]
-    data, place = fetch(PLACE.repo_id, replace(access, repo_type="model"), Limits())
-    assert (data, place) == (DATA, place)  # all of it of the commit that was looked at
+    data, _ = fetch(REPOSITORY.repo_id, replace(access, repo_type="model"), Limits())
+    assert data == DATA  # all of it from the commit that was listed
     repo.commit({**repo.files, f"{pin_of(DATA).digest}.safetensors": DATA}, "back")
     server.faults = [move]
     with pytest.raises(StoreError, match="changed while it was being read"):
@@ -200,7 +201,7 @@ def test_a_repository_that_moves_on(server: HubServer, access: Access, web: Serv
 @pytest.mark.parametrize(
     "fault", [faults.status(500), faults.reset_at_once, faults.cut(0.3), faults.whole_without_length]
 )
-def test_a_place_that_fails_is_no_place_without_it(
+def test_a_location_that_fails_does_not_count_as_empty(
     server: HubServer, access: Access, web: Server, fault: faults.Fault
 ) -> None:
     push(DATA)
@@ -211,7 +212,7 @@ def test_a_place_that_fails_is_no_place_without_it(
     assert find(pin_of(DATA), web, access) == DATA
 
 
-def test_wrong_bytes_are_not_believed(server: HubServer, access: Access, web: Server) -> None:
+def test_wrong_bytes_are_refused(server: HubServer, access: Access, web: Server) -> None:
     push(DATA)
     server.always = faults.flip
     with pytest.raises(ProfileError, match="another profile"):
@@ -232,7 +233,7 @@ def test_limits(server: HubServer, access: Access, web: Server) -> None:
     with pytest.raises(ProfileError, match="LimitError"):
         find(pin_of(DATA), web, access, limits)
     with pytest.raises(LimitError):
-        fetch(PLACE.repo_id, replace(access, repo_type="model"), limits)
+        fetch(REPOSITORY.repo_id, replace(access, repo_type="model"), limits)
 
 
 def test_offline(server: HubServer, access: Access, web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,15 +241,15 @@ def test_offline(server: HubServer, access: Access, web: Server, monkeypatch: py
     offline = replace(access, local_files_only=True)
     named = replace(access, repo_type="model")
     local = replace(named, local_files_only=True)
-    for act in (lambda: find(pin_of(DATA), web, offline), lambda: fetch(PLACE.repo_id, local, Limits())):
+    for act in (lambda: find(pin_of(DATA), web, offline), lambda: fetch(REPOSITORY.repo_id, local, Limits())):
         with pytest.raises(OfflineError, match="local_files_only"):
             act()
-    fetch(PLACE.repo_id, named, Limits())
+    fetch(REPOSITORY.repo_id, named, Limits())
     server.calls.clear()
     assert find(pin_of(DATA), web, offline) == DATA
-    assert fetch(PLACE.repo_id, local, Limits())[0] == DATA
+    assert fetch(REPOSITORY.repo_id, local, Limits())[0] == DATA
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch(PLACE.repo_id, named, Limits())[0] == DATA
+    assert fetch(REPOSITORY.repo_id, named, Limits())[0] == DATA
     with pytest.raises(OfflineError):
         fetch("org/another", named, Limits())
     with pytest.raises(OfflineError):
@@ -258,40 +259,40 @@ def test_offline(server: HubServer, access: Access, web: Server, monkeypatch: py
 
 def test_private_repositories(server: HubServer, access: Access, web: Server) -> None:
     push(DATA)
-    stranger = replace(access, token=None)
+    anonymous = replace(access, token=None)
     with pytest.raises(ProfileError, match="StoreAccessError"):
-        find(pin_of(DATA), web, stranger)
+        find(pin_of(DATA), web, anonymous)
     with pytest.raises(ProfileError, match="private one needs a token"):
-        fetch(PLACE.repo_id, replace(stranger, repo_type="model"), Limits())
+        fetch(REPOSITORY.repo_id, replace(anonymous, repo_type="model"), Limits())
     with pytest.raises(StoreAccessError):
         push(OTHER, token="reader")
 
 
-@pytest.mark.parametrize("place", ["folder", "file", "url", "url of the file", "link"])
-def test_other_places(server: HubServer, access: Access, web: Server, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("kind", ["folder", "file", "url", "url of the file", "link"])
+def test_other_locations(server: HubServer, access: Access, web: Server, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "here" / PROFILE_FILE
     path.parent.mkdir()
     path.write_bytes(DATA)
     web.files[f"p/{PROFILE_FILE}"] = DATA
     (tmp_path / "link.safetensors").symlink_to(path)
-    places: dict[str, str | Path] = {
+    locations: dict[str, str | Path] = {
         "folder": path.parent, "file": str(path), "url": f"{web.url}/p",
         "url of the file": f"{web.url}/p/{PROFILE_FILE}", "link": tmp_path / "link.safetensors",
     }  # fmt: skip
-    assert fetch(places[place], access, Limits()) == (DATA, None)
-    assert fetch(places[place], replace(access, local_files_only=True), Limits()) == (DATA, None)
+    assert fetch(locations[kind], access, Limits()) == (DATA, None)
+    assert fetch(locations[kind], replace(access, local_files_only=True), Limits()) == (DATA, None)
     fsspec.filesystem("memory").pipe_file(f"/p/{PROFILE_FILE}", DATA)
     assert fetch("memory://p", replace(access, local_files_only=True), Limits()) == (DATA, None)  # no farther than that
     with pytest.raises(ProfileError, match=pin_of(OTHER).digest):
-        fetch(places[place], access, Limits(), pin_of(OTHER).digest)
+        fetch(locations[kind], access, Limits(), pin_of(OTHER).digest)
     with pytest.raises(ConfigError, match="revision"):
-        fetch(places[place], replace(access, revision="v1"), Limits())
+        fetch(locations[kind], replace(access, revision="v1"), Limits())
 
 
 @pytest.mark.parametrize(
     "make", [lambda path: None, os.mkfifo, lambda path: path.mkdir()], ids=["none", "pipe", "folder"]
 )
-def test_what_is_no_file(access: Access, tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_locations_without_a_profile(access: Access, tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / PROFILE_FILE)
     with pytest.raises(ProfileError, match="there is no profile"):
         fetch(tmp_path / PROFILE_FILE, access, Limits())
@@ -308,27 +309,27 @@ def test_what_is_no_file(access: Access, tmp_path: Path, make: Callable[[Path], 
     ],
     ids=str,
 )  # fmt: skip
-def test_a_strangers_manifest(named: Any) -> None:
+def test_an_untrusted_manifest(named: Any) -> None:
     with pytest.raises(ManifestError, match="profile"):
         Pin.from_codec({"profile": named})
     pin = pin_of(DATA, place="hf://models/a/b@" + "0" * 40)
     assert Pin.from_codec({"profile": pin.to_dict()}) == pin
 
 
-@pytest.mark.parametrize("place", ["hf://models/../x", "hf://x", "hf://models/a/b@v1/../c", "hf://a/b\0"])
-def test_a_strangers_place_that_is_none(server: HubServer, access: Access, web: Server, place: str) -> None:
+@pytest.mark.parametrize("location", ["hf://models/../x", "hf://x", "hf://models/a/b@v1/../c", "hf://a/b\0"])
+def test_an_untrusted_location_that_is_invalid(server: HubServer, access: Access, web: Server, location: str) -> None:
     with pytest.raises(ProfileError, match="ConfigError"):
-        find(pin_of(DATA, place=place), web, access)
+        find(pin_of(DATA, place=location), web, access)
     assert not [call for call in server.calls if "model-cachegen-profile" not in call]
 
 
-def test_a_stranger_cannot_steer_the_terminal(server: HubServer, access: Access, web: Server) -> None:
+def test_untrusted_text_does_not_reach_the_terminal(server: HubServer, access: Access, web: Server) -> None:
     with pytest.raises(ProfileError) as caught:
         find(pin_of(DATA, place="hf://models/a/b\x1b[2J", model="a\x1b[2Jb"), web, access)
     assert "\x1b" not in str(caught.value)
 
 
-def test_a_strangers_model_name_names_no_place(server: HubServer, access: Access, web: Server) -> None:
+def test_an_untrusted_model_name_names_no_location(server: HubServer, access: Access, web: Server) -> None:
     for model in ("../../etc", "org/../x", "a/b?c=d", "http://a/b", "org/" + "x" * 500):
         with pytest.raises(ProfileError):
             find(pin_of(DATA, model=model), web, access)

@@ -1,4 +1,4 @@
-"""Sealed artifacts: they open with their key, whole and by ranges, with nothing else; no byte can be moved."""
+"""Sealed artifacts: they open with their key alone, whole and by ranges; no byte can be moved."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from hf_cachegen.stores.survey import pull, serve_check
 from tests import http_server as faults
 from tests.cli_support import run, run_json
 from tests.http_server import Server, running
+from tests.signing_support import PUBLIC
 from tests.small_artifact import MemoryStore, contents, write
-from tests.test_store_signed import PUBLIC
 
 KEY, OTHER = bytes(range(32)), bytes(32)
 LONG = bytes(range(256)) * 1024
@@ -105,8 +105,8 @@ def test_without_the_key_there_is_no_artifact(sealed: Path, tmp_path: Path) -> N
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     store = long_store(tmp_path, BLOCK_BYTES + 100)
     data = store.files["data.sealed"]
-    for place in [*range(48), 48, 1000, BLOCK_BYTES + 47, BLOCK_BYTES + 64, BLOCK_BYTES + 70, len(data) - 1]:
-        store.files["data.sealed"] = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    for position in [*range(48), 48, 1000, BLOCK_BYTES + 47, BLOCK_BYTES + 64, BLOCK_BYTES + 70, len(data) - 1]:
+        store.files["data.sealed"] = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
         with pytest.raises(CorruptError):
             SealedStore(store, KEY).read("data", 0, BLOCK_BYTES + 100)
 
@@ -133,8 +133,8 @@ def test_truncated(tmp_path: Path, cut: int) -> None:
         SealedStore(store, KEY).read("data", 0, 10)
 
 
-def test_the_construction(tmp_path: Path) -> None:
-    """By hand: key derivation, nonce and layout are part of the format."""
+def test_the_layout_of_a_sealed_file(tmp_path: Path) -> None:
+    """Rebuild a file by hand: key derivation, nonce and layout are part of the format."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -148,40 +148,40 @@ def test_the_construction(tmp_path: Path) -> None:
 
 
 def test_from_a_server_and_from_the_cache(sealed: Path, tmp_path: Path, cache_folder: Path) -> None:
-    """What the cache keeps is sealed, too."""
+    """The cache keeps sealed bytes alone."""
     patience = Patience(attempts=2, timeout=10, backoff=0.01)
     with running(Server()) as web:
         web.files = {f"context/{name}": data for name, data in contents(sealed).items()}
-        place, access = f"{web.url}/context", Access(key=KEY, patience=patience)
-        reader = Reader(open_store(place, access))
+        location, access = f"{web.url}/context", Access(key=KEY, patience=patience)
+        reader = Reader(open_store(location, access))
         reader.prefetch(reader.manifest.segments)
         assert reader.verify() == verify(sealed)
         kept = [path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()]
         assert kept
         assert not [data for data in kept for word in (b"side information", b"chunks", b"safetensors") if word in data]
         web.requests.clear()
-        assert Reader(open_store(place, access)).verify() == verify(sealed)
+        assert Reader(open_store(location, access)).verify() == verify(sealed)
         assert {headers["Range"] for _, headers in web.requests} == {f"bytes=0-{HEAD_BYTES - 1}"}  # to see what changed
-        assert all(check.passed is not False for check in serve_check(place, access))
-        assert not serve_check(place, Access(key=OTHER, patience=patience))[0].passed
+        assert all(check.passed is not False for check in serve_check(location, access))
+        assert not serve_check(location, Access(key=OTHER, patience=patience))[0].passed
         web.faults = [None, faults.flip]
         with pytest.raises(CorruptError):
-            Reader(open_store(place, access)).verify()
+            Reader(open_store(location, access)).verify()
     offline = Access(key=KEY, local_files_only=True)
-    assert Reader(open_store(place, offline)).verify() == verify(sealed)
+    assert Reader(open_store(location, offline)).verify() == verify(sealed)
     with pytest.raises(CorruptError, match="another key"):
-        Reader(open_store(place, Access(key=OTHER, local_files_only=True)))
+        Reader(open_store(location, Access(key=OTHER, local_files_only=True)))
     with pytest.raises(OfflineError, match=r"cachegen\.json\.sealed"):
         Reader(open_store("http://host/context", offline))
     for path in cache_folder.rglob("*"):
         if path.is_file() and path.stat().st_size > 100:
             path.write_bytes(path.read_bytes()[:-1] + b"x")  # torn by a power cut
     with pytest.raises(CorruptError):
-        Reader(open_store(place, offline)).verify()
+        Reader(open_store(location, offline)).verify()
 
 
-def test_sealed_anew(sealed: Path, tmp_path: Path) -> None:
-    """The same artifact sealed a second time has other bytes; nothing of the first is taken for it."""
+def test_sealed_a_second_time(sealed: Path, tmp_path: Path) -> None:
+    """The same artifact sealed a second time has other bytes; cached bytes of the first are not used."""
     seal(tmp_path / "context", tmp_path / "again", KEY)
     with running(Server()) as web:
         for folder in (sealed, tmp_path / "again"):
@@ -239,8 +239,8 @@ def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("key", [b"", b"short", bytes(33), "no/such/file"])
-def test_keys_that_are_none(tmp_path: Path, key: bytes | str) -> None:
+@pytest.mark.parametrize("key", [b"", b"short", bytes(33), "no/such/file"], ids=["empty", "short", "long", "no file"])
+def test_invalid_keys(tmp_path: Path, key: bytes | str) -> None:
     with pytest.raises(ConfigError):
         SealedStore(LocalStore(tmp_path), key)
 

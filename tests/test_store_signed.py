@@ -1,4 +1,4 @@
-"""Signed artifacts: nothing that is not signed gets through, whole or in part, online or from the cache."""
+"""Signed artifacts: an unsigned range is never returned, from a server or from the cache."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ from hf_cachegen.stores.signed import SIGNATURE_FILE, SignedStore, require_curre
 from hf_cachegen.stores.survey import pull, serve_check
 from tests.cli_support import run, run_json
 from tests.http_server import Server, running
+from tests.signing_support import KEY, PUBLIC, pem
 from tests.small_artifact import MANIFEST, SEGMENTS, contents, write
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 RAW = serialization.Encoding.Raw
-PUBLIC = KEY.public_key().public_bytes(RAW, serialization.PublicFormat.Raw)
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes(RAW, serialization.PublicFormat.Raw)
 
 
@@ -46,13 +45,6 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "context")
     sign(tmp_path / "context", bytes(range(32)))
     return tmp_path / "context"
-
-
-def pem(key: object, path: Path, password: bytes | None = None) -> Path:
-    secrecy = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
-    form = serialization.PrivateFormat.PKCS8
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, secrecy))  # type: ignore[attr-defined]
-    return path
 
 
 def verify(folder: Path, key: bytes = PUBLIC) -> int:
@@ -75,17 +67,21 @@ def test_another_key_and_no_signature(folder: Path) -> None:
         verify(folder)
 
 
-@pytest.mark.parametrize("place", [0, 64, 128, 129, 200, -1])
-def test_any_flipped_bit_of_the_signature(folder: Path, place: int) -> None:
+@pytest.mark.parametrize("position", [0, 64, 128, 129, 200, -1])
+def test_any_flipped_bit_of_the_signature(folder: Path, position: int) -> None:
     data = bytearray((folder / SIGNATURE_FILE).read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     (folder / SIGNATURE_FILE).write_bytes(data)
     with pytest.raises(SignatureError):
         verify(folder)
 
 
-@pytest.mark.parametrize("data", [b"", b"\n", b"0" * 128, b"0" * 128 + b"\n{}"])
-def test_what_is_no_signature(folder: Path, data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\n", b"0" * 128, b"0" * 128 + b"\n{}"],
+    ids=["empty", "no digits", "no statement", "zeros"],
+)
+def test_invalid_signature_files(folder: Path, data: bytes) -> None:
     (folder / SIGNATURE_FILE).write_bytes(data)
     with pytest.raises(SignatureError):
         verify(folder)
@@ -106,7 +102,7 @@ def test_a_signature_of_something_else(folder: Path) -> None:
 
 
 def test_a_forged_artifact_under_a_true_signature(folder: Path, tmp_path: Path) -> None:
-    """Sound by its own checksums, which anybody can make."""
+    """Its checksums are right: an attacker can compute them."""
     forged = [(file, name, data[::-1]) for file, name, data in SEGMENTS]
     write_artifact(tmp_path / "forged", MANIFEST, forged)
     (tmp_path / "forged" / SIGNATURE_FILE).write_bytes((folder / SIGNATURE_FILE).read_bytes())
@@ -146,7 +142,7 @@ def test_an_artifact_that_replaces_a_signed_one_is_not_signed(folder: Path) -> N
     assert not (folder / SIGNATURE_FILE).exists()
     with pytest.raises(SignatureError, match="not signed"):
         verify(folder)
-    (folder / SIGNATURE_FILE).mkdir()  # nobody's signature, and no reason to fail
+    (folder / SIGNATURE_FILE).mkdir()  # not a signature, and no reason to fail
     write_artifact(folder, MANIFEST, SEGMENTS, overwrite=True)
     with pytest.raises(CorruptError):
         verify(folder)
@@ -162,7 +158,7 @@ def test_a_signature_of_another_artifact_is_noticed_without_a_key(folder: Path) 
             require_current(folder)
 
 
-def test_keys_that_are_none(folder: Path, tmp_path: Path) -> None:
+def test_invalid_keys(folder: Path, tmp_path: Path) -> None:
     strange = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     (tmp_path / "text.pem").write_text("-----BEGIN secret-----")
     for key in (b"short", tmp_path / "nothing.pem", tmp_path / "text.pem", pem(strange, tmp_path / "rsa.pem"),
@@ -184,22 +180,22 @@ def test_from_a_server_and_from_the_cache(folder: Path, tmp_path: Path) -> None:
     with running(Server()) as web:
         web.files = {f"context/{name}": data for name, data in contents(folder).items()}
         access = Access(public_key=PUBLIC, patience=Patience(attempts=2, timeout=10, backoff=0.01))
-        place = f"{web.url}/context"
-        reader = Reader(open_store(place, access))
+        location = f"{web.url}/context"
+        reader = Reader(open_store(location, access))
         reader.prefetch(reader.manifest.segments)
         assert reader.verify()
-        assert pull(place, tmp_path / "copy", access)
+        assert pull(location, tmp_path / "copy", access)
         assert contents(tmp_path / "copy") == contents(folder)
-        assert all(check.passed is not False for check in serve_check(place, access))
+        assert all(check.passed is not False for check in serve_check(location, access))
         del web.files[f"context/{SIGNATURE_FILE}"]
         with pytest.raises(SignatureError):
-            open_store(place, access)
-        pull(place, tmp_path / "copy", Access(), overwrite=True)
+            open_store(location, access)
+        pull(location, tmp_path / "copy", Access(), overwrite=True)
         assert not (tmp_path / "copy" / SIGNATURE_FILE).exists()
     offline = Access(public_key=PUBLIC, local_files_only=True)
-    assert Reader(open_store(place, offline)).verify()
+    assert Reader(open_store(location, offline)).verify()
     with pytest.raises(OfflineError):
-        open_store(f"{place}/other", offline)
+        open_store(f"{location}/other", offline)
 
 
 def test_the_commands(folder: Path, tmp_path: Path) -> None:

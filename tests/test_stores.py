@@ -39,18 +39,18 @@ def test_a_range_beyond_the_file(tmp_path: Path, offset: int, length: int) -> No
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../secret", "/etc/passwd", "a/b", "file\0"])
-def test_what_is_no_file_name(tmp_path: Path, name: str) -> None:
+def test_invalid_file_names(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     with pytest.raises(CorruptError, match="not the name of a file"):
         store_with(tmp_path).size(name)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError, match="no other in"):
         store_with(tmp_path).size("other")
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError, match=r"no cachegen.json"):
         Reader(LocalStore(tmp_path / "nowhere"))
 
@@ -69,7 +69,7 @@ def test_a_link_within_the_directory_is_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["../secret", "inner/secret", "ABSOLUTE"])
 def test_a_link_out_of_the_directory_is_the_users_own(tmp_path: Path, target: str) -> None:
-    """git-annex, DVC, Nix: files lie elsewhere. Only who publishes the directory stays within it."""
+    """git-annex, DVC and Nix link to files elsewhere; such links are refused only when publishing."""
     store = store_with(tmp_path)
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "directory" / "inner").symlink_to(tmp_path)

@@ -1,4 +1,4 @@
-"""docs/stores.md is walked through: all its code and commands run, in order, against a Hub and a server on loopback."""
+"""Run all code and commands of docs/stores.md, in order, against a Hub and a server on loopback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = CacheGenConfig(chunk_tokens=32, protect_last=8)
 ELSEWHERE = {
     's3://bucket/report", model=model, storage_options={"profile": "work"}': 'memory://bucket/report", model=model',
 }
-"""What the document says, and what stands for it where there is no such place."""
+"""Code of the document that needs a real object store, and the code that runs instead."""
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from hf_cachegen.stores.sealed import seal
 from hf_cachegen.stores.signed import sign
 from hf_cachegen.streaming import ChunkReady, Event, StreamReport
 from tests.http_server import Server
+from tests.signing_support import KEY, PUBLIC, pem
 from tests.streaming_support import CONTEXT, at_level, same_kv, serve, threads_end, write
-from tests.test_store_signed import KEY, PUBLIC, pem
 from tests.tiny_models import SUPPORTED, shared
 
 pytestmark = pytest.mark.usefixtures("own_cache")
