@@ -158,7 +158,7 @@ def test_the_codebook_file_is_what_its_program_makes() -> None:
         (r"code - 160\) / (\d+)\)", quantize.STEPS_PER_OCTAVE),
         (r"x s x 3\^\(n - 1\) / (\d+)\.", quantize.MEANS_PER_STEP),
         (r"at a step (\d) times|coarse = floor\(\(f \+ 1\) / (\d)\)", quantize.RATIO),
-        (r"tiles of (\d+) columns", rans.TILE_COLUMNS),
+        (r"tiles of (\d+) (?:channels|columns)", rans.TILE_COLUMNS),
         (r"value \+ (\d+) for symbols", tables.ZERO_INDEX),
         (r"digit \+ (\d+)\. *\n|digit \+ (\d+)\b", tables.DIGIT_ZERO),
         (r"symbols -(\d+)\.\.\d+, scales bfloat16", anchors.ANCHOR_PEAK),
@@ -167,7 +167,7 @@ def test_the_codebook_file_is_what_its_program_makes() -> None:
         (r"\| `format_version` \| (\d+) \|", FORMAT_VERSION),
         (r"at most (\d+) MiB", Limits().max_header_bytes >> 20),
         (r"`codebook` \(`([\w-]+)`\)", tables.SHIPPED_CODEBOOK),
-        (r"With 3\s+levels that is (\d) bytes a column", 6),
+        (r"With 3\s+levels that is (\d) bytes a (?:channel|column)", 6),
     ],
 )
 def test_the_page_says_what_the_code_does(pattern: str, value: int | str) -> None:
