@@ -221,3 +221,9 @@ def test_a_package_for_the_documentation_is_pinned_once_to_one_version(python: s
     assert sorted(names) == sorted(set(names))
     assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"} <= set(names)
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in found)
+
+
+def test_the_test_files_that_the_makefile_names_exist() -> None:
+    named = re.findall(r"\btests/\w+\.py", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert "tests/test_cache.py" in named
+    assert [name for name in named if not (ROOT / name).exists()] == []
