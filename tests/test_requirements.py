@@ -181,7 +181,7 @@ def test_the_oldest_transformers_is_tested_on_generation_with_the_pinned_torch(t
     installs = [line for line in steps if f"{own}/bin/python -m pip install" in line]
     assert [line.split()[-1] for line in installs] == [re.sub(r">=([\d.]+).*", r"==\1", floor)]
     matrix = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_generation*.py")}
-    assert {*matrix, "tests/test_cache.py", "tests/test_layout.py"} <= set(steps[-1].split())
+    assert {*matrix, "tests/test_cache.py", "tests/test_layers.py"} <= set(steps[-1].split())
 
 
 def commands(steps: Iterable[str]) -> set[str]:
