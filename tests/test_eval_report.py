@@ -1,4 +1,4 @@
-"""The report: tables and plots of finished runs, and a page that a phone can show."""
+"""The report: tables and plots of finished runs, and a page that fits a phone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = [
 ]  # fmt: skip
 PHONE = 390
 FIGURES = 3 * 3 + 4 + 2
-"""Pixels across."""
+"""Width of a phone's screen in pixels."""
 WAIT = 120
 
 
@@ -54,7 +54,7 @@ def variant(codec: str, level: int | None, bits: float, score: float | None, los
 
 
 def made_run(place: Path, name: str, score: float | None) -> Path:
-    """A finished run, its numbers made up."""
+    """Write a finished run with invented numbers."""
     rows = [
         ("exact", None, 16.0, 0.0, 0.0), ("text", None, 0.03, 0.0, 0.0), ("uniform-8", None, 8.5, 0.0, 0.001),
         ("uniform-4", None, 4.5, 0.02, 0.03), ("released", None, 4.4, 0.02, 0.02), ("delta", 2, 3.0, 0.01, 0.2),
@@ -111,7 +111,7 @@ def test_the_page_is_one_file(report: Path) -> None:
         assert color not in re.sub(r"<style>.*?</style>", "", page, flags=re.S), "the page's own colours everywhere"
 
 
-def test_the_page_says_what_was_found(report: Path) -> None:
+def test_the_page_shows_the_findings(report: Path) -> None:
     page = (report / "index.html").read_text()
     assert "26.7×" in page  # klt, level 1: 16 / 0.6
     assert "klt, level 1" in page
@@ -125,7 +125,7 @@ def test_the_page_says_what_was_found(report: Path) -> None:
     assert "SLO 2 s" in page
 
 
-def test_markdown_has_the_tables_and_finds_its_plots(report: Path) -> None:
+def test_the_markdown_has_the_tables_and_links_its_plots(report: Path) -> None:
     text = (report / "report.md").read_text()
     share, kl = "99.5% [97.5, 100.5]", "0.0300 [0.0100, 0.0400]"
     assert f"| klt, level 1 | 60.0 kB | 26.7× | 0.60 | {share} | -0.5 [-1.5, +0.5] | {share} | {share} | {kl} |" in text
@@ -139,7 +139,7 @@ def test_markdown_has_the_tables_and_finds_its_plots(report: Path) -> None:
     assert "| adaptive | 1.50 / 2.50 | 1.50 / 2.50 |" in text
 
 
-def test_every_line_of_a_plot_has_a_colour_and_the_page_knows_it() -> None:
+def test_every_line_of_a_plot_has_a_colour_in_the_page() -> None:
     style = (Path(__file__).parents[1] / "eval" / "report" / "page.css").read_text()
     for name in (*PLAIN, *MARKERS):
         assert style.count(f"--{name}:") == 2, "a light and a dark one"
@@ -154,7 +154,7 @@ def test_numbers_are_short() -> None:
     assert table.markdown() == "| a | b |\n|---|---:|\n| <x> | 1 |\n"
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config.json"):
         write([tmp_path], tmp_path / "out", "t", None)
     (tmp_path / "bad.json").write_text("{}")
@@ -174,7 +174,7 @@ def test_runs_of_two_models_make_no_report(tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page's layout is NOT tested")
 @pytest.mark.parametrize("width", [PHONE, 768, 1280])
 def test_nothing_overflows_sideways(report: Path, width: int, tmp_path: Path) -> None:
-    """Chromium lays the page out in a frame of this width, and says what stands out of it."""
+    """Lay the page out in a frame of this width with Chromium, and list the elements that exceed it."""
     page = html.escape((report / "index.html").read_text(), quote=True)
     frame = f"""<iframe id=f style="border:0;width:{width}px;height:800px" srcdoc="{page}"></iframe><pre id=found></pre>
     <script>document.getElementById("f").onload = () => {{
