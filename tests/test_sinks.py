@@ -19,7 +19,7 @@ from hf_cachegen.codec.transforms.identity import Identity
 from hf_cachegen.codec.transforms.klt import DIGEST_BYTES, Klt
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 from hf_cachegen.stores import LocalStore
-from tests.test_klt_tables import CONFIG, TOKENS, geometry, make_profile
+from tests.klt_support import CONFIG, TOKENS, geometry, make_profile
 
 IDENTITY = CacheGenConfig(transform="identity", chunk_tokens=32, protect_first=2, protect_last=8)
 SINKS = [0, 40, 70]

@@ -55,8 +55,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def stream(place: Any, name: str = "llama", **options: Any) -> CacheGenCache:
-    return CacheGenCache.stream(place, shared(name), **options)
+def stream(location: Any, name: str = "llama", **options: Any) -> CacheGenCache:
+    return CacheGenCache.stream(location, shared(name), **options)
 
 
 def stream_report(cache: CacheGenCache) -> StreamReport:

@@ -111,10 +111,10 @@ def holds(live: Any, finest: CacheGenCache, reuse: Reuse) -> None:
         repeats = layer.keys.shape[0] // len(reuse.pads)
         for row in range(layer.keys.shape[0]):
             pads = reuse.pads[row // repeats]
-            for column in held:
-                if column >= pads:
-                    assert torch.equal(layer.keys[row, :, column - held.start], keys[0, :, column - pads])
-                    assert torch.equal(layer.values[row, :, column - held.start], values[0, :, column - pads])
+            for position in held:
+                if position >= pads:
+                    assert torch.equal(layer.keys[row, :, position - held.start], keys[0, :, position - pads])
+                    assert torch.equal(layer.values[row, :, position - held.start], values[0, :, position - pads])
         assert layer.is_sliding or len(held) > 30
 
 

@@ -47,11 +47,11 @@ class Tally:
 
 
 def test_two_generations_at_once_have_one_first_token() -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
     learnt: list[Any] = []
     session = SimpleNamespace(
         tally=Tally(), options=SimpleNamespace(slo=1.0), elapsed=time.monotonic,
-        events=SimpleNamespace(add=lambda *event: told.append(event), deliver=lambda: None),
+        events=SimpleNamespace(add=lambda *event: reported.append(event), deliver=lambda: None),
     )  # fmt: skip
     loader: Any = SimpleNamespace(session=session, learn_question=lambda *sample: learnt.append(sample))
     refinement = Refinement(loader, None)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_two_generations_at_once_have_one_first_token() -> None:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert [kind for kind, _ in told] == [FirstToken]
+    assert [kind for kind, _ in reported] == [FirstToken]
     assert len(learnt) == 1
 
 

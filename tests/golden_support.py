@@ -1,0 +1,51 @@
+"""The cache and the profile of the golden artifacts in tests/golden."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.profiles.files import Profile
+
+
+def golden_kv(name: str = "") -> tuple[list[Tensor], list[Tensor]]:
+    """Return the keys and values of two layers, bfloat16 [1, 2, 50, 12].
+
+    They are computed from integers, so they are the same on every machine and in every release of torch. Tokens 0 and
+    40 are sinks if `name` ends in "-sinks".
+    """
+    numbers = np.arange(2 * 2 * 2 * 50 * 12, dtype=np.uint64)
+    for _ in range(3):
+        numbers = numbers * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+        numbers ^= numbers >> np.uint64(29)
+    noise = (numbers >> np.uint64(48)).astype(np.int64) - 32768
+    x = torch.from_numpy(noise).reshape(2, 2, 1, 2, 50, 12).float() / 32768
+    x = x.cumsum(4) * torch.tensor([2.0 ** (c % 5 - 2) for c in range(12)]) + torch.arange(12) / 2 - 3
+    x = x.bfloat16()
+    if name.endswith("-sinks"):
+        x[0, :, :, :, [0, 40]] /= 256
+    return list(x[0]), list(x[1])
+
+
+def golden_profile() -> Profile:
+    """Return a profile of the golden cache's two layers.
+
+    Its products have no rounding: there is no rotation, and the basis consists of ones and quarters.
+    """
+    layer = LayerGeometry("full", 2, 12, 2, 12)
+    mixing = torch.eye(48) + torch.eye(48).flip(0) / 4
+    group = [Group(kind, 0, 2, torch.eye(12).expand(4, 12, 12) * (1 + kind), mixing[:40]) for kind in (0, 1)]
+    components = torch.arange(80)
+    return Profile(
+        layers=(layer, layer),
+        rotary=Rotary("none", torch.empty(0, dtype=torch.float64)),
+        means=torch.arange(96).float() / 16 - 3,
+        groups=tuple(group),
+        step_code=148,
+        base_entries=(components % 30 + 30).to(torch.uint8),
+        refine_entries=torch.stack([components % 20 + 5, components % 15 + 10]).to(torch.uint8),
+        about={"model": "golden"},
+    )
