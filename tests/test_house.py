@@ -151,6 +151,12 @@ def test_files_are_short() -> None:
     assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=ids)
+def test_no_test_file_imports_another(path: Path) -> None:
+    found = [name for name in imports(parse(path)) if name.startswith(("tests.test_", "test_"))]
+    assert not found, "move the shared code into a support module"
+
+
 def test_public_names() -> None:
     assert set(hf_cachegen.__all__) == PUBLIC_NAMES
     assert len(hf_cachegen.__all__) == len(PUBLIC_NAMES)

@@ -1,4 +1,4 @@
-"""Decoding into the layers' tensors gives the values of stage-by-stage decoding, in any layout, also by the kernels."""
+"""Decoding straight into place: the same values as stage by stage, wherever they go, and by the kernels in lockstep."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encoder(transform: str, protect: tuple[int, int] = (4, 64), dtype: torch.dty
 
 
 def both_ways(made: Encoder, level: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Decode all chunks into tensors of NaN, directly and stage by stage."""
+    """All chunks decoded straight into place, and stage by stage, into tensors that hold NaN before."""
     assert isinstance(made.codec, Delta | Identity)
     inner = made.codec.inner
     found = []
@@ -57,7 +57,7 @@ def both_ways(made: Encoder, level: int) -> tuple[list[torch.Tensor], list[torch
 
 @pytest.mark.parametrize(("transform", "protect", "dtype"), CASES)
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_direct_decoding_equals_the_stages(
+def test_in_place_is_what_the_stages_make(
     transform: str, protect: tuple[int, int], dtype: torch.dtype, level: int
 ) -> None:
     direct, staged = both_ways(encoder(transform, protect, dtype), level)
@@ -78,7 +78,7 @@ def test_the_kernels_write_the_same_bytes_and_values(transform: str) -> None:
             assert all(torch.equal(x, y) for x, y in zip(both_ways(there, level)[0], tensors, strict=True))
 
 
-def test_tensors_may_have_any_strides() -> None:
+def test_tensors_may_lie_anyhow() -> None:
     made = encoder("delta")
     direct, _ = both_ways(made, 2)
     strange = [torch.empty(*x.shape[:2], x.shape[3], x.shape[2], dtype=x.dtype).transpose(2, 3) for x in direct]
@@ -88,7 +88,7 @@ def test_tensors_may_have_any_strides() -> None:
     assert all(torch.equal(x, y) for x, y in zip(direct, strange, strict=True))
 
 
-def test_values_that_do_not_fit_a_byte_are_decoded() -> None:
+def test_values_that_fit_no_byte_take_the_long_way() -> None:
     keys, values = sample_kv(dtype=torch.float32)
     keys[0][0, 0, 100] *= 1e4
     made = Encoder(keys, values, CacheGenConfig(transform="identity", chunk_tokens=64))
@@ -97,7 +97,7 @@ def test_values_that_do_not_fit_a_byte_are_decoded() -> None:
     assert float((direct[0] - keys[0]).abs().max()) < 100
 
 
-def test_streams_are_read_without_a_copy_and_kept_while_they_are_read() -> None:
+def test_streams_are_read_where_they_lie_and_stay_as_long_as_they_are_read() -> None:
     data = bytes(range(200)) * 5
     cursor = Cursor(data)
     cursor.take(3)
@@ -106,14 +106,14 @@ def test_streams_are_read_without_a_copy_and_kept_while_they_are_read() -> None:
     assert cursor.stream(0).shape == (0,)
     del cursor, data
     gc.collect()
-    others = [bytes(1000) for _ in range(100)]  # would reuse freed memory
+    others = [bytes(1000) for _ in range(100)]  # would take freed memory
     assert stream.tolist() == (list(range(200)) * 5)[3:903]
     assert others[0] == others[99]
     with pytest.raises(TruncatedError):
         Cursor(b"12").stream(3)
 
 
-def test_damage_is_an_error() -> None:
+def test_damage_is_an_error_here_too() -> None:
     made = encoder("identity")
     target = Target.layers([x.clone() for pair in zip(made.rows.keys, made.rows.values, strict=True) for x in pair])
     parts, span = next(made.chunks()), made.rows.spans[0]
@@ -126,8 +126,8 @@ def test_damage_is_an_error() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("kernels", [False, True], ids=["here", "lockstep"])
-def test_a_section_takes_its_contexts_from_the_coarser_symbols(kernels: bool) -> None:
-    """Both libraries refuse a section that names others, or that has tables for contexts that do not exist."""
+def test_contexts_are_the_coarser_symbols(kernels: bool) -> None:
+    """A section that names others, or has tables for contexts that there are none of, is refused by both libraries."""
     with in_lockstep() if kernels else nullcontext():
         made, library = encoder("identity"), native._need_library()
         call, refused = library.cg_decode_into, []

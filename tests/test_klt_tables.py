@@ -8,14 +8,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_cachegen import Profile, decode_kv, encode_kv
+from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec import basis
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import codec_of
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.profile import Group, Rotary
 from hf_cachegen.codec.rows import gather, spans_of
 from hf_cachegen.codec.transforms.klt import DIGEST_BYTES, Klt
 from hf_cachegen.errors import ArtifactError, CorruptError, ProfileError, TensorError, TruncatedError
-from tests.klt_support import COMPONENTS, CONFIG, TOKENS, geometry, make_profile
+
+CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_first=2, protect_last=8)
+LAYERS = (LayerGeometry("full", 2, 8, 2, 8),) * 3
+TOKENS = 100
+COMPONENTS = 2 * 48
+
+
+def make_profile(entry: int = 60, **changes: object) -> Profile:
+    """Of three layers, in one group for K and one for V: a random rotation for a basis, everything alike sensitive."""
+    generator = torch.Generator().manual_seed(1)
+    turned = [torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q for _ in range(2)]
+    eye = torch.eye(8).expand(6, 8, 8)
+    groups = tuple(Group(kind, 0, 3, eye, q.half().float()) for kind, q in enumerate(turned))
+    entries = torch.full((3, COMPONENTS), entry, dtype=torch.uint8)
+    angles = 10.0 ** -torch.arange(3, dtype=torch.float64)
+    whole = Profile(
+        LAYERS, Rotary("half", angles), torch.linspace(-2, 2, 96), groups, 148, entries[0], entries[1:], {"model": "m"}
+    )
+    return replace(whole, **changes)  # type: ignore[arg-type]
 
 
 def kv(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
@@ -24,6 +44,10 @@ def kv(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[list[Ten
     spread = scale * torch.logspace(0, -3, 8)
     x = torch.randn(2, 3, 1, 2, TOKENS, 8, generator=generator) * spread
     return list(x[0].to(dtype)), list(x[1].to(dtype))
+
+
+def geometry(dtype: str = "float32") -> Geometry:
+    return Geometry(LAYERS, tokens=TOKENS, batch=1, dtype=dtype)
 
 
 def size(codec: Klt, cache: tuple[list[Tensor], list[Tensor]]) -> int:

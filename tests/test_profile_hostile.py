@@ -1,4 +1,4 @@
-"""Hostile profiles: every file is refused, or decodes to finite work and plain numbers."""
+"""Profiles that an enemy made: whatever stands in the file, it is refused, or it decodes to numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec.profile import MAX_HEADER_BYTES
 from hf_cachegen.errors import CacheGenError, ProfileError
-from tests.golden_support import golden_kv, golden_profile
+from tests.test_format import golden_kv, golden_profile
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
 STRANGE = [
@@ -36,14 +36,14 @@ def whole(described: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     return save(plain, {"cachegen_profile": json.dumps(described)})
 
 
-def paths_in(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the paths of all members inside a JSON value."""
+def places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of everything inside."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    return [path for key in keys for path in [(*before, key), *paths_in(value[key], (*before, key))]]
+    return [path for key in keys for path in [(*before, key), *places(value[key], (*before, key))]]
 
 
 def change_description(described: dict[str, Any], draw: random.Random) -> None:
-    *folder, last = draw.choice(paths_in(described))
+    *folder, last = draw.choice(places(described))
     inner = described
     for key in folder:
         inner = inner[key]
@@ -102,7 +102,7 @@ def raw(header: dict[str, Any], body: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 1 << 40, (1 << 64) - 1])
-def test_a_header_that_claims_a_huge_length(length: int) -> None:
+def test_a_header_that_says_it_is_huge(length: int) -> None:
     with pytest.raises(ProfileError, match="header"):
         Profile.from_bytes(length.to_bytes(8, "little") + b"{}")
 
@@ -113,13 +113,13 @@ def test_a_header_that_is_huge() -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"version":' * 50_000, "9" * 100_000, '"\\ud800', "{}", "null", "[]"])
-def test_invalid_descriptions_are_refused(text: str) -> None:
+def test_descriptions_that_are_none(text: str) -> None:
     with pytest.raises(ProfileError):
         Profile.from_bytes(raw({"__metadata__": {"cachegen_profile": text}}))
 
 
-def test_tensors_that_claim_a_huge_size() -> None:
-    """No memory is allocated for tensors larger than the file, larger than memory, or overlapping."""
+def test_tensors_that_say_they_are_huge() -> None:
+    """Larger than the file, larger than memory, overlapping: nothing is taken for them."""
     for shape, offsets in (([1 << 40], [0, 1 << 42]), ([1 << 62, 4], [0, 16]), ([-1], [0, 4]), ([1], [4, 0])):
         entry = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
         with pytest.raises(ProfileError):
@@ -127,7 +127,7 @@ def test_tensors_that_claim_a_huge_size() -> None:
 
 
 def test_many_groups_that_each_claim_all_layers() -> None:
-    """The work for a small file must not grow with its groups times its layers."""
+    """A small file must not cost its groups times its layers."""
     described, tensors = parts(golden_profile().to_bytes())
     count = 2000
     described["layers"] = described["layers"][:1] * count

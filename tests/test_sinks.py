@@ -1,4 +1,4 @@
-"""Attention sinks are found by their keys, are coded finer or exactly, and cost the other tokens no bits."""
+"""Attention sinks: how they are told, that they are finer or exact, and that nothing else pays for them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hf_cachegen.codec.transforms.identity import Identity
 from hf_cachegen.codec.transforms.klt import DIGEST_BYTES, Klt
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 from hf_cachegen.stores import LocalStore
-from tests.klt_support import CONFIG, TOKENS, geometry, make_profile
+from tests.test_klt_tables import CONFIG, TOKENS, geometry, make_profile
 
 IDENTITY = CacheGenConfig(transform="identity", chunk_tokens=32, protect_first=2, protect_last=8)
 SINKS = [0, 40, 70]
 
 
 def kv(sinks: list[int], dtype: torch.dtype = torch.float32, batch: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Return random values; the keys of sinks are a tenth as long as others, and their values are far from others."""
+    """Random values; keys of sinks are a tenth as long as others', and their values far from others'."""
     x = torch.randn(2, 3, batch, 2, TOKENS, 8, generator=torch.Generator().manual_seed(0))
     x[0] /= x[0].norm(dim=-1, keepdim=True)
     x[0, ..., sinks, :] /= 10
@@ -35,14 +35,14 @@ def kv(sinks: list[int], dtype: torch.dtype = torch.float32, batch: int = 1) -> 
 
 
 @pytest.mark.parametrize("sinks", [[], [0], [99], SINKS], ids=str)
-def test_sinks_are_found_by_their_keys(sinks: list[int]) -> None:
+def test_sinks_are_told_by_their_keys(sinks: list[int]) -> None:
     keys, _ = kv(sinks)
     assert find_sinks(keys).tolist() == sinks
     assert find_sinks([x.bfloat16() for x in keys]).tolist() == sinks
     assert find_sinks([x[:, :, : LEAST_TOKENS - 1] for x in keys]).tolist() == []
 
 
-def test_where_lengths_vary_a_short_key_is_no_sink() -> None:
+def test_where_lengths_vary_a_short_key_says_nothing() -> None:
     keys, _ = kv([])
     lengths = torch.logspace(-1, 1, TOKENS)[torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))]
     assert find_sinks([x * lengths[:, None] for x in keys]).tolist() == []
@@ -50,7 +50,7 @@ def test_where_lengths_vary_a_short_key_is_no_sink() -> None:
         assert find_sinks([strange] * 3).tolist() == []
 
 
-def test_a_batch_of_several_rows_has_no_sinks() -> None:
+def test_several_rows_have_none() -> None:
     keys, values = kv(SINKS, batch=2)
     assert find_sinks(keys).tolist() == []
     assert not keeps_first(_codec(encode_kv(keys, values, IDENTITY)))
@@ -83,8 +83,8 @@ def test_identity_keeps_the_first_token(dtype: torch.dtype) -> None:
         assert torch.equal(target[5:37], expected)
 
 
-def test_an_exact_first_token_costs_the_others_no_bits() -> None:
-    """Its values, which are far from the rest, are in no symbol."""
+def test_a_first_token_of_its_own_costs_the_others_nothing() -> None:
+    """Its values, far from the rest, are in no symbol."""
     with_one, without = (encode_kv(*kv(sinks), IDENTITY) for sinks in ([0], []))
     row = with_one.geometry.elements // TOKENS * 4
     assert len(with_one.side) == len(without.side) + row
@@ -92,7 +92,7 @@ def test_an_exact_first_token_costs_the_others_no_bits() -> None:
         assert sum(map(len, one)) == pytest.approx(sum(map(len, other)), rel=0.02)
 
 
-def test_delta_and_lossless_have_no_sinks() -> None:
+def test_delta_and_lossless_need_nothing_of_it() -> None:
     for config in (CacheGenConfig(transform="delta"), CacheGenConfig(transform="identity", lossless=True, levels=1)):
         with_one, without = (encode_kv(*kv(sinks), config) for sinks in ([0], []))
         assert not keeps_first(_codec(with_one))
@@ -150,7 +150,7 @@ def test_a_first_token_must_be_whole() -> None:
         encode_kv(keys, values, IDENTITY)
 
 
-def test_auto_and_files_keep_sinks(tmp_path: Path) -> None:
+def test_auto_and_files_know_them(tmp_path: Path) -> None:
     keys, values = kv([0])
     encoded = encode_kv(keys, values, CacheGenConfig(chunk_tokens=32))
     assert encoded.config.transform == "identity"
