@@ -43,7 +43,7 @@ OLDEST_ALLOWED := $(shell sed -nE '/^dependencies/,/^\]/s/^ *"([a-z_]+)>=([0-9.]
 ALLOWED := $(shell sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml | \
 	grep -oE '"[a-zA-Z0-9_-]+(\[[a-z0-9]+\])?[<>=][^"]*"')
 # What depends on Transformers most: generation in every decoding mode, caches and their layers.
-MATRIX := $(wildcard tests/test_generation*.py) tests/test_cache.py tests/test_layout.py
+MATRIX := $(wildcard tests/test_generation*.py) tests/test_cache.py tests/test_layers.py
 NATIVE := $(shell find cuda_ext -type f 2>/dev/null)
 # The library is built by itself, since pip would hide what the compiler says (without one the package still works, slowly).
 # Without isolation pip uses the pinned setuptools; without dependencies it cannot replace a pinned package.

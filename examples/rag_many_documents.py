@@ -3,7 +3,7 @@
     python examples/rag_many_documents.py
     python examples/rag_many_documents.py --model MODEL --documents texts/ --ask "What does the harbour charge?"
 
-Retrieval here counts the rare words that a question shares with a document; put your own search in its place. The
+Retrieval here counts the rare words that a question shares with a document; replace it by your own search. The
 caches are folders on disk, and those used last stay in memory.
 """
 

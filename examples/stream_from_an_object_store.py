@@ -24,7 +24,7 @@ MODEL = EXAMPLES.parent / "eval" / "reference" / "model"
 
 
 def publish(cache: CacheGenCache, location: str) -> None:
-    """Write the artifact to the location, the manifest last: whoever finds it finds the rest."""
+    """Write the artifact to the location, the manifest last: a reader that finds it finds the other files."""
     filesystem, root = fsspec.core.url_to_fs(location)
     with tempfile.TemporaryDirectory() as folder:
         cache.save_pretrained(Path(folder) / "artifact")

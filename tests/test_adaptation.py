@@ -1,4 +1,4 @@
-"""The adaptation experiment: that simulated time passes as it must, and that mixtures are judged for what they are."""
+"""The adaptation experiment: simulated time, and the quality of mixtures of levels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RATES = st.floats(1e7, 1e10)
 
 @given(RATES, st.integers(1, 3), st.floats(0, 0.05), st.integers(1, 8))
 @settings(max_examples=50, deadline=None)
-def test_a_level_takes_its_transfer_and_the_decoding_that_nothing_hides(
+def test_a_level_takes_its_transfer_and_the_decoding_after_it(
     rate: float, level: int, round_trip: float, connections: int
 ) -> None:
     outcome = simulate(CHUNKS, traces.steady(rate), Fixed(level), 10.0, 0.1, round_trip, connections)
@@ -36,7 +36,7 @@ def test_a_level_takes_its_transfer_and_the_decoding_that_nothing_hides(
 
 
 @given(RATES)
-def test_text_takes_what_recomputing_does(rate: float) -> None:
+def test_text_takes_the_time_of_recomputing(rate: float) -> None:
     outcome = simulate(CHUNKS, traces.steady(rate), Fixed("text"), 1.0, 0.25)
     assert outcome == Outcome(pytest.approx(3.25), (None,) * 6, 0.0)
 
@@ -83,7 +83,7 @@ def test_chunks_that_do_not_match_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a short experiment writes, without suffix."""
+    """Return the path without suffix of the files that a short experiment writes."""
     out = tmp_path_factory.mktemp("adaptation") / "short"
     options = ["--traces", "6", "--slo", "0.6", "--slo", "2", "--tokens", "300", "--plot-slo", "2"]
     done = CliRunner().invoke(adaptation.main, ["--out", str(out), *options], catch_exceptions=False)
@@ -91,7 +91,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_experiment_writes_what_it_found(results: Path) -> None:
+def test_the_experiment_writes_its_results(results: Path) -> None:
     found = json.loads(results.with_suffix(".json").read_text())
     assert found["options"]["count"] == 6
     assert set(found["kept"]) == {"0.6", "2"}
@@ -110,13 +110,13 @@ def test_the_experiment_writes_what_it_found(results: Path) -> None:
     assert results.with_suffix(".md").read_text().count("| adaptive |") == 2
 
 
-def test_the_report_can_show_it(results: Path) -> None:
+def test_the_report_shows_the_experiment(results: Path) -> None:
     shown = reported.load(results.with_suffix(".json"))
     assert shown.plots
     assert any("adaptive" in str(table) for table in shown.tables)
 
 
-def test_traces_come_from_files_too(tmp_path: Path) -> None:
+def test_traces_are_read_from_files(tmp_path: Path) -> None:
     path = tmp_path / "link.csv"
     path.write_text("0,1e9\n1,1e8\n")
     assert adaptation.links_of(5, 0, 3, "log", [path]) == [traces.load(path)]

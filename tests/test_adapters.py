@@ -1,4 +1,4 @@
-"""Every setting of an adapter that changes keys or values belongs to a cache; its name, and what is off, do not."""
+"""Every setting of an adapter that changes keys or values counts; its name, and disabled adapters, do not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGETS = ["k_proj", "v_proj", "down_proj"]
 
 
 class Layer(nn.Module):
-    """What a tuner layer of PEFT looks like from outside; runs without PEFT."""
+    """A layer with the attributes of a tuner layer of PEFT, without PEFT."""
 
     adapter_layer_names = ("lora_A", "lora_B")
     other_param_names = ("r", "scaling", "lora_dropout")
@@ -96,7 +96,7 @@ def test_settings_and_weights_of_an_adapter_count(wrapped: tuple[Any, Layer], ch
         known.check(model)
 
 
-def test_names_and_dropout_do_not_matter(wrapped: tuple[Any, Layer]) -> None:
+def test_names_and_dropout_do_not_count(wrapped: tuple[Any, Layer]) -> None:
     model, layer = wrapped
     layer.add("french")
     known = adapter_checksums(model)
@@ -198,7 +198,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_for_a_while(change: str) -> None:
+def test_temporary_changes_of_an_adapter(change: str) -> None:
     model = adapted(lora())
     known = Fingerprint.of(model, [1])
     with CHANGES[change](model), pytest.raises(WrongWeightsError):
@@ -210,14 +210,14 @@ def test_changes_for_a_while(change: str) -> None:
         known.check(model)
 
 
-def test_merging_and_unloading_is_merging() -> None:
+def test_merging_and_unloading_equals_merging() -> None:
     merged = adapted(lora())
     merged.merge_adapter()
     known = Fingerprint.of(merged, [1])
     known.check(adapted(lora()).merge_and_unload())
 
 
-def test_several_and_weighted_adapters() -> None:
+def test_several_and_weighted_adapters_count() -> None:
     model = adapted(lora())
     one = Fingerprint.of(model, [1])
     model.add_adapter("second", lora(lora_alpha=4))

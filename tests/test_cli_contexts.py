@@ -53,7 +53,7 @@ def ask(artifact: Path, model: Path, *options: object) -> tuple[object, ...]:
     return ("generate", artifact, "--model", model, "--prompt", QUESTION, "--max-new-tokens", 12, *options)
 
 
-def test_encode_reports_what_it_wrote(tmp_path: Path, model: Path, document: Path) -> None:
+def test_encode_reports_its_artifact(tmp_path: Path, model: Path, document: Path) -> None:
     folder = tmp_path / "context"
     found = run_json("encode", document, "--model", model, "--out", folder, "--protect-last", 8)
     assert found["artifact"] == str(folder)

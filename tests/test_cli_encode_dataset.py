@@ -23,7 +23,7 @@ from tests.small_artifact import write as write_small
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 WAIT = 200.0
-"""Seconds: a generous limit on what would otherwise hang."""
+"""Time limit of a subprocess in seconds; far above its usual time."""
 MODULE = ["-m", "hf_cachegen.encode_dataset"]
 LAUNCH = [
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -35,7 +35,7 @@ pytest.importorskip("datasets")
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Six rows, five texts."""
+    """Write six rows with five different texts."""
     path = tmp_path / "texts.jsonl"
     rows = [{"context": f"line a-{n % 5}: REGISTER_CONTENT is <{n % 5}>\n" * 3} for n in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -66,7 +66,7 @@ def files(out: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.slow
-def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) -> None:
+def test_each_text_is_encoded_once(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = called(arguments(texts, out), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -92,7 +92,7 @@ def test_one_artifact_for_each_text_and_none_twice(texts: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_makes_and_a_kill_loses_nothing(texts: Path, tmp_path: Path) -> None:
+def test_two_processes_make_the_artifacts_of_one_also_after_a_kill(texts: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, *arguments(texts, killed)], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -140,7 +140,7 @@ def test_the_command_reports_as_json(texts: Path, tmp_path: Path) -> None:
     ],
     ids=["blank", "other-column", "other-suffix", "empty-folder"],
 )
-def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, tmp_path: Path) -> None:
+def test_a_file_without_texts_is_refused(name: str, text: str | None, match: str, tmp_path: Path) -> None:
     place = tmp_path / name
     if text is None:
         place.mkdir()
@@ -152,7 +152,7 @@ def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, t
 
 
 class Lengths:
-    """A tokenizer of one token a character."""
+    """A tokenizer with one token per character."""
 
     eos_token_id, eos_token = None, None
 
@@ -161,7 +161,7 @@ class Lengths:
 
 
 class FakeEncoding:
-    """An encoding whose artifacts are named by its own name and the length of the text."""
+    """An encoding whose artifacts are named by its name and the length of the text."""
 
     def __init__(self, name: str) -> None:
         self.own, self.tokenizer = name, Lengths()
@@ -212,7 +212,7 @@ def test_a_text_file_is_one_context(tmp_path: Path) -> None:
     assert row[1].startswith("First line.\n\nSecond.")
 
 
-def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+def test_wrong_arguments_are_usage_errors(tmp_path: Path) -> None:
     more = ("--transform", "klt", "--profile", "none")
     done = called(arguments(tmp_path / "no.jsonl", tmp_path / "out", *more), tmp_path)
     assert done.returncode == 2

@@ -178,7 +178,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in run("inspect", tmp_path, "--debug").stderr
 
 
-def test_an_unexpected_error_says_what_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("two\nlines")
 

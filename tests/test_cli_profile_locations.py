@@ -44,7 +44,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
 
 
-def test_there_and_back(server: HubServer, profile: Path, tmp_path: Path) -> None:
+def test_a_pushed_profile_is_pulled(server: HubServer, profile: Path, tmp_path: Path) -> None:
     pushed = run_json("push-profile", profile, "user/profiles", "--message", "Hello")
     repo = server.repos["models/user/profiles"]
     assert (pushed["commit"], repo.private) == (repo.branches["main"], True)
@@ -93,7 +93,7 @@ def test_profiles_are_listed(server: HubServer, profile: Path, tmp_path: Path) -
     assert local["profiles"] == [{"folder": "context", "bytes": nbytes, "kept": 0}]
     assert documented("ls", local)
     assert run_json("ls", "hf://user", "--subfolder", "a", code=USAGE)["error"]["type"] == "ConfigError"
-    assert run_json("ls", "hf://nobody")["artifacts"] == []
+    assert run_json("ls", "hf://unknown")["artifacts"] == []
 
 
 def test_private_profiles_are_listed_with_access_only(
@@ -117,7 +117,9 @@ def test_private_profiles_are_listed_with_access_only(
     ],
     ids=["push-nothing", "push-damaged", "pull-nothing", "pull-damaged"],
 )
-def test_errors(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_wrong_arguments_are_refused(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rubbish.safetensors").write_bytes(b"rubbish")
     assert run_json(*arguments, code=PROFILE)["error"]["type"] == "ProfileError"

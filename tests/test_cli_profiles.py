@@ -170,7 +170,7 @@ def test_profile_refuses_wrong_options(tmp_path: Path, model: Path, options: lis
 
 
 def test_a_model_of_the_hub_has_no_folder_of_its_own() -> None:
-    done = run("profile", "--model", "nobody/nothing", "--text", "-", stdin="w1")
+    done = run("profile", "--model", "unknown/model", "--text", "-", stdin="w1")
     assert (done.exit_code, "expected --out" in done.stderr) == (cli_errors.USAGE, True)
 
 
@@ -234,7 +234,7 @@ def test_inspect_shows_the_profile(encoded: Path, profile: Path, model: Path) ->
     assert [row["profile_kl"] for row in run_json("inspect", encoded)["levels"]] == kl
 
 
-def test_encode_says_what_a_profile_would_save(tmp_path: Path, model: Path, own: Path, profile: Path) -> None:
+def test_encode_reports_the_saving_of_a_profile(tmp_path: Path, model: Path, own: Path, profile: Path) -> None:
     advice = "encoded without a profile"
     assert advice in encode(model, tmp_path / "auto").stdout
     for options in (["--profile", "none"], ["--transform", "delta"], ["--lossless"], ["--profile", profile]):
@@ -301,10 +301,10 @@ def test_another_models_profile_is_a_mismatch(tmp_path: Path, profile: Path) -> 
     ],
     ids=["no-profile", "none", "nowhere", "delta", "lossless", "levels"],
 )
-def test_encode_refuses_what_does_not_go_with_the_profile(
+def test_encode_refuses_options_that_contradict_the_profile(
     tmp_path: Path, profile: Path, options: list[object], given: bool, code: int, named: str
 ) -> None:
-    """Each error comes before the model is loaded: the model does not exist here."""
+    """Each error is raised before the model is loaded: the model does not exist here."""
     chosen = ["--profile", profile, *options] if given else options
     command = ("encode", "-", "--model", tmp_path / "none", "--out", tmp_path / "o", *chosen)
     found = run_json(*command, code=code, stdin="w1")

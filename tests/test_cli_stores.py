@@ -66,7 +66,7 @@ def test_push_ls_pull(server: HubServer, folder: Path, tmp_path: Path) -> None:
 
 
 def test_links_are_pushed_only_from_within(server: HubServer, folder: Path, tmp_path: Path) -> None:
-    """Links within the folder are pushed, as in the Hub's own cache; links out of it are refused."""
+    """Links within the folder are pushed, like those of the Hub's own cache; links out of it are refused."""
     snapshot = tmp_path / "repo" / "snapshots" / "commit"
     (tmp_path / "repo" / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_links_are_pushed_only_from_within(server: HubServer, folder: Path, tmp_
     assert "link out of" in run_json("push", tmp_path / "linked", REPO, code=3)["error"]["message"]
 
 
-def test_pushing_to_the_public(server: HubServer, folder: Path) -> None:
+def test_pushing_to_a_public_repository_needs_the_option(server: HubServer, folder: Path) -> None:
     assert run("push", folder, REPO, "--public").exit_code == 0
     assert not server.repos[f"datasets/{REPO}"].private
     assert "public" in run_json("push", folder, REPO, code=2)["error"]["message"]
@@ -100,7 +100,7 @@ def test_pushing_to_the_public(server: HubServer, folder: Path) -> None:
     ],
     ids=["no-repository", "no-server", "scheme", "no-folder", "no-listing", "push-nothing", "size"],
 )
-def test_errors(
+def test_wrong_arguments_are_refused(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, kind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -109,7 +109,7 @@ def test_errors(
     assert not (tmp_path / "out").exists()
 
 
-def test_no_right_to_push(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushing_without_the_right_is_refused(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "reader")
     assert run_json("push", folder, REPO, code=7)["error"]["type"] == "StoreAccessError"
 

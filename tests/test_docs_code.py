@@ -19,11 +19,11 @@ TUTORIAL = ROOT / "docs" / "tutorial"
 PAGES = re.findall(r"\]\(([\w-]+\.md)\)", (TUTORIAL / "index.md").read_text(encoding="utf-8"))
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 HOST = "https://host/"
-"""The server in the pages, for which the test's own stands in."""
+"""The server in the pages; the tests replace it by a server of their own."""
 
 
 def shown_as(printed: str, shown: str) -> bool:
-    """Compare an output with the one in the page, where `...` stands for what differs from run to run."""
+    """Compare an output with the one in the page, where `...` stands for text that differs from run to run."""
     pattern = ".*".join(re.escape(part) for part in shown.strip().split("..."))
     return re.fullmatch(pattern, printed.strip(), re.DOTALL) is not None
 
@@ -60,7 +60,7 @@ def test_the_code_prints_what_the_page_shows(page: str, checkout: Path, hub: Non
             exec(compile(code.replace(HOST, f"{server.url}/"), str(TUTORIAL / page), "exec"), names)
         output = printed.getvalue().replace(f"{server.url}/", HOST)
         assert shown_as(output, shown), f"{code}\nprints\n{output}\nnot\n{shown}"
-        for artifact in checkout.glob("*.cachegen"):  # what the reader copies to a server
+        for artifact in checkout.glob("*.cachegen"):  # files that the reader copies to a server
             server.files |= {f"{artifact.name}/{name}": data for name, data in contents(artifact).items()}
 
 

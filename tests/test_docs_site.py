@@ -1,6 +1,6 @@
-"""The documentation as a site: every page has its place in mkdocs.yml, and the reference has every public name.
+"""The documentation as a site: mkdocs.yml lists every page, and the reference has every public name.
 
-`make docs` builds it with warnings as errors; what is tested here needs no mkdocs.
+`make docs` builds the site with warnings as errors. These tests need no mkdocs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 IDENTIFIER = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 
 
+FILE_NAME = re.compile(r"\b\w+\.(?:py|h|cpp|cu)\b")
+
+
 def leaves(tree: Any) -> Iterator[str]:
-    """The strings of nested lists and mappings."""
+    """Yield the strings of nested lists and mappings."""
     if isinstance(tree, str):
         yield tree
     else:
@@ -31,17 +34,30 @@ def leaves(tree: Any) -> Iterator[str]:
 
 
 def site() -> Any:
-    """mkdocs.yml."""
+    """Return the content of mkdocs.yml."""
     yaml = pytest.importorskip("yaml")
     return yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 
+def files_in_tree(tree: str) -> Iterator[Path]:
+    """Yield the folders and files that an indented tree names: a folder ends in a slash, two spaces are one floor."""
+    folders: list[str] = []
+    for line in filter(None, tree.splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        del folders[depth:]
+        if name.endswith("/"):
+            folders.append(name)
+        yield from (Path(*folders, found) for found in ("", *FILE_NAME.findall(line)))
+
+
 def documented() -> list[str]:
+    """Return the names that the pages of the reference document."""
     pages = sorted((DOCS / "reference").glob("*.md"))
     return [name for page in pages for name in IDENTIFIER.findall(page.read_text(encoding="utf-8"))]
 
 
-def test_every_page_has_its_place_in_the_navigation() -> None:
+def test_the_navigation_lists_every_page() -> None:
     assert sorted(leaves(site()["nav"])) == [page for page in PAGES if "/runs/" not in page]
 
 
@@ -54,7 +70,7 @@ def test_every_public_name_is_in_the_reference_once() -> None:
 
 
 @pytest.mark.parametrize("name", documented())
-def test_what_the_reference_shows_exists(name: str) -> None:
+def test_every_name_in_the_reference_exists(name: str) -> None:
     home, _, attribute = name.rpartition(".")
     assert getattr(importlib.import_module(home), attribute, None) or importlib.import_module(name)
 
@@ -78,3 +94,13 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
 def test_embedded_examples_exist() -> None:
     embedded = [name for page in PAGES for name in re.findall(r'^--8<-- "(.*)"$', (DOCS / page).read_text(), re.M)]
     assert sorted(embedded) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_every_file_in_the_tree_of_the_design_exists() -> None:
+    trees = [tree for tree in re.findall(r"^```\n(.*?)^```$", (DOCS / "design.md").read_text(), re.M | re.S)
+             if tree.startswith("hf_cachegen/")]  # fmt: skip
+    assert len(trees) == 1
+    files = list(files_in_tree(trees[0]))
+    assert Path("hf_cachegen/codec/transforms/klt.py") in files
+    assert Path("cuda_ext/include/cachegen.h") in files
+    assert [str(file) for file in files if not (ROOT / file).exists()] == []

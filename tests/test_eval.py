@@ -1,4 +1,4 @@
-"""The evaluation's own parts: scorers, baselines, corpus, and that the reference model does what it is for."""
+"""Parts of the evaluation: scorers, baselines, the corpus, and the quality of the reference model."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_any_text_round_trips(reference) -> None:
 
 
 def test_the_reference_model_retrieves(reference) -> None:
-    """At least 95 % of the numbers, of records of more than 1,000 tokens."""
+    """It finds at least 95 % of the numbers in records of more than 1,000 tokens."""
     model, tokenizer = reference
     right = asked = 0
     for index in range(100, 112):
@@ -92,7 +92,7 @@ def test_the_reference_model_retrieves(reference) -> None:
     assert right >= 0.95 * asked
 
 
-def test_the_reference_model_is_small_and_says_where_it_comes_from() -> None:
+def test_the_reference_model_is_small_and_records_its_origin() -> None:
     assert (MODEL_PATH / "model.safetensors").stat().st_size <= 12e6
     record = json.loads((MODEL_PATH / "training.json").read_text())
     assert record["steps"] > 0
@@ -103,7 +103,7 @@ def test_the_reference_model_is_small_and_says_where_it_comes_from() -> None:
 
 @pytest.mark.skipif(DATA is None, reason="CACHEGEN_EVAL_DATA names no folder with the published cases")
 def test_the_published_line_cases_score_as_published() -> None:
-    """Each case's own line is a right answer, and another line is not."""
+    """The line of a case is a right answer, and another line is a wrong one."""
     assert DATA is not None
     cases = [json.loads(line) for line in (Path(DATA) / "longeval_200_lines.jsonl").read_text().splitlines()]
     assert len(cases) == 50

@@ -1,4 +1,4 @@
-"""Baselines: what each stores is priced by hand, and what it decodes to is as near as its bits allow."""
+"""Baselines: their bits equal a count by hand, and their errors are those that the bits allow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ELEMENTS = 2 * LAYERS * HEADS * TOKENS * DIM
 
 @pytest.fixture(scope="module")
 def kv() -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values whose channels depend on each other, float32."""
+    """Return keys and values whose channels depend on each other, float32."""
     made = torch.Generator().manual_seed(0)
     mix = torch.randn(16, LAYERS * HEADS * DIM, generator=made)
     sides = []
@@ -33,7 +33,7 @@ def kv() -> tuple[list[Tensor], list[Tensor]]:
 
 
 def error(exact: list[Tensor], decoded: list[Tensor]) -> float:
-    """Relative error of all layers together."""
+    """Return the relative error of all layers together."""
     found = torch.stack([(a - b).norm() for a, b in zip(exact, decoded, strict=True)]).norm()
     return float(found / torch.stack([a.norm() for a in exact]).norm())
 
@@ -58,7 +58,7 @@ def test_layers_have_the_bins_of_the_released_code() -> None:
     assert max(max(*bins.keys, *bins.values) for bins in released.LEVELS.values()) < released.TABLE_ENTRIES
 
 
-def test_tables_are_charged_once_for_the_artifact_and_every_256_tokens_for_lmcache(
+def test_tables_count_once_for_the_artifact_and_every_256_tokens_for_lmcache(
     kv: tuple[list[Tensor], list[Tensor]],
 ) -> None:
     artifact, lmcache = (next(released.cachegen(*kv, table_tokens=n)) for n in (None, 256))
@@ -105,7 +105,7 @@ def test_kivi_keeps_its_residual_exact(kv: tuple[list[Tensor], list[Tensor]]) ->
 
 @pytest.mark.parametrize(("bits", "distortion"), [(1, 0.363), (2, 0.117), (3, 0.0345), (4, 0.0095)])
 def test_the_codebook_of_turboquant_has_the_known_distortion(bits: int, distortion: float) -> None:
-    """At large dimension a coordinate is normal, whose Lloyd-Max distortions are known (Max 1960)."""
+    """In a large dimension a coordinate is normal, and its Lloyd-Max distortions are known (Max 1960)."""
     dim = 1024
     levels = turboquant.codebook(dim, bits)
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(1)) / math.sqrt(dim)

@@ -29,7 +29,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` keeps of a Parquet file goes into the test's folder."""
+    """Let `datasets` keep its copies of Parquet files in the folder of the test."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
@@ -55,7 +55,7 @@ def test_generators_are_seeded(spec: str, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["longeval-lines", "longeval-topics"])
-def test_generated_cases_have_the_length_asked_for(name: str, tokenizer: Any) -> None:
+def test_generated_cases_have_the_requested_length(name: str, tokenizer: Any) -> None:
     for tokens in (700, 1500):
         for example in loaded(f"{name}:tokens={tokens}", tokenizer, 2).examples:
             assert 0.75 * tokens <= len(tokenizer(example.context).input_ids) <= 1.05 * tokens
@@ -104,7 +104,7 @@ def test_wikitext_windows_follow_each_other(tokenizer: Any) -> None:
 
 
 def on_the_hub(folder: Path, name: str, split_: str, rows: list[dict[str, Any]]) -> Path:
-    """A folder like a Parquet repository of the Hub."""
+    """Write a folder like a Parquet repository of the Hub."""
     datasets = pytest.importorskip("datasets")
     (folder / name).mkdir(parents=True)
     datasets.Dataset.from_list(rows).to_parquet(folder / name / f"{split_}-00000-of-00001.parquet")
@@ -121,7 +121,7 @@ LONGBENCH_ROWS = [
 
 
 @pytest.mark.parametrize("name", ["triviaqa", "narrativeqa"])
-def test_longbench_form(name: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_longbench_rows_are_read(name: str, tmp_path: Path, tokenizer: Any) -> None:
     folder = on_the_hub(tmp_path / "bench", name, "test", LONGBENCH_ROWS)
     dataset = loaded(f"longbench-{name}:repo={folder}", tokenizer, 2)
     assert [example.id for example in dataset.examples] == ["id0", "id1"]
@@ -162,7 +162,7 @@ TRIVIA_ROWS = [
 ]  # fmt: skip
 
 
-def test_triviaqa_as_published_on_the_hub(tmp_path: Path, tokenizer: Any) -> None:
+def test_triviaqa_is_read_as_published_on_the_hub(tmp_path: Path, tokenizer: Any) -> None:
     folder = on_the_hub(tmp_path / "trivia_qa", "rc", "validation", TRIVIA_ROWS)
     dataset = loaded(f"triviaqa:repo={folder}", tokenizer)
     (example,) = dataset.examples
@@ -175,7 +175,7 @@ def test_triviaqa_as_published_on_the_hub(tmp_path: Path, tokenizer: Any) -> Non
     assert [example.id for example in web] == ["tc_0--f", "tc_1--f"]
 
 
-def test_web_asks_once_for_each_document_and_verified_is_a_subset(tmp_path: Path, tokenizer: Any) -> None:
+def test_web_has_one_question_per_document_and_verified_is_a_subset(tmp_path: Path, tokenizer: Any) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"Document {name}.")
     pages = [{"Filename": f"{name}.txt", "DocPartOfVerifiedEval": name == "b"} for name in "abc"]
@@ -194,7 +194,7 @@ def test_web_asks_once_for_each_document_and_verified_is_a_subset(tmp_path: Path
 
 
 @published
-def test_triviaqa_as_published_in_json(tmp_path: Path, tokenizer: Any) -> None:
+def test_triviaqa_is_read_as_published_in_json(tmp_path: Path, tokenizer: Any) -> None:
     spec = f"triviaqa:path=$CACHEGEN_EVAL_DATA/triviaqa_sample.json,evidence={tmp_path}"
     with pytest.raises(ConfigError, match="no examples"):
         loaded(spec, tokenizer)
@@ -206,7 +206,7 @@ def test_triviaqa_as_published_in_json(tmp_path: Path, tokenizer: Any) -> None:
         loaded("triviaqa:path=$CACHEGEN_EVAL_DATA/triviaqa_sample.json", tokenizer)
 
 
-def test_a_document_outside_the_evidence_is_none(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_document_outside_the_evidence_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "secret.txt").write_text("not for you")
     (tmp_path / "evidence").mkdir()
     pages = [{"Filename": "../secret.txt"}]
@@ -284,12 +284,12 @@ def test_wrong_specifications_are_refused(spec: str, match: str, tokenizer: Any)
         loaded(spec, tokenizer)
 
 
-def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_folder_without_a_data_set_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="cannot load"):
         loaded(f"longbench-triviaqa:repo={tmp_path}", tokenizer)
 
 
-def test_two_examples_of_one_name_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_two_examples_with_one_name_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"context": c, "question": "q", "answers": ["a"], "id": "x"} for c in "ab"]
     (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ConfigError, match="two examples"):

@@ -1,4 +1,4 @@
-"""docs/evaluation.md knows every option, codec, score and data set of the code, and names none besides."""
+"""docs/evaluation.md names every option, codec, score and data set of the code, and no other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_cachegen.cli.encode_dataset import encode_dataset
 TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
 
 
-def test_options_of_run() -> None:
+def test_the_options_of_run_are_documented() -> None:
     options = {flag for parameter in run.params for flag in (*parameter.opts, *parameter.secondary_opts)} - {"--out"}
     rows = re.findall(r"^\| (`--[^|]*) \|([^|]*)\|", TEXT, re.M)
     assert {flag for cell, _ in rows for flag in re.findall(r"`(--[\w-]+)`", cell)} == options
@@ -27,7 +27,7 @@ def test_options_of_run() -> None:
             assert str(default) in row
 
 
-def test_data_sets_and_their_options() -> None:
+def test_data_sets_and_their_options_are_documented() -> None:
     table = TEXT.split("## Data sets")[1].split("##")[0]
     rows = dict(re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|.*\| ([^|]*(?:\\\|[^|]*)*) \|$", table, re.M))
     named = {name: options for names, options in rows.items() for name in re.findall(r"`([\w-]+)`", names)}
@@ -38,14 +38,14 @@ def test_data_sets_and_their_options() -> None:
             assert options <= set(re.findall(r"(\w+)=", named[name])), name
 
 
-def test_codecs_and_scores() -> None:
+def test_codecs_and_scores_are_documented() -> None:
     table = TEXT.split("| codec | what |")[1].split("##")[0]
     assert set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| ([^|]*) \|", table, re.M)))) == set(NAMES)
     for name in SCORERS:
         assert f"`{name}`" in TEXT
 
 
-def test_options_of_encode_dataset() -> None:
+def test_the_options_of_encode_dataset_are_documented() -> None:
     part = TEXT.split("`encode_dataset` writes")[1].split("\n## ")[0]
     shared = {flag for parameter in encode.params for flag in parameter.opts}
     known = shared | {"--dataset", "--help"}

@@ -1,4 +1,4 @@
-"""The evaluation is a user of the package: it imports public names alone."""
+"""The evaluation uses the package like any user: it imports only public names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLIC = ("hf_cachegen", "hf_cachegen.errors", "hf_cachegen.stores", "hf_cachege
 
 
 def imported(path: Path) -> Iterator[tuple[str, str | None]]:
-    """(module, name) of every import of the package in a file; name None for `import module`."""
+    """Yield (module, name) of every import of the package in a file; the name is None for `import module`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "hf_cachegen")
@@ -29,7 +29,7 @@ def imported(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def public(module: str) -> set[str]:
-    """Public names of a module: its __all__, or, for the errors, its classes."""
+    """Return the public names of a module: its __all__, or, for the errors, its classes."""
     found = import_module(module)
     if hasattr(found, "__all__"):
         return set(found.__all__)

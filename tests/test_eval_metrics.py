@@ -35,7 +35,7 @@ def record(number: int, *variants: dict[str, Any], answers: list[str]) -> dict[s
 
 
 def records() -> list[dict[str, Any]]:
-    """Ten contexts of two questions; the lossy codec gets one of the two wrong in every other context."""
+    """Return ten contexts of two questions; the lossy codec gets one of the two wrong in every second context."""
     found = []
     for n in range(10):
         lossy = variant("uniform-4", ["11", "22" if n % 2 else "9"], bytes=2000, kl=[0.1, 0.3], agreement=[1.0, 0.5],
@@ -44,7 +44,7 @@ def records() -> list[dict[str, Any]]:
     return found
 
 
-def test_sizes_scores_and_differences() -> None:
+def test_sizes_scores_and_differences_are_computed() -> None:
     found = metrics.summarise(records(), ["line"])
     exact, lossy = found["variants"]
     assert (found["examples"], found["questions"], found["exact_bits"]) == (10, 20, 16.0)
@@ -63,7 +63,7 @@ def test_sizes_scores_and_differences() -> None:
     assert lossy["layers"] == [{"k_bits": 4.5}]
 
 
-def test_metrics_are_plain_and_repeatable() -> None:
+def test_metrics_are_plain_values_and_repeatable() -> None:
     first = metrics.summarise(records(), ["line"])
     assert json.loads(json.dumps(first)) == first == metrics.summarise(records(), ["line"])
     assert first["intervals"] == intervals.METHOD
@@ -87,11 +87,11 @@ def test_a_paired_difference_is_narrower() -> None:
 
 
 @pytest.mark.parametrize(("freedom", "expected"), [(9, 2.262157), (19, 2.093024), (49, 2.009575), (999, 1.962341)])
-def test_quantiles_of_student(freedom: int, expected: float) -> None:
+def test_quantiles_of_student_are_those_of_tables(freedom: int, expected: float) -> None:
     assert intervals.student_quantile(freedom) == pytest.approx(expected, abs=1e-4)
 
 
-def test_intervals_hold_what_they_promise() -> None:
+def test_intervals_have_their_coverage() -> None:
     """At ten contexts of different length, 95 % of the intervals contain the mean."""
     rng = np.random.default_rng(2)
     hits = 0
@@ -129,7 +129,7 @@ def test_a_divergence_is_not_negative() -> None:
     assert percent(None) == "–"
 
 
-def test_answers_that_are_empty_agree_with_nothing() -> None:
+def test_empty_answers_agree_with_no_answer() -> None:
     rows = records()
     for row in rows:
         row["completion_tokens"] = [0, 0]
@@ -173,7 +173,7 @@ def test_teacher_forcing_compares_token_by_token() -> None:
     assert compare(exact, exact, torch.tensor([0, 1, 2]), 0) == (0.0, None, 0.0)
 
 
-def test_what_counts_as_without_loss() -> None:
+def test_the_rule_for_without_loss() -> None:
     found = metrics.summarise(records(), ["line"])
     exact, lossy = found["variants"]
     assert findings.keeps(exact, "line")

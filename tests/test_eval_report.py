@@ -1,4 +1,4 @@
-"""The report: tables and plots of finished runs, and a page that a phone can show."""
+"""The report: tables and plots of finished runs, and a page that fits a phone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = [
 ]  # fmt: skip
 PHONE = 390
 FIGURES = 3 * 3 + 4 + 2
-"""Pixels across."""
+"""Width of a phone's screen in pixels."""
 WAIT = 120
 
 
@@ -53,14 +53,14 @@ def variant(codec: str, level: int | None, bits: float, score: float | None, los
     return {**found, "scores": {"line": estimate(score - loss, -loss)}, "same_answer": estimate(1 - loss)}
 
 
-def made_run(place: Path, name: str, score: float | None) -> Path:
-    """A finished run, its numbers made up."""
+def made_run(root: Path, name: str, score: float | None) -> Path:
+    """Write a finished run with invented numbers."""
     rows = [
         ("exact", None, 16.0, 0.0, 0.0), ("text", None, 0.03, 0.0, 0.0), ("uniform-8", None, 8.5, 0.0, 0.001),
         ("uniform-4", None, 4.5, 0.02, 0.03), ("released", None, 4.4, 0.02, 0.02), ("delta", 2, 3.0, 0.01, 0.2),
         ("delta", 1, 1.7, 0.2, 0.9), ("klt", 2, 1.2, 0.0, 0.007), ("klt", 1, 0.6, 0.005, 0.03),
     ]  # fmt: skip
-    folder = RunFolder(place)
+    folder = RunFolder(root)
     scores = [] if score is None else ["line"]
     session = {
         "time": "2026-11-23T12:00:00+00:00", "processes": 1, "revision": "0123456789abcdef",
@@ -78,23 +78,23 @@ def made_run(place: Path, name: str, score: float | None) -> Path:
         "prefill_seconds": 0.2, "first_token_seconds": 0.03,
         "variants": [variant(codec, level, bits, score, loss, kl) for codec, level, bits, loss, kl in rows],
     })  # fmt: skip
-    return place
+    return root
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("report")
-    runs = [made_run(place / "a", "Record lines & more", 1.0), made_run(place / "b", "WikiText-2", None),
-            made_run(place / "c", "Too hard", 0.05)]  # fmt: skip
-    adaptation = place / "adaptation.json"
+    root = tmp_path_factory.mktemp("report")
+    runs = [made_run(root / "a", "Record lines & more", 1.0), made_run(root / "b", "WikiText-2", None),
+            made_run(root / "c", "Too hard", 0.05)]  # fmt: skip
+    adaptation = root / "adaptation.json"
     rows = [
         {"contestant": name, "slo": slo, "violations": 0.12345, "kl": 0.01, "ttft_mean": 1.5, "ttft_p95": 2.5}
         for name in ("adaptive", "paper", "level 1", "text", "uniform 8-bit", "a new one") for slo in (1.0, 2.0)
     ]  # fmt: skip
     steady = [{"contestant": "adaptive", "bits_per_second": rate, "ttft": 1.0} for rate in (1e8, 1e9)]
     adaptation.write_text(json.dumps({"rows": rows, "steady": steady}))
-    write(runs, place / "out", "A title <here>", adaptation)
-    return place / "out"
+    write(runs, root / "out", "A title <here>", adaptation)
+    return root / "out"
 
 
 def test_the_page_is_one_file(report: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_page_is_one_file(report: Path) -> None:
         assert color not in re.sub(r"<style>.*?</style>", "", page, flags=re.S), "the page's own colours everywhere"
 
 
-def test_the_page_says_what_was_found(report: Path) -> None:
+def test_the_page_shows_the_findings(report: Path) -> None:
     page = (report / "index.html").read_text()
     assert "26.7×" in page  # klt, level 1: 16 / 0.6
     assert "klt, level 1" in page
@@ -125,7 +125,7 @@ def test_the_page_says_what_was_found(report: Path) -> None:
     assert "SLO 2 s" in page
 
 
-def test_markdown_has_the_tables_and_finds_its_plots(report: Path) -> None:
+def test_the_markdown_has_the_tables_and_links_its_plots(report: Path) -> None:
     text = (report / "report.md").read_text()
     share, kl = "99.5% [97.5, 100.5]", "0.0300 [0.0100, 0.0400]"
     assert f"| klt, level 1 | 60.0 kB | 26.7× | 0.60 | {share} | -0.5 [-1.5, +0.5] | {share} | {share} | {kl} |" in text
@@ -139,7 +139,7 @@ def test_markdown_has_the_tables_and_finds_its_plots(report: Path) -> None:
     assert "| adaptive | 1.50 / 2.50 | 1.50 / 2.50 |" in text
 
 
-def test_every_line_of_a_plot_has_a_colour_and_the_page_knows_it() -> None:
+def test_every_line_of_a_plot_has_a_colour_in_the_page() -> None:
     style = (Path(__file__).parents[1] / "eval" / "report" / "page.css").read_text()
     for name in (*PLAIN, *MARKERS):
         assert style.count(f"--{name}:") == 2, "a light and a dark one"
@@ -154,7 +154,7 @@ def test_numbers_are_short() -> None:
     assert table.markdown() == "| a | b |\n|---|---:|\n| <x> | 1 |\n"
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config.json"):
         write([tmp_path], tmp_path / "out", "t", None)
     (tmp_path / "bad.json").write_text("{}")
@@ -174,7 +174,7 @@ def test_runs_of_two_models_make_no_report(tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page's layout is NOT tested")
 @pytest.mark.parametrize("width", [PHONE, 768, 1280])
 def test_nothing_overflows_sideways(report: Path, width: int, tmp_path: Path) -> None:
-    """Chromium lays the page out in a frame of this width, and says what stands out of it."""
+    """Lay the page out in a frame of this width with Chromium, and list the elements that exceed it."""
     page = html.escape((report / "index.html").read_text(), quote=True)
     frame = f"""<iframe id=f style="border:0;width:{width}px;height:800px" srcdoc="{page}"></iframe><pre id=found></pre>
     <script>document.getElementById("f").onload = () => {{
@@ -200,14 +200,14 @@ def test_nothing_overflows_sideways(report: Path, width: int, tmp_path: Path) ->
     assert len(backgrounds) == 2, "light and dark differ"
 
 
-def shown(place: Path, scheme: str) -> dict[str, Any]:
+def shown(root: Path, scheme: str) -> dict[str, Any]:
     done = subprocess.run(
-        [str(CHROMIUM), *QUIET, f"--user-data-dir={place / f'profile-{scheme}'}",
+        [str(CHROMIUM), *QUIET, f"--user-data-dir={root / f'profile-{scheme}'}",
          f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1400,1000", "--virtual-time-budget=8000",
-         "--dump-dom", (place / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=WAIT, check=True, env={**os.environ, "HOME": str(place)},
+         "--dump-dom", (root / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=WAIT, check=True, env={**os.environ, "HOME": str(root)},
     )  # fmt: skip
-    told = re.findall(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.S)
-    assert "".join(told), done.stderr[-1000:]
-    found: dict[str, Any] = json.loads(html.unescape(told[0]))
+    dumped = re.findall(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.S)
+    assert "".join(dumped), done.stderr[-1000:]
+    found: dict[str, Any] = json.loads(html.unescape(dumped[0]))
     return found

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = "reference-lines:lines=10,questions=2"
 CODECS = ("uniform-4", "delta")
 WAIT = 200.0
-"""Seconds: a generous limit on what would otherwise hang."""
+"""Time limit of a subprocess in seconds; far above its usual time."""
 
 
 def options(**changed: Any) -> Options:
@@ -36,7 +36,7 @@ def options(**changed: Any) -> Options:
 
 
 def timeless(found: Any) -> Any:
-    """Without what a clock said."""
+    """Return the records without their times."""
     if isinstance(found, dict):
         return {name: timeless(value) for name, value in found.items() if not name.endswith("seconds")}
     return [timeless(value) for value in found] if isinstance(found, list) else found
@@ -53,7 +53,7 @@ LAUNCH = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
-"""Without --multi_gpu accelerate starts one process on a machine without GPUs, whatever number it is given."""
+"""Without --multi_gpu accelerate ignores the number of processes on a machine without GPUs, and starts one."""
 
 
 def called(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -101,7 +101,7 @@ def test_a_finished_run_is_scored_again_without_a_model(finished: Path, monkeypa
     assert len(RunFolder(finished).config()["sessions"]) > 1
 
 
-def test_what_is_finished_is_not_done_again(finished: Path, tmp_path: Path) -> None:
+def test_finished_examples_are_not_run_again(finished: Path, tmp_path: Path) -> None:
     lines = (finished / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
     (tmp_path / "predictions-000.jsonl").write_bytes(lines[0] + lines[1][:50])  # killed within the second example
@@ -113,7 +113,7 @@ def test_what_is_finished_is_not_done_again(finished: Path, tmp_path: Path) -> N
     assert timeless(metrics) == timeless(RunFolder(finished).metrics())
 
 
-def test_another_run_does_not_go_on_here(finished: Path, tmp_path: Path) -> None:
+def test_another_run_does_not_continue_in_this_folder(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seed: 0, now 1"):
         run(options(seed=1), finished)
     (tmp_path / "letter.txt").write_text("dear")
@@ -139,14 +139,14 @@ def test_compressed_predictions_are_read(tmp_path: Path) -> None:
         RunFolder(tmp_path).done()
 
 
-def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no metrics.json"):
         RunFolder(tmp_path).metrics()
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> None:
-    """As accelerate launches them."""
+def test_two_processes_give_the_results_of_one(finished: Path, tmp_path: Path) -> None:
+    """accelerate launches the processes."""
     done = called([*LAUNCH, *command(tmp_path / "two", "--limit", "3")])
     assert done.returncode == 0, done.stderr[-2000:]
     folder = RunFolder(tmp_path / "two")
@@ -156,9 +156,9 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    """Killed after its first example, interrupted after its second, then run to the end."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background all would ignore it
+def test_a_killed_run_continues(tmp_path: Path) -> None:
+    """The run is killed after its first example, interrupted after its second, then run to the end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background of a shell ignore it
     out = tmp_path / "killed"
     shard = out / "predictions-000.jsonl"
     for number, (signal_, code) in enumerate(((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)), 1):
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert len(RunFolder(out).config()["sessions"]) == 3
 
 
-def test_examples_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_examples_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none of the 3 examples fits"):
         run(options(max_tokens=60), tmp_path / "none")
     with pytest.raises(ConfigError, match="needs"):
@@ -227,7 +227,7 @@ def test_the_question_in_the_cache_and_perplexity(tmp_path: Path) -> None:
     assert text["prefill_seconds"] > 0
 
 
-def test_every_codec_that_is_here(tmp_path: Path) -> None:
+def test_every_installed_codec_runs(tmp_path: Path) -> None:
     found = run(options(codecs=("all",), limit=1, levels=(1,)), tmp_path)
     measured = [v["codec"] for v in found["variants"]]
     missing = RunFolder(tmp_path).config()["asked"]["unavailable"]

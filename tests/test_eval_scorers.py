@@ -1,4 +1,4 @@
-"""Scorers: what counts as right, and that the two TriviaQA normalisers stay apart."""
+"""Scorers: right and wrong answers, and the two normalisers of TriviaQA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eval.answers import first_line
 from eval.scorers import SCORE_TITLES, SCORERS, contains, normalise, normalise_triviaqa, token_f1
 
 
-def test_the_two_normalisers_differ_in_punctuation_alone() -> None:
+def test_the_two_normalisers_differ_only_in_punctuation() -> None:
     assert normalise("The rock'n'roll, of_an era!") == "rocknroll ofan era"
     assert normalise_triviaqa("The rock'n'roll, of_an era!") == "rock n roll of era"
     assert normalise_triviaqa("\u2018Sunset\u2019 Blvd.") == "sunset blvd"
@@ -48,7 +48,7 @@ def test_the_two_normalisers_differ_in_punctuation_alone() -> None:
         ("meteor", "dog", ["cat"], 0.0),
     ],
 )
-def test_scores(score: str, output: str, answers: list[str], expected: float) -> None:
+def test_a_score_of_an_output(score: str, output: str, answers: list[str], expected: float) -> None:
     assert SCORERS[score](output, answers) == pytest.approx(expected)
 
 
@@ -67,11 +67,11 @@ def test_an_answer_of_one_line_ends_with_it() -> None:
     assert first_line("") == ""
 
 
-def test_f1_and_em_are_those_of_evaluate() -> None:
+def test_f1_and_em_equal_those_of_evaluate() -> None:
     evaluate = pytest.importorskip("evaluate")
     try:
         squad = evaluate.load("squad")
-    except Exception as error:  # its script comes from the Hub, and every client says so in its own way
+    except Exception as error:  # its script comes from the Hub, and clients raise different errors offline
         pytest.skip(f"evaluate's squad metric cannot be loaded here: {type(error).__name__}")
     rng, words = random.Random(0), "the sun set over a wide, wide sea; an old man's boat".split()
     for number in range(50):

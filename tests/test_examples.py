@@ -1,4 +1,4 @@
-"""Run every example with the reference model, and look for the right answers in what it prints."""
+"""Run every example with the reference model, and look for the right answers in its output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main_of(name: str) -> Callable[[list[str]], None]:
 
 
 def right_answers(printed: str) -> int:
-    """How many questions there are; each must be followed by the number that is asked for."""
+    """Return the number of questions; check that the requested number follows each."""
     asked = re.findall(r"^> .* line ([\w-]+)\?\n(.*)$", printed, re.MULTILINE)
     for name, answer in asked:
         assert f"<{REGISTERS[name]}>" in answer, answer
@@ -37,7 +37,7 @@ def test_every_example_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_example_says_how_it_is_run(name: str) -> None:
+def test_an_example_documents_its_command(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert text.startswith('"""')
     assert f"python examples/{name}.py\n" in text

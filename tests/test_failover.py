@@ -1,4 +1,4 @@
-"""Which source is asked after which failures, and what is given up, without threads or clock."""
+"""The next source after failures, and the parts that are given up, without threads or clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unprepared(*, wrong: bool = False) -> Step:
 
 
 def unfetched(chunk: int, part: int, at: float, *, began: float | None = None) -> Step:
-    """A request fails at a time, and began just before or at another time."""
+    """Return a failure of a request at a time; it began just before, or at `began`."""
     begin = at - 0.1 if began is None else began
     return lambda failover: failover.cannot_fetch((chunk, part), wrong=False, began=begin, now=at)
 
@@ -47,7 +47,7 @@ def leave(failed: str, cut_off: int | None = None) -> Action:
 
 @dataclass
 class Case:
-    """Failures in their order, and what is to be done about each; afterwards the location that is asked, or none."""
+    """Failures in their order, the reaction to each, and the location that is asked afterwards (None without one)."""
 
     sources: list[str]
     steps: list[tuple[Step, Action]]
@@ -155,7 +155,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_failures(name: str) -> None:
+def test_the_reaction_to_failures(name: str) -> None:
     case = CASES[name]
     failover = Failover(case.sources, STALL)
     for number, (happens, expected) in enumerate(case.steps):

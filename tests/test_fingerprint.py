@@ -1,4 +1,4 @@
-"""A cache is refused by every model but its own, with an error that says what differs."""
+"""Every model but its own refuses a cache, with an error that names the difference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests import tiny_models
 
 
 class Tokenizer:
-    """As much of a tokenizer as a fingerprint looks at."""
+    """The part of a tokenizer that a fingerprint reads."""
 
     name_or_path = "tiny"
 
@@ -49,12 +49,12 @@ def test_the_same_model_passes(of_llama: Fingerprint) -> None:
     of_llama.check(tiny_models.make("llama"))
 
 
-def test_it_survives_its_dictionary(of_llama: Fingerprint) -> None:
+def test_a_fingerprint_survives_its_dictionary(of_llama: Fingerprint) -> None:
     assert Fingerprint.from_dict(of_llama.to_dict()) == of_llama
     assert of_llama.tokens == hash_tokens([1, 2, 3])
 
 
-def test_names_and_run_time_settings_do_not_matter(of_llama: Fingerprint) -> None:
+def test_names_and_run_time_settings_do_not_count(of_llama: Fingerprint) -> None:
     model = tiny_models.make("llama")
     model.config._name_or_path = "somewhere/else"
     model.config.use_cache = False
@@ -82,18 +82,18 @@ def test_another_release_may_have_more_defaults(of_llama: Fingerprint) -> None:
     Fingerprint.from_dict(values).check(tiny_models.shared("llama"))
 
 
-def test_another_dtype(of_llama: Fingerprint) -> None:
+def test_another_dtype_is_refused(of_llama: Fingerprint) -> None:
     with pytest.raises(WrongDtypeError, match=r"made in float32, this LlamaForCausalLM .* runs in bfloat16"):
         of_llama.check(tiny_models.make("llama").bfloat16())
 
 
-def test_other_weights(of_llama: Fingerprint) -> None:
+def test_other_weights_are_refused(of_llama: Fingerprint) -> None:
     with pytest.raises(WrongWeightsError, match="other weights"):
         of_llama.check(tiny_models.make("llama", seed=1))
 
 
 @pytest.mark.parametrize("weight", ["model.layers.3.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
-def test_a_change_of_any_one_weight(of_llama: Fingerprint, weight: str) -> None:
+def test_a_change_of_any_one_weight_is_refused(of_llama: Fingerprint, weight: str) -> None:
     model = tiny_models.make("llama")
     with torch.no_grad():
         model.get_parameter(weight).mul_(1.01)
@@ -114,7 +114,7 @@ def test_every_buffer_counts(of_llama: Fingerprint, persistent: bool, value: tor
         known.check(model)
 
 
-def test_another_tokenizer(of_llama: Fingerprint) -> None:
+def test_another_tokenizer_is_refused(of_llama: Fingerprint) -> None:
     model = tiny_models.shared("llama")
     of_llama.check(model, Tokenizer())  # type: ignore[arg-type]
     for other in (Tokenizer(template="{{ y }}"), Tokenizer(cut=9)):
@@ -122,7 +122,7 @@ def test_another_tokenizer(of_llama: Fingerprint) -> None:
             of_llama.check(model, other)  # type: ignore[arg-type]
 
 
-def test_offloading_changes_nothing(of_llama: Fingerprint) -> None:
+def test_offloading_does_not_change_the_fingerprint(of_llama: Fingerprint) -> None:
     model = accelerate.cpu_offload(tiny_models.make("llama"), execution_device=torch.device("cpu"))
     assert model.lm_head.weight.device.type == "meta"
     of_llama.check(model)
@@ -131,7 +131,7 @@ def test_offloading_changes_nothing(of_llama: Fingerprint) -> None:
         of_llama.check(other)
 
 
-def test_weights_that_are_nowhere_are_refused(of_llama: Fingerprint) -> None:
+def test_weights_without_a_value_are_refused(of_llama: Fingerprint) -> None:
     with pytest.raises(UnsupportedModelError, match="on the meta device"):
         of_llama.check(tiny_models.make("llama").to("meta"))
 
@@ -179,8 +179,8 @@ def test_hostile_fingerprints_are_refused(of_llama: Fingerprint, damage: dict[st
         Fingerprint.from_dict([damage])
 
 
-def test_probes_fall_into_every_column() -> None:
-    """Weights that differ anywhere but in one column are other weights; so is half a row of a wide matrix."""
+def test_samples_fall_into_every_column() -> None:
+    """Weights that differ everywhere except in one column are other weights; so is half a row of a wide matrix."""
     from hf_cachegen.models.fingerprint import PROBES, _positions
 
     for rows, columns in ((128, 256), (4096, 1024), (2560, 640), (1000, 333)):

@@ -1,4 +1,4 @@
-"""The rules of the house (CONTRIBUTING.md), held against the source text."""
+"""The source text follows the rules of CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ FLOORS = (
     ("cli",),
     ("encode_dataset",),
 )
-"""From the ground up. A module imports from lower floors and from its own package, never from a neighbour."""
+"""From the lowest floor up. A module imports from lower floors and from its own package, not from its own floor."""
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 CONTAINER = {PACKAGE / "artifact" / f"{name}.py" for name in (
     "__init__", "header", "manifest", "pin", "reader", "strict_json", "writer",
 )}  # fmt: skip
-"""The part of artifact/ that meets untrusted bytes: it imports neither torch nor numpy, nor the codec that does."""
+"""The part of artifact/ that reads untrusted bytes. It imports neither torch nor numpy, nor the codec, which does."""
 
 ONLY_IN = {
     "transformers": {
@@ -77,12 +77,12 @@ PUBLIC_NAMES = {
 
 
 def home(path: Path) -> str:
-    """The name by which FLOORS knows the module: its package or its own name."""
+    """Return the name of a module in FLOORS: its package, or its own name."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of all imported modules, wherever in the file."""
+    """Yield the dotted names of all imported modules, anywhere in the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -102,18 +102,18 @@ def ids(path: Path) -> str:
 @pytest.mark.parametrize("path", [p for p in SOURCES if p != PACKAGE / "__init__.py"], ids=ids)
 def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
     own = home(path)
-    assert own in FLOOR_OF, f"give {own!r} a place in FLOORS"
+    assert own in FLOOR_OF, f"add {own!r} to FLOORS"
     for name in imports(parse(path)):
         parts = name.split(".")
         if parts[0] != "hf_cachegen" or len(parts) == 1:
             continue
         target = home(PACKAGE / parts[1])
         assert target in FLOOR_OF, f"import {parts[1]} from the module that defines it"
-        assert target == own or FLOOR_OF[target] < FLOOR_OF[own], f"{own} stands below or beside {target}"
+        assert target == own or FLOOR_OF[target] < FLOOR_OF[own], f"{own} must be above {target}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
-def test_a_library_is_imported_only_where_it_belongs(path: Path) -> None:
+def test_a_library_is_imported_only_in_its_packages(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(parse(path))}
     for library, homes in ONLY_IN.items():
         assert library not in found or home(path) in homes, f"{library} belongs in {sorted(homes)}"
@@ -132,12 +132,12 @@ def test_the_command_line_imports_heavy_libraries_in_functions_only(path: Path) 
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
-def test_nothing_is_unpickled_and_nothing_asserted(path: Path) -> None:
+def test_the_package_neither_unpickles_nor_asserts(path: Path) -> None:
     for node in ast.walk(parse(path)):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: raise a typed error"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             called = ast.unparse(node.func)
-            if path == CONVERT and called == "torch.load":  # of other programs' caches: tensors and no code
+            if path == CONVERT and called == "torch.load":  # caches of other programs: tensors, no code
                 assert "weights_only" in {keyword.arg for keyword in node.keywords}
             elif path != CONVERT:
                 assert called not in ("torch.load", "torch.save"), f"line {node.lineno}: {called} pickles"
@@ -151,6 +151,12 @@ def test_files_are_short() -> None:
     code = [f for f in files if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and f.is_file()]
     lengths = {ids(f): len(f.read_text(encoding="utf-8").splitlines()) for f in code}
     assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=ids)
+def test_no_test_file_imports_another(path: Path) -> None:
+    found = [name for name in imports(parse(path)) if name.startswith(("tests.test_", "test_"))]
+    assert not found, "move the shared code into a support module"
 
 
 def test_public_names() -> None:
@@ -178,7 +184,7 @@ def test_versions_and_dependencies_agree() -> None:
     assert f"## {hf_cachegen.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"hf_cachegen {hf_cachegen.__version__}" == encoded.WRITER
     repeated = [path for path in SOURCES if project["version"] in path.read_text(encoding="utf-8")]
-    assert repeated == [PACKAGE / "_version.py"], "the package says its version once"
+    assert repeated == [PACKAGE / "_version.py"], "the version is written once"
     used = {name.split(".")[0] for path in SOURCES for name in imports(parse(path))}
     declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
     checkout = {"hf_cachegen"}
@@ -187,13 +193,13 @@ def test_versions_and_dependencies_agree() -> None:
 
 
 READY = {"errors", "config", "report", "codec", "artifact", "stores", "profiles"}
-"""Packages whose objects are complete once they are made."""
+"""Packages whose objects are complete after `__init__`."""
 ASSIGN_INHERITED = {"Connection", "Profile"}
-"""Their bases, in other files, declare what they assign."""
+"""Classes whose bases, in other files, declare the attributes that they assign."""
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if home(p) in READY], ids=ids)
-def test_no_attribute_is_born_late(path: Path) -> None:
+def test_every_attribute_is_assigned_in_init(path: Path) -> None:
     for node in ast.walk(parse(path)):
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         assert called not in ("setattr", "object.__setattr__"), f"line {node.lineno}: assign in __init__"
@@ -208,7 +214,7 @@ def test_no_attribute_is_born_late(path: Path) -> None:
 
 
 def assigned(methods: list[ast.FunctionDef]) -> set[str]:
-    """Attributes of self that these methods assign."""
+    """Return the attributes of self that these methods assign."""
     nodes = (node for method in methods for node in ast.walk(method))
     return {
         node.attr for node in nodes

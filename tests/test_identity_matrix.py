@@ -1,4 +1,4 @@
-"""Every pair of (who made a cache, who would use it): refused by a typed error, or the tokens of a call without cache.
+"""Every pair of a model that made a cache and a model that uses it: a typed error, or the tokens without a cache.
 
 A variant is one difference from one small model. Two variants that compute the same are in one group and accept each
 other's caches; all other pairs are refused, in both directions.
@@ -34,7 +34,7 @@ Change = Callable[[Any], Any]
 
 
 class Adapter(nn.Module):
-    """A LoRA layer as PEFT has it."""
+    """A LoRA layer with the structure of PEFT."""
 
     def __init__(self, base: nn.Linear, scaling: float) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ VARIANTS: dict[str, tuple[str, Change]] = {
 
 
 def _keep_rope(model: Any, dtype: torch.dtype) -> Any:
-    """Cast as `from_pretrained(dtype=)` does, which leaves the rotary frequencies as they are."""
+    """Cast a model like `from_pretrained(dtype=)`, which does not cast the rotary frequencies."""
     frequencies = model.model.rotary_emb.inv_freq
     model = model.to(dtype)
     model.model.rotary_emb.inv_freq = frequencies
@@ -156,7 +156,7 @@ def shared(name: str) -> Any:
 
 @pytest.fixture(scope="module", name="caches")
 def _caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CacheGenCache]:
-    """A cache by every variant, loaded without a model."""
+    """Return a cache made by every variant, loaded without a model."""
     folder, found = tmp_path_factory.mktemp("matrix"), {}
     for number, name in enumerate(VARIANTS):
         path = folder / str(number)
@@ -178,7 +178,7 @@ def test_a_pair_is_refused_or_right(maker: str, user: str, caches: dict[str, Cac
 
 
 @pytest.mark.parametrize("other", ["gemma3", "gpt_neox", "llama", "qwen3"])
-def test_another_architecture(other: str, caches: dict[str, CacheGenCache]) -> None:
+def test_another_architecture_is_refused(other: str, caches: dict[str, CacheGenCache]) -> None:
     with pytest.raises(MismatchError):
         generate(tiny_models.shared(other), PROMPT, cache=caches["model"], max_new_tokens=1)
 
@@ -196,7 +196,7 @@ def tokenizer(template: str) -> Any:
     return Tokenizer()
 
 
-def test_another_tokenizer(tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     model = shared("model")
     CacheGenCache.from_context(model, TOKENS, profile=None, tokenizer=tokenizer("a")).save_pretrained(tmp_path / "a")
     CacheGenCache.from_pretrained(tmp_path / "a", model, tokenizer=tokenizer("a"))

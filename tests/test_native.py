@@ -1,4 +1,4 @@
-"""The compiled library: how it is built and found, its C ABI, its torch ops, and hostile bytes under the sanitizers."""
+"""The compiled library: building, loading, its C ABI, its torch ops, and hostile bytes under the sanitizers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.coder_support import Section, draw_section, laplace_tables
 from tests.lockstep import COMPILER, CPU_SOURCES, KERNEL_SOURCES, ROOT, STRICT, needs_compiler
 
 HOSTILE_STREAMS = 100_000
-"""Through every back-end."""
+"""Every back-end."""
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 
 
 @pytest.fixture
 def library_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Lets a test point the package at another library; the true one is loaded again afterwards."""
+    """Let a test point the package at another library; load the package's own one again afterwards."""
     native._library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -43,10 +43,10 @@ def sample(contexts: int = 1) -> Section:
     return draw_section(11, 20, 300, laplace_tables([0.7, 2.0], 11), contexts)
 
 
-# Finding it.
+# Loading.
 
 
-def test_without_a_library_the_reference_stands_in_and_says_so_once(
+def test_without_a_library_the_reference_runs_and_warns_once(
     library_at: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     library_at.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
@@ -73,7 +73,7 @@ def test_a_library_of_another_abi_is_an_error(library_at: pytest.MonkeyPatch) ->
         native.available()
 
 
-# Building it.
+# Building.
 
 
 @needs_compiler
@@ -110,7 +110,7 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 @needs_compiler
-def test_setup_builds_a_library_and_builds_it_again_only_when_it_is_stale(tmp_path: Path) -> None:
+def test_setup_builds_a_library_again_only_when_it_is_stale(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     library = tmp_path / "hf_cachegen" / "_cpu.so"
     assert build(tmp_path).returncode == 0
@@ -132,7 +132,7 @@ def test_setup_without_a_compiler_succeeds_with_a_notice(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_cuda_is_built_when_it_is_asked_for_or_said_why_not(tmp_path: Path) -> None:
+def test_cuda_is_built_on_request_or_the_reason_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     forced = build(tmp_path, CACHEGEN_BUILD_CUDA="1", NVCC=str(tmp_path / "no-nvcc"), CUDA_HOME=str(tmp_path))
     assert forced.returncode != 0
@@ -156,7 +156,7 @@ def test_cuda_is_built_when_it_is_asked_for_or_said_why_not(tmp_path: Path) -> N
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA kernels are not compiled here")
 def test_the_cuda_library_was_built_for_three_architectures() -> None:
-    """The package's own build made it, with warnings as errors; it loads without a GPU."""
+    """The package's own build makes it, with warnings as errors. It loads without a GPU."""
     assert native.CUDA_LIBRARY.exists(), "run: python setup.py build_ext --inplace"
     native.load(native.CUDA_LIBRARY)
     assert native.available("cuda")
@@ -169,7 +169,7 @@ def test_the_cuda_library_was_built_for_three_architectures() -> None:
 
 
 @needs_native
-def test_constants_are_those_of_the_header() -> None:
+def test_constants_equal_those_of_the_header() -> None:
     header = (ROOT / "cuda_ext" / "include" / "cachegen.h").read_text()
     assert f"#define CG_ABI_VERSION {native.ABI_VERSION}\n" in header
     assert f"#define CG_TILE_COLUMNS {rans.TILE_COLUMNS} " in header
@@ -202,7 +202,7 @@ def test_impossible_tables_have_no_size(sizes: tuple[int, int, int]) -> None:
 
 
 @needs_native
-def test_frequencies_are_checked_by_the_library_too() -> None:
+def test_the_library_checks_frequencies() -> None:
     for row in ([1000, 23], [1025, 0], [65535, 1], [4096, 0]):
         with pytest.raises(NativeError, match="BAD_FREQUENCIES"):
             native.build_tables(torch.tensor([row]), 12 if row[0] == 4096 else 10)
@@ -268,7 +268,7 @@ def compiled(arguments: list[str]) -> None:
 
 @functools.cache
 def sanitized_objects(sources: tuple[str, ...]) -> list[str]:
-    """One of the two libraries under AddressSanitizer and UBSan, compiled once a process."""
+    """Compile one of the two libraries under AddressSanitizer and UBSan, once per process."""
     folder = tempfile.mkdtemp(prefix="sanitized-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     objects = [f"{folder}/{Path(source).stem}.o" for source in sources]
@@ -278,7 +278,7 @@ def sanitized_objects(sources: tuple[str, ...]) -> list[str]:
 
 
 def sanitized(driver: str, sources: list[str], tmp_path: Path) -> Path:
-    """A fuzzer with one of the two libraries."""
+    """Compile a fuzzer with one of the two libraries."""
     program, source = tmp_path / f"{driver}-{len(sources)}", str(ROOT / "tests" / "native" / f"{driver}.cpp")
     objects = sanitized_objects(tuple(sources))
     compiled([*STRICT, *SANITIZERS, source, "-x", "none", *objects, "-o", str(program)])
@@ -286,8 +286,8 @@ def sanitized(driver: str, sources: list[str], tmp_path: Path) -> Path:
 
 
 def fuzz(program: Path, count: int, seed: int) -> re.Match[str]:
-    """(number of cases, of back-ends, digest) of a run."""
-    # Its own process: it must not inherit a preloaded allocator.
+    """Run a fuzzer and return (number of cases, number of back-ends, digest)."""
+    # The fuzzer must not inherit a preloaded allocator.
     variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [str(program), str(count), str(seed)]
     done = subprocess.run(command, check=False, text=True, capture_output=True, env=variables)
@@ -308,7 +308,7 @@ def fuzz(program: Path, count: int, seed: int) -> re.Match[str]:
 def test_hostile_input_under_the_sanitizers(driver: str, count: int, shared: int, tmp_path: Path) -> None:
     cpu, kernels = (sanitized(driver, sources, tmp_path) for sources in (CPU_SOURCES, KERNEL_SOURCES))
     assert int(fuzz(cpu, count, 1)[2]) == len(native.available_isas())
-    # The kernels, lane by lane, find and make the same of the same cases.
+    # The kernels, lane by lane, give the same results for the same cases.
     assert fuzz(kernels, shared, 2)[3] == fuzz(cpu, shared, 2)[3]
 
 
@@ -337,7 +337,7 @@ def test_the_environment_names_the_instruction_set(monkeypatch: pytest.MonkeyPat
 
 
 @needs_native
-def test_threads_change_nothing() -> None:
+def test_the_number_of_threads_does_not_change_the_bytes() -> None:
     section = draw_section(4, 200, 3000, laplace_tables([0.7, 2.0], 11), 3)
     threads = torch.get_num_threads()
     try:
@@ -375,7 +375,7 @@ def test_decode_compiles_without_a_graph_break() -> None:
 
 
 @needs_native
-def test_ops_called_directly_check_their_arguments() -> None:
+def test_ops_check_their_arguments() -> None:
     section = sample()
     book, ids = section.tables.native, section.table_ids
     packed, sizes = torch.ops.cachegen.encode(section.symbols, book, ids, None)

@@ -1,4 +1,4 @@
-"""The network lab: a link that does what it was told, a stream over it from end to end, and nothing left behind.
+"""The network lab: a link keeps its settings, a stream crosses it end to end, and nothing is left behind.
 
 Needs root, ip, tc and nginx; skipped, with the reason, where one of them is lacking.
 """
@@ -35,7 +35,7 @@ TOKENS = 160
 
 
 def within(namespace: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns in a thread that stands in that namespace; threads that it starts stand there too."""
+    """Return the result of `work`, run in a thread of that namespace; threads that it starts are in it too."""
     found: list[Any] = []
 
     def run() -> None:
@@ -86,7 +86,7 @@ def test_a_stream_over_a_slow_link_that_loses_packets(tmp_path: Path) -> None:
         cache, steady, stepped = within(lab.client, load)
     for one, other in zip(cache.kv.keys + cache.kv.values, expected.kv.keys + expected.kv.values, strict=True):
         assert torch.equal(one, other)
-    # No faster than the link, and the trace's first rate held for its 0.3 s.
+    # At most the rate of the link, and the first rate of the trace for 0.3 s.
     assert steady >= 0.9 * 8 * (1 << 20) / 20e6
     assert stepped >= 0.25
     assert "GET /context/cachegen.json" in log.read_text()
@@ -111,7 +111,7 @@ def test_a_lab_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @needs_lab
-def test_what_a_killed_lab_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_a_lab_removes_what_a_killed_lab_left(tmp_path: Path) -> None:
     process = labs.subprocess.Popen(["true"])
     process.wait()
     name = f"{labs.PREFIX}-{process.pid}-server"
@@ -120,7 +120,7 @@ def test_what_a_killed_lab_left_is_removed_by_the_next(tmp_path: Path) -> None:
         assert name not in labs.run("ip", "netns", "list")
 
 
-def test_without_rights_it_says_so_and_skips(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_rights_are_reported_and_the_lab_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(program, "why_not", lambda: "no root")
     done = CliRunner().invoke(program.main, ["--work", str(tmp_path)])
     assert done.exit_code == program.SKIPPED == 77
@@ -130,7 +130,7 @@ def test_without_rights_it_says_so_and_skips(monkeypatch: pytest.MonkeyPatch, tm
         Lab(tmp_path).__enter__()
 
 
-def test_what_is_lacking_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labs, "PROGRAMS", ("ip", "no-such-program"))
     assert "no-such-program not installed" in str(labs.why_not())
     monkeypatch.setattr(labs, "PROGRAMS", ())
@@ -140,7 +140,7 @@ def test_what_is_lacking_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Linux" in str(labs.why_not())
 
 
-def test_eight_bits_are_those_of_the_evaluation(tmp_path: Path) -> None:
+def test_eight_bits_equal_those_of_the_evaluation(tmp_path: Path) -> None:
     x = [torch.randn(1, 2, 70, 16).bfloat16() for _ in range(4)]
     nbytes = uniform8.write(x[:2], x[2:], 32, tmp_path)
     assert nbytes == sum(t.numel() + 4 * t.numel() // 16 for t in x)
@@ -164,7 +164,7 @@ RECORDS = [
 ]  # fmt: skip
 
 
-def test_the_tables_say_what_was_measured() -> None:
+def test_the_tables_show_the_measurements() -> None:
     head, rows = summary.ttft_table(RECORDS)
     assert head == ["contestant", "1 Gbps"]
     assert ["text", "9.00"] in rows

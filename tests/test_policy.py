@@ -1,4 +1,4 @@
-"""Policies are pure: properties are tested on them, and on whole streams that a simulation with its own clock runs."""
+"""Properties of the policies, and of whole streams in a simulation with its own clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ seconds = st.floats(1e-3, 10.0)
 
 @st.composite
 def outlooks(draw: st.DrawFn, *, rate: bool = True, slo: bool = True) -> Outlook:
-    """Any state of a stream with 1 to 6 chunks missing and 1 to 3 levels."""
+    """Draw any state of a stream with 1 to 6 chunks missing and 1 to 3 levels."""
     levels = draw(st.integers(1, 3))
     chunks = []
     for _ in range(draw(st.integers(1, 6))):
@@ -47,14 +47,14 @@ def cheapest(costs: Costs) -> float:
 
 
 @given(outlooks())
-def test_adaptive_never_takes_what_it_cannot_afford_while_something_fits(outlook: Outlook) -> None:
+def test_adaptive_stays_within_the_time_while_any_choice_fits(outlook: Outlook) -> None:
     plan, costs = Adaptive().plan(outlook), Costs(outlook)
     if cheapest(costs) <= outlook.seconds_left:
         assert costs.seconds(plan.level, plan.text) <= outlook.seconds_left
 
 
 @given(outlooks())
-def test_adaptive_takes_the_finest_level_that_any_amount_of_text_makes_fit(outlook: Outlook) -> None:
+def test_adaptive_takes_the_finest_level_that_fits_with_any_number_of_text_chunks(outlook: Outlook) -> None:
     plan, costs = Adaptive().plan(outlook), Costs(outlook)
     for level in range(plan.level + 1, costs.levels + 1):
         assert all(costs.seconds(level, text) > outlook.seconds_left for text in range(costs.count + 1))
@@ -64,7 +64,7 @@ def test_adaptive_takes_the_finest_level_that_any_amount_of_text_makes_fit(outlo
 
 
 @given(outlooks())
-def test_where_nothing_fits_adaptive_takes_the_fastest(outlook: Outlook) -> None:
+def test_adaptive_takes_the_fastest_choice_where_nothing_fits(outlook: Outlook) -> None:
     plan, costs = Adaptive().plan(outlook), Costs(outlook)
     too_late = 0 < outlook.seconds_left < outlook.missing[0].recompute_seconds
     if cheapest(costs) > outlook.seconds_left and not too_late:
@@ -72,7 +72,7 @@ def test_where_nothing_fits_adaptive_takes_the_fastest(outlook: Outlook) -> None
 
 
 @given(outlooks())
-def test_no_recompute_begins_that_would_end_too_late_while_the_link_lives(outlook: Outlook) -> None:
+def test_no_recomputing_begins_that_would_end_too_late_while_the_link_works(outlook: Outlook) -> None:
     plan, left = Adaptive().plan(outlook), outlook.seconds_left
     if 0 < left < outlook.missing[0].recompute_seconds:
         assert plan.text == 0
@@ -83,7 +83,7 @@ def test_no_recompute_begins_that_would_end_too_late_while_the_link_lives(outloo
 
 
 @given(outlooks())
-def test_what_is_fetched_first_is_never_finer_than_what_is_aimed_at(outlook: Outlook) -> None:
+def test_the_first_level_is_never_finer_than_the_aim(outlook: Outlook) -> None:
     for policy in (Adaptive(), Adaptive(caution=1), Paper(), Fixed(), Fixed(1), Fixed(TEXT)):
         plan = policy.plan(outlook)
         assert 1 <= plan.sure <= plan.level <= len(outlook.missing[0].wire_bytes)
@@ -103,7 +103,7 @@ def test_without_an_slo_the_finest_level_is_fetched(outlook: Outlook) -> None:
 
 
 @given(outlooks())
-def test_the_paper_recomputes_all_where_that_fits_and_else_takes_the_finest_level_that_does(outlook: Outlook) -> None:
+def test_the_paper_recomputes_all_where_that_fits_else_takes_the_finest_level_that_fits(outlook: Outlook) -> None:
     plan, costs = Paper().plan(outlook), Costs(outlook)
     if costs.recompute() <= outlook.seconds_left:
         assert plan.text == costs.count
@@ -115,8 +115,8 @@ def test_the_paper_recomputes_all_where_that_fits_and_else_takes_the_finest_leve
 
 
 @given(outlooks(rate=False))
-def test_before_the_first_sample(outlook: Outlook) -> None:
-    """The middle level is aimed at; adaptive asks for the base first, and recomputes where it is now or never, or too
+def test_choices_before_the_first_sample(outlook: Outlook) -> None:
+    """The aim is the middle level. Adaptive fetches the base first, and recomputes at the last moment, or if it is too
     late to wait.
     """
     middle = (len(outlook.missing[0].wire_bytes) + 1) // 2
@@ -127,7 +127,7 @@ def test_before_the_first_sample(outlook: Outlook) -> None:
     assert Paper().plan(outlook).level == (1 if whole <= outlook.seconds_left else middle)
 
 
-def test_refinements_come_for_the_last_chunk_the_first_and_then_from_the_back() -> None:
+def test_the_order_of_refinements_is_last_chunk_first_chunk_then_from_the_back() -> None:
     assert refinement_order(5) == [4, 0, 3, 2, 1]
     assert refinement_order(1) == [0]
 
@@ -139,7 +139,7 @@ def test_options_of_policies_are_checked(options: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(("policy", "level"), [("best", None), ("adaptive", 0), ("adaptive", True), ("paper", "all")])
-def test_policies_that_are_none(policy: str, level: Any) -> None:
+def test_unknown_policies_are_refused(policy: str, level: Any) -> None:
     with pytest.raises(ConfigError):
         policy_of(policy, level)
 
@@ -149,7 +149,7 @@ def test_policies_that_are_none(policy: str, level: Any) -> None:
 
 @dataclass
 class World:
-    """A link of `rate(now)` bytes a second, one request at a time, and a model."""
+    """A link of `rate(now)` bytes per second, one request at a time, and a model."""
 
     tokens: int
     sizes: tuple[int, ...]
@@ -171,7 +171,7 @@ class World:
         return found
 
     def run(self, schedule: Schedule) -> float:
-        """When the context is in place."""
+        """Return the time at which the context is complete, in seconds."""
         now, rate = 0.0, None
         wire: tuple[float, list[tuple[int, int]], float] | None = None
         work: tuple[float, Decode | Recompute, float] | None = None
@@ -203,7 +203,7 @@ class World:
         raise AssertionError("the stream does not end")
 
     def _transfer(self, now: float, nbytes: float) -> float:
-        """Seconds that a request takes from `now` on."""
+        """Return the seconds that a request takes from `now` on."""
         start, step = now, 0.1
         while nbytes > self.rate(now) * step:
             nbytes -= self.rate(now) * step
@@ -232,7 +232,7 @@ def coarsest(schedule: Schedule) -> float:
 @given(st.data())
 def test_on_a_steady_link_adaptive_is_as_good_as_the_best_fixed_choice_in_hindsight(data: st.DataObject) -> None:
     """The stated bound: it is late by at most one request's transfer, one chunk's recomputing and every chunk's
-    decoding; and no chunk is coarser than the finest fixed level that would have had so much time to spare, thrice.
+    decoding. No chunk is coarser than the finest fixed level that has three times that margin.
     """
     world = steady(data.draw)
     slo = data.draw(st.floats(0.05, 20))
@@ -254,7 +254,7 @@ def test_on_a_steady_link_adaptive_is_as_good_as_the_best_fixed_choice_in_hindsi
 
 @settings(max_examples=50, deadline=None)
 @given(st.data())
-def test_on_any_link_every_stream_ends_with_all_chunks_in_place(data: st.DataObject) -> None:
+def test_on_any_link_every_stream_ends_with_all_chunks(data: st.DataObject) -> None:
     world = steady(data.draw)
     rates = data.draw(st.lists(st.floats(1e5, 1e9), min_size=1, max_size=20))
     world.rate = lambda now: rates[int(now / 0.1) % len(rates)]
@@ -267,7 +267,7 @@ def test_on_any_link_every_stream_ends_with_all_chunks_in_place(data: st.DataObj
 
 
 def test_text_grows_from_the_front_while_transfers_come_from_the_back() -> None:
-    """Neither alone meets the SLO, both together do: 10 chunks, each 1 s on the wire and 1 s of recomputing."""
+    """Both together meet the SLO, one alone does not: 10 chunks, each 1 s on the wire and 1 s of recomputing."""
     world = World(1000, (10**6,), 10, lambda now: 1e6, 1e-3, 1e-3)
     schedule = world.schedule(Adaptive(), 7.5)
     assert world.run(schedule) <= 7.5
@@ -276,8 +276,8 @@ def test_text_grows_from_the_front_while_transfers_come_from_the_back() -> None:
     assert 2 <= sum(text) <= 7
 
 
-def test_a_link_that_dies_is_followed_by_text() -> None:
-    """After 2 s hardly a byte comes: what is missing by then is the front of the context."""
+def test_text_replaces_a_link_that_dies() -> None:
+    """After 2 s hardly a byte arrives; the front of the context is missing then."""
     world = World(1000, (10**6,), 10, lambda now: 1e6 if now < 2 else 1.0, 2e-4, 1e-3, run_bytes=10**5)
     schedule = world.schedule(Adaptive(), 6.0)
     for chunk in schedule.chunks:
@@ -299,7 +299,7 @@ def test_a_link_that_dies_is_followed_by_text() -> None:
     assert recomputed == list(range(8))
 
 
-def test_a_chunk_that_cannot_be_had_is_recomputed_when_those_before_it_are_there() -> None:
+def test_a_chunk_without_a_source_is_recomputed_after_those_before_it() -> None:
     schedule = World(64, (100, 100), 4, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), None)
     schedule.unobtainable(2, 0)
     assert isinstance(schedule.next_work(0, 1e6), Wait)
@@ -319,7 +319,7 @@ def test_without_sources_and_without_recomputing_a_stream_is_stuck() -> None:
     assert schedule.next_work(0, 0.0) == Stuck(0)
 
 
-def test_chunks_that_lie_side_by_side_share_a_request() -> None:
+def test_adjacent_chunks_share_a_request() -> None:
     schedule = World(64, (100, 50), 5, lambda now: 1e6, 1e-3, 1e-3).schedule(Fixed(2), None)
     assert schedule.next_run(0, None, 250) == [(3, 0), (4, 0)]
     assert schedule.next_run(0, None, 250) == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1)]
@@ -328,7 +328,7 @@ def test_chunks_that_lie_side_by_side_share_a_request() -> None:
     assert schedule.next_run(0, None, 250) == []
 
 
-def test_what_is_on_this_disk_needs_no_throughput() -> None:
+def test_chunks_on_this_disk_need_no_throughput() -> None:
     schedule = World(64, (100, 100, 100), 3, lambda now: 1e6, 1e-3, 1e-3).schedule(Adaptive(), 10.0, "off")
     for chunk in schedule.chunks:
         chunk.wire = (0, 0, 0)

@@ -1,4 +1,4 @@
-"""What no hash sees is found by running the first tokens again; what is only rounding is not."""
+"""A probe finds differences that no hash can find, and accepts differences by rounding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def saved(folder: Path, name: str = "llama", tokens: torch.Tensor = TOKENS) -> P
 
 
 def count_passes(model: Any) -> list[int]:
-    """A list that grows with the tokens of each forward pass."""
+    """Return a list to which each forward pass appends its number of tokens."""
     found: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, given: found.append(given[0].shape[1]))
     return found
@@ -44,14 +44,14 @@ def test_the_same_model_passes_in_one_pass_of_16_tokens(name: str, tmp_path: Pat
     assert passes == [probe.PROBE_TOKENS], "an unchanged model is not probed again"
 
 
-def test_a_context_shorter_than_a_probe(tmp_path: Path) -> None:
+def test_a_context_shorter_than_a_probe_is_probed_whole(tmp_path: Path) -> None:
     model = tiny_models.make("llama")
     passes = count_passes(model)
     CacheGenCache.from_pretrained(saved(tmp_path, tokens=tiny_models.tokens(3)), model).check(model)
     assert passes == [3]
 
 
-def test_who_computed_a_cache_is_not_probed() -> None:
+def test_the_model_that_computed_a_cache_is_not_probed() -> None:
     model = tiny_models.make("llama")
     passes = count_passes(model)
     cache = CacheGenCache.from_context(model, TOKENS, profile=None)
@@ -85,7 +85,7 @@ CHANGES = {"hook": _hook, "steering": _steering, "attribute": _attribute, "patch
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_no_hash_sees_is_refused(change: str, tmp_path: Path) -> None:
+def test_a_change_that_no_hash_finds_is_refused(change: str, tmp_path: Path) -> None:
     path, model = saved(tmp_path), tiny_models.make("llama")
     CHANGES[change](model)
     with pytest.raises(WrongWeightsError, match=r"its (keys|values) of layer \d for the first 16 tokens differ"):
@@ -105,7 +105,7 @@ def test_a_change_after_loading_is_refused_by_generate(change: str, tmp_path: Pa
         generate(model, TOKENS, cache=cache, max_new_tokens=1)
 
 
-def test_a_stream_is_probed_too(tmp_path: Path) -> None:
+def test_a_stream_is_probed(tmp_path: Path) -> None:
     path, model = saved(tmp_path), tiny_models.make("llama")
     _hook(model)
     with pytest.raises(WrongWeightsError, match="differ from the recorded ones"):
@@ -132,7 +132,7 @@ def test_other_kernels_are_within_the_tolerance(implementation: str, dtype: torc
 
 
 def test_a_cache_of_other_tokens_is_noticed() -> None:
-    """from_cache has nothing but its caller's word for which tokens filled a cache."""
+    """from_cache relies on its caller for the tokens that filled a cache."""
     model, past = tiny_models.make("llama"), DynamicCache()
     with torch.no_grad():
         model(tiny_models.tokens(40, seed=1), past_key_values=past)
@@ -141,8 +141,8 @@ def test_a_cache_of_other_tokens_is_noticed() -> None:
         generate(model, TOKENS, cache=cache, max_new_tokens=1)
 
 
-def test_frequencies_that_depend_on_the_length_are_no_difference(tmp_path: Path) -> None:
-    """The first tokens of a long context are rotated otherwise than those tokens alone."""
+def test_frequencies_that_depend_on_the_length_are_accepted(tmp_path: Path) -> None:
+    """The first tokens of a long context are rotated differently from those tokens alone."""
     def make() -> Any:
         model = tiny_models.make("llama")
         model.config.max_position_embeddings = 32
@@ -154,7 +154,7 @@ def test_frequencies_that_depend_on_the_length_are_no_difference(tmp_path: Path)
     CacheGenCache.from_pretrained(tmp_path / "a", make())
 
 
-def test_verify_is_one_of_two(tmp_path: Path) -> None:
+def test_verify_has_two_values(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"verify must be one of \('probe', 'weights'\), got 'nothing'"):
         CacheGenCache.from_pretrained(saved(tmp_path), tiny_models.shared("llama"), verify="nothing")  # type: ignore[arg-type]
 
@@ -179,7 +179,7 @@ def test_damaged_records_are_refused(damage: str) -> None:
         known.check_probe(model, [3, 4, 5])
 
 
-def test_numbers_that_are_none_are_a_difference() -> None:
+def test_nan_is_a_difference() -> None:
     keys = [torch.ones(1, 1, 4, 2)]
     recorded = base64.b64encode(torch.full((8,), torch.nan).numpy().tobytes()).decode()
     assert not probe.distance(recorded, keys, keys).value <= 1

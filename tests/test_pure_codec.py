@@ -1,4 +1,4 @@
-"""The codec is pure: a fresh interpreter that imports all of it has loaded nothing that knows a place beyond memory."""
+"""The codec is pure: importing all of it in a fresh interpreter loads no module that reads files or a network."""
 
 from __future__ import annotations
 

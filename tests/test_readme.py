@@ -1,4 +1,4 @@
-"""What README shows is what happens."""
+"""The example of the README prints the output that the README shows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""requirements-dev.txt holds for every Python that the project claims, though a run of the tests has one of them alone:
-what the installed packages say about themselves (`Requires-Python`, markers) is asked about the others as well."""
+"""requirements-dev.txt can be installed on every Python that the project supports.
+
+A run of the tests has one Python. For the others the tests read the metadata of the installed packages
+(`Requires-Python`, markers).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest needs there
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # a dependency of pytest there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = re.findall(r"Python :: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), re.MULTILINE)
 
@@ -32,11 +35,11 @@ def pins_of(name: str) -> list[Requirement]:
 
 PINS = pins_of("requirements-dev.txt")
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-BRINGS_ITS_OWN = {"torch"}  # CUDA or not, by platform and index: what it needs is left to pip
+BRINGS_ITS_OWN = {"torch"}  # CUDA or not, by platform and index: its dependencies are left to pip
 
 
 def environment(python: str, extra: str = "") -> dict[str, str]:
-    """What markers are asked about: this machine with another Python."""
+    """Return the environment of markers: this machine with another Python."""
     return {**default_environment(), "python_version": python, "python_full_version": f"{python}.0", "extra": extra}
 
 
@@ -45,12 +48,12 @@ def holds(requirement: Requirement, python: str, extra: str = "") -> bool:
 
 
 def pinned(python: str) -> dict[str, str]:
-    """The version of each package for a Python."""
+    """Return the version of each package for a Python."""
     return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in PINS if holds(pin, python)}
 
 
 def installed(name: str, version: str | None) -> metadata.Distribution | None:
-    """The package, where it is here in this version; another Python's or the oldest one has nothing to say about it."""
+    """Return the installed package, or None if it is not installed in this version."""
     try:
         found = metadata.distribution(name)
     except metadata.PackageNotFoundError:
@@ -58,7 +61,7 @@ def installed(name: str, version: str | None) -> metadata.Distribution | None:
     return found if found.version.split("+")[0] == version else None
 
 
-def test_the_pins_are_for_the_pythons_that_are_claimed() -> None:
+def test_the_pins_are_for_the_supported_pythons() -> None:
     allowed = SpecifierSet(PROJECT["requires-python"])
     assert [f"3.{minor}" for minor in range(30) if f"3.{minor}.0" in allowed] == PYTHONS
     for path in ("README.md", "CONTRIBUTING.md", "Makefile"):
@@ -74,7 +77,7 @@ def test_a_package_is_pinned_once_to_one_version(python: str) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_pinned_version_can_be_installed(python: str) -> None:
-    """A release that takes no Python so old needs another line, with a marker."""
+    """A release that refuses an older Python needs another line, with a marker."""
     refused, seen = {}, 0
     for name, version in pinned(python).items():
         found = installed(name, version)
@@ -87,7 +90,7 @@ def test_a_pinned_version_can_be_installed(python: str) -> None:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_what_a_package_needs_is_pinned_too(python: str) -> None:
+def test_the_dependencies_of_a_package_are_pinned(python: str) -> None:
     pins, missing, seen = pinned(python), set[str](), set[tuple[str, str]]()
     lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
     waiting = [("hf_cachegen", needed) for each in lists for needed in map(Requirement, each)]
@@ -109,14 +112,14 @@ def test_what_a_package_needs_is_pinned_too(python: str) -> None:
 
 
 def steps_of(*arguments: str) -> list[str]:
-    """The commands that make would run."""
+    """Return the commands that make would run."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     command = ["make", "-n", f"PYTHON={sys.executable}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @needs_make
-def test_the_oldest_that_is_allowed_is_what_test_oldest_installs(tmp_path: Path) -> None:
+def test_test_oldest_installs_the_oldest_allowed_releases(tmp_path: Path) -> None:
     oldest = tmp_path / "oldest"
     steps = steps_of(f"OLDEST={oldest}", f"{oldest}/.requirements")
     floors = [re.sub(r">=([\d.]+)(,<\d+)?$", r"==\1", needed) for needed in PROJECT["dependencies"]]
@@ -129,7 +132,7 @@ def test_the_oldest_that_is_allowed_is_what_test_oldest_installs(tmp_path: Path)
 @needs_make
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_pins_of_test_oldest_accept_the_oldest(python: str, tmp_path: Path) -> None:
-    """A pinned package that refuses a dependency's oldest release must be left out, for pip to choose."""
+    """A pinned package that refuses the oldest release of a dependency is left out, so that pip chooses its version."""
     steps = " ".join(steps_of(f"OLDEST={tmp_path}", f"{tmp_path}/.requirements"))
     left_out = re.search(r"\$\{names\}([\w|-]+)\)==", steps)
     assert left_out is not None
@@ -151,7 +154,7 @@ def test_the_pins_of_test_oldest_accept_the_oldest(python: str, tmp_path: Path) 
 
 
 @needs_make
-def test_newest_asks_for_all_that_is_allowed_and_reads_no_pin_but_that_of_torch(tmp_path: Path) -> None:
+def test_newest_requires_every_allowed_range_and_reads_only_the_pin_of_torch(tmp_path: Path) -> None:
     newest = tmp_path / "newest"
     steps = steps_of(f"NEWEST={newest}", f"{newest}/.requirements")
     lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
@@ -181,11 +184,11 @@ def test_the_oldest_transformers_is_tested_on_generation_with_the_pinned_torch(t
     installs = [line for line in steps if f"{own}/bin/python -m pip install" in line]
     assert [line.split()[-1] for line in installs] == [re.sub(r">=([\d.]+).*", r"==\1", floor)]
     matrix = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_generation*.py")}
-    assert {*matrix, "tests/test_cache.py", "tests/test_layout.py"} <= set(steps[-1].split())
+    assert {*matrix, "tests/test_cache.py", "tests/test_layers.py"} <= set(steps[-1].split())
 
 
 def commands(steps: Iterable[str]) -> set[str]:
-    """The targets of make that some commands name."""
+    """Return the targets of make that the commands name."""
     return {word for line in steps if line.startswith("make ") for word in line.split()[1:] if "=" not in word}
 
 
@@ -195,7 +198,7 @@ def test_continuous_integration_runs_all_tests_and_the_documentation() -> None:
 
 
 @needs_make
-def test_the_workflows_run_targets_that_exist_on_the_pythons_that_are_claimed() -> None:
+def test_the_workflows_run_existing_targets_on_the_supported_pythons() -> None:
     yaml = pytest.importorskip("yaml")
     workflows = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / ".github/workflows").iterdir()}
     steps = [step for flow in workflows.values() for job in flow["jobs"].values() for step in job["steps"]]
@@ -221,3 +224,9 @@ def test_a_package_for_the_documentation_is_pinned_once_to_one_version(python: s
     assert sorted(names) == sorted(set(names))
     assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"} <= set(names)
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in found)
+
+
+def test_the_test_files_that_the_makefile_names_exist() -> None:
+    named = re.findall(r"\btests/\w+\.py", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert "tests/test_cache.py" in named
+    assert [name for name in named if not (ROOT / name).exists()] == []

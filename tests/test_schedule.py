@@ -1,4 +1,4 @@
-"""What a stream does next, in the cases that whole simulated streams do not come to (those are in test_policy.py)."""
+"""The next step of a stream, in cases that the simulated streams of test_policy.py do not reach."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hf_cachegen.streaming.policy import Adaptive, Outlook, Plan
 from hf_cachegen.streaming.schedule import Chunk, Decode, Finished, Recompute, Schedule, Wait
 
 RECOMPUTE = 0.064
-"""Seconds, of any chunk."""
+"""Time of recomputing any chunk, in seconds."""
 
 
 def made(chunks: int, levels: int, policy: Any, slo: float | None, refine: Any = "before") -> Schedule:
-    """Chunks of 64 tokens, whose parts have 100 bytes each."""
+    """Return a schedule of chunks of 64 tokens, whose parts have 100 bytes each."""
     sizes = (100,) * levels
     found = [Chunk(index, 64 * index, 64, sizes, sizes, levels) for index in range(chunks)]
     return Schedule(found, policy, slo, refine, lambda _: RECOMPUTE)
@@ -30,7 +30,7 @@ def made(chunks: int, levels: int, policy: Any, slo: float | None, refine: Any =
         (0.01, "before", True, Finished()),  # recomputing takes 0.064 s
     ],
 )
-def test_a_chunk_whose_finer_parts_nobody_has_is_recomputed_at_last_if_there_is_time(
+def test_a_chunk_whose_finer_parts_no_source_has_is_recomputed_last_if_there_is_time(
     slo: float | None, refine: str, can_recompute: bool, expected: Recompute | Finished
 ) -> None:
     schedule = made(1, 3, Adaptive(), slo, refine)
@@ -50,7 +50,7 @@ def test_a_chunk_whose_finer_parts_nobody_has_is_recomputed_at_last_if_there_is_
 
 @pytest.mark.parametrize("rate", [None, 0.0, 1e6])
 def test_silence_does_not_end_a_stream_that_has_time(rate: float | None) -> None:
-    """So it is while another place is opened, too."""
+    """This also holds while another source is opened."""
     schedule = made(1, 3, Adaptive(), 1.0)
     schedule.prepared()
     schedule.arrived(0, 0)
@@ -62,7 +62,7 @@ def test_silence_does_not_end_a_stream_that_has_time(rate: float | None) -> None
 
 
 @pytest.mark.parametrize(("slo", "first"), [(5.0, Wait()), (0.14, Recompute(0)), (0.05, Wait()), (-1.0, Recompute(0))])
-def test_without_what_decoding_takes_recomputing_begins_when_it_is_now_or_never(
+def test_without_side_information_recomputing_begins_at_the_last_moment(
     slo: float, first: Wait | Recompute
 ) -> None:
     schedule = made(2, 1, Adaptive(), slo)
@@ -73,7 +73,7 @@ def test_without_what_decoding_takes_recomputing_begins_when_it_is_now_or_never(
     assert schedule.next_work(0, 1e6) == Decode(1, 1)
 
 
-def test_who_cannot_decode_recomputes_all() -> None:
+def test_without_a_decoder_everything_is_recomputed() -> None:
     for happens in ("undecodable", "cut_off"):
         schedule = made(2, 1, Adaptive(), None)
         schedule.arrived(0, 0)
@@ -84,8 +84,8 @@ def test_who_cannot_decode_recomputes_all() -> None:
         assert schedule.next_work(0, 1e6) == Finished()
 
 
-def test_a_policy_s_text_is_fetched_where_nothing_can_be_recomputed() -> None:
-    """One of the user's own may say so."""
+def test_a_chunk_that_the_policy_wants_as_text_is_fetched_where_recomputing_is_not_possible() -> None:
+    """A policy of the user may choose text."""
 
     class Own:
         smoothing, refines = 0.0, False

@@ -1,4 +1,4 @@
-"""How a weight is stored is not what it is: a quantised model has one identity before and after its first pass."""
+"""The identity of a weight is independent of its storage: a quantised model has one before and after its first pass."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_has_one_identity(method: str, dtype: torch.dtype, tmp_path
 
 
 class Wrapper(torch.Tensor):
-    """A tensor subclass of two plain tensors, as torchao and others make them."""
+    """A tensor subclass of two plain tensors, like those of torchao and others."""
 
     def __new__(cls, values: torch.Tensor, scales: torch.Tensor, bits: int = 8) -> Wrapper:
         return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]

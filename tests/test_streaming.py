@@ -1,4 +1,4 @@
-"""Streams on a sound network: what comes is what `from_pretrained` decodes or a prefill computes, and is reported."""
+"""Streams on a working network give the tensors of `from_pretrained` or of a prefill, and a report."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def stream(place: Any, name: str = "llama", **options: Any) -> CacheGenCache:
-    return CacheGenCache.stream(place, shared(name), **options)
+def stream(location: Any, name: str = "llama", **options: Any) -> CacheGenCache:
+    return CacheGenCache.stream(location, shared(name), **options)
 
 
 def stream_report(cache: CacheGenCache) -> StreamReport:
@@ -66,7 +66,7 @@ def stream_report(cache: CacheGenCache) -> StreamReport:
 
 @pytest.mark.parametrize("name", SUPPORTED)
 @pytest.mark.parametrize("level", [1, 3])
-def test_a_fixed_level_is_what_loading_it_gives(server: Server, tmp_path: Path, name: str, level: int) -> None:
+def test_a_fixed_level_equals_loading_that_level(server: Server, tmp_path: Path, name: str, level: int) -> None:
     folder = write(name, tmp_path / name)
     cache = stream(serve(server, folder), name, level=level)
     assert same_kv(cache, at_level(folder, level))
@@ -76,7 +76,7 @@ def test_a_fixed_level_is_what_loading_it_gives(server: Server, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_text_is_what_a_prefill_computes(server: Server, tmp_path: Path, name: str) -> None:
+def test_text_equals_a_prefill(server: Server, tmp_path: Path, name: str) -> None:
     cache = stream(serve(server, write(name, tmp_path / name)), name, level="text")
     prefilled = exact(name).kv
     for found, expected in zip(cache.kv.keys + cache.kv.values, prefilled.keys + prefilled.values, strict=True):
@@ -92,7 +92,7 @@ def test_text_is_what_a_prefill_computes(server: Server, tmp_path: Path, name: s
     {"policy": Fixed()},
     {"connections": 1},
 ], ids=str)  # fmt: skip
-def test_with_time_enough_the_finest_level_comes(url: str, folder: Path, options: dict[str, Any]) -> None:
+def test_with_enough_time_the_finest_level_is_streamed(url: str, folder: Path, options: dict[str, Any]) -> None:
     cache = stream(url, **options)
     assert same_kv(cache, at_level(folder))
     assert cache.refinement is not None
@@ -100,20 +100,20 @@ def test_with_time_enough_the_finest_level_comes(url: str, folder: Path, options
     assert threads_end()
 
 
-def test_without_refining_each_chunk_comes_once_and_none_below_the_middle_level(url: str) -> None:
+def test_without_refining_each_chunk_is_fetched_once_at_the_middle_level_or_finer(url: str) -> None:
     report = stream_report(stream(url, slo=30.0, refine="off"))
     levels = [chunk.level for chunk in report.chunks]
     assert levels == [chunk.first_level for chunk in report.chunks]
-    assert set(levels) <= {2, 3}  # the middle one before a throughput is known, which a file's first bytes may tell
+    assert set(levels) <= {2, 3}  # the middle level until the throughput is known
 
 
-def test_a_folder_streams_too(folder: Path) -> None:
+def test_a_folder_streams(folder: Path) -> None:
     cache = stream(folder, slo=30.0)
     assert same_kv(cache, at_level(folder))
     assert stream_report(cache).wire_bytes == 0
 
 
-def test_what_is_on_this_disk_is_not_fetched_again(server: Server, url: str, folder: Path) -> None:
+def test_segments_on_this_disk_are_not_fetched_again(server: Server, url: str, folder: Path) -> None:
     stream(url)
     before = len(server.requests)
     cache = stream(url, slo=30.0)
@@ -130,7 +130,7 @@ def test_the_paper_policy_recomputes_where_that_fits(url: str) -> None:
 
 
 def test_neighbours_share_requests(server: Server, tmp_path: Path) -> None:
-    """Each file is opened once, and what did not come with that comes in runs."""
+    """Each file is opened once, and its remaining segments are fetched in runs."""
     config = CacheGenConfig(transform="identity", chunk_tokens=8)
     context = tokens(1600, seed=9)
     folder = tmp_path / "artifact"
@@ -168,7 +168,7 @@ def test_the_report_and_the_events(url: str, folder: Path) -> None:
     assert isinstance(events[-1].attributes()["hf_cachegen.stream.report"], dict)
 
 
-def test_a_callback_that_fails_does_no_harm(url: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_survives_a_callback_that_fails(url: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     def fail(event: Event) -> None:
         raise RuntimeError("a bug of the user's")
 
@@ -176,8 +176,8 @@ def test_a_callback_that_fails_does_no_harm(url: str, folder: Path, caplog: pyte
     assert "a bug of the user's" in caplog.text
 
 
-def test_cancelling(server: Server, url: str) -> None:
-    """While chunks trickle in, a byte at a time."""
+def test_a_stream_can_be_cancelled(server: Server, url: str) -> None:
+    """Cancel while chunks arrive a byte at a time."""
     cancel = threading.Event()
     slow = faults.trickle(0.05)
     server.always = lambda request, body, headers: (
@@ -193,7 +193,7 @@ def test_cancelling(server: Server, url: str) -> None:
     assert threads_end()
 
 
-def test_refining_after_the_context_is_there(url: str, folder: Path) -> None:
+def test_refining_continues_after_the_call_returns(url: str, folder: Path) -> None:
     cache = stream(url, refine="while_generating")
     assert cache.refinement is not None
     assert all(chunk.first_level == 1 for chunk in stream_report(cache).chunks)
@@ -205,7 +205,7 @@ def test_refining_after_the_context_is_there(url: str, folder: Path) -> None:
 
 
 def test_cancelling_a_refinement_leaves_no_thread(server: Server, url: str, folder: Path) -> None:
-    """Refinements hang in mid-body; the context stays as it is."""
+    """Refinements hang in mid-body; the context does not change."""
     hanging = faults.stall_in_body(20)
     server.always = lambda request, body, headers: (
         hanging(request, body, headers) if "refine" in request.path else request.answer(206, body, headers)
@@ -228,12 +228,12 @@ def test_saving_a_streamed_cache_copies_the_artifact(url: str, folder: Path, tmp
     {"slo": 0.0}, {"slo": -1.0}, {"refine": "sometimes"}, {"prompt_tokens": -1}, {"stall_seconds": 0.0},
     {"connections": 0}, {"policy": "best"}, {"level": 0}, {"level": "exact"},
 ], ids=str)  # fmt: skip
-def test_options_out_of_range(url: str, options: dict[str, Any]) -> None:
+def test_options_out_of_range_are_refused(url: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         stream(url, **options)
 
 
-def test_a_level_that_is_not_there(url: str) -> None:
+def test_a_missing_level_is_refused(url: str) -> None:
     with pytest.raises(LevelError):
         stream(url, level=4)
 
@@ -244,21 +244,21 @@ def test_another_model_is_refused(url: str) -> None:
     assert threads_end()
 
 
-def test_a_prompt_that_has_nothing_of_the_context(url: str) -> None:
+def test_a_prompt_without_the_context_is_refused(url: str) -> None:
     ids = tokens(20, seed=77)
     with pytest.raises(PromptMismatchError):
         stream(url, prompt=(ids, torch.ones_like(ids)))
     assert threads_end()
 
 
-def test_a_place_that_is_not_there(server: Server) -> None:
+def test_a_missing_location_is_an_error(server: Server) -> None:
     with pytest.raises(ArtifactNotFoundError):
         stream(server.url)
 
 
 @pytest.mark.slow
-def test_memory_is_the_context_and_little_more(tmp_path: Path) -> None:
-    """In a process of its own: the peak while streaming, above what was there before, in units of the context."""
+def test_peak_memory_is_the_context_and_a_few_chunks(tmp_path: Path) -> None:
+    """Measure in a process of its own: the peak of a stream above the memory before it, in units of the context."""
     script = tmp_path / "peak.py"
     script.write_text(PEAK, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -273,7 +273,7 @@ def test_memory_is_the_context_and_little_more(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     peak, context, chunk = map(int, done.stdout.split())
-    # A chunk that is decoded, and what was read ahead of it.
+    # A chunk that is decoded, and the bytes that were read ahead of it.
     assert peak < context + 5 * chunk
 
 
@@ -294,7 +294,7 @@ if sys.argv[1] == "write":
     CacheGenCache.from_context(model, ids, codec).save_pretrained(sys.argv[2])
     CacheGenCache.from_context(model, ids[:, :256], codec).save_pretrained(sys.argv[2] + "-small")
 else:
-    CacheGenCache.stream(sys.argv[2] + "-small", model, level=1)  # what libraries load is there
+    CacheGenCache.stream(sys.argv[2] + "-small", model, level=1)  # loads the libraries
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cache = CacheGenCache.stream(sys.argv[2], model, level=1)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -303,7 +303,7 @@ else:
 """
 
 
-def test_what_is_measured_is_kept_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_are_kept_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared("llama")
     speed = measure(model)
     assert speed.known

@@ -1,4 +1,4 @@
-"""Streams from servers that fail at random: each chunk is what its report says, or there is a typed error; all ends."""
+"""Streams from servers that fail at random end with the reported chunks or with a typed error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fail_at_random(server: Server, seed: int) -> None:
-    """All but the manifest, with a probability that the seed draws too."""
+    """Damage every answer but the manifest, with a probability that the seed determines."""
     draw = random.Random(seed)
     share = draw.choice([0, 0.1, 0.3, 0.8])
 
@@ -58,7 +58,7 @@ def fail_at_random(server: Server, seed: int) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_a_stream_is_what_it_says_or_an_error(
+def test_a_stream_equals_its_report_or_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], seed: int
 ) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Streams at their edges: what ends while something is under way, who is told what, and what may be asked for."""
+"""Edge cases of streams: endings while work is under way, reports, and options."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPT = torch.cat([CONTEXT, tokens(7, seed=11)], 1)
 
 
-# What ends while something is under way.
+# Endings while work is under way.
 
 
-def test_a_context_in_place_does_not_wait_for_requests_that_hang(
+def test_a_complete_context_does_not_wait_for_requests_that_hang(
     server: Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would make the SLO a matter of the silent server's."""
+    """Otherwise a silent server would decide whether the SLO is met."""
     monkeypatch.setattr("hf_cachegen.streaming.stream.END_SECONDS", 60.0)
     gate = refinements_wait(server)
     start = time.monotonic()
@@ -72,8 +72,8 @@ def test_a_context_in_place_does_not_wait_for_requests_that_hang(
     assert threads_end()
 
 
-def test_what_arrives_after_the_end_is_nobodys() -> None:
-    """Another stream's loader may have taken the place of the one that asked."""
+def test_bytes_that_arrive_after_the_end_are_dropped() -> None:
+    """The loader of another stream may have replaced the one that asked."""
     arrived: list[Any] = []
     sent, go_on = threading.Event(), threading.Event()
 
@@ -121,7 +121,7 @@ def test_what_arrives_after_the_end_is_nobodys() -> None:
 
 
 def test_nothing_is_written_after_a_refinement_was_closed(server: Server, url: str, folder: Path) -> None:
-    """Generations that begin then share the tensors."""
+    """Generations that begin later share the tensors."""
     gate = refinements_wait(server)
     cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
     assert cache.refinement is not None
@@ -135,21 +135,21 @@ def test_nothing_is_written_after_a_refinement_was_closed(server: Server, url: s
     assert same_kv(cache, at_level(folder, 1))
 
 
-def test_a_place_is_not_silent_for_another_that_was() -> None:
+def test_the_silence_of_one_source_does_not_count_for_the_next() -> None:
     now = [0.0]
     bandwidth = Bandwidth(clock=lambda: now[0])
     bandwidth.began()
     now[0] = 100.0
     assert bandwidth.silence() == 100.0
-    bandwidth.forget()  # the next place, while the request to the first still hangs
+    bandwidth.forget()  # the next source, while the request to the first still hangs
     bandwidth.began()
     now[0] = 101.0
     assert bandwidth.silence() == 1.0
 
 
 @pytest.mark.parametrize("refine", ["off", "before", "while_generating"])
-def test_tensors_go_with_their_cache(url: str, refine: Any) -> None:
-    """At once: until Python looks for cycles there may be many contexts more."""
+def test_tensors_are_freed_with_their_cache(url: str, refine: Any) -> None:
+    """They are freed at once: many more contexts may be loaded before Python collects cycles."""
     gc.collect()
     gc.disable()
     try:
@@ -175,10 +175,10 @@ def test_a_cache_does_not_keep_its_model(url: str) -> None:
     assert cache.kv.geometry.tokens == CONTEXT_TOKENS
 
 
-# Who is told what.
+# Reports.
 
 
-def test_a_report_waits_for_what_changes_it(server: Server, url: str) -> None:
+def test_a_report_waits_for_a_change_under_way(server: Server, url: str) -> None:
     gate = refinements_wait(server)
     cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
     assert cache.refinement is not None
@@ -195,8 +195,8 @@ def test_a_report_waits_for_what_changes_it(server: Server, url: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
-def test_the_first_token_is_not_a_drafts(url: str, way: str) -> None:
-    """Candidates are drafted, and go through the processors, before the model has read the question."""
+def test_the_first_token_is_not_one_of_a_draft(url: str, way: str) -> None:
+    """Candidates are drafted, and pass the processors, before the model has read the question."""
     model = copy.deepcopy(shared("llama"))
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
@@ -217,12 +217,12 @@ def test_the_first_token_is_not_a_drafts(url: str, way: str) -> None:
     assert seen[0] > 0
 
 
-def test_the_speed_of_a_batch_is_not_taken_for_a_rows(url: str) -> None:
+def test_the_time_of_a_batch_is_not_taken_as_that_of_one_row(url: str) -> None:
     model = shared("llama")
     cache = CacheGenCache.stream(url, model, level=1)
     assert cache.refinement is not None
     speed = speed_of(model)
-    for _ in range(2):  # the first of a model is no measurement
+    for _ in range(2):  # the first pass of a model is a warm-up
         speed.add(0, 64, 1.0)
     before = list(speed.samples)
     generate(model, PROMPT.repeat(3, 1), cache=cache, max_new_tokens=2, do_sample=False)
@@ -232,7 +232,7 @@ def test_the_speed_of_a_batch_is_not_taken_for_a_rows(url: str) -> None:
     assert speed.samples[-1][:2] == (CONTEXT_TOKENS, 7)
 
 
-# What may be asked for.
+# Options.
 
 
 def test_text_needs_no_profile(server: Server, tmp_path: Path) -> None:
@@ -241,14 +241,14 @@ def test_text_needs_no_profile(server: Server, tmp_path: Path) -> None:
     exact = CacheGenCache.from_context(model, torch.arange(300)[None] % 200 + 3, config)
     exact.save_pretrained(tmp_path / "artifact")
     url = serve(server, tmp_path / "artifact")
-    cache = CacheGenCache.stream(url, model, level="text", profile=None)  # it is not beside the artifact
+    cache = CacheGenCache.stream(url, model, level="text", profile=None)  # the profile is not beside the artifact
     assert isinstance(cache.report, StreamReport)
     assert cache.report.text_chunks == len(cache.report.chunks)
     assert not any("profile" in path for path, _ in server.requests)
 
 
 def test_a_lost_chunk_does_not_make_the_others_coarse() -> None:
-    """How long its recomputing takes is not known; without an SLO that does not matter."""
+    """The time of recomputing it is unknown, which has no effect without an SLO."""
     chunks = [Chunk(index, 16 * index, 16, (10, 10, 10), (10, 10, 10), 3) for index in range(4)]
     chunks[0].best = 0
     schedule = Schedule(chunks, Adaptive(), None, "off", lambda _: float("inf"))
@@ -263,7 +263,7 @@ def test_a_lost_chunk_does_not_make_the_others_coarse() -> None:
     {"policy": Adaptive}, {"fallback": "https://mirror/report"}, {"fallback": ("https://mirror/report", {})},
     {"fallback": [("https://mirror/report",)]},
 ], ids=str)  # fmt: skip
-def test_options_that_mean_nothing(url: str, options: dict[str, Any]) -> None:
+def test_options_without_effect_are_refused(url: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         CacheGenCache.stream(url, shared("llama"), **options)
 
@@ -278,7 +278,7 @@ def test_old_names_of_fields_warn() -> None:
             assert event.place == event.location
 
 
-def test_options_are_those_of_the_stream_and_of_the_access() -> None:
+def test_the_options_are_those_of_the_stream_and_of_the_access() -> None:
     options = StreamOptions.from_keywords({"slo": 2.0, "level": 2, "token": "secret", "subfolder": "a"})
     assert (options.slo, options.choice, options.stall) == (2.0, 2, 0.5)
     assert options.access == Access(token="secret", subfolder="a")
@@ -310,7 +310,7 @@ CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_of_generate_that_mean_nothing(url: str, call: str) -> None:
+def test_calls_of_generate_without_effect_are_refused(url: str, call: str) -> None:
     with pytest.raises(ConfigError):
         generate(shared("llama"), PROMPT, max_new_tokens=2, **CALLS[call](url))
 
@@ -332,7 +332,7 @@ class Loader:
     session = Session()
     ended = False
     def refine(self):
-        while not self.ended:  # decoding, in the interpreter and out of it
+        while not self.ended:  # decode, inside the interpreter and outside of it
             torch.randn(300, 300) @ torch.randn(300, 300)
     def close(self, wait=0.0):
         self.ended = True
@@ -344,7 +344,7 @@ print("over")
 
 
 def test_a_process_may_end_while_a_refinement_runs() -> None:
-    """Its thread ends first: one that is inside torch would end the process with an abort."""
+    """Its thread ends first: a thread inside torch would abort the process."""
     script = EXITING.format(root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", script], check=False, text=True, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
@@ -353,8 +353,8 @@ def test_a_process_may_end_while_a_refinement_runs() -> None:
 @pytest.mark.parametrize(
     ("rate", "round_trip", "under_way", "expected"),
     [
-        (None, None, [], 1 << 19),  # nothing is known: a request for each connection
-        (None, 1e-3, [], 1 << 19),  # a short path: two requests, and then no more
+        (None, None, [], 1 << 19),  # nothing is known: one request per connection
+        (None, 1e-3, [], 1 << 19),  # a short path: two requests
         (None, 1e-3, [1 << 19], 1 << 19),
         (None, 1e-3, [1 << 19, 1 << 19], None),
         (None, 20e-3, [1 << 19] * 7, 1 << 19),
@@ -370,15 +370,15 @@ def test_a_process_may_end_while_a_refinement_runs() -> None:
         (1e6, 1e-3, [1 << 18, 1 << 18], None),
     ],
 )
-def test_how_much_is_asked_for(
+def test_the_size_of_the_window(
     rate: float | None, round_trip: float | None, under_way: list[int], expected: float | None
 ) -> None:
     found = request_bytes(rate, round_trip, under_way, 8)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def test_what_a_link_gives_grows_with_what_is_asked_for() -> None:
-    """Where the round trip and not the rate was the limit: the window is more than what came in one round trip."""
+def test_the_window_grows_while_the_throughput_does() -> None:
+    """Where the round trip is the limit, the window exceeds the bytes of one round trip."""
     for round_trip in (1e-3, 20e-3, 0.1, 0.2):
         asked, rate = 0, 1e7
         while (

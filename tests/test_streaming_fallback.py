@@ -1,4 +1,4 @@
-"""Streams that have more than one place."""
+"""Streams that have more than one source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny_models import shared, tokens
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_the_first_place_may_be_gone_altogether(spare: Server, folder: Path) -> None:
+def test_the_first_source_may_be_unreachable(spare: Server, folder: Path) -> None:
     with running(Server()) as gone:
         dead = gone.url
     cache = stream(dead, fallback=[serve(spare, folder)])
@@ -33,7 +33,7 @@ def test_the_first_place_may_be_gone_altogether(spare: Server, folder: Path) -> 
     assert dead in report(cache).faults[0]
 
 
-def test_all_places_gone(server: Server) -> None:
+def test_an_unreachable_source_and_fallback_is_an_error(server: Server) -> None:
     with running(Server()) as gone:
         dead = gone.url
     with pytest.raises(StoreError):
@@ -42,8 +42,8 @@ def test_all_places_gone(server: Server) -> None:
         stream(server.url, fallback=[dead])
 
 
-def test_another_artifact_is_no_fallback(server: Server, spare: Server, folder: Path, tmp_path: Path) -> None:
-    """It would decode, into another context's keys and values."""
+def test_another_artifact_is_refused_as_a_fallback(server: Server, spare: Server, folder: Path, tmp_path: Path) -> None:
+    """It would decode to the keys and values of another context."""
     CacheGenCache.from_context(shared("llama"), tokens(100, seed=8), CONFIG).save_pretrained(tmp_path / "other")
     server.always = only("refine-2", faults.status(500))
     cache = stream(serve(server, folder), fallback=[serve(spare, tmp_path / "other")], refine="while_generating")
@@ -54,8 +54,8 @@ def test_another_artifact_is_no_fallback(server: Server, spare: Server, folder: 
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_file_that_fails_does_not_take_the_place_away(server: Server, folder: Path, gone: bool) -> None:
-    """A finer part fails again and again before the coarser one, asked for meanwhile, has come."""
+def test_a_file_that_fails_does_not_exclude_its_source(server: Server, folder: Path, gone: bool) -> None:
+    """A finer part fails repeatedly before the coarser part, requested meanwhile, arrives."""
 
     def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
         if "refine-2" in request.path:
@@ -74,10 +74,10 @@ def test_a_file_that_fails_does_not_take_the_place_away(server: Server, folder: 
     assert same_kv(cache, at_level(folder, 2))
 
 
-def test_a_place_is_left_in_one_step(
+def test_a_source_is_left_in_one_step(
     server: Server, spare: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would seem meanwhile, on a slow link, that nothing is to come any more."""
+    """Otherwise, on a slow link, nothing would seem to be expected any more."""
     give_back, rate, leaving = Fetcher._give_back, Bandwidth.rate, threading.Event()
 
     def slowly(self: Fetcher, *arguments: Any) -> Any:
@@ -95,7 +95,7 @@ def test_a_place_is_left_in_one_step(
     assert same_kv(cache, at_level(folder))
 
 
-def test_credentials_do_not_go_to_the_other_place(server: Server, spare: Server, folder: Path) -> None:
+def test_credentials_are_not_sent_to_the_fallback(server: Server, spare: Server, folder: Path) -> None:
     server.always = only("refine", faults.status(500))
     stream(serve(server, folder), fallback=[serve(spare, folder)], headers={"Authorization": "Bearer secret"})
     assert all(headers.get("Authorization") == "Bearer secret" for _, headers in server.requests)
@@ -120,8 +120,8 @@ def test_a_fallback_is_decoded_with_the_profile_in_the_models_folder(
     assert report(cache).text_chunks == 0
 
 
-def test_a_fallback_that_cannot_be_a_place_ends_the_stream(server: Server, folder: Path) -> None:
-    """Once it is needed."""
+def test_a_fallback_with_an_invalid_location_ends_the_stream(server: Server, folder: Path) -> None:
+    """The error is raised once the fallback is needed."""
     url = serve(server, folder)
     server.always = only("base", faults.status(500))
     with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""Streams on a network that fails: another place, a coarser level or text, and always an end."""
+"""Streams on a network that fails: another source, a coarser level or text; every stream ends."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def damaged(server: Server, name: str, where: int) -> None:
-    """Flips a bit of the file itself: every server of it gives the same wrong byte."""
+    """Flip a bit of the file itself, so that every server gives the same wrong byte."""
     data = bytearray(server.files[name])
     data[where] ^= 1
     server.files[name] = bytes(data)
 
 
 def offset(folder: Path, file: str, name: str) -> int:
-    """A byte of that segment."""
+    """Return the offset of a byte of that segment."""
     return Reader(LocalStore(folder)).manifest.segment(file, name).offset + 3
 
 
@@ -66,7 +66,7 @@ FAILURES: dict[str, Callable[[], Fault]] = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("options", [{}, {"slo": 20.0}, {"level": 2}], ids=str)
-def test_what_one_place_fails_to_give_another_does(
+def test_a_fallback_gives_what_the_first_source_fails_to_give(
     server: Server, spare: Server, folder: Path, failure: str, options: dict[str, Any]
 ) -> None:
     events: list[Event] = []
@@ -78,8 +78,8 @@ def test_what_one_place_fails_to_give_another_does(
 
 
 @pytest.mark.parametrize("failure", ["lost connection", "wrong bytes", "server error"])
-def test_without_another_place_refinements_are_done_without(server: Server, folder: Path, failure: str) -> None:
-    """Recomputed where there is time for it, else left out."""
+def test_without_a_fallback_refinements_are_recomputed_or_left_out(server: Server, folder: Path, failure: str) -> None:
+    """Their chunks are recomputed if there is time, else they stay coarse."""
     server.always = only("refine-2", FAILURES[failure]())
     cache = stream(serve(server, folder), refine="while_generating")
     assert cache.refinement is not None
@@ -96,8 +96,8 @@ def test_without_another_place_refinements_are_done_without(server: Server, fold
 
 
 @pytest.mark.parametrize("failure", ["stall in the body", "lost connection", "server error", "gone"])
-def test_without_another_place_the_base_is_recomputed(server: Server, folder: Path, failure: str) -> None:
-    """The heads of files come, with the side information; then nothing more."""
+def test_without_a_fallback_the_base_is_recomputed(server: Server, folder: Path, failure: str) -> None:
+    """The heads of files arrive with the side information, then nothing more."""
     big = CacheGenCache.from_context(shared("llama"), tokens(2000, seed=6), CacheGenConfig(transform="identity"))
     big.save_pretrained(folder.parent / "big", CacheGenConfig(transform="identity", lossless=True, levels=1))
     failing = FAILURES[failure]()
@@ -127,10 +127,10 @@ def test_a_chunk_that_is_damaged_everywhere_is_recomputed(server: Server, spare:
     assert same_kv(cache, at_level(folder), slice(64, None))
 
 
-def test_a_refinement_that_is_damaged_everywhere_is_done_without(
+def test_a_refinement_that_is_damaged_everywhere_is_left_out(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its chunk alone is recomputed, or stays coarse where that cannot be done."""
+    """Only its chunk is recomputed, or stays coarse where recomputing is not possible."""
     url = serve(server, folder)
     damaged(server, "refine-1.safetensors", offset(folder, "refine-1.safetensors", "chunk-00002"))
     cache = stream(url)
@@ -144,7 +144,7 @@ def test_a_refinement_that_is_damaged_everywhere_is_done_without(
     assert same_kv(cache, at_level(folder, 1), slice(32, 48))
 
 
-def test_a_segment_that_is_sound_and_cannot_be_decoded_is_recomputed(
+def test_a_segment_with_the_right_checksum_that_cannot_be_decoded_is_recomputed(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = LossyCodec.decode_into
@@ -162,7 +162,7 @@ def test_a_segment_that_is_sound_and_cannot_be_decoded_is_recomputed(
 
 @contextmanager
 def silent_side(server: Server) -> Iterator[None]:
-    """Of the base, what is no chunk (its head, and the side information) is not answered before the end."""
+    """Answer requests for the head and the side information of the base only at the end."""
     end = threading.Event()
 
     def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
@@ -180,8 +180,8 @@ def silent_side(server: Server) -> Iterator[None]:
     assert threads_end()
 
 
-def test_silence_instead_of_side_information_holds_nobody_up(server: Server, folder: Path) -> None:
-    """What is recomputed needs none: it begins when it would be too late afterwards, not when the place has failed."""
+def test_silence_instead_of_side_information_delays_no_stream(server: Server, folder: Path) -> None:
+    """Recomputing needs no side information: it begins at the last moment, not when the source has failed."""
     measure(shared("llama"))
     url = serve(server, folder)
     with silent_side(server):
@@ -197,11 +197,11 @@ def test_a_stream_that_waits_for_side_information_can_be_cancelled(server: Serve
         CacheGenCache.stream(url, shared("llama"), cancel=cancel, stall_seconds=20.0)
 
 
-def test_a_decoder_that_comes_too_late_is_another_artifacts(
+def test_a_decoder_of_the_source_before_is_not_used(
     server: Server, spare: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first place's manifest and side information come, its tokens do not; the next place has other steps, which
-    nothing in its streams tells from the first one's.
+    """The manifest and the side information of the first source arrive, its tokens do not. The next
+    source has other steps, which cannot be seen in its streams.
     """
     exact = CacheGenCache.from_context(shared("llama"), at_level(folder).input_ids)
     first = Artifact(LocalStore(folder))
@@ -222,8 +222,8 @@ def test_a_decoder_that_comes_too_late_is_another_artifacts(
     assert same_kv(cache, at_level(tmp_path / "other"))
 
 
-def test_a_fallback_that_is_silent_holds_nobody_up(server: Server, spare: Server, folder: Path) -> None:
-    """All threads wait for its manifest: none of them is waited for."""
+def test_a_silent_fallback_delays_no_stream(server: Server, spare: Server, folder: Path) -> None:
+    """All threads wait for its manifest; the stream waits for none of them."""
     end = threading.Event()
     server.always = only("base", faults.status(404))
     spare.always = lambda request, body, headers: (end.wait(20), request.answer(206, body, headers))[1]
@@ -240,9 +240,9 @@ def test_a_fallback_that_is_silent_holds_nobody_up(server: Server, spare: Server
     assert threads_end()
 
 
-def test_that_no_source_is_left_is_said_once(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long recomputing takes while a request hangs. Refinements hang too: one that arrives between two rounds
-    of silence would rightly make the count of rounds begin again.
+def test_losing_all_sources_is_reported_once(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of recomputing has no effect on it while a request hangs. Refinements hang too: one that arrives
+    between two rounds of silence would reset the count of rounds.
     """
     monkeypatch.setattr("hf_cachegen.streaming.bandwidth.Bandwidth.silence", lambda _: 1000.0)
     server.always = lambda request, body, headers: (
@@ -250,7 +250,7 @@ def test_that_no_source_is_left_is_said_once(server: Server, folder: Path, monke
     )
     cache = stream(serve(server, folder))
     assert report(cache).text_chunks == CHUNKS
-    # On a machine that stands still, a request for side information may run out of time besides.
+    # On a busy machine a request for side information may also time out.
     assert sum("silent for 1000.0 s" in fault for fault in report(cache).faults) <= ROUNDS
     assert 1 <= len(report(cache).faults) <= 2 * ROUNDS
 
@@ -261,7 +261,7 @@ def test_without_side_information_all_is_recomputed(server: Server, folder: Path
     assert report(stream(url)).text_chunks == CHUNKS
 
 
-def test_where_nothing_can_be_recomputed_the_last_error_is_raised(
+def test_without_recomputing_the_last_error_is_raised(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_cachegen.streaming.stream.positions_change", lambda *_: True)
@@ -275,7 +275,7 @@ def test_where_nothing_can_be_recomputed_the_last_error_is_raised(
 
 
 def test_an_interrupt_from_the_keyboard_leaves_no_thread(server: Server, folder: Path, monkeypatch: Any) -> None:
-    """It comes while the calling thread waits for bytes that do not come."""
+    """Interrupt the calling thread while it waits for bytes that do not arrive."""
     server.always = only("refine", faults.stall_in_body(3))
 
     def interrupt(self: Any) -> None:
@@ -295,7 +295,7 @@ def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Pat
         stream(serve(server, folder))
 
 
-def test_a_refinement_that_cannot_be_decoded_leaves_what_is_there(
+def test_a_refinement_that_cannot_be_decoded_leaves_the_coarser_level(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = LossyCodec.decode_into

@@ -39,7 +39,7 @@ NEW = 10
 
 
 class Gate(LogitsProcessor):
-    """Refinements are held back on the server until the third step; from the fourth on `check` is called."""
+    """Hold refinements back on the server until the third step; call `check` from the fourth on."""
 
     def __init__(self, server: Server, check: Callable[[], None]) -> None:
         self.check, self.steps, self.open = check, 0, threading.Event()
@@ -66,7 +66,7 @@ class Gate(LogitsProcessor):
 
 @pytest.fixture
 def swaps(monkeypatch: pytest.MonkeyPatch) -> list[SwapIn]:
-    """The swapping processors that generate made."""
+    """Record the swapping processors that generate makes."""
     made: list[SwapIn] = []
     init = SwapIn.__init__
 
@@ -79,7 +79,7 @@ def swaps(monkeypatch: pytest.MonkeyPatch) -> list[SwapIn]:
 
 
 def left_padded() -> dict[str, Tensor]:
-    """Three questions of different length about the context, and a prompt that leaves it after 60 tokens."""
+    """Return three questions of different length about the context, and a prompt that leaves it after 60 tokens."""
     rows = [torch.cat([CONTEXT[0], tokens(n, seed=n)[0]]) for n in (3, 9, 6)]
     longest = max(map(len, rows))
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
@@ -104,17 +104,17 @@ WAYS["assistant"] = {"assistant_model": shared("llama", 1), "do_sample": False}
 
 
 def holds(live: Any, finest: CacheGenCache, reuse: Reuse) -> None:
-    """Every column of the context in a generation's cache is the finest level's; at least one is there."""
+    """Check that every position of the context in a generation's cache has the finest level, and that there is one."""
     for layer, keys, values in zip(live.layers, finest.kv.keys, finest.kv.values, strict=True):
         seen = int(getattr(layer, "cumulative_length_int", None) or layer.get_seq_length())
         held = range(max(0, seen - layer.keys.shape[2]) if layer.is_sliding else 0, reuse.length)
         repeats = layer.keys.shape[0] // len(reuse.pads)
         for row in range(layer.keys.shape[0]):
             pads = reuse.pads[row // repeats]
-            for column in held:
-                if column >= pads:
-                    assert torch.equal(layer.keys[row, :, column - held.start], keys[0, :, column - pads])
-                    assert torch.equal(layer.values[row, :, column - held.start], values[0, :, column - pads])
+            for position in held:
+                if position >= pads:
+                    assert torch.equal(layer.keys[row, :, position - held.start], keys[0, :, position - pads])
+                    assert torch.equal(layer.values[row, :, position - held.start], values[0, :, position - pads])
         assert layer.is_sliding or len(held) > 30
 
 
@@ -134,7 +134,7 @@ def test_refinements_reach_a_generation_between_two_steps(
     gate.cache = cache = CacheGenCache.stream(serve(server, folder), shared(name), refine="while_generating")
     assert same_kv(cache, at_level(folder, 1))
     torch.manual_seed(0)
-    # In a random model the end of a text may come at once.
+    # A random model may end a text at once.
     generate(shared(name), **prompt, cache=cache, max_new_tokens=NEW, min_new_tokens=NEW, logits_processor=[gate],
              **WAYS[way])  # fmt: skip
     assert gate.steps > 3
@@ -142,8 +142,8 @@ def test_refinements_reach_a_generation_between_two_steps(
     assert threads_end()
 
 
-def test_tokens_are_those_of_a_cache_that_was_exchanged_by_hand(server: Server, tmp_path: Path) -> None:
-    """Greedy decoding, written out: four steps from the coarsest level, then the finest in its place."""
+def test_tokens_equal_those_of_a_cache_that_is_exchanged_by_hand(server: Server, tmp_path: Path) -> None:
+    """Decode greedily: four steps from the coarsest level, then from the finest."""
     model, folder = shared("llama"), write("llama", tmp_path / "artifact")
     coarse, finest = at_level(folder, 1), at_level(folder)
     past, ids, logits = coarse.to_dynamic(), PROMPT, []
@@ -171,7 +171,7 @@ def test_tokens_are_those_of_a_cache_that_was_exchanged_by_hand(server: Server, 
 
 
 def test_two_generations_of_one_cache_each_get_the_refinement(server: Server, tmp_path: Path) -> None:
-    """The second begins from the finest level; the coarse one that the first began from is not touched meanwhile."""
+    """The second begins from the finest level; the coarse tensors of the first are not changed meanwhile."""
     model, folder = shared("llama"), write("llama", tmp_path / "artifact")
     gate = Gate(server, lambda: None)
     gate.cache = cache = CacheGenCache.stream(serve(server, folder), model, refine="while_generating")
@@ -188,7 +188,7 @@ def test_two_generations_of_one_cache_each_get_the_refinement(server: Server, tm
     {"stream": {"level": 3}},
     {"slo": 30.0, "stream": {"policy": "adaptive", "connections": 2}},
 ], ids=str)  # fmt: skip
-def test_generating_from_a_url(server: Server, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_generate_streams_from_a_url(server: Server, tmp_path: Path, options: dict[str, Any]) -> None:
     model, folder = shared("llama"), write("llama", tmp_path / "artifact")
     events: list[Event] = []
     options = {**options, "stream": {**options.get("stream", {}), "on_event": events.append}}
@@ -230,7 +230,7 @@ def test_the_slo_counts_the_question_and_is_reported(server: Server, tmp_path: P
     assert cache.report.ttft == before
 
 
-def test_where_no_place_answers_the_prompt_is_computed(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_an_answering_source_the_prompt_is_computed(caplog: pytest.LogCaptureFixture) -> None:
     with running(Server()) as gone:
         dead = gone.url
     model = shared("llama")
@@ -239,8 +239,8 @@ def test_where_no_place_answers_the_prompt_is_computed(caplog: pytest.LogCapture
     assert "computed without its cache" in caplog.text
 
 
-def test_a_place_that_is_not_there_is_an_error(server: Server, tmp_path: Path) -> None:
-    """A wrong name is no fault of the network's, which the prompt is computed for; another place may have it."""
+def test_a_missing_location_is_an_error(server: Server, tmp_path: Path) -> None:
+    """A wrong name is not a failure of the network, so the prompt is not computed. A fallback may have the artifact."""
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "slo": 30.0}
     with pytest.raises(ArtifactNotFoundError):
         generate(shared("llama"), PROMPT, cache=f"{server.url}/mistyped", **options)
@@ -250,7 +250,7 @@ def test_a_place_that_is_not_there_is_an_error(server: Server, tmp_path: Path) -
     assert torch.equal(found, expected)
 
 
-def test_a_prompt_of_something_else_is_computed(server: Server, tmp_path: Path) -> None:
+def test_a_prompt_without_the_context_is_computed(server: Server, tmp_path: Path) -> None:
     model, url = shared("llama"), serve(server, write("llama", tmp_path / "artifact"))
     ids = tokens(30, seed=42)
     found = generate(model, ids, cache=url, slo=5.0, max_new_tokens=NEW, do_sample=False)
@@ -259,7 +259,7 @@ def test_a_prompt_of_something_else_is_computed(server: Server, tmp_path: Path) 
         generate(model, ids, cache=url, slo=5.0, max_new_tokens=NEW, on_mismatch="error")
 
 
-def test_what_is_wrong_stays_an_error(server: Server, tmp_path: Path) -> None:
+def test_wrong_arguments_are_errors(server: Server, tmp_path: Path) -> None:
     url = serve(server, write("llama", tmp_path / "artifact"))
     with pytest.raises(WrongModelError):
         generate(shared("qwen3"), PROMPT, cache=url, slo=5.0, max_new_tokens=2)

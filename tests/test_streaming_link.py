@@ -1,4 +1,4 @@
-"""Throughput, sharing a link, what is measured of a model, and the metrics."""
+"""Throughput, sharing a link, the measured speed of a model, and the metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_nothing_is_known_before_anything_arrived(clock: Clock) -> None:
+def test_the_rate_is_unknown_before_the_first_byte(clock: Clock) -> None:
     bandwidth = Bandwidth(clock=clock)
     assert bandwidth.rate() is None
     bandwidth.began()
@@ -55,7 +55,7 @@ def test_the_rate_is_that_of_the_last_sample(clock: Clock) -> None:
     assert bandwidth.rate() == pytest.approx(15_000)
 
 
-def test_the_rate_smoothed(clock: Clock) -> None:
+def test_the_rate_can_be_smoothed(clock: Clock) -> None:
     bandwidth = Bandwidth(smoothing=0.75, clock=clock)
     bandwidth.began()
     for nbytes in (1000, 3000):
@@ -76,7 +76,7 @@ def test_pauses_between_requests_do_not_count(clock: Clock) -> None:
     assert bandwidth.silence() == 0
 
 
-def test_silence_brings_the_rate_down(clock: Clock) -> None:
+def test_silence_lowers_the_rate(clock: Clock) -> None:
     bandwidth = Bandwidth(clock=clock)
     bandwidth.began()
     clock.now += 0.2
@@ -91,7 +91,7 @@ def test_silence_brings_the_rate_down(clock: Clock) -> None:
     assert bandwidth.rate() == pytest.approx(10_000)
 
 
-def test_what_was_known_before_holds_until_the_first_sample(clock: Clock) -> None:
+def test_an_earlier_rate_holds_until_the_first_sample(clock: Clock) -> None:
     bandwidth = Bandwidth(clock=clock)
     bandwidth.expect(5000.0)
     assert bandwidth.rate() == 5000.0
@@ -100,7 +100,7 @@ def test_what_was_known_before_holds_until_the_first_sample(clock: Clock) -> Non
 
 
 def take_turns(link: Link, streams: int, each: int) -> list[int]:
-    """Which stream had each turn, where all want them at once; the first is there long before the others."""
+    """Return the stream that had each turn, where all ask at once; the first begins long before the others."""
     order: list[int] = []
     begun = threading.Barrier(streams)
 
@@ -134,12 +134,12 @@ def take_turns(link: Link, streams: int, each: int) -> list[int]:
 def test_streams_of_one_link_take_turns() -> None:
     order = take_turns(Link(slots=1), 2, 8)
     assert len(order) == 16
-    # The first thread to ask may get its turn before the other stream is there at all.
+    # The first thread may get its turn before the other stream begins.
     middle = order[3:13]
     assert abs(middle.count(0) - middle.count(1)) <= 2
 
 
-def test_a_turn_that_nobody_waits_for_is_given_up() -> None:
+def test_a_turn_without_a_waiting_stream_is_given_up() -> None:
     link, gone = Link(slots=1), threading.Event()
     with link.stream() as share, share.turn(lambda: False) as granted:
         assert granted
@@ -150,7 +150,7 @@ def test_a_turn_that_nobody_waits_for_is_given_up() -> None:
         assert granted
 
 
-def test_a_stream_expects_its_share_of_what_others_had() -> None:
+def test_a_stream_expects_its_share_of_the_rate_of_others() -> None:
     link = Link()
     link.bandwidth.expect(8000.0)
     with link.stream() as first, link.stream() as second:
@@ -161,7 +161,7 @@ def test_a_stream_expects_its_share_of_what_others_had() -> None:
     assert Link.to("https://a") is not Link.to("https://b")
 
 
-def test_several_streams_at_once(server: Server, tmp_path: Path) -> None:
+def test_several_streams_share_a_link(server: Server, tmp_path: Path) -> None:
     folder = write("llama", tmp_path / "artifact")
     urls = [serve(server, folder, f"copy-{number}") for number in range(4)]
     found: list[CacheGenCache] = []
@@ -180,7 +180,7 @@ def test_several_streams_at_once(server: Server, tmp_path: Path) -> None:
 
 
 SPEED = [(0, 100, 1.1), (0, 200, 2.1), (1000, 100, 1.1 + 1.0 * 1000 / 10_000)]
-"""0.1 s for a pass, 0.01 s for a token; a ten-thousandth of that for each token that it looks at, nearly."""
+"""0.1 s for a pass and 0.01 s for a token; about a ten-thousandth of that for each token that it attends to."""
 
 
 def test_a_models_speed_is_fitted() -> None:
@@ -189,11 +189,11 @@ def test_a_models_speed_is_fitted() -> None:
     assert speed.seconds(10_000, 100) == pytest.approx(2.1, rel=0.05)
 
 
-def test_a_speed_without_measurements_is_not_known() -> None:
+def test_a_speed_without_measurements_is_unknown() -> None:
     speed = PrefillSpeed(1e-4)
     assert not speed.known
     assert speed.seconds(0, 1) is None
-    speed.add(0, 100, 3.0)  # the first is a warm-up
+    speed.add(0, 100, 3.0)  # a warm-up
     assert speed.seconds(0, 1) is None
     speed.add(0, 100, 2.0)
     assert speed.seconds(0, 100) == pytest.approx(2.0)
@@ -206,25 +206,25 @@ def test_the_last_measurement_of_the_same_tokens_counts() -> None:
     assert speed.seconds(0, 100) == pytest.approx(2.0)
 
 
-def test_a_warm_up_is_not_taken_for_the_models_speed() -> None:
+def test_a_warm_up_does_not_count() -> None:
     speed = PrefillSpeed(1e-4, SPEED)
     for first, tokens in ((1000, 20), (0, 100), (0, 4000)):
         speed.add(first, tokens, 4000.0)
-        speed.add(0, 200, 2.1)  # as ever
+        speed.add(0, 200, 2.1)  # as before
         assert sorted(speed.samples) == sorted(SPEED)
     assert speed.seconds(0, 400) == pytest.approx(4.1, rel=0.05)
 
 
-def test_slower_for_its_work_is_no_warm_up() -> None:
-    """A pass over a few tokens takes as long as one over more; one after a long context is slow."""
+def test_a_pass_with_more_work_is_not_a_warm_up() -> None:
+    """A pass over a few tokens takes as long as one over more, and one after a long context is slow."""
     speed = PrefillSpeed(1e-3, [(0, 100, 0.1)])
     speed.add(0, 1, 0.9)
     speed.add(100_000, 100, 80.0)
     assert len(speed.samples) == 3
 
 
-def test_what_turns_out_to_have_been_a_warm_up_is_forgotten() -> None:
-    """Compiling once more, for another shape, when nothing else was known."""
+def test_a_measurement_that_proves_to_be_a_warm_up_is_dropped() -> None:
+    """The model compiles again for another shape, with no other measurement known."""
     speed = PrefillSpeed(0.0)
     speed.add(0, 20, 40.0)
     speed.add(0, 30, 30.0)
@@ -233,7 +233,7 @@ def test_what_turns_out_to_have_been_a_warm_up_is_forgotten() -> None:
     assert speed.samples == [(0, 25, 0.1)]
 
 
-def test_a_machine_that_has_become_slower_is_believed() -> None:
+def test_a_slower_machine_is_recognised() -> None:
     speed = PrefillSpeed(1e-4, SPEED)
     for number in range(2):
         speed.add(0, 300 + number, 300.0)
@@ -250,7 +250,7 @@ def test_measurements_that_contradict_each_other_give_no_negative_times() -> Non
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[[1]]", '[["a", 1, 1]]', "[[0, 0, 1], [0, 5, -1]]"])
-def test_a_file_of_measurements_that_is_none_is_not_believed(tmp_path: Path, content: str) -> None:
+def test_an_invalid_file_of_measurements_is_ignored(tmp_path: Path, content: str) -> None:
     from hf_cachegen.streaming.prefill_speed import _read
 
     path = tmp_path / "speed.json"
@@ -258,7 +258,7 @@ def test_a_file_of_measurements_that_is_none_is_not_believed(tmp_path: Path, con
     assert _read(path) == []
 
 
-def test_metrics(server: Server, tmp_path: Path) -> None:
+def test_a_stream_is_counted_by_the_exporter(server: Server, tmp_path: Path) -> None:
     prometheus_client = pytest.importorskip("prometheus_client")
     registry = prometheus_client.CollectorRegistry()
     exporter = PrometheusExporter(registry)
@@ -280,7 +280,7 @@ def test_metrics(server: Server, tmp_path: Path) -> None:
     assert value("hf_cachegen_source_failures_total", {"error": "StoreAccessError"}) == 1
     sizes = (value("hf_cachegen_fetched_bytes_total", {"origin": origin}) for origin in ("network", "disk"))
     fetched = sum(size for size in sizes if size)
-    # What was on its way from a place that failed may come from the other one too.
+    # Bytes on their way from a source that failed may arrive from the other one too.
     assert fetched >= sum(chunk.nbytes for chunk in cache.report.chunks)  # type: ignore[attr-defined]
 
 
@@ -297,7 +297,7 @@ def test_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         PrometheusExporter()
 
 
-def test_a_request_that_hangs_holds_others_up_for_a_limited_time() -> None:
+def test_a_request_that_hangs_delays_others_for_a_limited_time() -> None:
     link = Link(slots=1)
     with link.stream() as hung, link.stream() as other, hung.turn(lambda: False) as first:
         assert first
@@ -305,14 +305,14 @@ def test_a_request_that_hangs_holds_others_up_for_a_limited_time() -> None:
             assert granted
         with other.turn(lambda: True, limit=0.3) as granted:
             assert not granted
-    with link.stream() as again, again.turn(lambda: False, limit=0.3) as granted:  # the slot is there once more
+    with link.stream() as again, again.turn(lambda: False, limit=0.3) as granted:  # the slot is free again
         assert granted
         assert link._free == 0
     assert link._free == 1
 
 
-def test_a_request_to_a_place_that_was_left_does_not_count(clock: Clock) -> None:
-    """It hangs; the next place's bytes tell the rate, and that there is nothing to ask for is no silence."""
+def test_a_request_to_a_source_that_was_left_does_not_count(clock: Clock) -> None:
+    """It hangs. The bytes of the next source give the rate, and the time without a request is no silence."""
     bandwidth = Bandwidth(clock=clock)
     hung = bandwidth.began()
     clock.now += 5

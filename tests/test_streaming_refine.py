@@ -1,4 +1,4 @@
-"""Refinements and who else is there: generations at once, copies taken meanwhile, the end of generate()."""
+"""Refinements with other work at the same time: generations, copies, and the end of generate()."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ PROMPT = torch.cat([CONTEXT, tokens(7, seed=11)], 1)
 
 
 class Tally:
-    """Whoever asks for the first token's time meets whoever else asks meanwhile."""
+    """A tally in which two threads ask for the time of the first token at once."""
 
     def __init__(self) -> None:
-        self.meeting, self.told = threading.Barrier(2), None
+        self.meeting, self.reported = threading.Barrier(2), None
 
     @property
     def ttft(self) -> float | None:
-        found = self.told
+        found = self.reported
         with suppress(threading.BrokenBarrierError):
             self.meeting.wait(0.5)
         return found
 
     @ttft.setter
     def ttft(self, value: float) -> None:
-        self.told = value
+        self.reported = value
 
 
 def test_two_generations_at_once_have_one_first_token() -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
     learnt: list[Any] = []
     session = SimpleNamespace(
         tally=Tally(), options=SimpleNamespace(slo=1.0), elapsed=time.monotonic,
-        events=SimpleNamespace(add=lambda *event: told.append(event), deliver=lambda: None),
+        events=SimpleNamespace(add=lambda *event: reported.append(event), deliver=lambda: None),
     )  # fmt: skip
     loader: Any = SimpleNamespace(session=session, learn_question=lambda *sample: learnt.append(sample))
     refinement = Refinement(loader, None)  # type: ignore[arg-type]
@@ -60,12 +60,12 @@ def test_two_generations_at_once_have_one_first_token() -> None:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert [kind for kind, _ in told] == [FirstToken]
+    assert [kind for kind, _ in reported] == [FirstToken]
     assert len(learnt) == 1
 
 
-def test_what_a_draft_takes_is_not_the_models_time(url: str) -> None:
-    """The model reads the question when an assistant, here a slow one, has drafted."""
+def test_the_time_of_a_draft_is_not_the_time_of_the_model(url: str) -> None:
+    """The model reads the question after an assistant, here a slow one, has drafted."""
     assistant = copy.deepcopy(shared("llama", 1))
     passes: list[float] = []
     assistant.register_forward_pre_hook(lambda *_: (passes.append(1.0), time.sleep(1.0))[1])
@@ -81,10 +81,10 @@ def test_what_a_draft_takes_is_not_the_models_time(url: str) -> None:
     assert seconds < 1.0
 
 
-def test_a_copy_is_of_one_level_while_refinements_arrive(
+def test_a_copy_has_one_level_while_refinements_arrive(
     server: Server, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refinements come, if they can, when the first layer is copied and the last one is not."""
+    """Refinements arrive, if they can, after the first layer is copied and before the last one."""
     gate = refinements_wait(server)
     cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
     assert cache.refinement is not None
@@ -111,8 +111,8 @@ def test_a_copy_is_of_one_level_while_refinements_arrive(
     assert cache.to_dynamic().layers[0].keys.data_ptr() != cache.kv.keys[0].data_ptr()
 
 
-def test_the_end_of_a_stream_is_told_before_generate_returns(server: Server, url: str) -> None:
-    """An exporter that is asked for its numbers then has them: of a thread that is at a chunk, too."""
+def test_the_end_of_a_stream_is_reported_before_generate_returns(server: Server, url: str) -> None:
+    """The numbers of an exporter are then complete, also those of a thread that works on a chunk."""
     gate = refinements_wait(server)
     events: list[Event] = []
     decoding = threading.Event()
@@ -141,7 +141,7 @@ def test_the_end_of_a_stream_is_told_before_generate_returns(server: Server, url
     assert events == ended
 
 
-def test_the_end_is_told_though_a_thread_does_not_end(
+def test_the_end_is_reported_though_a_thread_does_not_end(
     server: Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_cachegen.streaming.refine.SETTLE_SECONDS", 0.1)

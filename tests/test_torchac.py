@@ -1,4 +1,4 @@
-"""The paper's coder as an oracle: torchac returns the very symbols that rans does."""
+"""The paper's coder as an oracle: torchac returns the same symbols as rans."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.coder_support import Section, draw_section, laplace_tables
 
 @pytest.fixture(scope="session")
 def torchac() -> None:
-    """torchac compiles itself at its first import; where that fails there is nothing to test."""
+    """Skip the tests where torchac, which compiles itself at its first import, fails to compile."""
     try:
         import torchac  # noqa: F401
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Bandwidth traces: that time and bytes agree whatever the trace, and that files are read as what they are."""
+"""Bandwidth traces: time and bytes agree for every trace, and trace files are read in their own format."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def made(draw: st.DrawFn, repeats: bool | None = None) -> Trace:
 
 
 @given(made(), TIMES, SIZES)
-def test_what_is_through_at_the_finish_is_what_was_sent(trace: Trace, start: float, nbytes: float) -> None:
+def test_all_bytes_are_through_at_the_finish(trace: Trace, start: float, nbytes: float) -> None:
     end = trace.finish(start, nbytes)
     assert start <= end < math.inf
     assert trace.bits(end) - trace.bits(start) == pytest.approx(8 * nbytes, rel=1e-6, abs=1e-6 * trace.bits(end) + 1)
 
 
 @given(made(), TIMES, SIZES)
-def test_nothing_is_through_before_the_finish(trace: Trace, start: float, nbytes: float) -> None:
+def test_the_bytes_are_not_all_through_before_the_finish(trace: Trace, start: float, nbytes: float) -> None:
     end = trace.finish(start, nbytes)
     earlier = start + (end - start) * (1 - 1e-3)
     assert trace.bits(earlier) <= trace.bits(end)
@@ -50,7 +50,7 @@ def test_nothing_is_through_before_the_finish(trace: Trace, start: float, nbytes
 @given(made(), TIMES, SIZES, SIZES)
 def test_two_parts_take_as_long_as_the_whole(trace: Trace, start: float, one: float, two: float) -> None:
     parts, whole = trace.finish(trace.finish(start, one), two), trace.finish(start, one + two)
-    # Where a silence follows, a rounding error may fall on either side of it: compare what is through.
+    # Before a silence a rounding error may fall on either side of it, so compare the bytes.
     assert trace.bits(parts) == pytest.approx(trace.bits(whole), rel=1e-6, abs=100)
 
 
@@ -62,7 +62,7 @@ def test_more_bytes_or_a_slower_link_take_longer(trace: Trace, start: float, nby
 
 
 @given(made(), st.floats(0.1, 40))
-def test_steps_tell_the_same_rates(trace: Trace, until: float) -> None:
+def test_steps_have_the_same_rates(trace: Trace, until: float) -> None:
     steps = list(trace.steps(until))
     assert steps[0] == (0, trace.rates[0])
     for (at, rate), following in zip(steps, [*(s for s, _ in steps[1:]), until], strict=True):
@@ -71,7 +71,7 @@ def test_steps_tell_the_same_rates(trace: Trace, until: float) -> None:
 
 
 @given(st.integers(0, 1 << 32), st.integers(1, 50), st.sampled_from(["uniform", "log"]))
-def test_the_paper_s_rates_are_seeded_and_in_their_range(seed: int, chunks: int, spread: str) -> None:
+def test_the_rates_of_the_paper_are_seeded_and_in_their_range(seed: int, chunks: int, spread: str) -> None:
     found = traces.paper(seed, chunks, spread=spread)  # type: ignore[arg-type]
     assert found == traces.paper(seed, chunks, spread=spread)  # type: ignore[arg-type]
     assert len(found.rates) == chunks
@@ -79,7 +79,7 @@ def test_the_paper_s_rates_are_seeded_and_in_their_range(seed: int, chunks: int,
     assert found.rates != traces.paper(seed + 1, chunks, spread=spread).rates  # type: ignore[arg-type]
 
 
-def test_a_chunk_has_its_own_rate_however_long_it_takes() -> None:
+def test_a_chunk_keeps_its_own_rate_to_its_end() -> None:
     rates = ChunkRates((8e6, 8e3))
     assert rates.finish(3.0, 1_000_000, 0) == 4.0
     assert rates.finish(3.0, 1_000_000, 1) == 1003.0
@@ -88,7 +88,7 @@ def test_a_chunk_has_its_own_rate_however_long_it_takes() -> None:
     assert [in_time.rate(t) for t in (0.1, 0.6, 1.1, 1.6)] == [8e6, 8e3, 8e6, 8e3]
 
 
-def test_shapes() -> None:
+def test_the_rates_of_each_shape() -> None:
     assert traces.steady(8e6).finish(1.0, 2_000_000) == 3.0
     down = traces.step(8e6, 8e5, 1.0)
     assert down.finish(0.0, 1_100_000) == pytest.approx(2.0)
@@ -101,7 +101,7 @@ def test_shapes() -> None:
     assert traces.step(8e6, 0.0, 1.0).finish(0.0, 1_000_001) == math.inf
 
 
-def test_a_silence_is_waited_for_only_by_what_comes_after_it() -> None:
+def test_a_silence_delays_only_the_bytes_after_it() -> None:
     trace = Trace((0.0, 1.0), (8e6, 0.0), 10.0)
     assert trace.finish(0.0, 1_000_000) == 1.0
     assert trace.finish(0.0, 1_000_001) == pytest.approx(10.000001)
@@ -111,7 +111,7 @@ def test_a_silence_is_waited_for_only_by_what_comes_after_it() -> None:
     assert Trace((0.0, 0.01), (2969803.0, 0.0), 1.01).finish(0.0, 2969803.0) == pytest.approx(799 * 1.01 + 0.01)
 
 
-def test_csv_files(tmp_path: Path) -> None:
+def test_csv_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("seconds,bits_per_second\n10,1e6\n12,2e6\n13,5e5\n")
     assert traces.load(path) == Trace((0.0, 2.0, 3.0), (1e6, 2e6, 5e5), 4.0)
@@ -119,7 +119,7 @@ def test_csv_files(tmp_path: Path) -> None:
     assert traces.load(path) == traces.steady(1e6)
 
 
-def test_mahimahi_files(tmp_path: Path) -> None:
+def test_mahimahi_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     path.write_text("".join(f"{ms}\n" for ms in [*range(1, 101), *range(350, 401, 10)]))
     found = traces.load(path)
@@ -147,7 +147,7 @@ def test_mahimahi_files(tmp_path: Path) -> None:
         ("a.up", "\xff\xfe"),
     ],
 )
-def test_what_is_no_trace_is_refused(tmp_path: Path, name: str, content: str) -> None:
+def test_invalid_traces_are_refused(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError):

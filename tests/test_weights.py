@@ -1,4 +1,4 @@
-"""Every byte of every weight counts, however it is stored, and an unchanged model is not read again."""
+"""Every byte of every weight counts in every storage, and an unchanged model is not read again."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_bit_counts(position: int) -> None:
 
 
 def test_flipped_signs_and_exchanged_values_count() -> None:
-    """Changes that a plain sum of products does not see."""
+    """A plain sum of products does not find these changes."""
     values = torch.randn(4096)
     known = checksums([values])
     for change in ([1, 3], [1, 2], list(range(4096)), list(range(1, 4096, 2))):
@@ -86,7 +86,7 @@ def test_flipped_signs_and_exchanged_values_count() -> None:
     assert checksums([exchanged]) != known
 
 
-def test_strides_do_not_matter() -> None:
+def test_strides_do_not_count() -> None:
     values = torch.randn(300, 70)
     assert checksums([values]) == checksums([values.t().contiguous().t()])
     assert checksums([values[:, ::2]]) == checksums([values[:, ::2].contiguous()])
@@ -119,7 +119,7 @@ def test_names_and_shapes_count() -> None:
     assert weights_checksum(model) != known
 
 
-def test_wrappers_and_copies_do_not_matter() -> None:
+def test_wrappers_and_copies_do_not_count() -> None:
     model = tiny_models.make("llama")
     known = weights_checksum(model)
     assert weights_checksum(copy.deepcopy(model)) == known
@@ -223,7 +223,7 @@ def test_larger_buffers_are_compared_by_sums() -> None:
 
 
 def test_frequencies_that_the_model_rewrites_are_left_out() -> None:
-    """Those of dynamic rope grow with the longest input seen."""
+    """The frequencies of dynamic rope grow with the longest input seen."""
     model = tiny_models.make("llama")
     config = copy.deepcopy(model.config)
     config.max_position_embeddings = 32
@@ -241,7 +241,7 @@ def test_frequencies_that_the_model_rewrites_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloading_changes_nothing(where: str, tmp_path: Path) -> None:
+def test_offloading_does_not_change_the_checksum(where: str, tmp_path: Path) -> None:
     known = weights_checksum(tiny_models.make("llama"))
     model = tiny_models.make("llama")
     if where == "cpu":
@@ -260,7 +260,7 @@ def test_offloading_changes_nothing(where: str, tmp_path: Path) -> None:
 
 
 class Half(torch.Tensor):
-    """A tensor subclass that says nothing of how it is stored."""
+    """A tensor subclass that does not name its inner tensors."""
 
 
 def test_a_weight_that_cannot_be_read_is_refused_by_name() -> None:

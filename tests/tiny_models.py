@@ -69,7 +69,7 @@ def _gpt_neox() -> Any:
 
 
 def _gpt2() -> Any:
-    """A model with 64 learnt positions, fewer than the others have."""
+    """Return a model with 64 learnt positions, fewer than the other models have."""
     return hf.GPT2LMHeadModel(
         hf.GPT2Config(
             vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
@@ -120,7 +120,7 @@ REFUSED = ("mamba", "qwen3_next", "t5")
 
 
 def make(name: str, seed: int = 0) -> Any:
-    """A model of its own, in evaluation mode, fp32 on the CPU."""
+    """Return a new model, in evaluation mode, fp32 on the CPU."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = _MAKERS[name]().eval()
@@ -130,10 +130,10 @@ def make(name: str, seed: int = 0) -> Any:
 
 @cache
 def shared(name: str, seed: int = 0) -> Any:
-    """The same model for all tests that do not change it."""
+    """Return the model that all tests share which do not change it."""
     return make(name, seed)
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
-    """Random ordinary tokens [1, count]."""
+    """Return random ordinary tokens, int64 [1, count]."""
     return torch.randint(3, VOCABULARY, (1, count), generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
-// What the fuzzers share: chance, exact buffers, back-ends, tables, and a digest of what was found.
+// Shared by the fuzzers: random numbers, exact buffers, back-ends, tables, and a digest of the results.
 //
-// Twist: the CPU's library has several back-ends, which a fuzzer compares with each other; the kernels' has one. Two programs
-// of the same source and seed, each with a library of its own, must print the same digest.
+// The CPU library has several back-ends, and a fuzzer compares them with each other. The library of the kernels has one. Two
+// programs of the same source and seed, one with each library, must print the same digest.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // Hostile bytes through the C ABI, under AddressSanitizer and UBSan: fuzz_decode STREAMS SEED
 //
-// Twists:
+// Method:
 // 1. Every buffer is its own allocation of the exact size, so that a read or write one byte outside of it is seen.
 // 2. Every stream goes through every back-end of the machine; all must encode to the same bytes, and find the same symbols
 //    or the same fault.

@@ -1,4 +1,4 @@
-"""Streams of every kind of artifact and place; what they may be told to do while they run."""
+"""Streams of every kind of artifact and location, and calls from their callbacks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def stream(place: Any, **options: Any) -> CacheGenCache:
-    return CacheGenCache.stream(place, shared("llama"), **options)
+def stream(location: Any, **options: Any) -> CacheGenCache:
+    return CacheGenCache.stream(location, shared("llama"), **options)
 
 
 @pytest.mark.parametrize("config", [
@@ -42,7 +42,7 @@ def stream(place: Any, **options: Any) -> CacheGenCache:
     CacheGenConfig(transform="identity", lossless=True, levels=1, chunk_tokens=16),
     CacheGenConfig(transform="identity", chunk_tokens=512),
 ], ids=["delta", "lossless", "one chunk"])  # fmt: skip
-def test_other_codecs(server: Server, tmp_path: Path, config: CacheGenConfig) -> None:
+def test_every_codec_streams(server: Server, tmp_path: Path, config: CacheGenConfig) -> None:
     folder = tmp_path / "artifact"
     CacheGenCache.from_context(shared("llama"), CONTEXT, config).save_pretrained(folder)
     assert same_kv(stream(serve(server, folder), slo=30.0), at_level(folder))
@@ -59,8 +59,8 @@ def test_sealed_and_signed_artifacts_stream(server: Server, folder: Path, tmp_pa
     assert same_kv(stream(f"{server.url}/sealed", key=secret, slo=30.0), at_level(folder))
 
 
-def test_what_was_signed_by_nobody_does_not_stream(server: Server, folder: Path) -> None:
-    """Nor is it recomputed: the caller asked for a signature."""
+def test_an_unsigned_artifact_does_not_stream(server: Server, folder: Path) -> None:
+    """It is not recomputed either: the caller asked for a signature."""
     with pytest.raises(SignatureError):
         stream(serve(server, folder), public_key=PUBLIC, slo=30.0)
 
@@ -75,7 +75,7 @@ def test_any_filesystem_streams(folder: Path) -> None:
     assert cache.report.wire_bytes > 0
 
 
-def test_an_artifact_of_the_klt_transform(server: Server, tmp_path: Path) -> None:
+def test_an_artifact_of_the_klt_transform_streams(server: Server, tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(ROOT / "eval" / "reference" / "model", dtype=torch.bfloat16)
     ids = torch.arange(300)[None] % 200 + 3
     config = CacheGenConfig(transform="klt", chunk_tokens=64)
@@ -89,8 +89,8 @@ def test_an_artifact_of_the_klt_transform(server: Server, tmp_path: Path) -> Non
     assert same_kv(cache, finest)
 
 
-def test_a_callback_may_end_what_it_is_told_of(server: Server, folder: Path) -> None:
-    """Events are told with no lock held."""
+def test_a_callback_may_end_its_refinement(server: Server, folder: Path) -> None:
+    """Callbacks are called with no lock held."""
     url = serve(server, folder)
     held: list[CacheGenCache] = []
 
@@ -111,8 +111,8 @@ def test_a_callback_may_end_what_it_is_told_of(server: Server, folder: Path) -> 
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_a_recomputed_chunk_follows_what_was_decoded_before_it(server: Server, tmp_path: Path, name: str) -> None:
-    """The stock model reads the chunk's tokens after the decoded ones; sliding windows keep all of theirs."""
+def test_a_recomputed_chunk_reads_the_decoded_tokens_before_it(server: Server, tmp_path: Path, name: str) -> None:
+    """The stock model, given the decoded tokens, computes the same chunk; sliding windows keep all of their tokens."""
     folder = write(name, tmp_path / name)
     segment = Reader(LocalStore(folder)).manifest.segment("base.safetensors", "chunk-00003")
     url = serve(server, folder)
@@ -135,15 +135,15 @@ def test_a_recomputed_chunk_follows_what_was_decoded_before_it(server: Server, t
 @pytest.mark.parametrize(
     ("ids", "mask"), [((100,), (100,)), ((0, 100), (0, 100)), ((1, 0), (1, 0)), ((1, 100), (1, 3))]
 )
-def test_prompts_that_are_none(server: Server, folder: Path, ids: tuple[int, ...], mask: tuple[int, ...]) -> None:
-    """Before anything is fetched."""
+def test_invalid_prompts_are_refused(server: Server, folder: Path, ids: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    """The error is raised before anything is fetched."""
     with pytest.raises(TensorError):
         stream(serve(server, folder), prompt=(torch.zeros(ids, dtype=torch.long), torch.ones(mask, dtype=torch.long)))
     assert not server.requests
 
 
-def test_a_foreign_artifact_is_that_first_of_all(server: Server, tmp_path: Path) -> None:
-    """Not one of too few levels."""
+def test_the_artifact_of_another_model_is_reported_first(server: Server, tmp_path: Path) -> None:
+    """Its missing level is not reported instead."""
     url = serve(server, write("llama", tmp_path / "artifact"))
     with pytest.raises(MismatchError):
         CacheGenCache.stream(url, shared("mistral"), level=9)
@@ -153,7 +153,7 @@ def test_a_foreign_artifact_is_that_first_of_all(server: Server, tmp_path: Path)
 
 
 def test_a_prompt_that_begins_with_the_context_needs_no_tokens(server: Server, folder: Path) -> None:
-    """Their hash is in the manifest; any other prompt is held against the stored ones."""
+    """Their hash is in the manifest. Any other prompt is compared with the stored tokens."""
     url = serve(server, folder)
     asked = torch.cat([torch.zeros(1, 3, dtype=torch.long), CONTEXT, CONTEXT[:, :5]], 1)
     mask = torch.ones_like(asked)
@@ -169,8 +169,8 @@ def test_a_prompt_that_begins_with_the_context_needs_no_tokens(server: Server, f
     assert any("tokens" in path for path, _ in server.requests)
 
 
-def test_a_process_may_end_while_a_decoder_is_made(folder: Path) -> None:
-    """Nobody waits for it any more: all is recomputed. It is inside torch when the interpreter ends."""
+def test_a_process_may_end_while_a_decoder_is_created(folder: Path) -> None:
+    """Everything was recomputed, so the stream does not wait for it. It is inside torch when the interpreter ends."""
     script = f"""if True:
         import threading, time, torch
         from hf_cachegen.cache import CacheGenCache
