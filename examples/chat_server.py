@@ -21,6 +21,7 @@ def serve(model_name: str, folder: str, port: int = 8000, **options: int) -> Thr
     """Return a server of this model, whose prefix cache lives in `folder`."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name), AutoTokenizer.from_pretrained(model_name)
     prefix_cache = hf_cachegen.PrefixCache(folder, max_bytes="20GB", **options)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN
     hf_cachegen.attach(model, prefix_cache=prefix_cache)
     one_at_a_time = threading.Lock()
 
@@ -28,9 +29,7 @@ def serve(model_name: str, folder: str, port: int = 8000, **options: int) -> Thr
         def do_POST(self) -> None:
             """Answer a conversation."""
             messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
-            template = tokenizer.chat_template or PLAIN
-            options = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
-            text = tokenizer.apply_chat_template(messages, **options)
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
             with one_at_a_time:
                 output = model.generate(**inputs, max_new_tokens=64, do_sample=False)

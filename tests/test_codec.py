@@ -59,16 +59,13 @@ def test_normalised_frequencies_have_the_right_sum(weights: list[int], prob_bits
 def test_normalising_takes_the_greedy_steps(weights: list[int], prob_bits: int) -> None:
     """One step at a time: the frequencies are part of the format, whatever finds them faster."""
     found = tables.normalise(weights, prob_bits)
-    used = [i for i, f in enumerate(found) if f]
-    low, high, budget = used[0], used[-1], 1 << prob_bits
-    most = min(budget - (high - low), 4095)
-    freq = [min(most, max(1, w * budget // sum(weights))) if low <= i <= high else 0 for i, w in enumerate(weights)]
+    used, budget = [i for i, f in enumerate(found) if f], 1 << prob_bits
+    most = min(budget - len(used) + 1, 4095)
+    freq = [min(most, max(1, w * budget // sum(weights))) if i in used else 0 for i, w in enumerate(weights)]
     while (excess := sum(freq) - budget) != 0:
-        if excess > 0:
-            _, best = min((weights[i] / (freq[i] - 1), i) for i in used if freq[i] > 1)
-        else:
-            _, best = max((weights[i] / freq[i], -i) for i in used if freq[i] < most)
-        freq[abs(best)] += -1 if excess > 0 else 1
+        fewer = [(weights[i] / (freq[i] - 1), i) for i in used if freq[i] > 1]
+        more = [(-weights[i] / freq[i], i) for i in used if freq[i] < most]
+        freq[min(fewer if excess > 0 else more)[1]] += -1 if excess > 0 else 1
     assert found == freq
 
 

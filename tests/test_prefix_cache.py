@@ -221,6 +221,44 @@ def test_calls_that_cannot_start_from_a_cache_are_the_stock_ones(name: str, pref
         model.generate(ids, max_new_tokens=-3)
 
 
+@llama
+def test_training_mode_and_autocast_store_nothing(name: str, prefix_cache: PrefixCache) -> None:
+    model, ids = attach(make(name), prefix_cache=prefix_cache), tokens(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(ids, max_new_tokens=2)
+    model.train()
+    model.generate(ids, max_new_tokens=2)
+    prefix_cache.flush()
+    assert prefix_cache.stats().unsupported == 2
+    assert prefix_cache.stats().blocks == 0
+
+
+@llama
+def test_what_fails_costs_the_reuse_and_never_the_answer(
+    name: str, prefix_cache: PrefixCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_cachegen.prefix_cache import advance, call, coding, loading
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise hf_cachegen.errors.TensorError("cannot be encoded")
+
+    model, ids = shared(name), tokens(40)
+    for where, attribute, replacement in (
+        (coding.Coding, "encode", refuse), (call.PrefixCall, "known", fail), (loading.Loader, "rows", fail),
+        (advance, "dynamic_cache", fail),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(where, attribute, replacement)
+            same_as_stock(model, prefix_cache, ids, do_sample=False)
+            prefix_cache.flush()
+        same_as_stock(model, prefix_cache, ids, do_sample=False)
+        prefix_cache.flush()
+    assert prefix_cache.stats().errors >= 3
+
+
 @pytest.mark.parametrize("name", tiny_models.REFUSED)
 def test_models_without_such_a_cache_are_refused(name: str, prefix_cache: PrefixCache) -> None:
     with pytest.raises((UnsupportedModelError, hf_cachegen.errors.UnsupportedLayerError)):

@@ -17,6 +17,7 @@ import pytest
 
 from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, PrefixCacheError, TruncatedError
 from hf_cachegen.prefix_cache import local as local_module
+from hf_cachegen.prefix_cache import worker as worker_module
 from hf_cachegen.prefix_cache.block import Block, dump, load
 from hf_cachegen.prefix_cache.keys import Family, block_key, chain, pack_tokens
 from hf_cachegen.prefix_cache.local import LocalTier
@@ -369,3 +370,24 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
         LocalTier(tmp_path / "file", None)
     with pytest.raises(ConfigError, match="at least"):
         LocalTier(tmp_path / "a", 10)
+
+
+def test_the_worker_ends_when_idle_and_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "IDLE_SECONDS", 0.01)
+    worker, done, before = worker_module.Worker(100), [], set(threading.enumerate())
+    for number in range(3):
+        assert worker.submit(60, lambda number=number: done.append(number))  # type: ignore[misc]
+        assert worker.flush(10)
+        time.sleep(0.1)
+    assert done == [0, 1, 2]
+    assert worker.nbytes == 0
+    assert not set(threading.enumerate()) - before
+
+
+def test_the_worker_survives_what_fails_in_it(caplog: pytest.LogCaptureFixture) -> None:
+    worker, done = worker_module.Worker(100), []
+    worker.submit(1, lambda: done.remove(2))
+    worker.submit(1, lambda: done.append(1))
+    assert worker.flush(10)
+    assert done == [1]
+    assert "a block was not stored" in caplog.text

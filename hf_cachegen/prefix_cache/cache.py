@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ConfigError, PrefixCacheError, StoreError
+from hf_cachegen.errors import CacheGenError, ConfigError, PrefixCacheError, StoreError
 from hf_cachegen.prefix_cache.block import Block, dump
 from hf_cachegen.prefix_cache.keys import chain
 from hf_cachegen.prefix_cache.local import LocalTier, Verified
@@ -179,9 +179,16 @@ class PrefixCache:
         """
 
         def run() -> None:
-            if not self._stored(key, before):
+            if self._stored(key, before):
+                return
+            try:
                 block = encode()
-                self._write(block, self.protection.wrap(dump(block), key), before, publish=True)
+                data = self.protection.wrap(dump(block), key)
+            except CacheGenError as error:
+                self.counters.add(errors=1)
+                LOG.warning("block %s was not encoded: %s", key.hex()[:16], error)
+            else:
+                self._write(block, data, before, publish=True)
 
         self._submit(key, nbytes, run)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -262,5 +263,7 @@ class Index:
             connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             connection.execute(f"PRAGMA journal_size_limit = {CHECKPOINT_PAGES * 4096}")
             connection.executescript(SCHEMA)
+            # Closed with this object; not at the exit of a forked child, whose parent goes on using it.
+            weakref.finalize(self, connection.close).atexit = False
             self._connection, self._pid = connection, os.getpid()
         return self._connection

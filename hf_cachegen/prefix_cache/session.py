@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -64,18 +66,18 @@ class Session:
                 prefix = self._prefix(call, binding)
         except (TypeError, TensorError):
             return self.stock(*args, **kwargs)  # its own message is the better one
-        except CacheGenError as error:
+        except (CacheGenError, RuntimeError, OSError, sqlite3.Error) as error:  # of a full device, too
             self.counters.add(errors=1)
             LOG.warning("the prompt is computed without the prefix cache: %s", error)
             return self.stock(*args, **kwargs)
         timer = FirstStep()
         result = self.start(self.model, call.call, prefix.cache, [timer])
-        self._measure(call, binding, timer)
         try:
+            self._measure(call, binding, timer)
             self._store(call, binding, prefix, result)
-        except CacheGenError as error:
+        except Exception:  # the answer is there, and must not be lost
             self.counters.add(errors=1)
-            LOG.warning("nothing of this call is stored: %s", error)
+            LOG.exception("what this call computed is not stored, or in part")
         return result
 
     def _supported(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[PrefixCall, Binding] | None:
@@ -89,6 +91,10 @@ class Session:
         if getattr(arguments.settings, "is_assistant", False):
             return None
         devices = layer_devices(self.model, len(layer_kinds(self.model.config)))
+        if self.model.training or torch.is_autocast_enabled(devices[0].type):
+            LOG.info("without the prefix cache: keys and values of training mode or autocast are not the model's own")
+            self.counters.add(unsupported=1)
+            return None
         call = PrefixCall(self.model, arguments, devices)
         longest = max((len(row.tokens) for row in call.rows), default=0)
         if longest == 0 or positions_change(self.model.config, 1, longest):

@@ -14,10 +14,12 @@ from typing import Literal
 LOG = logging.getLogger("hf_cachegen.prefix_cache")
 
 WhenFull = Literal["wait", "drop"]
+IDLE_SECONDS = 5.0
+"""How long the thread waits for more before it ends."""
 
 
 class Worker:
-    """Run functions one after the other in a thread that starts with the first of them.
+    """Run functions one after the other in a thread that lives as long as there are some.
 
     What is submitted counts its bytes until it has run. When they exceed the limit, `submit` waits or refuses. A single
     item above the limit is taken when nothing else is queued. What is queued at the exit of the process still runs.
@@ -69,7 +71,9 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._queue))
+                if not self._changed.wait_for(lambda: bool(self._queue), IDLE_SECONDS):
+                    self._thread = None  # a thread would keep this object alive; the next `submit` starts another
+                    return
                 nbytes, function = self._queue.popleft()
                 self._running = True
             try:
