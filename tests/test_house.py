@@ -63,6 +63,7 @@ PUBLIC_NAMES = {
     "CacheGenConfig",
     "EncodedContext",
     "Profile",
+    "TextAnswer",
     "__version__",
     "attach",
     "decode_kv",
@@ -70,6 +71,7 @@ PUBLIC_NAMES = {
     "encode_kv",
     "errors",
     "generate",
+    "generate_text",
     "learn_profile",
 }
 

@@ -77,7 +77,7 @@ class Reader:
         progress: called with (bytes checked, bytes in all) after each header and segment.
         Raises what `read` raises, at the first damage.
         """
-        files = files_at(self.manifest.files, self.manifest.levels if level is None else level)
+        files = sorted(self.manifest.files) if level is None else files_at(self.manifest.files, level)
         done = self.sizes[MANIFEST_FILE]
         total = done + sum(self.sizes[file] for file in files)
         for file in files:
