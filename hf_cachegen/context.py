@@ -117,7 +117,9 @@ class CachedContext:
             return self._text
         reader = Reader(self.source)
         if reader.manifest.fingerprint != self.fingerprint.to_dict():
-            raise CorruptError(f"{self.source} is no longer the artifact that this cache was loaded from: load it again")
+            raise CorruptError(
+                f"{self.source} is no longer the artifact that this cache was loaded from: load it again"
+            )
         return read_text(reader)
 
 

@@ -34,7 +34,7 @@ RESERVED = frozenset(
         "truncation",
     ]
 )
-"""Arguments of `apply_chat_template` that a chat must not set: they change what is returned, or replace the template."""
+"""Arguments of `apply_chat_template` that a chat must not set: they change the form of the result, or the template."""
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ WITHOUT_PROFILE = (
 @output_options
 @click.pass_context
 def encode(
-    context: click.Context, /, text: Any, chat: Any, keep_text: bool, model: str, out: Path, overwrite: bool, revision: str | None,
-    device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
+    context: click.Context, /, text: Any, chat: Any, keep_text: bool, model: str, out: Path, overwrite: bool,
+    revision: str | None, device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prefill TEXT (a file, or - for stdin) or a chat with a model, and write its compressed KV cache."""
     if (text is None) == (chat is None):

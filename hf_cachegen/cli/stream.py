@@ -58,9 +58,9 @@ def _level(context: click.Context, parameter: click.Parameter, value: str | None
 @output_options
 def stream(
     artifact: str, model: str, prompt: str | None, context_file: Any, chat: Any, slo: float | None, policy: str,
-    level: Any, refine: str, fallback: tuple[str, ...], stall_seconds: float | None, connections: int, max_new_tokens: int, profile: str,
-    public_key: str | None, key: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool,
-    **options: Any,
+    level: Any, refine: str, fallback: tuple[str, ...], stall_seconds: float | None, connections: int,
+    max_new_tokens: int, profile: str, public_key: str | None, key: str | None, revision: str | None,
+    device: str | None, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT while the context is streamed, and show its progress.
 
@@ -89,8 +89,9 @@ def stream(
         view.begin()
         cache = CacheGenCache.stream(
             artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,
-            prompt=(inputs["input_ids"], inputs["attention_mask"]), fallback=fallback, profile=required, tokenizer=tokenizer, on_event=view.take,
-            stall_seconds=stall_seconds, connections=connections, public_key=public_key, key=key,
+            prompt=(inputs["input_ids"], inputs["attention_mask"]), fallback=fallback, profile=required,
+            tokenizer=tokenizer, on_event=view.take, stall_seconds=stall_seconds, connections=connections,
+            public_key=public_key, key=key,
         )  # fmt: skip
         try:
             output = generate(loaded, **inputs, cache=cache, max_new_tokens=max_new_tokens, **arguments)

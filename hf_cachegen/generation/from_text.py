@@ -1,8 +1,8 @@
 """generate_text(): a text or a chat goes in, the text of the answer comes out.
 
-The tokenizer sees the whole prompt, context and question as one text, so the tokens are those of a call without a cache.
-The cache serves their longest common prefix with the context. What a seam of context and question costs, or a chat
-template that changes earlier turns, is counted and reported.
+The tokenizer sees the whole prompt, context and question as one text, so the tokens are those of a call without a
+cache. The cache serves their longest common prefix with the context. The tokens of the context that are lost, at the
+seam or by a chat template that changes earlier turns, are counted and reported.
 """
 
 from __future__ import annotations
