@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_cachegen.artifact.encoded import EncodedContext, decode_kv, encode_kv
     from hf_cachegen.cache import CacheGenCache
     from hf_cachegen.config import CacheGenConfig
-    from hf_cachegen.generation import attach, detach, generate
+    from hf_cachegen.generation import TextAnswer, attach, detach, generate, generate_text
     from hf_cachegen.prefix_cache import PrefixCache
     from hf_cachegen.profiles.files import Profile
     from hf_cachegen.profiles.learning import learn_profile
@@ -26,6 +26,7 @@ __all__ = [
     "EncodedContext",
     "PrefixCache",
     "Profile",
+    "TextAnswer",
     "__version__",
     "attach",
     "decode_kv",
@@ -33,6 +34,7 @@ __all__ = [
     "encode_kv",
     "errors",
     "generate",
+    "generate_text",
     "learn_profile",
 ]
 
@@ -42,11 +44,13 @@ _HOMES = {
     "EncodedContext": "hf_cachegen.artifact.encoded",
     "PrefixCache": "hf_cachegen.prefix_cache",
     "Profile": "hf_cachegen.profiles.files",
+    "TextAnswer": "hf_cachegen.generation",
     "attach": "hf_cachegen.generation",
     "decode_kv": "hf_cachegen.artifact.encoded",
     "detach": "hf_cachegen.generation",
     "encode_kv": "hf_cachegen.artifact.encoded",
     "generate": "hf_cachegen.generation",
+    "generate_text": "hf_cachegen.generation",
     "learn_profile": "hf_cachegen.profiles.learning",
 }
 

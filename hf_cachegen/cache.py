@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_cachegen.artifact import Limits, Reader
+from hf_cachegen.artifact import ContextText, Limits, Reader
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.encoded import EncodedContext
 from hf_cachegen.codec.context import Encoder
@@ -29,6 +29,7 @@ from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import build_dynamic
 from hf_cachegen.models.opening import Tokens
 from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.models.text import prompt_ids
 from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.stores.publishing import publish_artifact
@@ -121,6 +122,40 @@ class CacheGenCache(CachedContext, DynamicCache):
             WrongModelError: the profile is of another model.
         """
         context = compute_context(model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress)
+        return cls._of(context, model, attach)
+
+    @classmethod
+    def from_text(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | ContextText,
+        config: CacheGenConfig | None = None,
+        profile: ProfileLike = "auto",
+        *,
+        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        progress: bool = False,
+        attach: bool = True,
+        keep_text: bool = True,
+    ) -> CacheGenCache:
+        """Tokenize a text as `generate_text` does, and keep its exact keys and values, as `from_context` does.
+
+        Args:
+            model, config, profile, prefill_chunk_tokens, progress, attach: as for `from_context`.
+            tokenizer: the tokenizer of the model. Its hash becomes a part of the fingerprint.
+            text: the text of the context; or a chat, as `ContextText(messages=...)` of `hf_cachegen.artifact`.
+            keep_text: store the text in the artifact, so that a question can be tokenized together with it. A KV cache
+                reveals its text in any case.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template, or the template refuses the messages.
+            CacheGenError: one of the errors of `from_context`.
+        """
+        source = text if isinstance(text, ContextText) else ContextText(text)
+        ids = prompt_ids(tokenizer, source, answer=False)
+        context = compute_context(
+            model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None
+        )
         return cls._of(context, model, attach)
 
     @classmethod
@@ -278,6 +313,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             directory,
             input_ids=self.input_ids[0].tolist(),
             fingerprint=self.fingerprint.to_dict(),
+            text=self.read_text(),
             overwrite=overwrite,
         )
         if self.source is None:

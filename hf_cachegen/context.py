@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from hf_cachegen.artifact import Limits, Store
+from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError
+from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
@@ -55,6 +55,7 @@ class CachedContext:
         profile: the profile of its model, if any.
         source: the store of the artifact that it was loaded from, if any.
         verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
+        text: the text of the context, where it is known and not in `source`.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -73,12 +74,13 @@ class CachedContext:
         source: Store | None = None,
         refinement: Refinement | None = None,
         verify: Verify = "probe",
+        text: ContextText | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
-        self.verify = verify
+        self.verify, self._text = verify, text
 
     @property
     def report(self) -> CacheReport:
@@ -98,8 +100,27 @@ class CachedContext:
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
-            "verify": self.verify,
+            "verify": self.verify, "text": self._text,
         }  # fmt: skip
+
+    def read_text(self) -> ContextText | None:
+        """Return the text or the chat of the context, which for a loaded context is read from its artifact.
+
+        Returns:
+            The text; None where it is not known.
+
+        Raises:
+            ArtifactError: the artifact is gone, was replaced, or its text is damaged.
+            StoreError: the artifact cannot be read.
+        """
+        if self._text is not None or self.source is None:
+            return self._text
+        reader = Reader(self.source)
+        if reader.manifest.fingerprint != self.fingerprint.to_dict():
+            raise CorruptError(
+                f"{self.source} is no longer the artifact that this cache was loaded from: load it again"
+            )
+        return read_text(reader)
 
 
 @torch.no_grad()
@@ -111,6 +132,7 @@ def compute_context(
     tokenizer: PreTrainedTokenizerBase | None,
     prefill_chunk_tokens: int,
     progress: bool,
+    text: ContextText | None = None,
 ) -> CachedContext:
     """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
     if prefill_chunk_tokens < 1:
@@ -137,7 +159,7 @@ def compute_context(
     kv = checked_kv(capture(past, model.config), model, ids)
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
+    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, text=text)
 
 
 _continues: set[type] = set()

@@ -69,7 +69,7 @@ def write(folder: Path, **options: object) -> Path:
 
 def encode(model: Path, folder: Path, *options: object) -> Result:
     """Encode a text of 120 tokens into `folder`."""
-    return run("encode", "-", "--model", model, "--out", folder, *ENCODE, *options, stdin=text(120))
+    return run("encode", "-", "--model", model, "--out", folder, *ENCODE, *options, stdin=f"{text(120)}\n")
 
 
 def ask(artifact: object, model: Path, *options: object) -> tuple[object, ...]:

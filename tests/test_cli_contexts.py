@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "context.txt"
-    path.write_text(text(CONTEXT_TOKENS), encoding="utf-8")
+    path.write_text(f"{text(CONTEXT_TOKENS)}\n", encoding="utf-8")
     return path
 
 

@@ -167,10 +167,10 @@ class FakeEncoding:
         self.own, self.tokenizer = name, Lengths()
         self.made: list[str] = []
 
-    def name(self, ids: list[int]) -> str:
+    def name(self, ids: list[int], text: str) -> str:
         return f"{self.own}-{len(ids)}"
 
-    def write(self, ids: list[int], folder: Path) -> bool:
+    def write(self, text: str, folder: Path) -> bool:
         write_small(folder)
         self.made.append(folder.name)
         return True

@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    (folder / "context.txt").write_text(text(120), encoding="utf-8")
+    (folder / "context.txt").write_text(f"{text(120)}\n", encoding="utf-8")
     run_json("encode", folder / "context.txt", "--model", model, "--out", folder / "artifact", "--chunk-tokens", 32)
     return folder / "artifact"
 

@@ -65,6 +65,7 @@ PUBLIC_NAMES = {
     "EncodedContext",
     "PrefixCache",
     "Profile",
+    "TextAnswer",
     "__version__",
     "attach",
     "decode_kv",
@@ -72,6 +73,7 @@ PUBLIC_NAMES = {
     "encode_kv",
     "errors",
     "generate",
+    "generate_text",
     "learn_profile",
 }
 

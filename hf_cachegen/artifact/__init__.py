@@ -16,6 +16,7 @@ from hf_cachegen.artifact.manifest import (
     MANIFEST_FILE,
     PROFILE_FILE,
     SIGNATURE_FILE,
+    TEXT_FILE,
     TOKENS_FILE,
     Limits,
     Manifest,
@@ -27,6 +28,7 @@ from hf_cachegen.artifact.manifest import (
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.reader import Reader
 from hf_cachegen.artifact.store import Range, Store, chain, innermost, without_signature
+from hf_cachegen.artifact.text import ContextText, read_text
 from hf_cachegen.artifact.writer import ArtifactWriter, artifact_sizes, pack_input_ids, write_artifact
 
 if TYPE_CHECKING:
@@ -39,9 +41,11 @@ __all__ = [
     "MANIFEST_FILE",
     "PROFILE_FILE",
     "SIGNATURE_FILE",
+    "TEXT_FILE",
     "TOKENS_FILE",
     "Artifact",
     "ArtifactWriter",
+    "ContextText",
     "Limits",
     "Manifest",
     "Pin",
@@ -55,6 +59,7 @@ __all__ = [
     "innermost",
     "nbytes_at",
     "pack_input_ids",
+    "read_text",
     "refine_file",
     "without_signature",
     "write",

@@ -15,8 +15,10 @@ from torch import Tensor
 from hf_cachegen.artifact import (
     BASE_FILE,
     INPUT_IDS,
+    TEXT_FILE,
     TOKENS_FILE,
     ArtifactWriter,
+    ContextText,
     Limits,
     Manifest,
     Reader,
@@ -44,6 +46,7 @@ def write(
     *,
     input_ids: Sequence[int] | None = None,
     fingerprint: dict[str, Any] | None = None,
+    text: ContextText | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Write an artifact into `directory`, completely or not at all.
@@ -74,6 +77,8 @@ def write(
             writer.add(file, name, data)
         if input_ids is not None:
             writer.add(TOKENS_FILE, INPUT_IDS, pack_input_ids(input_ids))
+        if text is not None:
+            writer.add(TEXT_FILE, *text.segment())
         report = source.report() if isinstance(source, Encoder) else source.report
         return writer.commit(manifest_of(source.geometry, source.config, report, fingerprint, source.profile, side))
 

@@ -33,6 +33,8 @@ from hf_cachegen.errors import LevelError, LimitError, ManifestError, Unsupporte
 MANIFEST_FILE = "cachegen.json"
 BASE_FILE = "base.safetensors"
 TOKENS_FILE = header.TOKENS_FILE
+TEXT_FILE = "text.safetensors"
+"""The text of the context (hf_cachegen.artifact.text). No level needs it."""
 INPUT_IDS = "input_ids"
 SIGNATURE_FILE = "cachegen.sig"
 """Optional file beside the manifest, with its signature (hf_cachegen.stores.signed)."""
@@ -62,6 +64,7 @@ class Limits:
     max_segment_bytes: int = 1 << 32
     max_decoded_bytes: int = 1 << 40
     max_profile_bytes: int = 1 << 34
+    max_text_bytes: int = 1 << 28
 
 
 DEFAULT_LIMITS = Limits()
@@ -164,7 +167,7 @@ def files_at(files: Collection[str], level: int) -> list[str]:
     levels = levels_of(files)
     if not 1 <= level <= levels:
         raise LevelError(f"level must be from 1 to {levels} for this artifact, got {level}")
-    beyond = {refine_file(number) for number in range(level, levels)}
+    beyond = {TEXT_FILE, *(refine_file(number) for number in range(level, levels))}
     return sorted(set(files) - beyond)
 
 
@@ -180,7 +183,7 @@ def check_file_name(name: Any) -> None:
 
 def is_own_file(name: str) -> bool:
     """Return whether a file of this name in an artifact's directory can only be the artifact's, and may be replaced."""
-    return name in (MANIFEST_FILE, BASE_FILE, TOKENS_FILE) or _REFINE_NAME.fullmatch(name) is not None
+    return name in (MANIFEST_FILE, BASE_FILE, TOKENS_FILE, TEXT_FILE) or _REFINE_NAME.fullmatch(name) is not None
 
 
 def digest(data: bytes | memoryview) -> str:

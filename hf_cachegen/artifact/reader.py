@@ -103,7 +103,7 @@ class Reader:
             TruncatedError, CorruptError: A file is damaged.
             ManifestError: A file is missing.
         """
-        files = files_at(self.manifest.files, self.manifest.levels if level is None else level)
+        files = sorted(self.manifest.files) if level is None else files_at(self.manifest.files, level)
         done = self.sizes[MANIFEST_FILE]
         total = done + sum(self.sizes[file] for file in files)
         for file in files:

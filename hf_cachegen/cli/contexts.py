@@ -9,8 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hf_cachegen.artifact import MANIFEST_FILE, Reader
-from hf_cachegen.cli.models import begin, load_model, no_padding, token_counts, token_ids, with_question
+from hf_cachegen.artifact import MANIFEST_FILE, ContextText, Reader
+from hf_cachegen.cli.models import load_for, load_model
 from hf_cachegen.cli.options import (
     answer_options,
     artifact_argument,
@@ -26,9 +26,11 @@ from hf_cachegen.cli.options import (
     sampling_arguments,
     sampling_options,
     source_model_option,
+    text_option,
     trust_options,
 )
 from hf_cachegen.cli.output import bars, note, print_json, size_text, step
+from hf_cachegen.cli.prompts import Asked, note_loss, read_chat, token_counts
 from hf_cachegen.cli.views import describe
 from hf_cachegen.errors import ArtifactExistsError
 from hf_cachegen.stores import Access, LocalStore
@@ -40,7 +42,11 @@ WITHOUT_PROFILE = (
 
 
 @click.command("encode", short_help="Encode the KV cache of a text into an artifact.")
-@click.argument("text", type=click.File("r", encoding="utf-8"))
+@click.argument("text", type=click.File("r", encoding="utf-8"), required=False)
+@click.option("--chat", type=click.File("r", encoding="utf-8"),
+              help="JSON file of the messages of a chat, instead of TEXT: a list, or an object with messages and "
+              "variables of the chat template, such as tools.")
+@text_option
 @source_model_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @overwrite_option("Replace an existing artifact.")
@@ -51,12 +57,14 @@ WITHOUT_PROFILE = (
 @output_options
 @click.pass_context
 def encode(
-    context: click.Context, /, text: Any, model: str, out: Path, overwrite: bool, revision: str | None,
-    device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
+    context: click.Context, /, text: Any, chat: Any, keep_text: bool, model: str, out: Path, overwrite: bool,
+    revision: str | None, device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Prefill TEXT (a file, or - for stdin) with a model, and write its compressed KV cache."""
-    document = read_text(text)
-    if not document.strip():
+    """Prefill TEXT (a file, or - for stdin) or a chat with a model, and write its compressed KV cache."""
+    if (text is None) == (chat is None):
+        raise click.UsageError("expected either TEXT or --chat", context)
+    document = ContextText(read_text(text)) if chat is None else read_chat(chat)
+    if document.text is not None and not document.text.strip():
         raise click.UsageError(f"expected a text, but {text.name} is empty", context)
     if not overwrite and (out / MANIFEST_FILE).is_file():
         raise ArtifactExistsError(f"{out} already holds an artifact; choose another folder, or use --overwrite")
@@ -66,14 +74,12 @@ def encode(
     )
     with step("loading the model", as_json):
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
-    import torch
-
     from hf_cachegen.cache import CacheGenCache
     from hf_cachegen.models.requirements import require_length
+    from hf_cachegen.models.text import prompt_ids
 
-    input_ids = torch.tensor([token_ids(tokenizer, document, start=True)], device=loaded.device)
-    tokens = input_ids.shape[1]
-    # from_context checks this too; here, the error comes before the note below, which would contradict it.
+    tokens = len(prompt_ids(tokenizer, document, answer=False))
+    # from_text checks this too; here, the error comes before the note below, which would contradict it.
     require_length(loaded, tokens)
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if positions and tokens > positions and not as_json:
@@ -81,8 +87,8 @@ def encode(
     start = time.perf_counter()
     # A profile that was found automatically must match the model's weights, which are known only now.
     chosen = found_profile if found_profile is None or profile != "auto" else profile
-    cache = CacheGenCache.from_context(
-        loaded, input_ids, config, chosen, tokenizer=tokenizer, progress=bars(as_json)
+    cache = CacheGenCache.from_text(
+        loaded, tokenizer, document, config, chosen, progress=bars(as_json), keep_text=keep_text
     )
     prefilled = time.perf_counter()
     cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
@@ -112,39 +118,42 @@ def encode(
 @model_options
 @output_options
 def generate(
-    artifact: str, model: str, prompt: str, max_new_tokens: int, level: int | None, profile: str,
-    public_key: str | None, key: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool,
-    **options: Any,
+    artifact: str, model: str, prompt: str | None, context_file: Any, chat: Any, max_new_tokens: int,
+    level: int | None, profile: str, public_key: str | None, key: str | None, revision: str | None, device: str | None,
+    as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT; print the answer token by token."""
-    arguments = sampling_arguments(options)
-    loaded, tokenizer, required, question = begin(
-        artifact, Access(public_key=public_key, key=key), model, profile, prompt, revision=revision, device=device,
-        as_json=as_json,
-    )  # fmt: skip
+    arguments, asked = sampling_arguments(options), Asked.of(prompt, context_file, chat)
+    access = Access(public_key=public_key, key=key)
+    loaded, tokenizer, required = load_for(
+        artifact, access, model, profile, revision=revision, device=device, as_json=as_json
+    )
     import torch
     from transformers import TextStreamer
 
     from hf_cachegen.cache import CacheGenCache
     from hf_cachegen.generation import generate as generate_from_cache
+    from hf_cachegen.models.text import one_prompt
 
+    prompt_ids = asked.ids(artifact, access, tokenizer, as_json)
     start = time.perf_counter()
     cache = CacheGenCache.from_pretrained(
         artifact, loaded, level, profile=required, tokenizer=tokenizer, progress=bars(as_json), public_key=public_key,
         key=key,
     )  # fmt: skip
     ready = time.perf_counter()
-    prompt_ids = with_question(cache.input_ids, token_ids(tokenizer, question, start=False), loaded.device)
+    inputs = one_prompt(tokenizer, prompt_ids, loaded.device)
     if options["seed"] is not None:
         torch.manual_seed(options["seed"])
     if not as_json and options["num_beams"] == 1:
         arguments["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    arguments |= no_padding(tokenizer, prompt_ids)
-    output = generate_from_cache(loaded, prompt_ids, cache=cache, max_new_tokens=max_new_tokens, **arguments)
-    answer = output[0, prompt_ids.shape[1] :]
-    answer_text = tokenizer.decode(answer, skip_special_tokens=True)
+    output = generate_from_cache(loaded, **inputs, cache=cache, max_new_tokens=max_new_tokens, **arguments)
+    answer = output[0, len(prompt_ids) :]
+    answer_text, counts = tokenizer.decode(answer, skip_special_tokens=True), token_counts(cache, inputs, answer)
     if as_json:
         seconds = {"load": ready - start, "generate": time.perf_counter() - ready}
-        print_json({"text": answer_text, **token_counts(cache, prompt_ids, answer), "seconds": seconds})
-    elif "streamer" not in arguments:
+        print_json({"text": answer_text, **counts, "seconds": seconds})
+        return
+    if "streamer" not in arguments:
         click.echo(answer_text)
+    note_loss(counts)

@@ -1,8 +1,8 @@
 """The command `encode-dataset`: encode every text of a data set into an artifact, by any number of processes.
 
-The name of an artifact's folder is the hash of everything that determines its bytes: tokens, weights, configuration,
-dtype, tokenizer, encoder's options, profile. An existing folder is therefore what the run would write, and is skipped:
-a second run, or one after a kill, encodes only what is missing. The hash of a text selects its process, so equal texts
+The name of an artifact's folder is the hash of everything that determines its bytes: tokens, text, weights,
+configuration, dtype, tokenizer, encoder's options, profile. An existing folder is what the run would write, and is
+skipped: a second run, or one after a kill, encodes only what is missing. The hash of a text selects its process, so equal texts
 are encoded once. An artifact is written whole or not at all. An index is replaced only by one that agrees with it in
 every row: the index of the same run, or of a run over more rows.
 """
@@ -32,6 +32,7 @@ from hf_cachegen.cli.options import (
     encoding_profile_option,
     output_options,
     source_model_option,
+    text_option,
 )
 from hf_cachegen.cli.output import print_json
 from hf_cachegen.errors import ArtifactExistsError, ConfigError, MissingExtraError
@@ -114,9 +115,10 @@ class Encoding:
     tokenizer: Any
     config: CacheGenConfig
     profile: Profile | None
+    keep_text: bool = True
 
-    def name(self, ids: list[int]) -> str:
-        """Return the name of the folder of the artifact of these tokens."""
+    def name(self, ids: list[int], text: str) -> str:
+        """Return the name of the folder of the artifact of a text and its tokens."""
         from hf_cachegen.models.fingerprint import Fingerprint
 
         fingerprint = Fingerprint.of(self.model, ids, self.tokenizer).to_dict()
@@ -124,17 +126,21 @@ class Encoding:
             fingerprint.pop(field, None)
         profile = self.profile.digest if self.profile is not None and self.config.transform in ("auto", "klt") else None
         determined_by = {"fingerprint": fingerprint, "config": self.config.to_dict(), "profile": profile}
+        if self.keep_text:
+            determined_by["text"] = hashlib.sha256(text.encode()).hexdigest()
         return hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()[:NAME_DIGITS]
 
-    def write(self, ids: list[int], folder: Path) -> bool:
-        """Prefill the tokens and write their artifact.
+    def write(self, text: str, folder: Path) -> bool:
+        """Prefill a text and write its artifact.
 
         Returns:
             False if another process has written it in the meantime: two texts may have the same tokens.
         """
         from hf_cachegen.cache import CacheGenCache
 
-        cache = CacheGenCache.from_context(self.model, ids, self.config, self.profile, tokenizer=self.tokenizer)
+        cache = CacheGenCache.from_text(
+            self.model, self.tokenizer, text, self.config, self.profile, keep_text=self.keep_text
+        )
         try:
             cache.save_pretrained(folder)
         except ArtifactExistsError:
@@ -153,6 +159,7 @@ class Encoding:
 @click.option("--revision", help="Branch, tag or commit of the model.")
 @click.option("--device", help="Device: cpu, cuda:0, ...  [default: a GPU per process if available, else cpu]")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Output folder.")
+@text_option
 @dtype_option
 @encoding_profile_option
 @encoder_options
@@ -160,8 +167,8 @@ class Encoding:
 @click.pass_context
 def encode_dataset(
     context: click.Context, /, dataset: str, name: str | None, split: str, dataset_revision: str | None, column: str,
-    limit: int | None, model: str, revision: str | None, device: str | None, out: Path, dtype: str, profile: str,
-    as_json: bool, debug: bool, **options: Any,
+    limit: int | None, model: str, revision: str | None, device: str | None, out: Path, keep_text: bool, dtype: str,
+    profile: str, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Encode every text of a data set into its own folder below --out, and write index.jsonl, with a line for each row.
 
@@ -180,7 +187,7 @@ def encode_dataset(
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=WAIT_FOR_OTHERS)
     texts = TextDataset(dataset, name, split, dataset_revision, column, limit)
     loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device or str(state.device))
-    encoding = Encoding(loaded, tokenizer, config, found_profile)
+    encoding = Encoding(loaded, tokenizer, config, found_profile, keep_text)
     out.mkdir(parents=True, exist_ok=True)
     progress = state.is_local_main_process and not as_json
     made = encode_rows(encoding, texts, out, state.process_index, state.num_processes, progress)
@@ -214,11 +221,11 @@ def encode_rows(encoding: Encoding, texts: TextDataset, out: Path, rank: int, pr
         if xxhash.xxh3_64_intdigest(text.encode()) % processes != rank:
             continue
         ids = token_ids(encoding.tokenizer, text, start=True)
-        name = encoding.name(ids)
+        name = encoding.name(ids, text)
         if earlier.get(number, name) != name:
             raise _different_run(out, f"row {number} is a different artifact in it")
         if not (out / name / MANIFEST_FILE).is_file():
-            made += encoding.write(ids, out / name)
+            made += encoding.write(text, out / name)
         size = sum(Reader(LocalStore(out / name)).sizes.values())
         lines.append({"row": number, "artifact": name, "tokens": len(ids), "bytes": size})
     _replace(_part(out, rank), lines)

@@ -1,9 +1,8 @@
-"""Load a model with its tokenizer and its profile, and build the prompts of the commands."""
+"""Load a model with its tokenizer and its profile."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -110,50 +109,11 @@ def load_for(
         return _load_weights(name, revision, dtype, target), tokenizer, required
 
 
-def begin(
-    artifact: str, access: Access, name: str, profile: str, prompt: str, *, revision: str | None, device: str | None,
-    as_json: bool,
-) -> tuple[Any, Any, Profile | None, str]:  # fmt: skip
-    """Return what `load_for` returns, and the question as text (for "-", all of stdin)."""
-    question = sys.stdin.read() if prompt == "-" else prompt
-    return (*load_for(artifact, access, name, profile, revision=revision, device=device, as_json=as_json), question)
-
-
 def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:
-    """Tokenize `text`.
+    """Tokenize `text` (see `hf_cachegen.models.text.plain_ids`); `start` adds the tokens before a text (BOS)."""
+    from hf_cachegen.models.text import plain_ids
 
-    Args:
-        start: whether to add the tokens that the tokenizer puts before a text (BOS). A question must not have them.
-
-    Returns:
-        The token ids, without the tokens that the tokenizer puts after a text (EOS): more text follows.
-    """
-    ids: list[int] = tokenizer(text, add_special_tokens=start)["input_ids"]
-    if start and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or ""):
-        ids = ids[:-1]
-    return ids
-
-
-def with_question(context_ids: Any, question: list[int], device: Any) -> Any:
-    """Append a question to a context, int64 [1, tokens]; return the prompt, int64 [1, tokens], on `device`."""
-    import torch
-
-    return torch.cat([context_ids, torch.tensor([question], dtype=torch.long)], dim=1).to(device)
-
-
-def no_padding(tokenizer: Any, prompt_ids: Any) -> dict[str, Any]:
-    """Return the arguments of generate for one prompt without padding."""
-    import torch
-
-    # Without a mask the stock generate would take a pad token within the text for padding.
-    arguments = {"attention_mask": torch.ones_like(prompt_ids)}
-    return arguments if tokenizer.pad_token_id is not None else {**arguments, "pad_token_id": tokenizer.eos_token_id}
-
-
-def token_counts(cache: Any, prompt_ids: Any, answer: Any) -> dict[str, int]:
-    """Count the tokens of a context, a question and an answer, for --json."""
-    context = cache.input_ids.shape[1]
-    return {"context_tokens": context, "question_tokens": prompt_ids.shape[1] - context, "new_tokens": len(answer)}
+    return plain_ids(tokenizer, text, start=start)
 
 
 def find_profile(choice: str, model: str) -> Profile | None:

@@ -58,9 +58,20 @@ model_options = _all(
 
 answer_options = _all(
     click.option("--model", required=True, help="Folder or Hub id of the model that the artifact was made with."),
-    click.option("--prompt", required=True, help="Question, appended to the cached context; - reads stdin."),
+    click.option("--prompt", help="Question. Its text follows the text of the context; in a chat it is a message of "
+                 "the user. - reads stdin."),
+    click.option("--context", "context_file", type=click.File("r", encoding="utf-8"),
+                 help="Text file of the context, for an artifact that does not store its text."),
+    click.option("--chat", type=click.File("r", encoding="utf-8"),
+                 help="JSON file of the whole chat, the turns of the context included; --prompt may add a question."),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
                  help="Maximum length of the answer, in tokens."),
+)  # fmt: skip
+
+
+text_option = click.option(
+    "--text/--no-text", "keep_text", default=True, show_default=True,
+    help="Store the text in the artifact, so that a question is tokenized together with it.",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from rich.console import Console
 
-from hf_cachegen.cli.models import begin, no_padding, token_counts, token_ids, with_question
+from hf_cachegen.cli.models import load_for
 from hf_cachegen.cli.options import (
     answer_options,
     artifact_argument,
@@ -19,6 +19,7 @@ from hf_cachegen.cli.options import (
     trust_options,
 )
 from hf_cachegen.cli.output import print_json
+from hf_cachegen.cli.prompts import Asked, note_loss, token_counts
 from hf_cachegen.cli.stream_view import StreamView, chunk_table, live, streamer
 from hf_cachegen.stores import Access
 
@@ -56,27 +57,28 @@ def _level(context: click.Context, parameter: click.Parameter, value: str | None
 @model_options
 @output_options
 def stream(
-    artifact: str, model: str, prompt: str, slo: float | None, policy: str, level: Any, refine: str,
-    fallback: tuple[str, ...], stall_seconds: float | None, connections: int, max_new_tokens: int, profile: str,
-    public_key: str | None, key: str | None, revision: str | None, device: str | None, as_json: bool, debug: bool,
-    **options: Any,
+    artifact: str, model: str, prompt: str | None, context_file: Any, chat: Any, slo: float | None, policy: str,
+    level: Any, refine: str, fallback: tuple[str, ...], stall_seconds: float | None, connections: int,
+    max_new_tokens: int, profile: str, public_key: str | None, key: str | None, revision: str | None,
+    device: str | None, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a question about the context of ARTIFACT while the context is streamed, and show its progress.
 
     The clock starts when the model is loaded. The answer goes to stdout, the progress to stderr.
     """
-    arguments = sampling_arguments(options)
-    loaded, tokenizer, required, question = begin(
-        artifact, Access(public_key=public_key, key=key), model, profile, prompt, revision=revision, device=device,
-        as_json=as_json,
-    )  # fmt: skip
+    arguments, asked = sampling_arguments(options), Asked.of(prompt, context_file, chat)
+    access = Access(public_key=public_key, key=key)
+    loaded, tokenizer, required = load_for(
+        artifact, access, model, profile, revision=revision, device=device, as_json=as_json
+    )
     import torch
 
     from hf_cachegen.cache import CacheGenCache
     from hf_cachegen.generation import generate
+    from hf_cachegen.models.text import one_prompt
     from hf_cachegen.streaming import policy_of
 
-    asked = token_ids(tokenizer, question, start=False)
+    inputs = one_prompt(tokenizer, asked.ids(artifact, access, tokenizer, as_json), loaded.device)
     view = StreamView(slo)
     on_terminal = not as_json and Console(stderr=True).is_terminal
     if options["num_beams"] == 1 and not as_json:
@@ -87,22 +89,22 @@ def stream(
         view.begin()
         cache = CacheGenCache.stream(
             artifact, loaded, slo=slo, level=level, policy=policy, refine=refine,
-            prompt_tokens=len(asked), fallback=fallback, profile=required, tokenizer=tokenizer, on_event=view.take,
-            stall_seconds=stall_seconds, connections=connections, public_key=public_key, key=key,
+            prompt=(inputs["input_ids"], inputs["attention_mask"]), fallback=fallback, profile=required,
+            tokenizer=tokenizer, on_event=view.take, stall_seconds=stall_seconds, connections=connections,
+            public_key=public_key, key=key,
         )  # fmt: skip
-        prompt_ids = with_question(cache.input_ids, asked, loaded.device)
         try:
-            arguments |= no_padding(tokenizer, prompt_ids)
-            output = generate(loaded, prompt_ids, cache=cache, max_new_tokens=max_new_tokens, **arguments)
+            output = generate(loaded, **inputs, cache=cache, max_new_tokens=max_new_tokens, **arguments)
         finally:
             if cache.refinement is not None:
                 cache.refinement.cancel()
-    answer, report = output[0, prompt_ids.shape[1] :], cast("StreamReport", cache.report)
-    text = tokenizer.decode(answer, skip_special_tokens=True)
+    answer, report = output[0, inputs["input_ids"].shape[1] :], cast("StreamReport", cache.report)
+    text, counts = tokenizer.decode(answer, skip_special_tokens=True), token_counts(cache, inputs, answer)
     if as_json:
-        print_json({"text": text, **token_counts(cache, prompt_ids, answer), "report": report.to_dict()})
+        print_json({"text": text, **counts, "report": report.to_dict()})
         return
     if "streamer" not in arguments or on_terminal:
         click.echo(text)
+    note_loss(counts)
     bases_first = slo is None and refine == "while_generating" and policy_of(policy, level).refines
     Console(stderr=True).print(chunk_table(report, bases_first))

@@ -14,13 +14,17 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hf_cachegen.artifact import Reader
+from hf_cachegen.artifact import TEXT_FILE, Reader, read_text
 from hf_cachegen.cli.output import plain, size_text
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ManifestError
 
 MAX_ROWS = 128
 """Number of layers in a table; --json has all."""
+MAX_TEXT_BYTES = 1 << 20
+"""Longest text whose beginning is shown: its checksum needs all of it."""
+MAX_BEGINNING, MAX_SHOWN = 200, 80
+"""Characters of a text in --json, and in a table."""
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 PLOT_INCHES = (9.0, 6.0)
 PLOT_DPI = 120
@@ -57,7 +61,19 @@ def describe(reader: Reader) -> dict[str, Any]:
         "profile": _profile(manifest.codec),
         "fingerprint": manifest.fingerprint,
         "extra": manifest.extra,
+        "text": _text(reader),
     }
+
+
+def _text(reader: Reader) -> dict[str, Any] | None:
+    """Return kind, size and beginning of the stored text of the context; None where there is none."""
+    entry = reader.manifest.files.get(TEXT_FILE)
+    if entry is None:
+        return None
+    nbytes = sum(segment.length for segment in entry.segments)
+    found = read_text(reader) if nbytes <= MAX_TEXT_BYTES else None
+    begins = None if found is None else found.segment()[1].decode("utf-8")[:MAX_BEGINNING]
+    return {"kind": ", ".join(segment.name for segment in entry.segments), "bytes": nbytes, "begins": begins}
 
 
 def _profile(codec: dict[str, Any]) -> dict[str, str | None] | None:
@@ -109,6 +125,9 @@ def _facts(found: dict[str, Any], title: str) -> Table:
     table.add_row("context", f"{found['tokens']:,} tokens{rows}, {found['dtype']}, {found['chunks']} chunks")
     table.add_row("exact cache", size_text(found["exact_bytes"]))
     table.add_row("artifact", f"{size_text(found['bytes'])} in {len(found['files'])} files")
+    if (text := found["text"]) is not None:
+        shown = "" if text["begins"] is None else f": {_short(text['begins'], MAX_SHOWN)}"
+        table.add_row(plain(text["kind"]), plain(f"stored, {size_text(text['bytes'])}{shown}"))
     table.add_row("format", f"{found['format_version']}, written by {plain(found['writer'] or 'unknown')}")
     for name, value in sorted(found["codec"].items()):
         if name != "profile":

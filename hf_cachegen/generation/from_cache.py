@@ -103,7 +103,7 @@ def generate(
     """
     if on_mismatch not in ("recompute", "error"):
         raise ConfigError(f"on_mismatch must be 'recompute' or 'error', got {on_mismatch!r}")
-    streamed = _streamed(slo, refine, stream or {})
+    streamed = stream_options(slo, refine, stream or {})
     given, foreign = _cache_given(cache, kwargs)
     stock = _stock(model)
     if given is None:
@@ -121,14 +121,8 @@ def generate(
     call = GenerateCall(model, args, kwargs)
 
     if not isinstance(given, CachedContext):
-        try:
-            given = stream_to_context(given, model, prompt=(call.ids, call.mask), **streamed)
-        except (StoreAccessError, OfflineError):
-            raise
-        except (StoreError, PromptMismatchError) as error:
-            if on_mismatch == "error" and isinstance(error, PromptMismatchError):
-                raise
-            LOG.warning("the prompt is computed without its cache: %s", error)
+        given = stream_for(given, model, (call.ids, call.mask), on_mismatch, streamed)
+        if given is None:
             return stock(*args, **kwargs)
         try:
             return _continue(model, given, call, on_mismatch)
@@ -136,6 +130,36 @@ def generate(
             if given.refinement is not None:
                 given.refinement.close()
     return _continue(model, given, call, on_mismatch)
+
+
+def stream_for(
+    location: str | os.PathLike[str],
+    model: PreTrainedModel,
+    prompt: tuple[Tensor, Tensor],
+    on_mismatch: OnMismatch,
+    options: Mapping[str, Any],
+) -> CachedContext | None:
+    """Stream a context for a prompt.
+
+    Args:
+        location: the location of the artifact.
+        model: the model.
+        prompt: its token ids and its mask, [rows, tokens] each.
+        on_mismatch: as for `generate`.
+        options: further arguments of `CacheGenCache.stream`.
+
+    Returns:
+        The context; None, with a warning, where the prompt has to be computed without it.
+    """
+    try:
+        return stream_to_context(location, model, prompt=prompt, **options)
+    except (StoreAccessError, OfflineError):
+        raise
+    except (StoreError, PromptMismatchError) as error:
+        if on_mismatch == "error" and isinstance(error, PromptMismatchError):
+            raise
+        LOG.warning("the prompt is computed without its cache: %s", error)
+        return None
 
 
 def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall, on_mismatch: OnMismatch) -> Any:
@@ -197,7 +221,10 @@ def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: boo
         LOG.info("a prompt of %d tokens has other rotary frequencies than the context: all is computed", prompt)
     elif not reuse.whole:
         reused = reuse.length - max(reuse.pads) if usable else 0
-        LOG.info("the prompt leaves the context after %d of %d tokens; %d are reused", reuse.common, context, reused)
+        LOG.info(
+            "the prompt leaves the context after %d of %d tokens; %d are reused, and %d tokens of the context are lost",
+            reuse.common, context, reused, context - reused,
+        )  # fmt: skip
 
 
 def attach(model: PreTrainedModel, *, prefix_cache: Prefixes | None = None) -> PreTrainedModel:
@@ -299,7 +326,7 @@ def _cache_given(cache: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any
     return next(iter(ours.values())), {}
 
 
-def _streamed(slo: float | None, refine: Refine | None, stream: Mapping[str, Any]) -> dict[str, Any]:
+def stream_options(slo: float | None, refine: Refine | None, stream: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of CacheGenCache.stream.
 
     Raises:
