@@ -154,7 +154,7 @@ def test_what_has_no_texts_is_refused(name: str, text: str | None, match: str, t
 class Lengths:
     """A tokenizer of one token a character."""
 
-    eos_token_id, eos_token = None, None
+    bos_token_id = eos_token_id = eos_token = None
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": list(range(len(text)))}
