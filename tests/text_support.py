@@ -1,4 +1,4 @@
-"""Tokenizers whose tokens of a whole text differ from those of its parts, and chat templates that change earlier turns."""
+"""Tokenizers whose tokens of a whole text differ from those of its parts, and templates that change earlier turns."""
 
 from __future__ import annotations
 
