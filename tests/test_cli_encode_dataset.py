@@ -154,7 +154,7 @@ def test_a_file_without_texts_is_refused(name: str, text: str | None, match: str
 class Lengths:
     """A tokenizer with one token per character."""
 
-    eos_token_id, eos_token = None, None
+    bos_token_id = eos_token_id = eos_token = None
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": list(range(len(text)))}

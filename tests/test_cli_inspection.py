@@ -130,7 +130,7 @@ def test_verify_finds_a_cut_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     done = run("verify", damaged)
     assert done.exit_code == cli_errors.ARTIFACT
-    assert done.stderr.startswith("hf-cachegen: error: base.safetensors has ")
+    assert done.stderr.startswith("hf-cachegen: error: expected base.safetensors to have ")
     assert done.stderr.count("\n") == 1
 
 

@@ -87,7 +87,7 @@ def test_a_prompt_that_leaves_the_context_is_logged(caplog: pytest.LogCaptureFix
         assert not caplog.records, "nothing to say where the whole context is reused"
         ids[0, 1] = 50
         model.generate(ids, cache=cache, max_new_tokens=2)
-    message = "the prompt leaves the context after 1 of 40 tokens; 1 are reused"
+    message = "the prompt leaves the context after 1 of 40 tokens; 1 are reused, and 39 tokens of the context are lost"
     assert [record.getMessage() for record in caplog.records] == [message]
 
 
