@@ -17,6 +17,10 @@ CACHEGEN_HD uint64_t coded_rows(const cg_chunk& chunk) {
   return group == 0 ? chunk.tokens : chunk.tokens - (chunk.tokens + group - 1) / group;
 }
 
+CACHEGEN_HD cg_chunk chunk_of(const cg_batch& batch, const cg_job& job) {
+  return {job.tokens, batch.columns, batch.group_tokens, job.anchors, batch.means, batch.steps, batch.dtype};
+}
+
 // Where coded row i stands in the chunk.
 struct Place {
   uint64_t row, anchor;

@@ -68,7 +68,7 @@ CACHEGEN_HD uint32_t put(uint32_t x, const SymbolEntry& entry) {
 // aligned, only when told so.
 CACHEGEN_HD uint32_t load_word(const uint8_t* p) {
 #if defined(__CUDA_ARCH__)
-  return *reinterpret_cast<const uint16_t*>(p);
+  return CACHEGEN_LOAD(reinterpret_cast<const uint16_t*>(p));
 #else
   return p[0] | uint32_t(p[1]) << 8;
 #endif

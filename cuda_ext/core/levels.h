@@ -1,0 +1,479 @@
+// One tile column of a chunk by a warp: base and digits together, from streams to values.
+//
+// Why together: every section of a tile is a chain of states, each of which waits for the one before. Three chains that do
+// not wait for each other keep a multiprocessor busy with a third of the warps, and no matrix of symbols goes to memory and
+// back. While the digits of a token are decoded, so is the base of the next.
+//
+// Note [Fast and slow tokens]: a fast token has the 256 words that a token can take left in every stream, and no patch; nothing is tested within it. All others are slow: those near the end of a stream, the last, and those with a patch.
+//
+// Note [Signs]: digit tables are staged by the coarser symbol's sign, 0 below zero, 1 zero, 2 above. That is min(max(index,
+// 127), 129) - 127 for a base, and a digit's own index.
+#pragma once
+
+#include "output.h"
+
+namespace cachegen {
+
+constexpr uint32_t kBatchSlots = 1u << CG_BATCH_PROB_BITS;
+constexpr uint32_t kPairs = kMaxPerLane * kContexts * kLanes;  // of a digit section's tile
+static_assert(kMaxPerLane == CG_VECTOR_COLUMNS, "a lane writes its columns together");
+
+// Shared memory of a block, which is one tile of several chunks.
+struct TileTables {
+  SlotEntry* slots;  // of the base tables that the tile uses, in the order of their ids
+  uint32_t* pairs;   // of digit section k, column c of a lane: pairs[((k * 8 + c) * 3 + sign) * 32 + lane]; where the second
+                     // symbol of its table begins, and the third << 16
+  uint32_t* used;    // a bit for each base table
+};
+
+CACHEGEN_HD uint64_t batch_shared_bytes(const cg_batch& batch) {
+  return (uint64_t(batch.tables_per_tile) * kBatchSlots + CG_MAX_DIGITS * kPairs) * sizeof(uint32_t);
+}
+
+CACHEGEN_DEVICE uint32_t rank_of(const uint32_t* used, uint32_t id) {
+  uint32_t rank = count_bits(used[id / 32] & ((1u << id % 32) - 1));
+  for (uint32_t i = 0; i < id / 32; i++) rank += count_bits(used[i]);
+  return rank;
+}
+
+CACHEGEN_DEVICE bool open_batch_tables(const void* memory, uint64_t bytes, Tables* tables) {
+  return open_tables(memory, bytes, tables) && tables->prob_bits == CG_BATCH_PROB_BITS;
+}
+
+// Stages what the tile's warps look up. The same value of cg_status for every thread of the block.
+CACHEGEN_DEVICE int32_t stage_tile(const Crew& crew, const cg_batch& batch, uint64_t tile, const TileTables& to) {
+  Tables base = {}, digits = {};
+  if (!open_batch_tables(batch.base_tables, batch.base_tables_bytes, &base)) return CG_BAD_TABLES;
+  const uint32_t n_digits = batch.n_digits > batch.n_end_digits ? batch.n_digits : batch.n_end_digits;
+  if (n_digits > 0 && !open_batch_tables(batch.digit_tables, batch.digit_tables_bytes, &digits)) return CG_BAD_TABLES;
+  for (uint32_t i = crew.index; i < kMaxTables / 32; i += crew.count) to.used[i] = 0;
+  crew.meet();
+
+  bool bad_id = false, bad_digits = false;
+  const uint8_t* ids = batch.base_ids + tile * kTileColumns;
+  for (uint32_t i = crew.index; i < kTileColumns; i += crew.count) {
+    const uint32_t id = CACHEGEN_LOAD(ids + i);
+    if (id < base.n_tables)
+      crew.set_bit(to.used + id / 32, id % 32);
+    else
+      bad_id = true;
+  }
+  for (uint32_t i = crew.index; i < n_digits * kPairs; i += crew.count) {
+    const uint32_t lane = i % kLanes, sign = i / kLanes % kContexts, c = i / (kLanes * kContexts) % kMaxPerLane;
+    const uint64_t column = tile * kTileColumns + lane * kMaxPerLane + c;
+    const uint32_t context = sign == 1 ? 0 : sign == 2 ? 1 : 2;
+    const uint32_t id = CACHEGEN_LOAD(batch.digit_ids[i / kPairs] + column * kContexts + context);
+    if (id >= digits.n_tables) {
+      bad_id = true;
+      continue;
+    }
+    uint32_t frequency[3];
+    for (uint32_t symbol = 0; symbol < 3; symbol++)
+      frequency[symbol] = CACHEGEN_LOAD(&digits.symbols_of(id)[symbol].limit) >> (kStateBits - CG_BATCH_PROB_BITS);
+    bad_digits |= frequency[0] + frequency[1] + frequency[2] != kBatchSlots;
+    to.pairs[i] = frequency[0] | (frequency[0] + frequency[1]) << 16;
+  }
+  if (crew.any(bad_id)) return CG_BAD_TABLE_ID;
+  if (crew.any(bad_digits)) return CG_BAD_TABLES;
+
+  uint32_t place = 0;
+  for (uint32_t id = 0; id < base.n_tables; id++) {
+    if ((to.used[id / 32] >> id % 32 & 1) == 0) continue;
+    if (place == batch.tables_per_tile) return CG_BAD_ARGUMENT;
+    crew.copy(to.slots + place++ * kBatchSlots, base.slots_of(id), kBatchSlots);
+  }
+  crew.meet();
+  return CG_OK;
+}
+
+// One section of the tile while it is decoded: its words, of which `at` are taken.
+struct Chain {
+  const uint8_t* words;
+  uint32_t at, size;
+  Warp::PerLane<uint32_t> x;
+
+  CACHEGEN_DEVICE bool has_token() const { return int32_t(size - at) >= int32_t(kTileColumns); }
+  CACHEGEN_DEVICE const uint8_t* word(uint32_t i) const { return words + uint64_t(i) * kWordBytes; }
+};
+
+CACHEGEN_DEVICE int32_t open_chain(const Warp& warp, const cg_streams& streams, uint64_t tile, uint64_t tokens, Chain* chain) {
+  const uint64_t first = CACHEGEN_LOAD(streams.offsets + tile), last = CACHEGEN_LOAD(streams.offsets + tile + 1);
+  if (first > last || last > streams.bytes) return CG_BAD_ARGUMENT;
+  const uint64_t bytes = last - first;
+  if (first % kWordBytes != 0) return CG_CORRUPT;
+  if (bytes < kLanes * kStateBytes) return CG_TRUNCATED;
+  if (bytes % kWordBytes != 0 || bytes > slot_bytes(tokens)) return CG_CORRUPT;
+  const uint8_t* data = streams.data + first;
+  chain->words = data + kLanes * kStateBytes;
+  chain->at = 0;
+  chain->size = uint32_t(bytes - kLanes * kStateBytes) / kWordBytes;
+  const uint32_t astray = warp.ballot([&](uint32_t lane) {
+    const uint32_t x = load_state(data + lane * kStateBytes);
+    chain->x[lane] = x;
+    return x < kMinState || x >= kMaxState;
+  });
+  return astray ? CG_CORRUPT : CG_OK;
+}
+
+CACHEGEN_DEVICE int32_t close_chain(const Warp& warp, const Chain& chain) {
+  if (chain.at > chain.size) return CG_TRUNCATED;
+  const uint32_t unfinished = warp.ballot([&](uint32_t lane) { return chain.x[lane] != kMinState; });
+  return unfinished || chain.at != chain.size ? CG_CORRUPT : CG_OK;
+}
+
+// One step of a chain: f(lane) takes a symbol; the lanes whose state has fallen then take a word each, in their order. A
+// fast step loads a word for every lane, which is there.
+template <bool kSlow, class F>
+CACHEGEN_DEVICE void step_chain(const Warp& warp, Chain& chain, const F& f) {
+  Warp::PerLane<bool> low;
+  const uint32_t votes = warp.ballot([&](uint32_t lane) {
+    f(lane);
+    return low[lane] = chain.x[lane] < kMinState;
+  });
+  warp.each([&](uint32_t lane) {
+    uint32_t& x = chain.x[lane];
+    const uint32_t i = chain.at + count_bits(votes & warp.below(lane));
+    const uint32_t word = !kSlow || (low[lane] && i < chain.size) ? load_word(chain.word(i)) : 0;
+    x = low[lane] ? refill(x, word) : x;
+  });
+  chain.at += count_bits(votes);
+}
+
+// A lane's values of a row, at an address aligned to 16 bytes.
+template <class T>
+CACHEGEN_DEVICE void store_eight(uint8_t* to, const float* values) {
+  Sixteen parts[kMaxPerLane * sizeof(typename T::Stored) / sizeof(Sixteen)];
+  CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c += 2)
+    T::store_pair(values[c], values[c + 1], parts[0].words + c * sizeof(typename T::Stored) / 4);
+  CACHEGEN_UNROLL for (uint32_t i = 0; i < sizeof parts / sizeof parts[0]; i++) store_sixteen(to + i * sizeof(Sixteen), parts[i]);
+}
+
+template <class T>
+class ChunkTile {
+  struct Lane {
+    uint32_t kept[kMaxPerLane];    // where its base tables lie: see staged_at
+    uint32_t pairs;                // and its digit tables
+    uint32_t index[kMaxPerLane];   // base indices of the token to come
+    float step[kMaxPerLane], mean[kMaxPerLane], anchor[kMaxPerLane];
+    uint8_t* to;                   // of the next row
+    uint64_t stride;
+  };
+  struct Values {
+    float of[kMaxPerLane];
+  };
+
+ public:
+  CACHEGEN_DEVICE ChunkTile(const Warp& warp, const cg_batch& batch, const cg_job& job, const TileTables& tables,
+                              uint64_t tile)
+      : warp_(warp), batch_(batch), job_(job), tables_(tables), tile_(tile) {}
+
+  // kEnds: some rows may have end digits; else all have kDigits.
+  template <uint32_t kDigits, bool kEnds>
+  CACHEGEN_DEVICE int32_t decode() {
+    const uint32_t rows = uint32_t(coded_rows(chunk_of(batch_, job_)));
+    if (rows > 0) {
+      if (const int32_t status = open_chain(warp_, job_.base, tile_, rows, &base_)) return status;
+    }
+    open_lanes();
+    if constexpr (!kEnds) {
+      Chain digits[kDigits > 0 ? kDigits : 1];
+      if (rows > 0) {
+        if (const int32_t status = open_digits<kDigits>(job_.digits, rows, digits)) return status;
+        run<kDigits>(digits, batch_.steps, 0, rows);
+      }
+      finish_anchors();
+      if (rows == 0) return CG_OK;
+      if (const int32_t status = close_chain(warp_, base_)) return status;
+      return close_digits<kDigits>(digits);
+    } else {
+      const uint32_t first = uint32_t(job_.first), last = uint32_t(job_.last), ends = rows - (last - first);
+      Chain middle[CG_MAX_DIGITS], end[CG_MAX_DIGITS];
+      if (last > first)
+        if (const int32_t status = open_some(batch_.n_digits, job_.digits, last - first, middle)) return status;
+      if (ends > 0)
+        if (const int32_t status = open_some(batch_.n_end_digits, job_.end_digits, ends, end)) return status;
+      run_some(batch_.n_end_digits, end, batch_.end_steps, 0, first);
+      run_some(batch_.n_digits, middle, batch_.steps, first, last);
+      run_some(batch_.n_end_digits, end, batch_.end_steps, last, rows);
+      finish_anchors();
+      if (rows == 0) return CG_OK;
+      if (const int32_t status = close_chain(warp_, base_)) return status;
+      if (last > first)
+        if (const int32_t status = close_some(batch_.n_digits, middle)) return status;
+      return ends > 0 ? close_some(batch_.n_end_digits, end) : CG_OK;
+    }
+  }
+
+ private:
+  CACHEGEN_DEVICE uint64_t first_column(uint32_t lane) const { return tile_ * kTileColumns + lane * kMaxPerLane; }
+
+  CACHEGEN_DEVICE void open_lanes() {
+    warp_.each([&](uint32_t lane) {
+      Lane& own = lanes_[lane];
+      const uint64_t column = first_column(lane);
+      const cg_place* place = batch_.places + column / kMaxPerLane;
+      own.stride = CACHEGEN_LOAD(&place->stride);
+      own.to = reinterpret_cast<uint8_t*>(uintptr_t(CACHEGEN_LOAD(&place->address) + job_.row * own.stride));
+      own.pairs = staged_at(tables_.pairs, lane);
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+        const uint32_t rank = rank_of(tables_.used, CACHEGEN_LOAD(batch_.base_ids + column + c));
+        own.kept[c] = staged_at(tables_.slots, rank * kBatchSlots);
+        own.mean[c] = CACHEGEN_LOAD(batch_.means + column + c);
+        own.anchor[c] = 0;
+      }
+    });
+    row_ = anchor_ = 0;
+    left_ = batch_.group_tokens > 0 ? 0 : kNever;
+    patch_ = last_patch_ = 0;
+    next_patch_ = kNoPatch;
+    if (job_.patches == nullptr) return;
+    const uint32_t first = CACHEGEN_LOAD(job_.patch_offsets + tile_), last = CACHEGEN_LOAD(job_.patch_offsets + tile_ + 1);
+    if (first >= last || last > job_.n_patches) return;
+    patch_ = first;
+    last_patch_ = last;
+    next_patch_ = patch_row();
+  }
+
+  template <uint32_t kDigits>
+  CACHEGEN_DEVICE int32_t open_digits(const cg_streams* streams, uint64_t tokens, Chain* chains) {
+    CACHEGEN_UNROLL for (uint32_t k = 0; k != kDigits; k++)
+      if (const int32_t status = open_chain(warp_, streams[k], tile_, tokens, chains + k)) return status;
+    return CG_OK;
+  }
+  template <uint32_t kDigits>
+  CACHEGEN_DEVICE int32_t close_digits(const Chain* chains) const {
+    CACHEGEN_UNROLL for (uint32_t k = 0; k != kDigits; k++)
+      if (const int32_t status = close_chain(warp_, chains[k])) return status;
+    return CG_OK;
+  }
+
+  // The same for a number of digits that only the batch knows.
+  CACHEGEN_DEVICE int32_t open_some(uint32_t n, const cg_streams* streams, uint64_t tokens, Chain* chains) {
+    if (n > 0)
+      if (const int32_t status = open_chain(warp_, streams[0], tile_, tokens, chains)) return status;
+    return n > 1 ? open_chain(warp_, streams[1], tile_, tokens, chains + 1) : CG_OK;
+  }
+  CACHEGEN_DEVICE int32_t close_some(uint32_t n, const Chain* chains) const {
+    if (n > 0)
+      if (const int32_t status = close_chain(warp_, chains[0])) return status;
+    return n > 1 ? close_chain(warp_, chains[1]) : CG_OK;
+  }
+  CACHEGEN_DEVICE void run_some(uint32_t n, Chain* chains, const float* steps, uint32_t first, uint32_t last) {
+    if (n == 0) run<0>(chains, steps, first, last);
+    if (n == 1) run<1>(chains, steps, first, last);
+    if (n == 2) run<2>(chains, steps, first, last);
+  }
+
+  // Coded rows [first, last), whose digits are these.
+  template <uint32_t kDigits>
+  CACHEGEN_DEVICE void run(Chain* digits, const float* steps, uint32_t first, uint32_t last) {
+    if (first >= last) return;
+    warp_.each([&](uint32_t lane) {
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++)
+        lanes_[lane].step[c] = CACHEGEN_LOAD(steps + first_column(lane) + c);
+    });
+    slow_base(first);
+    for (uint32_t t = first; t < last; t++) {
+      open_row();
+      bool fast = base_.has_token() && t + 1 < last && t + 1 < next_patch_;
+      CACHEGEN_UNROLL for (uint32_t k = 0; k != kDigits; k++) fast = fast && digits[k].has_token();
+      if (fast) {
+        CACHEGEN_UNROLL for (uint32_t k = 0; k != kDigits; k++) prefetch(digits[k]);
+        prefetch(base_);
+        fast_token<kDigits>(digits);
+      } else {
+        slow_token<kDigits>(digits, t);
+        if (t + 1 < last) slow_base(t + 1);
+      }
+      close_row();
+    }
+  }
+
+  // The words of about the token after the next: a line ahead of what is read.
+  CACHEGEN_DEVICE void prefetch(const Chain& chain) const {
+#if defined(__CUDA_ARCH__)
+    const uint32_t ahead = chain.at + 64 + threadIdx.x % 4 * 16;
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(chain.word(ahead < chain.size ? ahead : chain.at)));
+#else
+    (void)chain;
+#endif
+  }
+
+  template <bool kSlow>
+  CACHEGEN_DEVICE void base_step(uint32_t c) {
+    step_chain<kSlow>(warp_, base_, [&](uint32_t lane) {
+      Lane& own = lanes_[lane];
+      uint32_t& x = base_.x[lane];
+      const SlotEntry entry = load_staged(tables_.slots, own.kept[c] + (x % kBatchSlots) * uint32_t(sizeof(SlotEntry)));
+      own.index[c] = entry & 0xff;
+      x = take(x, entry, CG_BATCH_PROB_BITS);
+    });
+  }
+
+  // Decodes digit k of every lane's column c into `index`, by the sign of what it refines.
+  template <bool kSlow>
+  CACHEGEN_DEVICE void digit_step(Chain& chain, uint32_t k, uint32_t c, Warp::PerLane<uint32_t>& sign,
+                                  Warp::PerLane<uint32_t>& index) {
+    step_chain<kSlow>(warp_, chain, [&](uint32_t lane) {
+      uint32_t& x = chain.x[lane];
+      const uint32_t at = (k * kMaxPerLane + c) * kContexts * kLanes + sign[lane] * kLanes;
+      const uint32_t pair = load_staged(tables_.pairs, lanes_[lane].pairs + at * uint32_t(sizeof(uint32_t)));
+      const uint32_t second = pair & 0xffff, third = pair >> 16, slot = x % kBatchSlots;
+      uint32_t found = 0, offset = slot, frequency = second;
+      if (slot >= second) {
+        found = 1;
+        offset = slot - second;
+        frequency = third - second;
+      }
+      if (slot >= third) {
+        found = 2;
+        offset = slot - third;
+        frequency = kBatchSlots - third;
+      }
+      index[lane] = found;
+      x = frequency * (x >> CG_BATCH_PROB_BITS) + offset;
+    });
+  }
+
+  static CACHEGEN_DEVICE uint32_t sign_of_base(uint32_t index) {
+    const uint32_t low = kZeroIndex - 1, high = kZeroIndex + 1;
+    return (index < low ? low : index > high ? high : index) - low;
+  }
+  static CACHEGEN_DEVICE uint32_t sign_of_refined(uint32_t sign, uint32_t digit) { return sign == 1 ? digit : sign; }
+
+  // The digits of the token, and the base of the next: see Note [Fast and slow tokens].
+  template <uint32_t kDigits>
+  CACHEGEN_DEVICE void fast_token(Chain* digits) {
+    CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+      Warp::PerLane<uint32_t> sign, one, two;
+      if constexpr (kDigits > 0) {
+        warp_.each([&](uint32_t lane) { sign[lane] = sign_of_base(lanes_[lane].index[c]); });
+        digit_step<false>(digits[0], 0, c, sign, one);
+      }
+      if constexpr (kDigits > 1) {
+        warp_.each([&](uint32_t lane) { sign[lane] = sign_of_refined(sign[lane], one[lane]); });
+        digit_step<false>(digits[1], 1, c, sign, two);
+      }
+      warp_.each([&](uint32_t lane) {
+        put<kDigits>(lane, c, kDigits > 0 ? one[lane] : 0, kDigits > 1 ? two[lane] : 0);
+      });
+      base_step<false>(c);
+    }
+  }
+
+  template <uint32_t kDigits>
+  CACHEGEN_DEVICE void slow_token(Chain* digits, uint32_t t) {
+    CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+      Warp::PerLane<uint32_t> sign, one, two;
+      if constexpr (kDigits > 0) {
+        warp_.each([&](uint32_t lane) { sign[lane] = sign_of_base(lanes_[lane].index[c]); });
+        digit_step<true>(digits[0], 0, c, sign, one);
+        patch(t, 1, c, one);
+      }
+      if constexpr (kDigits > 1) {
+        warp_.each([&](uint32_t lane) { sign[lane] = sign_of_refined(sign[lane], one[lane]); });
+        digit_step<true>(digits[1], 1, c, sign, two);
+        patch(t, 2, c, two);
+      }
+      warp_.each([&](uint32_t lane) {
+        put<kDigits>(lane, c, kDigits > 0 ? one[lane] : 0, kDigits > 1 ? two[lane] : 0);
+      });
+    }
+  }
+
+  CACHEGEN_DEVICE void slow_base(uint32_t t) {
+    pass_patches(t);
+    CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+      base_step<true>(c);
+      Warp::PerLane<uint32_t> index;
+      warp_.each([&](uint32_t lane) { index[lane] = lanes_[lane].index[c]; });
+      patch(t, 0, c, index);
+      warp_.each([&](uint32_t lane) { lanes_[lane].index[c] = index[lane]; });
+    }
+  }
+
+  // Patches of the rows before t are done with.
+  CACHEGEN_DEVICE void pass_patches(uint32_t t) {
+    while (next_patch_ < t) {
+      patch_++;
+      next_patch_ = patch_ < last_patch_ ? patch_row() : kNoPatch;
+    }
+  }
+  CACHEGEN_DEVICE uint32_t patch_row() const {
+    const uint64_t row = CACHEGEN_LOAD(job_.patches + patch_) >> 32;
+    return row < kNoPatch ? uint32_t(row) : kNoPatch;
+  }
+  // Applies the patches of row t to column c of every lane, in one section.
+  CACHEGEN_DEVICE void patch(uint32_t t, uint32_t section, uint32_t c, Warp::PerLane<uint32_t>& index) const {
+    if (next_patch_ != t) return;
+    for (uint32_t i = patch_; i < last_patch_; i++) {
+      const uint64_t found = CACHEGEN_LOAD(job_.patches + i);
+      if (found >> 32 != t) return;
+      const uint32_t column = uint32_t(found >> 16) & 0xff;
+      if ((uint32_t(found >> 8) & 0xff) != section || column % kMaxPerLane != c) continue;
+      const uint32_t wanted = section == 0 ? uint32_t(found) & 0xff : (uint32_t(found) & 0xff) % kDigitSymbols;
+      warp_.each([&](uint32_t lane) {
+        if (lane == column / kMaxPerLane) index[lane] = wanted;
+      });
+    }
+  }
+
+  // Integers below 2^23 beside 2^23: the float's lowest bits are the integer, and taking 2^23 off is exact.
+  template <uint32_t kDigits>
+  CACHEGEN_DEVICE void put(uint32_t lane, uint32_t c, uint32_t one, uint32_t two) {
+    Lane& own = lanes_[lane];
+    constexpr uint32_t kMagicBits = 0x4b000000;
+    constexpr float kMagic = 8388608;
+    constexpr float kZero = kDigits == 0 ? kZeroIndex : kDigits == 1 ? 3 * kZeroIndex + 1 : 9 * kZeroIndex + 4;
+    const uint32_t index = own.index[c];
+    const uint32_t sum = kDigits == 0 ? index : kDigits == 1 ? 3 * index + one : 9 * index + 3 * one + two;
+    const float y = (float_of(kMagicBits | sum) - (kMagic + kZero)) * own.step[c] + own.mean[c];
+    out_[lane].of[c] = y + own.anchor[c];  // 0 without anchors, which changes nothing: y is never -0
+  }
+
+  // Before a row's values: a group's anchor comes first.
+  CACHEGEN_DEVICE void open_row() {
+    if (left_ == 0) put_anchor();
+  }
+  CACHEGEN_DEVICE void close_row() {
+    write();
+    left_--;
+  }
+  CACHEGEN_DEVICE void put_anchor() {
+    warp_.each([&](uint32_t lane) {
+      Lane& own = lanes_[lane];
+      const float* from = job_.anchors + uint64_t(anchor_) * batch_.columns + first_column(lane);
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+        own.anchor[c] = CACHEGEN_LOAD(from + c);
+        out_[lane].of[c] = own.anchor[c];
+      }
+    });
+    anchor_++;
+    left_ = batch_.group_tokens <= CG_MAX_BATCH_TOKENS ? uint32_t(batch_.group_tokens) - 1 : kNever;
+    write();
+  }
+  CACHEGEN_DEVICE void finish_anchors() {
+    if (batch_.group_tokens > 0 && row_ < job_.tokens) put_anchor();
+  }
+  CACHEGEN_DEVICE void write() {
+    warp_.each([&](uint32_t lane) {
+      store_eight<T>(lanes_[lane].to, out_[lane].of);
+      lanes_[lane].to += lanes_[lane].stride;
+    });
+    row_++;
+  }
+
+  static constexpr uint32_t kNoPatch = ~0u, kNever = ~0u, kDigitSymbols = 3;
+  const Warp& warp_;
+  const cg_batch& batch_;
+  const cg_job& job_;
+  const TileTables& tables_;
+  const uint64_t tile_;
+  Chain base_;
+  Warp::PerLane<Lane> lanes_;
+  Warp::PerLane<Values> out_;
+  uint32_t row_, left_;  // of the chunk; coded rows before the next anchor
+  uint32_t anchor_, patch_, last_patch_, next_patch_;
+};
+
+}  // namespace cachegen
