@@ -376,8 +376,12 @@ def decode_chunks(
     """(keys, values) from the parts of each chunk, decoded one by one straight into their tensors."""
     found = empty_kv(geometry, [device] * len(geometry.layers))
     target = Target.layers(found)
-    for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
-        codec.decode_into(parts_of(index), span, target, span.first)
+    counted = enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress))
+    if isinstance(codec, LossyCodec):
+        codec.decode_many(((parts_of(index), span, span.first) for index, span in counted), target)
+    else:
+        for index, span in counted:
+            codec.decode_into(parts_of(index), span, target, span.first)
     return found[::2], found[1::2]
 
 

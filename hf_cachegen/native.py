@@ -3,7 +3,8 @@
 Twists:
 1. The libraries are optional: one for tensors on the CPU, one for those on a CUDA device. `available()` says whether
    there is one, and logs a warning, once, when there is none for the CPU: the coder's reference then does the same,
-   slowly. A tensor on a device that has no library is coded on the CPU.
+   slowly. A tensor on a device that has no library, or cannot run it (an old driver, a GPU it was not compiled for), is
+   coded on the CPU, and a warning says why, once.
 2. The libraries know no torch: ctypes hands them addresses and sizes (the contract is cuda_ext/include/cachegen.h), and
    lets go of the interpreter's lock meanwhile. On CUDA they run on torch's current stream of the tensors' device.
 3. The CPU's instruction set is chosen when a function is called: the best that the machine has, or the one that the
@@ -20,13 +21,14 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """CG_ABI_VERSION of the header that this file was written for."""
 LIBRARY, CUDA_LIBRARY = (Path(__file__).with_name(f"_{name}.so") for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class Section(ctypes.Structure):
         ("contexts", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
         ("tables_bytes", ctypes.c_uint64),
+        ("tables_per_tile", ctypes.c_uint32),
     ]
 
 
@@ -133,9 +136,70 @@ class Output(ctypes.Structure):
     ]
 
 
+MAX_BATCH = 8
+"""CG_MAX_BATCH: chunks that one call decodes."""
+MAX_BATCH_TOKENS = 1 << 20
+"""CG_MAX_BATCH_TOKENS."""
+BATCH_PROB_BITS = 11
+"""CG_BATCH_PROB_BITS."""
+VECTOR_COLUMNS = 8
+"""CG_VECTOR_COLUMNS."""
+BATCH_ALIGNMENT = 16
+"""Of the addresses and strides that a batch is written to, in bytes."""
+
+
+class Streams(ctypes.Structure):
+    """struct cg_streams."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_uint64), ("offsets", ctypes.c_void_p)]
+
+
+class Batch(ctypes.Structure):
+    """struct cg_batch."""
+
+    _fields_ = [
+        ("columns", ctypes.c_uint64),
+        ("group_tokens", ctypes.c_uint64),
+        ("base_ids", ctypes.c_void_p),
+        ("digit_ids", ctypes.c_void_p * 2),
+        ("base_tables", ctypes.c_void_p),
+        ("base_tables_bytes", ctypes.c_uint64),
+        ("digit_tables", ctypes.c_void_p),
+        ("digit_tables_bytes", ctypes.c_uint64),
+        ("means", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("end_steps", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("tables_per_tile", ctypes.c_uint32),
+        ("n_digits", ctypes.c_uint32),
+        ("n_end_digits", ctypes.c_uint32),
+        ("dtype", ctypes.c_uint32),
+    ]
+
+
+class Job(ctypes.Structure):
+    """struct cg_job."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_uint64),
+        ("first", ctypes.c_uint64),
+        ("last", ctypes.c_uint64),
+        ("row", ctypes.c_uint64),
+        ("anchors", ctypes.c_void_p),
+        ("base", Streams),
+        ("digits", Streams * 2),
+        ("end_digits", Streams * 2),
+        ("patches", ctypes.c_void_p),
+        ("patch_offsets", ctypes.c_void_p),
+        ("n_patches", ctypes.c_uint32),
+        ("tile_status", ctypes.c_void_p),
+    ]
+
+
 _POINTER, _U32, _U64, _STATUS = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
 _PROTOTYPES = {
     "cg_abi_version": (_U32, []),
+    "cg_probe": (_STATUS, [_POINTER, _U64, _POINTER]),
     "cg_tables_bytes": (_U64, [_U32, _U32, _U32]),
     "cg_tables_build": (_STATUS, [_POINTER, _U32, _U32, _U32, _POINTER, _U64]),
     "cg_slot_bytes": (_U64, [_U64]),
@@ -144,6 +208,7 @@ _PROTOTYPES = {
     "cg_pack": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_decode": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
     "cg_decode_into": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_decode_chunks": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER]),
     "cg_fill_into": (_STATUS, [_U64, _U64, _POINTER, _POINTER]),
     "cg_patch_into": (_STATUS, [_U64, _POINTER, _POINTER, _U64, _POINTER, _POINTER]),
     "cg_rows_into": (_STATUS, [_POINTER, _U64, _U64, _U64, _POINTER, _POINTER]),
@@ -156,11 +221,17 @@ _PROTOTYPES = {
 }
 
 
+_BATCH = "cg_decode_chunks"
+"""The one function that the CPU's library does not have."""
+
+
 def load(path: Path) -> ctypes.CDLL:
     """The library at `path`, its version checked. Raises NativeError for one that cannot be used."""
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in _PROTOTYPES.items():
+            if name == _BATCH and not hasattr(library, name):
+                continue
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
@@ -188,18 +259,69 @@ def _cuda_library() -> ctypes.CDLL | None:
     return load(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else None
 
 
+class Probe(NamedTuple):
+    """What a device says of the library: why it cannot run it, empty where it can; shared memory of a block, bytes."""
+
+    reason: str
+    shared_bytes: int
+
+
+def probe(library: ctypes.CDLL) -> Probe:
+    """Runs the library's empty kernel on the current device."""
+    reason, shared = ctypes.create_string_buffer(256), ctypes.c_uint64()
+    status = library.cg_probe(reason, len(reason), ctypes.byref(shared))
+    text = reason.value.decode(errors="replace") or f"it answers {TileStatus(status).name}"
+    return Probe(text if status else "", shared.value)
+
+
+@lru_cache(maxsize=64)
+def _cuda_probe(index: int | None) -> Probe:
+    """That of a CUDA device, once; None: the current one."""
+    library = _cuda_library()
+    if library is None:
+        return Probe(f"{CUDA_LIBRARY} is missing", 0)
+    with nullcontext() if index is None or not torch.cuda.is_available() else torch.cuda.device(index):
+        found = probe(library)
+    if found.reason:
+        name = "the current CUDA device" if index is None else f"cuda:{index}"
+        _log.warning(
+            "hf_cachegen's CUDA coder cannot run on %s: %s. The CPU codes instead, slower; update the driver, or build "
+            "the package for this GPU (TORCH_CUDA_ARCH_LIST).",
+            name,
+            found.reason,
+        )
+    return found
+
+
 def available(device: torch.device | str = "cpu") -> bool:
-    """Whether there is a compiled coder for such a device. Raises NativeError if there is one that cannot be used."""
-    kind = torch.device(device).type
-    return kind in ("cpu", "cuda") and (_library() if kind == "cpu" else _cuda_library()) is not None
+    """Whether there is a compiled coder for such a device, and the device runs it; a warning says once why it does not.
+
+    Raises NativeError for a library that is damaged, or of another version.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _cuda_library() is not None and not _cuda_probe(device.index).reason
+    return device.type == "cpu" and _library() is not None
+
+
+def batch_shared_bytes(device: torch.device) -> int:
+    """Shared memory that cg_decode_chunks can use on a device, in bytes; 0 where there is no such function."""
+    if not available(device):
+        return 0
+    library = _need_library(device)
+    if not hasattr(library, _BATCH):
+        return 0
+    return _cuda_probe(device.index).shared_bytes if device.type == "cuda" else probe(library).shared_bytes
 
 
 def _need_library(device: torch.device | str = "cpu") -> ctypes.CDLL:
-    kind = torch.device(device).type
-    library = _library() if kind == "cpu" else _cuda_library()
+    device = torch.device(device)
+    library = _library() if device.type == "cpu" else _cuda_library()
     if library is None:
-        missing = LIBRARY if kind == "cpu" else CUDA_LIBRARY
+        missing = LIBRARY if device.type == "cpu" else CUDA_LIBRARY
         raise NativeError(f"the compiled coder was asked for, but {missing} is missing")
+    if device.type == "cuda" and (reason := _cuda_probe(device.index).reason):
+        raise NativeError(f"the CUDA coder was asked for, but cannot run on {device}: {reason}")
     return library
 
 

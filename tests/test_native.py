@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import functools
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from hf_cachegen.errors import CorruptError, NativeError, TensorError, Truncated
 from hf_cachegen.native import TileStatus
 from tests.coder_support import Section, draw_section, laplace_tables
 from tests.lockstep import COMPILER, CPU_SOURCES, KERNEL_SOURCES, ROOT, STRICT, needs_compiler
+from tests.sanitized import fuzz, sanitized
 
 HOSTILE_STREAMS = 100_000
 """Through every back-end."""
@@ -153,15 +150,51 @@ def test_cuda_is_built_when_it_is_asked_for_or_said_why_not(tmp_path: Path) -> N
     assert "code=[sm_80,compute_80]" in broken.stdout
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA kernels are not compiled here")
-def test_the_cuda_library_was_built_for_three_architectures() -> None:
+ARCHITECTURES = (75, 80, 90, 100, 120)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA kernels are not compiled here")
+
+
+@needs_nvcc
+def test_the_cuda_library_was_built_for_all_architectures() -> None:
     """The package's own build made it, with warnings as errors; it loads without a GPU."""
     assert native.CUDA_LIBRARY.exists(), "run: python setup.py build_ext --inplace"
     native.load(native.CUDA_LIBRARY)
-    assert native.available("cuda")
     elf = native.CUDA_LIBRARY.read_bytes()
-    for architecture in (80, 90, 100):
+    for architecture in ARCHITECTURES:
         assert f"sm_{architecture}".encode() in elf
+
+
+# Running it.
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not native.CUDA_LIBRARY.exists(), reason="a GPU, or no CUDA library")
+def test_a_machine_that_cannot_run_the_cuda_library_says_why() -> None:
+    found = native.probe(native.load(native.CUDA_LIBRARY))
+    assert "CUDA" in found.reason  # cudaGetErrorString: of the driver, or of devices
+    assert found.shared_bytes == 0
+
+
+@pytest.fixture
+def failing_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A CUDA library that the GPU cannot run, and why."""
+    reason = "no kernel image is available for execution on the device"
+    monkeypatch.setattr(native, "_cuda_library", lambda: object())
+    monkeypatch.setattr(native, "probe", lambda library: native.Probe(reason, 0))
+    native._cuda_probe.cache_clear()
+    yield reason
+    native._cuda_probe.cache_clear()
+
+
+def test_a_gpu_that_cannot_run_the_library_is_passed_over_with_one_warning(
+    failing_gpu: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_cachegen"):
+        assert not native.available("cuda")
+        assert not native.available(torch.device("cuda"))
+        assert native.batch_shared_bytes(torch.device("cuda")) == 0
+    assert [failing_gpu in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(NativeError, match=failing_gpu):
+        native._need_library("cuda")
 
 
 # The C ABI.
@@ -255,48 +288,6 @@ def test_offsets_are_checked() -> None:
         assert library.cg_decode(ctypes.byref(view), *arguments, ctypes.byref(run)) == TileStatus.BAD_ARGUMENT
 
 
-SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-
-
-def compiled(arguments: list[str]) -> None:
-    done = subprocess.run([str(COMPILER), *arguments], check=False, text=True, capture_output=True)
-    if done.returncode and "cannot find" in done.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert done.returncode == 0, done.stderr
-
-
-@functools.cache
-def sanitized_objects(sources: tuple[str, ...]) -> list[str]:
-    """One of the two libraries under AddressSanitizer and UBSan, compiled once a process."""
-    folder = tempfile.mkdtemp(prefix="sanitized-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    objects = [f"{folder}/{Path(source).stem}.o" for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        compiled([*STRICT, *SANITIZERS, "-c", source, "-o", target])
-    return objects
-
-
-def sanitized(driver: str, sources: list[str], tmp_path: Path) -> Path:
-    """A fuzzer with one of the two libraries."""
-    program, source = tmp_path / f"{driver}-{len(sources)}", str(ROOT / "tests" / "native" / f"{driver}.cpp")
-    objects = sanitized_objects(tuple(sources))
-    compiled([*STRICT, *SANITIZERS, source, "-x", "none", *objects, "-o", str(program)])
-    return program
-
-
-def fuzz(program: Path, count: int, seed: int) -> re.Match[str]:
-    """(number of cases, of back-ends, digest) of a run."""
-    # Its own process: it must not inherit a preloaded allocator.
-    variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [str(program), str(count), str(seed)]
-    done = subprocess.run(command, check=False, text=True, capture_output=True, env=variables)
-    assert done.returncode == 0, done.stderr
-    found = re.match(r"(\d+) .*, (\d+) back-ends,.* digest ([0-9a-f]{16})", done.stdout)
-    assert found is not None
-    assert int(found[1]) >= count
-    return found
-
-
 @needs_compiler
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
@@ -308,6 +299,12 @@ def test_hostile_input_under_the_sanitizers(driver: str, count: int, shared: int
     assert int(fuzz(cpu, count, 1)[2]) == len(native.available_isas())
     # The kernels, lane by lane, find and make the same of the same cases.
     assert fuzz(kernels, shared, 2)[3] == fuzz(cpu, shared, 2)[3]
+
+
+@needs_compiler
+@pytest.mark.timeout(1200)
+def test_hostile_batches_under_the_sanitizers(tmp_path: Path) -> None:
+    fuzz(sanitized("fuzz_batch", KERNEL_SOURCES, tmp_path), 300, 1)
 
 
 # Instruction sets.

@@ -15,15 +15,16 @@ so every level has the protected tokens at the finest step (the first and last o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hf_cachegen import native
-from hf_cachegen.codec import into, passes, quantize, section, transform
+from hf_cachegen.codec import batch, into, passes, quantize, section, transform
 from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Assignment, Coded, Cursor
@@ -133,10 +134,33 @@ class LossyCodec:
         self._base = Assignment(self.values, side.base_entries)
         self._refinements = [Assignment(self.digits, entries) for entries in side.refine_entries]
         self._scales: dict[tuple[int, torch.device], Grid] = {}
+        self._vectors: dict[torch.device, Tensor] = {}
 
     @property
     def parts(self) -> int:
         return self.config.levels
+
+    @property
+    def assignments(self) -> tuple[Assignment, Assignment, list[Assignment]]:
+        """Tables of the anchors, of the base and of each refinement."""
+        return self._anchors, self._base, self._refinements
+
+    @cached_property
+    def n_vectors(self) -> int:
+        return int(self.columns.vectors[-1]) + 1 if len(self.columns) else 0
+
+    def vectors(self, device: torch.device) -> Tensor:
+        """`columns.vectors` on a device, copied there once."""
+        if device not in self._vectors:
+            self._vectors[device] = self.columns.vectors.to(device)
+        return self._vectors[device]
+
+    def unit(self, device: torch.device) -> Grid:
+        """The grid on which values are the symbols themselves."""
+        if (0, device) not in self._scales:
+            ones = torch.ones(len(self.columns), device=device)
+            self._scales[0, device] = Grid(None, 0, torch.zeros_like(ones), ones)
+        return self._scales[0, device]
 
     def side_bytes(self) -> bytes:
         return self.side.to_bytes(self.config)
@@ -177,6 +201,12 @@ class LossyCodec:
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         """As `decode`, to rows [row, row + tokens) of the target. After an error these rows mean nothing."""
+        level = len(parts)
+        if batch.serves(self, level, target):
+            batches = batch.Batches(self, level, target)
+            if batches.add(parts, span, row):
+                batches.finish()
+                return
         read = self._read(parts, span)
         narrow = len(read.base.wide.positions) == 0
         if narrow and self.config.coder == "rans" and native.available(target.device):
@@ -184,13 +214,23 @@ class LossyCodec:
         else:
             target.put(self._rows(read, span, target.dtype), row)
 
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        """As `decode_into` for each (parts, span, row), all of one level, side by side where the device can."""
+        batches = None
+        for parts, span, row in chunks:
+            if batches is None and batch.serves(self, len(parts), target):
+                batches = batch.Batches(self, len(parts), target)
+            if batches is None or not batches.add(parts, span, row):
+                self.decode_into(parts, span, target, row)
+        if batches is not None:
+            batches.finish()
+
     def _read(self, parts: Sequence[bytes | memoryview], span: Span) -> _Read:
         config = self.config
         cursor, scales, peaks = Cursor(parts[0]), None, None
         n_anchors = transform.anchor_count(span.tokens, config)
         if n_anchors:
-            n_vectors = int(self.columns.vectors[-1]) + 1
-            scales = cursor.tensor(n_anchors * n_vectors, torch.bfloat16).reshape(n_anchors, n_vectors)
+            scales = cursor.tensor(n_anchors * self.n_vectors, torch.bfloat16).reshape(n_anchors, self.n_vectors)
             peaks = section.read_narrow(cursor, n_anchors, self._anchors)
         ordinary, coded = span.ordinary(config), span.tokens - n_anchors
         base = section.read(cursor, coded, self._base)
@@ -204,7 +244,7 @@ class LossyCodec:
             cursor.finish()
         return _Read(scales, peaks, base, finest, rest)
 
-    def _scale(self, level: int, device: torch.device) -> Grid:
+    def scale(self, level: int, device: torch.device) -> Grid:
         """The grid of a level without its anchors, on a device."""
         if (level, device) not in self._scales:
             steps = self.steps * quantize.step_factor(level, self.config.levels)
@@ -215,10 +255,10 @@ class LossyCodec:
         """Straight into place: a chunk without wide symbols."""
         device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config)
         sections = Sections(target, row, span.tokens, coded, len(self.columns))
-        grid, finest = self._scale(1 + len(read.rest), device), self._scale(self.config.levels, device)
+        grid, finest = self.scale(1 + len(read.rest), device), self.scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
             anchors = Anchors(into.symbols(read.peaks, device), read.scales.to(device))
-            values = anchors.values(self.columns.vectors.to(device))
+            values = anchors.values(self.vectors(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.config.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
         middle = Rows(ordinary.start, coded)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,18 @@ class Target:
     @property
     def device(self) -> torch.device:
         return self.places.device
+
+    @cached_property
+    def vectors(self) -> Tensor | None:
+        """The places of every 8th column, int64 [columns / 8, 2], where the columns between lie one after the other and
+        all addresses are aligned to 16 bytes, so that 8 values are one store; else None.
+        """
+        width, align = native.VECTOR_COLUMNS, native.BATCH_ALIGNMENT
+        for x in self.kept:
+            outer = [stride * x.element_size() % align for stride in x.stride()[:-1]]
+            if x.shape[-1] % width or x.stride(-1) != 1 or x.data_ptr() % align or any(outer):
+                return None
+        return self.places[::width].contiguous()
 
     @classmethod
     def layers(cls, tensors: Sequence[Tensor]) -> Target:
@@ -141,7 +153,7 @@ class Sections:
         if section.tokens == 0:
             return
         tables, ids, live, dead = section.columns.on(self.device)
-        view = ops.Section(tables, ids, None, section.tokens)
+        view = ops.Section(tables, ids, None, section.tokens, section.columns.tables_per_tile)
         streams = section.streams.to(self.device, non_blocking=True)
         offsets = ops.offsets_of(section.tile_bytes, view.tiles, streams)
         statuses = torch.empty(view.tiles, dtype=torch.int32, device=self.device)

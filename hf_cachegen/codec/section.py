@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,11 @@ class _Lent:
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
+def stream_of(data: memoryview) -> Tensor:
+    """These bytes where they lie, uint8: never to be written to."""
+    return torch.from_numpy(np.asarray(_Lent(data))) if len(data) else torch.empty(0, dtype=torch.uint8)
+
+
 class Cursor:
     """Reads a segment from front to back and never past its end."""
 
@@ -61,10 +67,7 @@ class Cursor:
 
     def stream(self, count: int) -> Tensor:
         """The next `count` bytes where they lie, uint8: never to be written to."""
-        data = self.take(count)
-        if not count:
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.from_numpy(np.asarray(_Lent(data)))
+        return stream_of(self.take(count))
 
     def u32(self, count: int) -> list[int]:
         return list(struct.unpack(f"<{count}I", self.take(4 * count)))
@@ -103,6 +106,16 @@ class Assignment:
             tensors = (self.table_ids, self.live, self.dead)
             self._elsewhere[device] = (self.book.tables.on(device), *(x.to(device) for x in tensors))
         return self._elsewhere[device]
+
+    @cached_property
+    def tables_per_tile(self) -> int:
+        """The most different tables that a tile uses, of columns with one context; 0 of others, which are too many to
+        be looked up nearby.
+        """
+        if self.book.contexts > 1:
+            return 0
+        tiles = self.table_ids[:, 0].split(rans.TILE_COLUMNS)
+        return max((len(set(ids.tolist())) for ids in tiles), default=0)
 
     @cached_property
     def _runs(self) -> list[slice]:
@@ -205,19 +218,60 @@ class Coded:
         return symbols
 
 
-def read(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
+class Arrays(NamedTuple):
+    """A section that is read, as numpy sees its bytes: tile_bytes uint32 [tiles], positions int64 [n], rising, and
+    indices int32 [n] of the exceptions; streams, back to back.
+    """
+
+    tile_bytes: np.ndarray
+    positions: np.ndarray
+    indices: np.ndarray
+    streams: memoryview
+
+    def is_wide(self, columns: Assignment) -> bool:
+        """Whether an exception is no index of its tables."""
+        symbols = columns.book.tables.frequencies.shape[1]
+        return bool(((self.indices < 0) | (self.indices >= symbols)).any()) if len(self.indices) else False
+
+
+_NO_POSITIONS, _NO_INDICES = np.empty(0, np.int64), np.empty(0, np.int32)
+
+
+def read_arrays(cursor: Cursor, tokens: int, columns: Assignment) -> Arrays:
     """The section that the cursor stands before. Raises TruncatedError or CorruptError on damaged bytes."""
     (count,) = cursor.u32(1)
-    tile_bytes = cursor.u32(rans.tile_count(len(columns.live)) if tokens else 0)
-    exceptions = cursor.tensor(2 * count, torch.int32).reshape(-1, 2)
-    streams = cursor.stream(sum(tile_bytes))
-    position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1].contiguous()
-    if count:
-        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(columns):
-            raise CorruptError("positions of exceptions must rise and lie within the chunk")
-        if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-            raise CorruptError(f"an exception lies beyond {LARGEST_INDEX}, which no encoder writes")
-    return Coded(columns, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
+    tiles = rans.tile_count(len(columns.live)) if tokens else 0
+    tile_bytes = np.frombuffer(cursor.take(4 * tiles), "<u4")
+    exceptions = np.frombuffer(cursor.take(8 * count), "<i4").reshape(-1, 2)
+    streams = cursor.take(int(tile_bytes.sum(dtype=np.int64)))
+    if not count:
+        return Arrays(tile_bytes, _NO_POSITIONS, _NO_INDICES, streams)
+    position, index = exceptions[:, 0].astype(np.int64) & 0xFFFFFFFF, exceptions[:, 1].copy()
+    if not bool((np.diff(position) > 0).all()) or int(position[-1]) >= tokens * len(columns):
+        raise CorruptError("positions of exceptions must rise and lie within the chunk")
+    if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
+        raise CorruptError(f"an exception lies beyond {LARGEST_INDEX}, which no encoder writes")
+    return Arrays(tile_bytes, position, index, streams)
+
+
+def in_tensors(found: Arrays, tokens: int, columns: Assignment) -> Coded:
+    """The same as tensors, which share the streams' memory."""
+    tile_bytes = torch.from_numpy(found.tile_bytes.astype(np.int64))
+    positions, indices = torch.from_numpy(found.positions), torch.from_numpy(found.indices)
+    return Coded(columns, tokens, tile_bytes, positions, indices, stream_of(found.streams))
+
+
+def read(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:
+    """As `read_arrays`, in tensors."""
+    return in_tensors(read_arrays(cursor, tokens, columns), tokens, columns)
+
+
+def read_narrow_arrays(cursor: Cursor, tokens: int, columns: Assignment) -> Arrays:
+    """As `read_arrays`, of a matrix without wide indices. Raises CorruptError where there is one."""
+    found = read_arrays(cursor, tokens, columns)
+    if found.is_wide(columns):
+        raise CorruptError("an exception holds a number that is no index of its tables")
+    return found
 
 
 def read_narrow(cursor: Cursor, tokens: int, columns: Assignment) -> Coded:

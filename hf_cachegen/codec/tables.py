@@ -101,14 +101,14 @@ class Codebook:
         """The entry, other than "always zero", under which a column of zeros costs least: some thousandth of a bit."""
         return 1 + int(self.cost[1:, self.zero].argmin())
 
-    def choose(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, histograms: Tensor, *, coded: bool = False) -> tuple[Tensor, Tensor]:
         """The cheapest entry of every column, uint8 [columns], and what it costs in bits, float64 [columns].
 
-        histograms: integers [columns, contexts * symbols].
+        histograms: integers [columns, contexts * symbols]. coded: without the entry "always zero".
         """
-        near = _seen(histograms)
-        cost, entries = (histograms[:, near].double() @ self.cost[:, near].mT).min(1)
-        return entries.to(torch.uint8), cost / COST_SCALE
+        near, first = _seen(histograms), int(coded)
+        cost, entries = (histograms[:, near].double() @ self.cost[first:, near].mT).min(1)
+        return (entries + first).to(torch.uint8), cost / COST_SCALE
 
     def bits(self, histograms: Tensor, entries: Tensor) -> Tensor:
         """What these columns cost under these entries uint8 [columns]: bits, float64 [columns]."""
