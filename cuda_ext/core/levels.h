@@ -418,17 +418,14 @@ class ChunkTile {
     }
   }
 
-  // Integers below 2^23 beside 2^23: the float's lowest bits are the integer, and taking 2^23 off is exact.
   template <uint32_t kDigits>
   CACHEGEN_DEVICE void put(uint32_t lane, uint32_t c, uint32_t one, uint32_t two) {
     Lane& own = lanes_[lane];
-    constexpr uint32_t kMagicBits = 0x4b000000;
-    constexpr float kMagic = 8388608;
-    constexpr float kZero = kDigits == 0 ? kZeroIndex : kDigits == 1 ? 3 * kZeroIndex + 1 : 9 * kZeroIndex + 4;
-    const uint32_t index = own.index[c];
-    const uint32_t sum = kDigits == 0 ? index : kDigits == 1 ? 3 * index + one : 9 * index + 3 * one + two;
-    const float y = (float_of(kMagicBits | sum) - (kMagic + kZero)) * own.step[c] + own.mean[c];
-    out_[lane].of[c] = y + own.anchor[c];  // 0 without anchors, which changes nothing: y is never -0
+    int32_t symbol = base_symbol(int32_t(own.index[c]));
+    if (kDigits > 0) symbol = refine(symbol, int32_t(one));
+    if (kDigits > 1) symbol = refine(symbol, int32_t(two));
+    // Without anchors 0 is added, which changes nothing: y is never -0.
+    out_[lane].of[c] = dequantise(symbol, own.step[c], own.mean[c], true, own.anchor[c]);
   }
 
   // Before a row's values: a group's anchor comes first.

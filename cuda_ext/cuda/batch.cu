@@ -31,9 +31,15 @@ CACHEGEN_DEVICE void decode_job(int32_t staged, const cg_batch& batch, const cg_
 
 #if defined(__CUDACC__)
 
-// Registers for so many blocks of 8 warps on a multiprocessor: 24 warps at level 1, 16 above.
+// Registers for so many blocks of 8 warps on a multiprocessor: 24 warps at level 1 (16 on sm_120, where some would be
+// spilled), 16 above.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr uint32_t kBaseBlocks = 2;
+#else
+constexpr uint32_t kBaseBlocks = 3;
+#endif
 template <uint32_t kDigits, bool kEnds>
-constexpr uint32_t kBlocks = kDigits == 0 && !kEnds ? 3 : 2;
+constexpr uint32_t kBlocks = kDigits == 0 && !kEnds ? kBaseBlocks : 2;
 
 template <class T, uint32_t kDigits, bool kEnds>
 __global__ void __launch_bounds__(CG_MAX_BATCH* kLanes, kBlocks<kDigits, kEnds>)
