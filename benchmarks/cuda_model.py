@@ -4,11 +4,12 @@
     python -m benchmarks.cuda_model --library FILE --json FILE
 
 Registers, spills and instructions are read from the library with cuobjdump and nvdisasm (of the CUDA toolkit, or of the
-PyPI packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). A bound is the least of four, in values per clock of a
+PyPI packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). A bound is the least of five, in values per clock of a
 multiprocessor, times the card's published figures:
 
 - issue: 4 schedulers issue one instruction of 32 lanes each per clock;
 - shared memory: one access of 32 lanes takes as many clocks as the lanes' words share a bank, 3.5 for a base table;
+- counts: a multiprocessor counts the bits of 16 words per clock;
 - latency: a warp's chain of states takes LATENCY clocks a step, and the warps that fit run side by side;
 - memory: the values written and the coded bytes read.
 
@@ -31,7 +32,8 @@ import click
 
 from hf_cachegen import native
 
-WARPS_PER_BLOCK, TILE_VALUES, LANE_VALUES = 8, 256, 8
+PACKAGES = "nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm"
+WARPS_PER_BLOCK, LANE_VALUES = 8, 8
 LATENCY = 130
 """Clocks of a step: shared memory 30, the word from the first-level cache 40, vote, count and arithmetic 60."""
 BASE_CONFLICTS, PAIR_CONFLICTS = 3.5, 1.0
@@ -45,7 +47,7 @@ BITS = {1: 1.5, 2: 3.0, 3: 4.6}
 
 @dataclass(frozen=True)
 class Card:
-    """Published figures: multiprocessors, boost clock, memory bandwidth, shared memory and warps of a multiprocessor."""
+    """Published figures: multiprocessors, boost clock, memory bandwidth, shared memory, warps of a multiprocessor."""
 
     architecture: str
     processors: int
@@ -65,7 +67,9 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What was compiled. instructions: of the fast path, per value; generic: loads and stores of no known memory."""
+    """What was compiled. instructions and counts (POPC, and integers to floats): of the fast path, per value;
+    generic_accesses: loads and stores of no known memory, anywhere.
+    """
 
     name: str
     registers: int
@@ -73,6 +77,7 @@ class Kernel:
     local_accesses: int
     generic_accesses: int
     instructions: float
+    counts: float
 
     def warps(self, card: Card, tables: int = TABLES_PER_TILE) -> int:
         """Warps of this kernel that a multiprocessor holds."""
@@ -90,10 +95,11 @@ def tool(name: str) -> str | None:
 
 def _run(*arguments: str) -> str:
     found = tool(arguments[0])
-    if found is None or tool("nvdisasm") is None:
-        raise click.ClickException(f"{arguments[0]} or nvdisasm is missing: pip install nvidia-cuda-{{cuobjdump,nvdisasm}}")
-    path = os.pathsep.join([str(Path(tool("nvdisasm") or "").parent), os.environ.get("PATH", "")])
-    done = subprocess.run([found, *arguments[1:]], check=True, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    disassembler = tool("nvdisasm")
+    if found is None or disassembler is None:
+        raise click.ClickException(f"{arguments[0]} or nvdisasm is missing: install {PACKAGES}")
+    variables = {**os.environ, "PATH": os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])}
+    done = subprocess.run([found, *arguments[1:]], check=True, capture_output=True, text=True, env=variables)
     return done.stdout
 
 
@@ -121,11 +127,13 @@ def _operation(text: str) -> str:
 def _kernel(name: str, registers: int, stack: int, code: list[tuple[int, str]]) -> Kernel:
     operations = [_operation(text).split(".")[0] for _, text in code]
     local, generic = (sum(operations.count(each) for each in names) for names in (("LDL", "STL"), ("LD", "ST", "ATOM")))
-    return Kernel(name, registers, stack, local, generic, _fast_path(code) / LANE_VALUES)
+    path = _fast_path(code)
+    counts = sum(_operation(code[i][1]).startswith(("POPC", "I2F")) for i in path)
+    return Kernel(name, registers, stack, local, generic, len(path) / LANE_VALUES, counts / LANE_VALUES)
 
 
-def _fast_path(code: list[tuple[int, str]]) -> int:
-    """Instructions of the shortest way around the loop over fast tokens, which alone prefetches."""
+def _fast_path(code: list[tuple[int, str]]) -> list[int]:
+    """The instructions, by number, of the shortest way around the loop over fast tokens, which alone prefetches."""
     index = {at: i for i, (at, _) in enumerate(code)}
     following: list[list[int]] = []
     for i, (_, text) in enumerate(code):
@@ -138,21 +146,22 @@ def _fast_path(code: list[tuple[int, str]]) -> int:
             after = [*after, there] if text.startswith("@") or re.search(r"\s!?U?P\d,", text) else [there]
         following.append(after)
     starts = [i for i, (_, text) in enumerate(code) if _operation(text).startswith("CCTL")]
-    if not starts:
-        return 0
-    best = []
+    best: list[int] = []
     for start in starts:  # a kernel of several loops has several
-        known, queue = {start: 0}, [(0, start)]
+        known, before, queue = {start: 0}, {}, [(0, start)]
         while queue:
             steps, at = heapq.heappop(queue)
             if steps and at == start:
-                best.append(steps)
+                path = [before[start]]
+                while path[-1] != start:
+                    path.append(before[path[-1]])
+                best = path if not best or len(path) < len(best) else best
                 break
             for to in following[at]:
-                if to == start or steps + 1 < known.get(to, 1 << 30):
-                    known[to] = steps + 1
+                if (to == start and start not in before) or steps + 1 < known.get(to, 1 << 30):
+                    known[to], before[to] = steps + 1, at
                     heapq.heappush(queue, (steps + 1, to))
-    return min(best) if best else 0
+    return best
 
 
 def bounds(kernel: Kernel, card: Card, level: int) -> dict[str, float]:
@@ -161,6 +170,7 @@ def bounds(kernel: Kernel, card: Card, level: int) -> dict[str, float]:
     conflicts = BASE_CONFLICTS + (level - 1) * PAIR_CONFLICTS
     return {
         "issue": 4 * 32 / kernel.instructions * scale,
+        "counts": 16 / kernel.counts * scale,
         "shared memory": 32 / conflicts * scale,
         "latency": warps * 32 / LATENCY * scale,
         "memory": card.gb_per_s * 16 / (16 + BITS[level]),
@@ -185,7 +195,8 @@ def model(library: Path, dtype: str = "bfloat16") -> dict[str, object]:
 
 
 @click.command()
-@click.option("--library", type=click.Path(path_type=Path, exists=True), default=native.CUDA_LIBRARY, help="CUDA library.")
+@click.option("--library", type=click.Path(path_type=Path, exists=True), default=native.CUDA_LIBRARY,
+              help="CUDA library.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for the figures.")
 def main(library: Path, out: Path | None) -> None:
     """Bound the CUDA decoder's speed from its compiled code."""

@@ -178,7 +178,7 @@ def test_a_machine_that_cannot_run_the_cuda_library_says_why() -> None:
 def failing_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A CUDA library that the GPU cannot run, and why."""
     reason = "no kernel image is available for execution on the device"
-    monkeypatch.setattr(native, "_cuda_library", lambda: object())
+    monkeypatch.setattr(native, "_cuda_library", object)
     monkeypatch.setattr(native, "probe", lambda library: native.Probe(reason, 0))
     native._cuda_probe.cache_clear()
     yield reason

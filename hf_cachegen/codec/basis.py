@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.precision import full_precision
 from hf_cachegen.geometry import Geometry
 from hf_cachegen.profile import Group, Profile
 
@@ -62,6 +63,8 @@ class Narrow(NamedTuple):
         return y @ self.matrix[: y.shape[1]]
 
 
+_ANALYSES: WeakKeyDictionary[Profile, dict[torch.device, list[tuple[Tensor, Tensor]]]] = WeakKeyDictionary()
+"""The same for the way there, (mean, analysis)."""
 _MATRICES: WeakKeyDictionary[Profile, dict[tuple[torch.device, bool], list[Any]]] = WeakKeyDictionary()
 """For a device, and whether in bfloat16: of each group of a profile a Narrow, or (synthesis, mean); made once."""
 
@@ -90,8 +93,10 @@ class Basis:
             x = torch.cat([rows[:, place] for place in places], 1).float()
             if group.kind == 0:
                 x = rotary.turn(x.reshape(len(x), -1, group.sensitivity.shape[1]), angles, -1).flatten(1)
-            x -= torch.cat([self.profile.means[place] for place in places]).to(x.device)
-            found.append(x @ group.analysis.to(x.device))
+            mean, analysis = self._analyses(x.device)[len(found)]
+            x -= mean
+            with full_precision(x.device):
+                found.append(x @ analysis)
         return torch.cat(found, 1)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None) -> Tensor:
@@ -107,11 +112,12 @@ class Basis:
         for (group, components), matrix in zip(self._groups(), self._matrices(device, narrow), strict=True):
             part = y[:, components]
             part = part if idle is None else _shortened(part, idle[components])
-            if isinstance(matrix, Narrow):
-                back = matrix.product(part)
-            else:
-                synthesis, mean = matrix
-                back = torch.addmm(mean, part, synthesis[: part.shape[1]])
+            with full_precision(device):
+                if isinstance(matrix, Narrow):
+                    back = matrix.product(part)
+                else:
+                    synthesis, mean = matrix
+                    back = torch.addmm(mean, part, synthesis[: part.shape[1]])
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
@@ -132,6 +138,13 @@ class Basis:
 
     def _mean(self, group: Group) -> Tensor:
         return torch.cat([self.profile.means[place] for place in self._places(group)])
+
+    def _analyses(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """(mean, analysis) of each group on a device, copied there once."""
+        known = _ANALYSES.setdefault(self.profile, {})
+        if device not in known:
+            known[device] = [(self._mean(g).to(device), g.analysis.to(device)) for g in self.profile.groups]
+        return known[device]
 
     def _matrices(self, device: torch.device, narrow: bool) -> list[Any]:
         known = _MATRICES.setdefault(self.profile, {})

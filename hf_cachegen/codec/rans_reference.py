@@ -1,15 +1,17 @@
-"""The rANS coder, slow and readable: what a stream is, in numpy. The native coder gives the same bytes.
+"""The rANS coder (Duda 2013, arXiv:1311.2540), slow and readable: the definition of a stream, in numpy.
 
-Twists:
-1. The encoder runs backwards, last symbol first, so that the decoder reads forwards.
-2. A tile of w columns has up to 32 lanes, each one 32-bit state in [2^15, 2^31). Lane l owns the per_lane =
-   ceil(w / 32) columns from l * per_lane on (the last lane maybe fewer): they share the 24 bits that a state costs.
-3. The lanes share one sequence of 16-bit words: after each step (token t, the c-th column of every lane that has one),
-   the lanes whose state fell below 2^15 take one word each, in lane order.
-4. The encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, was given other
-   bytes: a check that costs nothing. It is no checksum: a flipped bit in a lane's last word may make another valid
-   stream (one in some thousands), so whoever stores streams adds one.
-5. States stay in range whatever the words are, if the first ones are: a decoder checks nothing else on its way.
+The native coder gives the same bytes. Conventions:
+
+1. Direction: the encoder runs backwards, last symbol first, so that the decoder reads forwards.
+2. Bounds: states are 32-bit, in [2^15, 2^31); words are 16-bit. If the first states are in range, so are all others,
+   whatever the words are: a decoder checks nothing else on its way.
+3. Interleave: a tile of w columns has up to 32 lanes of one state each. Lane l owns the per_lane = ceil(w / 32) columns
+   from l * per_lane on (the last lane maybe fewer): they share the 24 bits that a state costs. All lanes share one
+   sequence of words: after each step (token t, the c-th column of every lane that has one), the lanes whose state fell
+   below 2^15 take one word each, in lane order.
+4. Ends: the encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, was given
+   other bytes: a check that costs nothing. It is no checksum: a flipped bit in a lane's last word may make another
+   valid stream (one in some thousands), so an artifact adds one.
 
     stream = u32 state[lanes]; u16 word[...]        little-endian
 
