@@ -187,20 +187,27 @@ class ChunkTile {
       return close_digits<kDigits>(digits);
     } else {
       const uint32_t first = uint32_t(job_.first), last = uint32_t(job_.last), ends = rows - (last - first);
-      Chain middle[CG_MAX_DIGITS], end[CG_MAX_DIGITS];
+      Chain now[CG_MAX_DIGITS] = {}, other[CG_MAX_DIGITS] = {};  // the digits of this part, and of the others
       if (last > first)
-        if (const int32_t status = open_some(batch_.n_digits, job_.digits, last - first, middle)) return status;
+        if (const int32_t status = open_some(batch_.n_digits, job_.digits, last - first, other)) return status;
       if (ends > 0)
-        if (const int32_t status = open_some(batch_.n_end_digits, job_.end_digits, ends, end)) return status;
-      run_some(batch_.n_end_digits, end, batch_.end_steps, 0, first);
-      run_some(batch_.n_digits, middle, batch_.steps, first, last);
-      run_some(batch_.n_end_digits, end, batch_.end_steps, last, rows);
+        if (const int32_t status = open_some(batch_.n_end_digits, job_.end_digits, ends, now)) return status;
+      for (uint32_t part = 0; part < 3; part++) {  // ends, middle, ends: one copy of the code
+        const bool middle = part == 1;
+        run_some(middle ? batch_.n_digits : batch_.n_end_digits, now, middle ? batch_.steps : batch_.end_steps,
+                 part == 0 ? 0 : part == 1 ? first : last, part == 0 ? first : part == 1 ? last : rows);
+        CACHEGEN_UNROLL for (uint32_t k = 0; k < CG_MAX_DIGITS; k++) {
+          const Chain kept = now[k];
+          now[k] = other[k];
+          other[k] = kept;
+        }
+      }
       finish_anchors();
       if (rows == 0) return CG_OK;
       if (const int32_t status = close_chain(warp_, base_)) return status;
       if (last > first)
-        if (const int32_t status = close_some(batch_.n_digits, middle)) return status;
-      return ends > 0 ? close_some(batch_.n_end_digits, end) : CG_OK;
+        if (const int32_t status = close_some(batch_.n_digits, now)) return status;
+      return ends > 0 ? close_some(batch_.n_end_digits, other) : CG_OK;
     }
   }
 
@@ -222,7 +229,7 @@ class ChunkTile {
         own.anchor[c] = 0;
       }
     });
-    row_ = anchor_ = 0;
+    anchor_ = 0;
     left_ = batch_.group_tokens > 0 ? 0 : kNever;
     patch_ = last_patch_ = 0;
     next_patch_ = kNoPatch;
@@ -450,14 +457,13 @@ class ChunkTile {
     write();
   }
   CACHEGEN_DEVICE void finish_anchors() {
-    if (batch_.group_tokens > 0 && row_ < job_.tokens) put_anchor();
+    if (batch_.group_tokens > 0 && job_.tokens % batch_.group_tokens == 1) put_anchor();  // of a group that is it alone
   }
   CACHEGEN_DEVICE void write() {
     warp_.each([&](uint32_t lane) {
       store_eight<T>(lanes_[lane].to, out_[lane].of);
       lanes_[lane].to += lanes_[lane].stride;
     });
-    row_++;
   }
 
   static constexpr uint32_t kNoPatch = ~0u, kNever = ~0u, kDigitSymbols = 3;
@@ -469,7 +475,7 @@ class ChunkTile {
   Chain base_;
   Warp::PerLane<Lane> lanes_;
   Warp::PerLane<Values> out_;
-  uint32_t row_, left_;  // of the chunk; coded rows before the next anchor
+  uint32_t left_;  // coded rows before the next anchor
   uint32_t anchor_, patch_, last_patch_, next_patch_;
 };
 
