@@ -5,8 +5,8 @@
 
 "kernels" are the decoding kernels alone, by the profiler; "whole" is everything from coded bytes on the host to values
 in the layers' tensors, best of several rounds; "host" is what the calling thread does for a chunk, without waiting.
-Sweeps change the chunks of a launch (a warp each) and the shared memory that a block reserves. The sections of one chunk
-serve for all, at rows of their own. Rates count the bf16 bytes of keys and values.
+Sweeps change the chunks of a launch (a warp each) and the shared memory that a block reserves. The sections of one
+chunk serve for all, at rows of their own. Rates count the bf16 bytes of keys and values.
 """
 
 from __future__ import annotations

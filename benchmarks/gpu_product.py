@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_product --out product.json
     python -m benchmarks.gpu_product --device cpu --hidden 256 --layers 2 --tokens 512 --rounds 1     # to try it
 
-The model has the geometry of an 8B one and random weights, so its answers mean nothing and its speed is that of a real one.
+The model has the geometry of an 8B one and random weights: its answers mean nothing, its speed is that of a real one.
 Times are seconds, the best of several rounds.
 """
 
@@ -68,7 +68,8 @@ def measure(model: LlamaForCausalLM, tokens: int, rounds: int, device: torch.dev
     if device.type == "cuda":
         kept = [x.pin_memory() for x in kept]
     figures["cache, bytes"] = sum(x.nbytes for x in kept)
-    figures["copy of bf16 from the host"] = best(lambda: [x.to(device, non_blocking=True) for x in kept], rounds, device)
+    copied = best(lambda: [x.to(device, non_blocking=True) for x in kept], rounds, device)
+    figures["copy of bf16 from the host"] = copied
     for level in (1, 3):
 
         def loaded(level: int = level) -> None:

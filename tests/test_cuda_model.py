@@ -14,7 +14,7 @@ pytestmark = [
 ]
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 LIMITS = {1: (80, 31), 2: (104, 62), 3: (120, 95)}
-"""By level: registers of a thread, instructions of a value; sm_75 converts values one by one, which takes SLACK more."""
+"""By level: registers of a thread, instructions of a value; sm_75 converts values one by one: SLACK more."""
 SLACK = 12
 WANTED = {1: 0.35, 2: 0.25, 3: 0.2}
 """Of a copy on an H100: two thirds of what the model allows must be above that."""

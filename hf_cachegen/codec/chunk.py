@@ -44,10 +44,13 @@ class Span:
 
     def ordinary(self, config: CacheGenConfig) -> slice:
         """Which of the coded tokens are not protected; the others every level has at the finest step."""
-        position = self.first + transform.coded_positions(self.tokens, config)
-        first = int((position < config.protect_first).sum())
-        last = int((position < self.total - config.protect_last).sum())
-        return slice(first, max(first, last))
+
+        def coded_before(position: int) -> int:
+            tokens = min(max(position - self.first, 0), self.tokens)
+            return tokens - transform.anchor_count(tokens, config)
+
+        first = coded_before(config.protect_first)
+        return slice(first, max(first, coded_before(self.total - config.protect_last)))
 
 
 @dataclass(frozen=True)
