@@ -44,6 +44,12 @@ def anchor_count(tokens: int, config: CacheGenConfig) -> int:
     return -(-tokens // config.group_tokens) if config.transform == "delta" else 0
 
 
+def coded_positions(tokens: int, config: CacheGenConfig) -> Tensor:
+    """int64 positions, within a chunk, of the tokens that are not anchors."""
+    position = torch.arange(tokens)
+    return position[position % config.group_tokens != 0] if config.transform == "delta" else position
+
+
 def anchors_of(rows: Tensor, vectors: Tensor, config: CacheGenConfig) -> Anchors | None:
     """The anchors of rows [tokens, columns], on the CPU; vectors int64 [columns], rising."""
     if config.transform != "delta":
