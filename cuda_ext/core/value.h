@@ -74,18 +74,13 @@ struct Float16 {
   }
 };
 
-struct alignas(16) Sixteen {
-  uint32_t words[4];
-};
-
-// To an address aligned to 16 bytes, of a device's global memory.
-CACHEGEN_HD void store_sixteen(void* to, const Sixteen& value) {
+// Four words to an address aligned to 16 bytes, of a device's global memory.
+CACHEGEN_HD void store_four(void* to, const uint32_t* words) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.words[0]), "r"(value.words[1]),
-               "r"(value.words[2]), "r"(value.words[3])
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 #else
-  memcpy(to, &value, sizeof value);
+  memcpy(to, words, 4 * sizeof *words);
 #endif
 }
 
