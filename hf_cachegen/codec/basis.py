@@ -86,7 +86,7 @@ class Basis:
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """rows [tokens, columns] of any float dtype to float32 [tokens, components], on the device of rows."""
-        rotary, found = self.profile.rotary, []
+        rotary, found = self.profile.rotary, list[Tensor]()
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
         for group, _ in self._groups():
             places = self._places(group)
