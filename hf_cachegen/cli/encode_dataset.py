@@ -4,7 +4,8 @@ The name of an artifact's folder is the hash of everything that determines its b
 configuration, dtype, tokenizer, encoder's options, profile. An existing folder is what the run would write, and is
 skipped: a second run, or one after a kill, encodes only what is missing. The hash of a text selects its process, so
 equal texts are encoded once. An artifact is written whole or not at all. An index is replaced only by one that agrees
-with it in every row: the index of the same run, or of a run over more rows."""
+with it in every row: the index of the same run, or of a run over more rows.
+"""
 
 from __future__ import annotations
 
