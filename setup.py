@@ -28,7 +28,8 @@ FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidd
 NVCC_FLAGS = ["-std=c++17", "-O3", "-shared", "--cudart=static", "--extended-lambda", "--threads=0"]
 NVCC_FLAGS += ["--fmad=false", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 """Without --fmad=false a device would round otherwise than the CPU, and write other bytes."""
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+"""Those that nvcc has of these; the last of them as PTX too, for GPUs to come."""
 
 
 def _cpp() -> list[str]:
@@ -46,12 +47,19 @@ def _nvcc() -> str | None:
     return shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("nvcc", path=os.path.join(home, "bin"))
 
 
+def _architectures(nvcc: str) -> str:
+    """The default list, for this release of nvcc."""
+    done = subprocess.run([nvcc, "--list-gpu-arch"], check=False, text=True, capture_output=True)
+    known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in done.stdout.split()]
+    return ";".join(known) + "+PTX" if known else "8.0+PTX"
+
+
 def _cuda() -> list[str]:
     command = _nvcc()
     if command is None:
         raise CompileError("CACHEGEN_BUILD_CUDA=1, but there is no nvcc")
     flags = []
-    for name in re.split("[; ]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).strip()):
+    for name in re.split("[; ]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or _architectures(command)).strip()):
         version = name.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch("[0-9]{2,3}[af]?", version):
             raise CompileError(f"TORCH_CUDA_ARCH_LIST names {name!r}; expected such as 9.0 or 10.0+PTX")

@@ -3,9 +3,10 @@
     python -m benchmarks.bench_cuda --out results.json
     python -m benchmarks.bench_cuda --device cpu --tokens 512 --layers 2     # the same by the CPU's coder, to try it
 
-Kernels are timed alone, replayed as a graph over all chunks of the context on several streams, everything else (reading
-headers, copying streams to the device, checking) once before; "whole" is `decode_kv` with everything. The sections of
-one chunk serve for all, at addresses of their own. Rates count the bf16 bytes of keys and values.
+"kernels" is the time of the decoding kernels, by the profiler. "whole" is everything from coded bytes on the host to
+values in the layers' tensors, the best of several rounds. "host" is the time of the calling thread for a chunk, without
+waiting. Sweeps change the number of chunks of a launch (a warp each) and the shared memory that a block reserves. The
+sections of one chunk serve for all, at rows of their own. Rates count the bf16 bytes of keys and values.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ import click
 import torch
 
 from benchmarks.bench_codec import machine
-from hf_cachegen import CacheGenConfig, decode_kv
-from hf_cachegen.artifact.encoded import EncodedContext
-from hf_cachegen.codec import chunk, into, native
-from hf_cachegen.codec.chunk import Span
+from hf_cachegen import CacheGenConfig
+from hf_cachegen.codec import abi, native
+from hf_cachegen.codec.batch import Batches, serves
+from hf_cachegen.codec.chunk import LossyCodec, Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.transforms.delta import Delta
+from hf_cachegen.codec.transforms.identity import Identity
 
 HEADS, DIM, CHUNK = 8, 128, 256
-ROUNDS, STREAMS = 10, 8
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ROUNDS = 10
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -52,46 +54,25 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return best
 
 
+def kernel_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the library's kernels in one run."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize(device)
+    events = [event for event in profile.key_averages() if "_kernel" in event.key and "cachegen" in event.key]
+    return max(sum(event.self_device_time_total for event in events), 1e-9) / 1e6
+
+
 @contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Record the calls of the compiled library; the memory that they point to is kept."""
-    calls: list[Call] = []
-    real, sections = native.call, chunk.Sections
-
-    class Kept(into.Sections):
-        def finish(self) -> None:
-            native.check_decoded(torch.cat(self._statuses).tolist() if self._statuses else [])
-            calls.append(((self,), {}))
-
-    def call(*arguments: Any, **options: Any) -> None:
-        calls.append((arguments, options))
-        real(*arguments, **options)
-
-    native.call, chunk.Sections, into.Sections = call, Kept, Kept  # type: ignore[misc]
+def instead(owner: object, name: str, value: object) -> Iterator[None]:
+    """Give an attribute of a module or object another value inside this context."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        yield calls
+        yield
     finally:
-        native.call, chunk.Sections, into.Sections = real, sections, sections  # type: ignore[misc]
-
-
-def replay(groups: list[list[Call]], device: torch.device) -> Callable[[], object]:
-    """Make the calls of each group in turn, groups side by side."""
-    native_calls = [[call for call in group if isinstance(call[0][0], str)] for group in groups]
-    if device.type == "cpu":
-        return lambda: [native.call(*a, **k) for group in native_calls for a, k in group]
-    streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        main = torch.cuda.current_stream(device)
-        for stream in streams:
-            stream.wait_stream(main)
-        for index, group in enumerate(native_calls):
-            with torch.cuda.stream(streams[index % STREAMS]):
-                for arguments, options in group:
-                    native.call(*arguments, **options)
-        for stream in streams:
-            main.wait_stream(stream)
-    return graph.replay
+        setattr(owner, name, before)
 
 
 def context(layers: int, transform: Any) -> Encoder:
@@ -105,21 +86,48 @@ def context(layers: int, transform: Any) -> Encoder:
     return Encoder(list(x[::2]), list(x[1::2]), config)
 
 
-def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> dict[str, float]:
-    """Return GB/s, and microseconds for one chunk, by level."""
-    codec, parts = made.codec, next(made.chunks())
+def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> dict[str, Any]:
+    """Return GB/s, and microseconds of one chunk and of the host, by level."""
+    transform, parts = made.codec, next(made.chunks())
+    assert isinstance(transform, (Delta, Identity))
+    codec = transform.inner
     tensors = [torch.empty(1, HEADS, tokens, DIM, dtype=torch.bfloat16, device=device) for _ in range(2 * layers)]
     target, span, found = Target.layers(tensors), Span(0, CHUNK, CHUNK), {}
-    total = sum(x.nbytes for x in tensors)
-    for level in range(made.config.levels, 0, -1):
-        groups = []
-        for row in range(0, tokens, CHUNK):
-            with recorded() as calls:
-                codec.decode_into(parts[:level], span, target, row)
-            groups.append(calls)
-        found[f"level {level}, GB/s"] = total / seconds(replay(groups, device), device) / 1e9
-        found[f"level {level}, one chunk, us"] = 1e6 * seconds(replay(groups[:1], device), device)
+    total, rows = sum(x.nbytes for x in tensors), range(0, tokens, CHUNK)
+    for level in (1, codec.config.levels):
+        coded: list[bytes] = parts[:level]
+        figures: dict[str, float] = {}
+        many = partial(lambda coded: codec.decode_many(((coded, span, row) for row in rows), target), coded)
+        one = partial(codec.decode_into, coded, span, target, 0)
+        figures["whole, GB/s"] = total / seconds(many, device) / 1e9
+        figures["one chunk, us"] = 1e6 * seconds(one, device)
+        figures["coded bytes of a chunk"] = sum(map(len, coded))
+        if serves(codec, level, target):
+            figures["host, us a chunk"] = 1e6 * host_seconds(codec, level, target, coded, rows) / len(rows)
+        if device.type == "cuda":
+            figures["kernels, GB/s"] = total / kernel_seconds(many, device) / 1e9
+            figures["kernels of one chunk, us"] = 1e6 * kernel_seconds(one, device)
+            for chunks in (1, 2, 4):
+                with instead(abi, "MAX_BATCH", chunks):
+                    figures[f"kernels, {chunks} chunks a launch, GB/s"] = total / kernel_seconds(many, device) / 1e9
+            base = codec.assignments[1]
+            for tables in (12, 24):  # blocks of more shared memory: fewer fit
+                with instead(base, "tables_per_tile", max(tables, base.tables_per_tile)):
+                    figures[f"kernels, {tables} tables staged, GB/s"] = total / kernel_seconds(many, device) / 1e9
+        found[f"level {level}"] = figures
     return found
+
+
+def host_seconds(codec: LossyCodec, level: int, target: Target, coded: list[bytes], rows: range) -> float:
+    """Return the seconds of the calling thread until all is launched."""
+    best = float("inf")
+    for _ in range(ROUNDS):
+        batches, start = Batches(codec, level, target), time.perf_counter()
+        for row in rows:
+            batches.add(coded, Span(0, CHUNK, CHUNK), row)
+        best = min(best, time.perf_counter() - start)
+        batches.finish()
+    return best
 
 
 def encoding(made: Encoder, device: torch.device) -> dict[str, float]:
@@ -131,24 +139,10 @@ def encoding(made: Encoder, device: torch.device) -> dict[str, float]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             codec.encode(rows, span)
             torch.cuda.synchronize(device)
-        kernels = sum(event.self_device_time_total for event in profile.key_averages() if "_kernel" in event.key)
+        events = [event for event in profile.key_averages() if "_kernel" in event.key and "cachegen" in event.key]
+        kernels = sum(event.self_device_time_total for event in events)
         result["kernels, GB/s"] = rows.nbytes / max(kernels, 1e-9) / 1e3
     return result
-
-
-def whole(made: Encoder, tokens: int, device: torch.device) -> dict[str, float]:
-    """Return GB/s of decode_kv by level, for a context of `tokens` tokens made of repeated chunks."""
-    count = tokens // CHUNK
-    keys, values = ([x.repeat(1, 1, count, 1) for x in part] for part in (made.rows.keys, made.rows.values))
-    encoder = Encoder(keys, values, made.config)
-    chunks = list(encoder.chunks())
-    parts = tuple(zip(*chunks, strict=True))
-    encoded = EncodedContext(encoder.geometry, encoder.config, encoder.codec.side_bytes(), parts)
-    found = {}
-    for level in (3, 2, 1):
-        taken = seconds(partial(decode_kv, encoded, level, device=device), device)
-        found[f"level {level}, GB/s"] = encoder.geometry.nbytes / taken / 1e9
-    return found
 
 
 @click.command()
@@ -177,8 +171,7 @@ def main(device: str, tokens: int, layers: int, hardware: str | None, out: Path 
     for transform in ("identity", "delta"):
         made = context(layers, transform)
         figures[transform] = {
-            "decode, kernels": decoding(made, layers, tokens, where),
-            "decode, whole": whole(made, tokens, where),
+            "decode": decoding(made, layers, tokens, where),
             "encode, one chunk": encoding(made, where),
         }
     text = json.dumps(figures, indent=1)

@@ -1,45 +1,57 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go, on a machine that has one, nvcc, and Python with torch, transformers and the
-# package's other dependencies; nothing is downloaded.
+# Everything that needs a GPU, in at most 6 minutes, the most important first, on a machine that has one and Python with
+# torch, transformers and the package's other dependencies; nothing is downloaded.
 #
 #   OUT=results bash benchmarks/gpu_check.sh          PYTHON=python3.12 names another interpreter
 #
-# Builds both libraries for this GPU, runs the CUDA tests (none may skip), the same hostile streams and a small decode under
-# compute-sanitizer (memory, races in shared memory, barriers), and the benchmarks. Writes into $OUT: tests.txt, memcheck.txt,
-# racecheck.txt, synccheck.txt, cuda.json, cpu.json, summary.txt. Exits with 1 if anything failed, after all of it has run.
+# Both libraries are carried prebuilt (python setup.py build_ext --inplace, where there is nvcc); one that is missing is built
+# here. Then: does the GPU run the library; the CUDA tests, none of which may skip; speeds; the product path on a random 8B
+# model; hostile streams and a small decode under compute-sanitizer (memory, races in shared memory). Every step has a limit,
+# and a failure stops no other. Writes 7 files into $OUT: summary.txt, tests.txt, bench.txt, cuda.json, product.json,
+# memcheck.txt, racecheck.txt. Exits with 1 if anything failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 mkdir -p "$OUT"
-export PYTHONPATH=. OMP_NUM_THREADS=8 FAIL_WITHOUT_CUDA=1
+export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8 FAIL_WITHOUT_CUDA=1
+TESTS=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts= -o filterwarnings=default tests/test_cuda.py)
 failed=()
 
-step() {  # step NAME LOG COMMAND...
-    local name=$1 log=$2 start=$SECONDS
-    shift 2
-    echo "== $name: $*"
-    if "$@" >"$OUT/$log" 2>&1; then
+step() {  # step NAME SECONDS LOG COMMAND...
+    local name=$1 limit=$2 log=$3 start=$SECONDS
+    shift 3
+    echo "== $name (at most $limit s): $*"
+    if timeout --kill-after=5 "$limit" "$@" >>"$OUT/$log" 2>&1; then
         echo "$name: passed in $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
     else
-        echo "$name: FAILED in $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
-        tail -n 40 "$OUT/$log"
+        echo "$name: FAILED in $((SECONDS - start)) s of $limit" | tee -a "$OUT/summary.txt"
+        tail -n 30 "$OUT/$log"
         failed+=("$name")
     fi
 }
 
+rm -f "$OUT"/{summary,tests,bench,memcheck,racecheck}.txt
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$OUT/summary.txt"
-"$PYTHON" -c "import torch, transformers; print(torch.__version__, transformers.__version__)" | tee -a "$OUT/summary.txt"
-capability=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} CACHEGEN_BUILD_CUDA=1
-step build build.txt "$PYTHON" setup.py -q build_ext --inplace --force
-step tests tests.txt "$PYTHON" -m pytest -q -p no:cacheprovider -o addopts= tests/test_cuda.py
-for tool in memcheck racecheck synccheck; do  # of torch's kernels they would find what is not ours
-    step "$tool" "$tool.txt" compute-sanitizer --tool "$tool" --kernel-regex kns=cachegen --error-exitcode 7 "$PYTHON" -m \
-        pytest -q -p no:cacheprovider -o addopts= tests/test_cuda.py -k "hostile or values_of_here or same_symbols"
+if [[ ! -f hf_cachegen/_cpu.so || ! -f hf_cachegen/_cuda.so ]]; then
+    capability=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
+    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} CACHEGEN_BUILD_CUDA=1 \
+        step build 60 bench.txt "$PYTHON" setup.py -q build_ext --inplace
+fi
+step probe 30 summary.txt "$PYTHON" -c "
+import torch, transformers
+from hf_cachegen.codec import native
+print('torch', torch.__version__, 'transformers', transformers.__version__)
+found = native.probe(native.load(native.CUDA_LIBRARY))
+print(found)
+raise SystemExit(bool(found.reason))"
+step tests 80 tests.txt "${TESTS[@]}"
+step bench_cuda 70 bench.txt "$PYTHON" -m benchmarks.bench_cuda --out "$OUT/cuda.json"
+step product 60 bench.txt "$PYTHON" -m benchmarks.gpu_product --out "$OUT/product.json"
+for tool in memcheck racecheck; do  # of torch's kernels they would find what is not ours
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 50 "$tool.txt" compute-sanitizer --tool "$tool" \
+        --kernel-regex kns=cachegen --error-exitcode 7 "${TESTS[@]}" -k "hostile or small_batch"
 done
-step bench_cuda bench_cuda.txt "$PYTHON" -m benchmarks.bench_cuda --out "$OUT/cuda.json"
-step bench_cpu bench_cpu.txt "$PYTHON" -m benchmarks.bench_codec --rounds 3 --out "$OUT/cpu.json"
 cat "$OUT/summary.txt"
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"

@@ -114,6 +114,43 @@ def test_decoding_there_gives_the_values_of_here(transform: str, dtype: torch.dt
             assert torch.equal(x, y.cpu())
 
 
+def test_a_small_batch_gives_the_values_of_here() -> None:
+    """Small enough for a sanitizer: eight chunks of one tile, ends and anchors among them."""
+    keys, values = sample_kv(layers=1, tokens=150, heads=2, dim=64)
+    config = CacheGenConfig(transform="delta", chunk_tokens=20, protect_first=4, protect_last=4)
+    encoded = encode_kv(keys, values, config)
+    assert native.batch_shared_bytes(torch.device("cuda")) > 0
+    for here, there in zip(decode_kv(encoded, 3), decode_kv(encoded, 3, device="cuda"), strict=True):
+        assert all(torch.equal(x, y.cpu()) for x, y in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("transform", ["delta", "identity"])
+def test_batches_of_an_8b_layer_give_the_values_of_here(transform: str, level: int) -> None:
+    keys, values = sample_kv(layers=2, tokens=1300, heads=8, dim=128)
+    encoded = encode_kv(keys, values, CacheGenConfig(transform=transform, chunk_tokens=64))
+    for here, there in zip(decode_kv(encoded, level), decode_kv(encoded, level, device="cuda"), strict=True):
+        assert all(torch.equal(x, y.cpu()) for x, y in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["default precision", "TF32 and reduced sums allowed"])
+def test_klt_products_are_precise_whatever_is_allowed(careless: bool) -> None:
+    from hf_cachegen.codec.precision import full_precision
+
+    x, y = torch.randn(256, 2048), torch.randn(2048, 512)
+    exact = x.double() @ y.double()
+    settings = torch.backends.cuda.matmul
+    settings.allow_bf16_reduced_precision_reduction = careless
+    torch.set_float32_matmul_precision("medium" if careless else "highest")
+    try:
+        with full_precision(torch.device("cuda")):
+            found = (x.cuda() @ y.cuda()).cpu().double()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        settings.allow_bf16_reduced_precision_reduction = True
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
+
+
 @pytest.mark.parametrize("level", [1, 3])
 def test_klt_decodes_there_to_a_rounding_of_here(level: int) -> None:
     from transformers import AutoModelForCausalLM

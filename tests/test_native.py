@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import functools
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_cachegen.codec import native, ops, passes, rans, rans_reference, tables
+from hf_cachegen.codec import abi, native, ops, passes, rans, rans_reference, tables
 from hf_cachegen.codec.native import TileStatus
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 from tests.coder_support import Section, draw_section, laplace_tables
 from tests.lockstep import COMPILER, CPU_SOURCES, KERNEL_SOURCES, ROOT, STRICT, needs_compiler
+from tests.sanitized import fuzz, sanitized
 
 HOSTILE_STREAMS = 100_000
 """Every back-end."""
@@ -154,15 +151,51 @@ def test_cuda_is_built_on_request_or_the_reason_is_reported(tmp_path: Path) -> N
     assert "code=[sm_80,compute_80]" in broken.stdout
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA kernels are not compiled here")
-def test_the_cuda_library_was_built_for_three_architectures() -> None:
+ARCHITECTURES = (75, 80, 90, 100, 120)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA kernels are not compiled here")
+
+
+@needs_nvcc
+def test_the_cuda_library_was_built_for_all_architectures() -> None:
     """The package's own build makes it, with warnings as errors. It loads without a GPU."""
     assert native.CUDA_LIBRARY.exists(), "run: python setup.py build_ext --inplace"
     native.load(native.CUDA_LIBRARY)
-    assert native.available("cuda")
     elf = native.CUDA_LIBRARY.read_bytes()
-    for architecture in (80, 90, 100):
+    for architecture in ARCHITECTURES:
         assert f"sm_{architecture}".encode() in elf
+
+
+# Running it.
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not native.CUDA_LIBRARY.exists(), reason="a GPU, or no CUDA library")
+def test_a_machine_that_cannot_run_the_cuda_library_says_why() -> None:
+    found = native.probe(native.load(native.CUDA_LIBRARY))
+    assert "CUDA" in found.reason  # cudaGetErrorString: of the driver, or of devices
+    assert found.shared_bytes == 0
+
+
+@pytest.fixture
+def failing_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A CUDA library that the GPU cannot run, and why."""
+    reason = "no kernel image is available for execution on the device"
+    monkeypatch.setattr(native, "_cuda_library", object)
+    monkeypatch.setattr(native, "probe", lambda library: native.Probe(reason, 0))
+    native._cuda_probe.cache_clear()
+    yield reason
+    native._cuda_probe.cache_clear()
+
+
+def test_a_gpu_that_cannot_run_the_library_is_passed_over_with_one_warning(
+    failing_gpu: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_cachegen"):
+        assert not native.available("cuda")
+        assert not native.available(torch.device("cuda"))
+        assert native.batch_shared_bytes(torch.device("cuda")) == 0
+    assert [failing_gpu in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(NativeError, match=failing_gpu):
+        native._need_library("cuda")
 
 
 # The C ABI.
@@ -232,7 +265,7 @@ def test_a_section_that_contradicts_itself_is_refused(field: str, value: int | N
 
     def encode(queue: int | None = None, isa: int = 0) -> int:
         outputs = (slots.data_ptr(), len(slots), sizes.data_ptr(), statuses.data_ptr())
-        run = native._Run(1, isa, queue)
+        run = abi.Run(1, isa, queue)
         return library.cg_encode(ctypes.byref(view), section.symbols.data_ptr(), *outputs, ctypes.byref(run))
 
     assert encode() == TileStatus.OK
@@ -252,50 +285,8 @@ def test_offsets_are_checked() -> None:
     for offsets in ([0, 200, len(data) + 1], [0, 200, 100], [-1, 0, 0]):
         where = torch.tensor(offsets)
         arguments = (data.data_ptr(), len(data), where.data_ptr(), out.data_ptr(), statuses.data_ptr())
-        run = native._Run(1, 0, None)
+        run = abi.Run(1, 0, None)
         assert library.cg_decode(ctypes.byref(view), *arguments, ctypes.byref(run)) == TileStatus.BAD_ARGUMENT
-
-
-SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-
-
-def compiled(arguments: list[str]) -> None:
-    done = subprocess.run([str(COMPILER), *arguments], check=False, text=True, capture_output=True)
-    if done.returncode and "cannot find" in done.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert done.returncode == 0, done.stderr
-
-
-@functools.cache
-def sanitized_objects(sources: tuple[str, ...]) -> list[str]:
-    """Compile one of the two libraries under AddressSanitizer and UBSan, once per process."""
-    folder = tempfile.mkdtemp(prefix="sanitized-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    objects = [f"{folder}/{Path(source).stem}.o" for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        compiled([*STRICT, *SANITIZERS, "-c", source, "-o", target])
-    return objects
-
-
-def sanitized(driver: str, sources: list[str], tmp_path: Path) -> Path:
-    """Compile a fuzzer with one of the two libraries."""
-    program, source = tmp_path / f"{driver}-{len(sources)}", str(ROOT / "tests" / "native" / f"{driver}.cpp")
-    objects = sanitized_objects(tuple(sources))
-    compiled([*STRICT, *SANITIZERS, source, "-x", "none", *objects, "-o", str(program)])
-    return program
-
-
-def fuzz(program: Path, count: int, seed: int) -> re.Match[str]:
-    """Run a fuzzer and return (number of cases, number of back-ends, digest)."""
-    # The fuzzer must not inherit a preloaded allocator.
-    variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [str(program), str(count), str(seed)]
-    done = subprocess.run(command, check=False, text=True, capture_output=True, env=variables)
-    assert done.returncode == 0, done.stderr
-    found = re.match(r"(\d+) .*, (\d+) back-ends,.* digest ([0-9a-f]{16})", done.stdout)
-    assert found is not None
-    assert int(found[1]) >= count
-    return found
 
 
 @pytest.mark.slow
@@ -310,6 +301,12 @@ def test_hostile_input_under_the_sanitizers(driver: str, count: int, shared: int
     assert int(fuzz(cpu, count, 1)[2]) == len(native.available_isas())
     # The kernels, lane by lane, give the same results for the same cases.
     assert fuzz(kernels, shared, 2)[3] == fuzz(cpu, shared, 2)[3]
+
+
+@needs_compiler
+@pytest.mark.timeout(1200)
+def test_hostile_batches_under_the_sanitizers(tmp_path: Path) -> None:
+    fuzz(sanitized("fuzz_batch", KERNEL_SOURCES, tmp_path), 300, 1)
 
 
 # Instruction sets.

@@ -68,6 +68,39 @@ inline bool are_rows(const cg_output* output, const float* rows, uint64_t n_rows
   return n_rows == 1 || (every > 0 && every <= (chunk.tokens - 1 - first) / (n_rows - 1));
 }
 
+// The streams of a section with so many tokens.
+inline bool are_streams_of(const cg_streams& streams, uint64_t tokens) {
+  if (tokens == 0) return true;
+  if (streams.offsets == nullptr || (streams.data == nullptr && streams.bytes > 0)) return false;
+  return uintptr_t(streams.data) % kWordBytes == 0;
+}
+
+inline bool is_batch(const cg_batch* batch) {
+  if (batch == nullptr || batch->columns > CG_MAX_COLUMNS || batch->columns % kTileColumns != 0) return false;
+  if (batch->group_tokens == 1 || batch->dtype > CG_FLOAT16) return false;
+  if (batch->n_digits > CG_MAX_DIGITS || batch->n_end_digits > CG_MAX_DIGITS) return false;
+  if (batch->tables_per_tile == 0 || batch->tables_per_tile > kTileColumns) return false;
+  if (batch->columns == 0) return true;
+  for (uint32_t k = 0; k < batch->n_digits || k < batch->n_end_digits; k++)
+    if (batch->digit_ids[k] == nullptr) return false;
+  return batch->base_ids != nullptr && batch->places != nullptr && batch->means != nullptr && batch->steps != nullptr &&
+         batch->end_steps != nullptr;
+}
+
+inline bool is_job(const cg_batch& batch, const cg_job& job) {
+  if (job.tokens > CG_MAX_BATCH_TOKENS) return false;
+  const uint64_t rows = coded_rows(chunk_of(batch, job));
+  if (job.first > job.last || job.last > rows) return false;
+  if (batch.columns == 0 || job.tokens == 0) return true;
+  if (job.tile_status == nullptr || (job.anchors == nullptr) != (batch.group_tokens == 0)) return false;
+  if (job.patches != nullptr && job.patch_offsets == nullptr) return false;
+  bool sound = are_streams_of(job.base, rows);
+  for (uint32_t k = 0; k < batch.n_digits; k++) sound = sound && are_streams_of(job.digits[k], job.last - job.first);
+  for (uint32_t k = 0; k < batch.n_end_digits; k++)
+    sound = sound && are_streams_of(job.end_digits[k], rows - (job.last - job.first));
+  return sound;
+}
+
 // Whether so many tiles lie one after the other within the streams; offsets are the host's.
 inline bool are_offsets(const uint64_t* offsets, uint64_t tiles, uint64_t streams_bytes) {
   for (uint64_t i = 0; i < tiles; i++)

@@ -46,8 +46,8 @@ CACHEGEN_DEVICE typename T::Stored value_of(int32_t coarser, int32_t index, floa
   if constexpr (sizeof(typename T::Stored) == 1) {
     return uint8_t(index);
   } else {
-    const float y = float(kCoarser > 0 ? refine(coarser, index) : base_symbol(index)) * step + mean;
-    return T::store(anchored ? y + anchor : y);
+    const int32_t symbol = kCoarser > 0 ? refine(coarser, index) : base_symbol(index);
+    return T::store(dequantise(symbol, step, mean, anchored, anchor));
   }
 }
 

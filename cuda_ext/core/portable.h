@@ -12,6 +12,14 @@
 #define CACHEGEN_HD __attribute__((always_inline)) inline
 #endif
 
+// Reads what no kernel writes meanwhile, from a device's global memory: the compiler is told that it is that, and need not
+// tell memories apart at run time.
+#if defined(__CUDA_ARCH__)
+#define CACHEGEN_LOAD(address) __ldg(address)
+#else
+#define CACHEGEN_LOAD(address) (*(address))
+#endif
+
 // Loops over a lane's columns, whose arrays are registers only where every index is known.
 #if defined(__CUDACC__)
 #define CACHEGEN_UNROLL _Pragma("unroll")

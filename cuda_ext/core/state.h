@@ -1,6 +1,5 @@
-// One lane's arithmetic: a 32-bit rANS state in [2^15, 2^31) that takes and gives 16-bit words.
+// One lane's arithmetic: a 32-bit rANS state (Duda 2013, arXiv:1311.2540) in [2^15, 2^31) that takes and gives 16-bit words.
 //
-// Twists:
 // 1. put() runs over the symbols backwards, take() forwards; each undoes the other.
 // 2. A state in range stays in range whatever words follow, and needs at most one word per symbol: with x >= 2^15 and
 //    f >= 1, f * (x >> p) + slot - start >= 2^(15 - p) >= 8, and 8 << 16 > 2^15. So a decoder checks initial states,
@@ -68,7 +67,7 @@ CACHEGEN_HD uint32_t put(uint32_t x, const SymbolEntry& entry) {
 // aligned, only when told so.
 CACHEGEN_HD uint32_t load_word(const uint8_t* p) {
 #if defined(__CUDA_ARCH__)
-  return *reinterpret_cast<const uint16_t*>(p);
+  return CACHEGEN_LOAD(reinterpret_cast<const uint16_t*>(p));
 #else
   return p[0] | uint32_t(p[1]) << 8;
 #endif

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #include "portable.h"
 
@@ -36,6 +37,7 @@ struct Warp {
   struct PerLane {
     T own;
     CACHEGEN_DEVICE T& operator[](uint32_t) { return own; }
+    CACHEGEN_DEVICE const T& operator[](uint32_t) const { return own; }
   };
 
   // f(lane) of every lane.
@@ -53,6 +55,27 @@ struct Warp {
   CACHEGEN_DEVICE void once(const F& f) const {
     if (threadIdx.x % kWarpLanes == 0) f();
   }
+  // The bits of the lanes before this one.
+  CACHEGEN_DEVICE uint32_t below(uint32_t) const {
+    uint32_t bits;
+    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(bits));
+    return bits;
+  }
+};
+
+// All threads of a block, which prepare shared memory together.
+struct Crew {
+  uint32_t index = threadIdx.x, count = blockDim.x;
+
+  CACHEGEN_DEVICE void meet() const { __syncthreads(); }
+  // Whether it holds for any thread; all have met then.
+  CACHEGEN_DEVICE bool any(bool x) const { return __syncthreads_or(x); }
+  CACHEGEN_DEVICE void set_bit(uint32_t* word, uint32_t bit) const { atomicOr(word, 1u << bit); }
+  // `words` words, a multiple of 4, between addresses aligned to 16 bytes, from global to shared memory.
+  CACHEGEN_DEVICE void copy(uint32_t* to, const uint32_t* from, uint32_t words) const {
+    for (uint32_t i = index; i < words / 4; i += count)
+      reinterpret_cast<uint4*>(to)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  }
 };
 
 #else
@@ -62,6 +85,7 @@ struct Warp {
   struct PerLane {
     T all[kWarpLanes];
     T& operator[](uint32_t lane) { return all[lane]; }
+    const T& operator[](uint32_t lane) const { return all[lane]; }
   };
 
   template <class F>
@@ -78,8 +102,40 @@ struct Warp {
   void once(const F& f) const {
     f();
   }
+  uint32_t below(uint32_t lane) const { return (1u << lane) - 1; }
+};
+
+struct Crew {
+  uint32_t index = 0, count = 1;
+
+  void meet() const {}
+  bool any(bool x) const { return x; }
+  void set_bit(uint32_t* word, uint32_t bit) const { *word |= 1u << bit; }
+  void copy(uint32_t* to, const uint32_t* from, uint32_t words) const { memcpy(to, from, words * sizeof *to); }
 };
 
 #endif
+
+// Where a word of a block's shared memory lies, and the word at such a place. On a device that is its 32-bit address, hidden
+// from the compiler, which would else compute it anew for every word.
+CACHEGEN_DEVICE uint32_t staged_at(const uint32_t* words, uint32_t i) {
+#if defined(__CUDA_ARCH__)
+  uint32_t at = uint32_t(__cvta_generic_to_shared(words + i));
+  asm volatile("" : "+r"(at));
+  return at;
+#else
+  (void)words;
+  return i * uint32_t(sizeof *words);
+#endif
+}
+CACHEGEN_DEVICE uint32_t load_staged(const uint32_t* words, uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at));
+  return word;
+#else
+  return words[at / sizeof *words];
+#endif
+}
 
 }  // namespace cachegen

@@ -17,6 +17,13 @@ int32_t open_section(const cg_section* section, const void* symbols, Tables* tab
 
 }  // namespace
 
+int32_t cg_probe(char* reason, uint64_t bytes, uint64_t* shared_bytes) noexcept {
+  if (reason == nullptr || bytes == 0 || shared_bytes == nullptr) return CG_BAD_ARGUMENT;
+  reason[0] = 0;
+  *shared_bytes = 0;
+  return CG_OK;
+}
+
 int32_t cg_isa_available(uint32_t isa) noexcept { return backend_of(isa) != nullptr; }
 
 int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint8_t* slots, uint64_t slots_bytes,

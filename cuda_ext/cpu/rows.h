@@ -42,10 +42,12 @@ bool quantise_row(const typename T::Stored* __restrict values, const Row& row, u
   int32_t wide = 0;
   for (uint64_t j = 0; j < n; j++) {
     const float value = T::load(values[j]);
-    float f = Rounded(((kAnchors ? value - anchor[j] : value) - mean[j]) / step[j]).value;
-    if (kDigits > 1) f = split(f, finer_digits + j, finer_contexts + j);
-    if (kDigits > 0) f = split(f, digits + j, contexts + j);
-    const int32_t index = Rounded(f).integer + kZeroIndex;
+    Digit found[CG_MAX_DIGITS];
+    const int32_t index = quantise(kAnchors ? value - anchor[j] : value, mean[j], step[j], kDigits, found);
+    if (kDigits > 0) digits[j] = found[0].index;
+    if (kDigits > 0) contexts[j] = found[0].context;
+    if (kDigits > 1) finer_digits[j] = found[1].index;
+    if (kDigits > 1) finer_contexts[j] = found[1].context;
     wide |= index & ~0xff;
     base[j] = uint8_t(index);
   }
@@ -60,8 +62,7 @@ void restore_row(const uint8_t* __restrict base, const uint8_t* __restrict digit
     int32_t symbol = base_symbol(base[j]);
     if (kDigits > 0) symbol = refine(symbol, digits[j]);
     if (kDigits > 1) symbol = refine(symbol, finer[j]);
-    const float y = float(symbol) * step[j] + mean[j];
-    values[j] = T::store(kAnchors ? y + anchor[j] : y);
+    values[j] = T::store(dequantise(symbol, step[j], mean[j], kAnchors, kAnchors ? anchor[j] : 0));
   }
 }
 

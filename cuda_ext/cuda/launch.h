@@ -24,6 +24,7 @@ namespace cachegen {
 constexpr uint32_t kThreads = 256;             // of a block of for_each
 constexpr uint32_t kMaxWarps = 6;              // of a block; two have room for their registers
 constexpr uint32_t kStagedBytes = 80 << 10;    // two blocks fit on an A100, an H100 and a B200; one on smaller GPUs
+constexpr uint32_t kTableBytes = 4u << 11;     // of a table's slots, at the usual prob_bits
 constexpr uint32_t kMaxBlocks = 1u << 30;
 
 inline cudaStream_t stream_of(const cg_run* run) { return static_cast<cudaStream_t>(run->queue); }
@@ -50,7 +51,7 @@ inline int32_t set_zero(const cg_run* run, void* memory, uint64_t bytes) {
 
 // Which tables the block's tiles use, and where their slot entries lie from now on.
 __device__ inline Lut stage(const cg_section& section, const Tables& tables, uint64_t tile, uint64_t tiles,
-                            uint32_t* used, uint8_t* rank, SlotEntry* staged) {
+                            uint32_t capacity, uint32_t* used, uint8_t* rank, SlotEntry* staged) {
   if (threadIdx.x < kMaxTables / 32) used[threadIdx.x] = 0;
   __syncthreads();
   if (tile < tiles) {
@@ -63,7 +64,7 @@ __device__ inline Lut stage(const cg_section& section, const Tables& tables, uin
   uint32_t count = 0;
   for (uint32_t i = 0; i < kMaxTables / 32; i++) count += count_bits(used[i]);
   const uint32_t entries = 1u << tables.prob_bits;
-  if (uint64_t(count) * entries * sizeof(SlotEntry) > kStagedBytes)
+  if (uint64_t(count) * entries * sizeof(SlotEntry) > capacity)
     return {tables.slots, nullptr, tables.prob_bits, tables.n_tables};
   uint32_t place = 0;
   for (uint32_t id = 0; id < tables.n_tables; id++) {
@@ -80,7 +81,7 @@ __device__ inline Lut stage(const cg_section& section, const Tables& tables, uin
 
 template <class F>
 __global__ void __launch_bounds__(kMaxWarps* kLanes)
-    tile_kernel(cg_section section, uint64_t tiles, int32_t* status, bool staged, F f) {
+    tile_kernel(cg_section section, uint64_t tiles, int32_t* status, uint32_t staged_bytes, F f) {
   extern __shared__ __align__(16) SlotEntry memory[];
   __shared__ uint32_t used[kMaxTables / 32];
   __shared__ uint8_t rank[kMaxTables];
@@ -91,8 +92,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
     if (tile < tiles) warp.once([&] { status[tile] = CG_BAD_TABLES; });
     return;
   }
-  const Lut lut = staged ? stage(section, tables, tile, tiles, used, rank, memory)
-                         : Lut{tables.slots, nullptr, tables.prob_bits, tables.n_tables};
+  const Lut lut = staged_bytes ? stage(section, tables, tile, tiles, staged_bytes, used, rank, memory)
+                               : Lut{tables.slots, nullptr, tables.prob_bits, tables.n_tables};
   if (tile >= tiles) return;
   const int32_t found = f(warp, tables, lut, tile);
   warp.once([&] { status[tile] = found; });
@@ -109,10 +110,11 @@ int32_t for_each_tile(const cg_run* run, const cg_section& section, uint64_t til
   const uint64_t wanted = (tiles + 2 * uint64_t(processors) - 1) / (2 * uint64_t(processors));
   const uint32_t warps = uint32_t(wanted < 1 ? 1 : wanted > kMaxWarps ? kMaxWarps : wanted);
   const uint64_t blocks = (tiles + warps - 1) / warps;
-  const uint32_t bytes = staged ? kStagedBytes : 0;
+  const uint64_t known = uint64_t(section.tables_per_tile) * warps * kTableBytes;
+  const uint32_t bytes = !staged ? 0 : known > 0 && known < kStagedBytes ? uint32_t(known) : kStagedBytes;
   if (staged && cudaFuncSetAttribute(tile_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) != cudaSuccess)
     return CG_FAILED;
-  tile_kernel<<<uint32_t(blocks), warps * kLanes, bytes, stream_of(run)>>>(section, tiles, status, staged, f);
+  tile_kernel<<<uint32_t(blocks), warps * kLanes, bytes, stream_of(run)>>>(section, tiles, status, bytes, f);
   return launched();
 }
 

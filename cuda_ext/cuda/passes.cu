@@ -42,16 +42,19 @@ int32_t moments(const cg_chunk& chunk, const void* values, uint64_t first, uint6
 }
 
 template <class T>
-int32_t quantise(const cg_chunk& chunk, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
+int32_t quantise_rows(const cg_chunk& chunk, const void* values, uint32_t n_digits, uint8_t* base, uint8_t* digits,
                  uint8_t* contexts, uint8_t* wide, const cg_run* run) {
   const uint64_t rows = coded_rows(chunk), cells = rows * chunk.columns;
   return for_each(run, cells, [=] CACHEGEN_LAMBDA(uint64_t i) {
     const uint64_t r = i / chunk.columns, column = i % chunk.columns;
     const float y = difference<T>(chunk, values, place_of(chunk, r), column);
-    float f = Rounded((y - chunk.means[column]) / chunk.steps[column]).value;
-    if (n_digits > 1) f = split(f, digits + cells + i, contexts + cells + i);
-    if (n_digits > 0) f = split(f, digits + i, contexts + i);
-    const int32_t index = Rounded(f).integer + kZeroIndex;
+    Digit found[CG_MAX_DIGITS];
+    const int32_t index = quantise(y, chunk.means[column], chunk.steps[column], n_digits, found);
+    CACHEGEN_UNROLL for (uint32_t k = 0; k < CG_MAX_DIGITS; k++) {
+      if (k >= n_digits) break;
+      digits[k * cells + i] = found[k].index;
+      contexts[k * cells + i] = found[k].context;
+    }
     base[i] = uint8_t(index);
     if (index & ~0xff) wide[column / CG_BLOCK_COLUMNS * rows + r] = 1;  // all who write it write the same
   });
@@ -67,8 +70,8 @@ int32_t restore(const cg_chunk& chunk, uint64_t first, uint64_t last, const uint
     int32_t symbol = base_symbol(base[i]);
     if (digits) symbol = refine(symbol, digits[i]);
     if (finer) symbol = refine(symbol, finer[i]);
-    const float y = float(symbol) * chunk.steps[column] + chunk.means[column];
-    const float value = chunk.group_tokens ? y + chunk.anchors[place.anchor * chunk.columns + column] : y;
+    const float anchor = chunk.group_tokens ? chunk.anchors[place.anchor * chunk.columns + column] : 0;
+    const float value = dequantise(symbol, chunk.steps[column], chunk.means[column], chunk.group_tokens > 0, anchor);
     to[place.row * chunk.columns + column] = T::store(value);
   });
 }
@@ -93,7 +96,7 @@ int32_t cg_quantise(const cg_chunk* chunk, const void* values, uint32_t n_digits
   if (n_digits > 0 && (digits == nullptr || contexts == nullptr)) return CG_BAD_ARGUMENT;
   if (const int32_t status = set_zero(run, wide, blocks * rows)) return status;
   return by_dtype(chunk->dtype, [&](auto type) {
-    return quantise<decltype(type)>(*chunk, values, n_digits, base, digits, contexts, wide, run);
+    return quantise_rows<decltype(type)>(*chunk, values, n_digits, base, digits, contexts, wide, run);
   });
 }
 

@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised by any change of this file that an older caller cannot bear. */
-#define CG_ABI_VERSION 3
+#define CG_ABI_VERSION 4
 
 #define CG_TILE_COLUMNS 256 /* of the widest tile */
 /* With these, products of sizes stay within 64 bits. */
@@ -81,10 +81,16 @@ typedef struct cg_section {
   const uint8_t* contexts;  /* [tokens, columns], values 0..2; NULL where ids_per_column is 1 */
   const void* tables;       /* written by cg_tables_build (or a copy), aligned to 16 bytes */
   uint64_t tables_bytes;
+  uint32_t tables_per_tile; /* at most so many different tables in any tile; 0: not known. Only sizes CUDA's shared memory */
 } cg_section;
 /* Memory that holds no tables is CG_BAD_TABLES: the return value on the CPU, every tile's status on CUDA. */
 
 CG_API uint32_t cg_abi_version(void) CG_NOEXCEPT;
+
+/* Checks that this machine can run the library: on CUDA, runs an empty kernel on the current device and waits for it.
+ * reason [host, bytes] takes the cause of a failure, the text of cudaGetErrorString, cut to fit and ended by a 0; shared_bytes
+ * [host] the shared memory that a block can have there, 0 on the CPU. Returns CG_OK, CG_BAD_ARGUMENT or CG_FAILED. */
+CG_API int32_t cg_probe(char* reason, uint64_t bytes, uint64_t* shared_bytes) CG_NOEXCEPT;
 
 /* Whether this library and this machine have an instruction set: 0 or 1. */
 CG_API int32_t cg_isa_available(uint32_t isa) CG_NOEXCEPT;
@@ -193,7 +199,67 @@ CG_API int32_t cg_decode_into(const cg_section* section, const uint8_t* streams,
                               const uint64_t* offsets, const cg_output* output, int32_t* tile_status,
                               const cg_run* run) CG_NOEXCEPT;
 
-/* The same for columns that have no streams, since all their symbols are zero: `count` of them, named by
+/* Decoding a batch of chunks in one launch, base and digits of a tile together. Only CUDA's library has this function. */
+
+#define CG_MAX_BATCH 8                  /* chunks */
+#define CG_MAX_BATCH_TOKENS (1u << 20)  /* of a chunk */
+#define CG_BATCH_PROB_BITS 11           /* of all tables */
+#define CG_VECTOR_COLUMNS 8             /* columns that are written together */
+
+/* The streams of one section: tile i's are data[offsets[i] .. offsets[i + 1]), as cg_decode takes them. All are NULL or 0
+ * for a section without tokens. */
+typedef struct cg_streams {
+  const uint8_t* data;
+  uint64_t bytes;
+  const uint64_t* offsets; /* [tiles + 1] */
+} cg_streams;
+
+/* What the chunks of a batch share. All columns are coded in every section. Coded rows [first, last) of a chunk have
+ * n_digits digits, at `steps`; the rows before and after, its ends, have n_end_digits digits at `end_steps`. */
+typedef struct cg_batch { /* [host] */
+  uint64_t columns;        /* of a chunk, a multiple of 256 */
+  uint64_t group_tokens;   /* 0, or 2 and above, as in cg_chunk */
+  const uint8_t* base_ids; /* [columns] */
+  const uint8_t* digit_ids[2]; /* [columns, 3] each */
+  const void* base_tables;
+  uint64_t base_tables_bytes;
+  const void* digit_tables; /* each of three symbols */
+  uint64_t digit_tables_bytes;
+  const float* means;     /* [columns] */
+  const float* steps;     /* [columns] */
+  const float* end_steps; /* [columns] */
+  const cg_place* places; /* [columns / 8]: of the first of every 8 columns, which lie one after the other; addresses and
+                           * strides are multiples of 16 */
+  uint32_t tables_per_tile; /* at most so many different base tables in any tile: 1 and above */
+  uint32_t n_digits;
+  uint32_t n_end_digits;
+  uint32_t dtype; /* of the values, of enum cg_dtype */
+} cg_batch;
+
+/* One chunk. Patches replace decoded indices: [63:32] coded row  [31:24] zero  [23:16] column of the tile  [15:8] 0 for the
+ * base, 1 or 2 for a digit  [7:0] index. Those of tile i are patches[patch_offsets[i] .. patch_offsets[i + 1]), in the order
+ * of their rows. */
+typedef struct cg_job { /* [host] */
+  uint64_t tokens;      /* rows of the chunk, anchors included: at most CG_MAX_BATCH_TOKENS */
+  uint64_t first, last; /* of the coded rows */
+  uint64_t row;         /* of the chunk's first row in its place */
+  const float* anchors; /* decoded: [ceil(tokens / group_tokens), columns]; written too. NULL without anchors */
+  cg_streams base, digits[2], end_digits[2];
+  const uint64_t* patches; /* NULL without patches */
+  const uint32_t* patch_offsets; /* [tiles + 1] */
+  uint32_t n_patches;
+  int32_t* tile_status; /* [tiles] */
+} cg_job;
+
+/* Decodes n_jobs chunks, at most CG_MAX_BATCH, to values as cg_restore makes them, and writes their anchors. tile_status is
+ * that of the first section of a tile that is not CG_OK, by the order base, digits, end_digits; CG_BAD_TABLES too for tables
+ * of other than CG_BATCH_PROB_BITS or for digit tables of other than three symbols, CG_BAD_ARGUMENT for more base tables than
+ * tables_per_tile. Returns CG_OK, CG_BAD_ARGUMENT, or CG_FAILED where a block cannot have 6 KB, and 8 KB for every table of
+ * tables_per_tile, of shared memory. */
+CG_API int32_t cg_decode_chunks(const cg_batch* batch, const cg_job* jobs, uint32_t n_jobs,
+                                const cg_run* run) CG_NOEXCEPT;
+
+/* As cg_decode_into, for columns that have no streams, since all their symbols are zero: `count` of them, named by
  * output->columns, for `tokens` tokens. */
 CG_API int32_t cg_fill_into(uint64_t tokens, uint64_t count, const cg_output* output, const cg_run* run) CG_NOEXCEPT;
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.precision import full_precision
 from hf_cachegen.codec.profile import Group, Profile
 
 MEAN_TERMS = 3
@@ -69,6 +70,8 @@ class Narrow(NamedTuple):
         return y @ self.matrix[: y.shape[1]]
 
 
+_ANALYSES: WeakKeyDictionary[Profile, dict[torch.device, list[tuple[Tensor, Tensor]]]] = WeakKeyDictionary()
+"""For each profile and device: (mean, analysis) of each group. Each is made once."""
 _MATRICES: WeakKeyDictionary[Profile, dict[tuple[torch.device, bool], list[Any]]] = WeakKeyDictionary()
 """For each profile, and (device, whether in bfloat16): for each group a Narrow, or (synthesis, mean). Each is made
 once.
@@ -92,15 +95,17 @@ class Basis:
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """Convert rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows."""
-        rotary, found = self.profile.rotary, []
+        rotary, found = self.profile.rotary, list[Tensor]()
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
         for group, _ in self._groups():
             slices = self._slices(group)
             x = torch.cat([rows[:, part] for part in slices], 1).float()
             if group.kind == 0:
                 x = rotary.turn(x.reshape(len(x), -1, group.sensitivity.shape[1]), angles, -1).flatten(1)
-            x -= torch.cat([self.profile.means[part] for part in slices]).to(x.device)
-            found.append(x @ group.analysis.to(x.device))
+            mean, analysis = self._analyses(x.device)[len(found)]
+            x -= mean
+            with full_precision(x.device):
+                found.append(x @ analysis)
         return torch.cat(found, 1)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None) -> Tensor:
@@ -117,11 +122,12 @@ class Basis:
         for (group, components), matrix in zip(self._groups(), self._matrices(device, narrow), strict=True):
             part = y[:, components]
             part = part if idle is None else _shortened(part, idle[components])
-            if isinstance(matrix, Narrow):
-                back = matrix.product(part)
-            else:
-                synthesis, mean = matrix
-                back = torch.addmm(mean, part, synthesis[: part.shape[1]])
+            with full_precision(device):
+                if isinstance(matrix, Narrow):
+                    back = matrix.product(part)
+                else:
+                    synthesis, mean = matrix
+                    back = torch.addmm(mean, part, synthesis[: part.shape[1]])
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
@@ -142,6 +148,13 @@ class Basis:
 
     def _mean(self, group: Group) -> Tensor:
         return torch.cat([self.profile.means[part] for part in self._slices(group)])
+
+    def _analyses(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Return (mean, analysis) of each group on a device. They are copied there once."""
+        known = _ANALYSES.setdefault(self.profile, {})
+        if device not in known:
+            known[device] = [(self._mean(g).to(device), g.analysis.to(device)) for g in self.profile.groups]
+        return known[device]
 
     def _matrices(self, device: torch.device, narrow: bool) -> list[Any]:
         known = _MATRICES.setdefault(self.profile, {})

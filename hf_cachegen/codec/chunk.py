@@ -16,15 +16,16 @@ attention depends on most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec import anchors as anchoring
-from hf_cachegen.codec import into, native, passes, quantize, section
+from hf_cachegen.codec import batch, into, native, passes, quantize, section
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
@@ -46,10 +47,13 @@ class Span:
     def ordinary(self, config: CacheGenConfig, group_tokens: int = 0) -> slice:
         """Return the range of the coded tokens that are not protected. Every level has the others at the finest step.
         """
-        position = self.first + anchoring.coded_positions(self.tokens, group_tokens)
-        first = int((position < config.protect_first).sum())
-        last = int((position < self.total - config.protect_last).sum())
-        return slice(first, max(first, last))
+
+        def coded_before(position: int) -> int:
+            tokens = min(max(position - self.first, 0), self.tokens)
+            return tokens - anchoring.anchor_count(tokens, group_tokens)
+
+        first = coded_before(config.protect_first)
+        return slice(first, max(first, coded_before(self.total - config.protect_last)))
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,30 @@ class LossyCodec:
         self._base = Assignment(self.values, side.base_entries)
         self._refinements = [Assignment(self.digits, entries) for entries in side.refine_entries]
         self._scales: dict[tuple[int, torch.device], Grid] = {}
+        self._vectors: dict[torch.device, Tensor] = {}
+
+    @property
+    def assignments(self) -> tuple[Assignment, Assignment, list[Assignment]]:
+        """Tables of the anchors, of the base and of each refinement."""
+        return self._anchors, self._base, self._refinements
+
+    @cached_property
+    def n_vectors(self) -> int:
+        """Number of vectors of the channels."""
+        return int(self.channels.vectors[-1]) + 1 if len(self.channels) else 0
+
+    def vectors(self, device: torch.device) -> Tensor:
+        """Return `channels.vectors` on a device. It is copied there once."""
+        if device not in self._vectors:
+            self._vectors[device] = self.channels.vectors.to(device)
+        return self._vectors[device]
+
+    def unit(self, device: torch.device) -> Grid:
+        """Return the grid on which the values are the symbols themselves."""
+        if (0, device) not in self._scales:
+            ones = torch.ones(len(self.channels), device=device)
+            self._scales[0, device] = Grid(None, 0, torch.zeros_like(ones), ones)
+        return self._scales[0, device]
 
     def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:
         """Quantise rows [tokens, channels], of any float dtype, to symbols and anchors.
@@ -196,6 +224,12 @@ class LossyCodec:
         Raises:
             TruncatedError, CorruptError: The bytes are damaged.
         """
+        level = len(parts)
+        if batch.serves(self, level, target):
+            batches = batch.Batches(self, level, target)
+            if batches.add(parts, span, row):
+                batches.finish()
+                return
         read = self._read(parts, span)
         narrow = len(read.base.wide.positions) == 0
         if narrow and self.config.coder == "rans" and native.available(target.device):
@@ -203,13 +237,27 @@ class LossyCodec:
         else:
             target.put(self._rows(read, span, target.dtype), row)
 
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        """Decode each (parts, span, row) as `decode_into` does: all at one level, in batches where the device can.
+
+        Raises:
+            TruncatedError, CorruptError: The bytes are damaged.
+        """
+        batches = None
+        for parts, span, row in chunks:
+            if batches is None and batch.serves(self, len(parts), target):
+                batches = batch.Batches(self, len(parts), target)
+            if batches is None or not batches.add(parts, span, row):
+                self.decode_into(parts, span, target, row)
+        if batches is not None:
+            batches.finish()
+
     def _read(self, parts: Sequence[bytes | memoryview], span: Span) -> _Read:
         config = self.config
         cursor, scales, peaks = Cursor(parts[0]), None, None
         n_anchors = anchoring.anchor_count(span.tokens, self.group_tokens)
         if n_anchors:
-            n_vectors = int(self.channels.vectors[-1]) + 1
-            scales = cursor.tensor(n_anchors * n_vectors, torch.bfloat16).reshape(n_anchors, n_vectors)
+            scales = cursor.tensor(n_anchors * self.n_vectors, torch.bfloat16).reshape(n_anchors, self.n_vectors)
             peaks = section.read_narrow(cursor, n_anchors, self._anchors)
         ordinary, coded = span.ordinary(config, self.group_tokens), span.tokens - n_anchors
         base = section.read(cursor, coded, self._base)
@@ -223,7 +271,7 @@ class LossyCodec:
             cursor.finish()
         return _Read(scales, peaks, base, finest, rest)
 
-    def _scale(self, level: int, device: torch.device) -> Grid:
+    def scale(self, level: int, device: torch.device) -> Grid:
         """Return the grid of a level without its anchors, on a device."""
         if (level, device) not in self._scales:
             steps = self.steps * quantize.step_factor(level, self.config.levels)
@@ -234,10 +282,10 @@ class LossyCodec:
         """Decode a chunk without wide symbols directly into the target."""
         device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config, self.group_tokens)
         sections = Sections(target, row, span.tokens, coded, len(self.channels))
-        grid, finest = self._scale(1 + len(read.rest), device), self._scale(self.config.levels, device)
+        grid, finest = self.scale(1 + len(read.rest), device), self.scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
             anchors = Anchors(into.symbols(read.peaks, device), read.scales.to(device))
-            values = anchors.values(self.channels.vectors.to(device))
+            values = anchors.values(self.vectors(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
         middle = Rows(ordinary.start, coded)

@@ -153,7 +153,7 @@ def decode_chunks(
     device: torch.device | str | None,
     progress: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Decode the parts of each chunk, one by one, directly into new tensors.
+    """Decode the parts of each chunk directly into new tensors, several chunks together where the device can.
 
     Args:
         codec: The fitted transform.
@@ -168,6 +168,6 @@ def decode_chunks(
     """
     found = empty_kv(geometry, [device] * len(geometry.layers))
     target = Target.layers(found)
-    for index, span in enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress)):
-        codec.decode_into(parts_of(index), span, target, span.first)
+    counted = enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress))
+    codec.decode_many(((parts_of(index), span, span.first) for index, span in counted), target)
     return found[::2], found[1::2]

@@ -19,6 +19,7 @@ from hf_cachegen.codec import anchors as anchoring
 from hf_cachegen.codec import passes, quantize
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.passes import Grid
+from hf_cachegen.codec.rans import TILE_COLUMNS
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX, Codebook
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import TensorError
@@ -144,9 +145,16 @@ class Counts:
         """The histograms of the base and of each refinement, each int32 [channels, contexts x symbols], on the CPU."""
         return [self.base.cpu(), *self.digits.cpu()]
 
-    def choose(self, values: Codebook, digits: Codebook) -> tuple[Tensor, Tensor]:
-        """Choose the cheapest tables: entries uint8 [levels, channels], and their bits float64 [levels, channels]."""
-        chosen = [book.choose(part) for part, book in zip(self.parts, repeated(values, digits), strict=False)]
+    def choose(self, values: Codebook, digits: Codebook, *, coded: bool = False) -> tuple[Tensor, Tensor]:
+        """Choose the cheapest tables: entries uint8 [levels, channels], and their bits float64 [levels, channels].
+
+        Args:
+            values: The codebook of the base.
+            digits: The codebook of the refinements.
+            coded: Leave out the entry "always zero".
+        """
+        books = repeated(values, digits)
+        chosen = [book.choose(part, coded=coded) for part, book in zip(self.parts, books, strict=False)]
         return torch.stack([entries for entries, _ in chosen]), torch.stack([bits for _, bits in chosen])
 
 
@@ -167,7 +175,10 @@ def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
         if found is not None:
             passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
         counts.add(symbols)
-    anchor_entries, anchor_bits = codec.values.choose(anchors)
-    entries, bits = counts.choose(codec.values, codec.digits)
+    # A channel that is left out shifts all channels behind it. A GPU then cannot decode base and digits together. So
+    # all are coded where they fill whole tiles; a channel of zeros costs about a thousandth of a bit per token.
+    coded = channels % TILE_COLUMNS == 0
+    anchor_entries, anchor_bits = codec.values.choose(anchors, coded=coded)
+    entries, bits = counts.choose(codec.values, codec.digits, coded=coded)
     bits[0] += anchor_bits
     return Side(codec.side.step_codes, codec.side.means, anchor_entries, entries[0], entries[1:]), bits

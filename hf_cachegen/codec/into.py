@@ -15,14 +15,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import native, ops
+from hf_cachegen.codec import abi, native, ops
 from hf_cachegen.codec.passes import DTYPES, Grid
 from hf_cachegen.codec.section import Coded
 
@@ -49,6 +49,19 @@ class Target:
     def device(self) -> torch.device:
         """Device of the tensors."""
         return self.places.device
+
+    @cached_property
+    def vectors(self) -> Tensor | None:
+        """The addresses of every 8th channel, int64 [channels / 8, 2]; None if 8 values are not one store.
+
+        They are one store if the channels between follow one another and all addresses are multiples of 16 bytes.
+        """
+        width, align = abi.VECTOR_COLUMNS, abi.BATCH_ALIGNMENT
+        for x in self.kept:
+            outer = [stride * x.element_size() % align for stride in x.stride()[:-1]]
+            if x.shape[-1] % width or x.stride(-1) != 1 or x.data_ptr() % align or any(outer):
+                return None
+        return self.places[::width].contiguous()
 
     @classmethod
     def layers(cls, tensors: Sequence[Tensor]) -> Target:
@@ -147,11 +160,11 @@ class Sections:
             )
             native.call("cg_rows_into", anchors, len(anchors), 0, grid.group_tokens, output, device=self.device)
 
-    def _decode(self, section: Coded, output: native.Output) -> None:
+    def _decode(self, section: Coded, output: abi.Output) -> None:
         if section.tokens == 0:
             return
         tables, ids, live, dead = section.columns.on(self.device)
-        view = ops.Section(tables, ids, None, section.tokens)
+        view = ops.Section(tables, ids, None, section.tokens, section.columns.tables_per_tile)
         streams = section.streams.to(self.device, non_blocking=True)
         offsets = ops.offsets_of(section.tile_bytes, view.tiles, streams)
         statuses = torch.empty(view.tiles, dtype=torch.int32, device=self.device)
@@ -168,14 +181,14 @@ class Sections:
 
     def _output(
         self, target: Target, grid: Grid, row: int, tokens: int, rows: Rows, coarser: Sequence[Tensor]
-    ) -> native.Output:
+    ) -> abi.Output:
         dtype = _INDEX if target.dtype == torch.uint8 else DTYPES[target.dtype]
         anchors = None if grid.anchors is None else grid.anchors.data_ptr()
         scale = (grid.group_tokens, anchors, grid.means.data_ptr(), grid.steps.data_ptr(), dtype)
-        chunk = ctypes.pointer(native.Chunk(tokens, self.columns, *scale))
+        chunk = ctypes.pointer(abi.Chunk(tokens, self.columns, *scale))
         addresses = (ctypes.c_void_p * 2)(*(matrix.data_ptr() for matrix in coarser))
         self._kept.append((target, grid, coarser))
-        return native.Output(chunk, *rows, row, target.places.data_ptr(), None, addresses, len(coarser))
+        return abi.Output(chunk, *rows, row, target.places.data_ptr(), None, addresses, len(coarser))
 
     def finish(self) -> None:
         """Wait for the device. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
@@ -191,9 +204,9 @@ def _block_places(columns: int, coded: int, device: torch.device) -> Tensor:
     return torch.stack([address, torch.full_like(address, _BLOCK)], 1)
 
 
-def _of(output: native.Output, columns: Tensor) -> native.Output:
+def _of(output: abi.Output, columns: Tensor) -> abi.Output:
     """Return the same output for some channels."""
-    found = native.Output.from_buffer_copy(output)
+    found = abi.Output.from_buffer_copy(output)
     found.columns = columns.data_ptr()
     return found
 

@@ -3,7 +3,8 @@
 Rules:
 1. The libraries are optional: one for tensors on the CPU, one for tensors on a CUDA device. `available()` returns
    whether a library exists. It logs a warning, once, if there is none for the CPU: the reference coder is then used,
-   which is slow. A tensor on a device without a library is coded on the CPU.
+   which is slow. A tensor on a device without a library, or on a device that cannot run it (an old driver, a GPU that
+   it was not compiled for), is coded on the CPU. A warning gives the reason, once.
 2. The libraries do not use torch. ctypes passes addresses and sizes (the contract is cuda_ext/include/cachegen.h) and
    releases the interpreter's lock during a call. On CUDA they run on torch's current stream of the tensors' device.
 3. The CPU's instruction set is chosen at each call: the best one of the machine, or the one that the environment
@@ -20,13 +21,15 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.abi import CPU_PROTOTYPES, CUDA_ONLY, PROTOTYPES, Run
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """The CG_ABI_VERSION of the header that this file matches."""
 LIBRARY, CUDA_LIBRARY = (Path(__file__).parent.parent / f"_{name}.so" for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
@@ -83,89 +86,13 @@ def check_decoded(statuses: Iterable[int]) -> None:
             raise error(f"tile {tile} of the section cannot be decoded: {_FOUND[TileStatus(status)]}")
 
 
-class Section(ctypes.Structure):
-    """struct cg_section."""
-
-    _fields_ = [
-        ("tokens", ctypes.c_uint64),
-        ("columns", ctypes.c_uint64),
-        ("ids_per_column", ctypes.c_uint64),
-        ("table_ids", ctypes.c_void_p),
-        ("contexts", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
-        ("tables_bytes", ctypes.c_uint64),
-    ]
-
-
-class _Run(ctypes.Structure):
-    """struct cg_run."""
-
-    _fields_ = [("threads", ctypes.c_uint32), ("isa", ctypes.c_uint32), ("queue", ctypes.c_void_p)]
-
-
-class Chunk(ctypes.Structure):
-    """struct cg_chunk. Here and below, the addresses are those of tensors that must outlive the structure."""
-
-    _fields_ = [
-        ("tokens", ctypes.c_uint64),
-        ("columns", ctypes.c_uint64),
-        ("group_tokens", ctypes.c_uint64),
-        ("anchors", ctypes.c_void_p),
-        ("means", ctypes.c_void_p),
-        ("steps", ctypes.c_void_p),
-        ("dtype", ctypes.c_uint32),
-    ]
-
-
-class Output(ctypes.Structure):
-    """struct cg_output."""
-
-    _fields_ = [
-        ("chunk", ctypes.POINTER(Chunk)),
-        ("first", ctypes.c_uint64),
-        ("gap_at", ctypes.c_uint64),
-        ("gap", ctypes.c_uint64),
-        ("row", ctypes.c_uint64),
-        ("places", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("coarser", ctypes.c_void_p * 2),
-        ("n_coarser", ctypes.c_uint32),
-    ]
-
-
-_POINTER, _U32, _U64, _STATUS = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
-_PROTOTYPES = {
-    "cg_abi_version": (_U32, []),
-    "cg_tables_bytes": (_U64, [_U32, _U32, _U32]),
-    "cg_tables_build": (_STATUS, [_POINTER, _U32, _U32, _U32, _POINTER, _U64]),
-    "cg_slot_bytes": (_U64, [_U64]),
-    "cg_isa_available": (_STATUS, [_U32]),
-    "cg_encode": (_STATUS, [_POINTER, _POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER]),
-    "cg_pack": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _U64, _POINTER]),
-    "cg_decode": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
-    "cg_decode_into": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
-    "cg_fill_into": (_STATUS, [_U64, _U64, _POINTER, _POINTER]),
-    "cg_patch_into": (_STATUS, [_U64, _POINTER, _POINTER, _U64, _POINTER, _POINTER]),
-    "cg_rows_into": (_STATUS, [_POINTER, _U64, _U64, _U64, _POINTER, _POINTER]),
-    "cg_moments": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER]),
-    "cg_quantise": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
-    "cg_restore": (_STATUS, [_POINTER, _U64, _U64, _POINTER, _POINTER, _U32, _POINTER, _POINTER]),
-    "cg_contexts": (_STATUS, [_POINTER, ctypes.c_uint8, _POINTER, _U64, _POINTER, _POINTER]),
-    "cg_clamp": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
-    "cg_count": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _U32, _POINTER, _POINTER]),
-}
-_CPU_PROTOTYPES = {
-    "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
-}
-"""Functions that the CUDA library lacks."""
-
-
 def load(path: Path) -> ctypes.CDLL:
     """Load the library at `path` and check its version. Raises NativeError."""
     try:
         library = ctypes.CDLL(str(path))
-        prototypes = _PROTOTYPES if path == CUDA_LIBRARY else {**_PROTOTYPES, **_CPU_PROTOTYPES}
-        for name, (result, arguments) in prototypes.items():
+        for name, (result, arguments) in {**PROTOTYPES, **CPU_PROTOTYPES}.items():
+            if name in (CUDA_ONLY, *CPU_PROTOTYPES) and not hasattr(library, name):
+                continue
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
@@ -193,20 +120,77 @@ def _cuda_library() -> ctypes.CDLL | None:
     return load(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else None
 
 
-def available(device: torch.device | str = "cpu") -> bool:
-    """Return whether a compiled coder exists for the type of a device. Raises NativeError if it exists but cannot be
-    used.
+class Probe(NamedTuple):
+    """Whether a device can run the library.
+
+    Attributes:
+        reason: Why it cannot; empty if it can.
+        shared_bytes: Shared memory of a block, in bytes.
     """
-    kind = torch.device(device).type
-    return kind in ("cpu", "cuda") and (_library() if kind == "cpu" else _cuda_library()) is not None
+
+    reason: str
+    shared_bytes: int
+
+
+def probe(library: ctypes.CDLL) -> Probe:
+    """Run the library's empty kernel on the current device."""
+    reason, shared = ctypes.create_string_buffer(256), ctypes.c_uint64()
+    status = library.cg_probe(reason, len(reason), ctypes.byref(shared))
+    text = reason.value.decode(errors="replace") or f"it answers {TileStatus(status).name}"
+    return Probe(text if status else "", shared.value)
+
+
+@lru_cache(maxsize=64)
+def _cuda_probe(index: int | None) -> Probe:
+    """Probe a CUDA device, once. None: the current device."""
+    library = _cuda_library()
+    if library is None:
+        return Probe(f"{CUDA_LIBRARY} is missing", 0)
+    with nullcontext() if index is None or not torch.cuda.is_available() else torch.cuda.device(index):
+        found = probe(library)
+    if found.reason:
+        name = "the current CUDA device" if index is None else f"cuda:{index}"
+        _log.warning(
+            "hf_cachegen's CUDA coder cannot run on %s: %s. The CPU codes instead, which is slower. Update the driver, "
+            "or build the package for this GPU (TORCH_CUDA_ARCH_LIST).",
+            name,
+            found.reason,
+        )
+    return found
+
+
+def available(device: torch.device | str = "cpu") -> bool:
+    """Return whether a compiled coder exists for a device, and the device can run it. A warning gives the reason, once.
+
+    Raises:
+        NativeError: A library is damaged, or of another version.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _cuda_library() is not None and not _cuda_probe(device.index).reason
+    return device.type == "cpu" and _library() is not None
+
+
+def batch_shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that cg_decode_chunks can use on a device, in bytes; 0 if the library has no such
+    function.
+    """
+    if not available(device):
+        return 0
+    library = _need_library(device)
+    if not hasattr(library, CUDA_ONLY):
+        return 0
+    return _cuda_probe(device.index).shared_bytes if device.type == "cuda" else probe(library).shared_bytes
 
 
 def _need_library(device: torch.device | str = "cpu") -> ctypes.CDLL:
-    kind = torch.device(device).type
-    library = _library() if kind == "cpu" else _cuda_library()
+    device = torch.device(device)
+    library = _library() if device.type == "cpu" else _cuda_library()
     if library is None:
-        missing = LIBRARY if kind == "cpu" else CUDA_LIBRARY
+        missing = LIBRARY if device.type == "cpu" else CUDA_LIBRARY
         raise NativeError(f"the compiled coder needs {missing}, which is missing; reinstall the package")
+    if device.type == "cuda" and (reason := _cuda_probe(device.index).reason):
+        raise NativeError(f"the CUDA coder cannot run on {device}: {reason}; use the CPU or update the driver")
     return library
 
 
@@ -216,9 +200,9 @@ def available_isas() -> list[Isa]:
     return [isa for isa in Isa if isa and library is not None and library.cg_isa_available(isa)]
 
 
-def _run(isa: int = Isa.BEST, device: torch.device | str = "cpu") -> _Run:
+def _run(isa: int = Isa.BEST, device: torch.device | str = "cpu") -> Run:
     if torch.device(device).type == "cuda":
-        return _Run(1, Isa.BEST, torch.cuda.current_stream(device).cuda_stream)
+        return Run(1, Isa.BEST, torch.cuda.current_stream(device).cuda_stream)
     name = os.environ.get("CACHEGEN_CPU")
     if name and isa == Isa.BEST:
         if name.upper() not in Isa.__members__:
@@ -226,7 +210,7 @@ def _run(isa: int = Isa.BEST, device: torch.device | str = "cpu") -> _Run:
         isa = Isa[name.upper()]
     if not _need_library().cg_isa_available(isa):
         raise NativeError(f"this machine, or the compiled library, has no {Isa(isa).name.lower()} back-end")
-    return _Run(torch.get_num_threads(), isa, None)
+    return Run(torch.get_num_threads(), isa, None)
 
 
 def _guard(device: torch.device) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import native
+from hf_cachegen.codec import abi, native
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 
 TILE_COLUMNS = 256
@@ -30,7 +30,9 @@ def tile_count(tokens: int, columns: int) -> int:
 class Section:
     """The C view of a section, with the tensors that must outlive it. Raises TensorError."""
 
-    def __init__(self, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int):
+    def __init__(
+        self, tables: Tensor, table_ids: Tensor, contexts: Tensor | None, tokens: int, tables_per_tile: int = 0
+    ):
         for name, tensor, dims in (("tables", tables, 1), ("table_ids", table_ids, 2), ("contexts", contexts, 2)):
             if tensor is not None and (tensor.dtype != torch.uint8 or tensor.dim() != dims):
                 raise TensorError(
@@ -46,7 +48,8 @@ class Section:
         self.kept = [tensor.contiguous() for tensor in (tables, table_ids, contexts) if tensor is not None]
         where = [tensor.data_ptr() for tensor in self.kept] + [None]
         ids_per_column = table_ids.shape[1]
-        self.view = native.Section(*shape, ids_per_column, where[1], where[2], where[0], tables.numel())
+        addresses = (where[1], where[2], where[0])
+        self.view = abi.Section(*shape, ids_per_column, *addresses, tables.numel(), tables_per_tile)
         self.tiles = tile_count(*shape)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import native, quantize
+from hf_cachegen.codec import abi, native, quantize
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.tables import DIGIT_SYMBOLS, DIGIT_ZERO, VALUE_SYMBOLS, ZERO_INDEX
 
@@ -81,10 +81,10 @@ def _compiled(rows: Tensor) -> bool:
     return rows.dtype in DTYPES and native.available(rows.device)
 
 
-def _chunk(rows: Tensor, grid: Grid) -> native.Chunk:
+def _chunk(rows: Tensor, grid: Grid) -> abi.Chunk:
     anchors = None if grid.anchors is None else grid.anchors.data_ptr()
     means, steps = grid.means.data_ptr(), grid.steps.data_ptr()
-    return native.Chunk(*rows.shape, grid.group_tokens, anchors, means, steps, DTYPES[rows.dtype])
+    return abi.Chunk(*rows.shape, grid.group_tokens, anchors, means, steps, DTYPES[rows.dtype])
 
 
 def _differences(rows: Tensor, grid: Grid, which: Tensor | slice) -> Tensor:

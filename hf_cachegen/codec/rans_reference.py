@@ -1,15 +1,16 @@
-"""The rANS coder in numpy, slow and readable. It defines a stream. The native coder produces the same bytes.
+"""The rANS coder (Duda 2013, arXiv:1311.2540) in numpy, slow and readable. It defines a stream.
 
-Conventions:
-1. The encoder runs backwards from the last symbol, so that the decoder reads forwards.
-2. A tile of w channels has up to 32 lanes. Each lane is one 32-bit state in [2^15, 2^31). Lane l owns the per_lane =
-   ceil(w / 32) channels from l * per_lane on (the last lane may have fewer). They share the 24 bits that a state costs.
-3. The lanes share one sequence of 16-bit words. After each step (token t, the c-th channel of every lane that has one),
-   the lanes whose state fell below 2^15 take one word each, in lane order.
-4. The encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, reports corrupt
-   bytes. This check costs nothing, but it is no checksum: a flipped bit in a lane's last word can give another valid
-   stream (one in some thousands). Code that stores streams must add a checksum.
-5. States stay in range for any words if the initial states are in range. The decoder needs no other check in its loop.
+The native coder produces the same bytes. Conventions:
+1. Direction: the encoder runs backwards from the last symbol, so that the decoder reads forwards.
+2. Bounds: states are 32-bit, in [2^15, 2^31). Words are 16-bit. States stay in range for any words if the initial
+   states are in range. The decoder needs no other check in its loop.
+3. Interleave: a tile of w channels has up to 32 lanes of one state each. Lane l owns the per_lane = ceil(w / 32)
+   channels from l * per_lane on (the last lane may have fewer). They share the 24 bits that a state costs. All lanes
+   share one sequence of words. After each step (token t, the c-th channel of every lane that has one), the lanes whose
+   state fell below 2^15 take one word each, in lane order.
+4. Ends: the encoder starts every lane at 2^15. A decoder that does not end there, or not at the last word, reports
+   corrupt bytes. This check costs nothing, but it is no checksum: a flipped bit in a lane's last word can give another
+   valid stream (one in some thousands). Code that stores streams must add a checksum.
 
     stream = u32 state[lanes]; u16 word[...]        little-endian
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,11 @@ class _Lent:
         self.data = data
         interface = np.frombuffer(data, np.uint8).__array_interface__
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def stream_of(data: memoryview) -> Tensor:
+    """Return these bytes as uint8, without a copy. They must not be written to."""
+    return torch.from_numpy(np.asarray(_Lent(data))) if len(data) else torch.empty(0, dtype=torch.uint8)
 
 
 class Cursor:
@@ -65,10 +71,7 @@ class Cursor:
     def stream(self, count: int) -> Tensor:
         """Return the next `count` bytes as uint8, without a copy. They must not be written to. Raises TruncatedError.
         """
-        data = self.take(count)
-        if not count:
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.from_numpy(np.asarray(_Lent(data)))
+        return stream_of(self.take(count))
 
     def u32(self, count: int) -> list[int]:
         """Return the next `count` unsigned 32-bit integers. Raises TruncatedError."""
@@ -115,6 +118,16 @@ class Assignment:
             tensors = (self.table_ids, self.live, self.dead)
             self._elsewhere[device] = (self.book.tables.on(device), *(x.to(device) for x in tensors))
         return self._elsewhere[device]
+
+    @cached_property
+    def tables_per_tile(self) -> int:
+        """The largest number of different tables in a tile, for channels with one context; 0 for others, whose tables
+        are too many for shared memory.
+        """
+        if self.book.contexts > 1:
+            return 0
+        tiles = self.table_ids[:, 0].split(rans.TILE_COLUMNS)
+        return max((len(set(ids.tolist())) for ids in tiles), default=0)
 
     @cached_property
     def _runs(self) -> list[slice]:
@@ -232,19 +245,65 @@ class Coded:
         return symbols
 
 
-def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
+class Arrays(NamedTuple):
+    """A section in numpy arrays.
+
+    Attributes:
+        tile_bytes: uint32 [tiles]: the length of each tile's stream.
+        positions: int64 [n], ascending: the positions of the exceptions.
+        indices: int32 [n]: the indices of the exceptions.
+        streams: The streams, one after the other.
+    """
+
+    tile_bytes: np.ndarray
+    positions: np.ndarray
+    indices: np.ndarray
+    streams: memoryview
+
+    def is_wide(self, assignment: Assignment) -> bool:
+        """Return whether the index of an exception is outside its tables."""
+        symbols = assignment.book.tables.frequencies.shape[1]
+        return bool(((self.indices < 0) | (self.indices >= symbols)).any()) if len(self.indices) else False
+
+
+_NO_POSITIONS, _NO_INDICES = np.empty(0, np.int64), np.empty(0, np.int32)
+
+
+def read_arrays(cursor: Cursor, tokens: int, assignment: Assignment) -> Arrays:
     """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
     (count,) = cursor.u32(1)
-    tile_bytes = cursor.u32(rans.tile_count(len(assignment.live)) if tokens else 0)
-    exceptions = cursor.tensor(2 * count, torch.int32).reshape(-1, 2)
-    streams = cursor.stream(sum(tile_bytes))
-    position, index = exceptions[:, 0].to(torch.int64) & 0xFFFFFFFF, exceptions[:, 1].contiguous()
-    if count:
-        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(assignment):
-            raise CorruptError("positions of exceptions must ascend and be within the chunk")
-        if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-            raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
-    return Coded(assignment, tokens, torch.tensor(tile_bytes, dtype=torch.int64), position, index, streams)
+    tiles = rans.tile_count(len(assignment.live)) if tokens else 0
+    tile_bytes = np.frombuffer(cursor.take(4 * tiles), "<u4")
+    exceptions = np.frombuffer(cursor.take(8 * count), "<i4").reshape(-1, 2)
+    streams = cursor.take(int(tile_bytes.sum(dtype=np.int64)))
+    if not count:
+        return Arrays(tile_bytes, _NO_POSITIONS, _NO_INDICES, streams)
+    position, index = exceptions[:, 0].astype(np.int64) & 0xFFFFFFFF, exceptions[:, 1].copy()
+    if not bool((np.diff(position) > 0).all()) or int(position[-1]) >= tokens * len(assignment):
+        raise CorruptError("positions of exceptions must ascend and be within the chunk")
+    if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
+        raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
+    return Arrays(tile_bytes, position, index, streams)
+
+
+def in_tensors(found: Arrays, tokens: int, assignment: Assignment) -> Coded:
+    """Convert a section to tensors, which share the memory of the streams."""
+    tile_bytes = torch.from_numpy(found.tile_bytes.astype(np.int64))
+    positions, indices = torch.from_numpy(found.positions), torch.from_numpy(found.indices)
+    return Coded(assignment, tokens, tile_bytes, positions, indices, stream_of(found.streams))
+
+
+def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
+    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
+    return in_tensors(read_arrays(cursor, tokens, assignment), tokens, assignment)
+
+
+def read_narrow_arrays(cursor: Cursor, tokens: int, assignment: Assignment) -> Arrays:
+    """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
+    found = read_arrays(cursor, tokens, assignment)
+    if found.is_wide(assignment):
+        raise CorruptError("the index of an exception must be within its tables")
+    return found
 
 
 def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:

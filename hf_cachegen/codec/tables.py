@@ -124,18 +124,19 @@ class Codebook:
         """
         return 1 + int(self.cost[1:, self.zero].argmin())
 
-    def choose(self, histograms: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, histograms: Tensor, *, coded: bool = False) -> tuple[Tensor, Tensor]:
         """Choose the cheapest entry of every channel.
 
         Args:
             histograms: Integers [channels, contexts * symbols].
+            coded: Leave out the entry "always zero".
 
         Returns:
             The entries, uint8 [channels], and their cost in bits, float64 [channels].
         """
-        near = _seen(histograms)
-        cost, entries = (histograms[:, near].double() @ self.cost[:, near].mT).min(1)
-        return entries.to(torch.uint8), cost / COST_SCALE
+        near, first = _seen(histograms), int(coded)
+        cost, entries = (histograms[:, near].double() @ self.cost[first:, near].mT).min(1)
+        return (entries + first).to(torch.uint8), cost / COST_SCALE
 
     def bits(self, histograms: Tensor, entries: Tensor) -> Tensor:
         """Return the cost in bits, float64 [channels], of these histograms under entries uint8 [channels]."""

@@ -33,7 +33,7 @@ void draw(Sample& s) {
     do s.symbols[i] = uint8_t(below(n_symbols));
     while (rows[table * n_symbols + s.symbols[i]] == 0);
   }
-  s.section = {tokens, columns, n_ids, nullptr, nullptr, s.tables->get(), s.tables->size};
+  s.section = {tokens, columns, n_ids, nullptr, nullptr, s.tables->get(), s.tables->size, 0};
 }
 
 struct Side {  // the section's inputs in exact buffers

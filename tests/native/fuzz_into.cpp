@@ -50,7 +50,7 @@ struct Case {
   }
   cg_section section(const uint8_t* table_ids) const {
     const uint64_t n_ids = n_coarser ? 3 : 1;
-    return {tokens, live.size(), n_ids, table_ids, nullptr, tables->get(), tables->size};
+    return {tokens, live.size(), n_ids, table_ids, nullptr, tables->get(), tables->size, 0};
   }
 };
 

@@ -5,7 +5,7 @@ Side information, per channel: u8 step; u8 table of the anchors; u8 table of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -64,6 +64,9 @@ class Delta(Transform):
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.inner.decode_into(parts, span, target, row)
+
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        self.inner.decode_many(chunks, target)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         return self.inner.approximations(rows, span)

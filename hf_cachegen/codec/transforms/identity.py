@@ -9,7 +9,7 @@ refinement. Then the first token's row in the cache's dtype, if it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +84,24 @@ class Identity(Transform):
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.inner.decode_into(parts, span, target, row)
-        if self.first is not None and span.first == 0:
+        if span.first == 0:
+            self._put_first(target, row)
+
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        starts: list[int] = []
+
+        def watched() -> Iterator[tuple[Sequence[bytes | memoryview], Span, int]]:
+            for parts, span, row in chunks:
+                if span.first == 0:
+                    starts.append(row)
+                yield parts, span, row
+
+        self.inner.decode_many(watched(), target)
+        for row in starts:
+            self._put_first(target, row)
+
+    def _put_first(self, target: Target, row: int) -> None:
+        if self.first is not None:
             target.put(self.first[None].to(target.device), row)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:

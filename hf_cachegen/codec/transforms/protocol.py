@@ -11,7 +11,7 @@ They become one part per level: part 0 is the base, every further part a refinem
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -150,6 +150,21 @@ class Transform(ABC):
         Raises:
             CorruptError, TruncatedError: The bytes are damaged.
         """
+
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        """Decode each (parts, span, row) as `decode_into` does.
+
+        A transform should override it if it can decode several chunks together.
+
+        Args:
+            chunks: All of one level.
+            target: Receives the rows.
+
+        Raises:
+            CorruptError, TruncatedError: The bytes are damaged.
+        """
+        for parts, span, row in chunks:
+            self.decode_into(parts, span, target, row)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode a chunk at level len(parts) into new rows [tokens, channels] of this dtype, on the CPU.

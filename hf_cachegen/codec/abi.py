@@ -1,0 +1,148 @@
+"""The C ABI of the compiled code (cuda_ext/include/cachegen.h) for ctypes: constants, structures, functions."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class Section(ctypes.Structure):
+    """struct cg_section."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_uint64),
+        ("columns", ctypes.c_uint64),
+        ("ids_per_column", ctypes.c_uint64),
+        ("table_ids", ctypes.c_void_p),
+        ("contexts", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("tables_bytes", ctypes.c_uint64),
+        ("tables_per_tile", ctypes.c_uint32),
+    ]
+
+
+class Run(ctypes.Structure):
+    """struct cg_run."""
+
+    _fields_ = [("threads", ctypes.c_uint32), ("isa", ctypes.c_uint32), ("queue", ctypes.c_void_p)]
+
+
+class Chunk(ctypes.Structure):
+    """struct cg_chunk. Here and below, the addresses are those of tensors that must outlive the structure."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_uint64),
+        ("columns", ctypes.c_uint64),
+        ("group_tokens", ctypes.c_uint64),
+        ("anchors", ctypes.c_void_p),
+        ("means", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("dtype", ctypes.c_uint32),
+    ]
+
+
+class Output(ctypes.Structure):
+    """struct cg_output."""
+
+    _fields_ = [
+        ("chunk", ctypes.POINTER(Chunk)),
+        ("first", ctypes.c_uint64),
+        ("gap_at", ctypes.c_uint64),
+        ("gap", ctypes.c_uint64),
+        ("row", ctypes.c_uint64),
+        ("places", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("coarser", ctypes.c_void_p * 2),
+        ("n_coarser", ctypes.c_uint32),
+    ]
+
+
+MAX_BATCH = 8
+"""CG_MAX_BATCH: the largest number of chunks that one call decodes."""
+MAX_BATCH_TOKENS = 1 << 20
+"""CG_MAX_BATCH_TOKENS."""
+BATCH_PROB_BITS = 11
+"""CG_BATCH_PROB_BITS."""
+VECTOR_COLUMNS = 8
+"""CG_VECTOR_COLUMNS."""
+BATCH_ALIGNMENT = 16
+"""Alignment of the addresses and strides that a batch is written to, in bytes."""
+
+
+class Streams(ctypes.Structure):
+    """struct cg_streams."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_uint64), ("offsets", ctypes.c_void_p)]
+
+
+class Batch(ctypes.Structure):
+    """struct cg_batch."""
+
+    _fields_ = [
+        ("columns", ctypes.c_uint64),
+        ("group_tokens", ctypes.c_uint64),
+        ("base_ids", ctypes.c_void_p),
+        ("digit_ids", ctypes.c_void_p * 2),
+        ("base_tables", ctypes.c_void_p),
+        ("base_tables_bytes", ctypes.c_uint64),
+        ("digit_tables", ctypes.c_void_p),
+        ("digit_tables_bytes", ctypes.c_uint64),
+        ("means", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("end_steps", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("tables_per_tile", ctypes.c_uint32),
+        ("n_digits", ctypes.c_uint32),
+        ("n_end_digits", ctypes.c_uint32),
+        ("dtype", ctypes.c_uint32),
+    ]
+
+
+class Job(ctypes.Structure):
+    """struct cg_job."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_uint64),
+        ("first", ctypes.c_uint64),
+        ("last", ctypes.c_uint64),
+        ("row", ctypes.c_uint64),
+        ("anchors", ctypes.c_void_p),
+        ("base", Streams),
+        ("digits", Streams * 2),
+        ("end_digits", Streams * 2),
+        ("patches", ctypes.c_void_p),
+        ("patch_offsets", ctypes.c_void_p),
+        ("n_patches", ctypes.c_uint32),
+        ("tile_status", ctypes.c_void_p),
+    ]
+
+
+_POINTER, _U32, _U64, _STATUS = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
+PROTOTYPES = {
+    "cg_abi_version": (_U32, []),
+    "cg_probe": (_STATUS, [_POINTER, _U64, _POINTER]),
+    "cg_tables_bytes": (_U64, [_U32, _U32, _U32]),
+    "cg_tables_build": (_STATUS, [_POINTER, _U32, _U32, _U32, _POINTER, _U64]),
+    "cg_slot_bytes": (_U64, [_U64]),
+    "cg_isa_available": (_STATUS, [_U32]),
+    "cg_encode": (_STATUS, [_POINTER, _POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER]),
+    "cg_pack": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _U64, _POINTER]),
+    "cg_decode": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_decode_into": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_decode_chunks": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER]),
+    "cg_fill_into": (_STATUS, [_U64, _U64, _POINTER, _POINTER]),
+    "cg_patch_into": (_STATUS, [_U64, _POINTER, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_rows_into": (_STATUS, [_POINTER, _U64, _U64, _U64, _POINTER, _POINTER]),
+    "cg_moments": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER]),
+    "cg_quantise": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_restore": (_STATUS, [_POINTER, _U64, _U64, _POINTER, _POINTER, _U32, _POINTER, _POINTER]),
+    "cg_contexts": (_STATUS, [_POINTER, ctypes.c_uint8, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_clamp": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_count": (_STATUS, [_POINTER, _POINTER, _U64, _U64, _U32, _POINTER, _POINTER]),
+}
+"""The functions of a library: (type of the result, types of the arguments)."""
+CPU_PROTOTYPES = {
+    "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
+}
+"""Functions of the CPU library. The CUDA library lacks them."""
+CUDA_ONLY = "cg_decode_chunks"
+"""The function of the CUDA library that the CPU library lacks."""

@@ -1,0 +1,61 @@
+"""Products on CUDA do not depend on the user's settings, and leave them alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hf_cachegen.codec.precision import full_precision
+
+CUDA = torch.device("cuda")
+SETTINGS = torch.backends.cuda.matmul
+
+
+def reduced() -> bool:
+    return bool(SETTINGS.allow_bf16_reduced_precision_reduction)
+
+
+@pytest.fixture(autouse=True)
+def careless_user() -> Iterator[None]:
+    """The process allows reduced precision everywhere."""
+    names = [name for name in ("allow_bf16_reduced_precision_reduction", "fp32_precision") if hasattr(SETTINGS, name)]
+    before = [getattr(SETTINGS, name) for name in names]
+    for name, value in zip(names, (True, "tf32"), strict=False):
+        setattr(SETTINGS, name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(SETTINGS, name, value)
+
+
+def test_settings_are_exact_meanwhile_and_come_back() -> None:
+    with full_precision(CUDA):
+        assert not reduced()
+        assert getattr(SETTINGS, "fp32_precision", "ieee") == "ieee"
+    assert reduced()
+    assert getattr(SETTINGS, "fp32_precision", "tf32") == "tf32"
+
+
+def test_the_cpu_needs_no_settings() -> None:
+    with full_precision(torch.device("cpu")):
+        assert reduced()
+
+
+def test_the_last_thread_puts_them_back() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with full_precision(CUDA):
+            inside.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=other)
+    with full_precision(CUDA):
+        thread.start()
+        assert inside.wait(30)
+    assert not reduced()  # the other is still at it
+    leave.set()
+    thread.join()
+    assert reduced()
