@@ -48,7 +48,7 @@ raise SystemExit(bool(found.reason))"
 step tests 80 tests.txt "${TESTS[@]}"
 step bench_cuda 70 bench.txt "$PYTHON" -m benchmarks.bench_cuda --out "$OUT/cuda.json"
 step product 60 bench.txt "$PYTHON" -m benchmarks.gpu_product --out "$OUT/product.json"
-for tool in memcheck racecheck; do  # of torch's kernels they would find what is not ours
+for tool in memcheck racecheck; do  # limited to this library's kernels
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 50 "$tool.txt" compute-sanitizer --tool "$tool" \
         --kernel-regex kns=cachegen --error-exitcode 7 "${TESTS[@]}" -k "hostile or small_batch"
 done

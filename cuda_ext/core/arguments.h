@@ -37,7 +37,7 @@ inline bool is_chunk_of(const cg_chunk* chunk, const void* values) {
   return chunk->tokens == 0 || chunk->columns == 0 || values != nullptr;
 }
 
-// A place for `tokens` coded rows.
+// Room for `tokens` coded rows.
 inline bool is_output(const cg_output* output, uint64_t tokens) {
   if (output == nullptr || !is_chunk(output->chunk) || output->n_coarser > CG_MAX_DIGITS) return false;
   const cg_chunk& chunk = *output->chunk;

@@ -1,7 +1,7 @@
 // What a symbol is worth, and which row of a chunk it stands in: the arithmetic of cg_quantise and cg_restore, one value
 // at a time.
 //
-// Twist: symbols are computed in floats, which is exact where they are small: a coarser symbol is f / 3 rounded, and never
+// Note: symbols are computed in floats, which is exact where they are small: a coarser symbol is f / 3 rounded, and never
 // a tie. Those from 2^22 on stay too large for a byte, however they are rounded.
 #pragma once
 

@@ -1,6 +1,6 @@
 // Where decoded symbols go: as indices into a matrix, or as values into the layers' own tensors (cg_output).
 //
-// Twist: a lane's 8 columns are adjacent, so a token's values are one vector store wherever the columns' places are
+// Note: a lane's 8 columns are adjacent, so a token's values are one vector store wherever the columns lie
 // adjacent too, and so are the loads of what they refine; steps, means and the group's anchors stay in registers.
 #pragma once
 
@@ -23,7 +23,7 @@ CACHEGEN_DEVICE uint8_t* at_row(const cg_place& place, uint64_t row) {
   return reinterpret_cast<uint8_t*>(uintptr_t(place.address + row * place.stride));
 }
 
-// A value to its place, which on a device is one store only where the compiler knows that it is aligned.
+// Store a value, which on a device is one store only where the compiler knows that it is aligned.
 template <class Stored>
 CACHEGEN_DEVICE void store_value(uint8_t* to, Stored value) {
 #if defined(__CUDA_ARCH__)
@@ -212,7 +212,7 @@ class OutputSink {
   }
 
  private:
-  // Which column of the chunk a lane's c-th is. Read anew where it is wanted, which is seldom: registers are few.
+  // Which column of the chunk a lane's c-th is. Read again where it is needed, which is seldom: registers are few.
   CACHEGEN_DEVICE uint64_t listed(uint32_t lane, uint32_t c) const {
     const uint64_t coded = tile_.first_column + lane * tile_.per_lane + c;
     return output_.columns ? output_.columns[coded] : coded;

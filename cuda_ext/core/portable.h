@@ -1,6 +1,6 @@
 // What lets the same functions be compiled for the host and for a device.
 //
-// Twist: on the host they are always inlined. Files that are compiled for different instruction sets share them, and a
+// Note: on the host they are always inlined. Files that are compiled for different instruction sets share them, and a
 // copy out of line would be one for all: the linker's choice, maybe one that this machine cannot execute.
 #pragma once
 
@@ -12,7 +12,7 @@
 #define CACHEGEN_HD __attribute__((always_inline)) inline
 #endif
 
-// Reads what no kernel writes meanwhile, from a device's global memory: the compiler is told that it is that, and need not
+// Reads what no kernel writes meanwhile, from a device's global memory: this tells the compiler that it is that, and need not
 // tell memories apart at run time.
 #if defined(__CUDA_ARCH__)
 #define CACHEGEN_LOAD(address) __ldg(address)

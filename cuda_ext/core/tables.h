@@ -2,7 +2,7 @@
 //
 //     TablesHeader; SlotEntry[n_tables << prob_bits]; SymbolEntry[n_tables * 256]
 //
-// Twist: the encoder's rows always have 256 entries, so that every byte names one; a symbol without a frequency has
+// Note: the encoder's rows always have 256 entries, so that every byte names one; a symbol without a frequency has
 // limit 0.
 #pragma once
 
@@ -24,7 +24,7 @@ struct TablesHeader {
 };
 static_assert(sizeof(TablesHeader) == kTablesAlignment, "slot entries begin at an aligned offset");
 
-// Where things lie, for whoever has checked the header.
+// Where things lie, for callers that have checked the header.
 struct Tables {
   uint32_t n_tables, prob_bits;
   const SlotEntry* slots;

@@ -1,6 +1,6 @@
 // Who owns which column of a tile.
 //
-// Twist: a lane owns ADJACENT columns (per_lane of them), so that its outputs of one token are one store. The last lane
+// Note: a lane owns ADJACENT columns (per_lane of them), so that its outputs of one token are one store. The last lane
 // may own fewer, so at the c-th step of a token the lanes that take part are the first `active(c)` ones.
 #pragma once
 

@@ -1,6 +1,6 @@
 // The warp that kernels are written against: 32 lanes that take every step together.
 //
-// Twist: there are two of it. On a device each lane is a thread, PerLane<T> one register and ballot() an instruction. On
+// Note: there are two of it. On a device each lane is a thread, PerLane<T> one register and ballot() an instruction. On
 // the host one thread is all lanes, PerLane<T> an array and ballot() a loop: the very bodies of the kernels run there, under
 // sanitizers, on machines without a GPU.
 #pragma once
@@ -116,8 +116,8 @@ struct Crew {
 
 #endif
 
-// Where a word of a block's shared memory lies, and the word at such a place. On a device that is its 32-bit address, hidden
-// from the compiler, which would else compute it anew for every word.
+// Where a word of a block's shared memory lies, and the word at such an address. On a device that is its 32-bit address, hidden
+// from the compiler, which would else compute it again for every word.
 CACHEGEN_DEVICE uint32_t staged_at(const uint32_t* words, uint32_t i) {
 #if defined(__CUDA_ARCH__)
   uint32_t at = uint32_t(__cvta_generic_to_shared(words + i));

@@ -1,6 +1,6 @@
 // A tile by a warp: the bodies of the kernels that encode and decode.
 //
-// Twists:
+// Notes:
 // 1. What a decoder reads beside the stream (contexts, coarser symbols) and where its symbols go is a Sink's business:
 //    open() a token's row of a lane, context() and put() for each of its columns, close() the row.
 // 2. A word past the end reads as 0; damage is noted on the way and told at the end. One test for all lanes, once a token,

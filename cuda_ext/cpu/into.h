@@ -1,6 +1,6 @@
 // Decoded symbols into their places, run by run; compiled for every instruction set, as rows.h is.
 //
-// Twist: a run is columns that are adjacent in the section, in the chunk and in memory, mostly one head's. Its tokens are
+// Note: a run is columns that are adjacent in the section, in the chunk and in memory, mostly one head's. Its tokens are
 // written one after the other, which is how a layer's tensor lies. Here tokens have no gap: a caller takes two turns.
 #pragma once
 

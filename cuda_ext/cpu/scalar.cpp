@@ -1,6 +1,6 @@
 // The baseline: any machine, tiles of any width, one symbol at a time.
 //
-// Twist: encoding runs backwards (tokens, columns, lanes, the write position), so that the decoder reads forwards.
+// Note: encoding runs backwards (tokens, columns, lanes, the write position), so that the decoder reads forwards.
 #include "into.h"
 #include "tile_decoder.h"
 

@@ -1,6 +1,6 @@
 // Pieces of work (tiles, blocks of columns) over threads: each takes the next piece, so that uneven ones balance.
 //
-// Twist: threads live for one call. A pool would not survive fork(), which data loaders use; starting a thread takes
+// Note: threads live for one call. A pool would not survive fork(), which data loaders use; starting a thread takes
 // some 20 us, which kSymbolsPerThread makes small.
 #pragma once
 

@@ -1,6 +1,6 @@
 // What every decoder of a tile does before and after its symbols.
 //
-// Twists:
+// Notes:
 // 1. A token takes at most one word per column. reserve() makes sure that so many can be read without a check; near the
 //    end it moves on to a copy of the last words that has zeros behind it.
 // 2. A word past the end reads as 0: damage is noted on the way, and told at the end.

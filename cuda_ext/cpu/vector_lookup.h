@@ -1,6 +1,6 @@
 // What a slot says of a whole tile's lanes: their symbols, and their states after these.
 //
-// Twists:
+// Notes:
 // 1. Tables of many symbols are gathered from memory. They are larger than a core's nearest cache, so that is what a
 //    decoder waits for most.
 // 2. A table of three symbols, a digit's, is two numbers: where the second and the third begin. These are compared, and

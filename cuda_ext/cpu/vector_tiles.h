@@ -1,6 +1,6 @@
 // Whole tiles (256 columns, 8 to a lane) with vectors, for any V: an instruction set's vectors of V::kWidth lanes.
 //
-// Twists:
+// Notes:
 // 1. The dependence from state to state is longer than what a core needs to issue it, so kTiles tiles run side by side.
 // 2. A lane's 8 symbols of a token are 8 adjacent bytes: two 32-bit halves, filled byte by byte as columns are decoded.
 // 3. The encoder's words of one step go to memory from the top down. A vector of them is stored whole, its valid words

@@ -1,6 +1,6 @@
 // The coder's part of the C ABI on CUDA: arguments are checked here; what is found in the data is the tiles' status.
 //
-// Twists:
+// Notes:
 // 1. Nothing here waits or allocates: every function checks, launches on the run's queue, and returns.
 // 2. Device memory cannot be read here, so tables and offsets are checked by the warps that use them.
 #include "../core/arguments.h"

@@ -1,8 +1,8 @@
 // How work is spread over a device: for_each, a thread an item; for_each_tile, a warp a tile.
 //
-// Twists:
+// Notes:
 // 1. Compiled by another compiler than nvcc the same calls loop on the host, a tile after the other, the lanes of its warp in
-//    lockstep (core/warp.h). Nobody ships that; the tests run it.
+//    lockstep (core/warp.h). It is not shipped; the tests run it.
 // 2. The tables that a block's tiles use are staged in shared memory, if they fit (those of base symbols mostly do):
 //    neighbouring columns share most of theirs, and a lookup that 32 lanes make at 32 places is several times faster there.
 #pragma once

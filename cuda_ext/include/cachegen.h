@@ -1,6 +1,6 @@
 /* The C ABI of the native code: the whole contract. Two libraries have it, one for the CPU and one for CUDA.
  *
- * Twists:
+ * Notes:
  * 1. A return value speaks of the arguments alone. What is found in the data (bytes, ids, contexts, symbols) is
  *    reported tile by tile in `tile_status`, so that a device can report it without a synchronisation.
  * 2. Memory is the caller's, always: no function keeps a pointer or returns memory of its own. CUDA's allocates none.
@@ -100,7 +100,7 @@ CG_API uint64_t cg_tables_bytes(uint32_t n_tables, uint32_t n_symbols, uint32_t 
 
 /* Derives what the coder looks up from frequencies [n_tables, n_symbols] [host]. Each row sums to 2^prob_bits, no
  * frequency is above 4095. memory [host], aligned to 16 bytes, takes cg_tables_bytes(...) bytes: opaque, without
- * pointers, free to be copied to another place or a device of the same byte order.
+ * pointers, free to be copied to another address or a device of the same byte order.
  * Returns CG_OK, CG_BAD_ARGUMENT or CG_BAD_FREQUENCIES. */
 CG_API int32_t cg_tables_build(const uint16_t* frequencies, uint32_t n_tables, uint32_t n_symbols, uint32_t prob_bits,
                                void* memory, uint64_t memory_bytes) CG_NOEXCEPT;
@@ -184,7 +184,7 @@ typedef struct cg_output {
   uint64_t first;            /* the section's first token is this coded row of the chunk */
   uint64_t gap_at;           /* its tokens from gap_at on stand `gap` coded rows further */
   uint64_t gap;
-  uint64_t row;              /* of the chunk's first row in its place */
+  uint64_t row;              /* of the chunk's first row in its target */
   const cg_place* places;    /* [chunk columns] */
   const uint32_t* columns;   /* [section columns]: which column of the chunk each one is, rising; NULL: the same */
   const uint8_t* coarser[2]; /* base + 128, then digits + 1, of all coded rows: in blocks of 256 columns, whose rows lie
@@ -242,7 +242,7 @@ typedef struct cg_batch { /* [host] */
 typedef struct cg_job { /* [host] */
   uint64_t tokens;      /* rows of the chunk, anchors included: at most CG_MAX_BATCH_TOKENS */
   uint64_t first, last; /* of the coded rows */
-  uint64_t row;         /* of the chunk's first row in its place */
+  uint64_t row;         /* of the chunk's first row in its target */
   const float* anchors; /* decoded: [ceil(tokens / group_tokens), columns]; written too. NULL without anchors */
   cg_streams base, digits[2], end_digits[2];
   const uint64_t* patches; /* NULL without patches */

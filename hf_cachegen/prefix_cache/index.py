@@ -129,7 +129,7 @@ class Index:
             connection.executemany("DELETE FROM pending WHERE name = ?", [(name,) for name in pending])
 
     def expect(self, names: Iterable[str]) -> None:
-        """Note names of files that are about to be written: the next process that finds them after a crash removes them."""
+        """Note names of files that are about to be written. After a crash the next writer removes them."""
         with self.transaction() as connection:
             connection.executemany("INSERT OR IGNORE INTO pending VALUES (?)", [(name,) for name in names])
 
