@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache as remember
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.generation import generate
+from hf_cachegen.models import probe
 from tests import tiny_models
 from tests.tiny_models import shared, tokens
 
@@ -70,12 +72,25 @@ def same(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> bool:
 
 @contextmanager
 def fed(model: Any) -> Iterator[list[int]]:
-    """Record the number of tokens of every forward pass."""
+    """Record the number of tokens of every forward pass, but for that of a probe: the hook makes one necessary."""
     lengths: list[int] = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True
-    )
-    yield lengths
+    probing = []
+    run = probe.run
+
+    def record(_: Any, args: Any, kwargs: Any) -> None:
+        if not probing:
+            lengths.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+    def run_unrecorded(*args: Any) -> Any:
+        probing.append(True)
+        try:
+            return run(*args)
+        finally:
+            probing.pop()
+
+    hook = model.register_forward_pre_hook(record, with_kwargs=True)
+    with mock.patch.object(probe, "run", run_unrecorded):
+        yield lengths
     hook.remove()
 
 

@@ -34,7 +34,7 @@ BANNED = {
 GLOSSARY = {
     r"\b(?:a|the|this|that|its|another|each|every|other|of|first|local|remote) places?\b": "location, source or device",
     r"\bplaces (?:of|on|with|where|for|are|have)\b": "locations",
-    r"(?<![\w.])(?:place|places)(?==|: )": "location",
+    r"(?<![\w.])(?:place|places)=": "location",
 }
 """One word for one concept."""
 

@@ -289,7 +289,7 @@ def test_what_is_slower_than_computing_is_computed(name: str, own_cache: None, t
     for _ in range(2):
         same_as_stock(model, cache, ids, do_sample=False)
         cache.flush()
-    assert cache.stats().hits == 1, "what is not known is tried"
+    assert cache.stats().hits == 1, "an unknown prefix is tried"
     from hf_cachegen.prefix_cache.binding import bind
 
     binding = bind(cache, model)

@@ -1,4 +1,4 @@
-"""The local tier: within its budget, whole or absent, whatever fails and whoever dies."""
+"""The local tier: within its budget, whole or absent, whatever fails and whichever process dies."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_a_damaged_or_hostile_block_of_a_location_is_computed(tmp_path: Path, te
     assert reader.stats().hits == 0
     assert reader.stats().blocks_damaged == 1
     fill(reader)
-    assert reader.stats().hits == 1, "computed and stored anew"
+    assert reader.stats().hits == 1, "computed and stored again"
 
 
 def test_a_location_that_fails_costs_one_try(tmp_path: Path, team: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_creating_a_cache_prepares_its_model(how: str, artifact: Path, own_cache
     cache = made(how, model, artifact, attach=False)
     assert model.__dict__ == before
     with pytest.raises(ReadOnlyCacheError, match=r"hf_cachegen.attach\(model\)"):
-        model.generate(prompt(9), **{CACHE_ARGUMENT: cache})
+        model.generate(prompt(9), **{CACHE_ARGUMENT: cache}, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("options", EVERY_MODE.values(), ids=EVERY_MODE.keys())
@@ -91,9 +91,9 @@ def test_a_location_is_a_cache_of_a_prepared_model(artifact: Path) -> None:
 def test_a_cache_of_another_model_is_refused(artifact: Path) -> None:
     cache = CacheGenCache.from_context(shared("llama"), CONTEXT)
     with pytest.raises(MismatchError, match="the cache"):
-        attach(tiny_models.make("llama", 1)).generate(prompt(9), cache=cache)
+        attach(tiny_models.make("llama", 1)).generate(prompt(9), cache=cache, max_new_tokens=2)
     with pytest.raises(ReadOnlyCacheError, match=r"hf_cachegen.attach\(model\)"):
-        tiny_models.make("llama", 1).generate(prompt(9), **{CACHE_ARGUMENT: cache})
+        tiny_models.make("llama", 1).generate(prompt(9), **{CACHE_ARGUMENT: cache}, max_new_tokens=2)
 
 
 STOCK_CACHES = {

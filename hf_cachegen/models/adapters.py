@@ -38,7 +38,7 @@ def adapter_checksums(model: nn.Module) -> tuple[str, ...]:
         Checksums of 32 hexadecimal digits, sorted.
 
     Raises:
-        UnsupportedModelError: What the adapters do cannot be told from their settings.
+        UnsupportedModelError: What the adapters do cannot be derived from their settings.
     """
     texts: dict[str, list[str]] = {}
     for path, name, module in _tuner_layers(model):

@@ -163,7 +163,7 @@ class Fingerprint:
         if (dtype := dtype_name(model.dtype)) != self.dtype:
             raise WrongDtypeError(
                 f"the cache was made in {self.dtype}, {self._name(model)} runs in {dtype}: load the model with "
-                f"dtype={self.dtype!r}, or make the cache anew"
+                f"dtype={self.dtype!r}, or make the cache again"
             )
         self._check_weights(model)
         if tokenizer is not None and self.tokenizer is not None and _tokenizer(tokenizer) != self.tokenizer:

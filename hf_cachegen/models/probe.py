@@ -8,7 +8,7 @@ Let x be the vector recorded, y the one computed now, of n channels, and s its s
 relative difference |y - x| / |y|. Of a layer's tokens the root mean square over all but the farthest quarter counts, so
 that a few tokens that a mixture of experts routes otherwise do not decide; the largest over layers, K and V is the
 distance. Equal models on other kernels, batch sizes or devices are apart by rounding (`TOLERANCES`; docs/identity.md
-has what was measured); a smaller change than that cannot be told from another kernel, and matters as little.
+has what was measured); a smaller change than that cannot be distinguished from another kernel, and matters as little.
 """
 
 from __future__ import annotations

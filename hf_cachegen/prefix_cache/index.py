@@ -120,7 +120,7 @@ class Index:
             connection.executemany("UPDATE blocks SET used = max(used, ?) WHERE key = ?", [(now, key) for key in keys])
 
     def add(self, row: Row, family: str, pending: Iterable[str] = ()) -> None:
-        """Insert a block whose file is in its place, and forget the names in `pending`."""
+        """Insert a block whose file is written, and forget the names in `pending`."""
         with self.transaction() as connection:
             values = (row.key, row.parent, row.salt, row.depth, row.nbytes, row.created, row.used, int(row.pinned))
             connection.execute("INSERT OR REPLACE INTO families VALUES (?, ?)", (row.salt, family))
@@ -129,7 +129,7 @@ class Index:
             connection.executemany("DELETE FROM pending WHERE name = ?", [(name,) for name in pending])
 
     def expect(self, names: Iterable[str]) -> None:
-        """Note names of files that are about to be written: whoever finds them after a crash removes them."""
+        """Note names of files that are about to be written: the next process that finds them after a crash removes them."""
         with self.transaction() as connection:
             connection.executemany("INSERT OR IGNORE INTO pending VALUES (?)", [(name,) for name in names])
 

@@ -6,7 +6,7 @@
 
 Note [Order of writing]. Under the lock: (1) make room, (2) note the names in the index as pending, (3) write a
 temporary file and sync it, (4) rename it and sync its directory, (5) insert the row and clear the names, in one
-transaction. Whoever takes the lock next removes what pending names are left, so a writer that was killed at any step
+transaction. The process that takes the lock next removes what pending names are left, so a writer that was killed at any step
 leaves the old state or the new one, and no bytes that the budget does not count. Removal runs the other way: rows
 become pending names in one transaction, then files go, then the names.
 

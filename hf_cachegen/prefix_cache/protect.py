@@ -1,7 +1,7 @@
 """Seals and signatures of block files, by the means of `stores/sealed.py` and `stores/signed.py`.
 
-A seal (AES-256-GCM) hides a block from whoever can read the directory or the location. A signature (Ed25519, at the
-end of the file, within the seal) proves who made it. Checksums authenticate nothing: whoever can write into a shared
+A seal (AES-256-GCM) hides a block from anyone who can read the directory or the location. A signature (Ed25519, at the
+end of the file, within the seal) proves who made it. Checksums authenticate nothing: anyone who can write into a shared
 location could plant keys and values, so blocks from there can be required to be signed.
 """
 
