@@ -7,8 +7,8 @@
 Note [Order of writing]. Under the lock: (1) make room, (2) note the names in the index as pending, (3) write a
 temporary file and sync it, (4) rename it and sync its directory, (5) insert the row and clear the names, in one
 transaction. The process that takes the lock next removes the pending names that are left. So a writer that was killed
-at any step leaves the old state or the new one, and no bytes that the budget does not count. Removal runs the other way:
-rows become pending names in one transaction, then files go, then the names.
+at any step leaves the old state or the new one, and no bytes that the budget does not count. Removal runs the other
+way: rows become pending names in one transaction, then files go, then the names.
 
 Readers take no lock. A reader that loses its file to an eviction sees a block that is not there. Every read is proved;
 a damaged block is removed with all blocks that are chained with it.
