@@ -233,7 +233,7 @@ def _quantised(codec: str, kit: Kit, exact: CacheGenCache) -> Kept:
 def _cache(kit: Kit, exact: CacheGenCache, keys: Sequence[Tensor], values: Sequence[Tensor]) -> CacheGenCache:
     """Return decoded tensors as a cache, in the dtype and on the devices of the exact one."""
     pairs = [(k.to(a), v.to(b)) for k, v, a, b in zip(keys, values, exact.kv.keys, exact.kv.values, strict=True)]
-    return CacheGenCache.from_cache(DynamicCache(pairs), exact.input_ids, kit.model, profile=None)
+    return CacheGenCache.from_cache(DynamicCache(pairs), exact.input_ids, kit.model, profile=None, verify="weights")
 
 
 def wait(model: Any) -> None:

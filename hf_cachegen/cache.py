@@ -168,6 +168,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         profile: ProfileLike = "auto",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        verify: Verify = "probe",
         attach: bool = True,
     ) -> CacheGenCache:
         """Copy a cache that `model` filled with `input_ids`; the original may grow afterwards.
@@ -182,6 +183,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: a profile, its location, "auto" or None, as for `from_context`.
             tokenizer: if given, its hash becomes a part of the fingerprint.
+            verify: "probe" compares the first tokens with those that the model computes. "weights" does not: pass it
+                for a cache that holds other values on purpose, such as quantised ones.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
 
         Raises:
@@ -193,7 +196,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
         """
-        return cls._of(wrap_cache(cache, input_ids, model, config, profile, tokenizer), model, attach)
+        return cls._of(wrap_cache(cache, input_ids, model, config, profile, tokenizer, verify), model, attach)
 
     @classmethod
     def from_pretrained(

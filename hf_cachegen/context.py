@@ -200,15 +200,16 @@ def wrap_cache(
     config: CacheGenConfig | None,
     profile: ProfileLike,
     tokenizer: PreTrainedTokenizerBase | None,
+    verify: Verify,
 ) -> CachedContext:
     """Copy a cache that a model filled. Arguments and errors are those of `CacheGenCache.from_cache`."""
     require_model(model)
     found = for_encoding(profile, model)
     ids = one_row(input_ids)
     kv = checked_kv(capture(cache, model.config), model, ids).clone()
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv if verify == "probe" else None)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found)
+    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, verify=verify)
 
 
 def load_context(

@@ -172,6 +172,17 @@ def test_to_dynamic_is_a_stock_cache_of_its_own(name: str) -> None:
     assert same(cache, before)
 
 
+def test_a_cache_of_other_values_on_purpose() -> None:
+    model = tiny_models.make("llama")
+    with torch.no_grad():
+        stock = cache_of(model(CONTEXT, use_cache=True))
+    for layer in stock.layers:
+        layer.keys.mul_(1.01)
+    with pytest.raises(WrongWeightsError, match="first 16 tokens"):
+        CacheGenCache.from_cache(stock, CONTEXT, model).check(model)
+    CacheGenCache.from_cache(stock, CONTEXT, model, verify="weights").check(model)
+
+
 def test_copies_and_pickles_are_caches(cache: CacheGenCache) -> None:
     for other in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert type(other) is CacheGenCache

@@ -153,7 +153,7 @@ def test_a_size_that_is_not_the_manifests_is_not_fetched(tmp_path: Path) -> None
     with serving(tmp_path) as web:
         reader = Reader(open_store(f"{web.url}/artifact", Access(patience=IMPATIENT)))
         reader.prefetch(reader.manifest.segments)
-        with pytest.raises(CorruptError, match=f"{1 << 32} bytes"):
+        with pytest.raises(CorruptError, match=f"got {1 << 32}; "):
             reader.verify()
         assert web.asked.count("/artifact/base.safetensors") == 1
         with pytest.raises(LimitError):

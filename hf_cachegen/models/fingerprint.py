@@ -173,8 +173,9 @@ class Fingerprint:
             )
 
     def _check_weights(self, model: PreTrainedModel) -> None:
-        if missing := tuple(text for name, text in LATER_FIELDS.items() if getattr(self, name) is None):
-            _warn_once(self.model_id, missing)
+        if self.checksum is None:
+            missing = (text for name, text in LATER_FIELDS.items() if getattr(self, name) is None)
+            _warn_once(self.model_id, tuple(missing))
         identity = identify(model)
         adapters = identity.adapter_names
         alike = self.adapters == adapters if self.adapter_checksums is None else (
