@@ -140,8 +140,9 @@ class CacheGenCache(CachedContext, DynamicCache):
     ) -> CacheGenCache:
         """Tokenize a text as `generate_text` does, and keep its exact keys and values, as `from_context` does.
 
+        model, config, profile, prefill_chunk_tokens, progress and attach are those of `from_context`.
+
         Args:
-            model, config, profile, prefill_chunk_tokens, progress, attach: as for `from_context`.
             tokenizer: the tokenizer of the model. Its hash becomes a part of the fingerprint.
             text: the text of the context; or a chat, as `ContextText(messages=...)` of `hf_cachegen.artifact`.
             keep_text: store the text in the artifact, so that a question can be tokenized together with it. A KV cache

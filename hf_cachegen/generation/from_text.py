@@ -80,7 +80,8 @@ def generate_text(
 ) -> str | TextAnswer:
     """Tokenize a whole prompt, and generate its answer from the longest prefix that `cache` holds of it.
 
-    How many tokens of the context could not be reused is logged at INFO.
+    The number of tokens of the context that cannot be reused is logged at INFO. on_mismatch, slo, refine and stream are
+    those of `generate`.
 
     Args:
         model: the model, or a wrapper of it.
@@ -92,7 +93,6 @@ def generate_text(
         template: further variables of the chat template, such as `tools`.
         cache: a CacheGenCache, the location of an artifact, or None.
         return_output: return a TextAnswer instead of the text alone.
-        on_mismatch, slo, refine, stream: as for `generate`.
         **options: further arguments of the stock generate, such as `max_new_tokens`.
 
     Returns:

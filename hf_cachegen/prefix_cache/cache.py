@@ -147,7 +147,8 @@ class PrefixCache:
 
         Args:
             model: the model.
-            args, kwargs: the arguments of the stock generate.
+            args: the positional arguments of the stock generate.
+            kwargs: its keyword arguments.
             stock: the stock generate of the model.
             start: called with the model, the call, a filled stock cache and logits processors to add.
             slo: seconds from this call to the first token: how long other locations are waited for.
