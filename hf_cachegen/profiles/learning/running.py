@@ -48,7 +48,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Ten
     """Return the exact (keys, values, layers) of a context [1, tokens]."""
     past = DynamicCache()
     with fresh_state(model):
-        run(model, ids.to(model.device), past)
+        run(model, ids.to(model.device), past, last_logits_only=True)
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
 
@@ -56,8 +56,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Ten
 def continuation_logits(
     model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor
 ) -> Tensor:
-    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values.
-    """
+    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values."""
     past = DynamicCache()
     for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
         past.update(k, v, layer)
