@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ from hf_cachegen.models.requirements import (
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
+from hf_cachegen.models.target import meet_target
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
 from hf_cachegen.report import CacheReport
@@ -56,6 +57,7 @@ class CachedContext:
         source: the store of the artifact that it was loaded from, if any.
         verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
         text: the text of the context, where it is known and not in `source`.
+        measured: the divergences that `config` was chosen by, if it had a target.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -75,12 +77,13 @@ class CachedContext:
         refinement: Refinement | None = None,
         verify: Verify = "probe",
         text: ContextText | None = None,
+        measured: dict[str, Any] | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
-        self.verify, self._text = verify, text
+        self.verify, self._text, self.measured = verify, text, measured
 
     @property
     def report(self) -> CacheReport:
@@ -100,8 +103,24 @@ class CachedContext:
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
-            "verify": self.verify, "text": self._text,
+            "verify": self.verify, "text": self._text, "measured": self.measured,
         }  # fmt: skip
+
+    def aimed(
+        self, model: PreTrainedModel, config: CacheGenConfig | None, continuations: Sequence[Tokens] = ()
+    ) -> CachedContext:
+        """Return this context with the step that meets the target of `config`; without a target, this object.
+
+        Arguments and errors are those of `CacheGenCache.save_pretrained`.
+        """
+        if config is None or config.target_kl is None:
+            if continuations:
+                raise ConfigError("continuations are for CacheGenConfig(target_kl=...): set it, or leave them out")
+            return self
+        ids = [one_row(found) for found in continuations]
+        last = int(self.input_ids[0, -1])
+        chosen = meet_target(model, self.kv, last, config, self.profile, ids)
+        return CachedContext(**{**self.parts(), "config": chosen.config, "measured": chosen.measured})
 
     def read_text(self) -> ContextText | None:
         """Return the text or the chat of the context, which for a loaded context is read from its artifact.

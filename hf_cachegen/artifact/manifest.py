@@ -41,10 +41,10 @@ SIGNATURE_FILE = "cachegen.sig"
 PROFILE_FILE = "cachegen_profile.safetensors"
 """A profile's name beside an artifact, in a model's folder, and in a repository (hf_cachegen.stores.profiles)."""
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset({"klt", "klt-tables", "sinks"})
-"""Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-tables:
-the
-side information lists tables that differ from the profile's; sinks: some tokens have finer steps than the rest.
+FEATURES: frozenset[str] = frozenset({"klt", "klt-step", "klt-tables", "sinks"})
+"""Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-step: the
+step is not the profile's; klt-tables: the side information lists tables that differ from the profile's; sinks: some
+tokens have finer steps than the rest.
 """
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")

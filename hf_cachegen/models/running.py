@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import DynamicCache
 
-from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.compat import run, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def continuation_logits(
+    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor
+) -> Tensor:
+    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values.
+    """
+    past = DynamicCache()
+    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+        past.update(k, v, layer)
+    logits: Tensor = run(model, ids.to(model.device), past).logits[0]
+    return logits.float()
 
 
 def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:

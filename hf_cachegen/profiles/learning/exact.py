@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.geometry import LayerGeometry
-from hf_cachegen.profiles.learning.running import Sample, continuation_logits, prefill
+from hf_cachegen.models.running import continuation_logits
+from hf_cachegen.profiles.learning.running import Sample, prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

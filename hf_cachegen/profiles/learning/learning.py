@@ -29,7 +29,8 @@ from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, ProfileError
 from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
 from hf_cachegen.models.requirements import require_model
-from hf_cachegen.models.running import evaluation_mode
+from hf_cachegen.models.running import continuation_logits, evaluation_mode
+from hf_cachegen.models.stepping import StepSearch
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal, unknown
@@ -38,11 +39,9 @@ from hf_cachegen.profiles.learning.progress import shown
 from hf_cachegen.profiles.learning.running import (
     NO_ROTATION,
     Sample,
-    continuation_logits,
     find_rotary,
     require_sample,
 )
-from hf_cachegen.profiles.learning.stepping import StepSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +106,7 @@ def learn_profile(
         UnsupportedModelError: The model cannot reuse a cache.
     """
     require_model(model)
-    config = replace(config or CacheGenConfig(), transform="klt")
+    config = replace(config or CacheGenConfig(), transform="klt", step_offset=0, target_kl=None)
     if len(samples) < HELD_OUT_EVERY:
         raise ConfigError(
             f"learning a profile needs at least {HELD_OUT_EVERY} samples, got {len(samples)}: pass more text, or make "
@@ -291,7 +290,8 @@ def measure(
     model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig,
     exact: Exact | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Return, for each level, its divergence on these samples and the bits per element of the chunks (without headers)."""
+    """Return, for each level, its divergence on these samples and the bits per element of the chunks (without headers).
+    """
     sizes, elements, exact = [0] * config.levels, 0, exact or Exact(model, samples)
     for context, _ in samples:
         rows, codec = _coded(exact, profile, context, config)

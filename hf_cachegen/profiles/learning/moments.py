@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.models.running import continuation_logits
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal
-from hf_cachegen.profiles.learning.running import Sample, continuation_logits
+from hf_cachegen.profiles.learning.running import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +124,8 @@ def _by_head(x: Tensor, heads: Tensor) -> Tensor:
 
 
 def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:
-    """Return K (kind 0) or V (1) of a layer, [1, heads, tokens, dim], as float32 [tokens, heads, dim], rotation undone."""
+    """Return K (kind 0) or V (1) of a layer, [1, heads, tokens, dim], as float32 [tokens, heads, dim], rotation undone.
+    """
     rows = x[0].detach().float().transpose(0, 1)
     return rotary.apply(rows, torch.arange(len(rows), device=rows.device), -1) if kind == 0 else rows
 

@@ -1,8 +1,7 @@
-"""Run a model for learning: a context's exact keys and values, the logits that follow, and the rotation of the keys."""
+"""Run a model for learning: a context's exact keys and values, and the rotation of the keys."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,17 +50,6 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Ten
         run(model, ids.to(model.device), past, last_logits_only=True)
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
-
-
-def continuation_logits(
-    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor
-) -> Tensor:
-    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values."""
-    past = DynamicCache()
-    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-        past.update(k, v, layer)
-    logits: Tensor = run(model, ids.to(model.device), past).logits[0]
-    return logits.float()
 
 
 @torch.no_grad()

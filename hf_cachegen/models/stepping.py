@@ -33,13 +33,15 @@ class StepSearch:
     def __init__(self, known: Tensor, targets: Sequence[float], measure: Measure, keep: Callable[[], None]):
         self.known, self.targets, self._measure, self._keep = known, targets, measure, keep
 
-    def largest(self) -> int:
-        """Return the largest code whose levels are all within their targets; 0 if there is none above 0."""
+    def largest(self, start: int | None = None) -> int:
+        """Return the largest code whose levels are all within their targets; 0 if there is none above 0.
+
+        Args:
+            start: The code to begin with. Default: the result for the first sample.
+        """
         codes, samples, _ = self.known.shape
-        low, _ = self._bisected(0, codes, 1)
-        if samples == 1:
-            return low
-        return self._bisected(*self._bracket(max(low, 1)), samples)[0]
+        start = self._bisected(0, codes, 1)[0] if start is None else start
+        return self._bisected(*self._bracket(max(start, 1)), samples)[0]
 
     def _bracket(self, code: int) -> tuple[int, int]:
         """Return (a code that is within, or 0; a larger one that is not, or the number of codes)."""
