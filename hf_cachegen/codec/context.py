@@ -113,7 +113,8 @@ class Encoder:
             "bits_per_element": [round(8 * size / elements, 4) for size in sizes],
             "layers": layers,
         }
-        if self.profile is not None and (kl := self.profile.divergences) is not None:
+        # Another step than the profile's has other divergences.
+        if self.profile is not None and not self.config.step_offset and (kl := self.profile.divergences) is not None:
             found["profile_kl"] = kl
         if self._measured is not None:
             found["target_kl"] = self._measured

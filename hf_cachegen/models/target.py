@@ -179,9 +179,10 @@ class _Probe:
 
     def _missed(self, known: Tensor) -> ConfigError:
         """Return the error for a target that no measured step meets. known: float64 [codes, continuations]."""
-        means = known.mean(1)
-        best = means[means.isfinite()]
-        reached = f"the best of {len(best)} steps reaches {float(best.min()):.2g}" if len(best) else "none was measured"
+        tried = known[known.isfinite().any(1)]
+        # Of most steps not all continuations were measured.
+        best = float((tried.nansum(1) / known.shape[1]).min()) if len(tried) else math.inf
+        reached = f"the best of {len(tried)} steps reaches {best:.2g} or more"
         return ConfigError(
             f"expected a divergence of at most {self.target} nats per token in this context, but {reached} with "
             f"transform {self.config.transform!r} within {self.budget} forward passes: pass a larger target_kl or "
