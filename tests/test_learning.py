@@ -11,7 +11,8 @@ import torch
 
 from hf_cachegen import CacheGenConfig, Profile, learn_profile
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.profiles.learning import Sample, exact, journal, learning, progress, stepping
+from hf_cachegen.models import stepping
+from hf_cachegen.profiles.learning import Sample, exact, journal, learning, progress
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
@@ -57,7 +58,7 @@ def learn_until(model, path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, 
 
     def dying(self, name: str, sums, done: int) -> None:
         keep(self, name, sums, done)
-        if (name, done) == (stage, records):
+        if (name.split()[0], done) == (stage, records):
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -73,10 +74,11 @@ def test_a_killed_run_resumes_to_the_same_profile(model, whole, stage, tmp_path,
     learn_until(model, path, stage, monkeypatch)
     seen: list[str] = []
     keep = journal.Journal.keep
-    monkeypatch.setattr(journal.Journal, "keep", lambda *args: (seen.append(args[1]), keep(*args)))
+    monkeypatch.setattr(journal.Journal, "keep", lambda *args: (seen.append(args[1].split()[0]), keep(*args)))
     assert learn_profile(model, samples(), config=CONFIG, seed=3, journal=path).digest == whole.digest
     assert seen.count("learn") == {"learn": 3}.get(stage, 0)  # of 5: 2 of 7 are held out
-    assert seen.count("tables") == {"tables": 3}.get(stage, 5)
+    # A coarse level decides here, so the tables are counted at two steps.
+    assert seen.count("tables") == {"tables": 8}.get(stage, 10)
 
 
 @pytest.mark.usefixtures("eager")
@@ -188,10 +190,21 @@ def test_progress_is_logged_at_a_limited_rate(model, monkeypatch, caplog) -> Non
     caplog.set_level("INFO", "hf_cachegen.profiles.learning")
     learn_profile(model, samples(), config=CONFIG)
     found = [record.message for record in caplog.records]
-    assert [text.split(":")[0] for text in found] == ["learn", "learn", "step", "tables", "tables"]
+    assert [text.split(":")[0].split()[0] for text in found[:5]] == ["learn", "learn", "step", "tables", "tables"]
     assert found[1].startswith("learn: 5 of 5 samples, ")
     caplog.clear()
     monkeypatch.setattr(progress, "SECONDS_BETWEEN", 0.0)
     learn_profile(model, samples(), config=CONFIG)
     assert sum(record.message.startswith("learn: ") for record in caplog.records) == 6
     assert any("measurements" in record.message for record in caplog.records)
+
+
+def test_a_coarse_level_can_decide(model) -> None:
+    fine = learn_profile(model, samples(), config=CONFIG, target_kl=(9.0, 9.0, 0.01))
+    targets = [row["kl"] / 2 for row in fine.about["measured"][:2]]
+    found = learn_profile(model, samples(), config=CONFIG, target_kl=(targets[0], 9.0, 0.01))
+    assert found.step_code < fine.step_code
+    assert found.about["measured"][0]["kl"] <= 1.05 * targets[0]
+    larger = learn_profile(model, samples(), config=CONFIG, target_kl=(2.5 * targets[0], 9.0, 0.01))
+    assert larger.digest != found.digest
+    assert larger.step_code == fine.step_code

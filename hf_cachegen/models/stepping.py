@@ -3,13 +3,14 @@
 1. One sample shows about where the step is: a bisection over all codes.
 2. From there the mean over all samples decides, a code up or down at a time, twice as far after each.
 3. The finest level is measured first, since its target almost always decides. Samples are added until the sum of their
-   divergences exceeds the target of all: a divergence is never negative.
+   divergences exceeds the target of all: a divergence is never negative. A level without a target is not measured.
 
 What was measured is kept in a table, so the search can be interrupted, and asks for nothing twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -25,7 +26,7 @@ class StepSearch:
 
     Args:
         known: float64 [codes, samples, levels]: the divergences, NaN where they are not measured yet; filled in place.
-        targets: Of each level, in nats per token.
+        targets: Of each level, in nats per token; infinite for none.
         measure: Computes divergences.
         keep: Called after each measurement.
     """
@@ -66,7 +67,7 @@ class StepSearch:
         """Report whether the mean divergence of the first samples is within the target of every level."""
         for level in reversed(range(len(self.targets))):
             total, most = 0.0, self.targets[level] * samples
-            for sample in range(samples):
+            for sample in range(samples if most < math.inf else 0):
                 total += self._divergence(code, sample, level)
                 if not total <= most:  # NaN is not within
                     return False

@@ -7,6 +7,7 @@ are measured on these. The tables come from 16 of the other samples: they need t
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -166,9 +167,19 @@ class _Learning:
         nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
         finer = nothing.expand(self.config.levels - 1, -1)
         blank = Profile(moments.layers, rotary, moments.means.float(), groups, 0, nothing, finer, about)
-        profile = self._with_entries(replace(blank, step_code=self._step(blank, journal)), journal)
-        measured = measure(self.model, profile, self.held_out, self.config, self.exact)
+        # The target of the finest level almost always decides, so the others are measured at its step alone.
+        profile, measured = self._at_step(blank, self.targets[-1:], journal)
+        if any(row["kl"] > target for row, target in zip(measured[:-1], self.targets[:-1], strict=True)):
+            profile, measured = self._at_step(blank, self.targets, journal)
         return replace(profile, about={**about, "measured": measured})
+
+    def _at_step(
+        self, blank: Profile, targets: tuple[float, ...], journal: Journal
+    ) -> tuple[Profile, list[dict[str, float]]]:
+        """Return the profile with the largest step within these targets of the finest levels, and what it measures."""
+        code = self._step(blank, (math.inf,) * (self.config.levels - len(targets)) + targets, journal)
+        profile = self._with_entries(replace(blank, step_code=code), journal)
+        return profile, measure(self.model, profile, self.held_out, self.config, self.exact)
 
     def _key(self, options: dict[str, object]) -> str:
         """Hash everything that the result depends on."""
@@ -179,8 +190,8 @@ class _Learning:
                 found.update(f"{ids.shape[1]}:".encode() + ids.cpu().to(torch.int64).contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    def _step(self, profile: Profile, journal: Journal) -> int:
-        """Find the largest step code with which every level is within its target."""
+    def _step(self, profile: Profile, targets: Sequence[float], journal: Journal) -> int:
+        """Find the largest step code with which every level is within its target; infinite is none."""
         levels = self.config.levels
         known = unknown(STEP_CODES, len(self.held_out), levels)
         done = journal.restore("step", {"divergence": known})
@@ -196,7 +207,7 @@ class _Learning:
         def keep() -> None:
             journal.keep("step", {"divergence": known}, next(counted) + 1)
 
-        code = StepSearch(known, self.targets, measured, keep).largest()
+        code = StepSearch(known, targets, measured, keep).largest()
         if code == 0:
             raise ProfileError(
                 f"no step keeps the divergence within {self.targets} nats: load the model in float32 (rounding alone "
@@ -209,7 +220,7 @@ class _Learning:
         components = len(profile.base_entries)
         counts, peaks = Counts(components, self.config.levels), torch.zeros(components)
         sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
-        for context, _ in journal.each("tables", self.for_tables, sums):
+        for context, _ in journal.each(f"tables at {profile.step_code}", self.for_tables, sums):
             rows, codec = _coded(self.exact, profile, context, self.config)
             y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
             counts.add(codec.inner.symbols(y)[0])
