@@ -29,7 +29,6 @@ from hf_cachegen.cli.output import bars, logged, print_json, size_text, step
 from hf_cachegen.cli.samples import draw, from_rows, from_text
 from hf_cachegen.errors import ArtifactExistsError
 from hf_cachegen.stores import Access
-from hf_cachegen.stores.card import profile_card
 from hf_cachegen.stores.profiles import REPO_TYPE, fetch
 
 
@@ -148,14 +147,14 @@ def push_profile(
     """
     data, _ = fetch(profile, Access(), Limits())
     from hf_cachegen.profiles.files import Profile
-    from hf_cachegen.stores import hub, pushing
+    from hf_cachegen.stores.publishing import publish_profile
+    from hf_cachegen.stores.pushing import own_repository
 
     found = Profile.from_bytes(data)
-    repo_id = repo_id or pushing.own_repository(found.pin.model)
-    pushed = pushing.push_profile(
-        data, hub.HubLocation(repo_id, REPO_TYPE, None, revision or hub.DEFAULT_REVISION),
-        profile_card(found.about, found.pin, repo_id), private=not public, commit_message=message, create_pr=create_pr,
-        progress=bars(as_json),
+    repo_id = repo_id or own_repository(found.pin.model)
+    pushed = publish_profile(
+        data, found.pin, found.about, repo_id, private=not public, revision=revision, commit_message=message,
+        create_pr=create_pr, progress=bars(as_json),
     )  # fmt: skip
     if as_json:
         print_json({
