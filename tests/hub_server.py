@@ -304,13 +304,23 @@ def point_client_at(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def hub_of_profiles(monkeypatch: pytest.MonkeyPatch, segments: Path) -> Iterator[HubServer]:
-    """Run a Hub for its owner, with segments kept in that folder and no known locations of profiles."""
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(segments))
-    monkeypatch.setenv("HF_TOKEN", "owner")
-    finding._on_hub.cache_clear()
+def running_hub(monkeypatch: pytest.MonkeyPatch, *, token: str | None = None) -> Iterator[HubServer]:
+    """Run a Hub. Without a stored token the client sends only those that a call names."""
+    if token is None:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
     with running(HubServer()) as found:
         assert isinstance(found, HubServer)
         point_client_at(found, monkeypatch)
+        yield found
+
+
+@contextmanager
+def hub_of_profiles(monkeypatch: pytest.MonkeyPatch, segments: Path) -> Iterator[HubServer]:
+    """Run a Hub for its owner, with segments kept in that folder and no known locations of profiles."""
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(segments))
+    finding._on_hub.cache_clear()
+    with running_hub(monkeypatch, token="owner") as found:
         yield found
     finding._on_hub.cache_clear()

@@ -11,7 +11,7 @@ from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
 from tests.cli_support import run, run_json, write
 from tests.http_server import Server, running
-from tests.hub_server import HubServer, point_client_at
+from tests.hub_server import HubServer, running_hub
 from tests.small_artifact import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -30,10 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running(HubServer()) as found:
-        assert isinstance(found, HubServer)
-        point_client_at(found, monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", "owner")
+    with running_hub(monkeypatch, token="owner") as found:
         yield found
 
 

@@ -33,7 +33,7 @@ from hf_cachegen.stores.signed import sign
 from hf_cachegen.stores.survey import Found, find_artifacts
 from tests import http_server as faults
 from tests.http_server import Server, running
-from tests.hub_server import HubServer, Repo, point_client_at
+from tests.hub_server import HubServer, Repo, running_hub
 from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, write
 
 # The Hub's client uploads in a way that its HTTP library wants changed.
@@ -46,10 +46,7 @@ TEXT = "---\ntags: [kv-cache]\n---\n# A context\n"
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running(HubServer()) as found:
-        assert isinstance(found, HubServer)
-        point_client_at(found, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with running_hub(monkeypatch) as found:
         yield found
 
 

@@ -26,7 +26,7 @@ from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
 from tests import tiny_models
 from tests.http_server import Server, running
-from tests.hub_server import HubServer, point_client_at
+from tests.hub_server import HubServer, running_hub
 from tests.small_artifact import write
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -43,10 +43,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running(HubServer()) as found:
-        assert isinstance(found, HubServer)
-        point_client_at(found, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with running_hub(monkeypatch) as found:
         yield found
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 from kv_samples import sample_kv
 
 from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE
@@ -15,8 +14,7 @@ from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError
 from hf_cachegen.stores.publishing import publish_artifact
 from hf_cachegen.stores.sealed import seal
-from tests.http_server import running
-from tests.hub_server import HubServer, point_client_at
+from tests.hub_server import HubServer, running_hub
 
 # The Hub's client uploads in a way that its HTTP library wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -24,10 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running(HubServer()) as found:
-        assert isinstance(found, HubServer)
-        point_client_at(found, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with running_hub(monkeypatch) as found:
         yield found
 
 
