@@ -159,6 +159,18 @@ def test_a_target_that_no_step_meets(model, profile, ids, monkeypatch) -> None:
         )  # fmt: skip
 
 
+def test_klt_needs_its_profile_for_a_target_too(model, ids) -> None:
+    with pytest.raises(ConfigError, match="needs a profile"):
+        CacheGenCache.from_context(model, ids, replace(SMALL, transform="klt", target_kl=TARGET), None)
+
+
+def test_one_level_has_one_divergence(model, ids) -> None:
+    config = replace(SMALL, transform="identity", target_kl=TARGET, levels=1)
+    found = CacheGenCache.from_context(model, ids, config, None).measured
+    assert found is not None
+    assert len(found["kl"]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

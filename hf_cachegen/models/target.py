@@ -105,6 +105,7 @@ class _Probe:
         self.rows = ContextRows(kv.keys, kv.values, kv.geometry, spans)
         self.config = resolved(self.rows, replace(config, target_kl=None), profile)
         self.transform = transform_of(self.config)
+        self._at(0)  # fail before any pass, for example without a profile
         self.probes: list[tuple[Tensor, Tensor]] = []
         self._decoded: tuple[int, int, list[Tensor]] | None = None
 
