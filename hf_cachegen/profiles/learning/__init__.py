@@ -5,11 +5,11 @@
    through the Cache API, for every architecture. A floor keeps directions that the samples did not use.
 2. Covariance of keys (rotation undone) and values, jointly over groups of layers; eigenvectors in the metric of the
    sensitivity.
-3. The step (`learning.py`): the largest one whose divergence on held-out samples is within the targets. Then the tables
-   of each coefficient.
+3. The step (`models/stepping.py`): the largest one whose divergence on held-out samples is within the targets. Then the
+   tables of each coefficient.
 
-Memory does not grow with the number of samples. Each sample is run three times, held-out ones about ten times. Progress
-can be stored in a file, from which an interrupted run resumes (`journal.py`).
+Memory does not grow with the number of samples. Each sample is prefilled once where memory allows (`exact.py`).
+Progress is logged (`progress.py`). It can be stored in a file, from which an interrupted run resumes (`journal.py`).
 """
 
 from __future__ import annotations
