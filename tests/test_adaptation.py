@@ -67,6 +67,15 @@ def test_on_a_steady_link_adaptive_is_in_time_where_a_fixed_choice_is_well_in_ti
         assert simulate(CHUNKS, link, Adaptive(), slo, 0.05, 0.001).ttft <= slo
 
 
+@pytest.mark.parametrize("slo", [0.5, 1.0, 2.0])
+def test_on_the_links_of_the_paper_adaptive_is_in_time_where_a_fixed_choice_is(slo: float) -> None:
+    for seed in range(100):
+        link = traces.paper(seed, len(CHUNKS))
+        fixed = (Fixed(level) for level in (1, 2, 3))
+        if any(simulate(CHUNKS, link, policy, slo, 0.05, 0.001).ttft <= slo for policy in fixed):
+            assert simulate(CHUNKS, link, Adaptive(), slo, 0.05, 0.001).ttft <= slo, f"seed {seed}"
+
+
 def test_a_link_that_dies_ends_a_fixed_level_and_not_an_adaptive_stream() -> None:
     link = traces.step(1e9, 0.0, 0.1)
     assert simulate(CHUNKS, link, Fixed(3), 5.0).ttft == math.inf

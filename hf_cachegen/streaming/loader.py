@@ -18,7 +18,6 @@ from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCan
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ChunkChosen, ChunkReady
-from hf_cachegen.streaming.fetching import WAKE_SECONDS
 from hf_cachegen.streaming.layers import LayerWriter
 from hf_cachegen.streaming.prefill_speed import PROBES, probe
 from hf_cachegen.streaming.recompute import recompute
@@ -134,7 +133,7 @@ class Loader:
             fetcher.watch()
             work = self._schedule.next_work(time.monotonic(), session.bandwidth.rate())
             if isinstance(work, Wait) and patient:
-                self._changed.wait(WAKE_SECONDS)
+                self._changed.wait(work.seconds)
             decisions, self._schedule.decisions = self._schedule.decisions, []
         left = self._schedule.left(time.monotonic())
         for chunk, choice in decisions:
