@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import adaptation, traces
+from eval.contestants import TEXT, UNIFORM
 from eval.report import adaptation as reported
 from eval.simulation import Chunk, Outcome, simulate
 from hf_cachegen.errors import ConfigError
@@ -94,7 +95,7 @@ def test_chunks_that_do_not_match_are_refused() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the path without suffix of the files that a short experiment writes."""
     out = tmp_path_factory.mktemp("adaptation") / "short"
-    options = ["--traces", "6", "--slo", "0.6", "--slo", "2", "--tokens", "300", "--plot-slo", "2"]
+    options = ["--traces", "6", "--contexts", "2", "--slo", "0.6", "--slo", "2", "--tokens", "300", "--plot-slo", "2"]
     done = CliRunner().invoke(adaptation.main, ["--out", str(out), *options], catch_exceptions=False)
     assert done.exit_code == 0
     return out
@@ -103,20 +104,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_experiment_writes_its_results(results: Path) -> None:
     found = json.loads(results.with_suffix(".json").read_text())
     assert found["options"]["count"] == 6
-    assert set(found["kept"]) == {"0.6", "2"}
-    rows = {(row["contestant"], row["slo"]): row for row in found["rows"]}
-    names = ["adaptive", "paper", "level 1", "level 2", "level 3", adaptation.UNIFORM, adaptation.TEXT]
+    assert len(found["contexts"]) == 2
+    assert list(found["kept"]) == ["uniform", "log"]
+    assert all(set(kept) == {"0.6", "2"} for kept in found["kept"].values())
+    rows = {(row["contestant"], row["slo"]): row for row in found["rows"] if row["spread"] == "uniform"}
+    names = ["adaptive", "paper", "level 1", "level 2", "level 3", "adaptive, delta", "paper, delta", UNIFORM, TEXT]
     assert list(dict.fromkeys(name for name, _ in rows)) == names
     assert rows["text", 2.0]["kl"] == 0
     assert rows["text", 2.0]["violations"] == 1
     losses = [rows[f"level {level}", 2.0]["kl"] for level in (3, 2, 1)]
     assert losses == sorted(losses)
     assert losses[0] > 0
+    assert rows["adaptive, delta", 2.0]["kl"] > rows["adaptive", 2.0]["kl"]
     assert losses[0] / 100 < rows["adaptive", 2.0]["kl"] <= losses[2] * 1.5
     assert {point["contestant"] for point in found["steady"]} == set(names)
     assert results.with_suffix(".png").stat().st_size > 10_000
     assert "<svg" in results.with_suffix(".svg").read_text()[:2000]
-    assert results.with_suffix(".md").read_text().count("| adaptive |") == 2
+    assert results.with_suffix(".md").read_text().count("| adaptive |") == 4
 
 
 def test_the_report_shows_the_experiment(results: Path) -> None:

@@ -121,7 +121,7 @@ def test_the_page_shows_the_findings(report: Path) -> None:
     assert "optimum is not installed" in page
     assert '"x:path=$D/y.jsonl"' in html.unescape(page)
     assert "1 longer than the model’s 4,096 tokens left out" in page.replace("model's", "model’s")
-    assert "12% / 0.0100" in page
+    assert "12.0% / 0.0100" in page
     assert "SLO 2 s" in page
 
 
