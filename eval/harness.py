@@ -32,7 +32,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 @register_model("cachegen")
-class CacheGenLM(HFLM):  # type: ignore[misc]
+class CacheGenLM(HFLM):
     """A causal language model that reads the context of every prompt from a decoded cache.
 
     Args:
