@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_cachegen.artifact.entries import STATES_FILE, TensorEntry
 from hf_cachegen.artifact.manifest import (
     BASE_FILE,
     FORMAT_VERSION,
@@ -41,6 +42,7 @@ __all__ = [
     "MANIFEST_FILE",
     "PROFILE_FILE",
     "SIGNATURE_FILE",
+    "STATES_FILE",
     "TEXT_FILE",
     "TOKENS_FILE",
     "Artifact",
@@ -53,6 +55,7 @@ __all__ = [
     "Reader",
     "Segment",
     "Store",
+    "TensorEntry",
     "artifact_sizes",
     "chain",
     "chunk_name",
