@@ -118,6 +118,11 @@ class Codebook:
         return cost.reshape(self.entries, -1)
 
     @cached_property
+    def compiled_cost(self) -> Tensor:
+        """`cost` as the compiled code takes it: int32 [contexts * symbols, entries]."""
+        return self.cost.mT.to(torch.int32).contiguous()
+
+    @cached_property
     def narrowest(self) -> int:
         """The entry, other than "always zero", that codes a channel of zeros most cheaply: about a thousandth of a bit
         per symbol.

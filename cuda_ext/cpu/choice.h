@@ -1,0 +1,160 @@
+// How often each symbol of up to 256 columns occurs, and which table codes a column most cheaply. Compiled for every
+// instruction set.
+//
+// Note: what is counted is the fine symbol, once; base and digits are functions of it, and so are their counts. Fine
+// symbols of 32 columns at a time are counted, whose counters stay in the nearest cache.
+#pragma once
+
+#include <string.h>
+
+#include "../core/chunk.h"
+#include "counter.h"
+
+namespace cachegen {
+
+namespace {
+
+// The fine symbols whose base fits a byte: index = symbol + zero, below bins.
+struct Fine {
+  uint32_t per_base, bins;
+  int32_t zero;
+
+  explicit Fine(uint32_t n_digits)
+      : per_base(n_digits == 0 ? 1 : n_digits == 1 ? 3 : 9),
+        bins(per_base * kMaxSymbols),
+        zero(int32_t(per_base * kZeroIndex + per_base / 2)) {}
+};
+
+void use(Counter* counter, uint32_t first, uint32_t last) {
+  counter->low = first < counter->low ? first : counter->low;
+  counter->high = last > counter->high ? last : counter->high;
+}
+
+void add_wide(Counter* counter, uint32_t column, int32_t index, const Digit* found, uint32_t n_digits) {
+  const uint32_t bin = index < 0 ? 0 : index > 0xff ? 0xff : uint32_t(index);
+  use(counter, bin, bin);
+  counter->base[column][bin]++;
+  for (uint32_t k = 0; k < n_digits; k++) counter->digits[k][column][3 * found[k].context + found[k].index]++;
+}
+
+void add_anchor(Counter* counter, uint32_t width, const uint8_t* symbols) {
+  uint8_t low = 0xff, high = 0;
+  for (uint32_t j = 0; j < width; j++) {
+    low = symbols[j] < low ? symbols[j] : low;
+    high = symbols[j] > high ? symbols[j] : high;
+  }
+  for (uint32_t j = 0; j < width; j++) counter->anchors[j][symbols[j]]++;
+  counter->anchor_low = low < counter->anchor_low ? low : counter->anchor_low;
+  counter->anchor_high = high > counter->anchor_high ? high : counter->anchor_high;
+}
+
+// For the next columns; `all` of new memory.
+void clear(Counter* counter, bool all) {
+  if (all) memset(counter, 0, sizeof *counter);
+  for (uint32_t j = 0; j < kTileColumns && !all; j++) {
+    const uint32_t low = counter->low, anchor_low = counter->anchor_low;
+    if (low <= counter->high) memset(counter->base[j] + low, 0, (counter->high - low + 1) * sizeof(uint32_t));
+    if (anchor_low <= counter->anchor_high)
+      memset(counter->anchors[j] + anchor_low, 0, (counter->anchor_high - anchor_low + 1) * sizeof(uint32_t));
+  }
+  memset(counter->digits, 0, sizeof counter->digits);
+  counter->rows = counter->refused = 0;
+  counter->low = counter->anchor_low = kMaxSymbols - 1;
+  counter->high = counter->anchor_high = 0;
+}
+
+// Counts of a column's fine symbols to counts of its base and its digits.
+template <uint32_t kDigits>
+void fold(Counter* counter, uint32_t column, uint16_t* seen, uint32_t low, uint32_t high) {
+  uint32_t* base = counter->base[column];
+  uint32_t(*coarse)[3] = reinterpret_cast<uint32_t(*)[3]>(counter->digits[0][column]);
+  uint32_t(*finer)[3] = reinterpret_cast<uint32_t(*)[3]>(counter->digits[1][column]);
+  for (uint32_t k = low; k <= high; k++) {
+    const uint8_t sign = sign_of(int32_t(k) - kZeroIndex);
+    if (kDigits == 0) {
+      base[k] += seen[k];
+    } else if (kDigits == 1) {
+      uint32_t sum = 0;
+      for (uint32_t d = 0; d < 3; d++) {
+        coarse[sign][d] += seen[3 * k + d];
+        sum += seen[3 * k + d];
+      }
+      base[k] += sum;
+    } else {
+      uint32_t sum = 0;
+      for (uint32_t d = 0; d < 3; d++) {
+        const uint16_t* at = seen + 9 * k + 3 * d;
+        const uint8_t side = sign ? sign : sign_of(int32_t(d) - kDigitZero);
+        const uint32_t some = uint32_t(at[0]) + at[1] + at[2];
+        for (uint32_t e = 0; e < 3; e++) finer[side][e] += at[e];
+        coarse[sign][d] += some;
+        sum += some;
+      }
+      base[k] += sum;
+    }
+  }
+}
+
+void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
+  for (uint32_t first = 0; first < width; first += kStrip) {
+    const uint32_t n = width - first < kStrip ? width - first : kStrip;
+    uint16_t low = uint16_t(fine.bins - 1), high = 0;
+    for (uint32_t i = 0; i < counter->rows; i++) {
+      const uint16_t* row = counter->fine[i] + first;
+      for (uint32_t c = 0; c < n; c++) {
+        const uint16_t wide = row[c] == fine.bins, x = row[c];
+        low = !wide && x < low ? x : low;
+        high = !wide && x > high ? x : high;
+      }
+      for (uint32_t c = 0; c < n; c++) counter->seen[c][row[c]]++;
+    }
+    if (low > high) low = high = uint16_t(fine.zero);
+    const uint32_t base_low = low / fine.per_base, base_high = high / fine.per_base;
+    use(counter, base_low, base_high);
+    const auto add = fine.per_base == 1 ? fold<0> : fine.per_base == 3 ? fold<1> : fold<2>;
+    for (uint32_t c = 0; c < n; c++) {
+      uint16_t* seen = counter->seen[c];
+      add(counter, first + c, seen, base_low, base_high);
+      memset(seen + base_low * fine.per_base, 0, (base_high - base_low + 1) * fine.per_base * sizeof *seen);
+      seen[fine.bins] = 0;
+    }
+  }
+  counter->rows = 0;
+}
+
+// The cheapest entry of counts [low, high], and its cost.
+template <class Sum>
+void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, uint8_t* entry, uint64_t* cost) {
+  constexpr uint32_t kTogether = 64;
+  Sum sums[kMaxTables];
+  for (uint32_t first = 0; first < book.entries; first += kTogether) {
+    const uint32_t n = book.entries - first < kTogether ? book.entries - first : kTogether;
+    Sum own[kTogether] = {};
+    for (uint32_t k = low; k <= high; k++) {
+      const int32_t* __restrict costs = book.costs + k * book.entries + first;
+      const Sum count = Sum(counts[k]);
+      if (n == kTogether)
+        for (uint32_t e = 0; e < kTogether; e++) own[e] += count * costs[e];
+      else
+        for (uint32_t e = 0; e < n; e++) own[e] += count * costs[e];
+    }
+    memcpy(sums + first, own, n * sizeof(Sum));
+  }
+  Sum least = sums[book.first];
+  for (uint32_t e = book.first; e < book.entries; e++) least = sums[e] < least ? sums[e] : least;
+  int32_t found = kMaxTables;
+  for (uint32_t e = book.first; e < book.entries; e++) {
+    const int32_t own = sums[e] == least ? int32_t(e) : int32_t(kMaxTables);
+    found = own < found ? own : found;
+  }
+  *entry = uint8_t(found);
+  *cost = uint64_t(least);
+}
+
+void choose(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, bool small, uint8_t* entry,
+            uint64_t* cost) {
+  (small ? cheapest<int32_t> : cheapest<int64_t>)(book, counts, low, high, entry, cost);
+}
+
+}  // namespace
+}  // namespace cachegen
