@@ -98,21 +98,26 @@ void fold(Counter* counter, uint32_t column, uint16_t* seen, uint32_t low, uint3
 void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
   for (uint32_t first = 0; first < width; first += kStrip) {
     const uint32_t n = width - first < kStrip ? width - first : kStrip;
-    uint16_t low = uint16_t(fine.bins - 1), high = 0;
+    uint16_t low[kStrip], high[kStrip];
+    for (uint32_t c = 0; c < kStrip; c++) low[c] = high[c] = uint16_t(fine.zero);
     for (uint32_t i = 0; i < counter->rows; i++) {
-      const uint16_t* row = counter->fine[i] + first;
-      for (uint32_t c = 0; c < n; c++) {
-        const uint16_t wide = row[c] == fine.bins, x = row[c];
-        low = !wide && x < low ? x : low;
-        high = !wide && x > high ? x : high;
+      const uint16_t* __restrict row = counter->fine[i] + first;
+      for (uint32_t c = 0; c < kStrip; c++) {
+        const uint16_t x = row[c] == fine.bins ? uint16_t(fine.zero) : row[c];  // bins: counted already
+        low[c] = x < low[c] ? x : low[c];
+        high[c] = x > high[c] ? x : high[c];
       }
-      for (uint32_t c = 0; c < n; c++) counter->seen[c][row[c]]++;
+      if (n == kStrip) {
+#pragma GCC unroll 32
+        for (uint32_t c = 0; c < kStrip; c++) counter->seen[c][row[c]]++;
+      } else {
+        for (uint32_t c = 0; c < n; c++) counter->seen[c][row[c]]++;
+      }
     }
-    if (low > high) low = high = uint16_t(fine.zero);
-    const uint32_t base_low = low / fine.per_base, base_high = high / fine.per_base;
-    use(counter, base_low, base_high);
     const auto add = fine.per_base == 1 ? fold<0> : fine.per_base == 3 ? fold<1> : fold<2>;
     for (uint32_t c = 0; c < n; c++) {
+      const uint32_t base_low = low[c] / fine.per_base, base_high = high[c] / fine.per_base;
+      use(counter, base_low, base_high);
       uint16_t* seen = counter->seen[c];
       add(counter, first + c, seen, base_low, base_high);
       memset(seen + base_low * fine.per_base, 0, (base_high - base_low + 1) * fine.per_base * sizeof *seen);
@@ -125,12 +130,13 @@ void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
 // The cheapest entry of counts [low, high], and its cost.
 template <class Sum>
 void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, uint8_t* entry, uint64_t* cost) {
-  constexpr uint32_t kTogether = 64;
-  Sum sums[kMaxTables];
+  constexpr uint32_t kTogether = 32;  // in registers
+  Sum sums[kMaxTables] = {};
   for (uint32_t first = 0; first < book.entries; first += kTogether) {
     const uint32_t n = book.entries - first < kTogether ? book.entries - first : kTogether;
     Sum own[kTogether] = {};
     for (uint32_t k = low; k <= high; k++) {
+      if (counts[k] == 0) continue;
       const int32_t* __restrict costs = book.costs + k * book.entries + first;
       const Sum count = Sum(counts[k]);
       if (n == kTogether)

@@ -149,7 +149,7 @@ class Source:
         parts = config.levels + (self.group_tokens > 0)
         entries = torch.empty(parts, len(self), dtype=torch.uint8)
         costs, refused = torch.empty(parts, len(self), dtype=torch.int64), ctypes.c_uint32()
-        views = [abi.Costs(book.compiled_cost.data_ptr(), book.entries, int(coded)) for book in books]
+        views = [abi.Costs(book.compiled_cost.data_ptr(), book.compiled_cost.shape[1], int(coded)) for book in books]
         arguments = (config.levels - 1, *views, entries, costs, ctypes.byref(refused))
         native.call("cg_choose", self._view(*scale), self._spans(chunks, config), len(chunks), *arguments)
         return None if refused.value else (entries, costs.double() / COST_SCALE)

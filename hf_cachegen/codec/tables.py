@@ -37,6 +37,10 @@ SHIPPED_CODEBOOK = "cachegen-1"
 EXCEPTION_BITS = 64
 COST_SCALE = 256
 """Costs are integers in units of 1/256 bit."""
+LARGEST_COST = 1 << 15
+"""Above every cost: 12 bits and an exception."""
+COMPILED_ENTRIES = 32
+"""The compiled code compares so many entries at a time."""
 _SUPPORT_SHARE = 1 << 17
 """A symbol rarer than one in this many becomes an exception: a frequency of 1 would cost the others more."""
 
@@ -119,8 +123,12 @@ class Codebook:
 
     @cached_property
     def compiled_cost(self) -> Tensor:
-        """`cost` as the compiled code takes it: int32 [contexts * symbols, entries]."""
-        return self.cost.mT.to(torch.int32).contiguous()
+        """`cost` as the compiled code takes it: int32 [contexts * symbols, entries], filled up to a multiple of
+        COMPILED_ENTRIES with entries that cost more than all others.
+        """
+        filled = torch.full((self.cost.shape[1], -(-self.entries // COMPILED_ENTRIES) * COMPILED_ENTRIES), LARGEST_COST)
+        filled[:, : self.entries] = self.cost.mT
+        return filled.to(torch.int32)
 
     @cached_property
     def narrowest(self) -> int:
