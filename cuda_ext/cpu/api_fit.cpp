@@ -108,17 +108,16 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
         passes.clear(counter, false);
         for (uint64_t s = 0; s < n_spans; s++) passes.count(columns, spans[s], n_digits, counter);
         if (counter->refused) bad = 1;
-        const auto choose = [&](uint64_t part, const cg_costs& book, uint64_t j, const uint32_t* counts, uint32_t low,
+        const auto choose = [&](uint64_t part, const cg_costs& book, const uint32_t* counts, uint32_t bins, uint32_t low,
                                 uint32_t high) {
-          passes.choose(book, counts, low, high, small, entries + part * n + first + j, costs + part * n + first + j);
+          const uint64_t at = part * n + first;
+          passes.choose(book, counts, bins, low, high, uint32_t(width), small, entries + at, costs + at);
         };
-        for (uint64_t j = 0; j < width; j++) {
-          choose(0, *values, j, counter->base[j], counter->low, counter->high);
-          for (uint32_t k = 0; k < n_digits; k++)
-            choose(1 + k, *digits, j, counter->digits[k][j], 0, CG_DIGIT_BINS - 1);
-          if (source->group_tokens > 0)
-            choose(1 + n_digits, *values, j, counter->anchors[j], counter->anchor_low, counter->anchor_high);
-        }
+        choose(0, *values, counter->base[0], kMaxSymbols, counter->low, counter->high);
+        for (uint32_t k = 0; k < n_digits; k++)
+          choose(1 + k, *digits, counter->digits[k][0], CG_DIGIT_BINS, 0, CG_DIGIT_BINS - 1);
+        if (source->group_tokens > 0)
+          choose(1 + n_digits, *values, counter->anchors[0], kMaxSymbols, counter->anchor_low, counter->anchor_high);
       });
   *refused = bad;
   return failed ? CG_FAILED : CG_OK;

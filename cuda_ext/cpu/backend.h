@@ -50,8 +50,9 @@ struct SourcePasses {
   void (*count)(const Columns& columns, const cg_span& span, uint32_t n_digits, Counter* counter);
   bool (*symbols)(const CodeJob& job);  // false where a value has no symbol
   void (*clear)(Counter* counter, bool all);
-  void (*choose)(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, bool small, uint8_t* entry,
-                 uint64_t* cost);
+  // For `width` columns, whose counts are `stride` apart; small: sums are below 2^31.
+  void (*choose)(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+                 bool small, uint8_t* entries, uint64_t* costs);
 };
 
 struct Backend {

@@ -127,39 +127,60 @@ void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
   counter->rows = 0;
 }
 
-// The cheapest entry of counts [low, high], and its cost.
+constexpr uint32_t kTogether = 32;  // entries whose sums stay in registers
+constexpr uint32_t kGroup = 8;      // columns that share the costs which are in the nearest cache
+
+// The cheapest entry of each of up to kGroup columns, whose counts are `stride` apart, and its cost.
 template <class Sum>
-void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, uint8_t* entry, uint64_t* cost) {
-  constexpr uint32_t kTogether = 32;  // in registers
-  Sum sums[kMaxTables] = {};
+void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+              uint8_t* entries, uint64_t* costs) {
+  Sum sums[kGroup][kMaxTables];
+  uint32_t seen[kGroup];
+  struct {
+    uint32_t symbol, count;
+  } list[kGroup][kMaxSymbols];
+  for (uint32_t j = 0; j < width; j++) {
+    seen[j] = 0;
+    for (uint32_t k = low; k <= high; k++) {
+      const uint32_t count = counts[j * stride + k];
+      list[j][seen[j]] = {k, count};
+      seen[j] += count > 0;
+    }
+  }
   for (uint32_t first = 0; first < book.entries; first += kTogether) {
     const uint32_t n = book.entries - first < kTogether ? book.entries - first : kTogether;
-    Sum own[kTogether] = {};
-    for (uint32_t k = low; k <= high; k++) {
-      if (counts[k] == 0) continue;
-      const int32_t* __restrict costs = book.costs + k * book.entries + first;
-      const Sum count = Sum(counts[k]);
-      if (n == kTogether)
-        for (uint32_t e = 0; e < kTogether; e++) own[e] += count * costs[e];
-      else
-        for (uint32_t e = 0; e < n; e++) own[e] += count * costs[e];
+    for (uint32_t j = 0; j < width; j++) {
+      Sum own[kTogether] = {};
+      for (uint32_t i = 0; i < seen[j]; i++) {
+        const int32_t* __restrict cost = book.costs + list[j][i].symbol * book.entries + first;
+        const Sum count = Sum(list[j][i].count);
+        if (n == kTogether)
+          for (uint32_t e = 0; e < kTogether; e++) own[e] += count * cost[e];
+        else
+          for (uint32_t e = 0; e < n; e++) own[e] += count * cost[e];
+      }
+      for (uint32_t e = 0; e < n; e++) sums[j][first + e] = own[e];
     }
-    memcpy(sums + first, own, n * sizeof(Sum));
   }
-  Sum least = sums[book.first];
-  for (uint32_t e = book.first; e < book.entries; e++) least = sums[e] < least ? sums[e] : least;
-  int32_t found = kMaxTables;
-  for (uint32_t e = book.first; e < book.entries; e++) {
-    const int32_t own = sums[e] == least ? int32_t(e) : int32_t(kMaxTables);
-    found = own < found ? own : found;
+  for (uint32_t j = 0; j < width; j++) {
+    Sum least = sums[j][book.first];
+    for (uint32_t e = book.first; e < book.entries; e++) least = sums[j][e] < least ? sums[j][e] : least;
+    int32_t found = kMaxTables;
+    for (uint32_t e = book.first; e < book.entries; e++) {
+      const int32_t own = sums[j][e] == least ? int32_t(e) : int32_t(kMaxTables);
+      found = own < found ? own : found;
+    }
+    entries[j] = uint8_t(found);
+    costs[j] = uint64_t(least);
   }
-  *entry = uint8_t(found);
-  *cost = uint64_t(least);
 }
 
-void choose(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, bool small, uint8_t* entry,
-            uint64_t* cost) {
-  (small ? cheapest<int32_t> : cheapest<int64_t>)(book, counts, low, high, entry, cost);
+void choose(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+            bool small, uint8_t* entries, uint64_t* costs) {
+  for (uint32_t j = 0; j < width; j += kGroup) {
+    const uint32_t n = width - j < kGroup ? width - j : kGroup;
+    (small ? cheapest<int32_t> : cheapest<int64_t>)(book, counts + j * stride, stride, low, high, n, entries + j, costs + j);
+  }
 }
 
 }  // namespace
