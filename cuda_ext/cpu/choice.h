@@ -130,15 +130,33 @@ void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
 constexpr uint32_t kTogether = 32;  // entries whose sums stay in registers
 constexpr uint32_t kGroup = 8;      // columns that share the costs which are in the nearest cache
 
+struct Seen {
+  uint32_t symbol, count;
+};
+
+// Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory.
+template <class Sum>
+void add_costs(const cg_costs& book, const Seen* seen, uint32_t count, uint32_t first, Sum* sums) {
+  typedef int32_t Costs __attribute__((vector_size(kTogether / 2 * sizeof(int32_t)), aligned(4)));
+  typedef Sum Sums __attribute__((vector_size(kTogether / 2 * sizeof(Sum)), aligned(sizeof(Sum))));
+  Sums low = {}, high = {};
+  for (uint32_t i = 0; i < count; i++) {
+    const auto* cost = reinterpret_cast<const Costs*>(book.costs + seen[i].symbol * book.entries + first);
+    const Sum times = Sum(seen[i].count);
+    low += __builtin_convertvector(cost[0], Sums) * times;
+    high += __builtin_convertvector(cost[1], Sums) * times;
+  }
+  memcpy(sums, &low, sizeof low);
+  memcpy(sums + kTogether / 2, &high, sizeof high);
+}
+
 // The cheapest entry of each of up to kGroup columns, whose counts are `stride` apart, and its cost.
 template <class Sum>
 void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
               uint8_t* entries, uint64_t* costs) {
   Sum sums[kGroup][kMaxTables];
   uint32_t seen[kGroup];
-  struct {
-    uint32_t symbol, count;
-  } list[kGroup][kMaxSymbols];
+  Seen list[kGroup][kMaxSymbols];
   for (uint32_t j = 0; j < width; j++) {
     seen[j] = 0;
     for (uint32_t k = low; k <= high; k++) {
@@ -150,16 +168,15 @@ void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t stride, uin
   for (uint32_t first = 0; first < book.entries; first += kTogether) {
     const uint32_t n = book.entries - first < kTogether ? book.entries - first : kTogether;
     for (uint32_t j = 0; j < width; j++) {
-      Sum own[kTogether] = {};
-      for (uint32_t i = 0; i < seen[j]; i++) {
-        const int32_t* __restrict cost = book.costs + list[j][i].symbol * book.entries + first;
-        const Sum count = Sum(list[j][i].count);
-        if (n == kTogether)
-          for (uint32_t e = 0; e < kTogether; e++) own[e] += count * cost[e];
-        else
-          for (uint32_t e = 0; e < n; e++) own[e] += count * cost[e];
+      if (n == kTogether) {
+        add_costs(book, list[j], seen[j], first, sums[j] + first);
+        continue;
       }
-      for (uint32_t e = 0; e < n; e++) sums[j][first + e] = own[e];
+      for (uint32_t e = first; e < book.entries; e++) {
+        sums[j][e] = 0;
+        for (uint32_t i = 0; i < seen[j]; i++)
+          sums[j][e] += Sum(list[j][i].count) * book.costs[list[j][i].symbol * book.entries + e];
+      }
     }
   }
   for (uint32_t j = 0; j < width; j++) {
