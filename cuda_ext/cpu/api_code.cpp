@@ -183,9 +183,7 @@ int32_t cg_code(const cg_source* source, const cg_span* span, uint32_t n_digits,
     if (!is_part(*source, parts[part])) return CG_BAD_ARGUMENT;
     if (!open_tables(parts[part].tables, parts[part].tables_bytes, &chunk.tables[part])) return CG_BAD_TABLES;
   }
-  if (out->offsets == nullptr || out->bytes == nullptr || out->statuses == nullptr) return CG_BAD_ARGUMENT;
-  if ((out->memory_bytes > 0 && out->memory == nullptr) || (out->max_exceptions > 0 && out->exceptions == nullptr))
-    return CG_BAD_ARGUMENT;
+  if (!are_streams(*out)) return CG_BAD_ARGUMENT;
   std::atomic<bool> failed{false};
   try {
     std::fill_n(out->bytes, CG_MAX_STREAMS * chunk.tiles, 0);

@@ -15,13 +15,6 @@ uint64_t cells(const cg_source& source, const cg_span* spans, uint64_t n_spans) 
   return tokens * source.columns;
 }
 
-bool is_book(const cg_costs* book) {
-  return book != nullptr && book->costs != nullptr && book->entries >= 1 && book->entries <= kMaxTables &&
-         book->first < book->entries;
-}
-
-constexpr uint64_t kLargestCost = 1 << 15;
-
 }  // namespace
 
 int32_t cg_peaks(const cg_source* source, const cg_span* spans, uint64_t n_spans, float* peaks, const cg_run* run) noexcept {
@@ -92,7 +85,7 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
   if (entries == nullptr || costs == nullptr) return CG_BAD_ARGUMENT;
   const uint64_t tiles = (source->columns + kTileColumns - 1) / kTileColumns, n = source->columns;
   const uint64_t all = cells(*source, spans, n_spans);
-  const bool small = all / n < (uint64_t(1) << 31) / kLargestCost;
+  const bool small = all / n < kSmallTokens;
   const SourcePasses& passes = backend->source(source->dtype);
   std::atomic<uint32_t> bad{0}, failed{0};
   for_each_with<Counter>(

@@ -43,6 +43,14 @@ struct Columns;
 struct Counter;
 struct CodeJob;
 
+// Values as bytes, for values of one size.
+struct PlanePasses {
+  // Rows of a run's bits to bytes [tokens, stride] of each plane, `plane` bytes further, and back.
+  void (*split)(const Run& run, uint64_t first, uint64_t tokens, uint8_t* bytes, uint64_t stride, uint64_t plane);
+  void (*join)(const Run& run, uint64_t first, uint64_t tokens, const uint8_t* bytes, uint64_t stride, uint64_t plane);
+  bool (*outside)(const uint8_t* symbols, const uint8_t* low, const uint8_t* high, uint32_t n);
+};
+
 // The passes over a source, for values of one type.
 struct SourcePasses {
   uint32_t (*peak)(const Run& run, uint64_t token);  // bits of the largest magnitude
@@ -75,6 +83,7 @@ struct Backend {
                     uint64_t first, uint64_t every);
   void (*run_contexts)(const cg_output& output, const Run& run, uint64_t tokens, uint8_t* contexts, uint64_t stride);
   const SourcePasses& (*source)(uint32_t dtype);
+  const PlanePasses& (*planes)(uint64_t value_bytes);
 };
 
 constexpr uint32_t kMaxBatch = 2;

@@ -159,6 +159,10 @@ void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t stride, uin
   Seen list[kGroup][kMaxSymbols];
   for (uint32_t j = 0; j < width; j++) {
     seen[j] = 0;
+    if (book.entries <= kTogether) {  // listing costs more than adding zeros
+      for (uint32_t k = low; k <= high; k++) list[j][seen[j]++] = {k, counts[j * stride + k]};
+      continue;
+    }
     for (uint32_t k = low; k <= high; k++) {
       const uint32_t count = counts[j * stride + k];
       list[j][seen[j]] = {k, count};

@@ -29,4 +29,18 @@ inline bool is_scaled(const cg_source& source) {
   return source.columns == 0 || (has_scales(source) && source.means != nullptr && source.steps != nullptr);
 }
 
+constexpr uint64_t kLargestCost = 1 << 15;
+constexpr uint64_t kSmallTokens = (uint64_t(1) << 31) / kLargestCost;  // below it the costs of a column fit 31 bits
+
+inline bool is_book(const cg_costs* book) {
+  return book != nullptr && book->costs != nullptr && book->entries >= 1 && book->entries <= kMaxTables &&
+         book->first < book->entries;
+}
+
+inline bool are_streams(const cg_streams_out& out) {
+  if (out.offsets == nullptr || out.bytes == nullptr || out.statuses == nullptr) return false;
+  if (out.memory_bytes > 0 && out.memory == nullptr) return false;
+  return out.max_exceptions == 0 || out.exceptions != nullptr;
+}
+
 }  // namespace cachegen

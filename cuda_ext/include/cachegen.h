@@ -391,6 +391,29 @@ typedef struct cg_streams_out {
 CG_API int32_t cg_code(const cg_source* source, const cg_span* span, uint32_t n_digits, const cg_part* parts,
                        cg_streams_out* out, const cg_run* run) CG_NOEXCEPT;
 
+/* Lossless: the bits of a value, rotated left by one, are cut into bytes. Plane 0 is the most significant byte. The symbol
+ * of section column plane * columns + column is that byte. columns is a multiple of 256, and all of them are coded. */
+
+/* Counts the bytes of all tokens of the spans and chooses the cheapest entry of every section column. book may be NULL,
+ * and so may counts [planes, columns, 256]; entries and costs are [planes, columns]. */
+CG_API int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t n_spans, const cg_costs* book,
+                                uint8_t* entries, uint64_t* costs, int32_t* counts, const cg_run* run) CG_NOEXCEPT;
+
+/* cg_code of one chunk's planes. Of `part` columns is NULL and n_columns counts those of the section, as do low and high.
+ * There is one stream per section tile; exceptions have stream 0. */
+CG_API int32_t cg_code_planes(const cg_source* source, const cg_span* span, const cg_part* part, cg_streams_out* out,
+                              const cg_run* run) CG_NOEXCEPT;
+
+/* cg_decode of such a section, straight into values; output->columns is NULL and of chunk only tokens, columns and dtype
+ * count. tile_status has an entry for each tile of the section. */
+CG_API int32_t cg_decode_planes(const cg_section* section, const uint8_t* streams, uint64_t streams_bytes,
+                                const uint64_t* offsets, const cg_output* output, int32_t* tile_status,
+                                const cg_run* run) CG_NOEXCEPT;
+
+/* Sets single bytes of values: position = token * planes * columns + section column; others are left out. */
+CG_API int32_t cg_patch_planes(const uint64_t* positions, const int32_t* indices, uint64_t count, const cg_output* output,
+                               const cg_run* run) CG_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -30,6 +30,8 @@ from hf_cachegen.config import CacheGenConfig
 _TILE = 256
 _EXCEPTION = np.dtype([("position", "<u8"), ("index", "<i4"), ("stream", "<u4")])
 """struct cg_exception."""
+_HEAD_BYTES = 128
+"""Of a tile's stream: the states of its lanes."""
 _FIRST_EXCEPTIONS = 1 << 16
 """Room for exceptions in a chunk's first attempt."""
 
@@ -99,8 +101,7 @@ class Source:
         rows = {chunk.first: first for chunk, first in zip(chunks, firsts, strict=True)}
         source = replace(self, group_tokens=group_tokens, anchors=rows)
         peaks = torch.empty(sum(counts), self.n_vectors)
-        spans = source._spans(chunks, CacheGenConfig(protect_first=0, protect_last=0))
-        native.call("cg_peaks", source._view(), spans, len(chunks), peaks)
+        native.call("cg_peaks", source._view(), *source._plain(chunks), peaks)
         scales = bf16_at_least(peaks / peaks.new_full((), ANCHOR_PEAK)).clamp_min(torch.finfo(torch.bfloat16).tiny)
         return replace(source, scales=scales, _wide_scales=scales.float())
 
@@ -176,25 +177,12 @@ class Source:
         anchors, base, refinements = parts
         order = [base, anchors, *refinements]
         views = (abi.Part * len(order))(*(_part(part) for part in order))
-        tiles, memory = -(-len(self) // _TILE), self._memory
+        tiles = -(-len(self) // _TILE)
         offsets, sizes = np.empty((2, abi.MAX_STREAMS, tiles), np.int64)
         statuses = np.empty((abi.MAX_STREAMS, tiles), np.int32)
-        most = 2 * chunk.tokens * len(self) * config.levels + 128 * abi.MAX_STREAMS * tiles
-        if len(memory.streams) < most:
-            memory.streams = np.empty(most, np.uint8)  # most of it is never touched, and takes no memory
-        view, spans = self._view(*scale), self._spans([chunk], config)
-        while True:
-            found = memory.exceptions
-            out = abi.StreamsOut(
-                memory.streams.ctypes.data, len(memory.streams), offsets.ctypes.data, sizes.ctypes.data,
-                statuses.ctypes.data, found.ctypes.data, len(found), 0, 0,
-            )  # fmt: skip
-            native.call("cg_code", view, spans, config.levels - 1, views, out, device=self.target.device)
-            if out.n_exceptions <= len(found):
-                break
-            memory.exceptions = np.empty(out.n_exceptions, _EXCEPTION)
-        native.check_encoded(statuses.ravel().tolist())
-        streams, exceptions = memory.streams.data, found[: out.n_exceptions]
+        self._reserve(chunk.tokens * len(self) * config.levels, abi.MAX_STREAMS * tiles)
+        arguments = (self._view(*scale), self._spans([chunk], config), config.levels - 1, views)
+        exceptions = self._code("cg_code", arguments, offsets, sizes, statuses)
         rows = chunk.tokens - anchor_count(chunk.tokens, self.group_tokens)
         ordinary = chunk.ordinary(config, self.group_tokens)
         middle = ordinary.stop - ordinary.start
@@ -205,16 +193,81 @@ class Source:
             if stream == abi.ANCHOR_STREAM and not self.group_tokens:
                 sections.append([])
                 continue
-            own = exceptions[exceptions["stream"] == stream]
-            own = own[own["position"].argsort()]
             n = -(-len(part.live) // _TILE) if count else 0
-            where, lengths = offsets[stream, :n].tolist(), sizes[stream, :n].tolist()
-            pairs = np.empty((len(own), 2), "<u4")  # positions wrap, as in `section.encode`
-            pairs[:, 0], pairs[:, 1] = own["position"], own["index"].view("<u4")
-            head = struct.pack(f"<{1 + n}I", len(own), *lengths)
-            cut = [streams[at : at + size] for at, size in zip(where, lengths, strict=True)]
-            sections.append([head, pairs.tobytes(), *cut])
+            own = exceptions[exceptions["stream"] == stream]
+            sections.append(self._section(own, offsets[stream, :n], sizes[stream, :n]))
         return sections
+
+    def _reserve(self, symbols: int, tiles: int) -> None:
+        """Make room for streams of so many symbols in so many tiles. What they do not take is never touched."""
+        most = 2 * symbols + _HEAD_BYTES * tiles
+        if len(self._memory.streams) < most:
+            self._memory.streams = np.empty(most, np.uint8)
+
+    def _code(
+        self, name: str, arguments: tuple[object, ...], offsets: np.ndarray, sizes: np.ndarray, statuses: np.ndarray
+    ) -> np.ndarray:
+        """Call a function that encodes. Return its exceptions."""
+        memory = self._memory
+        while True:
+            found = memory.exceptions
+            out = abi.StreamsOut(
+                memory.streams.ctypes.data, len(memory.streams), offsets.ctypes.data, sizes.ctypes.data,
+                statuses.ctypes.data, found.ctypes.data, len(found), 0, 0,
+            )  # fmt: skip
+            native.call(name, *arguments, out, device=self.target.device)
+            if out.n_exceptions <= len(found):
+                native.check_encoded(statuses.ravel().tolist())
+                return found[: out.n_exceptions]
+            memory.exceptions = np.empty(out.n_exceptions, _EXCEPTION)
+
+    def _section(self, exceptions: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes | memoryview]:
+        """Return the bytes of a section, in pieces."""
+        exceptions, streams = exceptions[exceptions["position"].argsort()], self._memory.streams.data
+        pairs = np.empty((len(exceptions), 2), "<u4")  # positions wrap, as in `section.encode`
+        pairs[:, 0], pairs[:, 1] = exceptions["position"], exceptions["index"].view("<u4")
+        where, lengths = offsets.tolist(), sizes.tolist()
+        head = struct.pack(f"<{1 + len(lengths)}I", len(exceptions), *lengths)
+        return [head, pairs.tobytes(), *(streams[at : at + size] for at, size in zip(where, lengths, strict=True))]
+
+    @property
+    def has_whole_tiles(self) -> bool:
+        """Whether the channels fill whole tiles, which the passes over planes need."""
+        return len(self) % _TILE == 0
+
+    def sampled(self, channels: int) -> Source:
+        """Return the source of about this number of channels, in whole tiles that are evenly spread."""
+        tiles = np.unique(np.linspace(0, len(self) // _TILE - 1, max(1, channels // _TILE)).astype(np.int64))
+        chosen = (tiles[:, None] * _TILE + np.arange(_TILE)).ravel()
+        places = self.target.places.numpy()[chosen]
+        return replace(self, target=replace(self.target, places=torch.from_numpy(places)), vectors=self.vectors[chosen])
+
+    def count_planes(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Return how often each byte occurs in these chunks: int32 [planes x channels, 256] (`transforms.lossless`)."""
+        counts = torch.empty(self.target.dtype.itemsize * len(self), _TILE, dtype=torch.int32)
+        native.call("cg_choose_planes", self._view(), *self._plain(chunks), None, None, None, counts)
+        return counts
+
+    def choose_planes(self, chunks: Sequence[Chunk], book: Codebook) -> tuple[Tensor, Tensor]:
+        """Choose the cheapest table of each plane and channel, as `tables.Codebook.choose` does."""
+        entries = torch.empty(self.target.dtype.itemsize * len(self), dtype=torch.uint8)
+        costs = torch.empty(len(entries), dtype=torch.int64)
+        cost = abi.Costs(book.compiled_cost.data_ptr(), book.compiled_cost.shape[1], 0)
+        native.call("cg_choose_planes", self._view(), *self._plain(chunks), cost, entries, costs, None)
+        return entries, costs.double() / COST_SCALE
+
+    def _plain(self, chunks: Sequence[Chunk]) -> tuple[ctypes.Array[abi.Span], int]:
+        return self._spans(chunks, CacheGenConfig(protect_first=0, protect_last=0)), len(chunks)
+
+    def encode_planes(self, chunk: Chunk, part: Assignment) -> list[bytes | memoryview]:
+        """Encode the bytes of a chunk's values: the section in pieces, valid until the next call."""
+        tiles = len(part) // _TILE
+        offsets, sizes = np.empty((2, tiles), np.int64)
+        statuses = np.empty(tiles, np.int32)
+        self._reserve(chunk.tokens * len(part), tiles)
+        arguments = (self._view(), self._plain([chunk])[0], _part(part))
+        exceptions = self._code("cg_code_planes", arguments, offsets, sizes, statuses)
+        return self._section(exceptions, offsets, sizes)
 
 
 def _part(part: Assignment) -> abi.Part:

@@ -17,19 +17,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import passes, section
+from hf_cachegen.codec import native, passes, section
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
-from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.into import Sections, Target
 from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rans import TILE_COLUMNS
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
-from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn
+from hf_cachegen.codec.source import Source
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn, normalise
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError
 
 TABLES_PER_PLANE = 16
+MAX_LEARNT = 4096
+"""Of more channels, only some are learnt from."""
+SAMPLED, TABLES_PER_LOW_PLANE = 1024, 2
+"""Then that number of them; and tables of the planes after the first, whose bytes hardly differ between channels."""
+LEAST_SHARE = 1 << 16
+"""A byte that does not occur in the sample counts as one in so many."""
 MAX_TABLES = 256
 """Their number is stored in one byte."""
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -52,6 +60,18 @@ def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
 
 
+def _never(config: CacheGenConfig) -> Tensor:
+    """Return the frequencies of table 0, "always zero", which is not coded: int32 [1, 256]."""
+    never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
+    never[0, ZERO_INDEX] = 1
+    return learn(never, TABLES_PER_PLANE, config.prob_bits)
+
+
+def _readable(context: ContextRows) -> Source | None:
+    """Return the source of the context, if the compiled passes over planes can read it."""
+    return context.source if context.source is not None and context.source.has_whole_tiles else None
+
+
 class Lossless(Transform):
     """Code the bytes of the values, in one level. `CacheGenConfig.lossless` selects it, not its name.
 
@@ -72,14 +92,33 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
+        if (source := _readable(context)) is not None and len(context.channels) > MAX_LEARNT:
+            return cls._sampled(source, context, config)
         counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
         for rows, _ in context.chunks():
             passes.count(counts, to_planes(rows.cpu()))
-        never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
-        never[0, ZERO_INDEX] = 1  # entry 0 means "always zero", which is not coded
-        learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]
+        learnt = [_never(config)]
+        learnt += [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in counts.chunk(dtype.itemsize)]
         book = Codebook(torch.cat(learnt), config.prob_bits, 1)
         entries, bits = book.choose(counts)
+        return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
+
+    @classmethod
+    def _sampled(cls, source: Source, context: ContextRows, config: CacheGenConfig) -> Fitted:
+        """Learn the tables from some channels, and choose among them for all.
+
+        A channel may be unlike all that were learnt from. So each plane has one more table, which supports every byte.
+        """
+        dtype, spans = source.target.dtype, context.spans
+        counts = source.sampled(SAMPLED).count_planes(spans)
+        learnt = [_never(config)]
+        for plane, own in enumerate(counts.chunk(dtype.itemsize)):
+            learnt.append(learn(own, TABLES_PER_PLANE if plane == 0 else TABLES_PER_LOW_PLANE, config.prob_bits))
+            total = own.sum(0, dtype=torch.int64)
+            every = total.clamp_min(1 + int(total.sum()) // LEAST_SHARE)
+            learnt.append(torch.tensor([normalise(every.tolist(), config.prob_bits)], dtype=torch.int32))
+        book = Codebook(torch.cat(learnt), config.prob_bits, 1)
+        entries, bits = source.choose_planes(spans, book)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
@@ -111,10 +150,22 @@ class Lossless(Transform):
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return [section.encode(to_planes(rows.cpu()), self.assignment, coder=self.config.coder)]
 
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        source = _readable(context)
+        if source is None or self.config.coder != "rans" or len(self.assignment.dead) or not span.tokens:
+            return super().encode_chunk(context, span)
+        return [b"".join(source.encode_planes(span, self.assignment))]
+
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         cursor = Cursor(parts[0])
         coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
+        whole = self.channels % TILE_COLUMNS == 0 and not len(self.assignment.dead)
+        if whole and self.config.coder == "rans" and target.device.type == "cpu" and native.available(target.device):
+            sections = Sections(target, row, span.tokens, span.tokens, self.channels)
+            sections.planes(coded)
+            sections.finish()
+            return
         target.put(from_planes(coded.decode(coder=self.config.coder), self.dtype), row)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
