@@ -8,18 +8,27 @@
 namespace cachegen {
 namespace {
 
+// kColumns columns of a row, or n for 0.
+template <class Bits, uint64_t kColumns>
+void split_row(const Bits* __restrict from, uint64_t n, uint8_t* __restrict bytes, uint64_t plane) {
+  constexpr uint32_t kBits = 8 * sizeof(Bits);
+  const uint64_t count = kColumns ? kColumns : n;
+  for (uint32_t p = 0; p < sizeof(Bits); p++)
+    for (uint64_t j = 0; j < count; j++) {
+      const Bits x = from[j], rotated = Bits(x << 1 | x >> (kBits - 1));
+      bytes[p * plane + j] = uint8_t(rotated >> (kBits - 8 - 8 * p));
+    }
+}
+
 template <class Bits>
 void split_run(const Run& run, uint64_t first, uint64_t tokens, uint8_t* bytes, uint64_t stride, uint64_t plane) {
-  constexpr uint32_t kBits = 8 * sizeof(Bits), kPlanes = sizeof(Bits);
+  constexpr uint64_t kTogether = 64;
   for (uint64_t t = 0; t < tokens; t++, bytes += stride) {
-    const Bits* __restrict from = reinterpret_cast<const Bits*>(row_at(run, first + t));
-    for (uint32_t p = 0; p < kPlanes; p++) {
-      uint8_t* __restrict to = bytes + p * plane + run.coded;
-      for (uint64_t j = 0; j < run.columns; j++) {
-        const Bits x = from[j], rotated = Bits(x << 1 | x >> (kBits - 1));
-        to[j] = uint8_t(rotated >> (kBits - 8 - 8 * p));
-      }
-    }
+    const Bits* from = reinterpret_cast<const Bits*>(row_at(run, first + t));
+    uint64_t j = 0;
+    for (; j + kTogether <= run.columns; j += kTogether)
+      split_row<Bits, kTogether>(from + j, kTogether, bytes + run.coded + j, plane);
+    split_row<Bits, 0>(from + j, run.columns - j, bytes + run.coded + j, plane);
   }
 }
 
