@@ -66,12 +66,12 @@ class Encoder:
     def chunks(self) -> Iterator[list[bytes]]:
         """Yield the bytes of every part, chunk by chunk."""
         count = len(self.rows.spans)
-        for rows, span in tqdm(self.rows.chunks(), "encode", count, unit="chunk", disable=not self.progress):
-            parts = self.codec.encode(rows, span)
+        for span in tqdm(self.rows.spans, "encode", count, unit="chunk", disable=not self.progress):
+            parts = self.codec.encode_chunk(self.rows, span)
             for part, data in enumerate(parts):
                 self._bytes[part] += len(data)
             if self.config.measure:
-                self._measure(rows.cpu(), span)
+                self._measure(self.rows.chunk(span).cpu(), span)
             yield parts
 
     def _measure(self, rows: Tensor, span: Span) -> None:

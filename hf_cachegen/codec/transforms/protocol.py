@@ -135,6 +135,21 @@ class Transform(ABC):
             TensorError: The transform cannot express a value.
         """
 
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        """Encode a chunk of the context that it was fitted to. A transform should override it if it needs no rows.
+
+        Args:
+            context: The context.
+            span: The position of the chunk.
+
+        Returns:
+            The result of `encode`.
+
+        Raises:
+            TensorError: The transform cannot express a value.
+        """
+        return self.encode(context.chunk(span), span)
+
     @abstractmethod
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         """Decode a chunk at level len(parts) into rows [row, row + tokens) of a target, in its dtype, on its device.
