@@ -27,7 +27,7 @@ from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import build_dynamic
-from hf_cachegen.models.opening import Tokens
+from hf_cachegen.models.opening import ContextInputs
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.text import prompt_ids
 from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
@@ -91,7 +91,7 @@ class CacheGenCache(CachedContext, DynamicCache):
     def from_context(
         cls,
         model: PreTrainedModel,
-        input_ids: Tokens,
+        input_ids: ContextInputs,
         config: CacheGenConfig | None = None,
         profile: ProfileLike = "auto",
         *,
@@ -104,7 +104,8 @@ class CacheGenCache(CachedContext, DynamicCache):
 
         Args:
             model: the model, or a wrapper of it (torch.compile, PEFT, accelerate).
-            input_ids: the context, int64 [tokens] or [1, tokens].
+            input_ids: the context, int64 [tokens] or [1, tokens]; or the whole output of a processor, with pictures,
+                videos or audio. A prompt must then come with the same media (docs/how-to/media.md).
             config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: the profile of the model, its location (a path, a repository, a URL), "auto" (the one in the
                 model's folder or repository, if there is one: docs/stores.md) or None.
@@ -116,7 +117,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         Raises:
             UnsupportedModelError: the model keeps no cache that can be reused, or the context exceeds its positions.
             UnsupportedLayerError: a layer of its cache is of an unknown kind.
-            TensorError: input_ids are not one row of token ids.
+            TensorError: input_ids are not one row of token ids, or media do not fit their placeholders.
             WrongDtypeError: the cache has another dtype than the model.
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
@@ -163,7 +164,7 @@ class CacheGenCache(CachedContext, DynamicCache):
     def from_cache(
         cls,
         cache: Cache,
-        input_ids: Tokens,
+        input_ids: ContextInputs,
         model: PreTrainedModel,
         config: CacheGenConfig | None = None,
         profile: ProfileLike = "auto",
@@ -179,7 +180,8 @@ class CacheGenCache(CachedContext, DynamicCache):
 
         Args:
             cache: the filled cache, of one row.
-            input_ids: the context, int64 [tokens] or [1, tokens].
+            input_ids: the context, int64 [tokens] or [1, tokens]; or the whole output of a processor, from which the
+                model filled it.
             model: the model that filled it.
             config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: a profile, its location, "auto" or None, as for `from_context`.

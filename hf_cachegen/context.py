@@ -24,7 +24,8 @@ from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.models.layers import KVTensors, capture
-from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
+from hf_cachegen.models.media_prompt import prefill
+from hf_cachegen.models.opening import ContextInputs, checked_kv, context_inputs, open_manifest, validate
 from hf_cachegen.models.requirements import (
     layer_kinds,
     positions_change,
@@ -126,7 +127,7 @@ class CachedContext:
 @torch.no_grad()
 def compute_context(
     model: PreTrainedModel,
-    input_ids: Tokens,
+    input_ids: ContextInputs,
     config: CacheGenConfig | None,
     profile: ProfileLike,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -138,7 +139,7 @@ def compute_context(
     if prefill_chunk_tokens < 1:
         raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
     require_model(model)
-    ids = one_row(input_ids)
+    ids, media = context_inputs(model.config, input_ids)
     require_length(model, ids.shape[1])
     identify(model)
     require_inactive(model, ids[0].tolist())
@@ -150,14 +151,22 @@ def compute_context(
     # Without a config the cache keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
     past = DynamicCache()
     device = layer_devices(model, len(layer_kinds(model.config)))[0]
-    chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
-    with evaluation_mode(model), fresh_state(model):
-        _require_continuation(model, chunks[0])
-        for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
-            run(model, chunk, past, last_logits_only=True)
+    tokens = ids.to(device)
+    with evaluation_mode(model), fresh_state(model), tqdm(
+        desc="prefill", unit="token", total=ids.shape[1], disable=not progress
+    ) as bar:
+        if media is None:
+            _require_continuation(model, tokens)
+            for chunk in tokens.split(prefill_chunk_tokens, dim=1):
+                run(model, chunk, past, last_logits_only=True)
+                bar.update(chunk.shape[1])
+        else:
+            for count in prefill(model, tokens, media, past, prefill_chunk_tokens):
+                bar.update(count)
     _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
     kv = checked_kv(capture(past, model.config), model, ids)
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
+    found_media = () if media is None else media.media()
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=found_media)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
     return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, text=text)
 
@@ -195,7 +204,7 @@ def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
 
 def wrap_cache(
     cache: Cache,
-    input_ids: Tokens,
+    input_ids: ContextInputs,
     model: PreTrainedModel,
     config: CacheGenConfig | None,
     profile: ProfileLike,
@@ -205,9 +214,10 @@ def wrap_cache(
     """Copy a cache that a model filled. Arguments and errors are those of `CacheGenCache.from_cache`."""
     require_model(model)
     found = for_encoding(profile, model)
-    ids = one_row(input_ids)
+    ids, media = context_inputs(model.config, input_ids)
     kv = checked_kv(capture(cache, model.config), model, ids).clone()
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv if verify == "probe" else None)
+    probed, found_media = kv if verify == "probe" else None, () if media is None else media.media()
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, probed, media=found_media)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes)
     return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, verify=verify)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen._version import __version__
-from hf_cachegen.artifact.manifest import BASE_FILE, Manifest, chunk_name, nbytes_at, refine_file
+from hf_cachegen.artifact.manifest import BASE_FILE, MEDIA_FEATURE, Manifest, chunk_name, nbytes_at, refine_file
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.writer import artifact_sizes
 from hf_cachegen.codec import tables
@@ -145,6 +145,7 @@ def manifest_of(
     side: bytes,
 ) -> Manifest:
     """Return the manifest, without its files."""
+    media = (MEDIA_FEATURE,) if (fingerprint or {}).get("media") else ()
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
         codec["profile"] = Pin.of(profile).to_dict()
@@ -154,6 +155,6 @@ def manifest_of(
         chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
         report=report,
         fingerprint=fingerprint,
-        required=transform_of(config).features(side, geometry, config, profile),
+        required=(*transform_of(config).features(side, geometry, config, profile), *media),
         writer=WRITER,
     )

@@ -32,7 +32,9 @@ from hf_cachegen.errors import (
 from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, prepared_inputs, unwrapped
 from hf_cachegen.models.layers import build_dynamic, build_static
-from hf_cachegen.models.prefix import Reuse, match
+from hf_cachegen.models.media import MEDIA_INPUTS
+from hf_cachegen.models.media_prompt import cover, positions
+from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.running import layer_devices
 from hf_cachegen.models.state import fresh_state
@@ -165,7 +167,8 @@ def stream_for(
 def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall, on_mismatch: OnMismatch) -> Any:
     """Call the stock generate with a stock cache of the known part of the prompt."""
     stock, ids, mask, settings = _stock(model), call.ids, call.mask, call.settings
-    reuse = match(context.input_ids[0], ids, mask)
+    covered = cover(context.input_ids[0], context.fingerprint.media, ids, mask, call.media)
+    reuse = covered.reuse
     tokens, longest = context.kv.geometry.tokens, int(mask.sum(-1).max())
     moved = positions_change(model.config, tokens, longest)
     if on_mismatch == "error" and (moved or not reuse.whole):
@@ -186,11 +189,15 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
         cache = build_dynamic(kv, reuse, repeats, devices)
     del kv
     processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
-    return start_from(model, call, cache, processors)
+    return start_from(model, call, cache, processors, covered.rest(repeats))
 
 
 def start_from(
-    model: PreTrainedModel, call: GenerateCall, cache: Cache, processors: Sequence[LogitsProcessor] = ()
+    model: PreTrainedModel,
+    call: GenerateCall,
+    cache: Cache,
+    processors: Sequence[LogitsProcessor] = (),
+    media: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Call the stock generate with a stock cache of the beginning of the prompt, and return its result.
 
@@ -199,8 +206,10 @@ def start_from(
         call: the call, which can start from a cache.
         cache: holds the first positions of every row, none of them or all but one; it grows as the model generates.
         processors: come before the caller's own.
+        media: model inputs for the media of the prompt that the cache does not hold.
     """
-    arguments, settings = dict(call.arguments), call.settings
+    settings = call.settings
+    arguments = {name: value for name, value in call.arguments.items() if name not in MEDIA_INPUTS}
     if settings.use_cache is False:  # a default that the model was saved with
         arguments["use_cache"] = True
     if processors:
@@ -211,8 +220,11 @@ def start_from(
     }
     arguments |= {"attention_mask": call.mask, CACHE_ARGUMENT: cache}
     assisted = call.mode is GenerationMode.ASSISTED_GENERATION
-    with fresh_state(model):
-        return (_twin(model).generate if assisted else _stock(model))(*call.prompt, **arguments)
+    with fresh_state(model, leave_offsets=True):
+        if call.media is not None:
+            arguments |= positions(model, call.ids, call.mask, call.media)
+        function = _twin(model, media).generate if assisted or media else _stock(model)
+        return function(*call.prompt, **arguments)
 
 
 def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: bool) -> None:
@@ -344,18 +356,20 @@ def _stock(model: PreTrainedModel) -> Callable[..., Any]:
     return attached.stock if isinstance(attached, _Attached) else model.generate
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second object over the same weights, whose inputs leave out the cached tokens.
+def _twin(model: PreTrainedModel, media: Mapping[str, Tensor] | None) -> PreTrainedModel:
+    """Return a second object over the same weights, whose inputs leave out the cached tokens and media.
 
     The first step of assisted decoding feeds the whole prompt even beside a cache, and its candidates need the whole
-    prompt. The model itself is not changed, so other threads may use it.
+    prompt. The stock generate would compute the features of all media that it is given, and repeat them for beams in
+    the order of the whole prompt's placeholders. So the first step is given those that are not cached. The model itself
+    is not changed, so other threads may use it.
     """
     model = unwrapped(model)
     prepare = model.prepare_inputs_for_generation
 
     @functools.wraps(prepare)
     def prepare_rest(input_ids: Tensor, next_sequence_length: int | None = None, **inputs: Any) -> Any:
-        return prepared_inputs(prepare, input_ids, next_sequence_length, inputs)
+        return prepared_inputs(prepare, input_ids, next_sequence_length, inputs, media)
 
     twin = object.__new__(type(model))
     twin.__dict__.update(model.__dict__)

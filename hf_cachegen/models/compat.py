@@ -72,6 +72,15 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def text_decoder(model: Any) -> nn.Module:
+    """Return the part of `model` that reads tokens, without towers for pictures and audio; else the model itself."""
+    base = unwrapped(model)
+    if getattr(base.config, "vision_config", None) is None and getattr(base.config, "audio_config", None) is None:
+        return base
+    found = base.get_decoder()
+    return found if isinstance(found, nn.Module) else base
+
+
 def cache_of(outputs: Any) -> Cache:
     """Return the cache in the output of a forward pass or of `generate`."""
     return outputs[CACHE_ARGUMENT]
@@ -93,12 +102,36 @@ def tokens_seen(layer: Any) -> int:
     return int(layer.cumulative_length if seen is None else seen)
 
 
-def prepared_inputs(prepare: Any, input_ids: Tensor, length: int | None, inputs: Mapping[str, Any]) -> Any:
+def prepared_inputs(
+    prepare: Any, input_ids: Tensor, length: int | None, inputs: Mapping[str, Any], media: Mapping[str, Tensor] | None = None
+) -> Any:
     """Call a model's `prepare_inputs_for_generation` for the last tokens of `input_ids` alone.
 
-    Where `length` is None the tokens are those that the cache among `inputs` does not hold.
+    Where `length` is None the tokens are those that the cache among `inputs` does not hold. The first step of a
+    generation also gets `media`, the model inputs for the placeholders among these tokens.
     """
     cache = inputs.get(CACHE_ARGUMENT)
     if length is None and cache is not None and (held := cache.get_seq_length()):
         length = input_ids.shape[1] - held
+    if media and inputs.get("is_first_iteration"):
+        # From 5.24 on generate encodes media before the first step. Here it was given none, and encodes nothing.
+        inputs = {name: value for name, value in inputs.items() if name != "mm_encoder_outputs" or value} | dict(media)
     return prepare(input_ids, next_sequence_length=length, **inputs)
+
+
+def prompt_positions(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the positions that the stock generate computes for a whole prompt with media.
+
+    Models with positions of several axes (M-RoPE) also keep their offset, `rope_deltas`, on the model.
+
+    Args:
+        model: the model.
+        input_ids: int64 [rows, tokens].
+        inputs: the other model inputs, with the attention mask.
+
+    Returns:
+        The argument `position_ids` of generate; empty for a model that takes none.
+    """
+    if not takes(model, "position_ids"):
+        return {}
+    return {"position_ids": unwrapped(model)._prepare_position_ids_for_generation(input_ids, dict(inputs))}

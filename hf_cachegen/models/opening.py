@@ -5,26 +5,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
+from hf_cachegen.artifact import MEDIA_FEATURE, TOKENS_FILE, Limits, Store
 from hf_cachegen.artifact.artifact import Artifact
-from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.errors import (
+    ConfigError,
+    CorruptError,
+    ManifestError,
+    TensorError,
+    UnsupportedModelError,
+    WrongDtypeError,
+)
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors, dtype_name
+from hf_cachegen.models.media import MEDIA_INPUTS, TOKEN_TYPES, MediaInputs, parse_media
 from hf_cachegen.models.requirements import require_geometry, require_model
 from hf_cachegen.models.running import layer_devices
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Tokens = Tensor | Sequence[int]
+ContextInputs = Tokens | Mapping[str, Any]
+"""Token ids, or the whole output of a processor."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,13 @@ def validate(
             "hf_cachegen.artifact.Artifact(hf_cachegen.stores.open_store(path)).decode()"
         )
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
+    if bool(fingerprint.media) != (MEDIA_FEATURE in artifact.manifest.required):
+        raise ManifestError(
+            f"{store}: the fingerprint has {len(fingerprint.media)} media, which the required features "
+            f"{list(artifact.manifest.required)} contradict"
+        )
+    if fingerprint.media and fingerprint.media[-1].end > artifact.geometry.tokens:
+        raise ManifestError(f"{store}: a medium ends behind the {artifact.geometry.tokens} tokens of the context")
     if artifact.geometry.batch != 1:
         raise ManifestError(f"{store}: expected a context of one row, it holds {artifact.geometry.batch} rows")
     if artifact.geometry.dtype != fingerprint.dtype:
@@ -141,6 +158,39 @@ def one_row(input_ids: Tokens) -> Tensor:
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
         raise TensorError(f"expected one row of token ids, [tokens] or [1, tokens], got {list(ids.shape)} {ids.dtype}")
     return ids.long()
+
+
+def context_inputs(config: PreTrainedConfig, inputs: ContextInputs) -> tuple[Tensor, MediaInputs | None]:
+    """Return the token ids and the media of a context.
+
+    Args:
+        config: the configuration of the model.
+        inputs: its token ids, as for `one_row`; or model inputs by name, the whole output of a processor.
+
+    Returns:
+        Token ids int64 [1, tokens] on the CPU; and the media, None where there are none.
+
+    Raises:
+        TensorError: they are not one row without pads, or media do not fit the placeholders.
+        UnsupportedModelError: an input is not known, so it may change keys and values.
+    """
+    if not isinstance(inputs, Mapping):
+        return one_row(inputs), None
+    named = {name: value for name, value in inputs.items() if value is not None}
+    unknown = sorted(named.keys() - {"input_ids", "attention_mask", *TOKEN_TYPES, *MEDIA_INPUTS})
+    if unknown or "input_ids" not in named:
+        raise UnsupportedModelError(
+            f"expected input_ids with or without {sorted(MEDIA_INPUTS)}, got {sorted(named)}: leave out {unknown}, or "
+            "keep the context without them"
+        )
+    ids = one_row(named["input_ids"])
+    mask = torch.as_tensor(named.get("attention_mask", 1))
+    if bool((mask == 0).any()) or (mask.ndim and mask.numel() != ids.numel()):
+        raise TensorError("expected a context without pads, got an attention_mask with zeros or of another length")
+    media = parse_media(config, ids, named)
+    if media is None and any(bool(torch.as_tensor(named[name]).any()) for name in TOKEN_TYPES if name in named):
+        raise TensorError(f"got {TOKEN_TYPES} other than 0 without media: pass the whole output of the processor")
+    return ids, media
 
 
 def checked_kv(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:

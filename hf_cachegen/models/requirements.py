@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_cachegen.codec.geometry import Geometry, LayerKind
 from hf_cachegen.errors import UnsupportedLayerError, UnsupportedModelError, WrongModelError
-from hf_cachegen.models.compat import takes_cache, unwrapped
+from hf_cachegen.models.compat import takes_cache, text_decoder, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,6 +25,11 @@ LAYER_REASONS = {
     "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
 }
 """Reasons for refusing a kind of cache layer, by class name."""
+
+WHOLE_PROMPT = {
+    "paligemma": "it attends in both directions over the whole prompt, so the keys of a context depend on the question",
+}
+"""Reasons for refusing models whose keys and values of a context depend on what follows it, by model type."""
 
 POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)")
 """Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
@@ -42,6 +47,8 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
+    if (reason := WHOLE_PROMPT.get(model.config.model_type)) is not None:
+        raise UnsupportedModelError(f"the cache of {name} cannot be kept: {reason}")
     layer_kinds(model.config)
     if bool(getattr(model, "_is_stateful", False)):
         raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be cut to a prefix")
@@ -64,8 +71,7 @@ def _masks_windows(model: nn.Module) -> bool:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the number of positions that a model has learnt or tabulated; None if it computes them."""
     limits = []
-    base = unwrapped(model)
-    for path, module in base.named_modules():
+    for path, module in text_decoder(model).named_modules():
         name = path.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name):
             limits.append(module.num_embeddings - int(getattr(module, "offset", 0)))
