@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.profile import Group, Rotary
 from hf_cachegen.profiles.files import Profile
@@ -27,6 +28,23 @@ def golden_kv(name: str = "") -> tuple[list[Tensor], list[Tensor]]:
     if name.endswith("-sinks"):
         x[0, :, :, :, [0, 40]] /= 256
     return list(x[0]), list(x[1])
+
+
+def golden_tensors() -> list[NamedTensor]:
+    """Return tensors to store beside the cache: of every dtype, alone and against another one, raw and coded."""
+    numbers = torch.arange(3 * 4100, dtype=torch.int64) * 2654435761 % 65536 - 32768
+    state = (numbers.float() / 4096).reshape(1, 3, 4100)
+    later = state * 1.0078125
+    return [
+        NamedTensor("recurrent-20", state, 20),
+        NamedTensor("recurrent-49", later, 49, "recurrent-20"),
+        NamedTensor("half", later.half(), 49),
+        NamedTensor("brain", later.bfloat16(), 49),
+        NamedTensor("double", state.double(), 49),
+        NamedTensor("positions", numbers.abs().reshape(3, 4100), 49),
+        NamedTensor("small", numbers[:5].to(torch.int32)),
+        NamedTensor("one", torch.tensor(7, dtype=torch.uint8)),
+    ]
 
 
 def golden_profile() -> Profile:

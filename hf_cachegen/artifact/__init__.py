@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_cachegen.artifact.entries import STATES_FILE, TensorEntry
 from hf_cachegen.artifact.manifest import (
     BASE_FILE,
     FORMAT_VERSION,
@@ -43,6 +44,7 @@ __all__ = [
     "MEDIA_FEATURE",
     "PROFILE_FILE",
     "SIGNATURE_FILE",
+    "STATES_FILE",
     "TEXT_FILE",
     "TOKENS_FILE",
     "Artifact",
@@ -55,6 +57,7 @@ __all__ = [
     "Reader",
     "Segment",
     "Store",
+    "TensorEntry",
     "artifact_sizes",
     "chain",
     "chunk_name",

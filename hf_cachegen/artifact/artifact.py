@@ -30,6 +30,7 @@ from hf_cachegen.artifact import (
 )
 from hf_cachegen.artifact.encoded import SIDE, EncodedContext, manifest_of, segments_of
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.tensors import NamedTensor, decode_tensors, encode_tensors, read_encoded
 from hf_cachegen.codec import tables
 from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry
@@ -47,6 +48,7 @@ def write(
     input_ids: Sequence[int] | None = None,
     fingerprint: dict[str, Any] | None = None,
     text: ContextText | None = None,
+    tensors: Sequence[NamedTensor] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Write an artifact into `directory`, completely or not at all.
@@ -56,6 +58,8 @@ def write(
         directory: Created if it does not exist.
         input_ids: The context's token ids, to store with it.
         fingerprint: The model that the cache belongs to.
+        text: The text of the context, to store with it.
+        tensors: Named tensors to store with it, exactly; those of an encoded context come first.
         overwrite: Replace an existing artifact.
 
     Returns:
@@ -63,24 +67,26 @@ def write(
 
     Raises:
         ArtifactExistsError: The directory already holds an artifact.
-        TensorError: input_ids are no token ids, or not one per token of the cache.
+        TensorError: input_ids are no token ids, or not one per token of the cache; or a named tensor cannot be coded.
     """
     if input_ids is not None and len(input_ids) != source.geometry.tokens:
         raise TensorError(f"expected an input_id for each of {source.geometry.tokens} tokens, got {len(input_ids)}")
     chunks: Iterable[Sequence[bytes]]
+    encoded = encode_tensors(tensors)
     if isinstance(source, Encoder):
         side, chunks = source.codec.side_bytes(), source.chunks()
     else:
-        side, chunks = source.side, zip(*source.parts, strict=True)
+        side, chunks, encoded = source.side, zip(*source.parts, strict=True), (*source.tensors, *encoded)
     with ArtifactWriter(directory, overwrite=overwrite) as writer:
-        for file, name, data in segments_of(side, chunks):
+        for file, name, data in segments_of(side, chunks, encoded):
             writer.add(file, name, data)
         if input_ids is not None:
             writer.add(TOKENS_FILE, INPUT_IDS, pack_input_ids(input_ids))
         if text is not None:
             writer.add(TEXT_FILE, *text.segment())
         report = source.report() if isinstance(source, Encoder) else source.report
-        return writer.commit(manifest_of(source.geometry, source.config, report, fingerprint, source.profile, side))
+        manifest = manifest_of(source.geometry, source.config, report, fingerprint, source.profile, side, encoded)
+        return writer.commit(manifest)
 
 
 class Artifact:
@@ -164,7 +170,16 @@ class Artifact:
         chunks = [self._parts(chunk, self.levels) for chunk in range(len(self.manifest.chunks))]
         parts = tuple(zip(*chunks, strict=True))
         profile = None if self.pin is None else self.profile
-        return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, profile)
+        tensors = read_encoded(self.reader)
+        return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, profile, tensors)
+
+    def tensors(self) -> tuple[NamedTensor, ...]:
+        """Read, verify and decode the named tensors that are stored with the context, on the CPU.
+
+        Raises:
+            TruncatedError, CorruptError: The files are damaged.
+        """
+        return decode_tensors(read_encoded(self.reader))
 
     @property
     def pin(self) -> Pin | None:

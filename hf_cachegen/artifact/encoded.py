@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from hf_cachegen._version import __version__
+from hf_cachegen.artifact.entries import STATES, STATES_FILE
 from hf_cachegen.artifact.manifest import BASE_FILE, MEDIA_FEATURE, Manifest, chunk_name, nbytes_at, refine_file
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.tensors import EncodedTensor
 from hf_cachegen.artifact.writer import artifact_sizes
 from hf_cachegen.codec import tables
 from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
@@ -40,6 +42,7 @@ class EncodedContext:
         parts: `parts[p][c]` are the bytes of chunk c in part p (0: the base, then the refinements).
         report: The measured sizes and errors (`Encoder.report`).
         profile: Of the klt transform. It is stored once per model and not counted in the size of a context.
+        tensors: The named tensors that are stored with the context.
     """
 
     geometry: Geometry
@@ -48,6 +51,7 @@ class EncodedContext:
     parts: tuple[tuple[bytes, ...], ...]
     report: dict[str, Any] = field(default_factory=dict)
     profile: Profile | None = None
+    tensors: tuple[EncodedTensor, ...] = ()
 
     @property
     def levels(self) -> int:
@@ -64,9 +68,12 @@ class EncodedContext:
         return nbytes_at(self._sizes(), level)
 
     def _sizes(self) -> dict[str, int]:
-        manifest = manifest_of(self.geometry, self.config, self.report, None, self.profile, self.side)
+        manifest = manifest_of(
+            self.geometry, self.config, self.report, None, self.profile, self.side, self.tensors
+        )
         lengths = [
-            (file, name, len(data)) for file, name, data in segments_of(self.side, zip(*self.parts, strict=True))
+            (file, name, len(data))
+            for file, name, data in segments_of(self.side, zip(*self.parts, strict=True), self.tensors)
         ]
         return artifact_sizes(manifest, lengths)
 
@@ -128,12 +135,16 @@ def decode_kv(
     )
 
 
-def segments_of(side: bytes, chunks: Iterable[Sequence[bytes]]) -> Iterator[tuple[str, str, bytes]]:
+def segments_of(
+    side: bytes, chunks: Iterable[Sequence[bytes]], tensors: Iterable[EncodedTensor] = ()
+) -> Iterator[tuple[str, str, bytes]]:
     """Yield (file, name, bytes) of every segment, in the order of writing."""
     yield BASE_FILE, SIDE, side
     for index, parts in enumerate(chunks):
         for part, data in enumerate(parts):
             yield (refine_file(part) if part else BASE_FILE), chunk_name(index), data
+    for tensor in tensors:
+        yield STATES_FILE, tensor.entry.name, tensor.data
 
 
 def manifest_of(
@@ -143,6 +154,7 @@ def manifest_of(
     fingerprint: dict[str, Any] | None,
     profile: Profile | None,
     side: bytes,
+    tensors: Sequence[EncodedTensor] = (),
 ) -> Manifest:
     """Return the manifest, without its files."""
     media = (MEDIA_FEATURE,) if (fingerprint or {}).get("media") else ()
@@ -155,6 +167,9 @@ def manifest_of(
         chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
         report=report,
         fingerprint=fingerprint,
-        required=(*transform_of(config).features(side, geometry, config, profile), *media),
+        required=(
+            *transform_of(config).features(side, geometry, config, profile), *media, *([STATES] if tensors else []),
+        ),
+        states=tuple(tensor.entry for tensor in tensors),
         writer=WRITER,
     )

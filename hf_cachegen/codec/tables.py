@@ -101,6 +101,10 @@ class Codebook:
         used = (frequencies > 0).int()
         self.low = used.argmax(1).to(torch.uint8)
         self.high = (frequencies.shape[1] - 1 - used.flip(1).argmax(1)).to(torch.uint8)
+        # Entry 0 is not coded. At 12 bits its table has a second symbol, which would be lost without an exception.
+        first = slice(contexts)
+        if prob_bits == 12 and bool(((self.low[first] == self.zero) & (self.high[first] == self.zero + 1)).all()):
+            self.high[first] = self.zero
 
     @cached_property
     def cost(self) -> Tensor:

@@ -30,7 +30,7 @@ from hf_cachegen.errors import (
     StoreError,
 )
 from hf_cachegen.models.call import GenerateCall
-from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, prepared_inputs, unwrapped
+from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, masks_by_token_types, prepared_inputs, unwrapped
 from hf_cachegen.models.layers import build_dynamic, build_static
 from hf_cachegen.models.media import MEDIA_INPUTS
 from hf_cachegen.models.media_prompt import cover, positions
@@ -176,11 +176,15 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
         raise PromptMismatchError(f"a prompt of {longest} tokens cannot continue a cache of {tokens}: {why}")
     chunk = settings.prefill_chunk_size
     usable = not moved and reuse.length > 0 and (chunk is None or ids.shape[1] - reuse.length <= chunk)
+    repeats = max(settings.num_beams, settings.num_return_sequences)
+    rest = covered.rest(repeats) if usable else {}
+    if rest and settings.cache_implementation == "static" and masks_by_token_types(model):
+        # For a static cache generate makes the mask of the first step from the token types of the new tokens alone.
+        usable = False
     _log_reuse(reuse, tokens, longest, moved, usable)
     if not usable:
         return stock(*call.prompt, **call.arguments)
 
-    repeats = max(settings.num_beams, settings.num_return_sequences)
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     devices = layer_devices(model, len(kv.keys))
     if settings.cache_implementation == "static":
@@ -189,7 +193,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
         cache = build_dynamic(kv, reuse, repeats, devices)
     del kv
     processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
-    return start_from(model, call, cache, processors, covered.rest(repeats))
+    return start_from(model, call, cache, processors, rest)
 
 
 def start_from(

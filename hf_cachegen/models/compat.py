@@ -113,10 +113,21 @@ def prepared_inputs(
     cache = inputs.get(CACHE_ARGUMENT)
     if length is None and cache is not None and (held := cache.get_seq_length()):
         length = input_ids.shape[1] - held
-    if media and inputs.get("is_first_iteration"):
-        # From 5.24 on generate encodes media before the first step. Here it was given none, and encodes nothing.
-        inputs = {name: value for name, value in inputs.items() if name != "mm_encoder_outputs" or value} | dict(media)
-    return prepare(input_ids, next_sequence_length=length, **inputs)
+    if not media or not inputs.get("is_first_iteration"):
+        return prepare(input_ids, next_sequence_length=length, **inputs)
+    # From 5.24 on generate encodes media before the first step. Here it was given none, and encodes nothing.
+    given = {name: value for name, value in inputs.items() if name != "mm_encoder_outputs" or value}
+    prepared = prepare(input_ids, next_sequence_length=length, **given, **media)
+    # Masks read token types by position. Up to 5.22 they were those of the new tokens alone, and shifted the mask.
+    whole = {name: inputs[name] for name in ("token_type_ids", "mm_token_type_ids") if prepared.get(name) is not None}
+    return {**prepared, **whole}
+
+
+def masks_by_token_types(model: Any) -> bool:
+    """Report whether the attention mask of a model depends on token types: in both directions within a picture."""
+    create = getattr(type(unwrapped(model)), "create_masks_for_generate", None)
+    names = () if create is None else inspect.signature(create).parameters
+    return "token_type_ids" in names or "mm_token_type_ids" in names
 
 
 def prompt_positions(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

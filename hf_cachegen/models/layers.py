@@ -20,12 +20,11 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
 )
 
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry, LayerKind
-from hf_cachegen.errors import TensorError, UnsupportedLayerError
+from hf_cachegen.errors import TensorError
+from hf_cachegen.models.kinds import require_captured
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.requirements import layer_kinds
 
@@ -153,8 +152,7 @@ def build_static(
 
 
 def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
-        raise UnsupportedLayerError(f"layer {index} of the cache is a {type(layer).__name__}, which cannot be captured")
+    require_captured(index, layer)
     tokens = int(layer.get_seq_length())
     if tokens == 0:
         raise TensorError(f"layer {index} of the cache is empty")

@@ -7,24 +7,17 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_cachegen.codec.geometry import Geometry, LayerKind
-from hf_cachegen.errors import UnsupportedLayerError, UnsupportedModelError, WrongModelError
+from hf_cachegen.errors import UnsupportedModelError, WrongModelError
 from hf_cachegen.models.compat import takes_cache, text_decoder, unwrapped
+from hf_cachegen.models.kinds import layer_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 """Functions of Transformers with which a model masks the tokens outside a window; its module imports one."""
-
-LAYER_REASONS = {
-    "DummyLayer": "it has no keys of its own but reads those of another layer",
-    "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
-}
-"""Reasons for refusing a kind of cache layer, by class name."""
 
 WHOLE_PROMPT = {
     "paligemma": "it attends in both directions over the whole prompt, so the keys of a context depend on the question",
@@ -49,7 +42,7 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
     if (reason := WHOLE_PROMPT.get(model.config.model_type)) is not None:
         raise UnsupportedModelError(f"the cache of {name} cannot be kept: {reason}")
-    layer_kinds(model.config)
+    layer_contents(model.config)
     if bool(getattr(model, "_is_stateful", False)):
         raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be cut to a prefix")
     if not takes_cache(model):
@@ -91,33 +84,18 @@ def require_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
-    """Return (kind, window) of every layer that the stock DynamicCache builds for a configuration.
+    """Return (kind, window) of every layer that holds keys and values.
 
     Args:
         config: the configuration of the model.
 
     Returns:
-        One pair for each layer; the window is a number of tokens, None for a layer without one.
+        One pair for each layer with keys and values; the window is a number of tokens, None for a layer without one.
 
     Raises:
-        UnsupportedLayerError: a layer is of another kind.
+        UnsupportedLayerError: a layer is of an unknown kind.
     """
-    latent = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
-    kinds: list[tuple[LayerKind, int | None]] = []
-    try:
-        layers = DynamicCache(config=config).layers
-    except KeyError as error:
-        raise UnsupportedLayerError(f"{config.model_type!r} has a layer of an unknown kind, {error}") from error
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            kinds.append(("sliding", int(layer.sliding_window)))
-        elif type(layer) is DynamicLayer:
-            kinds.append(("mla" if latent else "full", None))
-        else:
-            name = type(layer).__name__
-            reason = LAYER_REASONS.get(name, "this version handles full attention, sliding windows and MLA")
-            raise UnsupportedLayerError(f"layer {index} of {config.model_type!r} is a {name}: {reason}")
-    return kinds
+    return [(content.kind, content.window) for content in layer_contents(config) if content.kind is not None]
 
 
 def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:

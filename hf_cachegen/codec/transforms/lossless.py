@@ -3,11 +3,7 @@
 A value's bits are rotated left by one, so that the exponent comes first and the sign last. They are then cut into
 bytes: plane 0 is the most significant. Exponents of a channel are similar and compress; the lowest planes hardly do.
 Every (plane, channel) pair is coded as a channel. The tables are learnt from the context by clustering the histograms
-of these, and are part of the side information:
-
-    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x channels]
-
-Table 0 is "always zero". Its channels are not coded.
+of these. They are the side information (`hf_cachegen.codec.learnt`).
 """
 
 from __future__ import annotations
@@ -17,21 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import passes, section
+from hf_cachegen.codec import learnt, passes, section
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
-from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, Codebook
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import CorruptError
 
 TABLES_PER_PLANE = 16
-MAX_TABLES = 256
-"""Their number is stored in one byte."""
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -75,38 +68,28 @@ class Lossless(Transform):
         counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
         for rows, _ in context.chunks():
             passes.count(counts, to_planes(rows.cpu()))
-        never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
-        never[0, ZERO_INDEX] = 1  # entry 0 means "always zero", which is not coded
-        learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]
-        book = Codebook(torch.cat(learnt), config.prob_bits, 1)
+        book = learnt.learn_book(counts.chunk(dtype.itemsize), TABLES_PER_PLANE, config.prob_bits)
         entries, bits = book.choose(counts)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Lossless:
         cursor, dtype = Cursor(side), getattr(torch, geometry.dtype)
-        tables = cursor.take(1)[0] + 1
-        frequencies = cursor.tensor(tables * VALUE_SYMBOLS, torch.int16).reshape(tables, VALUE_SYMBOLS)
-        entries = cursor.tensor(geometry.channels * dtype.itemsize, torch.uint8)
+        book, entries = learnt.read(cursor, geometry.channels * dtype.itemsize, config.prob_bits)
         cursor.finish()
-        if bool((frequencies < 0).any()) or bool((frequencies.sum(1) != 1 << config.prob_bits).any()):
-            raise CorruptError("the frequencies of a table in the side information have the wrong sum")
-        if bool((entries >= tables).any()):
-            raise CorruptError("a table id in the side information is out of range")
-        return cls(dtype, config, Codebook(frequencies, config.prob_bits, 1), entries)
+        return cls(dtype, config, book, entries)
 
     @classmethod
     def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
         rest, table = 1 + geometry.channels * DTYPE_BYTES[geometry.dtype], 2 * VALUE_SYMBOLS
-        return range(rest + table, rest + MAX_TABLES * table + 1, table)
+        return range(rest + table, rest + learnt.MAX_TABLES * table + 1, table)
 
     @classmethod
     def levels(cls, config: CacheGenConfig) -> int:
         return 1
 
     def side_bytes(self) -> bytes:
-        frequencies = self.book.tables.frequencies.to(torch.int16)  # at most 4096
-        return bytes([len(frequencies) - 1]) + frequencies.numpy().tobytes() + self.entries.numpy().tobytes()
+        return learnt.to_bytes(self.book, self.entries)
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return [section.encode(to_planes(rows.cpu()), self.assignment, coder=self.config.coder)]

@@ -1,0 +1,57 @@
+"""Value tables that are learnt from the data they code, and their bytes:
+
+    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [channels]
+
+Table 0 is "always zero". Its channels are not coded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec.rans import MAX_FREQUENCY
+from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn
+from hf_cachegen.errors import CorruptError
+
+MAX_TABLES = 256
+"""Their number is stored in one byte."""
+
+
+def learn_book(groups: Iterable[Tensor], entries: int, prob_bits: int) -> Codebook:
+    """Learn up to `entries` tables for each group of channels.
+
+    Args:
+        groups: histograms, integers [channels, 256], of channels that may share tables.
+        entries: Largest number of tables for one group.
+        prob_bits: Every table sums to 2^prob_bits.
+    """
+    never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
+    never[0, ZERO_INDEX] = 1  # entry 0 means "always zero", which is not coded
+    return Codebook(torch.cat([learn(group, entries, prob_bits) for group in (never, *groups)]), prob_bits, 1)
+
+
+def to_bytes(book: Codebook, entries: Tensor) -> bytes:
+    """Return the bytes of the tables and of the table entries uint8 [channels]."""
+    frequencies = book.tables.frequencies.to(torch.int16)  # at most 4096
+    return bytes([len(frequencies) - 1]) + frequencies.numpy().tobytes() + entries.numpy().tobytes()
+
+
+def read(cursor: Cursor, channels: int, prob_bits: int) -> tuple[Codebook, Tensor]:
+    """Read the tables and the entries of `channels` channels. Inverse of `to_bytes`.
+
+    Raises:
+        TruncatedError, CorruptError: The bytes are damaged.
+    """
+    tables = cursor.take(1)[0] + 1
+    frequencies = cursor.tensor(tables * VALUE_SYMBOLS, torch.int16).reshape(tables, VALUE_SYMBOLS)
+    entries = cursor.tensor(channels, torch.uint8)
+    outside = bool(((frequencies < 0) | (frequencies > MAX_FREQUENCY)).any())
+    if outside or bool((frequencies.sum(1) != 1 << prob_bits).any()):
+        raise CorruptError("the frequencies of a learnt table have a wrong sum or range; fetch the artifact again")
+    if bool((entries >= tables).any()):
+        raise CorruptError("the id of a learnt table is out of range; fetch the artifact again")
+    return Codebook(frequencies, prob_bits, 1), entries

@@ -1,0 +1,113 @@
+"""What each kind of stock cache layer holds. Capturing and building a cache go through this file.
+
+A layer holds some of two sorts of tensors, which are found from the attributes that its class declares:
+
+- *token tensors* have one row for each token, and can be cut to a prefix: keys and values;
+- *states* have a fixed size, summarise all tokens before a position, and cannot be cut.
+
+To add a kind: put its class into KINDS, and the names of its tensors into TOKEN_TENSORS or STATE_TENSORS. A class or an
+attribute that is not listed ends in an error that names both, so that a new release of Transformers is never captured
+in part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from hf_cachegen.codec.geometry import LayerKind
+from hf_cachegen.errors import UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TOKEN_TENSORS = ("keys", "values")
+"""Attributes of layers that hold a row for each token."""
+STATE_TENSORS = ("conv_states", "recurrent_states")
+"""Attributes of layers that hold states: a dictionary from the number of a state to a tensor [rows, ...] or None."""
+SETTINGS = ("device", "dtype", "conv_kernel_size", "cumulative_length", "_sliding_window_tensor")
+"""Attributes of layers that may be None or a tensor, and belong to no content."""
+KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""The classes of layers that the stock DynamicCache builds and this version handles, each with all its subclasses left
+out: a subclass may keep something else in the same attributes."""
+CAPTURED = (*KINDS, StaticLayer, StaticSlidingWindowLayer)
+"""The classes of layers that can be captured from a filled cache."""
+REASONS = {
+    "DummyLayer": "it has no keys of its own but reads those of another layer",
+    "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
+}
+"""Reasons for refusing a kind of cache layer, by class name."""
+
+
+@dataclass(frozen=True)
+class LayerContent:
+    """What one layer of a stock cache holds.
+
+    Attributes:
+        kind: the kind of its keys and values in a geometry; None if it holds none.
+        window: its sliding window in tokens; None without one.
+        states: names of its attributes with states, a part of STATE_TENSORS.
+    """
+
+    kind: LayerKind | None
+    window: int | None = None
+    states: tuple[str, ...] = ()
+
+
+def layer_contents(config: PreTrainedConfig) -> list[LayerContent]:
+    """Return what every layer holds that the stock DynamicCache builds for a configuration.
+
+    Raises:
+        UnsupportedLayerError: a layer is of an unknown kind.
+    """
+    text = config.get_text_config(decoder=True)
+    latent = getattr(text, "kv_lora_rank", None) is not None
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as error:
+        raise UnsupportedLayerError(f"{config.model_type!r} has a layer of an unknown kind, {error}") from error
+    shared = "reuse" in (getattr(text, "kv_sharing_modes", None) or ())
+    return [_content(index, layer, config.model_type, latent, shared) for index, layer in enumerate(layers)]
+
+
+def require_captured(index: int, layer: Any) -> None:
+    """Raise UnsupportedLayerError unless the content of a filled layer can be captured."""
+    if type(layer) not in CAPTURED:
+        raise UnsupportedLayerError(f"layer {index} of the cache is a {type(layer).__name__}, which cannot be captured")
+
+
+def _content(index: int, layer: Any, model: str, latent: bool, shared: bool) -> LayerContent:
+    name, tensors = type(layer).__name__, _declared(layer)
+    unknown = sorted(tensors - {*TOKEN_TENSORS, *STATE_TENSORS})
+    if type(layer) not in KINDS or unknown or (shared and type(layer) is DummyLayer):
+        reason = REASONS.get(name, "this version handles full and latent attention, sliding windows and states")
+        held = f", which holds {unknown}" if unknown else ""
+        raise UnsupportedLayerError(f"layer {index} of {model!r} is a {name}{held}: {reason}")
+    if type(layer) is DummyLayer:
+        return LayerContent(None)
+    states = tuple(tensor for tensor in STATE_TENSORS if tensor in tensors)
+    if not tensors.issuperset(TOKEN_TENSORS):
+        return LayerContent(None, None, states)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return LayerContent("sliding", int(layer.sliding_window), states)
+    return LayerContent("mla" if latent else "full", None, states)
+
+
+def _declared(layer: Any) -> set[str]:
+    """Return the names of the attributes in which a fresh layer will hold tensors."""
+    found = set()
+    for name, value in vars(layer).items():
+        values = list(value.values()) if isinstance(value, dict) else [value]
+        if name not in SETTINGS and all(item is None or isinstance(item, Tensor) for item in values):
+            found.add(name)
+    return found
