@@ -202,6 +202,28 @@ def _gemma3() -> Any:
     return model
 
 
+def _gemma4() -> Any:
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+                  num_key_value_heads=4, patch_size=4, pooling_kernel_size=2, position_embedding_size=16)  # fmt: skip
+    config = hf.Gemma4Config(
+        text_config={
+            **TEXT, "num_hidden_layers": 4, "sliding_window": 12, "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97, "global_head_dim": 8, "use_bidirectional_attention": "vision",
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "tie_word_embeddings": False,
+        },
+        vision_config=vision, audio_config=None, image_token_id=PLACEHOLDER, video_token_id=VIDEO, audio_token_id=95,
+        boi_token_id=BEGIN, eoi_token_id=END, tie_word_embeddings=False,
+    )  # fmt: skip
+    return hf.Gemma4ForConditionalGeneration(config)
+
+
+def _placed(seed: int, size: int) -> tuple[dict[str, Tensor], list[int]]:
+    """A picture of 4x4 patches, four patches a token, beside their positions."""
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    where = torch.stack([columns.flatten(), rows.flatten()], dim=1)[None]
+    return {"pixel_values": noise(seed, 1, 16, 3 * 4 * 4).sigmoid(), "image_position_ids": where}, _between(4)
+
+
 def _qwen2_audio() -> Any:
     audio = dict(
         model_type="qwen2_audio_encoder", d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48,
@@ -211,6 +233,22 @@ def _qwen2_audio() -> Any:
         audio_config=audio, text_config={**TEXT, "model_type": "qwen2"}, audio_token_index=PLACEHOLDER
     )
     return hf.Qwen2AudioForConditionalGeneration(config)
+
+
+def _voxtral() -> Any:
+    audio = dict(
+        model_type="voxtral_encoder", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, num_mel_bins=8, max_source_positions=16,
+    )  # fmt: skip
+    config = hf.VoxtralConfig(
+        audio_config=audio, text_config={**TEXT, "model_type": "llama"}, audio_token_id=PLACEHOLDER
+    )
+    return hf.VoxtralForConditionalGeneration(config)
+
+
+def _seconds(seed: int, size: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Sound of one window of 32 frames, eight frames a token."""
+    return {"input_features": noise(seed, 1, 8, 32)}, _between(4)
 
 
 def _sound(seed: int, size: int) -> tuple[dict[str, Tensor], list[int]]:
@@ -229,6 +267,8 @@ FAMILIES = {
     "llava": Family(_llava, _square, "model.vision_tower"),
     "llava_onevision": Family(_llava_onevision, _tiled, "model.vision_tower"),
     "gemma3": Family(_gemma3, _square, "model.vision_tower", "token_type_ids"),
+    "gemma4": Family(_gemma4, _placed, "model.vision_tower", "mm_token_type_ids"),
+    "voxtral": Family(_voxtral, _seconds, "model.audio_tower"),
     "qwen2_audio": Family(_qwen2_audio, _sound, "model.audio_tower"),
 }
 

@@ -87,8 +87,6 @@ LATER_FIELDS = {
     "probe": "what the model computes for the first tokens",
 }
 """Fields that artifacts of earlier releases lack, and what they are."""
-OPTIONAL_FIELDS = frozenset([*LATER_FIELDS, "media"])
-"""Fields that a manifest leaves out where they are empty."""
 LOG = logging.getLogger("hf_cachegen.models.fingerprint")
 
 
@@ -230,7 +228,9 @@ class Fingerprint:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: value for name, value in found.items() if value not in (None, []) or name not in OPTIONAL_FIELDS}
+        if not self.media:
+            del found["media"]
+        return {name: value for name, value in found.items() if value is not None or name not in LATER_FIELDS}
 
     @classmethod
     def from_dict(cls, values: Any) -> Fingerprint:
