@@ -184,7 +184,8 @@ def test_pictures_that_touch_are_reused_together() -> None:
     picture = both["input_ids"] == both["input_ids"][0, 6]
     joined = (both["input_ids"] != 93) & (both["input_ids"] != 94)
     ids = both["input_ids"][joined][None]
-    given = {**both, "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": picture[joined][None].long()}
+    types = picture[joined][None].long()
+    given = {**both, "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types}
     expected = generated(stock("gemma3"), given)
     end = 5 + 4
     alone = {

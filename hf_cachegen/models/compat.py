@@ -103,7 +103,11 @@ def tokens_seen(layer: Any) -> int:
 
 
 def prepared_inputs(
-    prepare: Any, input_ids: Tensor, length: int | None, inputs: Mapping[str, Any], media: Mapping[str, Tensor] | None = None
+    prepare: Any,
+    input_ids: Tensor,
+    length: int | None,
+    inputs: Mapping[str, Any],
+    media: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Call a model's `prepare_inputs_for_generation` for the last tokens of `input_ids` alone.
 

@@ -14,6 +14,7 @@ sizes differ. Where none of this fits, all media of a kind belong together: they
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,9 +157,9 @@ class MediaInputs:
         for kind in self.kinds:
             for row, found in enumerate(self._spans(kind)):
                 rows[row] += found
-        rows = [sorted(row, key=lambda span: span.first) for row in rows]
-        for row in rows:
-            for before, after in zip(row, row[1:], strict=False):
+        for spans in rows:
+            spans.sort(key=lambda span: span.first)
+            for before, after in itertools.pairwise(spans):
                 if after.first < before.end:
                     raise UnsupportedModelError(
                         f"the {before.kind.name} at token {before.first} and the {after.kind.name} at token "
@@ -178,7 +179,8 @@ class MediaInputs:
         """
         if any(span.first < position < span.end for row in spans for span in row):
             return False
-        return not (0 < position < self.ids.shape[1] and bool(self.placeholders[:, position - 1 : position + 1].all(1).any()))
+        around = self.placeholders[:, max(0, position - 1) : position + 1]
+        return around.shape[1] < 2 or not bool(around.all(1).any())
 
     def digest(self, span: Span, row: int) -> str:
         """Return the XXH3-128 of all inputs that hold the media of a span."""
@@ -264,7 +266,7 @@ class MediaInputs:
             raise _misfit(kind, number, total, f"{number - start} of them have none")
 
     def _counts(self, kind: Kind, number: int, total: int, positions: list[list[int]]) -> list[int] | None:
-        """Return the number of placeholders of each medium; None where they cannot be told apart."""
+        """Return the number of placeholders of each medium; None where they are not known."""
         if kind.grid in self.tensors and number == len(self.tensors[kind.grid]):
             merge = _merge_size(self._config)
             counts: list[int] = (self.tensors[kind.grid].prod(-1) // merge**2).tolist()
@@ -279,7 +281,7 @@ class MediaInputs:
 
 
 def parse_media(config: PreTrainedConfig, ids: Tensor, inputs: Mapping[str, Any]) -> MediaInputs | None:
-    """Return the media among model inputs; None where there are none. Arguments and errors are those of `MediaInputs`."""
+    """Return the media among model inputs, None where there are none. Arguments and errors: see `MediaInputs`."""
     if any(inputs.get(name) is not None for name in MEDIA_INPUTS):
         return MediaInputs(config, ids, inputs)
     return None
@@ -296,16 +298,16 @@ def media_from_list(values: Any) -> tuple[Medium, ...]:
         raise ManifestError(f"fingerprint.media: expected a list of at most {MAX_MEDIA} media, got {rows!r:.80}")
     found: list[Medium] = []
     for row in rows:
-        numbers = [row.get(name) for name in ("items", "first", "end")] if isinstance(row, dict) else []
+        known = row if isinstance(row, dict) else {}
+        kind, items, first, end, digest = (known.get(name) for name in ("kind", "items", "first", "end", "digest"))
         if (
-            not all(type(number) is int for number in numbers)
-            or len(numbers) != 3
-            or row.get("kind") not in [kind.name for kind in KINDS]
-            or not isinstance(row.get("digest"), str)
-            or not DIGEST.fullmatch(row["digest"])
+            any(type(number) is not int for number in (items, first, end))
+            or kind not in [kind.name for kind in KINDS]
+            or not isinstance(digest, str)
+            or not DIGEST.fullmatch(digest)
         ):
             raise ManifestError(f"fingerprint.media: expected kind, items, first, end and digest, got {row!r:.80}")
-        medium = Medium(row["kind"], *numbers, row["digest"])
+        medium = Medium(str(kind), items, first, end, digest)  # type: ignore[arg-type]
         if medium.items < 1 or not (found[-1].end if found else 0) <= medium.first < medium.end:
             raise ManifestError(f"fingerprint.media: the {medium.kind} at token {medium.first} is out of order")
         found.append(medium)
@@ -329,8 +331,8 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 def _misfit(kind: Kind, number: int, total: int, why: str) -> TensorError:
     return TensorError(
-        f"{number} {kind.name}s do not fit the {total} {kind.name} tokens of input_ids ({why}): pass the whole output of "
-        "the processor, without truncation"
+        f"{number} {kind.name}s do not fit the {total} {kind.name} tokens of input_ids ({why}): pass the whole output "
+        "of the processor, without truncation"
     )
 
 

@@ -104,7 +104,7 @@ def _compare(
 
 
 def _split(span: Span, medium: Medium, media: MediaInputs, row: int, pad: int) -> list[Span]:
-    """Split media that cannot be told apart after those that the context holds."""
+    """Split media that belong together after those that the context holds."""
     end, more = medium.end + pad, span.items - medium.items
     later = media.placeholders[row, end : span.end].nonzero() if more > 0 else torch.empty(0)
     if not len(later):
@@ -137,8 +137,8 @@ def prefill(model: PreTrainedModel, ids: Tensor, media: MediaInputs, past: Cache
         TensorError: the media do not fit the placeholders.
     """
     prepare = unwrapped(model).prepare_inputs_for_generation
-    whole: Mapping[str, Any] = {**media.types, **positions(model, ids, torch.ones_like(ids), media)}
     spans, first = media.spans, 0
+    whole: Mapping[str, Any] = {**media.types, **positions(model, ids, torch.ones_like(ids), media)}
     options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     while first < ids.shape[1]:
         end = min(first + tokens, ids.shape[1])
