@@ -28,7 +28,9 @@ HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
 """Generation settings, not known to every release, that draft tokens from hidden states of the whole prompt."""
 
 
-def run(model: Any, input_ids: Tensor, cache: Cache | None, *, last_logits_only: bool = False) -> Any:
+def run(
+    model: Any, input_ids: Tensor, cache: Cache | None, *, last_logits_only: bool = False, **inputs: Any
+) -> Any:
     """Run a forward pass that extends `cache`.
 
     Args:
@@ -36,11 +38,12 @@ def run(model: Any, input_ids: Tensor, cache: Cache | None, *, last_logits_only:
         input_ids: int64 [rows, tokens], the tokens that follow those of the cache.
         cache: the cache to extend; None to compute the tokens without one.
         last_logits_only: compute the logits of the last token alone where the model can.
+        inputs: further inputs of the forward pass.
 
     Returns:
         The output object of the model.
     """
-    options: dict[str, Any] = {} if cache is None else {CACHE_ARGUMENT: cache}
+    options: dict[str, Any] = inputs if cache is None else {**inputs, cache_argument(model): cache}
     if last_logits_only and takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     return model(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **options)
@@ -56,7 +59,13 @@ def takes(model: Any, name: str) -> bool:
 
 def takes_cache(model: Any) -> bool:
     """Report whether the forward pass of `model` takes a key-value cache."""
-    return takes(model, CACHE_ARGUMENT)
+    return takes(model, cache_argument(model))
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name of the cache among the arguments of a model: recurrent ones had an own name before 5.24."""
+    own = "cache_params"
+    return own if CACHE_ARGUMENT != "cache" and takes(model, own) else CACHE_ARGUMENT
 
 
 def unwrapped(model: Any) -> Any:

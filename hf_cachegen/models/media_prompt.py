@@ -7,18 +7,21 @@ several axes (M-RoPE) need the grids of all pictures, and must not use the offse
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from tqdm import tqdm
+from transformers import DynamicCache
 
-from hf_cachegen.errors import TensorError
+from hf_cachegen.errors import TensorError, UnsupportedModelError
 from hf_cachegen.models.compat import CACHE_ARGUMENT, prepared_inputs, prompt_positions, takes, unwrapped
+from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.media import MediaInputs, Medium, Span
 from hf_cachegen.models.prefix import Reuse, common_tokens, match, reuse_of
+from hf_cachegen.models.running import layer_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,22 +123,32 @@ def positions(model: PreTrainedModel, ids: Tensor, mask: Tensor, media: MediaInp
     return prompt_positions(model, ids, {**media.tensors, **media.types, "attention_mask": mask})
 
 
-def prefill(model: PreTrainedModel, ids: Tensor, media: MediaInputs, past: Cache, tokens: int) -> Iterator[int]:
+def prefill_media(
+    model: PreTrainedModel, ids: Tensor, media: MediaInputs, tokens: int, progress: bool
+) -> DynamicCache:
     """Compute a context with media, as the stock generate computes a prompt.
 
     Args:
         model: the model, in evaluation mode and with fresh state.
-        ids: the context, int64 [1, tokens], on the model's device.
+        ids: the context, int64 [1, tokens].
         media: its media.
-        past: the empty cache to fill.
         tokens: tokens per forward pass; more where a medium would be cut.
+        progress: show a progress bar.
 
-    Yields:
-        The number of tokens that each pass has computed.
+    Returns:
+        The filled cache, which holds all tokens of sliding layers too.
 
     Raises:
         TensorError: the media do not fit the placeholders.
+        UnsupportedModelError: the model has recurrent states.
     """
+    if holds_states(model.config):
+        raise UnsupportedModelError(
+            f"{type(unwrapped(model)).__name__} has recurrent states, whose checkpoints are not kept for contexts "
+            "with media: keep the text before the first medium"
+        )
+    past, bar = empty_cache(model.config), tqdm(desc="prefill", unit="token", total=ids.shape[1], disable=not progress)
+    ids = ids.to(layer_devices(model, len(layer_contents(model.config)))[0])
     prepare = unwrapped(model).prepare_inputs_for_generation
     spans, first = media.spans, 0
     whole: Mapping[str, Any] = {**media.types, **positions(model, ids, torch.ones_like(ids), media)}
@@ -157,5 +170,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, media: MediaInputs, past: Cache
                 f"the model cannot put the media into tokens {first} to {end} of the context: {error}; pass the whole "
                 "output of the processor"
             ) from error
-        yield end - first
+        bar.update(end - first)
         first = end
+    bar.close()
+    return past
