@@ -27,7 +27,7 @@ from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.kinds import layer_contents
 from hf_cachegen.models.layers import build_dynamic, build_with_states
-from hf_cachegen.models.opening import ContextInputs
+from hf_cachegen.models.inputs import ContextInputs
 from hf_cachegen.models.prefill import STATE_BUDGET, StateOptions
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.read_only import ReadOnlyLayer, refuse
@@ -320,7 +320,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             input_ids=self.input_ids[0].tolist(),
             fingerprint=self.fingerprint.to_dict(),
             text=self.read_text(),
-            tensors=[] if self.source is not None else self.checkpoints.named(),
+            tensors=[] if self.source is not None else self.named_tensors(),
             overwrite=overwrite,
         )
         if self.source is None:

@@ -30,6 +30,7 @@ from hf_cachegen.errors import (
     StoreError,
     UnsupportedModelError,
 )
+from hf_cachegen.generation.from_encoder import generate_from_encoder
 from hf_cachegen.generation.twin import rest_by_cache, rest_of_first, twin_of
 from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, masks_by_token_types, unwrapped
@@ -128,6 +129,8 @@ def generate(
         given.check(model)
     elif not streamed:
         given = load_context(given, model, {})
+    if isinstance(given, CachedContext) and given.encoder is not None:
+        return generate_from_encoder(model, given, given.encoder, args, kwargs, on_mismatch == "error", stock)
     call = GenerateCall(model, args, kwargs)
 
     if not isinstance(given, CachedContext):
@@ -342,6 +345,10 @@ def _hand_over(stock: Callable[..., Any]) -> Callable[..., Any]:
     def generate_or_hand_over(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self.__dict__.get("generate")
         if isinstance(attached, _Attached) and any(isinstance(kwargs.get(n), CachedContext) for n in CACHE_NAMES):
+            if type(self).generate is not GenerationMixin.generate:
+                raise UnsupportedModelError(
+                    f"{type(self).__name__} has a generate of its own: make the cache before the call, not in it"
+                )
             return attached(*args, **kwargs)
         return stock(self, *args, **kwargs)
 

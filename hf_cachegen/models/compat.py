@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ CACHE_ARGUMENT = "cache" if Version("5.24.dev0") <= RELEASE else "past_key_value
 """Name of the cache among the arguments of `forward` and `generate`, and among the fields of their outputs."""
 CACHE_NAMES = ("cache", "past_key_values")
 """Names under which a caller of `generate` may pass a cache, whatever the release."""
+ENCODER_HOOK = (
+    "_prepare_text_encoder_decoder_kwargs_for_generation"
+    if hasattr(GenerationMixin, "_prepare_text_encoder_decoder_kwargs_for_generation")
+    else "_prepare_encoder_decoder_kwargs_for_generation"
+)
+"""Name of the method with which `generate` runs the encoder of an encoder-decoder model."""
 HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
 """Generation settings, not known to every release, that draft tokens from hidden states of the whole prompt."""
 
@@ -84,7 +91,8 @@ def unwrapped(model: Any) -> Any:
 def text_decoder(model: Any) -> nn.Module:
     """Return the part of `model` that reads tokens, without towers for pictures and audio; else the model itself."""
     base = unwrapped(model)
-    if getattr(base.config, "vision_config", None) is None and getattr(base.config, "audio_config", None) is None:
+    apart = base.config.is_encoder_decoder
+    if not apart and getattr(base.config, "vision_config", None) is None and getattr(base.config, "audio_config", None) is None:
         return base
     found = base.get_decoder()
     return found if isinstance(found, nn.Module) else base

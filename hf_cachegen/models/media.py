@@ -184,12 +184,8 @@ class MediaInputs:
 
     def digest(self, span: Span, row: int) -> str:
         """Return the XXH3-128 of all inputs that hold the media of a span."""
-        state = xxhash.xxh3_128()
-        for name, tensor in self.select([span]).items():
-            _update(state, name, tensor)
-        for name, types in sorted(self.types.items()):
-            _update(state, name, types[row, span.first : span.end])
-        return state.hexdigest()
+        types = {name: types[row, span.first : span.end] for name, types in sorted(self.types.items())}
+        return digest_of({**self.select([span]), **types})
 
     def media(self) -> tuple[Medium, ...]:
         """Return the media of the first row, a context."""
@@ -314,6 +310,20 @@ def media_from_list(values: Any) -> tuple[Medium, ...]:
     return tuple(found)
 
 
+def digest_of(inputs: Mapping[str, Tensor]) -> str:
+    """Return the XXH3-128 of name, dtype, shape and bytes of model inputs, in their order."""
+    state = xxhash.xxh3_128()
+    for name, tensor in inputs.items():
+        data = tensor.detach().cpu().contiguous()
+        if data.ndim == PATCHES_AXES:
+            # Pictures of fewer patches are filled up with zeros to the number of the largest one in the call.
+            used = data.flatten(2).ne(0).any(-1).any(0).nonzero()
+            data = data[:, : int(used.max()) + 1 if len(used) else 0].contiguous()
+        state.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
+        state.update(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+    return state.hexdigest()
+
+
 def outside(ids: Sequence[int], media: Sequence[Medium]) -> list[int]:
     """Return the token ids of a context that belong to its text, and not to a medium."""
     inside = {position for medium in media for position in range(medium.first, medium.end)}
@@ -353,12 +363,3 @@ def _runs(positions: list[int]) -> Iterator[list[int]]:
         yield run
 
 
-def _update(state: Any, name: str, tensor: Tensor) -> None:
-    """Add name, dtype, shape and bytes of an input to a digest."""
-    data = tensor.detach().cpu().contiguous()
-    if data.ndim == PATCHES_AXES:
-        # Pictures of fewer patches are filled up with zeros to the number of the largest one in the call.
-        used = data.flatten(2).ne(0).any(-1).any(0).nonzero()
-        data = data[:, : int(used.max()) + 1 if len(used) else 0].contiguous()
-    state.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
-    state.update(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -19,23 +19,17 @@ from hf_cachegen.errors import (
     CorruptError,
     ManifestError,
     TensorError,
-    UnsupportedModelError,
     WrongDtypeError,
 )
+from hf_cachegen.models.encoder_decoder import require_encoder_decoder
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors, dtype_name
-from hf_cachegen.models.media import MEDIA_INPUTS, TOKEN_TYPES, MediaInputs, parse_media
 from hf_cachegen.models.requirements import require_geometry, require_model
-from hf_cachegen.models.running import kv_devices
+from hf_cachegen.models.running import kv_devices, layer_devices
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-Tokens = Tensor | Sequence[int]
-ContextInputs = Tokens | Mapping[str, Any]
-"""Token ids, or the whole output of a processor."""
-
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class OpenContext:
@@ -118,10 +112,12 @@ def validate(
         )
     devices = None
     if model is not None:
-        require_model(model)
+        apart = model.config.is_encoder_decoder
+        (require_encoder_decoder if apart else require_model)(model)
         fingerprint.check(model, tokenizer)
-        require_geometry(model.config, artifact.geometry)
-        devices = kv_devices(model)
+        if not apart:
+            require_geometry(model.config, artifact.geometry)
+        devices = layer_devices(model, len(artifact.geometry.layers)) if apart else kv_devices(model)
     input_ids = _tokens(artifact, fingerprint, likely)
     if model is not None and verify == "probe":
         fingerprint.check_probe(model, input_ids[0].tolist())
@@ -136,61 +132,6 @@ def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int])
         if hash_tokens(ids) != fingerprint.tokens:
             raise CorruptError(f"{artifact.store}: the stored tokens are not those of the fingerprint; fetch it again")
     return torch.tensor([ids])
-
-
-def one_row(input_ids: Tokens) -> Tensor:
-    """Return a context's token ids as int64 [1, tokens], on the CPU.
-
-    Args:
-        input_ids: [tokens] or [1, tokens], a tensor or a sequence of integers.
-
-    Raises:
-        TensorError: they are not one row of token ids.
-    """
-    try:
-        ids = torch.as_tensor(input_ids).detach().cpu()
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        raise TensorError(
-            f"expected one row of token ids, [tokens] or [1, tokens], got a {type(input_ids).__name__}: pass "
-            'input_ids, such as tokenizer(text, return_tensors="pt").input_ids'
-        ) from error
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
-        raise TensorError(f"expected one row of token ids, [tokens] or [1, tokens], got {list(ids.shape)} {ids.dtype}")
-    return ids.long()
-
-
-def context_inputs(config: PreTrainedConfig, inputs: ContextInputs) -> tuple[Tensor, MediaInputs | None]:
-    """Return the token ids and the media of a context.
-
-    Args:
-        config: the configuration of the model.
-        inputs: its token ids, as for `one_row`; or model inputs by name, the whole output of a processor.
-
-    Returns:
-        Token ids int64 [1, tokens] on the CPU; and the media, None where there are none.
-
-    Raises:
-        TensorError: they are not one row without pads, or media do not fit the placeholders.
-        UnsupportedModelError: an input is not known, so it may change keys and values.
-    """
-    if not isinstance(inputs, Mapping):
-        return one_row(inputs), None
-    named = {name: value for name, value in inputs.items() if value is not None}
-    unknown = sorted(named.keys() - {"input_ids", "attention_mask", *TOKEN_TYPES, *MEDIA_INPUTS})
-    if unknown or "input_ids" not in named:
-        raise UnsupportedModelError(
-            f"expected input_ids with or without {sorted(MEDIA_INPUTS)}, got {sorted(named)}: leave out {unknown}, or "
-            "keep the context without them"
-        )
-    ids = one_row(named["input_ids"])
-    mask = torch.as_tensor(named.get("attention_mask", 1))
-    if bool((mask == 0).any()) or (mask.ndim and mask.numel() != ids.numel()):
-        raise TensorError("expected a context without pads, got an attention_mask with zeros or of another length")
-    media = parse_media(config, ids, named)
-    if media is None and any(bool(torch.as_tensor(named[name]).any()) for name in TOKEN_TYPES if name in named):
-        raise TensorError(f"got {TOKEN_TYPES} other than 0 without media: pass the whole output of the processor")
-    return ids, media
 
 
 def checked_kv(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:
