@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
 from hf_cachegen.artifact.artifact import Artifact
-from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.artifact.tensors import NamedTensor
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
@@ -34,10 +34,10 @@ from hf_cachegen.models.encoder_decoder import (
 )
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
+from hf_cachegen.models.inputs import ContextInputs, context_inputs
 from hf_cachegen.models.kinds import holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.media_prompt import prefill_media
-from hf_cachegen.models.inputs import ContextInputs, context_inputs
 from hf_cachegen.models.opening import checked_kv, open_manifest, validate
 from hf_cachegen.models.prefill import StateOptions, prefill
 from hf_cachegen.models.recurrent import Checkpoints, capture_states
@@ -213,7 +213,7 @@ def _encoded_context(
     """Encode a context of an encoder-decoder model. Arguments and errors are those of `compute_context`."""
     require_encoder_decoder(model)
     if profile not in ("auto", None):
-        raise ConfigError("profiles are learnt for decoder-only models: leave out profile= for an encoder-decoder model")
+        raise ConfigError("profiles are learnt for decoder-only models: leave out profile= for this model")
     given, decoder_ids = context_input(model, inputs)
     identify(model)
     start = time.perf_counter()

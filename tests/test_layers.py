@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.errors import (
     LimitError,
@@ -106,7 +105,7 @@ def test_a_recurrent_layer_is_refused_by_name() -> None:
 
 def test_encoder_decoder_models_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        CacheGenCache.from_context(tiny_models.shared("t5"), tiny_models.tokens(5))
+        require_model(tiny_models.shared("t5"))
 
 
 def test_invalid_caches_are_refused() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import EncoderDecoderCache
 from transformers.generation import GenerationMode
 
 from hf_cachegen.context import CachedContext
@@ -63,8 +64,8 @@ def generate_from_encoder(
     ):
         if required:
             raise PromptMismatchError(
-                f"expected {name} of the context in every row, without pads, got another input: the encoder reads in both "
-                "directions, so nothing of the cache can be reused"
+                f"expected {name} of the context in every row, without pads, got another input: the encoder reads in "
+                "both directions, so nothing of the cache can be reused"
             )
         LOG.info("the encoder's input is not that of the context: all is computed")
         return stock(*args, **kwargs)
@@ -114,21 +115,20 @@ def _encoded(
     rows = len(inputs_tensor)
     repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
     generation_config.cache_implementation = None  # refused beside a cache; it was "dynamic" or None
-    cached = {"encoder_outputs": outputs(state, rows, inputs_tensor.device), CACHE_ARGUMENT: build(context.kv, rows * repeats)}
-    return {**model_kwargs, **cached}
+    encoded = outputs(state, rows, inputs_tensor.device)
+    return {**model_kwargs, "encoder_outputs": encoded, CACHE_ARGUMENT: build(context.kv, rows * repeats)}
 
 
 def _rest_of_decoder(
     state: EncoderState, prepare: Any, input_ids: Tensor, next_sequence_length: int | None = None, **inputs: Any
 ) -> Any:
     """Fill the first step's cache with the kept prefix of the decoder's prompt, and prepare the rest of it."""
-    cache = inputs.get(CACHE_ARGUMENT)
-    filled = cache is not None and getattr(cache, "cross_attention_cache", None) is not None
-    if inputs.get("is_first_iteration") and filled and cache.get_seq_length() == 0:
-        tokens = state.prefix(input_ids) if cache.is_updated.get(0) and inputs.get("decoder_attention_mask") is None else 0
-        if tokens:
-            fill_prefix(cache, state, tokens, len(input_ids))
-            next_sequence_length = input_ids.shape[1] - tokens
+    cache: Any = inputs.get(CACHE_ARGUMENT)
+    # A cache whose cross-attention is filled before the first step is the one that `_encoded` has built.
+    first = inputs.get("is_first_iteration") and isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0)
+    if first and inputs.get("decoder_attention_mask") is None and (tokens := state.prefix(input_ids)):
+        fill_prefix(cache, state, tokens, len(input_ids))
+        next_sequence_length = input_ids.shape[1] - tokens
     if next_sequence_length is not None:
         inputs["next_sequence_length"] = next_sequence_length
     return prepare(input_ids, **inputs)

@@ -91,8 +91,8 @@ def unwrapped(model: Any) -> Any:
 def text_decoder(model: Any) -> nn.Module:
     """Return the part of `model` that reads tokens, without towers for pictures and audio; else the model itself."""
     base = unwrapped(model)
-    apart = base.config.is_encoder_decoder
-    if not apart and getattr(base.config, "vision_config", None) is None and getattr(base.config, "audio_config", None) is None:
+    towers = (getattr(base.config, name, None) for name in ("vision_config", "audio_config"))
+    if not base.config.is_encoder_decoder and all(tower is None for tower in towers):
         return base
     found = base.get_decoder()
     return found if isinstance(found, nn.Module) else base

@@ -1,9 +1,9 @@
 """Contexts of encoder-decoder models: what the decoder reads of an encoded text or sound.
 
 The context is the encoder's input, one row of it. Kept are the keys and values of every cross-attention layer, one for
-each position of the encoder, which the codec stores like any others; and, exactly, the encoder's output and the decoder's
-own keys and values for a prefix of its prompt. The encoder attends in both directions, so a context is reused for
-the same input alone.
+each position of the encoder, which the codec stores like any others. The encoder's output, and the decoder's own keys
+and values for a prefix of its prompt, are kept exactly. The encoder attends in both directions, so a context is reused
+for the same input alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.errors import CorruptError, TensorError, UnsupportedModelError, WrongModelError
 from hf_cachegen.models.compat import CACHE_ARGUMENT, takes, unwrapped
+from hf_cachegen.models.inputs import one_row
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.media import KINDS, Medium, digest_of
-from hf_cachegen.models.inputs import one_row
 from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.state import fresh_state
 
@@ -173,8 +173,8 @@ def context_input(model: PreTrainedModel, inputs: Any) -> tuple[EncoderInput, Te
     unknown = sorted(named.keys() - {name, "attention_mask", "decoder_input_ids"})
     if unknown or name not in named:
         raise UnsupportedModelError(
-            f"expected {name}, with or without attention_mask and decoder_input_ids, for {type(unwrapped(model)).__name__}; "
-            f"got {sorted(named)}: leave out {unknown}"
+            f"expected {name}, with or without attention_mask and decoder_input_ids, for the encoder of "
+            f"{type(unwrapped(model)).__name__}; got {sorted(named)}: leave out {unknown}"
         )
     value = one_row(named[name]) if name == "input_ids" else named[name]
     mask = named.get("attention_mask")
@@ -281,8 +281,8 @@ def require_decoder(model: PreTrainedModel, geometry: Geometry, state: EncoderSt
         _shapes[base] = _captured(cache.cross_attention_cache, type(base).__name__, output).geometry.layers
     if geometry.layers != _shapes[base]:
         raise WrongModelError(
-            f"expected the cross-attention of {len(_shapes[base])} layers as in {type(base).__name__}, the first of them "
-            f"{_shapes[base][0]}; the cache has {len(geometry.layers)}, {geometry.layers[:1]}"
+            f"expected the cross-attention of {len(_shapes[base])} layers as in {type(base).__name__}, the first of "
+            f"them {_shapes[base][0]}; the cache has {len(geometry.layers)}, {geometry.layers[:1]}"
         )
 
 
@@ -309,8 +309,8 @@ def _captured(cross: DynamicCache, name: str, output: Tensor) -> KVTensors:
     for index, layer in enumerate(layers):
         if not layer.is_initialized or layer.keys.shape[2] != output.shape[1]:
             raise UnsupportedModelError(
-                f"cross-attention layer {index} of {name} does not hold one key for each of {output.shape[1]} positions of "
-                "the encoder, so its context cannot be kept"
+                f"cross-attention layer {index} of {name} does not hold one key for each of {output.shape[1]} "
+                "positions of the encoder, so its context cannot be kept"
             )
     if not layers:
         raise UnsupportedModelError(f"{name} keeps no keys of cross-attention")

@@ -266,8 +266,8 @@ def _probe_of(
     model: PreTrainedModel, input_ids: Sequence[int], kv: KVTensors, own: bool, media: Sequence[Medium]
 ) -> str | None:
     if media or model.config.is_encoder_decoder:
-        # The first tokens are often a picture. So a probe is of the text alone, which a loader has without its media. An
-        # encoder reads in both directions: its first tokens alone have other keys.
+        # The first tokens are often a picture. So a probe is of the text alone, which a loader has without its media.
+        # An encoder reads in both directions: its first tokens alone have other keys.
         input_ids = outside(input_ids, media)
         if not input_ids:
             return None

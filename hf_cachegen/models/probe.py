@@ -122,9 +122,10 @@ def check(model: PreTrainedModel, input_ids: Sequence[int], recorded: str, dtype
     found = distance(recorded, *run(model, input_ids))
     if not found.value <= tolerance:
         count = min(len(input_ids), PROBE_TOKENS)
-        apart = model.config.is_encoder_decoder
-        with_kv = found.layer + 1 if apart else sum(content.kind is not None for content in layer_contents(model.config))
-        what = f"{found.side} of layer {found.layer}" if found.layer < with_kv else "states of recurrent layers"
+        encoder = model.config.is_encoder_decoder
+        contents = [] if encoder else layer_contents(model.config)
+        of_states = not encoder and found.layer >= sum(content.kind is not None for content in contents)
+        what = "states of recurrent layers" if of_states else f"{found.side} of layer {found.layer}"
         raise WrongWeightsError(
             f"the model's weights and settings are those of the cache, but its {what} for "
             f"the first {count} tokens differ from the recorded ones by {found.value:.2g} (relative; rounding in "

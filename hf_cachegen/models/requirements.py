@@ -37,7 +37,10 @@ def require_model(model: PreTrainedModel) -> None:
     """
     name = type(unwrapped(model)).__name__
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model: only a whole input of its encoder can be kept, by CacheGenCache.from_context")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model: only a whole input of its encoder can be kept, by "
+            "CacheGenCache.from_context"
+        )
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
     if (reason := WHOLE_PROMPT.get(model.config.model_type)) is not None:
