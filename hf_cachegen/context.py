@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,16 +17,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
-from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.compat import run, unwrapped
-from hf_cachegen.models.continuation import continuation_of
 from hf_cachegen.models.encoder_decoder import (
-    ENCODER_OUTPUT,
     EncoderState,
     context_input,
     encode,
@@ -38,7 +36,7 @@ from hf_cachegen.models.inputs import ContextInputs, context_inputs
 from hf_cachegen.models.kinds import holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.media_prompt import prefill_media
-from hf_cachegen.models.opening import checked_kv, open_manifest, validate
+from hf_cachegen.models.opening import check_states, checked_kv, open_manifest, validate
 from hf_cachegen.models.prefill import StateOptions, prefill
 from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.requirements import (
@@ -105,7 +103,8 @@ class CachedContext:
     @property
     def report(self) -> CacheReport:
         """Return the sizes and times of the context; for a streamed one a StreamReport of its present state."""
-        return self._report if self.refinement is None else self.refinement.report
+        found = self._report if self.refinement is None else self.refinement.report
+        return replace(found, checkpoints=self.checkpoints.tokens, state_bytes=self.checkpoints.nbytes)
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raise MismatchError unless this cache belongs to `model`."""
@@ -152,12 +151,6 @@ class CachedContext:
                 f"{self.source} is no longer the artifact that this cache was loaded from: load it again"
             )
         return read_text(reader)
-
-
-def check_states(checkpoints: Checkpoints, model: PreTrainedModel) -> None:
-    """Raise WrongModelError unless the checkpoints have the states of a model."""
-    expected = continuation_of(model).shapes if holds_states(model.config) else {}
-    checkpoints.check(expected, type(unwrapped(model)).__name__)
 
 
 @torch.no_grad()
@@ -327,11 +320,10 @@ def load_context(
         device = devices[0]
     keys, values = artifact.decode(level, device, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
-    encoder, checkpoints = _stored_encoder(artifact, model), _stored_checkpoints(artifact, model)
     level = artifact.levels if level is None else level
     report = _report(
         kv,
-        checkpoints,
+        found.checkpoints,
         loaded_bytes=artifact.nbytes_at(level),
         level=level,
         load_seconds=time.perf_counter() - start,
@@ -340,27 +332,8 @@ def load_context(
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
-        source=artifact.store, verify=verify, checkpoints=checkpoints, encoder=encoder,
+        source=artifact.store, verify=verify, checkpoints=found.checkpoints, encoder=found.encoder,
     )  # fmt: skip
-
-
-def _stored_checkpoints(artifact: Artifact, model: PreTrainedModel | None) -> Checkpoints:
-    """Read the checkpoints of an artifact, and compare them with a model."""
-    checkpoints = Checkpoints.from_named(artifact.tensors(), artifact.geometry.tokens)
-    if model is not None and not model.config.is_encoder_decoder:
-        check_states(checkpoints, model)
-    return checkpoints
-
-
-def _stored_encoder(artifact: Artifact, model: PreTrainedModel | None) -> EncoderState | None:
-    """Read what an artifact keeps of an encoder, and compare it with a model."""
-    if all(entry.name != ENCODER_OUTPUT for entry in artifact.manifest.states):
-        encoder = None
-    else:
-        encoder = EncoderState.from_named(artifact.tensors(), artifact.geometry)
-    if model is not None and model.config.is_encoder_decoder:
-        require_decoder(model, artifact.geometry, encoder)
-    return encoder
 
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
@@ -375,5 +348,5 @@ def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **op
     return CachedContext(
         kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,
         source=artifact.store, refinement=refinement, verify=chosen.verify,
-        checkpoints=_stored_checkpoints(artifact, model),
+        checkpoints=found.checkpoints,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from hf_cachegen.generation.twin import rest_by_cache, rest_of_first, twin_of
 from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, masks_by_token_types, unwrapped
 from hf_cachegen.models.continuation import continuation_of, read_singly
-from hf_cachegen.models.kinds import holds_states, layer_contents
+from hf_cachegen.models.kinds import holds_states, kv_layers, layer_contents
 from hf_cachegen.models.layers import build_dynamic, build_static, build_with_states
 from hf_cachegen.models.media import MEDIA_INPUTS
 from hf_cachegen.models.media_prompt import cover, positions
@@ -216,7 +216,8 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     else:
         cache = build_dynamic(kv, reuse, repeats, kv_devices(model))
     del kv
-    processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
+    watched = context.refinement if kv_layers(cache) else None
+    processors = [] if watched is None else [SwapIn(watched, cache, reuse, seen)]
     held = reuse.length
     if steps:
         held = read_singly(model, ids.repeat_interleave(repeats, 0), cache, held)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ ENCODER_HOOK = (
     else "_prepare_encoder_decoder_kwargs_for_generation"
 )
 """Name of the method with which `generate` runs the encoder of an encoder-decoder model."""
+EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+"""The classes of cache layers that hold nothing."""
 HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
 """Generation settings, not known to every release, that draft tokens from hidden states of the whole prompt."""
 

@@ -68,15 +68,18 @@ class EncoderState:
         return found
 
     @classmethod
-    def from_named(cls, tensors: Iterable[NamedTensor], geometry: Geometry) -> EncoderState:
-        """Read the tensors of an artifact. Inverse of `named`; tensors of other names are left out.
+    def from_named(cls, tensors: Iterable[NamedTensor], geometry: Geometry) -> EncoderState | None:
+        """Read the tensors of an artifact, None where it has no output of an encoder. Inverse of `named`; tensors of
+        other names are left out.
 
         Raises:
             CorruptError: a tensor is missing, or of another shape or dtype than the geometry has.
         """
         held = {named.name: named.tensor for named in tensors}
         output, ids = held.get(ENCODER_OUTPUT), held.get(DECODER_IDS, torch.zeros(1, 0, dtype=torch.long))
-        if output is None or output.ndim != 3 or tuple(output.shape[:2]) != (1, geometry.tokens):
+        if output is None:
+            return None
+        if output.ndim != 3 or tuple(output.shape[:2]) != (1, geometry.tokens):
             raise _damaged(ENCODER_OUTPUT, f"[1, {geometry.tokens}, hidden size]", output)
         if ids.ndim != 2 or ids.shape[0] != 1 or ids.dtype != torch.long:
             raise _damaged(DECODER_IDS, "int64 [1, tokens]", ids)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -30,6 +29,7 @@ from transformers.cache_utils import (
 
 from hf_cachegen.codec.geometry import LayerKind
 from hf_cachegen.errors import UnsupportedLayerError
+from hf_cachegen.models.compat import EMPTY_LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -47,7 +47,7 @@ KINDS = (
     LinearAttentionLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
-    DummyLayer,
+    *EMPTY_LAYERS,
 )
 """The classes of layers that the stock DynamicCache builds and this version handles, each with all its subclasses left
 out: a subclass may keep something else in the same attributes."""
@@ -131,11 +131,11 @@ def require_captured(index: int, layer: Any, content: LayerContent) -> None:
 def _content(index: int, layer: Any, model: str, latent: bool, shared: bool) -> LayerContent:
     name, tensors = type(layer).__name__, _declared(layer)
     unknown = sorted(tensors - {*TOKEN_TENSORS, *STATE_TENSORS})
-    if type(layer) not in KINDS or unknown or (shared and type(layer) is DummyLayer):
+    if type(layer) not in KINDS or unknown or (shared and type(layer) in EMPTY_LAYERS):
         reason = REASONS.get(name, "this version handles full and latent attention, sliding windows and states")
         held = f", which holds {unknown}" if unknown else ""
         raise UnsupportedLayerError(f"layer {index} of {model!r} is a {name}{held}: {reason}")
-    if type(layer) is DummyLayer:
+    if type(layer) in EMPTY_LAYERS:
         return LayerContent(None)
     states = tuple(tensor for tensor in STATE_TENSORS if tensor in tensors)
     if not tensors.issuperset(TOKEN_TENSORS):

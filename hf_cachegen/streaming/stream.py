@@ -90,9 +90,10 @@ def _open(
         download = None
         try:
             artifact, sources = _open_sources(session, model, [*locations[number:], *locations[:number]])
-            # The tokens of a chunk do not say which pictures they stand for.
-            media = MEDIA_FEATURE in artifact.manifest.required
-            can_recompute = not media and not positions_change(model.config, 1, artifact.geometry.tokens)
+            # The tokens of a chunk do not say which pictures they stand for. And a chunk cannot be computed from the keys
+            # and values before it if the model also has states.
+            more = artifact.manifest.states or MEDIA_FEATURE in artifact.manifest.required
+            can_recompute = not more and not positions_change(model.config, 1, artifact.geometry.tokens)
             download = Download(session, artifact, sources, can_recompute=can_recompute)
             ending.callback(download.close, END_SECONDS)
             download.start()
@@ -127,7 +128,8 @@ def _check_choice(download: Download, options: StreamOptions) -> None:
     """Raise LevelError or UnsupportedModelError for a level that the artifact or the model cannot give."""
     if options.choice == TEXT and not download.schedule.can_recompute:
         raise UnsupportedModelError(
-            "no chunk can be recomputed: this model's rotation depends on the whole length, or the context has media"
+            "no chunk can be recomputed: this model has recurrent states, its rotation depends on the whole length, or "
+            "the context has media"
         )
     if options.choice is not None and options.choice != TEXT:
         checked_level(options.choice, download.artifact.levels)
