@@ -90,8 +90,8 @@ def _open(
         download = None
         try:
             artifact, sources = _open_sources(session, model, [*locations[number:], *locations[:number]])
-            # The tokens of a chunk do not say which pictures they stand for. And a chunk cannot be computed from the keys
-            # and values before it if the model also has states.
+            # The tokens of a chunk do not say which pictures they stand for. And keys and values before a chunk are not
+            # enough to compute it if the model also has states.
             more = artifact.manifest.states or MEDIA_FEATURE in artifact.manifest.required
             can_recompute = not more and not positions_change(model.config, 1, artifact.geometry.tokens)
             download = Download(session, artifact, sources, can_recompute=can_recompute)
