@@ -25,9 +25,9 @@ from hf_cachegen.context import CachedContext, compute_context, load_context, st
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
+from hf_cachegen.models.inputs import ContextInputs
 from hf_cachegen.models.kinds import layer_contents
 from hf_cachegen.models.layers import build_dynamic, build_with_states
-from hf_cachegen.models.opening import Tokens
 from hf_cachegen.models.prefill import STATE_BUDGET, StateOptions
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.read_only import ReadOnlyLayer, refuse
@@ -45,10 +45,9 @@ PREFILL_CHUNK_TOKENS = 4096
 
 
 class CacheGenCache(CachedContext, DynamicCache):
-    """The KV cache of one context of one model.
+    """The KV cache of one context of one model, made by `from_context`, `from_cache`, `from_pretrained` or `stream`.
 
-    Create one by `from_context`, `from_cache`, `from_pretrained` or `stream`. The attributes are those of
-    `CachedContext`: kv, input_ids, fingerprint, config, profile, source, refinement.
+    Its attributes are those of `CachedContext`: kv, input_ids, fingerprint, config, profile, source, refinement.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -76,7 +75,7 @@ class CacheGenCache(CachedContext, DynamicCache):
     def from_context(
         cls,
         model: PreTrainedModel,
-        input_ids: Tokens,
+        input_ids: ContextInputs,
         config: CacheGenConfig | None = None,
         profile: ProfileLike = "auto",
         *,
@@ -91,7 +90,8 @@ class CacheGenCache(CachedContext, DynamicCache):
 
         Args:
             model: the model, or a wrapper of it (torch.compile, PEFT, accelerate).
-            input_ids: the context, int64 [tokens] or [1, tokens].
+            input_ids: the context, int64 [tokens] or [1, tokens]; or model inputs by name, such as a processor's whole
+                output (docs/how-to/media.md), or the encoder's input (docs/how-to/encoder_decoder.md).
             config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: the profile of the model, its location (a path, a repository, a URL), "auto" (the one in the
                 model's folder or repository, if there is one: docs/stores.md) or None.
@@ -106,7 +106,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         Raises:
             UnsupportedModelError: the model keeps no cache that can be reused, or the context exceeds its positions.
             UnsupportedLayerError: a layer of its cache is of an unknown kind.
-            TensorError: input_ids are not one row of token ids.
+            TensorError: input_ids are not one row of token ids, or media do not fit their placeholders.
             WrongDtypeError: the cache has another dtype than the model.
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
@@ -160,15 +160,12 @@ class CacheGenCache(CachedContext, DynamicCache):
     def from_cache(
         cls,
         cache: Cache,
-        input_ids: Tokens,
+        input_ids: ContextInputs,
         model: PreTrainedModel,
         config: CacheGenConfig | None = None,
         profile: ProfileLike = "auto",
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        verify: Verify = "probe",
-        attach: bool = True,
-    ) -> CacheGenCache:
+        *, tokenizer: PreTrainedTokenizerBase | None = None, verify: Verify = "probe", attach: bool = True,
+    ) -> CacheGenCache:  # fmt: skip
         """Copy a cache that `model` filled with `input_ids`; the original may grow afterwards.
 
         The number of tokens, the dtype and the shapes are checked. The tokens themselves are not: a cache does not
@@ -176,7 +173,7 @@ class CacheGenCache(CachedContext, DynamicCache):
 
         Args:
             cache: the filled cache, of one row.
-            input_ids: the context, int64 [tokens] or [1, tokens].
+            input_ids: the context, as for `from_context`, of a decoder-only model.
             model: the model that filled it.
             config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: a profile, its location, "auto" or None, as for `from_context`.
@@ -212,9 +209,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         attach: bool = True,
         **access: Any,
     ) -> CacheGenCache:
-        """Load an artifact, to `device`, else each layer to its device in `model`.
-
-        With a model, fingerprint and geometry are checked before anything is decoded; `generate` checks again.
+        """Load an artifact, to `device`, else each layer to its device in `model`, after checking that it fits `model`.
 
         Args:
             path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
@@ -316,7 +311,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             input_ids=self.input_ids[0].tolist(),
             fingerprint=self.fingerprint.to_dict(),
             text=self.read_text(),
-            tensors=[] if self.source is not None else self.checkpoints.named(),
+            tensors=[] if self.source is not None else self.named_tensors(),
             overwrite=overwrite,
         )
         if self.source is None:
@@ -383,8 +378,10 @@ class CacheGenCache(CachedContext, DynamicCache):
             model: the model, which is needed if it has recurrent states.
 
         Raises:
-            ConfigError: the model has recurrent states, and it is not given.
+            ConfigError: the model has recurrent states, and it is not given; or it is an encoder-decoder model.
         """
+        if self.encoder is not None:
+            raise ConfigError("a context of an encoder-decoder model has no keys of its tokens: use model.generate")
         kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
         kv = kv.clone() if kv is self.kv else kv
         if not self.checkpoints.all:

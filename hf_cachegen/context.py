@@ -17,16 +17,26 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
+from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.encoder_decoder import (
+    EncoderState,
+    context_input,
+    encode,
+    require_decoder,
+    require_encoder_decoder,
+)
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
+from hf_cachegen.models.inputs import ContextInputs, context_inputs
 from hf_cachegen.models.kinds import holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
-from hf_cachegen.models.opening import Tokens, check_states, checked_kv, one_row, open_manifest, validate
+from hf_cachegen.models.media_prompt import prefill_media
+from hf_cachegen.models.opening import check_states, checked_kv, open_manifest, validate
 from hf_cachegen.models.prefill import StateOptions, prefill
 from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.requirements import (
@@ -60,6 +70,7 @@ class CachedContext:
         verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
         text: the text of the context, where it is known and not in `source`.
         checkpoints: the states of recurrent layers at some positions; empty for a model without such layers.
+        encoder: of an encoder-decoder model, what is kept beside the keys and values of cross-attention.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -80,12 +91,14 @@ class CachedContext:
         verify: Verify = "probe",
         text: ContextText | None = None,
         checkpoints: Checkpoints | None = None,
+        encoder: EncoderState | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
         self.verify, self._text, self.checkpoints = verify, text, checkpoints or Checkpoints()
+        self.encoder = encoder
 
     @property
     def report(self) -> CacheReport:
@@ -95,10 +108,15 @@ class CachedContext:
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raise MismatchError unless this cache belongs to `model`."""
-        require_model(model)
-        self.fingerprint.check(model, tokenizer)
-        require_geometry(model.config, self.kv.geometry)
-        check_states(self.checkpoints, model)
+        if model.config.is_encoder_decoder:
+            require_encoder_decoder(model)
+            self.fingerprint.check(model, tokenizer)
+            require_decoder(model, self.kv.geometry, self.encoder)
+        else:
+            require_model(model)
+            self.fingerprint.check(model, tokenizer)
+            require_geometry(model.config, self.kv.geometry)
+            check_states(self.checkpoints, model)
         if self.verify == "probe":
             self.fingerprint.check_probe(model, self.input_ids[0].tolist())
 
@@ -108,7 +126,12 @@ class CachedContext:
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
             "verify": self.verify, "text": self._text, "checkpoints": self.checkpoints,
+            "encoder": self.encoder,
         }  # fmt: skip
+
+    def named_tensors(self) -> list[NamedTensor]:
+        """Return the tensors to store beside keys and values: states of recurrent layers, the output of an encoder."""
+        return [*self.checkpoints.named(), *([] if self.encoder is None else self.encoder.named())]
 
     def read_text(self) -> ContextText | None:
         """Return the text or the chat of the context, which for a loaded context is read from its artifact.
@@ -133,7 +156,7 @@ class CachedContext:
 @torch.no_grad()
 def compute_context(
     model: PreTrainedModel,
-    input_ids: Tokens,
+    input_ids: ContextInputs,
     config: CacheGenConfig | None,
     profile: ProfileLike,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -145,8 +168,10 @@ def compute_context(
     """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
     if prefill_chunk_tokens < 1:
         raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
+    if model.config.is_encoder_decoder:
+        return _encoded_context(model, input_ids, config, profile, tokenizer, text)
     require_model(model)
-    ids = one_row(input_ids)
+    ids, media = context_inputs(model.config, input_ids)
     require_length(model, ids.shape[1])
     identify(model)
     require_inactive(model, ids[0].tolist())
@@ -157,17 +182,42 @@ def compute_context(
         # The rotation depends on the whole length, so the context must be computed in one forward pass.
         prefill_chunk_tokens = ids.shape[1]
     with evaluation_mode(model), fresh_state(model):
-        if not holds_states(model.config):
-            _require_continuation(model, ids[:, :prefill_chunk_tokens])
-        past, checkpoints = prefill(model, ids, prefill_chunk_tokens, states, progress)
+        if media is not None:
+            past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, progress), Checkpoints()
+        else:
+            if not holds_states(model.config):
+                _require_continuation(model, ids[:, :prefill_chunk_tokens])
+            past, checkpoints = prefill(model, ids, prefill_chunk_tokens, states, progress)
     _require_tokens(past, ids.shape[1], model)
     kv = checked_kv(_captured(past, model, ids), model, ids)
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
+    found_media = () if media is None else media.media()
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=found_media)
     seconds = time.perf_counter() - start
     report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=states.budget if checkpoints.all else None)
     return CachedContext(
         kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints
     )
+
+
+def _encoded_context(
+    model: PreTrainedModel, inputs: ContextInputs, config: CacheGenConfig | None, profile: ProfileLike,
+    tokenizer: PreTrainedTokenizerBase | None, text: ContextText | None,
+) -> CachedContext:  # fmt: skip
+    """Encode a context of an encoder-decoder model. Arguments and errors are those of `compute_context`."""
+    require_encoder_decoder(model)
+    if profile not in ("auto", None):
+        raise ConfigError("profiles are learnt for decoder-only models: leave out profile= for this model")
+    given, decoder_ids = context_input(model, inputs)
+    identify(model)
+    start = time.perf_counter()
+    kv, state = encode(model, given, decoder_ids)
+    positions = kv.geometry.tokens
+    # The positions of a sound have no tokens. Its digest identifies it.
+    ids = given.value.cpu().long() if given.name == "input_ids" else torch.zeros(1, positions, dtype=torch.long)
+    kv, media = checked_kv(kv, model, ids), given.media(positions)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=media)
+    report = CacheReport(positions, kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
+    return CachedContext(kv, ids, fingerprint, report, config=config, text=text, encoder=state)
 
 
 def _captured(cache: Cache, model: PreTrainedModel, ids: Tensor) -> KVTensors:
@@ -225,7 +275,7 @@ def _require_tokens(past: DynamicCache, tokens: int, model: PreTrainedModel) -> 
 
 def wrap_cache(
     cache: Cache,
-    input_ids: Tokens,
+    input_ids: ContextInputs,
     model: PreTrainedModel,
     config: CacheGenConfig | None,
     profile: ProfileLike,
@@ -235,13 +285,14 @@ def wrap_cache(
     """Copy a cache that a model filled. Arguments and errors are those of `CacheGenCache.from_cache`."""
     require_model(model)
     found = for_encoding(profile, model)
-    ids = one_row(input_ids)
+    ids, media = context_inputs(model.config, input_ids)
     kv = checked_kv(_captured(cache, model, ids), model, ids).clone()
     checkpoints = Checkpoints()
     if holds_states(model.config):
         checkpoints = Checkpoints((capture_states(cache, layer_contents(model.config), ids.shape[1]),))
         check_states(checkpoints, model)
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv if verify == "probe" else None)
+    probed, found_media = kv if verify == "probe" else None, () if media is None else media.media()
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, probed, media=found_media)
     return CachedContext(
         kv, ids, fingerprint, _report(kv, checkpoints), config=config, profile=found, verify=verify,
         checkpoints=checkpoints,
@@ -281,13 +332,17 @@ def load_context(
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
-        source=artifact.store, verify=verify, checkpoints=found.checkpoints,
+        source=artifact.store, verify=verify, checkpoints=found.checkpoints, encoder=found.encoder,
     )  # fmt: skip
 
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
     """Load an artifact under a deadline. Arguments and errors are those of `CacheGenCache.stream`."""
     chosen = StreamOptions.from_keywords(options)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            "a context of an encoder-decoder model is not streamed: load it with CacheGenCache.from_pretrained"
+        )
     found, kv, refinement = stream_context(path, model, chosen)
     artifact = found.artifact
     return CachedContext(

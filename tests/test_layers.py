@@ -7,7 +7,6 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.errors import (
     LimitError,
@@ -109,7 +108,7 @@ def test_a_layer_of_an_unknown_class_is_refused_by_name(monkeypatch: pytest.Monk
 
 def test_encoder_decoder_models_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        CacheGenCache.from_context(tiny_models.shared("t5"), tiny_models.tokens(5))
+        require_model(tiny_models.shared("t5"))
 
 
 def test_invalid_caches_are_refused() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_cachegen._version import __version__
 from hf_cachegen.artifact.entries import STATES, STATES_FILE
-from hf_cachegen.artifact.manifest import BASE_FILE, Manifest, chunk_name, nbytes_at, refine_file
+from hf_cachegen.artifact.manifest import BASE_FILE, MEDIA_FEATURE, Manifest, chunk_name, nbytes_at, refine_file
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import EncodedTensor
 from hf_cachegen.artifact.writer import artifact_sizes
@@ -175,6 +175,7 @@ def manifest_of(
     tensors: Sequence[EncodedTensor] = (),
 ) -> Manifest:
     """Return the manifest, without its files."""
+    media = (MEDIA_FEATURE,) if (fingerprint or {}).get("media") else ()
     codec: dict[str, Any] = {"config": config.to_dict(), "codebook": tables.SHIPPED_CODEBOOK}
     if profile is not None:
         codec["profile"] = Pin.of(profile).to_dict()
@@ -184,7 +185,9 @@ def manifest_of(
         chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
         report=report,
         fingerprint=fingerprint,
-        required=(*transform_of(config).features(side, geometry, config, profile), *([STATES] if tensors else [])),
+        required=(
+            *transform_of(config).features(side, geometry, config, profile), *media, *([STATES] if tensors else []),
+        ),
         states=tuple(tensor.entry for tensor in tensors),
         writer=WRITER,
     )

@@ -21,7 +21,7 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ManifestError
 
 MAX_ROWS = 128
-"""Number of layers in a table; --json has all."""
+"""Number of layers, or of media, in a table; --json has all."""
 MAX_TEXT_BYTES = 1 << 20
 """Longest text whose beginning is shown: its checksum needs all of it."""
 MAX_BEGINNING, MAX_SHOWN = 200, 80
@@ -63,6 +63,7 @@ def describe(reader: Reader) -> dict[str, Any]:
         "codec": manifest.codec,
         "profile": _profile(manifest.codec),
         "fingerprint": manifest.fingerprint,
+        "media": _media(manifest.fingerprint),
         "extra": manifest.extra,
         "text": _text(reader),
     }
@@ -92,6 +93,14 @@ def _text(reader: Reader) -> dict[str, Any] | None:
     found = read_text(reader) if nbytes <= MAX_TEXT_BYTES else None
     begins = None if found is None else found.segment()[1].decode("utf-8")[:MAX_BEGINNING]
     return {"kind": ", ".join(segment.name for segment in entry.segments), "bytes": nbytes, "begins": begins}
+
+
+def _media(fingerprint: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return kind, number, tokens and digest of the media of the context."""
+    rows = (fingerprint or {}).get("media", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ManifestError(f"expected a list of objects in fingerprint.media, got {rows!r:.80}")
+    return [{name: row.get(name) for name in ("kind", "items", "first", "end", "digest")} for row in rows]
 
 
 def _profile(codec: dict[str, Any]) -> dict[str, str | None] | None:
@@ -158,8 +167,11 @@ def _facts(found: dict[str, Any], title: str) -> Table:
         table.add_row("profile", plain(_short(shown, 200)))
         if profile["place"]:
             table.add_row("profile location", plain(_short(profile["place"], 200)))
+    for row in found["media"][:MAX_ROWS]:
+        shown = f"tokens {row['first']} to {row['end']}, XXH3-128 {row['digest']}"
+        table.add_row(plain(_short(f"{row['items']} {row['kind']}", 40)), plain(_short(shown, 120)))
     for name, value in sorted((found["fingerprint"] or {"": "none"}).items()):
-        if value:
+        if value and name != "media":
             table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value, 80)))
     return table
 

@@ -30,13 +30,16 @@ from hf_cachegen.errors import (
     StoreError,
     UnsupportedModelError,
 )
+from hf_cachegen.generation.from_encoder import generate_from_encoder
 from hf_cachegen.generation.twin import rest_by_cache, rest_of_first, twin_of
 from hf_cachegen.models.call import GenerateCall
-from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, unwrapped
+from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, masks_by_token_types, unwrapped
 from hf_cachegen.models.continuation import continuation_of, read_singly
 from hf_cachegen.models.kinds import holds_states, kv_layers, layer_contents
 from hf_cachegen.models.layers import build_dynamic, build_static, build_with_states
-from hf_cachegen.models.prefix import Reuse, match
+from hf_cachegen.models.media import MEDIA_INPUTS
+from hf_cachegen.models.media_prompt import cover, positions
+from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.recurrent import shorten
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.running import kv_devices, layer_devices
@@ -126,6 +129,8 @@ def generate(
         given.check(model)
     elif not streamed:
         given = load_context(given, model, {})
+    if isinstance(given, CachedContext) and given.encoder is not None:
+        return generate_from_encoder(model, given, given.encoder, args, kwargs, on_mismatch == "error", stock)
     call = GenerateCall(model, args, kwargs)
 
     if not isinstance(given, CachedContext):
@@ -173,7 +178,8 @@ def stream_for(
 def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall, on_mismatch: OnMismatch) -> Any:
     """Call the stock generate with a stock cache of the known part of the prompt."""
     stock, ids, mask, settings = _stock(model), call.ids, call.mask, call.settings
-    reuse = match(context.input_ids[0], ids, mask)
+    covered = cover(context.input_ids[0], context.fingerprint.media, ids, mask, call.media)
+    reuse = covered.reuse
     states, checkpoint = holds_states(model.config), None
     if states:
         if call.mode is GenerationMode.ASSISTED_GENERATION:
@@ -191,11 +197,15 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     usable = not moved and reuse.length > 0 and (chunk is None or ids.shape[1] - reuse.length <= chunk)
     steps = states and not continuation_of(model).several
     usable = usable and not (steps and ids.shape[1] - reuse.length > MAX_STEPS)
+    repeats = max(settings.num_beams, settings.num_return_sequences)
+    rest = covered.rest(repeats) if usable else {}
+    if rest and settings.cache_implementation == "static" and masks_by_token_types(model):
+        # For a static cache generate makes the mask of the first step from the token types of the new tokens alone.
+        usable = False
     _log_reuse(reuse, tokens, longest, moved, usable)
     if not usable:
         return stock(*call.prompt, **call.arguments)
 
-    repeats = max(settings.num_beams, settings.num_return_sequences)
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     room = call.longest if settings.cache_implementation == "static" else None
     if checkpoint is not None:
@@ -211,11 +221,16 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     held = reuse.length
     if steps:
         held = read_singly(model, ids.repeat_interleave(repeats, 0), cache, held)
-    return start_from(model, call, cache, processors, held)
+    return start_from(model, call, cache, processors, held, rest)
 
 
 def start_from(
-    model: PreTrainedModel, call: GenerateCall, cache: Cache, processors: Sequence[LogitsProcessor] = (), held: int = 0
+    model: PreTrainedModel,
+    call: GenerateCall,
+    cache: Cache,
+    processors: Sequence[LogitsProcessor] = (),
+    held: int = 0,
+    media: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Call the stock generate with a stock cache of the beginning of the prompt, and return its result.
 
@@ -225,8 +240,10 @@ def start_from(
         cache: holds the first positions of every row, none of them or all but one; it grows as the model generates.
         processors: come before the caller's own.
         held: number of positions that the cache holds, needed for one without keys, which does not count them.
+        media: model inputs for the media of the prompt that the cache does not hold.
     """
-    arguments, settings = dict(call.arguments), call.settings
+    settings = call.settings
+    arguments = {name: value for name, value in call.arguments.items() if name not in MEDIA_INPUTS}
     if settings.use_cache is False:  # a default that the model was saved with
         arguments["use_cache"] = True
     if processors:
@@ -237,11 +254,13 @@ def start_from(
     }
     arguments |= {"attention_mask": call.mask, cache_argument(model): cache}
     stock = _stock(model)
-    if call.mode is GenerationMode.ASSISTED_GENERATION:
-        stock = detach(twin_of(model, rest_by_cache)).generate
+    if media or call.mode is GenerationMode.ASSISTED_GENERATION:
+        stock = detach(twin_of(model, functools.partial(rest_by_cache, media))).generate
     elif all(cache.is_linear):
         stock = detach(twin_of(model, functools.partial(rest_of_first, int(call.ids.shape[1]) - held))).generate
-    with fresh_state(model):
+    with fresh_state(model, leave_offsets=call.media is not None):
+        if call.media is not None:
+            arguments |= positions(model, call.ids, call.mask, call.media)
         return stock(*call.prompt, **arguments)
 
 
@@ -327,6 +346,10 @@ def _hand_over(stock: Callable[..., Any]) -> Callable[..., Any]:
     def generate_or_hand_over(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self.__dict__.get("generate")
         if isinstance(attached, _Attached) and any(isinstance(kwargs.get(n), CachedContext) for n in CACHE_NAMES):
+            if type(self).generate is not GenerationMixin.generate:
+                raise UnsupportedModelError(
+                    f"{type(self).__name__} has a generate of its own: make the cache before the call, not in it"
+                )
             return attached(*args, **kwargs)
         return stock(self, *args, **kwargs)
 

@@ -1,14 +1,15 @@
-"""A second object over the weights of a model, whose inputs leave out the cached tokens.
+"""A second object over the weights of a model, whose inputs leave out the cached tokens and media.
 
 The first step of assisted decoding feeds the whole prompt even beside a cache, and its candidates need the whole
-prompt. So does the first step with a cache that holds states alone. The model itself is not changed, so other threads
-may use it.
+prompt. So does the first step with a cache that holds states alone. The stock generate would also compute the features
+of all media that it is given, and repeat them for beams in the order of the whole prompt's placeholders. The model
+itself is not changed, so other threads may use it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -34,9 +35,12 @@ def twin_of(model: PreTrainedModel, prepare_rest: Callable[..., Any]) -> PreTrai
     return twin
 
 
-def rest_by_cache(prepare: Any, input_ids: Tensor, next_sequence_length: int | None = None, **inputs: Any) -> Any:
-    """Prepare the tokens that the cache does not hold."""
-    return prepared_inputs(prepare, input_ids, next_sequence_length, inputs)
+def rest_by_cache(
+    media: Mapping[str, Tensor] | None, prepare: Any, input_ids: Tensor, next_sequence_length: int | None = None,
+    **inputs: Any,
+) -> Any:  # fmt: skip
+    """Prepare the tokens, and in the first step the media, that the cache does not hold."""
+    return prepared_inputs(prepare, input_ids, next_sequence_length, inputs, media)
 
 
 def rest_of_first(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import cache_utils
+from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ CACHE_ARGUMENT = "cache" if Version("5.24.dev0") <= RELEASE else "past_key_value
 """Name of the cache among the arguments of `forward` and `generate`, and among the fields of their outputs."""
 CACHE_NAMES = ("cache", "past_key_values")
 """Names under which a caller of `generate` may pass a cache, whatever the release."""
+ENCODER_HOOK = (
+    "_prepare_text_encoder_decoder_kwargs_for_generation"
+    if hasattr(GenerationMixin, "_prepare_text_encoder_decoder_kwargs_for_generation")
+    else "_prepare_encoder_decoder_kwargs_for_generation"
+)
+"""Name of the method with which `generate` runs the encoder of an encoder-decoder model."""
 EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 """The classes of cache layers that hold nothing."""
 HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
@@ -84,6 +90,16 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def text_decoder(model: Any) -> nn.Module:
+    """Return the part of `model` that reads tokens, without towers for pictures and audio; else the model itself."""
+    base = unwrapped(model)
+    towers = (getattr(base.config, name, None) for name in ("vision_config", "audio_config"))
+    if not base.config.is_encoder_decoder and all(tower is None for tower in towers):
+        return base
+    found = base.get_decoder()
+    return found if isinstance(found, nn.Module) else base
+
+
 def cache_of(outputs: Any) -> Cache:
     """Return the cache in the output of a forward pass or of `generate`."""
     return outputs[CACHE_ARGUMENT]
@@ -105,12 +121,51 @@ def tokens_seen(layer: Any) -> int:
     return int(layer.cumulative_length if seen is None else seen)
 
 
-def prepared_inputs(prepare: Any, input_ids: Tensor, length: int | None, inputs: Mapping[str, Any]) -> Any:
+def prepared_inputs(
+    prepare: Any,
+    input_ids: Tensor,
+    length: int | None,
+    inputs: Mapping[str, Any],
+    media: Mapping[str, Tensor] | None = None,
+) -> Any:
     """Call a model's `prepare_inputs_for_generation` for the last tokens of `input_ids` alone.
 
-    Where `length` is None the tokens are those that the cache among `inputs` does not hold.
+    Where `length` is None the tokens are those that the cache among `inputs` does not hold. The first step of a
+    generation also gets `media`, the model inputs for the placeholders among these tokens.
     """
     cache = inputs.get(CACHE_ARGUMENT)
     if length is None and cache is not None and (held := cache.get_seq_length()):
         length = input_ids.shape[1] - held
-    return prepare(input_ids, next_sequence_length=length, **inputs)
+    if not media or not inputs.get("is_first_iteration"):
+        return prepare(input_ids, next_sequence_length=length, **inputs)
+    # From 5.24 on generate encodes media before the first step. Here it was given none, and encodes nothing.
+    given = {name: value for name, value in inputs.items() if name != "mm_encoder_outputs" or value}
+    prepared = prepare(input_ids, next_sequence_length=length, **given, **media)
+    # Masks read token types by position. Up to 5.22 they were those of the new tokens alone, and shifted the mask.
+    whole = {name: inputs[name] for name in ("token_type_ids", "mm_token_type_ids") if prepared.get(name) is not None}
+    return {**prepared, **whole}
+
+
+def masks_by_token_types(model: Any) -> bool:
+    """Report whether the attention mask of a model depends on token types: in both directions within a picture."""
+    create = getattr(type(unwrapped(model)), "create_masks_for_generate", None)
+    names = () if create is None else inspect.signature(create).parameters
+    return "token_type_ids" in names or "mm_token_type_ids" in names
+
+
+def prompt_positions(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the positions that the stock generate computes for a whole prompt with media.
+
+    Models with positions of several axes (M-RoPE) also keep their offset, `rope_deltas`, on the model.
+
+    Args:
+        model: the model.
+        input_ids: int64 [rows, tokens].
+        inputs: the other model inputs, with the attention mask.
+
+    Returns:
+        The argument `position_ids` of generate; empty for a model that takes none.
+    """
+    if not takes(model, "position_ids"):
+        return {}
+    return {"position_ids": unwrapped(model)._prepare_position_ids_for_generation(input_ids, dict(inputs))}

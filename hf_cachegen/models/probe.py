@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cachegen.errors import ManifestError, WrongWeightsError
-from hf_cachegen.models import compat
+from hf_cachegen.models import compat, encoder_decoder
 from hf_cachegen.models.checksum import words
 from hf_cachegen.models.kinds import STATE_TENSORS, empty_cache, kv_layers, layer_contents
 from hf_cachegen.models.running import evaluation_mode, layer_devices
@@ -72,6 +72,8 @@ def run(model: PreTrainedModel, input_ids: Sequence[int]) -> tuple[list[Tensor],
     Returns:
         (keys, values) as for `record`; the states of recurrent layers follow, as pairs of convolution and recurrence.
     """
+    if model.config.is_encoder_decoder:
+        return encoder_decoder.probe_kv(model, list(input_ids[:PROBE_TOKENS]))
     contents = layer_contents(model.config)
     device = layer_devices(model, len(contents))[0]
     cache = empty_cache(model.config)
@@ -120,8 +122,10 @@ def check(model: PreTrainedModel, input_ids: Sequence[int], recorded: str, dtype
     found = distance(recorded, *run(model, input_ids))
     if not found.value <= tolerance:
         count = min(len(input_ids), PROBE_TOKENS)
-        with_kv = sum(1 for content in layer_contents(model.config) if content.kind is not None)
-        what = f"{found.side} of layer {found.layer}" if found.layer < with_kv else "states of recurrent layers"
+        encoder = model.config.is_encoder_decoder
+        contents = [] if encoder else layer_contents(model.config)
+        of_states = not encoder and found.layer >= sum(content.kind is not None for content in contents)
+        what = "states of recurrent layers" if of_states else f"{found.side} of layer {found.layer}"
         raise WrongWeightsError(
             f"the model's weights and settings are those of the cache, but its {what} for "
             f"the first {count} tokens differ from the recorded ones by {found.value:.2g} (relative; rounding in "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_cachegen.codec.geometry import Geometry, LayerKind
 from hf_cachegen.errors import UnsupportedModelError, WrongModelError
-from hf_cachegen.models.compat import takes_cache, unwrapped
+from hf_cachegen.models.compat import takes_cache, text_decoder, unwrapped
 from hf_cachegen.models.kinds import holds_states, layer_contents
 
 if TYPE_CHECKING:
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 """Functions of Transformers with which a model masks the tokens outside a window; its module imports one."""
 
+WHOLE_PROMPT = {
+    "paligemma": "it attends in both directions over the whole prompt, so the keys of a context depend on the question",
+}
+"""Reasons for refusing models whose keys and values of a context depend on what follows it, by model type."""
+
 POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)")
 """Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
 
 
 def require_model(model: PreTrainedModel) -> None:
-    """Raise an error for a model whose cache cannot be kept and reused.
+    """Raise an error for a model whose cache cannot be kept and cut to a prefix.
 
     Raises:
         UnsupportedModelError: the model keeps no such cache.
@@ -32,9 +37,14 @@ def require_model(model: PreTrainedModel) -> None:
     """
     name = type(unwrapped(model)).__name__
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model: only a whole input of its encoder can be kept, by "
+            "CacheGenCache.from_context"
+        )
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
+    if (reason := WHOLE_PROMPT.get(model.config.model_type)) is not None:
+        raise UnsupportedModelError(f"the cache of {name} cannot be kept: {reason}")
     if bool(getattr(model, "_is_stateful", False)) and not holds_states(model.config):
         raise UnsupportedModelError(f"{name} keeps a recurrent state outside its cache, which cannot be kept")
     if not takes_cache(model):
@@ -56,8 +66,7 @@ def _masks_windows(model: nn.Module) -> bool:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the number of positions that a model has learnt or tabulated; None if it computes them."""
     limits = []
-    base = unwrapped(model)
-    for path, module in base.named_modules():
+    for path, module in text_decoder(model).named_modules():
         name = path.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name):
             limits.append(module.num_embeddings - int(getattr(module, "offset", 0)))

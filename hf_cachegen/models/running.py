@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.compat import text_decoder, unwrapped
 from hf_cachegen.models.kinds import layer_contents
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     base = unwrapped(model)
     # A model that accelerate offloads reports the meta device; its inputs may be on any device.
     device = base.device if base.device.type != "meta" else torch.device("cpu")
-    for module in base.modules():
+    for module in text_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return [_device(layer, device) for layer in module]
     return [device] * layers

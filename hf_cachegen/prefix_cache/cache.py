@@ -279,7 +279,7 @@ class PrefixCache:
         Returns:
             Tokens of the prefix that is stored, and protected.
         """
-        from hf_cachegen.models.opening import one_row
+        from hf_cachegen.models.inputs import one_row
         from hf_cachegen.prefix_cache.binding import bind
 
         self.flush()
