@@ -60,11 +60,31 @@ def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
 
 
-def _never(config: CacheGenConfig) -> Tensor:
-    """Return the frequencies of table 0, "always zero", which is not coded: int32 [1, 256]."""
+def sample_of(channels: int) -> Tensor | None:
+    """Return the channels to learn from, int64, ascending: whole tiles, evenly spread. None: all of them."""
+    if channels <= MAX_LEARNT or channels % TILE_COLUMNS:
+        return None
+    tiles = torch.linspace(0, channels // TILE_COLUMNS - 1, SAMPLED // TILE_COLUMNS, dtype=torch.float64).long()
+    return (tiles[:, None] * TILE_COLUMNS + torch.arange(TILE_COLUMNS)).flatten()
+
+
+def _learnt(planes: Sequence[Tensor], sampled: bool, config: CacheGenConfig) -> list[Tensor]:
+    """Learn the tables from the counts of each plane, int32 [channels, 256].
+
+    If these are a sample, a channel may be unlike all of them. So each plane then has one more table, which supports
+    every byte.
+    """
     never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
-    never[0, ZERO_INDEX] = 1
-    return learn(never, TABLES_PER_PLANE, config.prob_bits)
+    never[0, ZERO_INDEX] = 1  # entry 0 means "always zero", which is not coded
+    found = [learn(never, TABLES_PER_PLANE, config.prob_bits)]
+    for plane, counts in enumerate(planes):
+        tables = TABLES_PER_LOW_PLANE if sampled and plane else TABLES_PER_PLANE
+        found.append(learn(counts, tables, config.prob_bits))
+        if sampled:
+            total = counts.sum(0, dtype=torch.int64)
+            every = total.clamp_min(1 + int(total.sum()) // LEAST_SHARE)
+            found.append(torch.tensor([normalise(every.tolist(), config.prob_bits)], dtype=torch.int32))
+    return found
 
 
 def _readable(context: ContextRows) -> Source | None:
@@ -92,33 +112,20 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        if (source := _readable(context)) is not None and len(context.channels) > MAX_LEARNT:
-            return cls._sampled(source, context, config)
-        counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
-        for rows, _ in context.chunks():
-            passes.count(counts, to_planes(rows.cpu()))
-        learnt = [_never(config)]
-        learnt += [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in counts.chunk(dtype.itemsize)]
-        book = Codebook(torch.cat(learnt), config.prob_bits, 1)
-        entries, bits = book.choose(counts)
-        return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
-
-    @classmethod
-    def _sampled(cls, source: Source, context: ContextRows, config: CacheGenConfig) -> Fitted:
-        """Learn the tables from some channels, and choose among them for all.
-
-        A channel may be unlike all that were learnt from. So each plane has one more table, which supports every byte.
-        """
-        dtype, spans = source.target.dtype, context.spans
-        counts = source.sampled(SAMPLED).count_planes(spans)
-        learnt = [_never(config)]
-        for plane, own in enumerate(counts.chunk(dtype.itemsize)):
-            learnt.append(learn(own, TABLES_PER_PLANE if plane == 0 else TABLES_PER_LOW_PLANE, config.prob_bits))
-            total = own.sum(0, dtype=torch.int64)
-            every = total.clamp_min(1 + int(total.sum()) // LEAST_SHARE)
-            learnt.append(torch.tensor([normalise(every.tolist(), config.prob_bits)], dtype=torch.int32))
-        book = Codebook(torch.cat(learnt), config.prob_bits, 1)
-        entries, bits = source.choose_planes(spans, book)
+        source, spans, channels = _readable(context), context.spans, len(context.channels)
+        sample, counts = sample_of(channels), None
+        if source is None:
+            counts = torch.zeros(channels * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+            for rows, _ in context.chunks():
+                passes.count(counts, to_planes(rows.cpu()))
+        elif sample is None:
+            counts = source.count_planes(spans)
+        if sample is None or counts is not None:
+            own = counts if sample is None else counts.reshape(dtype.itemsize, channels, -1)[:, sample].flatten(0, 1)
+        else:
+            own = source.only(sample).count_planes(spans)
+        book = Codebook(torch.cat(_learnt(own.chunk(dtype.itemsize), sample is not None, config)), config.prob_bits, 1)
+        entries, bits = source.choose_planes(spans, book) if counts is None else book.choose(counts)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
