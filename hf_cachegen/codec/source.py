@@ -235,12 +235,10 @@ class Source:
         """Whether the channels fill whole tiles, which the passes over planes need."""
         return len(self) % _TILE == 0
 
-    def sampled(self, channels: int) -> Source:
-        """Return the source of about this number of channels, in whole tiles that are evenly spread."""
-        tiles = np.unique(np.linspace(0, len(self) // _TILE - 1, max(1, channels // _TILE)).astype(np.int64))
-        chosen = (tiles[:, None] * _TILE + np.arange(_TILE)).ravel()
-        places = self.target.places.numpy()[chosen]
-        return replace(self, target=replace(self.target, places=torch.from_numpy(places)), vectors=self.vectors[chosen])
+    def only(self, channels: Tensor) -> Source:
+        """Return the source of these channels, int64, ascending."""
+        places = self.target.places[channels].contiguous()
+        return replace(self, target=replace(self.target, places=places), vectors=self.vectors[channels])
 
     def count_planes(self, chunks: Sequence[Chunk]) -> Tensor:
         """Return how often each byte occurs in these chunks: int32 [planes x channels, 256] (`transforms.lossless`)."""

@@ -51,6 +51,14 @@ def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
 
 
+def sample_of(channels: int) -> Tensor | None:
+    """Return the channels to learn from, int64, ascending: whole tiles, evenly spread. None: all of them."""
+    if channels <= MAX_LEARNT or channels % TILE_COLUMNS:
+        return None
+    tiles = torch.linspace(0, channels // TILE_COLUMNS - 1, SAMPLED // TILE_COLUMNS, dtype=torch.float64).long()
+    return (tiles[:, None] * TILE_COLUMNS + torch.arange(TILE_COLUMNS)).flatten()
+
+
 def _readable(context: ContextRows) -> Source | None:
     """Return the source of the context, if the compiled passes over planes can read it."""
     return context.source if context.source is not None and context.source.has_whole_tiles else None
@@ -76,23 +84,25 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        if (source := _readable(context)) is not None and len(context.channels) > MAX_LEARNT:
-            return cls._sampled(source, context, config)
-        counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
-        for rows, _ in context.chunks():
-            passes.count(counts, to_planes(rows.cpu()))
-        book = learnt.learn_book(counts.chunk(dtype.itemsize), TABLES_PER_PLANE, config.prob_bits)
-        entries, bits = book.choose(counts)
-        return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
-
-    @classmethod
-    def _sampled(cls, source: Source, context: ContextRows, config: CacheGenConfig) -> Fitted:
-        """Learn the tables from some channels, and choose among them for all."""
-        dtype, spans = source.target.dtype, context.spans
-        planes = source.sampled(SAMPLED).count_planes(spans).chunk(dtype.itemsize)
-        most = [TABLES_PER_PLANE, *[TABLES_PER_LOW_PLANE] * (dtype.itemsize - 1)]
-        book = learnt.sampled_book(planes, most, config.prob_bits)
-        entries, bits = source.choose_planes(spans, book)
+        source, spans, channels = _readable(context), context.spans, len(context.channels)
+        sample, counts = sample_of(channels), None
+        if source is None:
+            counts = torch.zeros(channels * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+            for rows, _ in context.chunks():
+                passes.count(counts, to_planes(rows.cpu()))
+        elif sample is None:
+            counts = source.count_planes(spans)
+        if sample is None or counts is not None:
+            own = counts if sample is None else counts.reshape(dtype.itemsize, channels, -1)[:, sample].flatten(0, 1)
+        else:
+            own = source.only(sample).count_planes(spans)
+        planes = own.chunk(dtype.itemsize)
+        if sample is None:
+            book = learnt.learn_book(planes, TABLES_PER_PLANE, config.prob_bits)
+        else:
+            most = [TABLES_PER_PLANE, *[TABLES_PER_LOW_PLANE] * (len(planes) - 1)]
+            book = learnt.sampled_book(planes, most, config.prob_bits)
+        entries, bits = source.choose_planes(spans, book) if counts is None else book.choose(counts)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
