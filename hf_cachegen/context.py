@@ -20,6 +20,7 @@ from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
+from hf_cachegen.models.causality import require_causal
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
@@ -153,6 +154,7 @@ def compute_context(
     chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
     with evaluation_mode(model), fresh_state(model):
         _require_continuation(model, chunks[0])
+        require_causal(model)
         for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
             run(model, chunk, past, last_logits_only=True)
     _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
@@ -206,6 +208,7 @@ def wrap_cache(
     require_model(model)
     found = for_encoding(profile, model)
     ids = one_row(input_ids)
+    require_causal(model)
     kv = checked_kv(capture(cache, model.config), model, ids).clone()
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv if verify == "probe" else None)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes)

@@ -30,6 +30,7 @@ from hf_cachegen.errors import (
     StoreError,
 )
 from hf_cachegen.models.call import GenerateCall
+from hf_cachegen.models.causality import hides_pads
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, prepared_inputs, unwrapped
 from hf_cachegen.models.layers import build_dynamic, build_static
 from hf_cachegen.models.prefix import Reuse, match
@@ -173,6 +174,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
         raise PromptMismatchError(f"a prompt of {longest} tokens cannot continue a cache of {tokens}: {why}")
     chunk = settings.prefill_chunk_size
     usable = not moved and reuse.length > 0 and (chunk is None or ids.shape[1] - reuse.length <= chunk)
+    usable = usable and (not any(reuse.pads) or hides_pads(model))
     _log_reuse(reuse, tokens, longest, moved, usable)
     if not usable:
         return stock(*call.prompt, **call.arguments)

@@ -10,9 +10,11 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
@@ -28,22 +30,48 @@ HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
 """Generation settings, not known to every release, that draft tokens from hidden states of the whole prompt."""
 
 
-def run(model: Any, input_ids: Tensor, cache: Cache | None, *, last_logits_only: bool = False) -> Any:
-    """Run a forward pass that extends `cache`.
+def run(
+    model: Any, input_ids: Tensor, cache: Cache | None, *, last_logits_only: bool = False, **inputs: Any
+) -> Any:
+    """Run a forward pass that extends `cache`, with the positions that the stock `generate` would give.
+
+    Some models count positions otherwise when none are given (RoBERTa begins after its pad token's id), so a cache
+    filled without them could not be continued.
 
     Args:
         model: the model, or a wrapper of it.
         input_ids: int64 [rows, tokens], the tokens that follow those of the cache.
         cache: the cache to extend; None to compute the tokens without one.
         last_logits_only: compute the logits of the last token alone where the model can.
+        inputs: further inputs of the forward pass.
 
     Returns:
         The output object of the model.
     """
-    options: dict[str, Any] = {} if cache is None else {CACHE_ARGUMENT: cache}
+    options: dict[str, Any] = inputs if cache is None else {**inputs, CACHE_ARGUMENT: cache}
+    if cache is not None and "position_ids" not in options and _counts_positions(model):
+        held = _tokens_held(cache)
+        if held is not None:
+            positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)
+            options["position_ids"] = positions.expand(len(input_ids), -1)
     if last_logits_only and takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     return model(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **options)
+
+
+def _counts_positions(model: Any) -> bool:
+    """Report whether the stock `generate` numbers a model's tokens from 0; some models have a method of their own."""
+    own = getattr(type(unwrapped(model)), "_prepare_position_ids_for_generation", None)
+    stock = GenerationMixin._prepare_position_ids_for_generation
+    return own is stock and takes(model, "position_ids")
+
+
+def _tokens_held(cache: Cache) -> int | None:
+    """Return the number of tokens in a cache; None where no layer counts them."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # recurrent layers alone
+        return None
 
 
 def takes(model: Any, name: str) -> bool:
