@@ -10,25 +10,28 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader
 from hf_cachegen.artifact.artifact import Artifact, write
-from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.artifact.encoded import EncodedContext, encode_no_kv
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
-from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
+from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
-from hf_cachegen.models.layers import build_dynamic
+from hf_cachegen.models.kinds import layer_contents
+from hf_cachegen.models.layers import build_dynamic, build_with_states
 from hf_cachegen.models.opening import Tokens
+from hf_cachegen.models.prefill import STATE_BUDGET, StateOptions
 from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.models.read_only import ReadOnlyLayer, refuse
+from hf_cachegen.models.running import layer_devices
 from hf_cachegen.models.text import prompt_ids
 from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
 from hf_cachegen.stores import LocalStore
@@ -41,25 +44,6 @@ PREFILL_CHUNK_TOKENS = 4096
 """Tokens per forward pass of a prefill: large enough for full speed, and a bound on the memory of activations."""
 
 
-def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    raise ReadOnlyCacheError(
-        "a CacheGenCache is read-only, since many generations share it, and this model was not prepared for one: call "
-        "hf_cachegen.attach(model) before model.generate(..., cache=cache), or make a copy with cache.to_dynamic()"
-    )
-
-
-class _ReadOnlyLayer(DynamicLayer):
-    """A filled layer that refuses every change; the methods of the stock cache call those of its layers."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
-        super().lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-
-    lazy_initialization = update = crop = reset = reorder_cache = offload = prefetch = _refuse
-    batch_repeat_interleave = batch_select_indices = _refuse
-
-
 class CacheGenCache(CachedContext, DynamicCache):
     """The KV cache of one context of one model.
 
@@ -70,11 +54,12 @@ class CacheGenCache(CachedContext, DynamicCache):
     def __init__(self, *args: Any, **kwargs: Any):
         DynamicCache.__init__(self)
         CachedContext.__init__(self, *args, **kwargs)
-        self.layers = [_ReadOnlyLayer(*pair) for pair in zip(self.kv.keys, self.kv.values, strict=True)]
+        self.layers = [ReadOnlyLayer(*pair) for pair in zip(self.kv.keys, self.kv.values, strict=True)]
 
-    update = early_initialization = update_conv_state = update_recurrent_state = _refuse
+    update = early_initialization = update_conv_state = update_recurrent_state = refuse
+    has_previous_state = get_conv_state = get_recurrent_state = refuse
     # The first method that a forward pass calls: some prompts would fail with another error before they reach update.
-    get_mask_sizes = _refuse
+    get_mask_sizes = refuse
 
     def __repr__(self) -> str:
         geometry = self.kv.geometry
@@ -97,6 +82,8 @@ class CacheGenCache(CachedContext, DynamicCache):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        state_every: int | None = None,
+        state_budget: int = STATE_BUDGET,
         progress: bool = False,
         attach: bool = True,
     ) -> CacheGenCache:
@@ -110,6 +97,9 @@ class CacheGenCache(CachedContext, DynamicCache):
                 model's folder or repository, if there is one: docs/stores.md) or None.
             tokenizer: if given, its hash becomes a part of the fingerprint.
             prefill_chunk_tokens: tokens per forward pass.
+            state_every: for a model with recurrent states, tokens between two checkpoints of them; None for the end
+                and a few positions before it (docs/how-to/recurrent.md).
+            state_budget: largest size of all checkpoints in bytes; above it some are left out.
             progress: show a progress bar.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
 
@@ -121,7 +111,10 @@ class CacheGenCache(CachedContext, DynamicCache):
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
         """
-        context = compute_context(model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress)
+        states = StateOptions(state_every, state_budget)
+        context = compute_context(
+            model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress, states=states
+        )
         return cls._of(context, model, attach)
 
     @classmethod
@@ -134,13 +127,16 @@ class CacheGenCache(CachedContext, DynamicCache):
         profile: ProfileLike = "auto",
         *,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        state_every: int | None = None,
+        state_budget: int = STATE_BUDGET,
         progress: bool = False,
         attach: bool = True,
         keep_text: bool = True,
     ) -> CacheGenCache:
         """Tokenize a text as `generate_text` does, and keep its exact keys and values, as `from_context` does.
 
-        model, config, profile, prefill_chunk_tokens, progress and attach are those of `from_context`.
+        model, config, profile, prefill_chunk_tokens, state_every, state_budget, progress and attach are those of
+        `from_context`.
 
         Args:
             tokenizer: the tokenizer of the model. Its hash becomes a part of the fingerprint.
@@ -155,8 +151,9 @@ class CacheGenCache(CachedContext, DynamicCache):
         source = text if isinstance(text, ContextText) else ContextText(text)
         ids = prompt_ids(tokenizer, source, answer=False)
         context = compute_context(
-            model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None
-        )
+            model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None,
+            StateOptions(state_every, state_budget),
+        )  # fmt: skip
         return cls._of(context, model, attach)
 
     @classmethod
@@ -311,13 +308,17 @@ class CacheGenCache(CachedContext, DynamicCache):
         else:
             layers = list(self.kv.geometry.layers)
             kv, config = self.kv, config or self.config
-            source = Encoder(kv.keys, kv.values, config, self.profile, layers=layers, progress=progress)
+            if layers:
+                source = Encoder(kv.keys, kv.values, config, self.profile, layers=layers, progress=progress)
+            else:
+                source = encode_no_kv(kv.geometry, config)
         write(
             source,
             directory,
             input_ids=self.input_ids[0].tolist(),
             fingerprint=self.fingerprint.to_dict(),
             text=self.read_text(),
+            tensors=[] if self.source is not None else self.checkpoints.named(),
             overwrite=overwrite,
         )
         if self.source is None:
@@ -374,11 +375,27 @@ class CacheGenCache(CachedContext, DynamicCache):
             )  # fmt: skip
         return pushed.url
 
-    def to_dynamic(self) -> DynamicCache:
+    def to_dynamic(self, model: PreTrainedModel | None = None) -> DynamicCache:
         """Return a stock DynamicCache with copies of the keys and values; sliding layers keep their window.
 
-        Of a stream it is a copy of the present state, which later refinements do not change.
+        Of a stream it is a copy of the present state, which later refinements do not change. Of a model with recurrent
+        states it holds the tokens up to the last checkpoint, `report.checkpoints[-1]`.
+
+        Args:
+            model: the model, which is needed if it has recurrent states.
+
+        Raises:
+            ConfigError: the model has recurrent states, and it is not given.
         """
-        reuse = Reuse(pads=(0,), length=self.kv.geometry.tokens, whole=True)
         kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
-        return build_dynamic(kv.clone() if kv is self.kv else kv, reuse, 1, [keys.device for keys in self.kv.keys])
+        kv = kv.clone() if kv is self.kv else kv
+        if not self.checkpoints.all:
+            reuse = Reuse(pads=(0,), length=kv.geometry.tokens, whole=True)
+            return build_dynamic(kv, reuse, 1, [keys.device for keys in self.kv.keys])
+        if model is None:
+            raise ConfigError("a cache with recurrent states needs the model: call to_dynamic(model)")
+        self.check(model)
+        last = self.checkpoints.all[-1]
+        devices = layer_devices(model, len(layer_contents(model.config)))
+        reuse = Reuse(pads=(0,), length=last.tokens, whole=last.tokens == kv.geometry.tokens)
+        return build_with_states(kv, last, reuse, 1, devices, model.config)

@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
+from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.causality import require_causal
 from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.continuation import continuation_of
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
-from hf_cachegen.models.layers import KVTensors, capture
+from hf_cachegen.models.kinds import holds_states, layer_contents
+from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
+from hf_cachegen.models.prefill import StateOptions, prefill
+from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.requirements import (
-    layer_kinds,
     positions_change,
     require_geometry,
     require_length,
@@ -57,6 +61,7 @@ class CachedContext:
         source: the store of the artifact that it was loaded from, if any.
         verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
         text: the text of the context, where it is known and not in `source`.
+        checkpoints: the states of recurrent layers at some positions; empty for a model without such layers.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -76,12 +81,13 @@ class CachedContext:
         refinement: Refinement | None = None,
         verify: Verify = "probe",
         text: ContextText | None = None,
+        checkpoints: Checkpoints | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
-        self.verify, self._text = verify, text
+        self.verify, self._text, self.checkpoints = verify, text, checkpoints or Checkpoints()
 
     @property
     def report(self) -> CacheReport:
@@ -93,6 +99,7 @@ class CachedContext:
         require_model(model)
         self.fingerprint.check(model, tokenizer)
         require_geometry(model.config, self.kv.geometry)
+        check_states(self.checkpoints, model)
         if self.verify == "probe":
             self.fingerprint.check_probe(model, self.input_ids[0].tolist())
 
@@ -101,7 +108,7 @@ class CachedContext:
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
-            "verify": self.verify, "text": self._text,
+            "verify": self.verify, "text": self._text, "checkpoints": self.checkpoints,
         }  # fmt: skip
 
     def read_text(self) -> ContextText | None:
@@ -124,6 +131,12 @@ class CachedContext:
         return read_text(reader)
 
 
+def check_states(checkpoints: Checkpoints, model: PreTrainedModel) -> None:
+    """Raise WrongModelError unless the checkpoints have the states of a model."""
+    expected = continuation_of(model).shapes if holds_states(model.config) else {}
+    checkpoints.check(expected, type(unwrapped(model)).__name__)
+
+
 @torch.no_grad()
 def compute_context(
     model: PreTrainedModel,
@@ -134,6 +147,7 @@ def compute_context(
     prefill_chunk_tokens: int,
     progress: bool,
     text: ContextText | None = None,
+    states: StateOptions | None = None,
 ) -> CachedContext:
     """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
     if prefill_chunk_tokens < 1:
@@ -144,24 +158,41 @@ def compute_context(
     identify(model)
     require_inactive(model, ids[0].tolist())
     found = for_encoding(profile, model)
+    states = states or StateOptions()
     start = time.perf_counter()
     if positions_change(model.config, 1, ids.shape[1]):
         # The rotation depends on the whole length, so the context must be computed in one forward pass.
         prefill_chunk_tokens = ids.shape[1]
-    # Without a config the cache keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
-    past = DynamicCache()
-    device = layer_devices(model, len(layer_kinds(model.config)))[0]
-    chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
     with evaluation_mode(model), fresh_state(model):
-        _require_continuation(model, chunks[0])
+        if not holds_states(model.config):
+            _require_continuation(model, ids[:, :prefill_chunk_tokens])
         require_causal(model)
-        for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
-            run(model, chunk, past, last_logits_only=True)
-    _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
-    kv = checked_kv(capture(past, model.config), model, ids)
+        past, checkpoints = prefill(model, ids, prefill_chunk_tokens, states, progress)
+    _require_tokens(past, ids.shape[1], model)
+    kv = checked_kv(_captured(past, model, ids), model, ids)
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
-    report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, text=text)
+    seconds = time.perf_counter() - start
+    report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=states.budget if checkpoints.all else None)
+    return CachedContext(
+        kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints
+    )
+
+
+def _captured(cache: Cache, model: PreTrainedModel, ids: Tensor) -> KVTensors:
+    """Return the keys and values of a filled cache, none of them for a model that has states alone."""
+    empty = None
+    if not any(content.kind for content in layer_contents(model.config)):
+        empty = Geometry((), int(ids.shape[1]), 1, dtype_name(model.dtype))
+    return capture(cache, model.config, empty)
+
+
+def _report(kv: KVTensors, checkpoints: Checkpoints, **values: Any) -> CacheReport:
+    """Return the report of a context. A stock cache would hold the keys and values, and the states once."""
+    once = checkpoints.all[-1].nbytes if checkpoints.all else 0
+    return CacheReport(
+        kv.geometry.tokens, kv.geometry.nbytes + once, checkpoints=checkpoints.tokens, state_bytes=checkpoints.nbytes,
+        **values,
+    )  # fmt: skip
 
 
 _continues: set[type] = set()
@@ -173,6 +204,7 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     kind = type(unwrapped(model))
     if kind in _continues:
         return
+    ids = ids.to(layer_devices(model, len(layer_contents(model.config)))[0])
     past = DynamicCache()
     try:
         for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
@@ -183,9 +215,13 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     _continues.add(kind)
 
 
-def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
-    """Raise UnsupportedModelError unless every layer of a filled cache holds one key for each token."""
-    for index, layer in enumerate(past.layers):
+def _require_tokens(past: DynamicCache, tokens: int, model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless every layer that has keys holds one for each token."""
+    name = type(unwrapped(model)).__name__
+    contents = layer_contents(model.config)
+    for index, (layer, content) in enumerate(zip(past.layers, contents, strict=False)):
+        if content.kind is None:
+            continue
         held = int(layer.get_seq_length()) if layer.is_initialized else 0
         if held != tokens:
             why = "cross-attention, or keys of another layer" if held == 0 else "tokens of the model's own"
@@ -209,10 +245,16 @@ def wrap_cache(
     found = for_encoding(profile, model)
     ids = one_row(input_ids)
     require_causal(model)
-    kv = checked_kv(capture(cache, model.config), model, ids).clone()
+    kv = checked_kv(_captured(cache, model, ids), model, ids).clone()
+    checkpoints = Checkpoints()
+    if holds_states(model.config):
+        checkpoints = Checkpoints((capture_states(cache, layer_contents(model.config), ids.shape[1]),))
+        check_states(checkpoints, model)
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv if verify == "probe" else None)
-    report = CacheReport(ids.shape[1], kv.geometry.nbytes)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, verify=verify)
+    return CachedContext(
+        kv, ids, fingerprint, _report(kv, checkpoints), config=config, profile=found, verify=verify,
+        checkpoints=checkpoints,
+    )  # fmt: skip
 
 
 def load_context(
@@ -236,10 +278,11 @@ def load_context(
         device = devices[0]
     keys, values = artifact.decode(level, device, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
+    checkpoints = _stored_checkpoints(artifact, model)
     level = artifact.levels if level is None else level
-    report = CacheReport(
-        context_tokens=kv.geometry.tokens,
-        exact_bytes=kv.geometry.nbytes,
+    report = _report(
+        kv,
+        checkpoints,
         loaded_bytes=artifact.nbytes_at(level),
         level=level,
         load_seconds=time.perf_counter() - start,
@@ -248,8 +291,16 @@ def load_context(
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
-        source=artifact.store, verify=verify,
+        source=artifact.store, verify=verify, checkpoints=checkpoints,
     )  # fmt: skip
+
+
+def _stored_checkpoints(artifact: Artifact, model: PreTrainedModel | None) -> Checkpoints:
+    """Read the checkpoints of an artifact, and compare them with a model."""
+    checkpoints = Checkpoints.from_named(artifact.tensors(), artifact.geometry.tokens)
+    if model is not None:
+        check_states(checkpoints, model)
+    return checkpoints
 
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
@@ -260,4 +311,5 @@ def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **op
     return CachedContext(
         kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,
         source=artifact.store, refinement=refinement, verify=chosen.verify,
+        checkpoints=_stored_checkpoints(artifact, model),
     )  # fmt: skip

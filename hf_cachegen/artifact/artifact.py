@@ -124,6 +124,8 @@ class Artifact:
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
             most = self.reader.limits.max_decoded_bytes
             raise LimitError(f"expected a cache of at most {most} decoded bytes, got {self.geometry.nbytes}")
+        if not self.geometry.layers and not manifest.states:
+            raise ManifestError("expected a layer with keys and values, or named tensors, the artifact has neither")
         side = manifest.segment(BASE_FILE, SIDE).length
         if side not in transform.side_lengths(self.geometry, self.config):
             raise ManifestError(f"the side information has {side} bytes, which does not fit the geometry's channels")
@@ -217,6 +219,8 @@ class Artifact:
             TruncatedError, CorruptError: The files are damaged.
         """
         level = checked_level(level, self.levels)
+        if not self.geometry.layers:  # named tensors are its whole content
+            return [], []
         self._prefetch(level)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
         return decode_chunks(self.codec(), self.geometry, spans, lambda c: self._parts(c, level), device, progress)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from hf_cachegen.artifact.manifest import BASE_FILE, Manifest, chunk_name, nbyte
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import EncodedTensor
 from hf_cachegen.artifact.writer import artifact_sizes
-from hf_cachegen.codec import tables
+from hf_cachegen.codec import learnt, tables
 from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.profile import Profile
@@ -108,6 +108,22 @@ def encode_kv(
     encoder = Encoder(keys, values, config, profile, layers=layers, progress=progress)
     parts, side = tuple(zip(*encoder.chunks(), strict=True)), encoder.codec.side_bytes()
     return EncodedContext(encoder.geometry, encoder.config, side, parts, encoder.report(), encoder.profile)
+
+
+def encode_no_kv(geometry: Geometry, config: CacheGenConfig | None = None) -> EncodedContext:
+    """Return the encoded form of a context without keys and values, whose content is its named tensors.
+
+    Args:
+        geometry: without layers.
+        config: its chunks are kept; the transform is lossless, in one level.
+    """
+    chosen = replace(config or CacheGenConfig(), transform="identity", lossless=True)
+    side = learnt.to_bytes(learnt.learn_book((), 1, chosen.prob_bits), torch.empty(0, dtype=torch.uint8))
+    codec = codec_of(geometry, chosen, side, None)
+    dtype = getattr(torch, geometry.dtype)
+    spans = spans_of(geometry.tokens, chosen.chunk_tokens)
+    chunks = tuple(codec.encode(torch.empty(span.tokens, 0, dtype=dtype), span)[0] for span in spans)
+    return EncodedContext(geometry, chosen, side, (chunks,))
 
 
 def decode_kv(

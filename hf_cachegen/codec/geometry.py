@@ -81,7 +81,8 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """All layers' geometry, the number of tokens, the batch size, and the name of the dtype ("bfloat16").
+    """The geometry of all layers that hold keys and values, the number of tokens, the batch size, and the name of the
+    dtype ("bfloat16"). A model that keeps states alone has no such layer.
 
     Raises:
         TensorError: No cache has such a value.
@@ -96,7 +97,8 @@ class Geometry:
     def __post_init__(self) -> None:
         if not isinstance(self.layers, tuple) or not all(isinstance(layer, LayerGeometry) for layer in self.layers):
             raise TensorError("layers must be a tuple of LayerGeometry")
-        _require_count("number of layers", len(self.layers), MAX_LAYERS)
+        if len(self.layers) > MAX_LAYERS:
+            raise LimitError(f"number of layers must be at most {MAX_LAYERS}, got {len(self.layers)}")
         _require_count("tokens", self.tokens, MAX_TOKENS)
         _require_count("batch", self.batch, MAX_BATCH)
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:

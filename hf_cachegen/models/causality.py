@@ -17,16 +17,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from hf_cachegen.errors import UnsupportedModelError
-from hf_cachegen.models.compat import run, takes, unwrapped
-from hf_cachegen.models.kinds import layer_contents
+from hf_cachegen.models.compat import cache_argument, prepared_inputs, run, takes, unwrapped
+from hf_cachegen.models.kinds import empty_cache, kv_layers, layer_contents
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
 TRIED_TOKENS = 12
 TRIED_PADS = 3
@@ -54,19 +54,26 @@ def require_causal(model: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
 def hides_pads(model: PreTrainedModel) -> bool:
-    """Report whether pads before a row leave its keys and values as they are; try each model once."""
+    """Report whether pads before a row leave its keys and values as they are; try each model once.
+
+    The inputs are those that the stock `generate` makes of padded rows: some models leave the positions out.
+    """
     base = unwrapped(model)
     if base not in _hides_pads:
         ids = _tokens(model)
         pads = torch.zeros_like(ids[:, :TRIED_PADS])
-        mask = torch.cat([pads, torch.ones_like(ids)], dim=1)
-        inputs = {"attention_mask": mask}
+        mask, cache = torch.cat([pads, torch.ones_like(ids)], dim=1), empty_cache(model.config)
+        given: dict[str, Any] = {"attention_mask": mask, cache_argument(model): cache, "use_cache": True}
         if takes(model, "position_ids"):
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+            given["position_ids"] = base._prepare_position_ids_for_generation(mask, given)
+        padded = torch.cat([ids[:, :1].expand_as(pads), ids], dim=1)
         try:
-            padded = _entries(model, torch.cat([ids[:, :1].expand_as(pads), ids], dim=1), **inputs)
-            _hides_pads[base] = _same(model, _entries(model, ids), padded[..., TRIED_PADS:])
+            with evaluation_mode(model), fresh_state(model):
+                inputs = prepared_inputs(base.prepare_inputs_for_generation, padded, padded.shape[1], given)
+                model(**inputs, return_dict=True)
+            _hides_pads[base] = _same(model, _entries(model, ids), _held(cache)[..., TRIED_PADS:])
         except (RuntimeError, ValueError, TypeError, IndexError):  # the model reads no padded rows
             _hides_pads[base] = False
     return _hides_pads[base]
@@ -81,15 +88,23 @@ def _tokens(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def _entries(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Tensor:
+def _entries(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the keys and values of all layers: float32 [channels, tokens], on the CPU."""
-    cache = DynamicCache()
+    cache = empty_cache(model.config)
     with evaluation_mode(model), fresh_state(model):
-        run(model, ids, cache, last_logits_only=True, **inputs)
-    found = [side for layer in cache.layers if layer.keys is not None for side in (layer.keys, layer.values)]
-    return torch.cat([side[0].transpose(1, 2).flatten(0, 1).float().cpu() for side in found])
+        run(model, ids, cache, last_logits_only=True)
+    return _held(cache)
+
+
+def _held(cache: Cache) -> Tensor:
+    sides = [side for layer in kv_layers(cache) for side in (layer.keys, layer.values)]
+    if not sides:  # recurrent layers alone, which read from first to last
+        return torch.zeros(1, TRIED_TOKENS)
+    return torch.cat([side[0].transpose(1, 2).flatten(0, 1).float().cpu() for side in sides])
 
 
 def _same(model: PreTrainedModel, first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
     apart = (second - first).norm(dim=0) / first.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
     return bool(apart.median() <= TOLERANCES.get(model.dtype, max(TOLERANCES.values())))

@@ -48,7 +48,7 @@ def run(
     Returns:
         The output object of the model.
     """
-    options: dict[str, Any] = inputs if cache is None else {**inputs, CACHE_ARGUMENT: cache}
+    options: dict[str, Any] = inputs if cache is None else {**inputs, cache_argument(model): cache}
     if cache is not None and "position_ids" not in options and _counts_positions(model):
         held = _tokens_held(cache)
         if held is not None:
@@ -84,7 +84,13 @@ def takes(model: Any, name: str) -> bool:
 
 def takes_cache(model: Any) -> bool:
     """Report whether the forward pass of `model` takes a key-value cache."""
-    return takes(model, CACHE_ARGUMENT)
+    return takes(model, cache_argument(model))
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name of the cache among the arguments of a model: recurrent ones had an own name before 5.24."""
+    own = "cache_params"
+    return own if CACHE_ARGUMENT != "cache" and takes(model, own) else CACHE_ARGUMENT
 
 
 def unwrapped(model: Any) -> Any:

@@ -35,6 +35,7 @@ from hf_cachegen.errors import (
 from hf_cachegen.models import probe
 from hf_cachegen.models.buffers import MAX_BUFFERS, wrong_buffers
 from hf_cachegen.models.identity import identify
+from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.storage import stored
@@ -255,8 +256,9 @@ class Fingerprint:
 
 def _probe_of(model: PreTrainedModel, input_ids: Sequence[int], kv: KVTensors, own: bool) -> str:
     pair: tuple[Sequence[Tensor], Sequence[Tensor]] = kv.keys, kv.values
-    if positions_change(model.config, min(probe.PROBE_TOKENS, kv.geometry.tokens), kv.geometry.tokens):
-        # The first tokens of a longer context are rotated otherwise than those tokens alone.
+    turned = positions_change(model.config, min(probe.PROBE_TOKENS, kv.geometry.tokens), kv.geometry.tokens)
+    if turned or holds_states(model.config):
+        # The first tokens of a longer context are rotated otherwise than those tokens alone, or their states are gone.
         pair, own = probe.run(model, input_ids), True
     recorded = probe.record(*pair)
     if own:

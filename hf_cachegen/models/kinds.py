@@ -21,6 +21,9 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -30,6 +33,7 @@ from hf_cachegen.errors import UnsupportedLayerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
 
 TOKEN_TENSORS = ("keys", "values")
 """Attributes of layers that hold a row for each token."""
@@ -37,14 +41,20 @@ STATE_TENSORS = ("conv_states", "recurrent_states")
 """Attributes of layers that hold states: a dictionary from the number of a state to a tensor [rows, ...] or None."""
 SETTINGS = ("device", "dtype", "conv_kernel_size", "cumulative_length", "_sliding_window_tensor")
 """Attributes of layers that may be None or a tensor, and belong to no content."""
-KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
+KINDS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    DummyLayer,
+)
 """The classes of layers that the stock DynamicCache builds and this version handles, each with all its subclasses left
 out: a subclass may keep something else in the same attributes."""
 CAPTURED = (*KINDS, StaticLayer, StaticSlidingWindowLayer)
 """The classes of layers that can be captured from a filled cache."""
 REASONS = {
     "DummyLayer": "it has no keys of its own but reads those of another layer",
-    "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
 }
 """Reasons for refusing a kind of cache layer, by class name."""
 
@@ -80,10 +90,42 @@ def layer_contents(config: PreTrainedConfig) -> list[LayerContent]:
     return [_content(index, layer, config.model_type, latent, shared) for index, layer in enumerate(layers)]
 
 
-def require_captured(index: int, layer: Any) -> None:
-    """Raise UnsupportedLayerError unless the content of a filled layer can be captured."""
-    if type(layer) not in CAPTURED:
-        raise UnsupportedLayerError(f"layer {index} of the cache is a {type(layer).__name__}, which cannot be captured")
+def empty_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Return the stock DynamicCache for a prefill: its sliding layers keep all tokens, for a cut to a shorter prefix.
+
+    Raises:
+        UnsupportedLayerError: a layer is of an unknown kind.
+    """
+    if not holds_states(config):
+        return DynamicCache()  # without a config every layer keeps all tokens
+    cache = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = DynamicLayer()
+        elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+            cache.layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return cache
+
+
+def holds_states(config: PreTrainedConfig) -> bool:
+    """Report whether a layer of the model's cache holds states."""
+    return any(content.states for content in layer_contents(config))
+
+
+def kv_layers(cache: Cache) -> list[Any]:
+    """Return the layers of a filled cache that hold keys and values."""
+    return [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+
+
+def require_captured(index: int, layer: Any, content: LayerContent) -> None:
+    """Raise UnsupportedLayerError unless a filled layer can be captured and holds what the model's layer should."""
+    held = [name for name in (*TOKEN_TENSORS, *STATE_TENSORS) if hasattr(layer, name)]
+    expected = [*(TOKEN_TENSORS if content.kind is not None else ()), *content.states]
+    if type(layer) not in CAPTURED or not set(expected).issubset(held):
+        raise UnsupportedLayerError(
+            f"layer {index} of the cache is a {type(layer).__name__}, which cannot be captured: expected one of the "
+            f"stock layers that hold {expected or 'nothing'}"
+        )
 
 
 def _content(index: int, layer: Any, model: str, latent: bool, shared: bool) -> LayerContent:

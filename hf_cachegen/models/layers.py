@@ -24,9 +24,9 @@ from transformers.cache_utils import (
 
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.errors import TensorError
-from hf_cachegen.models.kinds import require_captured
+from hf_cachegen.models.kinds import layer_contents, require_captured
 from hf_cachegen.models.prefix import Reuse
-from hf_cachegen.models.requirements import layer_kinds
+from hf_cachegen.models.recurrent import Checkpoint, put_states, states_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,12 +78,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:
+def capture(cache: Cache, config: PreTrainedConfig, empty: Geometry | None = None) -> KVTensors:
     """Return the keys and values of all tokens in a filled cache of one row.
 
     Args:
         cache: the cache that the model filled.
         config: the configuration of the model.
+        empty: the geometry of the context if no layer of the model holds keys and values.
 
     Returns:
         Views of the cache's tensors, not copies.
@@ -93,23 +94,33 @@ def capture(cache: Cache, config: PreTrainedConfig) -> KVTensors:
         TensorError: the cache is empty, has several rows or layers of different length, or its sliding layers have
             dropped tokens already.
     """
-    kinds = layer_kinds(config)
+    contents = layer_contents(config)
     layers = getattr(cache, "layers", [])
-    if len(layers) != len(kinds):
-        raise TensorError(f"expected a cache of {len(kinds)} layers, this {type(cache).__name__} has {len(layers)}")
-    pairs = [_all_tokens(index, layer) for index, layer in enumerate(layers)]
-    first = pairs[0][0]
+    if len(layers) != len(contents):
+        raise TensorError(
+            f"expected a cache of {len(contents)} layers, this {type(cache).__name__} has {len(layers)}"
+        )
+    found: list[tuple[LayerKind, int | None, Tensor, Tensor]] = []
+    for index, (layer, content) in enumerate(zip(layers, contents, strict=True)):
+        require_captured(index, layer, content)
+        if content.kind is not None:
+            found.append((content.kind, content.window, *_all_tokens(index, layer)))
+    if not found and empty is not None:
+        return KVTensors((), (), empty)
+    if not found:
+        raise TensorError("expected a layer with keys and values, the cache has none")
+    first = found[0][2]
     if first.shape[0] != 1:
         raise TensorError(
             f"expected a cache of one row, got {first.shape[0]} rows: keep one row of each layer's tensors"
         )
     geometry = Geometry(
-        layers=tuple(_geometry(kind, window, *pair) for (kind, window), pair in zip(kinds, pairs, strict=True)),
+        layers=tuple(_geometry(*layer) for layer in found),
         tokens=int(first.shape[2]),
         batch=1,
         dtype=dtype_name(first.dtype),
     )
-    return KVTensors(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs), geometry)
+    return KVTensors(tuple(keys for _, _, keys, _ in found), tuple(values for *_, values in found), geometry)
 
 
 def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device]) -> DynamicCache:
@@ -118,7 +129,7 @@ def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[t
     Row r holds zeros up to position reuse.pads[r], which the attention mask hides, and the context from there on.
 
     Args:
-        kv: the keys and values of the context.
+        kv: the keys and values of the context, of a model without states.
         reuse: the part of the context to use, and the padding of each row.
         repeats: how often each row is repeated (beams, or returned sequences).
         devices: the device of each layer.
@@ -131,13 +142,40 @@ def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[t
     cache.layer_class_to_replicate = None
     for layer, keys, values, device in zip(kv.geometry.layers, kv.keys, kv.values, devices, strict=True):
         stock = DynamicLayer() if layer.window is None else DynamicSlidingWindowLayer(sliding_window=layer.window)
-        first = 0 if layer.window is None else max(0, reuse.length - (layer.window - 1))
-        rows = _padded_rows(keys, first, reuse, repeats, device), _padded_rows(values, first, reuse, repeats, device)
-        stock.lazy_initialization(*rows)
-        stock.keys, stock.values = rows
-        if layer.window is not None:
-            stock.cumulative_length = reuse.length
+        _fill(stock, keys, values, reuse, repeats, device)
         cache.layers.append(stock)
+    return cache
+
+
+def build_with_states(
+    kv: KVTensors, checkpoint: Checkpoint, reuse: Reuse, repeats: int, devices: Sequence[torch.device],
+    config: PreTrainedConfig, room: int | None = None,
+) -> Cache:  # fmt: skip
+    """Build a stock cache of a model with states.
+
+    Args:
+        kv: the keys and values of the context.
+        checkpoint: the states after reuse.length tokens.
+        reuse: the part of the context to use; no row is padded.
+        repeats: how often each row is repeated.
+        devices: the device of each layer of the model.
+        config: the configuration of the model.
+        room: tokens that a StaticCache has room for; None for a DynamicCache.
+
+    Returns:
+        A cache of len(reuse.pads) * repeats rows.
+    """
+    cache = DynamicCache(config=config) if room is None else StaticCache(config=config, max_cache_len=room)
+    pairs = iter(zip(kv.keys, kv.values, strict=True))
+    contents = layer_contents(config)
+    for index, (stock, content, device) in enumerate(zip(cache.layers, contents, devices, strict=True)):
+        if content.kind is not None:
+            keys, values = next(pairs)
+            if room is None:
+                _fill(stock, keys, values, reuse, repeats, device)
+            else:
+                stock.update(*(_padded_rows(side, 0, reuse, repeats, device) for side in (keys, values)))
+        put_states(stock, states_of(checkpoint, index), len(reuse.pads) * repeats, device)
     return cache
 
 
@@ -151,8 +189,18 @@ def build_static(
     return cache
 
 
+def _fill(stock: Any, keys: Tensor, values: Tensor, reuse: Reuse, repeats: int, device: torch.device) -> None:
+    """Fill a fresh dynamic layer with the reused part of a context."""
+    window = stock.sliding_window if isinstance(stock, DynamicSlidingWindowLayer) else None
+    first = 0 if window is None else max(0, reuse.length - (window - 1))
+    rows = _padded_rows(keys, first, reuse, repeats, device), _padded_rows(values, first, reuse, repeats, device)
+    stock.lazy_initialization(*rows)
+    stock.keys, stock.values = rows
+    if window is not None:
+        stock.cumulative_length = reuse.length
+
+
 def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
-    require_captured(index, layer)
     tokens = int(layer.get_seq_length())
     if tokens == 0:
         raise TensorError(f"layer {index} of the cache is empty")

@@ -19,7 +19,7 @@ from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.requirements import require_geometry, require_model
-from hf_cachegen.models.running import layer_devices
+from hf_cachegen.models.running import kv_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def validate(
         require_model(model)
         fingerprint.check(model, tokenizer)
         require_geometry(model.config, artifact.geometry)
-        devices = layer_devices(model, len(artifact.geometry.layers))
+        devices = kv_devices(model)
     input_ids = _tokens(artifact, fingerprint, likely)
     if model is not None and verify == "probe":
         fingerprint.check_probe(model, input_ids[0].tolist())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_cachegen.codec.geometry import Geometry, LayerKind
 from hf_cachegen.errors import UnsupportedModelError, WrongModelError
 from hf_cachegen.models.compat import takes_cache, unwrapped
-from hf_cachegen.models.kinds import layer_contents
+from hf_cachegen.models.kinds import holds_states, layer_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,9 +35,8 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
-    layer_contents(model.config)
-    if bool(getattr(model, "_is_stateful", False)):
-        raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be cut to a prefix")
+    if bool(getattr(model, "_is_stateful", False)) and not holds_states(model.config):
+        raise UnsupportedModelError(f"{name} keeps a recurrent state outside its cache, which cannot be kept")
     if not takes_cache(model):
         raise UnsupportedModelError(f"the forward pass of {name} takes no key-value cache")
     if any(kind == "sliding" for kind, _ in layer_kinds(model.config)) and not _masks_windows(unwrapped(model)):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.kinds import layer_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,13 @@ def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return [_device(layer, device) for layer in module]
     return [device] * layers
+
+
+def kv_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Return the device of each layer that holds keys and values, in the order of a geometry's layers."""
+    contents = layer_contents(model.config)
+    devices = layer_devices(model, len(contents))
+    return [device for device, content in zip(devices, contents, strict=True) if content.kind is not None]
 
 
 def _device(layer: nn.Module, otherwise: torch.device) -> torch.device:

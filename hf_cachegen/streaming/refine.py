@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from hf_cachegen.errors import StreamCancelledError
 from hf_cachegen.models.compat import tokens_seen
+from hf_cachegen.models.kinds import kv_layers
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.profiles.files import Profile
@@ -176,7 +177,7 @@ class Refinement:
             changes = self._loader.changes
             for chunk in sorted(set(changes[seen:])):
                 span = self._loader.download.spans[chunk]
-                for layer, keys, values in zip(cache.layers, self._kv.keys, self._kv.values, strict=True):
+                for layer, keys, values in zip(kv_layers(cache), self._kv.keys, self._kv.values, strict=True):
                     held = _first_position(layer)
                     _copy(layer.keys, keys, span.first, span.tokens, held, reuse)
                     _copy(layer.values, values, span.first, span.tokens, held, reuse)
