@@ -8,7 +8,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": MAMBA,
-    "granitemoehybrid": MAMBA,
+    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "blenderbot": {"max_position_embeddings": 512, "encoder_layers": 4},
@@ -31,9 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "nemotron_h": {"n_groups": 2},
     "xlm": {"causal": True},
-    "xlstm": {"num_heads": 2},
+    "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"n_mamba_heads": 8},
+    "zamba2": {"n_mamba_heads": 8, "mamba_d_state": 8, "attention_hidden_size": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},

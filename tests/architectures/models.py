@@ -83,4 +83,7 @@ def make(entry: Entry) -> Any:
             if hasattr(part, "initializer_range"):
                 part.initializer_range = 0.3
         model = getattr(transformers, entry.model_class)(config).eval()
+        for parameter in model.parameters():
+            if not bool(parameter.any()):  # biases, and gates whose equal values would make a choice arbitrary
+                torch.nn.init.normal_(parameter, std=0.1)
     return model
