@@ -26,7 +26,7 @@ from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.continuation import continuation_of
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
-from hf_cachegen.models.kinds import holds_states, layer_contents
+from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
 from hf_cachegen.models.prefill import StateOptions, prefill
@@ -205,7 +205,7 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     if kind in _continues:
         return
     ids = ids.to(layer_devices(model, len(layer_contents(model.config)))[0])
-    past = DynamicCache()
+    past = empty_cache(model.config)
     try:
         for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
             run(model, tokens, past, last_logits_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_cachegen._version import __version__
 from hf_cachegen.artifact.entries import STATES, STATES_FILE
-from hf_cachegen.artifact.manifest import BASE_FILE, Manifest, chunk_name, nbytes_at, refine_file
+from hf_cachegen.artifact.manifest import BASE_FILE, INDEXED, Manifest, chunk_name, nbytes_at, refine_file
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import EncodedTensor
 from hf_cachegen.artifact.writer import artifact_sizes
@@ -182,7 +182,11 @@ def manifest_of(
         chunks=tuple((span.first, span.tokens) for span in spans_of(geometry.tokens, config.chunk_tokens)),
         report=report,
         fingerprint=fingerprint,
-        required=(*transform_of(config).features(side, geometry, config, profile), *([STATES] if tensors else [])),
+        required=(
+            *transform_of(config).features(side, geometry, config, profile),
+            *([STATES] if tensors else []),
+            *([INDEXED] if geometry.indexed else []),
+        ),
         states=tuple(tensor.entry for tensor in tensors),
         writer=WRITER,
     )

@@ -35,8 +35,8 @@ from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.causality import hides_pads
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, unwrapped
 from hf_cachegen.models.continuation import continuation_of, read_singly
-from hf_cachegen.models.kinds import holds_states, layer_contents
-from hf_cachegen.models.layers import build_dynamic, build_static, build_with_states
+from hf_cachegen.models.kinds import holds_states, is_plain, layer_contents
+from hf_cachegen.models.layers import build_by_config, build_dynamic, build_static
 from hf_cachegen.models.prefix import Reuse, match
 from hf_cachegen.models.recurrent import shorten
 from hf_cachegen.models.requirements import positions_change
@@ -200,9 +200,9 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     repeats = max(settings.num_beams, settings.num_return_sequences)
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     room = call.longest if settings.cache_implementation == "static" else None
-    if checkpoint is not None:
+    if not is_plain(model.config):
         devices = layer_devices(model, len(layer_contents(model.config)))
-        cache: Any = build_with_states(kv, checkpoint, reuse, repeats, devices, model.config, room)
+        cache: Any = build_by_config(kv, checkpoint, reuse, repeats, devices, model.config, room)
     elif room is not None:
         cache = build_static(kv, reuse, repeats, kv_devices(model), model.config, room)
     else:

@@ -97,17 +97,20 @@ def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
     The number of layers, their kinds and their windows are compared; heads and dims where the configuration has one
     value for all layers.
     """
-    kinds, layers = layer_kinds(config), geometry.layers
-    if len(layers) != len(kinds):
-        raise WrongModelError(f"expected {len(kinds)} layers as in the model, the cache has {len(layers)}")
+    contents = [content for content in layer_contents(config) if content.kind is not None]
+    layers = geometry.layers
+    if len(layers) != len(contents):
+        raise WrongModelError(f"expected {len(contents)} layers as in the model, the cache has {len(layers)}")
     heads, dim = _heads_and_dim(config)
-    for index, (layer, (kind, window)) in enumerate(zip(layers, kinds, strict=True)):
+    for index, (layer, content) in enumerate(zip(layers, contents, strict=True)):
+        # Some indexed layers use the choice of another one and keep no index key.
+        kind = "indexed" if content.indexed and layer.kind == "indexed" else content.kind
         got = {"kind": layer.kind, "window": layer.window}
-        expected: dict[str, Any] = {"kind": kind, "window": window}
-        if kind != "mla" and heads is not None:
+        expected: dict[str, Any] = {"kind": kind, "window": content.window}
+        if kind not in ("mla", "indexed") and heads is not None:
             got |= {"heads": layer.heads, "v_heads": layer.v_heads}
             expected |= {"heads": heads, "v_heads": heads}
-        if kind != "mla" and dim is not None:
+        if kind not in ("mla", "indexed") and dim is not None:
             got |= {"k_dim": layer.k_dim, "v_dim": layer.v_dim}
             expected |= {"k_dim": dim, "v_dim": dim}
         if got != expected:
