@@ -39,7 +39,7 @@ from hf_cachegen.models.kinds import holds_states, is_plain, layer_contents
 from hf_cachegen.models.layers import build_by_config, build_dynamic, build_static
 from hf_cachegen.models.prefix import Reuse, match
 from hf_cachegen.models.recurrent import shorten
-from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.requirements import masks_windows, positions_change
 from hf_cachegen.models.running import kv_devices, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.streaming import Refine, SwapIn
@@ -197,6 +197,12 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     if not usable:
         return stock(*call.prompt, **call.arguments)
 
+    masked = masks_windows(model)
+    if not masked and (call.mode is GenerationMode.ASSISTED_GENERATION or settings.cache_implementation == "static"):
+        raise UnsupportedModelError(
+            f"generating from a cache does not support assisted decoding or a static cache of "
+            f"{type(unwrapped(model)).__name__}, whose attention reads tokens outside its window: use a dynamic cache"
+        )
     repeats = max(settings.num_beams, settings.num_return_sequences)
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     room = call.longest if settings.cache_implementation == "static" else None
@@ -206,7 +212,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     elif room is not None:
         cache = build_static(kv, reuse, repeats, kv_devices(model), model.config, room)
     else:
-        cache = build_dynamic(kv, reuse, repeats, kv_devices(model))
+        cache = build_dynamic(kv, reuse, repeats, kv_devices(model), masked=masked)
     del kv
     processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
     held = reuse.length

@@ -7,7 +7,7 @@ were `past_key_values` (`cache_params` for recurrent models). Everything else in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +119,19 @@ def drafts_from_hidden_states(settings: GenerationConfig) -> str | None:
 def longest_cache(settings: GenerationConfig) -> int:
     """Return the length in tokens that the settings ask of a static cache, 0 where they set none."""
     return getattr(settings, "max_cache_len", None) or 0
+
+
+def layers_of_loops(config: Any, layers: Sequence[Any]) -> list[Any]:
+    """Return the layers that a model adds to its cache, since it runs some of its layers several times (Dory).
+
+    Args:
+        config: the configuration of the text model.
+        layers: the layers of a stock cache made from it.
+    """
+    if getattr(config, "recurrent_kv_cache_mode", None) != "per_loop":
+        return []
+    looped = layers[config.n_input_layers : config.num_hidden_layers - config.n_output_layers]
+    return list(looped) * (config.n_recurrent_loops - 1)
 
 
 def tokens_seen(layer: Any) -> int:

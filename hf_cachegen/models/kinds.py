@@ -31,6 +31,7 @@ from transformers.cache_utils import (
 
 from hf_cachegen.codec.geometry import LayerKind
 from hf_cachegen.errors import UnsupportedLayerError
+from hf_cachegen.models import compat
 from hf_cachegen.models.indexed import INDEX_TENSORS, POSITIONS
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def layer_contents(config: PreTrainedConfig) -> list[LayerContent]:
     latent = getattr(text, "kv_lora_rank", None) is not None
     try:
         layers = DynamicCache(config=config).layers
+        layers += compat.layers_of_loops(text, layers)
     except KeyError as error:
         raise UnsupportedLayerError(f"{config.model_type!r} has a layer of an unknown kind, {error}") from error
     return [_content(index, layer, config.model_type, latent) for index, layer in enumerate(layers)]

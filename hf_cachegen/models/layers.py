@@ -125,7 +125,23 @@ def capture(cache: Cache, config: PreTrainedConfig, empty: Geometry | None = Non
     return KVTensors(tuple(keys for _, keys, _ in found), tuple(values for _, _, values in found), geometry)
 
 
-def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device]) -> DynamicCache:
+class UnmaskedSlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding layer that shows all its tokens to the first forward pass, and drops those outside the window then.
+
+    The stock layer does so in a prefill. Most models mask those tokens in any case; some read them.
+    """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of tokens that the next forward pass reads, and the position of the first."""
+        if self.is_initialized and self.keys.shape[2] == self.cumulative_length:
+            return self.cumulative_length + query_length, 0
+        found: tuple[int, int] = super().get_mask_sizes(query_length)
+        return found
+
+
+def build_dynamic(
+    kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device], *, masked: bool = True
+) -> DynamicCache:
     """Build a stock DynamicCache that holds the first `reuse.length` positions of a batch of prompts.
 
     Row r holds zeros up to position reuse.pads[r], which the attention mask hides, and the context from there on.
@@ -135,15 +151,17 @@ def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[t
         reuse: the part of the context to use, and the padding of each row.
         repeats: how often each row is repeated (beams, or returned sequences).
         devices: the device of each layer.
+        masked: the model masks all tokens outside its windows.
 
     Returns:
         A cache of len(reuse.pads) * repeats rows.
     """
     cache = DynamicCache()
+    sliding = DynamicSlidingWindowLayer if masked else UnmaskedSlidingLayer
     # Without a config the stock cache would append full layers on demand; the layers below are all.
     cache.layer_class_to_replicate = None
     for layer, keys, values, device in zip(kv.geometry.layers, kv.keys, kv.values, devices, strict=True):
-        stock = DynamicLayer() if layer.window is None else DynamicSlidingWindowLayer(sliding_window=layer.window)
+        stock = DynamicLayer() if layer.window is None else sliding(sliding_window=layer.window)
         _fill(stock, keys, values, reuse, repeats, device)
         cache.layers.append(stock)
     return cache
@@ -198,7 +216,8 @@ def build_static(
 def _fill(stock: Any, keys: Tensor, values: Tensor, reuse: Reuse, repeats: int, device: torch.device) -> None:
     """Fill a fresh dynamic layer with the reused part of a context."""
     window = stock.sliding_window if isinstance(stock, DynamicSlidingWindowLayer) else None
-    first = 0 if window is None else max(0, reuse.length - (window - 1))
+    cut = window is not None and not isinstance(stock, UnmaskedSlidingLayer)
+    first = max(0, reuse.length - (window - 1)) if window is not None and cut else 0
     rows = _padded_rows(keys, first, reuse, repeats, device), _padded_rows(values, first, reuse, repeats, device)
     stock.lazy_initialization(*rows)
     stock.keys, stock.values = rows

@@ -39,16 +39,17 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} keeps a recurrent state outside its cache, which cannot be kept")
     if not takes_cache(model):
         raise UnsupportedModelError(f"the forward pass of {name} takes no key-value cache")
-    if any(kind == "sliding" for kind, _ in layer_kinds(model.config)) and not _masks_windows(unwrapped(model)):
-        raise UnsupportedModelError(
-            f"{name} drops tokens from its cache that its attention still reads (a sliding cache without a sliding "
-            "mask), so its answers depend on how a prompt is split"
-        )
+    layer_kinds(model.config)
 
 
-def _masks_windows(model: nn.Module) -> bool:
-    """Report whether a model masks tokens outside its window; assume so for models from outside Transformers."""
-    names = {type(module).__module__ for module in model.modules()}
+def masks_windows(model: PreTrainedModel) -> bool:
+    """Report whether a model masks all tokens outside its windows; assume so for models from outside Transformers.
+
+    One that does not reads the whole prompt in its first forward pass, and afterwards what its cache has kept.
+    """
+    if not any(kind == "sliding" for kind, _ in layer_kinds(model.config)):
+        return True
+    names = {type(module).__module__ for module in unwrapped(model).modules()}
     sources = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
     return not sources or any(hasattr(source, mask) for source in sources for mask in WINDOW_MASKS)
 

@@ -195,7 +195,7 @@ def _question_logits(model: Any, cache: CacheGenCache | None) -> Tensor:
     if cache is None:
         filled = cache_of(run(model, CONTEXT, DynamicCache(config=model.config)))
     else:
-        filled = cache.to_dynamic()
+        filled = cache.to_dynamic(model)
     return run(model, QUESTION, filled).logits.float()
 
 

@@ -7,14 +7,14 @@ from typing import Any
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": MAMBA,
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3], "layer_types": ["linear_attention", "full_attention"] * 2},
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "blenderbot": {"max_position_embeddings": 512, "encoder_layers": 4},
     "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGA": 91}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note_text": {"head_dim": 16},
     "dory": {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "n_input_layers": 1,
