@@ -6,6 +6,7 @@ pass over the same split give them. Of the finest lossy level the logits must be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import tempfile
@@ -31,7 +32,8 @@ CLOSE = 0.8
 relation are apart by 1.4; a mixture of few random experts, of which one error selects another, by 0.6."""
 ROUNDING = 1e-4
 LOSSLESS = CacheGenConfig(lossless=True)
-CALLS = ("question", "exact hit", "shorter prompt", "departing prompt", "left padding", "beams")
+REUSED = {"exact hit": CONTEXT_TOKENS - 1, "shorter prompt": 30, "departing prompt": 23}
+"""Positions of a prompt that are taken from the cache; in the other prompts the whole context."""
 
 
 @dataclass
@@ -133,8 +135,13 @@ def _examine(model: Any, outcome: Outcome) -> None:
         except Exception as error:
             outcome.failed[name] = brief(error)
             continue
-        if not torch.equal(found, expected) and not _contradicts_itself(model, arguments, expected, name, outcome):
-            outcome.failed[name] = "other tokens than the stock generation"
+        if torch.equal(found, expected):
+            continue
+        outcome.failed[name] = "other tokens than the stock generation"
+        with contextlib.suppress(Exception):  # the stock model may not read a prompt in two parts
+            if torch.equal(found, _in_two_parts(model, arguments, REUSED.get(name, CONTEXT_TOKENS))):
+                del outcome.failed[name]
+                outcome.notes[name] = "the stock model itself answers otherwise when it reads the prompt in two parts"
     _compare_logits(model, cache, lossy, outcome)
     detach(model)
     if outcome.failed:
@@ -142,19 +149,13 @@ def _examine(model: Any, outcome: Outcome) -> None:
         outcome.reason = "; ".join(f"{name}: {what}" for name, what in outcome.failed.items())
 
 
-def _contradicts_itself(model: Any, arguments: dict[str, Any], expected: Tensor, name: str, outcome: Outcome) -> bool:
-    """Report whether the stock model generates other tokens where the stock cache holds the start of the prompt."""
+def _in_two_parts(model: Any, arguments: dict[str, Any], start: int) -> Tensor:
+    """Return what the stock model generates when a stock cache holds the first `start` positions of the prompt."""
     ids, mask = arguments["input_ids"], arguments.get("attention_mask")
-    start = min(ids.shape[1] - 1, CONTEXT_TOKENS)
     inputs = {} if mask is None else {"attention_mask": mask[:, :start]}
     cache = cache_of(run(model, ids[:, :start], DynamicCache(config=model.config), **inputs))
-    beams = arguments.get("num_beams", 1)
-    cache.batch_repeat_interleave(beams)
-    split = _generate(model.generate, {**arguments, CACHE_ARGUMENT: cache})
-    if torch.equal(split, expected):
-        return False
-    outcome.notes[name] = "the stock model generates other tokens when it reads the prompt in two parts"
-    return True
+    cache.batch_repeat_interleave(arguments.get("num_beams", 1))
+    return _generate(model.generate, {**arguments, CACHE_ARGUMENT: cache})
 
 
 def _generate(call: Callable[..., Any], arguments: dict[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": {**MAMBA, "attn_layer_indices": [1, 3], "layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "n_groups": 1},
