@@ -306,12 +306,10 @@ class CacheGenCache(CachedContext, DynamicCache):
             taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
             source = artifact.with_profile(taken).read()
         else:
-            layers = list(self.kv.geometry.layers)
-            kv, config = self.kv, config or self.config
-            if layers:
-                source = Encoder(kv.keys, kv.values, config, self.profile, layers=layers, progress=progress)
-            else:
-                source = encode_no_kv(kv.geometry, config)
+            kv, config, layers = self.kv, config or self.config, self.kv.geometry.layers
+            source = encode_no_kv(kv.geometry, config) if not layers else Encoder(
+                kv.keys, kv.values, config, self.profile, layers=layers, progress=progress
+            )  # fmt: skip
         write(
             source,
             directory,

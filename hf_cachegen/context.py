@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,19 +17,17 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
-from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.causality import require_causal
 from hf_cachegen.models.compat import run, unwrapped
-from hf_cachegen.models.continuation import continuation_of
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
-from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
+from hf_cachegen.models.opening import Tokens, check_states, checked_kv, one_row, open_manifest, validate
 from hf_cachegen.models.prefill import StateOptions, prefill
 from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.requirements import (
@@ -92,7 +91,8 @@ class CachedContext:
     @property
     def report(self) -> CacheReport:
         """Return the sizes and times of the context; for a streamed one a StreamReport of its present state."""
-        return self._report if self.refinement is None else self.refinement.report
+        found = self._report if self.refinement is None else self.refinement.report
+        return replace(found, checkpoints=self.checkpoints.tokens, state_bytes=self.checkpoints.nbytes)
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raise MismatchError unless this cache belongs to `model`."""
@@ -129,12 +129,6 @@ class CachedContext:
                 f"{self.source} is no longer the artifact that this cache was loaded from: load it again"
             )
         return read_text(reader)
-
-
-def check_states(checkpoints: Checkpoints, model: PreTrainedModel) -> None:
-    """Raise WrongModelError unless the checkpoints have the states of a model."""
-    expected = continuation_of(model).shapes if holds_states(model.config) else {}
-    checkpoints.check(expected, type(unwrapped(model)).__name__)
 
 
 @torch.no_grad()
@@ -278,11 +272,10 @@ def load_context(
         device = devices[0]
     keys, values = artifact.decode(level, device, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
-    checkpoints = _stored_checkpoints(artifact, model)
     level = artifact.levels if level is None else level
     report = _report(
         kv,
-        checkpoints,
+        found.checkpoints,
         loaded_bytes=artifact.nbytes_at(level),
         level=level,
         load_seconds=time.perf_counter() - start,
@@ -291,16 +284,8 @@ def load_context(
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
-        source=artifact.store, verify=verify, checkpoints=checkpoints,
+        source=artifact.store, verify=verify, checkpoints=found.checkpoints,
     )  # fmt: skip
-
-
-def _stored_checkpoints(artifact: Artifact, model: PreTrainedModel | None) -> Checkpoints:
-    """Read the checkpoints of an artifact, and compare them with a model."""
-    checkpoints = Checkpoints.from_named(artifact.tensors(), artifact.geometry.tokens)
-    if model is not None:
-        check_states(checkpoints, model)
-    return checkpoints
 
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
@@ -311,5 +296,5 @@ def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **op
     return CachedContext(
         kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,
         source=artifact.store, refinement=refinement, verify=chosen.verify,
-        checkpoints=_stored_checkpoints(artifact, model),
+        checkpoints=found.checkpoints,
     )  # fmt: skip

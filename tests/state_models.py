@@ -71,7 +71,8 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "olmo_hybrid": ("OlmoHybrid", {**_COMMON, **_ATTENTION, **_DELTA, "head_dim": 8}),
     "kimi_linear": ("KimiLinear", {
-        **_COMMON, **_ATTENTION, "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+        **_COMMON, **_ATTENTION, "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": None,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
         "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1,
         "linear_num_heads": 2, "linear_head_dim": 8, "first_k_dense_replace": 1,
         "layer_types": ["linear_attention", "full_attention"] * 2,

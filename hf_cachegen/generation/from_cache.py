@@ -35,7 +35,7 @@ from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.causality import hides_pads
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, unwrapped
 from hf_cachegen.models.continuation import continuation_of, read_singly
-from hf_cachegen.models.kinds import holds_states, is_plain, layer_contents
+from hf_cachegen.models.kinds import holds_states, is_plain, kv_layers, layer_contents
 from hf_cachegen.models.layers import build_by_config, build_dynamic, build_static
 from hf_cachegen.models.prefix import Reuse, match
 from hf_cachegen.models.recurrent import shorten
@@ -214,7 +214,8 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     else:
         cache = build_dynamic(kv, reuse, repeats, kv_devices(model), masked=masked)
     del kv
-    processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
+    watched = context.refinement if kv_layers(cache) else None
+    processors = [] if watched is None else [SwapIn(watched, cache, reuse, seen)]
     held = reuse.length
     if steps:
         held = read_singly(model, ids.repeat_interleave(repeats, 0), cache, held)

@@ -43,5 +43,9 @@ def rest_of_first(
     rest: int, prepare: Any, input_ids: Tensor, next_sequence_length: int | None = None, **inputs: Any
 ) -> Any:
     """Prepare the last `rest` tokens in the first step, and what the model asks for in the others."""
-    length = rest if inputs.get("is_first_iteration") else next_sequence_length
-    return prepared_inputs(prepare, input_ids, length, inputs)
+    if not inputs.get("is_first_iteration"):
+        return prepared_inputs(prepare, input_ids, next_sequence_length, inputs)
+    # A mask for the whole prompt would not fit its rest. No row of such a call is padded.
+    mask = inputs.get("attention_mask")
+    inputs["attention_mask"] = None if mask is None else mask[:, -rest:]
+    return prepared_inputs(prepare, input_ids, rest, inputs)

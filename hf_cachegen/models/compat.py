@@ -14,7 +14,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ CACHE_ARGUMENT = "cache" if Version("5.24.dev0") <= RELEASE else "past_key_value
 """Name of the cache among the arguments of `forward` and `generate`, and among the fields of their outputs."""
 CACHE_NAMES = ("cache", "past_key_values")
 """Names under which a caller of `generate` may pass a cache, whatever the release."""
+EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+"""The classes of cache layers that hold nothing."""
 HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
 """Generation settings, not known to every release, that draft tokens from hidden states of the whole prompt."""
 

@@ -116,7 +116,7 @@ def _tried(model: PreTrainedModel) -> Continuation:
         single = _agrees(model, ids, cache, ids.shape[1] - 1, expected)
         single = single and _reads(model, ids, contents, ids.shape[1] - 1)
     except (AssertionError, NotImplementedError, ValueError) as error:
-        raise UnsupportedModelError(f"{name} cannot continue from the states of a context: {error}") from error
+        raise UnsupportedModelError(f"{name} cannot continue from the states of a context ({error})") from error
     if not several and not single:
         raise UnsupportedModelError(
             f"{name} computes other logits after the states of a context than in one pass over all tokens, so its "

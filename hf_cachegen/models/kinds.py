@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -32,6 +31,7 @@ from transformers.cache_utils import (
 from hf_cachegen.codec.geometry import LayerKind
 from hf_cachegen.errors import UnsupportedLayerError
 from hf_cachegen.models import compat
+from hf_cachegen.models.compat import EMPTY_LAYERS
 from hf_cachegen.models.indexed import INDEX_TENSORS, POSITIONS
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ KINDS = (
     LinearAttentionLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
-    DummyLayer,
+    *EMPTY_LAYERS,
 )
 """The classes of layers that the stock DynamicCache builds and this version handles, each with all its subclasses left
 out: a subclass may keep something else in the same attributes."""
@@ -116,9 +116,9 @@ def is_plain(config: PreTrainedConfig) -> bool:
 
 
 def with_dummies(config: PreTrainedConfig, layers: Iterable[Any]) -> list[Any]:
-    """Return layers with keys and values in the order of the model's, with a DummyLayer wherever it keeps none."""
+    """Return layers with keys and values in the order of the model's, with an empty one wherever it keeps none."""
     held = iter(layers)
-    return [DummyLayer() if content.kind is None else next(held) for content in layer_contents(config)]
+    return [EMPTY_LAYERS[0]() if content.kind is None else next(held) for content in layer_contents(config)]
 
 
 def holds_states(config: PreTrainedConfig) -> bool:
@@ -153,7 +153,7 @@ def _content(index: int, layer: Any, model: str, latent: bool) -> LayerContent:
             f"layer {index} of {model!r} is a {name}{held}: this version handles full, latent and indexed attention, "
             "sliding windows, states, and layers that share the keys of others"
         )
-    if type(layer) is DummyLayer:
+    if type(layer) in EMPTY_LAYERS:
         return LayerContent(None)
     states = tuple(tensor for tensor in STATE_TENSORS if tensor in tensors)
     if not tensors.issuperset(TOKEN_TENSORS):

@@ -15,9 +15,13 @@ from torch import Tensor
 from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.continuation import continuation_of
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.models.identity import Verify
+from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
+from hf_cachegen.models.recurrent import Checkpoints
 from hf_cachegen.models.requirements import require_geometry, require_model
 from hf_cachegen.models.running import kv_devices
 
@@ -35,13 +39,16 @@ class OpenContext:
         artifact: The artifact, opened by its manifest.
         fingerprint: The model, dtype and tokenizer that it belongs to.
         input_ids: The context, int64 [1, tokens], on the CPU.
-        devices: The device of each layer of the model that it was validated against; None where there was none.
+        devices: The device of each layer with keys and values of the model that it was validated against; None where
+            there was none.
+        checkpoints: The states of recurrent layers; empty for a model without them.
     """
 
     artifact: Artifact
     fingerprint: Fingerprint
     input_ids: Tensor
     devices: list[torch.device] | None
+    checkpoints: Checkpoints
 
 
 def open_manifest(
@@ -81,8 +88,8 @@ def validate(
     Raises:
         ManifestError: The artifact has no fingerprint or no tokens, or contradicts itself.
         MismatchError: It belongs to another model or tokenizer.
-        ArtifactError: The tokens are damaged.
-        StoreError: The tokens cannot be read.
+        ArtifactError: The tokens or the states are damaged.
+        StoreError: The tokens or the states cannot be read.
     """
     if verify not in get_args(Verify):
         raise ConfigError(f"verify must be one of {get_args(Verify)}, got {verify!r}")
@@ -108,7 +115,10 @@ def validate(
     input_ids = _tokens(artifact, fingerprint, likely)
     if model is not None and verify == "probe":
         fingerprint.check_probe(model, input_ids[0].tolist())
-    return OpenContext(artifact, fingerprint, input_ids, devices)
+    checkpoints = Checkpoints.from_named(artifact.tensors(), artifact.geometry.tokens)
+    if model is not None:
+        check_states(checkpoints, model)
+    return OpenContext(artifact, fingerprint, input_ids, devices, checkpoints)
 
 
 def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:
@@ -119,6 +129,12 @@ def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int])
         if hash_tokens(ids) != fingerprint.tokens:
             raise CorruptError(f"{artifact.store}: the stored tokens are not those of the fingerprint; fetch it again")
     return torch.tensor([ids])
+
+
+def check_states(checkpoints: Checkpoints, model: PreTrainedModel) -> None:
+    """Raise WrongModelError unless the checkpoints have the states of a model."""
+    expected = continuation_of(model).shapes if holds_states(model.config) else {}
+    checkpoints.check(expected, type(unwrapped(model)).__name__)
 
 
 def one_row(input_ids: Tokens) -> Tensor:

@@ -29,7 +29,7 @@ DISTANCES = (0, 16, 128, 1024)
 at most about 8 d tokens again."""
 STEPS = 32
 """Largest distance for a model that reads token by token after its states."""
-STATE_BUDGET = 256 << 20
+STATE_BUDGET = 512 << 20
 """Bytes of all checkpoints of a context by default."""
 
 

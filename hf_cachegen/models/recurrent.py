@@ -149,7 +149,7 @@ def capture_states(cache: Cache, contents: Sequence[LayerContent], tokens: int) 
         tokens: number of tokens that it has read.
 
     Raises:
-        UnsupportedModelError: a layer that should have states has none.
+        UnsupportedModelError: there are no states.
     """
     found: dict[StateKey, Tensor] = {}
     for index, (layer, content) in enumerate(zip(cache.layers, contents, strict=True)):
@@ -159,11 +159,12 @@ def capture_states(cache: Cache, contents: Sequence[LayerContent], tokens: int) 
             for number, state in getattr(layer, tensor).items()
             if state is not None
         ]
-        if content.states and not held:
-            raise UnsupportedModelError(
-                f"layer {index} holds no states after {tokens} tokens: the model keeps them outside its cache"
-            )
+        # Some releases give layers without attention a layer for states, which stays empty.
         found.update({(index, tensor, number): state.detach().clone() for tensor, number, state in held})
+    if not found:
+        raise UnsupportedModelError(
+            f"the cache holds no states after {tokens} tokens: the model keeps them outside its cache"
+        )
     return Checkpoint(tokens, found)
 
 

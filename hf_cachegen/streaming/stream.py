@@ -89,7 +89,10 @@ def _open(
         download = None
         try:
             artifact, sources = _open_sources(session, model, [*locations[number:], *locations[:number]])
-            can_recompute = not positions_change(model.config, 1, artifact.geometry.tokens)
+            # A chunk cannot be computed from the keys and values before it if the model also has states.
+            can_recompute = not artifact.manifest.states and not positions_change(
+                model.config, 1, artifact.geometry.tokens
+            )
             download = Download(session, artifact, sources, can_recompute=can_recompute)
             ending.callback(download.close, END_SECONDS)
             download.start()
@@ -123,7 +126,9 @@ def _open_sources(
 def _check_choice(download: Download, options: StreamOptions) -> None:
     """Raise LevelError or UnsupportedModelError for a level that the artifact or the model cannot give."""
     if options.choice == TEXT and not download.schedule.can_recompute:
-        raise UnsupportedModelError("this model's rotation depends on the whole length: no chunk can be recomputed")
+        raise UnsupportedModelError(
+            "this model has recurrent states, or its rotation depends on the whole length: no chunk can be recomputed"
+        )
     if options.choice is not None and options.choice != TEXT:
         checked_level(options.choice, download.artifact.levels)
 

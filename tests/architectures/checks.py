@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, detach, generate
 from hf_cachegen.errors import CacheGenError, UnsupportedModelError
-from hf_cachegen.models.compat import CACHE_ARGUMENT, cache_of, run
+from hf_cachegen.models.compat import CACHE_ARGUMENT, cache_of, run, takes
 from tests.architectures.models import Entry, make
 from tests.architectures.shrink import FIRST_SPECIAL
 
@@ -153,6 +153,8 @@ def _in_two_parts(model: Any, arguments: dict[str, Any], start: int) -> Tensor:
     """Return what the stock model generates when a stock cache holds the first `start` positions of the prompt."""
     ids, mask = arguments["input_ids"], arguments.get("attention_mask")
     inputs = {} if mask is None else {"attention_mask": mask[:, :start]}
+    if mask is not None and takes(model, "position_ids"):
+        inputs["position_ids"] = (mask[:, :start].cumsum(-1) - 1).clamp_min(0)
     cache = cache_of(run(model, ids[:, :start], DynamicCache(config=model.config), **inputs))
     cache.batch_repeat_interleave(arguments.get("num_beams", 1))
     return _generate(model.generate, {**arguments, CACHE_ARGUMENT: cache})
