@@ -54,29 +54,56 @@ def require_causal(model: PreTrainedModel) -> None:
         )
 
 
-@torch.no_grad()
 def hides_pads(model: PreTrainedModel) -> bool:
-    """Report whether pads before a row leave its keys and values as they are; try each model once.
+    """Report whether pads before a row change nothing after them; try each model once.
 
-    The inputs are those that the stock `generate` makes of padded rows: some models leave the positions out.
+    Sparse attention is not tried: its pads may take the turn of a token only in a text of thousands of tokens.
     """
     base = unwrapped(model)
     if base not in _hides_pads:
-        ids = _tokens(model)
-        pads = torch.zeros_like(ids[:, :TRIED_PADS])
-        mask, cache = torch.cat([pads, torch.ones_like(ids)], dim=1), empty_cache(model.config)
-        given: dict[str, Any] = {"attention_mask": mask, cache_argument(model): cache, "use_cache": True}
-        if takes(model, "position_ids"):
-            given["position_ids"] = base._prepare_position_ids_for_generation(mask, given)
-        padded = torch.cat([ids[:, :1].expand_as(pads), ids], dim=1)
+        sparse = any(content.indexed for content in layer_contents(model.config))
         try:
-            with evaluation_mode(model), fresh_state(model):
-                inputs = prepared_inputs(base.prepare_inputs_for_generation, padded, padded.shape[1], given)
-                model(**inputs, return_dict=True)
-            _hides_pads[base] = _same(model, _entries(model, ids), _held(cache)[..., TRIED_PADS:])
+            _hides_pads[base] = not sparse and _reads_padded(model)
         except (RuntimeError, ValueError, TypeError, IndexError):  # the model reads no padded rows
             _hides_pads[base] = False
     return _hides_pads[base]
+
+
+def _reads_padded(model: PreTrainedModel) -> bool:
+    """Compare a text with the same text after pads: its keys and values, and what follows.
+
+    The inputs are those that the stock `generate` makes of padded rows: some models leave the positions out. Of the
+    pads the cache holds zeros, as in a cache that is built from a context.
+    """
+    ids = _tokens(model)
+    padded = torch.cat([ids[:, :1].expand(-1, TRIED_PADS), ids], dim=1)
+    caches = [empty_cache(model.config) for _ in range(2)]
+    for cache, text, pads in zip(caches, (ids, padded), (0, TRIED_PADS), strict=True):
+        _prepared(model, text[:, :-1], pads, cache, text.shape[1] - 1)
+    if not _same(model, _held(caches[0]), _held(caches[1])[..., TRIED_PADS:]):
+        return False
+    for layer in kv_layers(caches[1]):
+        layer.keys[:, :, :TRIED_PADS], layer.values[:, :, :TRIED_PADS] = 0, 0
+    plain, after = (
+        _prepared(model, text, pads, cache, 1)
+        for cache, text, pads in zip(caches, (ids, padded), (0, TRIED_PADS), strict=True)
+    )
+    return _same(model, plain, after)
+
+
+@torch.no_grad()
+def _prepared(model: PreTrainedModel, text: Tensor, pads: int, cache: Cache, count: int) -> Tensor:
+    """Run the last `count` tokens of a text as `generate` would; return the logits of the last, [vocabulary, 1]."""
+    mask = (torch.arange(text.shape[1], device=text.device) >= pads).long()[None]
+    given: dict[str, Any] = {"attention_mask": mask, cache_argument(model): cache, "use_cache": True}
+    if takes(model, "position_ids"):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        own = getattr(unwrapped(model), "_prepare_position_ids_for_generation", None)
+        given["position_ids"] = positions if own is None else own(text, {"attention_mask": mask})
+    with evaluation_mode(model), fresh_state(model):
+        inputs = prepared_inputs(unwrapped(model).prepare_inputs_for_generation, text, count, given)
+        logits: Tensor = model(**inputs, return_dict=True).logits[0, -1:]
+    return logits.float().cpu().T
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:

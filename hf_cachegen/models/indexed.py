@@ -55,8 +55,7 @@ def with_index(layer: Any) -> Tensor:
 
 
 def split(values: Tensor, heads: int, index_dim: int) -> tuple[Tensor, Tensor]:
-    """Return (values [rows, heads, tokens, dim], index keys [rows, 1, tokens, index_dim]), as views. Inverse of `joined`.
-    """
+    """Undo `joined`; return (values [rows, heads, tokens, dim], index keys [rows, 1, tokens, index_dim]), as views."""
     flat, index = values[..., :-index_dim], values[..., -index_dim:]
     return flat[:, 0].unflatten(-1, (heads, flat.shape[-1] // heads)).transpose(1, 2), index
 
