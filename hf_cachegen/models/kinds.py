@@ -33,6 +33,7 @@ from hf_cachegen.errors import UnsupportedLayerError
 from hf_cachegen.models import compat
 from hf_cachegen.models.compat import EMPTY_LAYERS
 from hf_cachegen.models.indexed import INDEX_TENSORS, POSITIONS
+from hf_cachegen.models.quantised import is_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -136,7 +137,7 @@ def require_captured(index: int, layer: Any, content: LayerContent) -> None:
     held = [name for name in (*TOKEN_TENSORS, *STATE_TENSORS) if hasattr(layer, name)]
     expected = [*(TOKEN_TENSORS if content.kind is not None else ()), *content.states]
     indexed = content.indexed and type(layer).__name__ in INDEXED_KINDS
-    if not (indexed or type(layer) in CAPTURED) or not set(expected).issubset(held):
+    if not (indexed or type(layer) in CAPTURED or is_quantised(layer)) or not set(expected).issubset(held):
         raise UnsupportedLayerError(
             f"layer {index} of the cache is a {type(layer).__name__}, which cannot be captured: expected one of the "
             f"stock layers that hold {expected or 'nothing'}"

@@ -27,6 +27,7 @@ from hf_cachegen.errors import TensorError
 from hf_cachegen.models.indexed import index_of, joined, put_index, require_plain_positions, sides_of
 from hf_cachegen.models.kinds import LayerContent, layer_contents, require_captured
 from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.models.quantised import dequantised, is_quantised
 from hf_cachegen.models.recurrent import Checkpoint, put_states, states_of
 
 if TYPE_CHECKING:
@@ -229,13 +230,14 @@ def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
     tokens = int(layer.get_seq_length())
     if tokens == 0:
         raise TensorError(f"layer {index} of the cache is empty")
-    held = int(layer.keys.shape[2])
+    keys, values = dequantised(layer) if is_quantised(layer) else (layer.keys, layer.values)
+    held = int(keys.shape[2])
     if held < tokens:
         raise TensorError(
             f"layer {index}: expected {tokens} tokens, it keeps {held}, because its sliding window dropped the others; "
             "prefill with transformers.DynamicCache() without a config, or use CacheGenCache.from_context"
         )
-    return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+    return keys[:, :, :tokens], values[:, :, :tokens]
 
 
 def _captured(index: int, layer: Any, content: LayerContent) -> tuple[LayerGeometry, Tensor, Tensor]:
