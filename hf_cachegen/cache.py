@@ -26,8 +26,8 @@ from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.inputs import ContextInputs
-from hf_cachegen.models.kinds import layer_contents
-from hf_cachegen.models.layers import build_dynamic, build_with_states
+from hf_cachegen.models.kinds import is_plain, layer_contents
+from hf_cachegen.models.layers import build_by_config, build_dynamic
 from hf_cachegen.models.prefill import STATE_BUDGET, StateOptions
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.read_only import ReadOnlyLayer, refuse
@@ -375,22 +375,22 @@ class CacheGenCache(CachedContext, DynamicCache):
         states it holds the tokens up to the last checkpoint, `report.checkpoints[-1]`.
 
         Args:
-            model: the model, which is needed if it has recurrent states.
+            model: the model, which is needed if it has recurrent states, index keys, or layers without keys.
 
         Raises:
-            ConfigError: the model has recurrent states, and it is not given; or it is an encoder-decoder model.
+            ConfigError: the model is needed and not given, or it is an encoder-decoder model.
         """
         if self.encoder is not None:
             raise ConfigError("a context of an encoder-decoder model has no keys of its tokens: use model.generate")
         kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
         kv = kv.clone() if kv is self.kv else kv
-        if not self.checkpoints.all:
-            reuse = Reuse(pads=(0,), length=kv.geometry.tokens, whole=True)
+        last = self.checkpoints.all[-1] if self.checkpoints.all else None
+        tokens = kv.geometry.tokens if last is None else last.tokens
+        reuse = Reuse(pads=(0,), length=tokens, whole=tokens == kv.geometry.tokens)
+        if last is None and not kv.geometry.indexed and (model is None or is_plain(model.config)):
             return build_dynamic(kv, reuse, 1, [keys.device for keys in self.kv.keys])
         if model is None:
-            raise ConfigError("a cache with recurrent states needs the model: call to_dynamic(model)")
+            raise ConfigError("a cache with recurrent states or index keys needs the model: call to_dynamic(model)")
         self.check(model)
-        last = self.checkpoints.all[-1]
         devices = layer_devices(model, len(layer_contents(model.config)))
-        reuse = Reuse(pads=(0,), length=last.tokens, whole=last.tokens == kv.geometry.tokens)
-        return build_with_states(kv, last, reuse, 1, devices, model.config)
+        return build_by_config(kv, last, reuse, 1, devices, model.config)

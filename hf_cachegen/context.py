@@ -22,6 +22,7 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
+from hf_cachegen.models.causality import require_causal
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.encoder_decoder import (
     EncoderState,
@@ -33,7 +34,7 @@ from hf_cachegen.models.encoder_decoder import (
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.models.inputs import ContextInputs, context_inputs
-from hf_cachegen.models.kinds import holds_states, layer_contents
+from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.media_prompt import prefill_media
 from hf_cachegen.models.opening import check_states, checked_kv, open_manifest, validate
@@ -183,10 +184,12 @@ def compute_context(
         prefill_chunk_tokens = ids.shape[1]
     with evaluation_mode(model), fresh_state(model):
         if media is not None:
+            require_causal(model)
             past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, progress), Checkpoints()
         else:
             if not holds_states(model.config):
                 _require_continuation(model, ids[:, :prefill_chunk_tokens])
+            require_causal(model)
             past, checkpoints = prefill(model, ids, prefill_chunk_tokens, states, progress)
     _require_tokens(past, ids.shape[1], model)
     kv = checked_kv(_captured(past, model, ids), model, ids)
@@ -247,7 +250,7 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     if kind in _continues:
         return
     ids = ids.to(layer_devices(model, len(layer_contents(model.config)))[0])
-    past = DynamicCache()
+    past = empty_cache(model.config)
     try:
         for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
             run(model, tokens, past, last_logits_only=True)
@@ -286,6 +289,7 @@ def wrap_cache(
     require_model(model)
     found = for_encoding(profile, model)
     ids, media = context_inputs(model.config, input_ids)
+    require_causal(model)
     kv = checked_kv(_captured(cache, model, ids), model, ids).clone()
     checkpoints = Checkpoints()
     if holds_states(model.config):

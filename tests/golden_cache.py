@@ -9,13 +9,15 @@ from torch import Tensor
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.models.indexed import joined
 from hf_cachegen.profiles.files import Profile
 
 
 def golden_kv(name: str = "") -> tuple[list[Tensor], list[Tensor]]:
     """Return (keys, values) of two layers with 50 tokens each, equal on every machine and in every release of torch.
 
-    They are computed from integers. Tokens 0 and 40 are sinks if the name ends in "-sinks".
+    They are computed from integers. Tokens 0 and 40 are sinks if the name ends in "-sinks". The values of "indexed" end
+    with an index key.
     """
     numbers = np.arange(2 * 2 * 2 * 50 * 12, dtype=np.uint64)
     for _ in range(3):
@@ -27,7 +29,14 @@ def golden_kv(name: str = "") -> tuple[list[Tensor], list[Tensor]]:
     x = x.bfloat16()
     if name.endswith("-sinks"):
         x[0, :, :, :, [0, 40]] /= 256
+    if name == "indexed":
+        return list(x[0]), [joined(values, values[:, :1] / 2) for values in x[1]]
     return list(x[0]), list(x[1])
+
+
+def golden_layers(name: str) -> list[LayerGeometry] | None:
+    """Return the geometry of the layers of `golden_kv(name)`; None where all are of kind "full"."""
+    return [LayerGeometry("indexed", 2, 12, 1, 36, index_dim=12)] * 2 if name == "indexed" else None
 
 
 def golden_tensors() -> list[NamedTensor]:

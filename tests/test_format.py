@@ -25,7 +25,7 @@ from hf_cachegen.errors import UnsupportedFormatError
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import open_with_profile
 from hf_cachegen.stores import LocalStore
-from tests.golden_cache import golden_kv, golden_profile, golden_tensors
+from tests.golden_cache import golden_kv, golden_layers, golden_profile, golden_tensors
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -33,6 +33,7 @@ CASES = {
     "delta": CacheGenConfig(transform="delta", chunk_tokens=32, protect_last=8),
     "identity": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "identity-sinks": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8),
+    "indexed": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "klt": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-sinks": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-tables": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
@@ -48,7 +49,7 @@ def digest(tensors: list[Tensor]) -> str:
 def write_golden(directory: Path, config: CacheGenConfig) -> None:
     profile = golden_profile() if config.transform == "klt" else None
     write(
-        Encoder(*golden_kv(directory.name), config, profile),
+        Encoder(*golden_kv(directory.name), config, profile, layers=golden_layers(directory.name)),
         directory,
         input_ids=list(range(50)),
         fingerprint={"model": "golden"},

@@ -29,6 +29,7 @@ from hf_cachegen.artifact import (
     refine_file,
 )
 from hf_cachegen.artifact.encoded import SIDE, EncodedContext, manifest_of, segments_of
+from hf_cachegen.artifact.manifest import INDEXED
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import NamedTensor, decode_tensors, encode_tensors, read_encoded
 from hf_cachegen.codec import tables
@@ -124,6 +125,8 @@ class Artifact:
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
             most = self.reader.limits.max_decoded_bytes
             raise LimitError(f"expected a cache of at most {most} decoded bytes, got {self.geometry.nbytes}")
+        if self.geometry.indexed != (INDEXED in manifest.required):
+            raise ManifestError(f"expected indexed layers and the required feature {INDEXED!r} together, got one alone")
         if not self.geometry.layers and not manifest.states:
             raise ManifestError("expected a layer with keys and values, or named tensors, the artifact has neither")
         side = manifest.segment(BASE_FILE, SIDE).length

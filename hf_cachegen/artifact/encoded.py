@@ -14,7 +14,15 @@ from torch import Tensor
 
 from hf_cachegen._version import __version__
 from hf_cachegen.artifact.entries import STATES, STATES_FILE
-from hf_cachegen.artifact.manifest import BASE_FILE, MEDIA_FEATURE, Manifest, chunk_name, nbytes_at, refine_file
+from hf_cachegen.artifact.manifest import (
+    BASE_FILE,
+    INDEXED,
+    MEDIA_FEATURE,
+    Manifest,
+    chunk_name,
+    nbytes_at,
+    refine_file,
+)
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import EncodedTensor
 from hf_cachegen.artifact.writer import artifact_sizes
@@ -186,7 +194,10 @@ def manifest_of(
         report=report,
         fingerprint=fingerprint,
         required=(
-            *transform_of(config).features(side, geometry, config, profile), *media, *([STATES] if tensors else []),
+            *transform_of(config).features(side, geometry, config, profile),
+            *media,
+            *([STATES] if tensors else []),
+            *([INDEXED] if geometry.indexed else []),
         ),
         states=tuple(tensor.entry for tensor in tensors),
         writer=WRITER,

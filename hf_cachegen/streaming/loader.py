@@ -184,7 +184,7 @@ class Loader:
         span, writer = self.download.spans[index], self.writer
         writer.settle()
         start = time.perf_counter()
-        recompute(model, self._input_ids, writer.keys, writer.values, span)
+        recompute(model, self._input_ids, writer.geometry, writer.keys, writer.values, span)
         if writer.keys[0].is_cuda:
             torch.cuda.synchronize(writer.keys[0].device)
         seconds = time.perf_counter() - start
