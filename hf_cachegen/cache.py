@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from hf_cachegen.context import CachedContext, compute_context, load_context, st
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
-from hf_cachegen.models.inputs import ContextInputs
+from hf_cachegen.models.inputs import ContextInputs, Tokens
 from hf_cachegen.models.kinds import is_plain, layer_contents
 from hf_cachegen.models.layers import build_by_config, build_dynamic
 from hf_cachegen.models.prefill import STATE_BUDGET, StateOptions
@@ -85,6 +86,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         state_budget: int = STATE_BUDGET,
         progress: bool = False,
         attach: bool = True,
+        continuations: Sequence[Tokens] = (),
     ) -> CacheGenCache:
         """Run a model, in evaluation mode, over a context and keep its exact keys and values.
 
@@ -102,8 +104,10 @@ class CacheGenCache(CachedContext, DynamicCache):
             state_budget: largest size of all checkpoints in bytes; above it some are left out.
             progress: show a progress bar.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
+            continuations: token ids that are likely to follow, to probe `config.target_kl` with, besides drawn ones.
 
         Raises:
+            ConfigError: no step meets `config.target_kl`.
             UnsupportedModelError: the model keeps no cache that can be reused, or the context exceeds its positions.
             UnsupportedLayerError: a layer of its cache is of an unknown kind.
             TensorError: input_ids are not one row of token ids, or media do not fit their placeholders.
@@ -115,7 +119,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         context = compute_context(
             model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress, states=states
         )
-        return cls._of(context, model, attach)
+        return cls._of(context.aimed(model, config, continuations), model, attach)
 
     @classmethod
     def from_text(
@@ -132,11 +136,12 @@ class CacheGenCache(CachedContext, DynamicCache):
         progress: bool = False,
         attach: bool = True,
         keep_text: bool = True,
+        continuations: Sequence[Tokens] = (),
     ) -> CacheGenCache:
         """Tokenize a text as `generate_text` does, and keep its exact keys and values, as `from_context` does.
 
-        model, config, profile, prefill_chunk_tokens, state_every, state_budget, progress and attach are those of
-        `from_context`.
+        model, config, profile, prefill_chunk_tokens, state_every, state_budget, progress, attach and continuations are
+        those of `from_context`.
 
         Args:
             tokenizer: the tokenizer of the model. Its hash becomes a part of the fingerprint.
@@ -154,7 +159,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None,
             StateOptions(state_every, state_budget),
         )  # fmt: skip
-        return cls._of(context, model, attach)
+        return cls._of(context.aimed(model, config, continuations), model, attach)
 
     @classmethod
     def from_cache(
@@ -191,7 +196,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
         """
-        return cls._of(wrap_cache(cache, input_ids, model, config, profile, tokenizer, verify), model, attach)
+        context = wrap_cache(cache, input_ids, model, config, profile, tokenizer, verify)
+        return cls._of(context.aimed(model, config), model, attach)
 
     @classmethod
     def from_pretrained(
@@ -272,6 +278,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         *,
         overwrite: bool = False,
         progress: bool = False,
+        model: PreTrainedModel | None = None,
     ) -> None:
         """Encode into a folder. A cache that was loaded from an artifact copies it, without encoding a second time.
 
@@ -280,10 +287,12 @@ class CacheGenCache(CachedContext, DynamicCache):
             config: options of the encoder (default: the ones given to `from_context`, else CacheGenConfig()).
             overwrite: replace an artifact in the folder.
             progress: show a progress bar.
+            model: the model, for a config with `target_kl`.
 
         Raises:
             ArtifactExistsError: the folder holds an artifact, and `overwrite` is false.
-            ConfigError: the cache was loaded from an artifact that `config` differs from, or that has changed since.
+            ConfigError: the cache was loaded from an artifact that `config` differs from, or that has changed since; or
+                `config` has a target that is not met, or for which the model is missing.
         """
         source: Encoder | EncodedContext
         if self.source is not None:
@@ -301,9 +310,13 @@ class CacheGenCache(CachedContext, DynamicCache):
             taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
             source = artifact.with_profile(taken).read()
         else:
-            kv, config, layers = self.kv, config or self.config, self.kv.geometry.layers
+            layers = self.kv.geometry.layers
+            kv, measured = self.kv, self.measured if config is None else None
+            config = config or self.config
+            if model is not None and (aimed := self.aimed(model, config)) is not self:
+                config, measured = aimed.config, aimed.measured
             source = encode_no_kv(kv.geometry, config) if not layers else Encoder(
-                kv.keys, kv.values, config, self.profile, layers=layers, progress=progress
+                kv.keys, kv.values, config, self.profile, layers=layers, progress=progress, measured=measured
             )  # fmt: skip
         write(
             source,

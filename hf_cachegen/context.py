@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,8 @@ from hf_cachegen.models.encoder_decoder import (
 )
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify, identify
-from hf_cachegen.models.inputs import ContextInputs, context_inputs
-from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
+from hf_cachegen.models.inputs import ContextInputs, Tokens, context_inputs, one_row
+from hf_cachegen.models.kinds import empty_cache, holds_states, is_plain, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.media_prompt import prefill_media
 from hf_cachegen.models.opening import check_states, checked_kv, open_manifest, validate
@@ -48,6 +48,7 @@ from hf_cachegen.models.requirements import (
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
+from hf_cachegen.models.target import meet_target
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
 from hf_cachegen.report import CacheReport
@@ -72,6 +73,7 @@ class CachedContext:
         text: the text of the context, where it is known and not in `source`.
         checkpoints: the states of recurrent layers at some positions; empty for a model without such layers.
         encoder: of an encoder-decoder model, what is kept beside the keys and values of cross-attention.
+        measured: the divergences that `config` was chosen by, if it had a target.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -93,13 +95,14 @@ class CachedContext:
         text: ContextText | None = None,
         checkpoints: Checkpoints | None = None,
         encoder: EncoderState | None = None,
+        measured: dict[str, Any] | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
         self.verify, self._text, self.checkpoints = verify, text, checkpoints or Checkpoints()
-        self.encoder = encoder
+        self.encoder, self.measured = encoder, measured
 
     @property
     def report(self) -> CacheReport:
@@ -127,12 +130,33 @@ class CachedContext:
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
             "verify": self.verify, "text": self._text, "checkpoints": self.checkpoints,
-            "encoder": self.encoder,
+            "encoder": self.encoder, "measured": self.measured,
         }  # fmt: skip
 
     def named_tensors(self) -> list[NamedTensor]:
         """Return the tensors to store beside keys and values: states of recurrent layers, the output of an encoder."""
         return [*self.checkpoints.named(), *([] if self.encoder is None else self.encoder.named())]
+
+    def aimed(
+        self, model: PreTrainedModel, config: CacheGenConfig | None, continuations: Sequence[Tokens] = ()
+    ) -> CachedContext:
+        """Return this context with the step that meets the target of `config`; without a target, this object.
+
+        Arguments and errors are those of `CacheGenCache.save_pretrained`.
+        """
+        if config is None or config.target_kl is None:
+            if continuations:
+                raise ConfigError("continuations are for CacheGenConfig(target_kl=...): set it, or leave them out")
+            return self
+        if not is_plain(model.config) or self.encoder is not None or self.fingerprint.media:
+            raise ConfigError(
+                "target_kl needs a context of tokens alone and a decoder whose layers hold keys and values alone: set "
+                "steps= or step_offset= instead"
+            )
+        ids = [one_row(found) for found in continuations]
+        last = int(self.input_ids[0, -1])
+        chosen = meet_target(model, self.kv, last, config, self.profile, ids)
+        return CachedContext(**{**self.parts(), "config": chosen.config, "measured": chosen.measured})
 
     def read_text(self) -> ContextText | None:
         """Return the text or the chat of the context, which for a loaded context is read from its artifact.

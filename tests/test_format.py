@@ -36,6 +36,7 @@ CASES = {
     "indexed": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "klt": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-sinks": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
+    "klt-step": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8, step_offset=-5),
     "klt-tables": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
     "states": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
@@ -90,7 +91,8 @@ def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None
 
 @pytest.mark.parametrize(("name", "features"), [
     ("identity", ()), ("identity-sinks", ("sinks",)), ("klt", ("klt",)), ("klt-tables", ("klt", "klt-tables")),
-    ("klt-sinks", ("klt", "klt-tables", "sinks")), ("states", ("states",)),
+    ("klt-step", ("klt", "klt-step", "klt-tables")), ("klt-sinks", ("klt", "klt-tables", "sinks")),
+    ("states", ("states",)),
 ], ids=str)  # fmt: skip
 def test_additions_are_required_features(name: str, features: tuple[str, ...]) -> None:
     data = (GOLDEN / name / "cachegen.json").read_bytes()

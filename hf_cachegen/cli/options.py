@@ -107,6 +107,12 @@ encoder_options = _all(
     _encoder("--coder", "Entropy coder.", type=click.Choice(get_args(CoderName))),
     _encoder("--prob-bits", "Precision of the coder's probabilities, 10 to 12 bits.", type=int),
     _encoder("--measure/--no-measure", "Record the relative error of each layer in the artifact."),
+    _encoder("--step-offset", "Quarter octaves added to the step of the profile; 4 doubles it.", type=int),
+    _encoder(
+        "--target-kl", "Divergence of the finest level, in nats per token, for which the step of each context is "
+        "chosen by probing the model.  [default: the given step]", type=float,
+    ),
+    _encoder("--probe-passes", "Maximum number of forward passes for --target-kl.", type=int),
 )  # fmt: skip
 
 learning_options = _all(

@@ -21,7 +21,7 @@ from hf_cachegen.codec.rows import ContextRows, empty_kv, geometry_of, spans_of
 from hf_cachegen.codec.transforms import Transform, transform_of
 from hf_cachegen.codec.transforms.choosing import resolved
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import CorruptError, LevelError, TruncatedError
+from hf_cachegen.errors import ConfigError, CorruptError, LevelError, TruncatedError
 
 
 class Encoder:
@@ -34,10 +34,11 @@ class Encoder:
         profile: Of the model, for the klt transform.
         layers: The layers' geometry, where they are not all of kind "full".
         progress: Show a progress bar.
+        measured: The divergences that `config` was chosen by (`models.target`), for the report.
 
     Raises:
         TensorError: The tensors do not fit together, or a value is not finite (lossless accepts such values).
-        ConfigError: The klt transform has no profile.
+        ConfigError: The klt transform has no profile; or `config` has a target, which needs the model.
         ProfileError: The profile is of another model.
     """
 
@@ -50,8 +51,15 @@ class Encoder:
         *,
         layers: Sequence[LayerGeometry] | None = None,
         progress: bool = False,
+        measured: dict[str, Any] | None = None,
     ):
         config = config or CacheGenConfig()
+        if config.target_kl is not None:
+            raise ConfigError(
+                f"target_kl={config.target_kl} needs the model, which is not at hand here: pass the configuration to "
+                "CacheGenCache.from_context, from_text or from_cache, or save with save_pretrained(..., model=model)"
+            )
+        self._measured = measured
         self.geometry, self.progress = geometry_of(keys, values, layers), progress
         self.rows = ContextRows(keys, values, self.geometry, spans_of(self.geometry.tokens, config.chunk_tokens))
         self.config = resolved(self.rows, config, profile)
@@ -105,8 +113,11 @@ class Encoder:
             "bits_per_element": [round(8 * size / elements, 4) for size in sizes],
             "layers": layers,
         }
-        if self.profile is not None and (kl := self.profile.divergences) is not None:
+        # Another step than the profile's has other divergences.
+        if self.profile is not None and not self.config.step_offset and (kl := self.profile.divergences) is not None:
             found["profile_kl"] = kl
+        if self._measured is not None:
+            found["target_kl"] = self._measured
         return found
 
     def _bits_by_vector(self) -> Tensor | None:

@@ -113,6 +113,8 @@ class PrefixCache:
         if when_full not in ("wait", "drop"):
             raise ConfigError(f"when_full must be 'wait' or 'drop', got {when_full!r}")
         self.config = CacheGenConfig(lossless=True) if config is None else config
+        if self.config.target_kl is not None:
+            raise ConfigError("the blocks of a prefix cache serve many contexts: pass steps or a profile, no target_kl")
         self.level, self.profile = level, profile
         self.block_tokens, self.min_tokens, self.reuse = block_tokens, min_tokens, reuse
         folder, remotes = _located(location, remote, shared, storage_options or {}, headers or {}, patience)

@@ -18,6 +18,7 @@ their positions follow, u32 each: the coefficients of a sink are in units of a f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
 
 DIGEST_BYTES = 16
+STEP_CODES = 256
 ENTRY_BITS = 8
 """The cost of an entry in the side information."""
 
@@ -77,7 +79,7 @@ class Klt(Transform):
         self.sinks = torch.empty(0, dtype=torch.int64) if sinks is None else sinks
         components = self.entries.shape[1]
         nothing = torch.zeros(components, dtype=torch.uint8)
-        codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
+        codes = torch.full((components,), step_code(config, profile), dtype=torch.uint8)
         side = Side(codes, nothing.to(torch.int16), nothing, self.entries[0], self.entries[1:])
         channels = Channels(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
         self.inner = LossyCodec(channels, config, side)
@@ -144,9 +146,16 @@ class Klt(Transform):
     def features(
         cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
     ) -> tuple[str, ...]:
+        found = ("klt", "klt-step") if config.step_offset else ("klt",)
         if len(side) == DIGEST_BYTES:
-            return ("klt",)
-        return ("klt", "klt-tables", "sinks") if has_sinks(side, _required(profile)) else ("klt", "klt-tables")
+            return found
+        return (*found, "klt-tables", "sinks") if has_sinks(side, _required(profile)) else (*found, "klt-tables")
+
+    @classmethod
+    def stepped(cls, config: CacheGenConfig, offset: int, profile: Profile | None) -> CacheGenConfig:
+        found = replace(config, step_offset=config.step_offset + offset)
+        step_code(found, _required(profile))
+        return found
 
     def side_bytes(self) -> bytes:
         found = [bytes.fromhex(self.profile.digest)]
@@ -197,6 +206,17 @@ class Klt(Transform):
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)
         return [self.basis.rows(self._scaled(level, span, 1 / FINER), span) for level in levels]
+
+
+def step_code(config: CacheGenConfig, profile: Profile) -> int:
+    """Return the code of the finest step. Raises ConfigError."""
+    code = profile.step_code + config.step_offset
+    if not 0 <= code < STEP_CODES:
+        raise ConfigError(
+            f"step_offset must be from {-profile.step_code} to {STEP_CODES - 1 - profile.step_code} with this profile, "
+            f"got {config.step_offset}"
+        )
+    return code
 
 
 def has_sinks(side: bytes, profile: Profile) -> bool:

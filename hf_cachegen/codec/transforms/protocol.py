@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec import quantize
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
@@ -115,6 +117,21 @@ class Transform(ABC):
             profile: Of the model; None where none is needed.
         """
         return ()
+
+    @classmethod
+    def stepped(cls, config: CacheGenConfig, offset: int, profile: Profile | None) -> CacheGenConfig:
+        """Return the configuration with other steps: `offset` quarter octaves larger. Here, `steps` is multiplied.
+
+        Args:
+            config: Its `transform` is `name`.
+            offset: In quarter octaves; 4 doubles the steps.
+            profile: Of the model; None where none is needed.
+
+        Raises:
+            ConfigError: The step is outside the range that can be expressed.
+        """
+        first, middle, last = (step * 2 ** (offset / quantize.STEPS_PER_OCTAVE) for step in config.steps)
+        return replace(config, steps=(first, middle, last))
 
     @abstractmethod
     def side_bytes(self) -> bytes:

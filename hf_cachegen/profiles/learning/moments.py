@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.recurrent import Checkpoint
+from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal
-from hf_cachegen.profiles.learning.running import Sample, continuation_logits, prefill, states_after
+from hf_cachegen.profiles.learning.running import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,11 +33,11 @@ class Moments:
     """Moments of a model's keys (rotation undone) and values, and of the gradients with respect to them."""
 
     def __init__(
-        self, model: PreTrainedModel, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
+        self, exact: Exact, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
         journal: Journal,
     ):  # fmt: skip
         self.rotary = rotary
-        keys, values, self.layers = prefill(model, samples[0][0][:, :2])
+        keys, values, self.layers = exact.prefill(samples[0][0][:, :2])
         self.shapes = [[(x.shape[1], x.shape[3]) for x in side] for side in (keys, values)]
         widest = max(h * d for side in self.shapes for h, d in side)
         self.group_layers = group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
@@ -51,7 +53,7 @@ class Moments:
         for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
             # The draws of a sample do not depend on the samples before it.
             draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
-            self._add(model, context, continuation, draws)
+            self._add(exact, context, continuation, draws)
 
     def _group(self, kind: int) -> list[tuple[int, int, int]]:
         """Return (kind, first layer, layers) of each group: adjacent layers of equal head_dim."""
@@ -67,8 +69,8 @@ class Moments:
         kind, first, count = part
         return sum(h * d for h, d in self.shapes[kind][first : first + count])
 
-    def _add(self, model: PreTrainedModel, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
-        keys, values, _ = prefill(model, context)
+    def _add(self, exact: Exact, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
+        keys, values, _ = exact.prefill(context)
         sides = (keys, values)
         self.count += context.shape[1]
         for square, (kind, first, count) in zip(self.squares, self.ranges, strict=True):
@@ -77,10 +79,10 @@ class Moments:
             for layer, x in zip(layers, framed, strict=True):
                 self.sums[kind][layer] += x.cpu().sum(0, dtype=torch.float64)
             rows = torch.cat([x.to(framed[0].device) for x in framed], 1)
-            square += (rows.mT @ rows).cpu().double()
-        states = states_after(model, context)
-        for kind, layer, g in gradients(model, keys, values, continuation, self.rotary, draws, states):
-            self.fisher[kind][layer] += torch.einsum("thd,the->hde", g, g).cpu().double() / (
+            square += (rows.mT @ rows).cpu()
+        states = exact.states(context)
+        for kind, layer, g in gradients(exact.model, keys, values, continuation, self.rotary, draws, states):
+            self.fisher[kind][layer] += g.permute(1, 2, 0).bmm(g.transpose(0, 1)).cpu().double() / (
                 len(g) * continuation.shape[1]
             )
 
@@ -109,14 +111,19 @@ class Moments:
                 for layer in layers
             ])  # fmt: skip
             values, vectors = torch.linalg.eigh(sensitivity)
-            root = torch.block_diag(*(vectors * values.sqrt()[:, None]) @ vectors.mT)
-            inverse = torch.block_diag(*(vectors * values.rsqrt()[:, None]) @ vectors.mT)
+            root = (vectors * values.sqrt()[:, None]) @ vectors.mT
+            inverse = (vectors * values.rsqrt()[:, None]) @ vectors.mT
             mean = torch.cat([self.sums[kind][layer] for layer in layers]) / self.count
             covariance = square / self.count - torch.outer(mean, mean)
-            _, basis = torch.linalg.eigh(root @ covariance @ root)
-            synthesis = (basis.flip(1).mT @ inverse).half().float()  # rounded as in the file
+            _, basis = torch.linalg.eigh(_by_head(_by_head(covariance, root).mT, root))
+            synthesis = _by_head(basis.flip(1).mT, inverse).half().float()  # rounded as in the file
             found.append(Group(kind, first, count, sensitivity.float(), synthesis))
         return tuple(found)
+
+
+def _by_head(x: Tensor, heads: Tensor) -> Tensor:
+    """Multiply x [n, heads * dim] by a block-diagonal matrix, given as its blocks [heads, dim, dim]."""
+    return x.reshape(len(x), len(heads), -1).transpose(0, 1).bmm(heads).transpose(0, 1).reshape(x.shape)
 
 
 def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:
