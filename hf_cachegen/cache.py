@@ -311,7 +311,9 @@ class CacheGenCache(CachedContext, DynamicCache):
         else:
             layers = list(self.kv.geometry.layers)
             kv, config = self.kv, config or self.config
-            source = Encoder(kv.keys, kv.values, config, self.profile, layers=layers, progress=progress)
+            source = Encoder(
+                kv.keys, kv.values, config, self.profile, layers=layers, known=self.known, progress=progress
+            )
         write(
             source,
             directory,

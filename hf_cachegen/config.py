@@ -13,6 +13,8 @@ _transform_names: set[str] = set(get_args(TransformName))
 CoderName = Literal["rans", "torchac"]
 MAX_CHUNK_TOKENS = 1 << 15
 """Largest chunk in tokens: keeps the counts of tokens and channels within the stream's 32-bit positions."""
+MAX_PREDICT_LAYERS = 1 << 12
+"""Largest value of `predict_layers`, above the number of layers of any model."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class CacheGenConfig:
         protect_last: tokens at the end of the context that every level has at the finest step.
         coder: "rans", or "torchac" (the paper's arithmetic coder; needs the extra of that name).
         prob_bits: precision of the coder's probabilities, 10 to 12 bits.
+        predict_layers: layers that a loader computes from the tokens, so that only the difference to a prediction is
+            stored (klt; needs a profile with such a predictor, and the model to decode): 0 takes the embedding, where
+            the profile has a predictor for it; None predicts nothing.
         measure: decode while encoding, and write the relative error of each layer at each level into the report.
 
     Raises:
@@ -50,6 +55,7 @@ class CacheGenConfig:
     protect_last: int = 64
     coder: CoderName = "rans"
     prob_bits: int = 11
+    predict_layers: int | None = 0
     measure: bool = True
 
     def __post_init__(self) -> None:
@@ -65,6 +71,8 @@ class CacheGenConfig:
         self._require_range("protect_first", 0, MAX_CHUNK_TOKENS)
         self._require_range("protect_last", 0, MAX_CHUNK_TOKENS)
         self._require_range("prob_bits", 10, 12)
+        if self.predict_layers is not None:
+            self._require_range("predict_layers", 0, MAX_PREDICT_LAYERS)
         for name in ("lossless", "measure"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -77,8 +85,11 @@ class CacheGenConfig:
             raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values, for the manifest."""
-        return {**asdict(self), "steps": list(self.steps)}
+        """Return the options as plain values, for the manifest. It leaves `predict_layers` out where it is None."""
+        found = {**asdict(self), "steps": list(self.steps)}
+        if self.predict_layers is None:  # as in artifacts of earlier releases
+            del found["predict_layers"]
+        return found
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CacheGenConfig:
@@ -87,7 +98,7 @@ class CacheGenConfig:
         if unknown:
             raise ConfigError(f"expected options out of {sorted(f.name for f in fields(cls))}, got {unknown}")
         listed = isinstance(values.get("steps"), list)
-        return cls(**{**values, **({"steps": tuple(values["steps"])} if listed else {})})
+        return cls(**{"predict_layers": None, **values, **({"steps": tuple(values["steps"])} if listed else {})})
 
 
 def add_transform_name(name: str) -> None:

@@ -17,11 +17,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.models.layers import KVTensors, capture
 from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
@@ -56,6 +58,7 @@ class CachedContext:
         source: the store of the artifact that it was loaded from, if any.
         verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
         text: the text of the context, where it is known and not in `source`.
+        known: what a loader computes from the tokens, for a profile that predicts; None where nothing is predicted.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -75,12 +78,13 @@ class CachedContext:
         refinement: Refinement | None = None,
         verify: Verify = "probe",
         text: ContextText | None = None,
+        known: Known | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
-        self.verify, self._text = verify, text
+        self.verify, self.known, self._text = verify, known, text
 
     @property
     def report(self) -> CacheReport:
@@ -100,7 +104,7 @@ class CachedContext:
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
-            "verify": self.verify, "text": self._text,
+            "verify": self.verify, "text": self._text, "known": self.known,
         }  # fmt: skip
 
     def read_text(self) -> ContextText | None:
@@ -159,7 +163,22 @@ def compute_context(
     kv = checked_kv(capture(past, model.config), model, ids)
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, text=text)
+    known = _to_encode(model, ids, config, found)
+    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, text=text, known=known)
+
+
+def _to_encode(
+    model: PreTrainedModel, ids: Tensor, config: CacheGenConfig | None, profile: Profile | None
+) -> Known | None:
+    """Return the scores to encode a context with; None where its profile predicts nothing.
+
+    They are computed together with the fingerprint, since the model may have changed when the context is saved.
+    """
+    layer = (config or CacheGenConfig()).predict_layers
+    if profile is None or layer is None or (layer == 0 and all(one.layer for one in profile.predictors)):
+        return None
+    found = known_of(model, ids, profile, layer)
+    return Known(layer, found.scores)
 
 
 _continues: set[type] = set()
@@ -209,7 +228,10 @@ def wrap_cache(
     kv = checked_kv(capture(cache, model.config), model, ids).clone()
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv if verify == "probe" else None)
     report = CacheReport(ids.shape[1], kv.geometry.nbytes)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, verify=verify)
+    known = _to_encode(model, ids, config, found)
+    return CachedContext(
+        kv, ids, fingerprint, report, config=config, profile=found, verify=verify, known=known
+    )  # fmt: skip
 
 
 def load_context(
@@ -231,7 +253,10 @@ def load_context(
     artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
         device = devices[0]
-    keys, values = artifact.decode(level, device, progress=progress)
+    known, layer = None, artifact.config.predict_layers
+    if layer is not None and taken is not None and model is not None:
+        known = known_of(model, found.input_ids, taken, layer)
+    keys, values = artifact.decode(level, device, known=known, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
     level = artifact.levels if level is None else level
     report = CacheReport(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.geometry import LayerGeometry
-from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.profiles.files import Profile
 
 

@@ -41,10 +41,11 @@ SIGNATURE_FILE = "cachegen.sig"
 PROFILE_FILE = "cachegen_profile.safetensors"
 """A profile's name beside an artifact, in a model's folder, and in a repository (hf_cachegen.stores.profiles)."""
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset({"klt", "klt-tables", "sinks"})
+FEATURES: frozenset[str] = frozenset({"klt", "klt-tables", "predict", "sinks"})
 """Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-tables:
 the
-side information lists tables that differ from the profile's; sinks: some tokens have finer steps than the rest.
+side information lists tables that differ from the profile's; predict: the loader computes the first layers and predicts
+the others from them; sinks: some tokens have finer steps than the rest.
 """
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError
+from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ChunkChosen, ChunkReady
@@ -50,6 +52,7 @@ class Loader:
         self.lock = threading.Lock()
         self.changes: list[int] = []
         self.stopped = False
+        self._codec: Transform | None = None
         self._input_ids, self._question_tokens = input_ids, question_tokens
         self._schedule, self._changed = download.schedule, download.changed
         self._set_deadline()
@@ -68,6 +71,7 @@ class Loader:
             if isinstance(work, Stuck):
                 raise self.download.error or StoreError(f"chunk {work.chunk} cannot be had from any source")
             if isinstance(work, Decode):
+                self._predict(model)
                 self._decode(work)
             elif isinstance(work, Recompute):
                 self._recompute(model, work.chunk)
@@ -143,10 +147,18 @@ class Loader:
         session.events.deliver()
         return work
 
+    def _predict(self, model: PreTrainedModel) -> None:
+        """Take the codec that was fetched. Where it predicts, run the model's first layers once for it."""
+        codec, layer = self.download.codec, self.download.artifact.config.predict_layers
+        if self._codec is None and codec is not None:
+            if layer is not None and (profile := self.download.profile) is not None:
+                codec = codec.knowing(known_of(model, self._input_ids, profile, layer))
+            self._codec = codec
+
     def _decode(self, work: Decode) -> None:
         download, span, start = self.download, self.download.spans[work.chunk], time.perf_counter()
         with self._changed:
-            codec = download.codec
+            codec = self._codec
             if self.stopped or codec is None:  # another thread has closed the stream, and dropped the parts
                 return
             parts = download.parts(work.chunk, work.level)

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.config import CacheGenConfig
@@ -115,6 +116,10 @@ class Transform(ABC):
             profile: Of the model; None where none is needed.
         """
         return ()
+
+    def knowing(self, known: Known | None) -> Transform:
+        """Return this transform with what its loader has computed from the tokens; itself where it takes nothing."""
+        return self
 
     @abstractmethod
     def side_bytes(self) -> bytes:

@@ -1,0 +1,209 @@
+"""Measure what predicting from the model's first layers saves: bits per element against divergence, and decode time.
+
+    python -m benchmarks.predictor --model smollm2 --text wikitext2_valid.txt --out docs/results/predictor
+
+A profile is learnt from the first half of a text, with a predictor for each of --layers. Contexts of the second half are
+coded at several steps and all levels: without prediction, and from the hidden state that enters each of these layers.
+Bits count everything that is stored for a context: files, headers and manifest. Divergence is KL in nats per token of
+the 128 tokens that follow. The loader's own computation (the first layers) is stated as a share of a prefill. Decode
+times are of level 2, in bfloat16, the least of several runs; the ratio is to decoding without prediction. Results are
+means over the contexts, with 95 % intervals of the ratios from resampled contexts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.rate_distortion import bits_at
+from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
+from hf_cachegen.models.first_layers import known_of
+from hf_cachegen.profiles.learning import Sample, continuation_logits, prefill
+
+CONTINUATION = 128
+"""Tokens after a context whose divergence is measured."""
+STEP_CODES = (16, 12, 8, 4, 0, -4)
+"""Added to the profile's step code, a quarter of an octave each."""
+TARGETS = (0.06, 0.016, 0.004)
+"""Divergences to compare at, nats per token."""
+DRAWS = 2000
+"""Resamplings of the contexts for an interval."""
+Curves = dict[str, list[list[tuple[float, float]]]]
+"""By variant, for each context: (bits per element, KL) of each point."""
+
+
+def pieces(tokenizer: Any, text: str, samples: int, tests: int, tokens: int) -> tuple[list[Sample], list[Sample]]:
+    """Cut contexts with continuations: samples from the first half of a text, tests from the second half."""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    half, whole = ids.shape[1] // 2, tokens + CONTINUATION
+    starts = torch.linspace(0, half - whole, samples).long().tolist()
+    others = torch.linspace(half, ids.shape[1] - whole, tests).long().tolist()
+    cut = [(ids[:, at : at + tokens], ids[:, at + tokens : at + whole]) for at in starts + others]
+    return cut[:samples], cut[samples:]
+
+
+def name_of(layer: int | None) -> str:
+    """Return the name of a variant."""
+    return "klt" if layer is None else f"m = {layer}"
+
+
+@torch.no_grad()
+def points(model: Any, profile: Profile, test: Sample, layer: int | None) -> list[tuple[float, float]]:
+    """Return (bits per element, KL) of each step and level, for one context."""
+    context, continuation = test
+    keys, values, _ = prefill(model, context)
+    exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
+    known = None if layer is None else known_of(model, context, profile, layer)
+    config = CacheGenConfig(transform="klt", measure=False, predict_layers=layer)
+    found = []
+    for more in STEP_CODES:
+        encoded = encode_kv(keys, values, config, at_step(profile, more), known=known)
+        for level in range(1, encoded.levels + 1):
+            lossy = continuation_logits(model, *decode_kv(encoded, level, known=known), continuation).log_softmax(-1)
+            kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
+            found.append((8 * encoded.nbytes_at(level) / encoded.geometry.elements, kl))
+    return found
+
+
+def at_step(profile: Profile, more: int) -> Profile:
+    """Return the profile and its predictors at another step; their tables are then each context's own."""
+    predictors = tuple(replace(one, step_code=one.step_code + more) for one in profile.predictors)
+    return replace(profile, step_code=profile.step_code + more, predictors=predictors)
+
+
+def mean_curve(contexts: list[list[tuple[float, float]]], chosen: list[int]) -> list[list[float]]:
+    """Return the points' means over the chosen contexts."""
+    table = torch.tensor([contexts[index] for index in chosen], dtype=torch.float64)
+    return table.mean(0).tolist()  # type: ignore[no-any-return]
+
+
+def compared(curves: Curves, kl: float) -> dict[str, Any]:
+    """Return each variant's bits at a divergence, its ratio to klt, and the 95 % interval of the ratio."""
+    count = len(curves["klt"])
+    draws = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(0)).tolist()
+    found = {}
+    for name, contexts in curves.items():
+        bits = bits_at(mean_curve(contexts, list(range(count))), kl)
+        ratios = [bits_at(mean_curve(contexts, d), kl) / bits_at(mean_curve(curves["klt"], d), kl) for d in draws]
+        low, high = torch.tensor(ratios).nanquantile(torch.tensor([0.025, 0.975])).tolist()
+        found[name] = {
+            "bits": bits, "ratio": bits / bits_at(mean_curve(curves["klt"], list(range(count))), kl),
+            "interval": [low, high],
+        }  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def times(model: Any, profile: Profile, context: Tensor, layers: list[int | None], rounds: int) -> dict[str, Any]:
+    """Return the least seconds to decode level 2 and to run the first layers, by variant, and those of a prefill."""
+    keys, values, _ = prefill(model, context)
+    kv = [[x.bfloat16() for x in side] for side in (keys, values)]
+    coded = {}
+    for layer in layers:
+        known = None if layer is None else known_of(model, context, profile, layer)
+        config = CacheGenConfig(transform="klt", measure=False, predict_layers=layer)
+        coded[layer] = encode_kv(*kv, config, profile, known=known), known
+    found: dict[str, Any] = {"prefill": float("inf")}
+    for _ in range(rounds):
+        found["prefill"] = min(found["prefill"], seconds(lambda: prefill(model, context)))
+        for layer, (encoded, known) in coded.items():
+            row = found.setdefault(name_of(layer), {"decode": float("inf"), "first layers": float("inf")})
+            row["decode"] = min(row["decode"], seconds(lambda: decode_kv(encoded, 2, known=known)))  # noqa: B023
+            if layer is not None:
+                spent = seconds(lambda: known_of(model, context, profile, layer))  # noqa: B023
+                row["first layers"] = min(row["first layers"], spent)
+    return found
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return how long a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results in Markdown."""
+    lines = ["| variant | " + " | ".join(f"bits at {kl} nats | to klt" for kl in TARGETS) + " |"]
+    lines.append("|---" * (1 + 2 * len(TARGETS)) + "|")
+    for name in results["curves"]:
+        cells = []
+        for kl in TARGETS:
+            row = results["bits"][str(kl)][name]
+            low, high = row["interval"]
+            cells.append(f"{row['bits']:.3f} | {row['ratio']:.2f} ({low:.2f}-{high:.2f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    spent = results["times"]
+    lines += ["", "| variant | decode, to klt | first layers, of a prefill | bytes of the profile |", "|---" * 4 + "|"]
+    for name in results["curves"]:
+        row, first = spent[name], spent[name]["first layers"]
+        share = "" if first == float("inf") else f"{first / spent['prefill']:.1%}"
+        ratio = row["decode"] / spent["klt"]["decode"]
+        lines.append(f"| {name} | {ratio:.2f} | {share} | {results['profile_bytes'][name]:,} |")
+    return "\n".join(lines) + "\n"
+
+
+@click.command()
+@click.option("--model", "path", type=click.Path(path_type=Path), required=True, help="Folder of the model.")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text file.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
+@click.option("--layers", default="0", show_default=True, help="Values of predict_layers, separated by commas.")
+@click.option("--rank", default=256, show_default=True, help="Largest rank of a predictor.")
+@click.option("--samples", default=32, show_default=True, help="Samples to learn the profile from.")
+@click.option("--contexts", default=4, show_default=True, help="Test contexts.")
+@click.option("--tokens", default=768, show_default=True, help="Tokens of a context.")
+@click.option("--rounds", default=5, show_default=True, help="Runs of each timed call.")
+@click.option("--profile", "stored", type=click.Path(path_type=Path), help="Profile to use; learnt and written if new.")
+def main(
+    path: Path, text: Path, out: Path, layers: str, rank: int, samples: int, contexts: int, tokens: int, rounds: int,
+    stored: Path | None,
+) -> None:  # fmt: skip
+    """Measure bits per element at equal divergence, and decode time, with and without prediction."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False)
+    given, tests = pieces(AutoTokenizer.from_pretrained(path), text.read_text("utf-8"), samples, contexts, tokens)
+    chosen = [int(layer) for layer in layers.split(",")]
+    if stored is not None and stored.exists():
+        profile = Profile.load(stored)
+    else:
+        start = time.perf_counter()
+        profile = learn_profile(model, given, predict_layers=chosen, predict_rank=rank, progress=True)
+        print(f"learnt in {time.perf_counter() - start:.0f} s", flush=True)
+        if stored is not None:
+            profile.save(stored)
+    variants: list[int | None] = [None, *chosen]
+    curves: Curves = {name_of(layer): [] for layer in variants}
+    for test in tqdm(tests, "contexts"):
+        for layer in variants:
+            curves[name_of(layer)].append(points(model, profile, test, layer))
+    plain = replace(profile, predictors=())
+    sizes = {"klt": len(plain.to_bytes())}
+    for one in profile.predictors:
+        sizes[name_of(one.layer)] = len(replace(plain, predictors=(one,)).to_bytes())
+    results = {
+        "of": {"model": path.name, "text": text.name, "samples": samples, "contexts": contexts, "tokens": tokens,
+               "rank": rank},
+        "bits": {str(kl): compared(curves, kl) for kl in TARGETS},
+        "times": times(model, profile, tests[0][0], variants, rounds),
+        "profile_bytes": sizes,
+        "about": {str(one.layer): one.about for one in profile.predictors},
+        "curves": curves,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(results, allow_nan=True) + "\n")
+    out.with_suffix(".md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
