@@ -174,11 +174,11 @@ def _to_encode(
 
     They are computed together with the fingerprint, since the model may have changed when the context is saved.
     """
-    layer = (config or CacheGenConfig()).predict_layers
-    if profile is None or layer is None or (layer == 0 and all(one.layer for one in profile.predictors)):
+    config = config or CacheGenConfig()
+    layer = None if profile is None or config.lossless else profile.usable(config.predict_layers)
+    if profile is None or layer is None or config.transform not in ("auto", "klt"):
         return None
-    found = known_of(model, ids, profile, layer)
-    return Known(layer, found.scores)
+    return Known(layer, known_of(model, ids, profile, layer).scores)
 
 
 _continues: set[type] = set()

@@ -7,6 +7,7 @@ Implementation notes:
    that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
    between machines by about a rounding of the cache's own dtype. Symbols never differ.
 3. The last components are left out of the product if they are all zero in a chunk at its level.
+4. A predictor adds rows to the same product: its scores take part like coefficients.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ WORTH_LEAVING_OUT = 0.25
 class Narrow(NamedTuple):
     """A group's matrix U in bfloat16.
 
-    Its rows: the means; the prediction; for the leading components the rounding error of U, and U again (for the rounding error of
-    their coefficients); rounded U [components, channels].
+    Its rows: the means; the prediction; for the leading components the rounding error of U, and U again (for the
+    rounding error of their coefficients); rounded U [components, channels].
     """
 
     matrix: Tensor

@@ -118,10 +118,13 @@ class Predictor:
         Raises:
             LookupError, TypeError, ValueError: The file contradicts itself.
         """
-        layer, found = int(described["layer"]), []
+        layer, found, claimed = int(described["layer"]), list[Group](), 0
         prefix = f"predict-{layer}"
         for index, (kind, first, count) in enumerate(described["groups"]):
-            layers = range(int(first), int(first) + min(int(count), len(sensitivities)))
+            claimed += abs(int(count))
+            if claimed > len(sensitivities):  # else a small file could claim all layers many times
+                raise ValueError("a predictor's groups have more layers than the model")
+            layers = range(int(first), int(first) + int(count))
             parts = [sensitivities[int(kind), one] for one in layers]
             matrices = tensors[f"{prefix}-synthesis-{index}"], tensors[f"{prefix}-prediction-{index}"]
             if len({part.shape[1:] for part in parts}) != 1 or any(x.dtype != torch.float16 for x in matrices):

@@ -167,6 +167,10 @@ class Profile:
         """Return what codes a context: the predictor of a layer, or for None the profile. Raises ProfileError."""
         return self if layer is None else self.predictor(layer)
 
+    def usable(self, layer: int | None) -> int | None:
+        """Return `predict_layers` as this profile allows it: its default, 0, is None where there is no predictor."""
+        return None if layer == 0 and all(one.layer for one in self.predictors) else layer
+
     def predictor(self, layer: int) -> Predictor:
         """Return the predictor from the hidden state that enters `layer`. Raises ProfileError if there is none."""
         for found in self.predictors:

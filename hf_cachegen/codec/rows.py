@@ -47,7 +47,8 @@ class ContextRows:
     def only(self, chunks: Sequence[int]) -> ContextRows:
         """Return the same context with these chunks only. `sinks` and `first_token` still depend on the whole context.
         """
-        return ContextRows(self.keys, self.values, self.geometry, [self.spans[index] for index in chunks], self, self.known)
+        spans = [self.spans[index] for index in chunks]
+        return ContextRows(self.keys, self.values, self.geometry, spans, self, self.known)
 
     @cached_property
     def sinks(self) -> Tensor:

@@ -48,11 +48,11 @@ def _predicted(context: ContextRows, config: CacheGenConfig, profile: Profile | 
     wanted = config.predict_layers
     able = not config.lossless and config.transform == Klt.name and profile is not None
     known = None if context.known is None else context.known.layer
-    if wanted is None or (able and profile is not None and known == wanted):
+    if wanted is None or (able and known == wanted):
         return wanted
     if wanted == 0:
         return None
     raise ConfigError(
-        f"predict_layers={wanted} needs transform='klt', a profile with that predictor, and what the model computes for "
-        "the context: make the cache with CacheGenCache.from_context and this config, or pass predict_layers=None"
+        f"predict_layers={wanted} needs transform='klt', a profile with that predictor, and what the model computes "
+        "for the context: make the cache by CacheGenCache.from_context with this config, or pass predict_layers=None"
     )

@@ -75,7 +75,8 @@ class Klt(Transform):
         if config.levels != profile.levels:
             raise ConfigError(f"the profile has {profile.levels} levels, config.levels is {config.levels}")
         values, digits = shipped_codebooks(config.prob_bits)
-        learnt = self.learnt = profile.at(config.predict_layers)
+        self.layer = profile.usable(config.predict_layers)
+        learnt = self.learnt = profile.at(self.layer)
         if bool((learnt.entries[0] >= values.entries).any()) or bool((learnt.entries[1:] >= digits.entries).any()):
             raise ProfileError("a table entry of the profile is outside the codebook: the profile is damaged")
         self.geometry, self.config, self.profile, self.channels = geometry, config, profile, geometry.channels
@@ -128,6 +129,7 @@ class Klt(Transform):
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
         profile = _required(profile)
+        profile.at(config.predict_layers)  # an artifact names the predictor that it was made with
         codec = cls(geometry, config, profile)
         if side[:DIGEST_BYTES] != codec.side_bytes():
             raise ProfileError("the side information needs another profile than the one given")
@@ -177,22 +179,24 @@ class Klt(Transform):
         return self._scaled(self.basis.coefficients(rows, span, self._scores(span)), span, FINER)
 
     def knowing(self, known: Known | None) -> Klt:
-        if known is None or self.config.predict_layers is None:
+        if known is None or self.layer is None:
             return self
         return Klt(self.geometry, self.config, self.profile, self.entries, self.sinks, known)
 
     def _scores(self, span: Span) -> Tensor | None:
         """Return the scores of a chunk; None where nothing is predicted. Raises ConfigError if they are missing."""
-        if self.config.predict_layers is None:
+        if self.layer is None:
             return None
         if self.known is None:
             raise ConfigError(
-                f"this cache is stored as the difference to a prediction from layer {self.config.predict_layers} of its "
-                "model: pass model= to load it, or encode with predict_layers=None"
+                f"this cache is stored as the difference to a prediction from layer {self.layer} of its model: pass "
+                "model= to load it, or encode with predict_layers=None"
             )
         return self.known.scores[span.first : span.first + span.tokens]
 
-    def _restored(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None) -> Tensor:
+    def _restored(
+        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None
+    ) -> Tensor:
         """Convert coefficients to rows. Layers that the loader has computed itself are copied."""
         rows = self.basis.rows(y, span, dtype, idle, self._scores(span))
         if self.known is not None and self.known.keys:
