@@ -295,6 +295,9 @@ class CacheGenCache(CachedContext, DynamicCache):
         """
         source: Encoder | EncodedContext
         if self.source is not None:
+            if config is not None and config.predict_layers == 0 and self.config is not None:
+                # The default: 0 was encoded as None where the profile has no predictor.
+                config = replace(config, predict_layers=self.config.predict_layers)
             if config is not None and config != self.config:
                 raise ConfigError(
                     f"this cache was decoded from {self.source}, and a second encoding would add a second loss: save "

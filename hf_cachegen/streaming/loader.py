@@ -64,6 +64,7 @@ class Loader:
         session = self.session
         probes = [] if session.options.slo is None or session.speed.known else list(PROBES[:-1])
         while True:
+            self._predict(model)
             due = bool(probes) and self._doubtful(probes[0])
             work = self._next_work(patient=not due)
             if isinstance(work, Finished):
@@ -71,7 +72,6 @@ class Loader:
             if isinstance(work, Stuck):
                 raise self.download.error or StoreError(f"chunk {work.chunk} cannot be had from any source")
             if isinstance(work, Decode):
-                self._predict(model)
                 self._decode(work)
             elif isinstance(work, Recompute):
                 self._recompute(model, work.chunk)
@@ -148,7 +148,9 @@ class Loader:
         return work
 
     def _predict(self, model: PreTrainedModel) -> None:
-        """Take the codec that was fetched. Where it predicts, run the model's first layers once for it."""
+        """Take the codec once it was fetched. Where it predicts, run the model's first layers for it, while chunks
+        arrive.
+        """
         codec, layer = self.download.codec, self.download.artifact.config.predict_layers
         if self._codec is None and codec is not None:
             if layer is not None and (profile := self.download.profile) is not None:
