@@ -1,4 +1,4 @@
-"""Prediction from the model's first layers: what is stored, what a loader must have, and how little roundings matter."""
+"""Prediction from the model's first layers: what is stored, what a loader needs, and how little roundings matter."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_profiles_state_each_predictor(profile: Profile) -> None:
             assert a.prediction is not None
             assert b.prediction is not None
             assert torch.equal(a.prediction, b.prediction)
-        assert profile.divergences(mine.layer) == [row["kl"] for row in mine.about["measured"]]
+        assert profile.divergences_at(mine.layer) == [row["kl"] for row in mine.about["measured"]]
     assert profile.usable(0) == 0
     assert replace(profile, predictors=()).usable(0) is None
     assert replace(profile, predictors=()).to_bytes() != profile.to_bytes()

@@ -109,7 +109,8 @@ class Encoder:
             "bits_per_element": [round(8 * size / elements, 4) for size in sizes],
             "layers": layers,
         }
-        if self.profile is not None and (kl := self.profile.divergences(self.config.predict_layers)) is not None:
+        kl = None if self.profile is None else self.profile.divergences_at(self.config.predict_layers)
+        if kl is not None:
             found["profile_kl"] = kl
         return found
 

@@ -132,15 +132,15 @@ class Profile:
         """Number of levels that it has table entries for."""
         return 1 + len(self.refine_entries)
 
-    def divergences(self, layer: int | None = None) -> list[float] | None:
-        """Return the KL of each level, nats per token of the samples held out when learning.
-
-        Args:
-            layer: That of a predictor; None: without prediction.
-
-        Returns:
-            Coarse to fine; None where `about` does not contain it.
+    @property
+    def divergences(self) -> list[float] | None:
+        """KL of each level without prediction, nats per token of the samples held out when learning; None if `about`
+        does not contain it.
         """
+        return self.divergences_at(None)
+
+    def divergences_at(self, layer: int | None) -> list[float] | None:
+        """Return the KL of each level for `predict_layers=layer`, as `divergences` does."""
         measured = self.at(layer).about.get("measured")
         rows = measured if isinstance(measured, list) else []
         found = [kl for row in rows if isinstance(row, dict) and isinstance(kl := row.get("kl"), float)]
