@@ -180,8 +180,8 @@ def table(results: dict[str, Any]) -> str:
 @click.option("--quick", is_flag=True, help="Learn in bfloat16, several times as fast on some machines.")
 @click.option("--profile", "stored", type=click.Path(path_type=Path), help="Profile; learnt and written if new.")
 def main(
-    path: Path | None, text: Path | None, out: Path, layers: str, rank: int, samples: int, contexts: int, tokens: int, rounds: int,
-    quick: bool, stored: Path | None,
+    path: Path | None, text: Path | None, out: Path, layers: str, rank: int, samples: int, contexts: int, tokens: int,
+    rounds: int, quick: bool, stored: Path | None,
 ) -> None:  # fmt: skip
     """Measure bits per element at equal divergence, and decode time, with and without prediction."""
     torch.manual_seed(0)

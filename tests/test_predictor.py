@@ -21,6 +21,8 @@ from hf_cachegen.errors import ConfigError, ProfileError, TensorError, Unsupport
 from hf_cachegen.models.first_layers import first_layers, known_of
 from hf_cachegen.profiles.learning import continuation_logits, divergence, prefill
 from hf_cachegen.stores import LocalStore
+from hf_cachegen.streaming.loader import Loader
+from hf_cachegen.streaming.prefill_speed import PrefillSpeed
 from tests.golden_cache import golden_known, golden_kv, golden_predicting, golden_profile
 from tests.klt_support import samples
 from tests.tiny_models import SUPPORTED, make, shared, tokens
@@ -128,6 +130,25 @@ def test_streams_predict(profile: Profile, config: CacheGenConfig, tmp_path: Pat
     streamed = CacheGenCache.stream(tmp_path, shared("llama"), profile=profile)
     for mine, other in zip(streamed.kv.values, whole.kv.values, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_a_stream_leaves_time_for_the_first_layers(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, left = tokens(70), []
+    config = replace(CONFIG, predict_layers=2)
+    CacheGenCache.from_context(shared("llama"), ids, config, profile).save_pretrained(tmp_path)
+    monkeypatch.setattr(PrefillSpeed, "seconds", lambda self, first, count: 0.1 * count)
+    monkeypatch.setattr(PrefillSpeed, "known", True)
+    set_deadline = Loader._set_deadline
+
+    def watched(self: Loader) -> None:
+        set_deadline(self)
+        left.append(self._schedule.deadline)
+
+    monkeypatch.setattr(Loader, "_set_deadline", watched)
+    CacheGenCache.stream(tmp_path, shared("llama"), profile=profile, slo=60.0)
+    assert left[-1] - left[0] == pytest.approx(0.5 * 7.0)  # two of four layers over 70 tokens, until they were run
 
 
 def test_the_default_predicts_where_the_profile_can(profile: Profile, tmp_path: Path) -> None:

@@ -116,8 +116,13 @@ class Loader:
     # The next step.
 
     def _set_deadline(self) -> None:
-        tokens = self.download.artifact.geometry.tokens
-        self._schedule.deadline = self.session.deadline(tokens, self._question_tokens)
+        artifact = self.download.artifact
+        tokens = artifact.geometry.tokens
+        deadline = self.session.deadline(tokens, self._question_tokens)
+        if deadline is not None and self._codec is None and (first := artifact.config.predict_layers):
+            # The first layers still have to be run. Layer 0 alone (its projections) is not worth counting.
+            deadline -= (self.session.speed.seconds(0, tokens) or 0.0) * first / len(artifact.geometry.layers)
+        self._schedule.deadline = deadline
 
     def _doubtful(self, tokens: int) -> bool:
         """Whether the model's speed may affect the plan, and can be measured with that many tokens at little cost."""
@@ -156,6 +161,7 @@ class Loader:
             if layer is not None and (profile := self.download.profile) is not None:
                 codec = codec.knowing(known_of(model, self._input_ids, profile, layer))
             self._codec = codec
+            self._set_deadline()
 
     def _decode(self, work: Decode) -> None:
         download, span, start = self.download, self.download.spans[work.chunk], time.perf_counter()
