@@ -296,6 +296,9 @@ class CacheGenCache(CachedContext, DynamicCache):
         """
         source: Encoder | EncodedContext
         if self.source is not None:
+            if config is not None and config.predict_layers == 0 and self.config is not None:
+                # The default: 0 was encoded as None where the profile has no predictor.
+                config = replace(config, predict_layers=self.config.predict_layers)
             if config is not None and config != self.config:
                 raise ConfigError(
                     f"this cache was decoded from {self.source}, and a second encoding would add a second loss: save "
@@ -316,7 +319,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             if model is not None and (aimed := self.aimed(model, config)) is not self:
                 config, measured = aimed.config, aimed.measured
             source = encode_no_kv(kv.geometry, config) if not layers else Encoder(
-                kv.keys, kv.values, config, self.profile, layers=layers, progress=progress, measured=measured
+                kv.keys, kv.values, config, self.profile, layers=layers, known=self.known, progress=progress,
+                measured=measured,
             )  # fmt: skip
         write(
             source,

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
@@ -32,6 +33,7 @@ from hf_cachegen.models.encoder_decoder import (
     require_encoder_decoder,
 )
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.identity import Verify, identify
 from hf_cachegen.models.inputs import ContextInputs, Tokens, context_inputs, one_row
 from hf_cachegen.models.kinds import empty_cache, holds_states, is_plain, layer_contents
@@ -74,6 +76,7 @@ class CachedContext:
         checkpoints: the states of recurrent layers at some positions; empty for a model without such layers.
         encoder: of an encoder-decoder model, what is kept beside the keys and values of cross-attention.
         measured: the divergences that `config` was chosen by, if it had a target.
+        known: what a loader computes from the tokens, for a profile that predicts; None where nothing is predicted.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -96,13 +99,14 @@ class CachedContext:
         checkpoints: Checkpoints | None = None,
         encoder: EncoderState | None = None,
         measured: dict[str, Any] | None = None,
+        known: Known | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
         self.verify, self._text, self.checkpoints = verify, text, checkpoints or Checkpoints()
-        self.encoder, self.measured = encoder, measured
+        self.encoder, self.measured, self.known = encoder, measured, known
 
     @property
     def report(self) -> CacheReport:
@@ -130,7 +134,7 @@ class CachedContext:
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
             "verify": self.verify, "text": self._text, "checkpoints": self.checkpoints,
-            "encoder": self.encoder, "measured": self.measured,
+            "encoder": self.encoder, "measured": self.measured, "known": self.known,
         }  # fmt: skip
 
     def named_tensors(self) -> list[NamedTensor]:
@@ -155,7 +159,7 @@ class CachedContext:
             )
         ids = [one_row(found) for found in continuations]
         last = int(self.input_ids[0, -1])
-        chosen = meet_target(model, self.kv, last, config, self.profile, ids)
+        chosen = meet_target(model, self.kv, last, config, self.profile, ids, self.known)
         return CachedContext(**{**self.parts(), "config": chosen.config, "measured": chosen.measured})
 
     def read_text(self) -> ContextText | None:
@@ -221,9 +225,24 @@ def compute_context(
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=found_media)
     seconds = time.perf_counter() - start
     report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=states.budget if checkpoints.all else None)
+    known = None if media is not None else _to_encode(model, ids, config, found)
     return CachedContext(
-        kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints
+        kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints, known=known
     )
+
+
+def _to_encode(
+    model: PreTrainedModel, ids: Tensor, config: CacheGenConfig | None, profile: Profile | None
+) -> Known | None:
+    """Return the scores to encode a context with; None where its profile predicts nothing.
+
+    They are computed together with the fingerprint, since the model may have changed when the context is saved.
+    """
+    config = config or CacheGenConfig()
+    layer = None if profile is None or config.lossless else profile.usable(config.predict_layers)
+    if profile is None or layer is None or config.transform not in ("auto", "klt"):
+        return None
+    return Known(layer, known_of(model, ids, profile, layer).scores)
 
 
 def _encoded_context(
@@ -323,7 +342,7 @@ def wrap_cache(
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, probed, media=found_media)
     return CachedContext(
         kv, ids, fingerprint, _report(kv, checkpoints), config=config, profile=found, verify=verify,
-        checkpoints=checkpoints,
+        checkpoints=checkpoints, known=None if found_media else _to_encode(model, ids, config, found),
     )  # fmt: skip
 
 
@@ -346,7 +365,10 @@ def load_context(
     artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
         device = devices[0]
-    keys, values = artifact.decode(level, device, progress=progress)
+    known, layer = None, artifact.config.predict_layers
+    if layer is not None and taken is not None and model is not None:
+        known = known_of(model, found.input_ids, taken, layer)
+    keys, values = artifact.decode(level, device, known=known, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
     level = artifact.levels if level is None else level
     report = _report(

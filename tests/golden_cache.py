@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import LayerGeometry
-from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.predictor import Known, Predictor
+from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.models.indexed import joined
 from hf_cachegen.profiles.files import Profile
 
@@ -73,3 +77,30 @@ def golden_profile() -> Profile:
         refine_entries=torch.stack([components % 20 + 5, components % 15 + 10]).to(torch.uint8),
         about={"model": "golden"},
     )
+
+
+def golden_predicting() -> Profile:
+    """Return the golden profile with a predictor from the first layer's input, of rank 2."""
+    whole = golden_profile()
+    mixing, predictions = torch.eye(24) + torch.eye(24).flip(0) / 4, torch.arange(48).reshape(2, 24) / 16 - 1
+    groups = tuple(
+        Group(kind, 1, 1, whole.groups[kind].sensitivity[2:], mixing[:20], predictions * (1 - kind)) for kind in (0, 1)
+    )
+    components = torch.arange(40)
+    predictor = Predictor(
+        layer=0,
+        mean=torch.arange(4).float() / 4,
+        directions=torch.arange(8).reshape(4, 2).float() / 8,
+        groups=groups,
+        step_code=150,
+        base_entries=(components % 30 + 30).to(torch.uint8),
+        refine_entries=torch.stack([components % 20 + 5, components % 15 + 10]).to(torch.uint8),
+        about={"rank": 2},
+    )
+    return replace(whole, predictors=(predictor,))
+
+
+def golden_known(name: str = "") -> Known:
+    """Return what a loader of the golden cache would have computed, for `golden_predicting`."""
+    keys, values = golden_kv(name)
+    return Known(0, torch.arange(100).reshape(50, 2) % 17 / 8 - 1, tuple(keys[:1]), tuple(values[:1]))

@@ -35,6 +35,7 @@ from hf_cachegen.artifact.tensors import NamedTensor, decode_tensors, encode_ten
 from hf_cachegen.codec import tables
 from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import spans_of
 from hf_cachegen.codec.transforms import Transform, transform_of
@@ -204,13 +205,15 @@ class Artifact:
         return codec_of(self.geometry, self.config, self._side(), self.profile)
 
     def decode(
-        self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, level: int | None = None, device: torch.device | str | None = None, *, known: Known | None = None,
+        progress: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """Read, verify and decode the context, chunk by chunk.
 
         Args:
             level: Default: the finest.
             device: Of the tensors. Default: the CPU.
+            known: What a loader computes from the tokens, where `config.predict_layers` is set.
             progress: Show a progress bar.
 
         Returns:
@@ -219,6 +222,7 @@ class Artifact:
         Raises:
             LevelError: The artifact does not have this level.
             ProfileError: The profile is missing, or another one.
+            ConfigError: The artifact needs `known`.
             TruncatedError, CorruptError: The files are damaged.
         """
         level = checked_level(level, self.levels)
@@ -226,7 +230,8 @@ class Artifact:
             return [], []
         self._prefetch(level)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
-        return decode_chunks(self.codec(), self.geometry, spans, lambda c: self._parts(c, level), device, progress)
+        codec = self.codec().knowing(known)
+        return decode_chunks(codec, self.geometry, spans, lambda c: self._parts(c, level), device, progress)
 
 
 def _config(codec: dict[str, Any]) -> CacheGenConfig:

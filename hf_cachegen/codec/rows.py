@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_cachegen.codec.chunk import Channels, Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.source import Source
 from hf_cachegen.errors import TensorError
@@ -28,14 +29,16 @@ class ContextRows:
         geometry: Of these tensors.
         spans: The chunks to iterate over.
         whole: The whole context, if these are only some of its chunks.
+        known: What a loader of the context computes from its tokens, if anything.
     """
 
     def __init__(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], geometry: Geometry, spans: Sequence[Span],
-        whole: ContextRows | None = None,
+        whole: ContextRows | None = None, known: Known | None = None,
     ):  # fmt: skip
         self.keys, self.values, self.geometry, self.spans = keys, values, geometry, spans
         self.channels = Channels.of(geometry)
+        self.known = known
         self._whole = whole
 
     def chunks(self) -> Iterator[tuple[Tensor, Span]]:
@@ -58,7 +61,8 @@ class ContextRows:
     def only(self, chunks: Sequence[int]) -> ContextRows:
         """Return the same context with these chunks only. `sinks` and `first_token` still depend on the whole context.
         """
-        return ContextRows(self.keys, self.values, self.geometry, [self.spans[index] for index in chunks], self)
+        spans = [self.spans[index] for index in chunks]
+        return ContextRows(self.keys, self.values, self.geometry, spans, self, self.known)
 
     @cached_property
     def sinks(self) -> Tensor:

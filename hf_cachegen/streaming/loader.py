@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError
+from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ChunkChosen, ChunkReady
@@ -49,6 +51,7 @@ class Loader:
         self.lock = threading.Lock()
         self.changes: list[int] = []
         self.stopped = False
+        self._codec: Transform | None = None
         self._input_ids, self._question_tokens = input_ids, question_tokens
         self._schedule, self._changed = download.schedule, download.changed
         self._set_deadline()
@@ -60,6 +63,7 @@ class Loader:
         session = self.session
         probes = [] if session.options.slo is None or session.speed.known else list(PROBES[:-1])
         while True:
+            self._predict(model)
             due = bool(probes) and self._doubtful(probes[0])
             work = self._next_work(patient=not due)
             if isinstance(work, Finished):
@@ -111,8 +115,13 @@ class Loader:
     # The next step.
 
     def _set_deadline(self) -> None:
-        tokens = self.download.artifact.geometry.tokens
-        self._schedule.deadline = self.session.deadline(tokens, self._question_tokens)
+        artifact = self.download.artifact
+        tokens = artifact.geometry.tokens
+        deadline = self.session.deadline(tokens, self._question_tokens)
+        if deadline is not None and self._codec is None and (first := artifact.config.predict_layers):
+            # The first layers still have to be run. Layer 0 alone (its projections) is not worth counting.
+            deadline -= (self.session.speed.seconds(0, tokens) or 0.0) * first / len(artifact.geometry.layers)
+        self._schedule.deadline = deadline
 
     def _doubtful(self, tokens: int) -> bool:
         """Whether the model's speed may affect the plan, and can be measured with that many tokens at little cost."""
@@ -142,10 +151,21 @@ class Loader:
         session.events.deliver()
         return work
 
+    def _predict(self, model: PreTrainedModel) -> None:
+        """Take the codec once it was fetched. Where it predicts, run the model's first layers for it, while chunks
+        arrive.
+        """
+        codec, layer = self.download.codec, self.download.artifact.config.predict_layers
+        if self._codec is None and codec is not None:
+            if layer is not None and (profile := self.download.profile) is not None:
+                codec = codec.knowing(known_of(model, self._input_ids, profile, layer))
+            self._codec = codec
+            self._set_deadline()
+
     def _decode(self, work: Decode) -> None:
         download, span, start = self.download, self.download.spans[work.chunk], time.perf_counter()
         with self._changed:
-            codec = download.codec
+            codec = self._codec
             if self.stopped or codec is None:  # another thread has closed the stream, and dropped the parts
                 return
             parts = download.parts(work.chunk, work.level)
