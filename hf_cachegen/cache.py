@@ -11,25 +11,28 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader
 from hf_cachegen.artifact.artifact import Artifact, write
-from hf_cachegen.artifact.encoded import EncodedContext
+from hf_cachegen.artifact.encoded import EncodedContext, encode_no_kv
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
-from hf_cachegen.errors import ConfigError, ReadOnlyCacheError
+from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
-from hf_cachegen.models.layers import build_dynamic
-from hf_cachegen.models.opening import Tokens
+from hf_cachegen.models.inputs import ContextInputs, Tokens
+from hf_cachegen.models.kinds import is_plain, layer_contents
+from hf_cachegen.models.layers import build_by_config, build_dynamic
+from hf_cachegen.models.prefill import STATE_BUDGET, StateOptions
 from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.models.read_only import ReadOnlyLayer, refuse
+from hf_cachegen.models.running import layer_devices
 from hf_cachegen.models.text import prompt_ids
 from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
 from hf_cachegen.stores import LocalStore
@@ -42,40 +45,21 @@ PREFILL_CHUNK_TOKENS = 4096
 """Tokens per forward pass of a prefill: large enough for full speed, and a bound on the memory of activations."""
 
 
-def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    raise ReadOnlyCacheError(
-        "a CacheGenCache is read-only, since many generations share it, and this model was not prepared for one: call "
-        "hf_cachegen.attach(model) before model.generate(..., cache=cache), or make a copy with cache.to_dynamic()"
-    )
-
-
-class _ReadOnlyLayer(DynamicLayer):
-    """A filled layer that refuses every change; the methods of the stock cache call those of its layers."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
-        super().lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-
-    lazy_initialization = update = crop = reset = reorder_cache = offload = prefetch = _refuse
-    batch_repeat_interleave = batch_select_indices = _refuse
-
-
 class CacheGenCache(CachedContext, DynamicCache):
-    """The KV cache of one context of one model.
+    """The KV cache of one context of one model, made by `from_context`, `from_cache`, `from_pretrained` or `stream`.
 
-    Create one by `from_context`, `from_cache`, `from_pretrained` or `stream`. The attributes are those of
-    `CachedContext`: kv, input_ids, fingerprint, config, profile, source, refinement.
+    Its attributes are those of `CachedContext`: kv, input_ids, fingerprint, config, profile, source, refinement.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         DynamicCache.__init__(self)
         CachedContext.__init__(self, *args, **kwargs)
-        self.layers = [_ReadOnlyLayer(*pair) for pair in zip(self.kv.keys, self.kv.values, strict=True)]
+        self.layers = [ReadOnlyLayer(*pair) for pair in zip(self.kv.keys, self.kv.values, strict=True)]
 
-    update = early_initialization = update_conv_state = update_recurrent_state = _refuse
+    update = early_initialization = update_conv_state = update_recurrent_state = refuse
+    has_previous_state = get_conv_state = get_recurrent_state = refuse
     # The first method that a forward pass calls: some prompts would fail with another error before they reach update.
-    get_mask_sizes = _refuse
+    get_mask_sizes = refuse
 
     def __repr__(self) -> str:
         geometry = self.kv.geometry
@@ -92,12 +76,14 @@ class CacheGenCache(CachedContext, DynamicCache):
     def from_context(
         cls,
         model: PreTrainedModel,
-        input_ids: Tokens,
+        input_ids: ContextInputs,
         config: CacheGenConfig | None = None,
         profile: ProfileLike = "auto",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        state_every: int | None = None,
+        state_budget: int = STATE_BUDGET,
         progress: bool = False,
         attach: bool = True,
         continuations: Sequence[Tokens] = (),
@@ -106,12 +92,16 @@ class CacheGenCache(CachedContext, DynamicCache):
 
         Args:
             model: the model, or a wrapper of it (torch.compile, PEFT, accelerate).
-            input_ids: the context, int64 [tokens] or [1, tokens].
+            input_ids: the context, int64 [tokens] or [1, tokens]; or model inputs by name, such as a processor's whole
+                output (docs/how-to/media.md), or the encoder's input (docs/how-to/encoder_decoder.md).
             config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: the profile of the model, its location (a path, a repository, a URL), "auto" (the one in the
                 model's folder or repository, if there is one: docs/stores.md) or None.
             tokenizer: if given, its hash becomes a part of the fingerprint.
             prefill_chunk_tokens: tokens per forward pass.
+            state_every: for a model with recurrent states, tokens between two checkpoints of them; None for the end
+                and a few positions before it (docs/how-to/recurrent.md).
+            state_budget: largest size of all checkpoints in bytes; above it some are left out.
             progress: show a progress bar.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
             continuations: token ids that are likely to follow, to probe `config.target_kl` with, besides drawn ones.
@@ -120,12 +110,15 @@ class CacheGenCache(CachedContext, DynamicCache):
             ConfigError: no step meets `config.target_kl`.
             UnsupportedModelError: the model keeps no cache that can be reused, or the context exceeds its positions.
             UnsupportedLayerError: a layer of its cache is of an unknown kind.
-            TensorError: input_ids are not one row of token ids.
+            TensorError: input_ids are not one row of token ids, or media do not fit their placeholders.
             WrongDtypeError: the cache has another dtype than the model.
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
         """
-        context = compute_context(model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress)
+        states = StateOptions(state_every, state_budget)
+        context = compute_context(
+            model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress, states=states
+        )
         return cls._of(context.aimed(model, config, continuations), model, attach)
 
     @classmethod
@@ -138,6 +131,8 @@ class CacheGenCache(CachedContext, DynamicCache):
         profile: ProfileLike = "auto",
         *,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        state_every: int | None = None,
+        state_budget: int = STATE_BUDGET,
         progress: bool = False,
         attach: bool = True,
         keep_text: bool = True,
@@ -145,7 +140,8 @@ class CacheGenCache(CachedContext, DynamicCache):
     ) -> CacheGenCache:
         """Tokenize a text as `generate_text` does, and keep its exact keys and values, as `from_context` does.
 
-        model, config, profile, prefill_chunk_tokens, progress, attach and continuations are those of `from_context`.
+        model, config, profile, prefill_chunk_tokens, state_every, state_budget, progress, attach and continuations are
+        those of `from_context`.
 
         Args:
             tokenizer: the tokenizer of the model. Its hash becomes a part of the fingerprint.
@@ -160,23 +156,21 @@ class CacheGenCache(CachedContext, DynamicCache):
         source = text if isinstance(text, ContextText) else ContextText(text)
         ids = prompt_ids(tokenizer, source, answer=False)
         context = compute_context(
-            model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None
-        )
+            model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None,
+            StateOptions(state_every, state_budget),
+        )  # fmt: skip
         return cls._of(context.aimed(model, config, continuations), model, attach)
 
     @classmethod
     def from_cache(
         cls,
         cache: Cache,
-        input_ids: Tokens,
+        input_ids: ContextInputs,
         model: PreTrainedModel,
         config: CacheGenConfig | None = None,
         profile: ProfileLike = "auto",
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        verify: Verify = "probe",
-        attach: bool = True,
-    ) -> CacheGenCache:
+        *, tokenizer: PreTrainedTokenizerBase | None = None, verify: Verify = "probe", attach: bool = True,
+    ) -> CacheGenCache:  # fmt: skip
         """Copy a cache that `model` filled with `input_ids`; the original may grow afterwards.
 
         The number of tokens, the dtype and the shapes are checked. The tokens themselves are not: a cache does not
@@ -184,7 +178,7 @@ class CacheGenCache(CachedContext, DynamicCache):
 
         Args:
             cache: the filled cache, of one row.
-            input_ids: the context, int64 [tokens] or [1, tokens].
+            input_ids: the context, as for `from_context`, of a decoder-only model.
             model: the model that filled it.
             config: options of the encoder for `save_pretrained` (default: CacheGenConfig()).
             profile: a profile, its location, "auto" or None, as for `from_context`.
@@ -221,9 +215,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         attach: bool = True,
         **access: Any,
     ) -> CacheGenCache:
-        """Load an artifact, to `device`, else each layer to its device in `model`.
-
-        With a model, fingerprint and geometry are checked before anything is decoded; `generate` checks again.
+        """Load an artifact, to `device`, else each layer to its device in `model`, after checking that it fits `model`.
 
         Args:
             path: a folder, a repository on the Hub ("user/name") or a URL (https://, s3://, hf://, ...).
@@ -304,6 +296,9 @@ class CacheGenCache(CachedContext, DynamicCache):
         """
         source: Encoder | EncodedContext
         if self.source is not None:
+            if config is not None and config.predict_layers == 0 and self.config is not None:
+                # The default: 0 was encoded as None where the profile has no predictor.
+                config = replace(config, predict_layers=self.config.predict_layers)
             if config is not None and config != self.config:
                 raise ConfigError(
                     f"this cache was decoded from {self.source}, and a second encoding would add a second loss: save "
@@ -318,20 +313,22 @@ class CacheGenCache(CachedContext, DynamicCache):
             taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
             source = artifact.with_profile(taken).read()
         else:
-            layers = list(self.kv.geometry.layers)
+            layers = self.kv.geometry.layers
             kv, measured = self.kv, self.measured if config is None else None
             config = config or self.config
             if model is not None and (aimed := self.aimed(model, config)) is not self:
                 config, measured = aimed.config, aimed.measured
-            source = Encoder(
-                kv.keys, kv.values, config, self.profile, layers=layers, progress=progress, measured=measured
-            )
+            source = encode_no_kv(kv.geometry, config) if not layers else Encoder(
+                kv.keys, kv.values, config, self.profile, layers=layers, known=self.known, progress=progress,
+                measured=measured,
+            )  # fmt: skip
         write(
             source,
             directory,
             input_ids=self.input_ids[0].tolist(),
             fingerprint=self.fingerprint.to_dict(),
             text=self.read_text(),
+            tensors=[] if self.source is not None else self.named_tensors(),
             overwrite=overwrite,
         )
         if self.source is None:
@@ -388,11 +385,29 @@ class CacheGenCache(CachedContext, DynamicCache):
             )  # fmt: skip
         return pushed.url
 
-    def to_dynamic(self) -> DynamicCache:
+    def to_dynamic(self, model: PreTrainedModel | None = None) -> DynamicCache:
         """Return a stock DynamicCache with copies of the keys and values; sliding layers keep their window.
 
-        Of a stream it is a copy of the present state, which later refinements do not change.
+        Of a stream it is a copy of the present state, which later refinements do not change. Of a model with recurrent
+        states it holds the tokens up to the last checkpoint, `report.checkpoints[-1]`.
+
+        Args:
+            model: the model, which is needed if it has recurrent states, index keys, or layers without keys.
+
+        Raises:
+            ConfigError: the model is needed and not given, or it is an encoder-decoder model.
         """
-        reuse = Reuse(pads=(0,), length=self.kv.geometry.tokens, whole=True)
+        if self.encoder is not None:
+            raise ConfigError("a context of an encoder-decoder model has no keys of its tokens: use model.generate")
         kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
-        return build_dynamic(kv.clone() if kv is self.kv else kv, reuse, 1, [keys.device for keys in self.kv.keys])
+        kv = kv.clone() if kv is self.kv else kv
+        last = self.checkpoints.all[-1] if self.checkpoints.all else None
+        tokens = kv.geometry.tokens if last is None else last.tokens
+        reuse = Reuse(pads=(0,), length=tokens, whole=tokens == kv.geometry.tokens)
+        if last is None and not kv.geometry.indexed and (model is None or is_plain(model.config)):
+            return build_dynamic(kv, reuse, 1, [keys.device for keys in self.kv.keys])
+        if model is None:
+            raise ConfigError("a cache with recurrent states or index keys needs the model: call to_dynamic(model)")
+        self.check(model)
+        devices = layer_devices(model, len(layer_contents(model.config)))
+        return build_by_config(kv, last, reuse, 1, devices, model.config)

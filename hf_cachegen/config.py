@@ -17,6 +17,8 @@ MIN_PROBE_PASSES = 128
 """Half of them draw continuations, and the rest has to try some steps."""
 MAX_CHUNK_TOKENS = 1 << 15
 """Largest chunk in tokens: keeps the counts of tokens and channels within the stream's 32-bit positions."""
+MAX_PREDICT_LAYERS = 1 << 12
+"""Largest value of `predict_layers`, above the number of layers of any model."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class CacheGenConfig:
         protect_last: tokens at the end of the context that every level has at the finest step.
         coder: "rans", or "torchac" (the paper's arithmetic coder; needs the extra of that name).
         prob_bits: precision of the coder's probabilities, 10 to 12 bits.
+        predict_layers: layers that a loader computes from the tokens, so that only the difference to a prediction is
+            stored (klt; needs a profile with such a predictor, and the model to decode): 0 takes the embedding, where
+            the profile has a predictor for it; None predicts nothing.
         measure: decode while encoding, and write the relative error of each layer at each level into the report.
         step_offset: quarter octaves that are added to the step of the profile (klt): 4 doubles it, -4 halves it.
         target_kl: divergence of the finest level from the exact cache, in nats per token. The largest step within it is
@@ -58,6 +63,7 @@ class CacheGenConfig:
     protect_last: int = 64
     coder: CoderName = "rans"
     prob_bits: int = 11
+    predict_layers: int | None = 0
     measure: bool = True
     step_offset: int = 0
     target_kl: float | None = None
@@ -78,6 +84,8 @@ class CacheGenConfig:
         self._require_range("prob_bits", 10, 12)
         self._require_range("step_offset", -MAX_STEP_OFFSET, MAX_STEP_OFFSET)
         self._require_range("probe_passes", MIN_PROBE_PASSES, 1 << 20)
+        if self.predict_layers is not None:
+            self._require_range("predict_layers", 0, MAX_PREDICT_LAYERS)
         for name in ("lossless", "measure"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -101,6 +109,7 @@ class CacheGenConfig:
         """
         found = {**asdict(self), "steps": list(self.steps)}
         idle = ["step_offset"] * (self.step_offset == 0) + ["target_kl", "probe_passes"] * (self.target_kl is None)
+        idle += ["predict_layers"] * (self.predict_layers is None)
         return {name: value for name, value in found.items() if name not in idle}
 
     @classmethod
@@ -110,7 +119,7 @@ class CacheGenConfig:
         if unknown:
             raise ConfigError(f"expected options out of {sorted(f.name for f in fields(cls))}, got {unknown}")
         listed = isinstance(values.get("steps"), list)
-        return cls(**{**values, **({"steps": tuple(values["steps"])} if listed else {})})
+        return cls(**{"predict_layers": None, **values, **({"steps": tuple(values["steps"])} if listed else {})})
 
 
 def add_transform_name(name: str) -> None:

@@ -8,25 +8,41 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
+from hf_cachegen.artifact.tensors import NamedTensor
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
+from hf_cachegen.models.causality import require_causal
 from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.encoder_decoder import (
+    EncoderState,
+    context_input,
+    encode,
+    require_decoder,
+    require_encoder_decoder,
+)
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.identity import Verify, identify
-from hf_cachegen.models.layers import KVTensors, capture
-from hf_cachegen.models.opening import Tokens, checked_kv, one_row, open_manifest, validate
+from hf_cachegen.models.inputs import ContextInputs, Tokens, context_inputs, one_row
+from hf_cachegen.models.kinds import empty_cache, holds_states, is_plain, layer_contents
+from hf_cachegen.models.layers import KVTensors, capture, dtype_name
+from hf_cachegen.models.media_prompt import prefill_media
+from hf_cachegen.models.opening import check_states, checked_kv, open_manifest, validate
+from hf_cachegen.models.prefill import StateOptions, prefill
+from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.requirements import (
-    layer_kinds,
     positions_change,
     require_geometry,
     require_length,
@@ -57,7 +73,10 @@ class CachedContext:
         source: the store of the artifact that it was loaded from, if any.
         verify: what `check` compares: "probe" runs the first tokens through the model again, "weights" does not.
         text: the text of the context, where it is known and not in `source`.
+        checkpoints: the states of recurrent layers at some positions; empty for a model without such layers.
+        encoder: of an encoder-decoder model, what is kept beside the keys and values of cross-attention.
         measured: the divergences that `config` was chosen by, if it had a target.
+        known: what a loader computes from the tokens, for a profile that predicts; None where nothing is predicted.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -77,24 +96,35 @@ class CachedContext:
         refinement: Refinement | None = None,
         verify: Verify = "probe",
         text: ContextText | None = None,
+        checkpoints: Checkpoints | None = None,
+        encoder: EncoderState | None = None,
         measured: dict[str, Any] | None = None,
+        known: Known | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
-        self.verify, self._text, self.measured = verify, text, measured
+        self.verify, self._text, self.checkpoints = verify, text, checkpoints or Checkpoints()
+        self.encoder, self.measured, self.known = encoder, measured, known
 
     @property
     def report(self) -> CacheReport:
         """Return the sizes and times of the context; for a streamed one a StreamReport of its present state."""
-        return self._report if self.refinement is None else self.refinement.report
+        found = self._report if self.refinement is None else self.refinement.report
+        return replace(found, checkpoints=self.checkpoints.tokens, state_bytes=self.checkpoints.nbytes)
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raise MismatchError unless this cache belongs to `model`."""
-        require_model(model)
-        self.fingerprint.check(model, tokenizer)
-        require_geometry(model.config, self.kv.geometry)
+        if model.config.is_encoder_decoder:
+            require_encoder_decoder(model)
+            self.fingerprint.check(model, tokenizer)
+            require_decoder(model, self.kv.geometry, self.encoder)
+        else:
+            require_model(model)
+            self.fingerprint.check(model, tokenizer)
+            require_geometry(model.config, self.kv.geometry)
+            check_states(self.checkpoints, model)
         if self.verify == "probe":
             self.fingerprint.check_probe(model, self.input_ids[0].tolist())
 
@@ -103,8 +133,13 @@ class CachedContext:
         return {
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
-            "verify": self.verify, "text": self._text, "measured": self.measured,
+            "verify": self.verify, "text": self._text, "checkpoints": self.checkpoints,
+            "encoder": self.encoder, "measured": self.measured, "known": self.known,
         }  # fmt: skip
+
+    def named_tensors(self) -> list[NamedTensor]:
+        """Return the tensors to store beside keys and values: states of recurrent layers, the output of an encoder."""
+        return [*self.checkpoints.named(), *([] if self.encoder is None else self.encoder.named())]
 
     def aimed(
         self, model: PreTrainedModel, config: CacheGenConfig | None, continuations: Sequence[Tokens] = ()
@@ -117,9 +152,14 @@ class CachedContext:
             if continuations:
                 raise ConfigError("continuations are for CacheGenConfig(target_kl=...): set it, or leave them out")
             return self
+        if not is_plain(model.config) or self.encoder is not None or self.fingerprint.media:
+            raise ConfigError(
+                "target_kl needs a context of tokens alone and a decoder whose layers hold keys and values alone: set "
+                "steps= or step_offset= instead"
+            )
         ids = [one_row(found) for found in continuations]
         last = int(self.input_ids[0, -1])
-        chosen = meet_target(model, self.kv, last, config, self.profile, ids)
+        chosen = meet_target(model, self.kv, last, config, self.profile, ids, self.known)
         return CachedContext(**{**self.parts(), "config": chosen.config, "measured": chosen.measured})
 
     def read_text(self) -> ContextText | None:
@@ -145,40 +185,102 @@ class CachedContext:
 @torch.no_grad()
 def compute_context(
     model: PreTrainedModel,
-    input_ids: Tokens,
+    input_ids: ContextInputs,
     config: CacheGenConfig | None,
     profile: ProfileLike,
     tokenizer: PreTrainedTokenizerBase | None,
     prefill_chunk_tokens: int,
     progress: bool,
     text: ContextText | None = None,
+    states: StateOptions | None = None,
 ) -> CachedContext:
     """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
     if prefill_chunk_tokens < 1:
         raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
+    if model.config.is_encoder_decoder:
+        return _encoded_context(model, input_ids, config, profile, tokenizer, text)
     require_model(model)
-    ids = one_row(input_ids)
+    ids, media = context_inputs(model.config, input_ids)
     require_length(model, ids.shape[1])
     identify(model)
     require_inactive(model, ids[0].tolist())
     found = for_encoding(profile, model)
+    states = states or StateOptions()
     start = time.perf_counter()
     if positions_change(model.config, 1, ids.shape[1]):
         # The rotation depends on the whole length, so the context must be computed in one forward pass.
         prefill_chunk_tokens = ids.shape[1]
-    # Without a config the cache keeps all tokens of sliding layers too, which a cut to a shorter prefix needs.
-    past = DynamicCache()
-    device = layer_devices(model, len(layer_kinds(model.config)))[0]
-    chunks = ids.to(device).split(prefill_chunk_tokens, dim=1)
     with evaluation_mode(model), fresh_state(model):
-        _require_continuation(model, chunks[0])
-        for chunk in tqdm(chunks, "prefill", unit="chunk", disable=not progress):
-            run(model, chunk, past, last_logits_only=True)
-    _require_tokens(past, ids.shape[1], type(unwrapped(model)).__name__)
-    kv = checked_kv(capture(past, model.config), model, ids)
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
-    report = CacheReport(ids.shape[1], kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, text=text)
+        if media is not None:
+            require_causal(model)
+            past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, progress), Checkpoints()
+        else:
+            if not holds_states(model.config):
+                _require_continuation(model, ids[:, :prefill_chunk_tokens])
+            require_causal(model)
+            past, checkpoints = prefill(model, ids, prefill_chunk_tokens, states, progress)
+    _require_tokens(past, ids.shape[1], model)
+    kv = checked_kv(_captured(past, model, ids), model, ids)
+    found_media = () if media is None else media.media()
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=found_media)
+    seconds = time.perf_counter() - start
+    report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=states.budget if checkpoints.all else None)
+    known = None if media is not None else _to_encode(model, ids, config, found)
+    return CachedContext(
+        kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints, known=known
+    )
+
+
+def _to_encode(
+    model: PreTrainedModel, ids: Tensor, config: CacheGenConfig | None, profile: Profile | None
+) -> Known | None:
+    """Return the scores to encode a context with; None where its profile predicts nothing.
+
+    They are computed together with the fingerprint, since the model may have changed when the context is saved.
+    """
+    config = config or CacheGenConfig()
+    layer = None if profile is None or config.lossless else profile.usable(config.predict_layers)
+    if profile is None or layer is None or config.transform not in ("auto", "klt"):
+        return None
+    return Known(layer, known_of(model, ids, profile, layer).scores)
+
+
+def _encoded_context(
+    model: PreTrainedModel, inputs: ContextInputs, config: CacheGenConfig | None, profile: ProfileLike,
+    tokenizer: PreTrainedTokenizerBase | None, text: ContextText | None,
+) -> CachedContext:  # fmt: skip
+    """Encode a context of an encoder-decoder model. Arguments and errors are those of `compute_context`."""
+    require_encoder_decoder(model)
+    if profile not in ("auto", None):
+        raise ConfigError("profiles are learnt for decoder-only models: leave out profile= for this model")
+    given, decoder_ids = context_input(model, inputs)
+    identify(model)
+    start = time.perf_counter()
+    kv, state = encode(model, given, decoder_ids)
+    positions = kv.geometry.tokens
+    # The positions of a sound have no tokens. Its digest identifies it.
+    ids = given.value.cpu().long() if given.name == "input_ids" else torch.zeros(1, positions, dtype=torch.long)
+    kv, media = checked_kv(kv, model, ids), given.media(positions)
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=media)
+    report = CacheReport(positions, kv.geometry.nbytes, prefill_seconds=time.perf_counter() - start)
+    return CachedContext(kv, ids, fingerprint, report, config=config, text=text, encoder=state)
+
+
+def _captured(cache: Cache, model: PreTrainedModel, ids: Tensor) -> KVTensors:
+    """Return the keys and values of a filled cache, none of them for a model that has states alone."""
+    empty = None
+    if not any(content.kind for content in layer_contents(model.config)):
+        empty = Geometry((), int(ids.shape[1]), 1, dtype_name(model.dtype))
+    return capture(cache, model.config, empty)
+
+
+def _report(kv: KVTensors, checkpoints: Checkpoints, **values: Any) -> CacheReport:
+    """Return the report of a context. A stock cache would hold the keys and values, and the states once."""
+    once = checkpoints.all[-1].nbytes if checkpoints.all else 0
+    return CacheReport(
+        kv.geometry.tokens, kv.geometry.nbytes + once, checkpoints=checkpoints.tokens, state_bytes=checkpoints.nbytes,
+        **values,
+    )  # fmt: skip
 
 
 _continues: set[type] = set()
@@ -190,7 +292,8 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     kind = type(unwrapped(model))
     if kind in _continues:
         return
-    past = DynamicCache()
+    ids = ids.to(layer_devices(model, len(layer_contents(model.config)))[0])
+    past = empty_cache(model.config)
     try:
         for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
             run(model, tokens, past, last_logits_only=True)
@@ -200,9 +303,13 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     _continues.add(kind)
 
 
-def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
-    """Raise UnsupportedModelError unless every layer of a filled cache holds one key for each token."""
-    for index, layer in enumerate(past.layers):
+def _require_tokens(past: DynamicCache, tokens: int, model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless every layer that has keys holds one for each token."""
+    name = type(unwrapped(model)).__name__
+    contents = layer_contents(model.config)
+    for index, (layer, content) in enumerate(zip(past.layers, contents, strict=False)):
+        if content.kind is None:
+            continue
         held = int(layer.get_seq_length()) if layer.is_initialized else 0
         if held != tokens:
             why = "cross-attention, or keys of another layer" if held == 0 else "tokens of the model's own"
@@ -214,7 +321,7 @@ def _require_tokens(past: DynamicCache, tokens: int, name: str) -> None:
 
 def wrap_cache(
     cache: Cache,
-    input_ids: Tokens,
+    input_ids: ContextInputs,
     model: PreTrainedModel,
     config: CacheGenConfig | None,
     profile: ProfileLike,
@@ -224,11 +331,19 @@ def wrap_cache(
     """Copy a cache that a model filled. Arguments and errors are those of `CacheGenCache.from_cache`."""
     require_model(model)
     found = for_encoding(profile, model)
-    ids = one_row(input_ids)
-    kv = checked_kv(capture(cache, model.config), model, ids).clone()
-    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv if verify == "probe" else None)
-    report = CacheReport(ids.shape[1], kv.geometry.nbytes)
-    return CachedContext(kv, ids, fingerprint, report, config=config, profile=found, verify=verify)
+    ids, media = context_inputs(model.config, input_ids)
+    require_causal(model)
+    kv = checked_kv(_captured(cache, model, ids), model, ids).clone()
+    checkpoints = Checkpoints()
+    if holds_states(model.config):
+        checkpoints = Checkpoints((capture_states(cache, layer_contents(model.config), ids.shape[1]),))
+        check_states(checkpoints, model)
+    probed, found_media = kv if verify == "probe" else None, () if media is None else media.media()
+    fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, probed, media=found_media)
+    return CachedContext(
+        kv, ids, fingerprint, _report(kv, checkpoints), config=config, profile=found, verify=verify,
+        checkpoints=checkpoints, known=None if found_media else _to_encode(model, ids, config, found),
+    )  # fmt: skip
 
 
 def load_context(
@@ -250,12 +365,15 @@ def load_context(
     artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
         device = devices[0]
-    keys, values = artifact.decode(level, device, progress=progress)
+    known, layer = None, artifact.config.predict_layers
+    if layer is not None and taken is not None and model is not None:
+        known = known_of(model, found.input_ids, taken, layer)
+    keys, values = artifact.decode(level, device, known=known, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
     level = artifact.levels if level is None else level
-    report = CacheReport(
-        context_tokens=kv.geometry.tokens,
-        exact_bytes=kv.geometry.nbytes,
+    report = _report(
+        kv,
+        found.checkpoints,
         loaded_bytes=artifact.nbytes_at(level),
         level=level,
         load_seconds=time.perf_counter() - start,
@@ -264,16 +382,21 @@ def load_context(
     kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
-        source=artifact.store, verify=verify,
+        source=artifact.store, verify=verify, checkpoints=found.checkpoints, encoder=found.encoder,
     )  # fmt: skip
 
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
     """Load an artifact under a deadline. Arguments and errors are those of `CacheGenCache.stream`."""
     chosen = StreamOptions.from_keywords(options)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            "a context of an encoder-decoder model is not streamed: load it with CacheGenCache.from_pretrained"
+        )
     found, kv, refinement = stream_context(path, model, chosen)
     artifact = found.artifact
     return CachedContext(
         kv, found.input_ids, found.fingerprint, refinement.report, config=artifact.config, profile=refinement.profile,
         source=artifact.store, refinement=refinement, verify=chosen.verify,
+        checkpoints=found.checkpoints,
     )  # fmt: skip

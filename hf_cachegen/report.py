@@ -12,12 +12,15 @@ class CacheReport:
 
     Attributes:
         context_tokens: length of the context in tokens.
-        exact_bytes: size in bytes of the keys and values in the model's dtype.
+        exact_bytes: size in bytes of the keys and values, and of the states at one position, in the model's dtypes.
         loaded_bytes: bytes that a loader of `level` fetches, manifest and headers included.
         level: the level that was loaded.
         prefill_seconds: time of the prefill in seconds.
         load_seconds: time of loading and decoding in seconds.
         encoding: the report in the artifact: bits per element and relative error of each layer at each level.
+        checkpoints: for a model with recurrent states, the numbers of tokens after which they are kept.
+        state_bytes: size in bytes of the states at all checkpoints, in the model's dtypes.
+        state_budget: the largest size in bytes that they were allowed to have.
     """
 
     context_tokens: int
@@ -27,6 +30,9 @@ class CacheReport:
     prefill_seconds: float | None = None
     load_seconds: float | None = None
     encoding: dict[str, Any] = field(default_factory=dict)
+    checkpoints: tuple[int, ...] = ()
+    state_bytes: int = 0
+    state_budget: int | None = None
 
     @property
     def ratio(self) -> float | None:

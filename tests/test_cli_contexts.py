@@ -244,7 +244,7 @@ def test_another_tokenizer_is_a_mismatch(tmp_path: Path, lossless: Path) -> None
 
 
 def test_an_unsupported_model_is_named(tmp_path: Path) -> None:
-    other = save_model(tmp_path / "other", "mamba")
+    other = save_model(tmp_path / "other", "rwkv")
     found = run_json(
         "encode", "-", "--model", other, "--out", tmp_path / "o", code=cli_errors.UNSUPPORTED, stdin=text(9)
     )

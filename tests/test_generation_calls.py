@@ -85,7 +85,7 @@ def test_invalid_arguments_are_refused(name: str, cache: CacheGenCache) -> None:
         generate(shared(name), prompt(9), attention_mask=torch.ones(1, 9), cache=cache)
     with pytest.raises(ConfigError, match="on_mismatch"):
         generate(shared(name), prompt(9), cache=cache, on_mismatch="ignore")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+    with pytest.raises(WrongModelError, match="T5ForConditionalGeneration"):
         generate(shared("t5"), prompt(9), cache=cache)
 
 

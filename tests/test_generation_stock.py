@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_cachegen.cache import CacheGenCache
-from hf_cachegen.errors import PromptMismatchError, UnsupportedLayerError, WrongDtypeError, WrongWeightsError
+from hf_cachegen.errors import PromptMismatchError, WrongDtypeError, WrongWeightsError
 from hf_cachegen.generation import generate
 from hf_cachegen.models.compat import CACHE_ARGUMENT, cache_of
 from tests import tiny_models
@@ -171,10 +171,10 @@ def test_a_recurrent_state_cannot_be_cut() -> None:
         cache = cache_of(model(CONTEXT, use_cache=True))
     with pytest.raises((ValueError, RuntimeError)):
         cache.crop(-5)
-    with pytest.raises(UnsupportedLayerError):
-        CacheGenCache.from_context(model, CONTEXT)
-    with pytest.raises(UnsupportedLayerError):
-        CacheGenCache.from_cache(cache, CONTEXT, model)
+    expected = model.generate(prompt(9), **OPTIONS)
+    ours = CacheGenCache.from_cache(cache, CONTEXT, model)
+    assert ours.report.checkpoints == (CONTEXT.shape[1],)
+    assert torch.equal(generate(model, prompt(9), cache=ours, **OPTIONS), expected)
 
 
 def test_a_static_cache_beside_a_cache() -> None:

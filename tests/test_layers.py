@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
-from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.errors import (
     LimitError,
@@ -15,6 +15,7 @@ from hf_cachegen.errors import (
     UnsupportedLayerError,
     UnsupportedModelError,
 )
+from hf_cachegen.models import kinds
 from hf_cachegen.models.compat import CACHE_ARGUMENT
 from hf_cachegen.models.layers import KVTensors, build_dynamic, build_static, capture
 from hf_cachegen.models.prefix import Reuse, match
@@ -99,14 +100,15 @@ def test_models_without_a_cuttable_cache_are_refused(name: str) -> None:
         require_model(tiny_models.shared(name))
 
 
-def test_a_recurrent_layer_is_refused_by_name() -> None:
+def test_a_layer_of_an_unknown_class_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "KINDS", (DynamicLayer,))
     with pytest.raises(UnsupportedLayerError, match=r"layer 0 of 'qwen3_next' is a LinearAttentionLayer"):
         require_model(tiny_models.shared("qwen3_next"))
 
 
 def test_encoder_decoder_models_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        CacheGenCache.from_context(tiny_models.shared("t5"), tiny_models.tokens(5))
+        require_model(tiny_models.shared("t5"))
 
 
 def test_invalid_caches_are_refused() -> None:
@@ -123,8 +125,14 @@ def test_invalid_caches_are_refused() -> None:
     cache.layers[2].crop(-3)
     with pytest.raises(TensorError, match="layer 2: expected keys"):
         capture(cache, config)
-    with pytest.raises(UnsupportedLayerError, match="LinearAttentionLayer"):
+    with pytest.raises(UnsupportedLayerError, match=r"layer 0 .* is a DynamicLayer.*conv_states"):
         capture(cache, tiny_models.shared("qwen3_next").config)
+
+
+def test_a_layer_with_an_unknown_tensor_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "TOKEN_TENSORS", ("keys",))
+    with pytest.raises(UnsupportedLayerError, match=r"layer 0 of 'llama' is a DynamicLayer, which holds \['values'\]"):
+        require_model(tiny_models.shared("llama"))
 
 
 def test_a_window_that_was_cut_is_refused() -> None:
@@ -200,7 +208,6 @@ def test_geometry_survives_its_dictionary() -> None:
         [],
         {},
         {**GEOMETRY, "layers": {}},
-        {**GEOMETRY, "layers": []},
         {**GEOMETRY, "layers": [7]},
         {**GEOMETRY, "tokens": True},
         {**GEOMETRY, "tokens": -1},
@@ -218,7 +225,7 @@ def test_geometry_survives_its_dictionary() -> None:
         {**GEOMETRY, "tokens": 1 << 24, "layers": [{**LAYER, "heads": 1 << 14, "k_dim": 1 << 16}]},
     ],
     ids=[
-        "none", "list", "empty", "layers dict", "no layers", "layer number", "tokens bool", "tokens negative",
+        "none", "list", "empty", "layers dict", "layer number", "tokens bool", "tokens negative",
         "tokens float", "tokens huge", "batch string", "dtype list", "dtype unknown", "many layers", "kind list",
         "kind unknown", "no heads", "window of a full layer", "sliding without window", "huge product",
     ],

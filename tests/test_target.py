@@ -14,8 +14,8 @@ from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, document
 from hf_cachegen import CacheGenCache, CacheGenConfig, PrefixCache, Profile, encode_kv, learn_profile
 from hf_cachegen.errors import ConfigError, TensorError
 from hf_cachegen.models import target
+from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.layers import capture
-from hf_cachegen.models.running import continuation_logits
 from hf_cachegen.models.stepping import StepSearch
 from tests.klt_support import samples
 from tests.tiny_models import VOCABULARY, make

@@ -96,6 +96,11 @@ def _qwen3_next() -> Any:
     return hf.Qwen3NextForCausalLM(config)
 
 
+def _rwkv() -> Any:
+    config = hf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, context_length=64)
+    return hf.RwkvForCausalLM(config)
+
+
 def _t5() -> Any:
     config = hf.T5Config(
         vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
@@ -113,10 +118,11 @@ _MAKERS = {
     "gpt2": _gpt2,
     "mamba": _mamba,
     "qwen3_next": _qwen3_next,
+    "rwkv": _rwkv,
     "t5": _t5,
 }
 SUPPORTED = ("llama", "qwen3", "mistral", "gemma3", "deepseek", "gpt_neox")
-REFUSED = ("mamba", "qwen3_next", "t5")
+REFUSED = ("rwkv", "t5")
 
 
 def make(name: str, seed: int = 0) -> Any:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_cachegen.artifact.entries import STATES_FILE, TensorEntry
 from hf_cachegen.artifact.manifest import (
     BASE_FILE,
     FORMAT_VERSION,
     INPUT_IDS,
     MANIFEST_FILE,
+    MEDIA_FEATURE,
     PROFILE_FILE,
     SIGNATURE_FILE,
     TEXT_FILE,
@@ -39,8 +41,10 @@ __all__ = [
     "FORMAT_VERSION",
     "INPUT_IDS",
     "MANIFEST_FILE",
+    "MEDIA_FEATURE",
     "PROFILE_FILE",
     "SIGNATURE_FILE",
+    "STATES_FILE",
     "TEXT_FILE",
     "TOKENS_FILE",
     "Artifact",
@@ -53,6 +57,7 @@ __all__ = [
     "Reader",
     "Segment",
     "Store",
+    "TensorEntry",
     "artifact_sizes",
     "chain",
     "chunk_name",

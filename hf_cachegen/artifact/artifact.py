@@ -29,10 +29,13 @@ from hf_cachegen.artifact import (
     refine_file,
 )
 from hf_cachegen.artifact.encoded import SIDE, EncodedContext, manifest_of, segments_of
+from hf_cachegen.artifact.manifest import INDEXED
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.tensors import NamedTensor, decode_tensors, encode_tensors, read_encoded
 from hf_cachegen.codec import tables
 from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import spans_of
 from hf_cachegen.codec.transforms import Transform, transform_of
@@ -47,6 +50,7 @@ def write(
     input_ids: Sequence[int] | None = None,
     fingerprint: dict[str, Any] | None = None,
     text: ContextText | None = None,
+    tensors: Sequence[NamedTensor] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Write an artifact into `directory`, completely or not at all.
@@ -56,6 +60,8 @@ def write(
         directory: Created if it does not exist.
         input_ids: The context's token ids, to store with it.
         fingerprint: The model that the cache belongs to.
+        text: The text of the context, to store with it.
+        tensors: Named tensors to store with it, exactly; those of an encoded context come first.
         overwrite: Replace an existing artifact.
 
     Returns:
@@ -63,24 +69,26 @@ def write(
 
     Raises:
         ArtifactExistsError: The directory already holds an artifact.
-        TensorError: input_ids are no token ids, or not one per token of the cache.
+        TensorError: input_ids are no token ids, or not one per token of the cache; or a named tensor cannot be coded.
     """
     if input_ids is not None and len(input_ids) != source.geometry.tokens:
         raise TensorError(f"expected an input_id for each of {source.geometry.tokens} tokens, got {len(input_ids)}")
     chunks: Iterable[Sequence[bytes]]
+    encoded = encode_tensors(tensors)
     if isinstance(source, Encoder):
         side, chunks = source.codec.side_bytes(), source.chunks()
     else:
-        side, chunks = source.side, zip(*source.parts, strict=True)
+        side, chunks, encoded = source.side, zip(*source.parts, strict=True), (*source.tensors, *encoded)
     with ArtifactWriter(directory, overwrite=overwrite) as writer:
-        for file, name, data in segments_of(side, chunks):
+        for file, name, data in segments_of(side, chunks, encoded):
             writer.add(file, name, data)
         if input_ids is not None:
             writer.add(TOKENS_FILE, INPUT_IDS, pack_input_ids(input_ids))
         if text is not None:
             writer.add(TEXT_FILE, *text.segment())
         report = source.report() if isinstance(source, Encoder) else source.report
-        return writer.commit(manifest_of(source.geometry, source.config, report, fingerprint, source.profile, side))
+        manifest = manifest_of(source.geometry, source.config, report, fingerprint, source.profile, side, encoded)
+        return writer.commit(manifest)
 
 
 class Artifact:
@@ -118,6 +126,10 @@ class Artifact:
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
             most = self.reader.limits.max_decoded_bytes
             raise LimitError(f"expected a cache of at most {most} decoded bytes, got {self.geometry.nbytes}")
+        if self.geometry.indexed != (INDEXED in manifest.required):
+            raise ManifestError(f"expected indexed layers and the required feature {INDEXED!r} together, got one alone")
+        if not self.geometry.layers and not manifest.states:
+            raise ManifestError("expected a layer with keys and values, or named tensors, the artifact has neither")
         side = manifest.segment(BASE_FILE, SIDE).length
         if side not in transform.side_lengths(self.geometry, self.config):
             raise ManifestError(f"the side information has {side} bytes, which does not fit the geometry's channels")
@@ -164,7 +176,16 @@ class Artifact:
         chunks = [self._parts(chunk, self.levels) for chunk in range(len(self.manifest.chunks))]
         parts = tuple(zip(*chunks, strict=True))
         profile = None if self.pin is None else self.profile
-        return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, profile)
+        tensors = read_encoded(self.reader)
+        return EncodedContext(self.geometry, self.config, self._side(), parts, self.report, profile, tensors)
+
+    def tensors(self) -> tuple[NamedTensor, ...]:
+        """Read, verify and decode the named tensors that are stored with the context, on the CPU.
+
+        Raises:
+            TruncatedError, CorruptError: The files are damaged.
+        """
+        return decode_tensors(read_encoded(self.reader))
 
     @property
     def pin(self) -> Pin | None:
@@ -184,13 +205,15 @@ class Artifact:
         return codec_of(self.geometry, self.config, self._side(), self.profile)
 
     def decode(
-        self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, level: int | None = None, device: torch.device | str | None = None, *, known: Known | None = None,
+        progress: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """Read, verify and decode the context, chunk by chunk.
 
         Args:
             level: Default: the finest.
             device: Of the tensors. Default: the CPU.
+            known: What a loader computes from the tokens, where `config.predict_layers` is set.
             progress: Show a progress bar.
 
         Returns:
@@ -199,12 +222,16 @@ class Artifact:
         Raises:
             LevelError: The artifact does not have this level.
             ProfileError: The profile is missing, or another one.
+            ConfigError: The artifact needs `known`.
             TruncatedError, CorruptError: The files are damaged.
         """
         level = checked_level(level, self.levels)
+        if not self.geometry.layers:  # named tensors are its whole content
+            return [], []
         self._prefetch(level)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
-        return decode_chunks(self.codec(), self.geometry, spans, lambda c: self._parts(c, level), device, progress)
+        codec = self.codec().knowing(known)
+        return decode_chunks(codec, self.geometry, spans, lambda c: self._parts(c, level), device, progress)
 
 
 def _config(codec: dict[str, Any]) -> CacheGenConfig:

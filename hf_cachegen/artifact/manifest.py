@@ -19,7 +19,6 @@ its header to its last byte.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,10 +26,11 @@ from typing import Any
 
 import xxhash
 
-from hf_cachegen.artifact import header, strict_json
+from hf_cachegen.artifact import checks, header, strict_json
+from hf_cachegen.artifact.checks import MANIFEST_FILE
+from hf_cachegen.artifact.entries import NAME, STATES, STATES_FILE, TensorEntry, read_entries
 from hf_cachegen.errors import LevelError, LimitError, ManifestError, UnsupportedFormatError
 
-MANIFEST_FILE = "cachegen.json"
 BASE_FILE = "base.safetensors"
 TOKENS_FILE = header.TOKENS_FILE
 TEXT_FILE = "text.safetensors"
@@ -41,14 +41,20 @@ SIGNATURE_FILE = "cachegen.sig"
 PROFILE_FILE = "cachegen_profile.safetensors"
 """A profile's name beside an artifact, in a model's folder, and in a repository (hf_cachegen.stores.profiles)."""
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset({"klt", "klt-step", "klt-tables", "sinks"})
+MEDIA_FEATURE = "media"
+INDEXED = "indexed"
+"""The feature that a geometry with indexed layers requires."""
+FEATURES: frozenset[str] = frozenset(
+    {"klt", "klt-step", "klt-tables", MEDIA_FEATURE, "predict", "sinks", STATES, INDEXED}
+)
 """Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-step: the
-step is not the profile's; klt-tables: the side information lists tables that differ from the profile's; sinks: some
-tokens have finer steps than the rest.
+step is not the profile's; klt-tables: the side information lists tables that differ from the profile's; predict: the
+loader computes the first layers and predicts the others from them; sinks: some tokens have finer steps than the rest;
+states: a file of named tensors beside the keys and values; media: the context holds pictures, videos or audio, which a
+prompt must share; indexed: values of some layers end with an index key.
 """
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")
-_SEGMENT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _REFINE_NAME = re.compile(r"refine-([1-9])\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _TAIL_BYTES = len('"xxh3":""\n}\n') + 32
@@ -105,6 +111,7 @@ class Manifest:
         files: The files by name.
         extra: JSON object that the user stores with the artifact.
         required: Features that a reader must support.
+        states: The named tensors of `states.safetensors`, in the order of its segments.
         writer: Name and version of the program that wrote it.
         format_version: Version of the format.
     """
@@ -117,6 +124,7 @@ class Manifest:
     report: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
+    states: tuple[TensorEntry, ...] = ()
     writer: str = ""
     format_version: int = FORMAT_VERSION
 
@@ -178,12 +186,13 @@ def nbytes_at(sizes: Mapping[str, int], level: int | None = None) -> int:
 
 def check_file_name(name: Any) -> None:
     """Raise ManifestError for names that no file of an artifact has: paths, other suffixes, capitals."""
-    _text(name, _FILE_NAME, "files")
+    checks.text(name, _FILE_NAME, "files")
 
 
 def is_own_file(name: str) -> bool:
     """Return whether a file of this name in an artifact's directory can only be the artifact's, and may be replaced."""
-    return name in (MANIFEST_FILE, BASE_FILE, TOKENS_FILE, TEXT_FILE) or _REFINE_NAME.fullmatch(name) is not None
+    named = (MANIFEST_FILE, BASE_FILE, TOKENS_FILE, TEXT_FILE, STATES_FILE)
+    return name in named or _REFINE_NAME.fullmatch(name) is not None
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -223,6 +232,7 @@ def dumps(manifest: Manifest) -> bytes:
         "geometry": manifest.geometry,
         "report": manifest.report,
         "required": manifest.required,
+        **({STATES: [entry.to_dict() for entry in manifest.states]} if manifest.states else {}),
         "writer": manifest.writer,
     }
     try:
@@ -262,7 +272,8 @@ class _Members:
 
     def __init__(self, where: str, value: Any) -> None:
         if not isinstance(value, dict):
-            raise ManifestError(f"{MANIFEST_FILE}: expected an object at {where or 'the top'}, got {_short(value)}")
+            found = checks.short(value)
+            raise ManifestError(f"{MANIFEST_FILE}: expected an object at {where or 'the top'}, got {found}")
         self.where, self.value = where, value
 
     def take(self, name: str, kind: type, default: Any = None) -> Any:
@@ -270,14 +281,14 @@ class _Members:
         value = self.value.get(name, default)
         if type(value) is not kind:
             where = f"{self.where}.{name}" if self.where else name
-            raise ManifestError(f"{MANIFEST_FILE}: expected {kind.__name__} at {where}, got {_short(value)}")
+            raise ManifestError(f"{MANIFEST_FILE}: expected {kind.__name__} at {where}, got {checks.short(value)}")
         return value
 
     def count(self, name: str) -> int:
-        return _count(self.value.get(name), f"{self.where}.{name}")
+        return checks.count(self.value.get(name), f"{self.where}.{name}")
 
     def digest(self, name: str) -> str:
-        return _text(self.value.get(name), _DIGEST, f"{self.where}.{name}")
+        return checks.text(self.value.get(name), _DIGEST, f"{self.where}.{name}")
 
     def manifest(self, limits: Limits, features: Collection[str]) -> Manifest:
         version = self.take("format_version", int)
@@ -290,10 +301,18 @@ class _Members:
         required = self.take("required", list, [])
         unknown = [feature for feature in required if type(feature) is not str or feature not in features]
         if unknown:
-            raise UnsupportedFormatError(f"this release cannot read {_short(unknown)}; upgrade hf_cachegen to read it")
+            found = checks.short(unknown)
+            raise UnsupportedFormatError(f"this release cannot read {found}; upgrade hf_cachegen to read it")
         chunks = _chunks(self.take("chunks", list), limits)
         files = _files(self.take("files", dict), limits)
         _check_parts(files, len(chunks))
+        table = self.take(STATES, list, [])
+        if bool(table) != (STATES_FILE in files) or (table and STATES not in required):
+            raise ManifestError(
+                f"{MANIFEST_FILE}: expected the table {STATES}, the file {STATES_FILE} and the required feature "
+                f"{STATES!r} together, got some of them alone"
+            )
+        named = [(s.name, s.length) for s in files[STATES_FILE].segments] if table else []
         return Manifest(
             geometry=self.take("geometry", dict),
             codec=self.take("codec", dict),
@@ -303,6 +322,7 @@ class _Members:
             report=self.take("report", dict, {}),
             extra=self.take("extra", dict, {}),
             required=tuple(required),
+            states=read_entries(table, named, limits.max_tokens, limits.max_decoded_bytes),
             writer=self.take("writer", str, ""),
             format_version=version,
         )
@@ -313,10 +333,10 @@ def _chunks(table: list[Any], limits: Limits) -> tuple[tuple[int, int], ...]:
         raise LimitError(f"{MANIFEST_FILE}: {len(table)} chunks, the limit is {limits.max_segments}")
     chunks, position = [], 0
     for index, row in enumerate(table):
-        first, count = _row(row, 2, f"chunks[{index}]")
-        if _count(first, f"chunks[{index}][0]") != position:
+        first, count = checks.row(row, 2, f"chunks[{index}]")
+        if checks.count(first, f"chunks[{index}][0]") != position:
             raise ManifestError(f"{MANIFEST_FILE}: chunk {index} begins at token {first}, expected {position}")
-        if _count(count, f"chunks[{index}][1]") == 0:
+        if checks.count(count, f"chunks[{index}][1]") == 0:
             raise ManifestError(f"{MANIFEST_FILE}: chunk {index} has no tokens")
         position += count
         if position > limits.max_tokens:
@@ -351,12 +371,12 @@ def _files(table: dict[str, Any], limits: Limits) -> dict[str, FileEntry]:
 
 
 def _segment(file: str, row: Any, where: str, limits: Limits) -> Segment:
-    name, offset, length, xxh3 = _row(row, 4, where)
-    if _count(length, f"{where}[2]") > limits.max_segment_bytes:
+    name, offset, length, xxh3 = checks.row(row, 4, where)
+    if checks.count(length, f"{where}[2]") > limits.max_segment_bytes:
         raise LimitError(f"{MANIFEST_FILE}: {where} has {length} bytes, the limit is {limits.max_segment_bytes}")
     return Segment(
-        file, _text(name, _SEGMENT_NAME, f"{where}[0]"), _count(offset, f"{where}[1]"), length,
-        _text(xxh3, _DIGEST, f"{where}[3]"),
+        file, checks.text(name, NAME, f"{where}[0]"), checks.count(offset, f"{where}[1]"), length,
+        checks.text(xxh3, _DIGEST, f"{where}[3]"),
     )  # fmt: skip
 
 
@@ -373,26 +393,3 @@ def _check_parts(files: Mapping[str, FileEntry], chunks: int) -> None:
         segments = files[TOKENS_FILE].segments
         if [s.name for s in segments] != [INPUT_IDS] or segments[0].length % header.INPUT_ID_BYTES:
             raise ManifestError(f"{MANIFEST_FILE}: {TOKENS_FILE} must hold {INPUT_IDS!r}, 8 bytes per token, alone")
-
-
-def _row(value: Any, length: int, where: str) -> list[Any]:
-    if type(value) is not list or len(value) != length:
-        raise ManifestError(f"{MANIFEST_FILE}: expected a list of {length} at {where}, got {_short(value)}")
-    return value
-
-
-def _count(value: Any, where: str) -> int:
-    if type(value) is not int or value < 0:
-        raise ManifestError(f"{MANIFEST_FILE}: expected an integer of at least 0 at {where}, got {_short(value)}")
-    return value
-
-
-def _text(value: Any, pattern: re.Pattern[str], where: str) -> str:
-    if type(value) is not str or not pattern.fullmatch(value):
-        raise ManifestError(f"{MANIFEST_FILE}: expected {pattern.pattern} at {where}, got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    """Shorten an untrusted value for a message."""
-    return ascii(reprlib.repr(value))[1:-1]

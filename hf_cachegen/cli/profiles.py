@@ -98,6 +98,10 @@ def learn(
         "channels": sum(group.synthesis.shape[1] for group in profile.groups),
         "rotation": profile.rotary.style,
         "levels": [{"level": level, **row} for level, row in enumerate(profile.about["measured"], 1)],
+        "predictors": [
+            {"layers": one.layer, "rank": one.rank, "ridge": one.about["ridge"], "levels": one.about["measured"]}
+            for one in profile.predictors
+        ],
         "seconds": time.perf_counter() - start,
     }
     if as_json:
@@ -109,6 +113,9 @@ def learn(
     for row in found["levels"]:
         bits = row["bits_per_element"]
         click.echo(f"  level {row['level']}: KL {row['kl']:.6f} nats per token, {bits:.2f} bits per element")
+    for one in found["predictors"]:
+        bits = ", ".join(f"{row['bits_per_element']:.2f} at KL {row['kl']:.6f}" for row in one["levels"])
+        click.echo(f"  predicted from {one['layers']} layers: bits per element {bits}")
     click.echo("(measured on held-out samples)")
 
 

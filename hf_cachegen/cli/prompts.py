@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from hf_cachegen.artifact import ContextText, Reader, read_text
+from hf_cachegen.artifact import MEDIA_FEATURE, ContextText, Reader, read_text
 from hf_cachegen.cli.options import read_text as read_file
 from hf_cachegen.cli.output import note
-from hf_cachegen.errors import ConfigError, ManifestError
+from hf_cachegen.errors import ConfigError, ManifestError, UnsupportedModelError
 from hf_cachegen.stores import Access, open_store
 
 
@@ -52,6 +52,7 @@ class Asked:
 
         Raises:
             ConfigError: the chat template refuses the messages.
+            UnsupportedModelError: the context holds media, which a text cannot name.
             ArtifactError, StoreError: the artifact cannot be read.
         """
         from hf_cachegen.models.text import plain_ids, prompt_ids
@@ -59,6 +60,11 @@ class Asked:
         text, question, stored = self.whole, self.question or "", None
         if text is None:
             reader = Reader(open_store(artifact, access))
+            if MEDIA_FEATURE in reader.manifest.required:
+                raise UnsupportedModelError(
+                    f"{artifact} is a context with pictures, video or audio, which this command cannot pass to the "
+                    "model: call model.generate(**inputs, cache=cache) with the output of the processor"
+                )
             text, stored = read_text(reader), reader
         if text is not None:
             return prompt_ids(tokenizer, text.followed_by(question), answer=True)
@@ -83,10 +89,10 @@ def read_chat(file: Any) -> ContextText:
 
 def token_counts(cache: Any, inputs: dict[str, Any], answer: Any) -> dict[str, int]:
     """Count tokens for --json: of the context, of the rest of the prompt, of the answer, and the lost ones."""
-    from hf_cachegen.models.prefix import match
+    from hf_cachegen.models.media_prompt import cover
 
     ids, context = inputs["input_ids"], cache.input_ids.shape[1]
-    common = match(cache.input_ids[0], ids, inputs["attention_mask"]).common
+    common = cover(cache.input_ids[0], cache.fingerprint.media, ids, inputs["attention_mask"], None).reuse.common
     return {
         "context_tokens": context, "question_tokens": ids.shape[1] - common, "new_tokens": len(answer),
         "lost_tokens": context - common,

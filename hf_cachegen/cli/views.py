@@ -7,6 +7,7 @@ without the control characters that a terminal would obey.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hf_cachegen.artifact import TEXT_FILE, Reader, read_text
+from hf_cachegen.artifact import TEXT_FILE, Reader, TensorEntry, read_text
 from hf_cachegen.cli.output import plain, size_text
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ManifestError
 
 MAX_ROWS = 128
-"""Number of layers in a table; --json has all."""
+"""Number of layers, or of media, in a table; --json has all."""
 MAX_TEXT_BYTES = 1 << 20
 """Longest text whose beginning is shown: its checksum needs all of it."""
 MAX_BEGINNING, MAX_SHOWN = 200, 80
@@ -38,6 +39,7 @@ def describe(reader: Reader) -> dict[str, Any]:
     manifest = reader.manifest
     geometry = Geometry.from_dict(manifest.geometry)
     kl = _numbers(manifest.report, "profile_kl", "report", manifest.levels)
+    exact_bytes = geometry.nbytes + _state_bytes(manifest.states)
     measured = _measured(manifest.report, manifest.levels)
     levels: list[dict[str, float]] = []
     for level in range(1, manifest.levels + 1):
@@ -45,8 +47,8 @@ def describe(reader: Reader) -> dict[str, Any]:
         levels.append({
             "level": level,
             "bytes": size,
-            "ratio": geometry.nbytes / size,
-            "bits_per_element": 8 * size / geometry.elements,
+            "ratio": exact_bytes / size,
+            "bits_per_element": 8 * size / geometry.elements if geometry.elements else 0.0,
             **({"profile_kl": kl[level - 1]} if kl else {}),
             **({name: measured[name][level - 1] for name in MEASURED} if measured else {}),
         })  # fmt: skip
@@ -56,18 +58,35 @@ def describe(reader: Reader) -> dict[str, Any]:
         "tokens": geometry.tokens,
         "batch": geometry.batch,
         "dtype": geometry.dtype,
-        "exact_bytes": geometry.nbytes,
+        "exact_bytes": exact_bytes,
         "bytes": reader.nbytes_at(),
         "chunks": len(manifest.chunks),
         "levels": levels,
+        **({"states": _states(manifest.states)} if manifest.states else {}),
         "target_kl": None if measured is None else {name: measured[name] for name in ("target", *COUNTED)},
         "files": dict(sorted(reader.sizes.items())),
         "layers": _layers(manifest.report, geometry, manifest.levels),
         "codec": manifest.codec,
         "profile": _profile(manifest.codec),
         "fingerprint": manifest.fingerprint,
+        "media": _media(manifest.fingerprint),
         "extra": manifest.extra,
         "text": _text(reader),
+    }
+
+
+def _state_bytes(entries: Sequence[TensorEntry]) -> int:
+    """Return the exact bytes of the states that a cache holds at one position: those of the last one."""
+    last = max((entry.tokens for entry in entries), default=0)
+    return sum(entry.nbytes for entry in entries if entry.tokens == last > 0)
+
+
+def _states(entries: Sequence[TensorEntry]) -> dict[str, Any]:
+    """Return the positions of the named tensors, their number, and their exact bytes."""
+    return {
+        "checkpoints": sorted({entry.tokens for entry in entries if entry.tokens}),
+        "tensors": len(entries),
+        "exact_bytes": sum(entry.nbytes for entry in entries),
     }
 
 
@@ -80,6 +99,14 @@ def _text(reader: Reader) -> dict[str, Any] | None:
     found = read_text(reader) if nbytes <= MAX_TEXT_BYTES else None
     begins = None if found is None else found.segment()[1].decode("utf-8")[:MAX_BEGINNING]
     return {"kind": ", ".join(segment.name for segment in entry.segments), "bytes": nbytes, "begins": begins}
+
+
+def _media(fingerprint: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return kind, number, tokens and digest of the media of the context."""
+    rows = (fingerprint or {}).get("media", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ManifestError(f"expected a list of objects in fingerprint.media, got {rows!r:.80}")
+    return [{name: row.get(name) for name in ("kind", "items", "first", "end", "digest")} for row in rows]
 
 
 def _measured(report: dict[str, Any], levels: int) -> dict[str, Any] | None:
@@ -154,6 +181,9 @@ def _facts(found: dict[str, Any], title: str) -> Table:
     table.add_column()
     rows = f" x {found['batch']} rows" if found["batch"] > 1 else ""
     table.add_row("context", f"{found['tokens']:,} tokens{rows}, {found['dtype']}, {found['chunks']} chunks")
+    if states := found.get("states"):
+        positions = ", ".join(f"{position:,}" for position in states["checkpoints"][:MAX_ROWS]) or "no number of"
+        table.add_row("states", f"after {positions} tokens, {size_text(states['exact_bytes'])} before coding")
     table.add_row("exact cache", size_text(found["exact_bytes"]))
     table.add_row("artifact", f"{size_text(found['bytes'])} in {len(found['files'])} files")
     if (text := found["text"]) is not None:
@@ -168,8 +198,11 @@ def _facts(found: dict[str, Any], title: str) -> Table:
         table.add_row("profile", plain(_short(shown, 200)))
         if profile["place"]:
             table.add_row("profile location", plain(_short(profile["place"], 200)))
+    for row in found["media"][:MAX_ROWS]:
+        shown = f"tokens {row['first']} to {row['end']}, XXH3-128 {row['digest']}"
+        table.add_row(plain(_short(f"{row['items']} {row['kind']}", 40)), plain(_short(shown, 120)))
     for name, value in sorted((found["fingerprint"] or {"": "none"}).items()):
-        if value:
+        if value and name != "media":
             table.add_row(f"fingerprint {plain(name)}".strip(), plain(_short(value, 80)))
     return table
 

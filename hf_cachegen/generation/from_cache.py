@@ -28,13 +28,22 @@ from hf_cachegen.errors import (
     PromptMismatchError,
     StoreAccessError,
     StoreError,
+    UnsupportedModelError,
 )
+from hf_cachegen.generation.from_encoder import generate_from_encoder
+from hf_cachegen.generation.twin import rest_by_cache, rest_of_first, twin_of
 from hf_cachegen.models.call import GenerateCall
-from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, prepared_inputs, unwrapped
-from hf_cachegen.models.layers import build_dynamic, build_static
-from hf_cachegen.models.prefix import Reuse, match
-from hf_cachegen.models.requirements import positions_change
-from hf_cachegen.models.running import layer_devices
+from hf_cachegen.models.causality import hides_pads
+from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, masks_by_token_types, unwrapped
+from hf_cachegen.models.continuation import continuation_of, read_singly
+from hf_cachegen.models.kinds import holds_states, is_plain, kv_layers, layer_contents
+from hf_cachegen.models.layers import build_by_config, build_dynamic, build_static
+from hf_cachegen.models.media import MEDIA_INPUTS
+from hf_cachegen.models.media_prompt import cover, positions
+from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.models.recurrent import shorten
+from hf_cachegen.models.requirements import masks_windows, positions_change
+from hf_cachegen.models.running import kv_devices, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.streaming import Refine, SwapIn
 
@@ -44,6 +53,9 @@ if TYPE_CHECKING:
     OnMismatch = Literal["recompute", "error"]
 
 LOG = logging.getLogger("hf_cachegen.generation")
+MAX_STEPS = 256
+"""Largest number of tokens that a model which reads them one by one after its states reads so; the stock prefill is
+faster for more."""
 
 
 class Prefixes(Protocol):
@@ -118,6 +130,8 @@ def generate(
         given.check(model)
     elif not streamed:
         given = load_context(given, model, {})
+    if isinstance(given, CachedContext) and given.encoder is not None:
+        return generate_from_encoder(model, given, given.encoder, args, kwargs, on_mismatch == "error", stock)
     call = GenerateCall(model, args, kwargs)
 
     if not isinstance(given, CachedContext):
@@ -165,7 +179,16 @@ def stream_for(
 def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall, on_mismatch: OnMismatch) -> Any:
     """Call the stock generate with a stock cache of the known part of the prompt."""
     stock, ids, mask, settings = _stock(model), call.ids, call.mask, call.settings
-    reuse = match(context.input_ids[0], ids, mask)
+    covered = cover(context.input_ids[0], context.fingerprint.media, ids, mask, call.media)
+    reuse = covered.reuse
+    states, checkpoint = holds_states(model.config), None
+    if states:
+        if call.mode is GenerationMode.ASSISTED_GENERATION:
+            raise UnsupportedModelError(
+                "generating from a cache does not support assisted decoding of a model with recurrent states, which "
+                "cannot be rolled back"
+            )
+        reuse, checkpoint = shorten(reuse, context.checkpoints, ids.shape[1], continuation_of(model).least)
     tokens, longest = context.kv.geometry.tokens, int(mask.sum(-1).max())
     moved = positions_change(model.config, tokens, longest)
     if on_mismatch == "error" and (moved or not reuse.whole):
@@ -173,24 +196,49 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
         raise PromptMismatchError(f"a prompt of {longest} tokens cannot continue a cache of {tokens}: {why}")
     chunk = settings.prefill_chunk_size
     usable = not moved and reuse.length > 0 and (chunk is None or ids.shape[1] - reuse.length <= chunk)
+    usable = usable and (not any(reuse.pads) or hides_pads(model))
+    steps = states and not continuation_of(model).several
+    usable = usable and not (steps and ids.shape[1] - reuse.length > MAX_STEPS)
+    repeats = max(settings.num_beams, settings.num_return_sequences)
+    rest = covered.rest(repeats) if usable else {}
+    if rest and settings.cache_implementation == "static" and masks_by_token_types(model):
+        # For a static cache generate makes the mask of the first step from the token types of the new tokens alone.
+        usable = False
     _log_reuse(reuse, tokens, longest, moved, usable)
     if not usable:
         return stock(*call.prompt, **call.arguments)
 
-    repeats = max(settings.num_beams, settings.num_return_sequences)
+    masked = masks_windows(model)
+    if not masked and (call.mode is GenerationMode.ASSISTED_GENERATION or settings.cache_implementation == "static"):
+        raise UnsupportedModelError(
+            f"generating from a cache does not support assisted decoding or a static cache of "
+            f"{type(unwrapped(model)).__name__}, whose attention reads tokens outside its window: use a dynamic cache"
+        )
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
-    devices = layer_devices(model, len(kv.keys))
-    if settings.cache_implementation == "static":
-        cache: Any = build_static(kv, reuse, repeats, devices, model.config, call.longest)
+    room = call.longest if settings.cache_implementation == "static" else None
+    if not is_plain(model.config):
+        devices = layer_devices(model, len(layer_contents(model.config)))
+        cache: Any = build_by_config(kv, checkpoint, reuse, repeats, devices, model.config, room)
+    elif room is not None:
+        cache = build_static(kv, reuse, repeats, kv_devices(model), model.config, room)
     else:
-        cache = build_dynamic(kv, reuse, repeats, devices)
+        cache = build_dynamic(kv, reuse, repeats, kv_devices(model), masked=masked)
     del kv
-    processors = [] if context.refinement is None else [SwapIn(context.refinement, cache, reuse, seen)]
-    return start_from(model, call, cache, processors)
+    watched = context.refinement if kv_layers(cache) else None
+    processors = [] if watched is None else [SwapIn(watched, cache, reuse, seen)]
+    held = reuse.length
+    if steps:
+        held = read_singly(model, ids.repeat_interleave(repeats, 0), cache, held)
+    return start_from(model, call, cache, processors, held, rest)
 
 
 def start_from(
-    model: PreTrainedModel, call: GenerateCall, cache: Cache, processors: Sequence[LogitsProcessor] = ()
+    model: PreTrainedModel,
+    call: GenerateCall,
+    cache: Cache,
+    processors: Sequence[LogitsProcessor] = (),
+    held: int = 0,
+    media: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Call the stock generate with a stock cache of the beginning of the prompt, and return its result.
 
@@ -199,8 +247,11 @@ def start_from(
         call: the call, which can start from a cache.
         cache: holds the first positions of every row, none of them or all but one; it grows as the model generates.
         processors: come before the caller's own.
+        held: number of positions that the cache holds, needed for one without keys, which does not count them.
+        media: model inputs for the media of the prompt that the cache does not hold.
     """
-    arguments, settings = dict(call.arguments), call.settings
+    settings = call.settings
+    arguments = {name: value for name, value in call.arguments.items() if name not in MEDIA_INPUTS}
     if settings.use_cache is False:  # a default that the model was saved with
         arguments["use_cache"] = True
     if processors:
@@ -209,10 +260,16 @@ def start_from(
     arguments |= {
         name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None
     }
-    arguments |= {"attention_mask": call.mask, CACHE_ARGUMENT: cache}
-    assisted = call.mode is GenerationMode.ASSISTED_GENERATION
-    with fresh_state(model):
-        return (_twin(model).generate if assisted else _stock(model))(*call.prompt, **arguments)
+    arguments |= {"attention_mask": call.mask, cache_argument(model): cache}
+    stock = _stock(model)
+    if media or call.mode is GenerationMode.ASSISTED_GENERATION:
+        stock = detach(twin_of(model, functools.partial(rest_by_cache, media))).generate
+    elif all(cache.is_linear):
+        stock = detach(twin_of(model, functools.partial(rest_of_first, int(call.ids.shape[1]) - held))).generate
+    with fresh_state(model, leave_offsets=call.media is not None):
+        if call.media is not None:
+            arguments |= positions(model, call.ids, call.mask, call.media)
+        return stock(*call.prompt, **arguments)
 
 
 def _log_reuse(reuse: Reuse, context: int, prompt: int, moved: bool, usable: bool) -> None:
@@ -297,6 +354,10 @@ def _hand_over(stock: Callable[..., Any]) -> Callable[..., Any]:
     def generate_or_hand_over(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self.__dict__.get("generate")
         if isinstance(attached, _Attached) and any(isinstance(kwargs.get(n), CachedContext) for n in CACHE_NAMES):
+            if type(self).generate is not GenerationMixin.generate:
+                raise UnsupportedModelError(
+                    f"{type(self).__name__} has a generate of its own: make the cache before the call, not in it"
+                )
             return attached(*args, **kwargs)
         return stock(self, *args, **kwargs)
 
@@ -342,23 +403,3 @@ def stream_options(slo: float | None, refine: Refine | None, stream: Mapping[str
 def _stock(model: PreTrainedModel) -> Callable[..., Any]:
     attached = model.__dict__.get("generate")
     return attached.stock if isinstance(attached, _Attached) else model.generate
-
-
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second object over the same weights, whose inputs leave out the cached tokens.
-
-    The first step of assisted decoding feeds the whole prompt even beside a cache, and its candidates need the whole
-    prompt. The model itself is not changed, so other threads may use it.
-    """
-    model = unwrapped(model)
-    prepare = model.prepare_inputs_for_generation
-
-    @functools.wraps(prepare)
-    def prepare_rest(input_ids: Tensor, next_sequence_length: int | None = None, **inputs: Any) -> Any:
-        return prepared_inputs(prepare, input_ids, next_sequence_length, inputs)
-
-    twin = object.__new__(type(model))
-    twin.__dict__.update(model.__dict__)
-    detach(twin)
-    twin.__dict__["prepare_inputs_for_generation"] = prepare_rest
-    return twin

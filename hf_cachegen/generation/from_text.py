@@ -18,7 +18,7 @@ from hf_cachegen.artifact import ContextText
 from hf_cachegen.context import CachedContext, load_context
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation.from_cache import generate, stream_for, stream_options
-from hf_cachegen.models.prefix import match
+from hf_cachegen.models.media_prompt import cover
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.text import one_prompt, prompt_ids
 from hf_cachegen.streaming import Refine
@@ -140,4 +140,5 @@ def _reused(model: PreTrainedModel, context: Any, inputs: Mapping[str, Tensor]) 
     ids, tokens = inputs["input_ids"], context.kv.geometry.tokens
     if positions_change(model.config, tokens, ids.shape[1]):
         return tokens, 0
-    return tokens, match(context.input_ids[0], ids, inputs["attention_mask"]).common
+    covered = cover(context.input_ids[0], context.fingerprint.media, ids, inputs["attention_mask"], None)
+    return tokens, covered.reuse.common

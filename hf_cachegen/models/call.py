@@ -12,6 +12,7 @@ from transformers.generation import GenerationMode
 
 from hf_cachegen.errors import TensorError, UnsupportedModelError
 from hf_cachegen.models.compat import drafts_from_hidden_states, longest_cache
+from hf_cachegen.models.media import MEDIA_INPUTS, TOKEN_TYPES, parse_media
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -27,9 +28,9 @@ STRATEGIES = (
     GenerationMode.BEAM_SAMPLE,
     GenerationMode.ASSISTED_GENERATION,
 )
-MODEL_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "logits_to_keep", "return_dict", "use_cache")
-"""Inputs of the forward pass that may accompany a text prompt. Any other input may change the keys and values that the
-cache should hold.
+MODEL_INPUTS = ("attention_mask", "position_ids", "logits_to_keep", "return_dict", "use_cache", *TOKEN_TYPES)
+"""Inputs of the forward pass that may accompany a text prompt. Any other input, but for media, may change the keys and
+values that the cache should hold.
 """
 DEFAULT_NEW_TOKENS = 20
 """Number of tokens that the stock generate adds where no length is set."""
@@ -48,6 +49,7 @@ class GenerateCall:
         mask: [rows, tokens], 0 on pads.
         settings: the generation settings that the stock generate will use.
         mode: the strategy that they select.
+        media: pictures, videos and audio of the prompt; None where there are none.
 
     Raises:
         TypeError: an argument is given twice.
@@ -73,6 +75,7 @@ class GenerateCall:
         self.mode = self.settings.get_generation_mode(self.arguments.get("assistant_model"))
         self._require_supported(model, inputs)
         self.mask = _mask(model, self.ids, self.settings, inputs)
+        self.media = parse_media(model.config, self.ids, inputs)
 
     @property
     def longest(self) -> int:
@@ -84,8 +87,10 @@ class GenerateCall:
     def _require_supported(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         """Raise UnsupportedModelError, with what to do, for a call that cannot start from a cache."""
         settings = self.settings
-        token_types = inputs.get("token_type_ids")
-        foreign = sorted(name for name, value in inputs.items() if value is not None and name not in MODEL_INPUTS)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        media = bool(MEDIA_INPUTS & given.keys())
+        typed = [name for name in TOKEN_TYPES if name in given and not media and bool(given[name].any())]
+        foreign = sorted(given.keys() - {*MODEL_INPUTS, *MEDIA_INPUTS})
         static = settings.cache_implementation == "static"
         assisted = self.mode is GenerationMode.ASSISTED_GENERATION
         drafts = drafts_from_hidden_states(settings)
@@ -105,7 +110,8 @@ class GenerateCall:
                 settings.cache_implementation not in (None, "dynamic", "static")
             ),
             "assisted decoding with cache_implementation='static'": static and assisted,
-            "token_type_ids other than 0": token_types is not None and bool(token_types.any()),
+            f"{' and '.join(typed)} other than 0": bool(typed),
+            "position_ids beside media: leave them out, and the model computes them": media and "position_ids" in given,
             f"model inputs {foreign}, which may change the keys and values of the context": bool(foreign),
         }
         for refusal, found in refusals.items():

@@ -35,7 +35,9 @@ from hf_cachegen.errors import (
 from hf_cachegen.models import probe
 from hf_cachegen.models.buffers import MAX_BUFFERS, wrong_buffers
 from hf_cachegen.models.identity import identify
+from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
+from hf_cachegen.models.media import Medium, media_from_list, outside
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.storage import stored
 
@@ -94,8 +96,9 @@ class Fingerprint:
     """`of` makes one, `check` compares one with a model at hand.
 
     weights: a hash of a few values of every weight, for readers that know no checksum. adapters: names of the active
-    ones, for messages and for the same readers. The last four are None in artifacts of earlier releases, and the probe
-    also where there are no keys and values yet.
+    ones, for messages and for the same readers. checksum, buffers, adapter_checksums and probe are None in artifacts of
+    earlier releases, and the probe also where there are no keys and values yet. media: pictures, videos and audio of
+    the context, in the order of their tokens.
     """
 
     model_id: str
@@ -111,6 +114,7 @@ class Fingerprint:
     buffers: dict[str, str] | None = None
     adapter_checksums: tuple[str, ...] | None = None
     probe: str | None = None
+    media: tuple[Medium, ...] = ()
 
     @classmethod
     def of(
@@ -121,11 +125,12 @@ class Fingerprint:
         kv: KVTensors | None = None,
         *,
         own: bool = False,
+        media: Sequence[Medium] = (),
     ) -> Fingerprint:
         """The fingerprint of `model` (and of the tokenizer, where given) and a context's token ids.
 
         kv: the keys and values of the context, of which a probe is recorded; own: `model`, as it is now, computed them,
-        so that they need not be compared with it.
+        so that they need not be compared with it; media: those of the context.
         Raises UnsupportedModelError for a weight or an adapter that cannot be identified.
         """
         identity = identify(model)
@@ -142,7 +147,8 @@ class Fingerprint:
             checksum=identity.checksum,
             buffers=identity.buffers,
             adapter_checksums=identity.adapters,
-            probe=None if kv is None else _probe_of(model, input_ids, kv, own),
+            probe=None if kv is None else _probe_of(model, input_ids, kv, own, media),
+            media=tuple(media),
         )
 
     def check_probe(self, model: PreTrainedModel, input_ids: Sequence[int]) -> None:
@@ -150,7 +156,7 @@ class Fingerprint:
         the model has not changed, or there is none. Raises WrongWeightsError.
         """
         if self.probe is not None and self.probe not in (identity := identify(model)).probed:
-            probe.check(model, input_ids, self.probe, self.dtype)
+            probe.check(model, outside(input_ids, self.media), self.probe, self.dtype)
             # The first forward pass may have changed how weights are stored.
             for known in (identity, identify(model)):
                 known.probed.add(self.probe)
@@ -223,6 +229,8 @@ class Fingerprint:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if not self.media:
+            del found["media"]
         return {name: value for name, value in found.items() if value is not None or name not in LATER_FIELDS}
 
     @classmethod
@@ -250,13 +258,26 @@ class Fingerprint:
             **known,
             "adapters": tuple(adapters),
             "adapter_checksums": None if checksums is None else tuple(checksums),
+            "media": media_from_list(known["media"]),
         })  # fmt: skip
 
 
-def _probe_of(model: PreTrainedModel, input_ids: Sequence[int], kv: KVTensors, own: bool) -> str:
+def _probe_of(
+    model: PreTrainedModel, input_ids: Sequence[int], kv: KVTensors, own: bool, media: Sequence[Medium]
+) -> str | None:
+    if media or model.config.is_encoder_decoder:
+        # The first tokens are often a picture. So a probe is of the text alone, which a loader has without its media.
+        # An encoder reads in both directions: its first tokens alone have other keys.
+        input_ids = outside(input_ids, media)
+        if not input_ids:
+            return None
+        recorded = probe.record(*probe.run(model, input_ids))
+        identify(model).probed.add(recorded)
+        return recorded
     pair: tuple[Sequence[Tensor], Sequence[Tensor]] = kv.keys, kv.values
-    if positions_change(model.config, min(probe.PROBE_TOKENS, kv.geometry.tokens), kv.geometry.tokens):
-        # The first tokens of a longer context are rotated otherwise than those tokens alone.
+    turned = positions_change(model.config, min(probe.PROBE_TOKENS, kv.geometry.tokens), kv.geometry.tokens)
+    if turned or holds_states(model.config):
+        # The first tokens of a longer context are rotated otherwise than those tokens alone, or their states are gone.
         pair, own = probe.run(model, input_ids), True
     recorded = probe.record(*pair)
     if own:

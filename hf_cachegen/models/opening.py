@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from hf_cachegen.artifact import TOKENS_FILE, Limits, Store
+from hf_cachegen.artifact import MEDIA_FEATURE, TOKENS_FILE, Limits, Store
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, TensorError, WrongDtypeError
+from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.continuation import continuation_of
+from hf_cachegen.models.encoder_decoder import EncoderState, require_decoder, require_encoder_decoder
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
 from hf_cachegen.models.identity import Verify
+from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
+from hf_cachegen.models.recurrent import Checkpoints
 from hf_cachegen.models.requirements import require_geometry, require_model
-from hf_cachegen.models.running import layer_devices
+from hf_cachegen.models.running import kv_devices, layer_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Tokens = Tensor | Sequence[int]
-
 
 @dataclass(frozen=True)
 class OpenContext:
@@ -35,13 +37,18 @@ class OpenContext:
         artifact: The artifact, opened by its manifest.
         fingerprint: The model, dtype and tokenizer that it belongs to.
         input_ids: The context, int64 [1, tokens], on the CPU.
-        devices: The device of each layer of the model that it was validated against; None where there was none.
+        devices: The device of each layer with keys and values of the model that it was validated against; None where
+            there was none.
+        checkpoints: The states of recurrent layers; empty for a model without them.
+        encoder: What is kept of an encoder beside keys and values; None for a decoder-only model.
     """
 
     artifact: Artifact
     fingerprint: Fingerprint
     input_ids: Tensor
     devices: list[torch.device] | None
+    checkpoints: Checkpoints
+    encoder: EncoderState | None
 
 
 def open_manifest(
@@ -81,8 +88,8 @@ def validate(
     Raises:
         ManifestError: The artifact has no fingerprint or no tokens, or contradicts itself.
         MismatchError: It belongs to another model or tokenizer.
-        ArtifactError: The tokens are damaged.
-        StoreError: The tokens cannot be read.
+        ArtifactError: The tokens or the states are damaged.
+        StoreError: The tokens or the states cannot be read.
     """
     if verify not in get_args(Verify):
         raise ConfigError(f"verify must be one of {get_args(Verify)}, got {verify!r}")
@@ -93,22 +100,37 @@ def validate(
             "hf_cachegen.artifact.Artifact(hf_cachegen.stores.open_store(path)).decode()"
         )
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
+    if bool(fingerprint.media) != (MEDIA_FEATURE in artifact.manifest.required):
+        raise ManifestError(
+            f"{store}: the fingerprint has {len(fingerprint.media)} media, which the required features "
+            f"{list(artifact.manifest.required)} contradict"
+        )
+    if fingerprint.media and fingerprint.media[-1].end > artifact.geometry.tokens:
+        raise ManifestError(f"{store}: a medium ends behind the {artifact.geometry.tokens} tokens of the context")
     if artifact.geometry.batch != 1:
         raise ManifestError(f"{store}: expected a context of one row, it holds {artifact.geometry.batch} rows")
     if artifact.geometry.dtype != fingerprint.dtype:
         raise ManifestError(
             f"{store}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
         )
-    devices = None
+    devices, apart = None, model is not None and model.config.is_encoder_decoder
     if model is not None:
-        require_model(model)
+        (require_encoder_decoder if apart else require_model)(model)
         fingerprint.check(model, tokenizer)
-        require_geometry(model.config, artifact.geometry)
-        devices = layer_devices(model, len(artifact.geometry.layers))
+        if not apart:
+            require_geometry(model.config, artifact.geometry)
+        devices = layer_devices(model, len(artifact.geometry.layers)) if apart else kv_devices(model)
     input_ids = _tokens(artifact, fingerprint, likely)
     if model is not None and verify == "probe":
         fingerprint.check_probe(model, input_ids[0].tolist())
-    return OpenContext(artifact, fingerprint, input_ids, devices)
+    tensors = artifact.tensors()
+    checkpoints = Checkpoints.from_named(tensors, artifact.geometry.tokens)
+    encoder = EncoderState.from_named(tensors, artifact.geometry)
+    if model is not None and apart:
+        require_decoder(model, artifact.geometry, encoder)
+    elif model is not None:
+        check_states(checkpoints, model)
+    return OpenContext(artifact, fingerprint, input_ids, devices, checkpoints, encoder)
 
 
 def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int]) -> Tensor:
@@ -121,26 +143,10 @@ def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int])
     return torch.tensor([ids])
 
 
-def one_row(input_ids: Tokens) -> Tensor:
-    """Return a context's token ids as int64 [1, tokens], on the CPU.
-
-    Args:
-        input_ids: [tokens] or [1, tokens], a tensor or a sequence of integers.
-
-    Raises:
-        TensorError: they are not one row of token ids.
-    """
-    try:
-        ids = torch.as_tensor(input_ids).detach().cpu()
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        raise TensorError(
-            f"expected one row of token ids, [tokens] or [1, tokens], got a {type(input_ids).__name__}: pass "
-            'input_ids, such as tokenizer(text, return_tensors="pt").input_ids'
-        ) from error
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype is torch.bool:
-        raise TensorError(f"expected one row of token ids, [tokens] or [1, tokens], got {list(ids.shape)} {ids.dtype}")
-    return ids.long()
+def check_states(checkpoints: Checkpoints, model: PreTrainedModel) -> None:
+    """Raise WrongModelError unless the checkpoints have the states of a model."""
+    expected = continuation_of(model).shapes if holds_states(model.config) else {}
+    checkpoints.check(expected, type(unwrapped(model)).__name__)
 
 
 def checked_kv(kv: KVTensors, model: PreTrainedModel, ids: Tensor) -> KVTensors:

@@ -10,6 +10,7 @@ positions, pads included.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -47,6 +48,15 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
     Raises:
         TensorError: the shapes do not fit.
     """
+    pads, shared = common_tokens(context, input_ids, attention_mask)
+    return reuse_of(pads, shared, input_ids.shape[1], min(shared) == len(context))
+
+
+def common_tokens(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[int], list[int]]:
+    """Return for each row the number of pads, and of leading tokens that it shares with the context.
+
+    Arguments and errors are those of `match`.
+    """
     require_prompts(input_ids, attention_mask)
     context = context.cpu()
     pads, shared = [], []
@@ -56,8 +66,13 @@ def match(context: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Reuse:
         size = min(len(tokens), len(context))
         shared.append(_leading(tokens[:size] == context[:size]))
         pads.append(pad)
+    return pads, shared
+
+
+def reuse_of(pads: Sequence[int], shared: Sequence[int], length: int, whole: bool) -> Reuse:
+    """Return the part of prompts of `length` positions that is covered, given the tokens that each row shares."""
     ends = [pad + common for pad, common in zip(pads, shared, strict=True)]
-    return Reuse(tuple(pads), min(*ends, input_ids.shape[1] - 1), min(shared) == len(context), min(shared))
+    return Reuse(tuple(pads), min(*ends, length - 1), whole, min(shared))
 
 
 def require_prompts(input_ids: Tensor, attention_mask: Tensor) -> None:

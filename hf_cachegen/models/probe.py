@@ -2,7 +2,8 @@
 
 Hooks, edited attributes, patched functions and other code change keys and values without changing a weight or a
 setting. So an artifact records one number for each layer, K or V, and token of the first PROBE_TOKENS tokens: the
-projection of that vector onto fixed signs. A loader runs the tokens again, in one forward pass, and compares.
+projection of that vector onto fixed signs. A loader runs the tokens again, in one forward pass, and compares. The
+states of recurrent layers after these tokens count like keys and values: each is cut into as many equal parts.
 
 Let x be the vector recorded, y the one computed now, of n channels, and s its signs: |s.(y - x)| / |y| estimates the
 relative difference |y - x| / |y|. Of a layer's tokens the root mean square over all but the farthest quarter counts, so
@@ -18,16 +19,16 @@ import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
 
 from hf_cachegen.errors import ManifestError, WrongWeightsError
-from hf_cachegen.models import compat
+from hf_cachegen.models import compat, encoder_decoder
 from hf_cachegen.models.checksum import words
-from hf_cachegen.models.requirements import layer_kinds
+from hf_cachegen.models.indexed import with_index
+from hf_cachegen.models.kinds import STATE_TENSORS, empty_cache, kv_layers, layer_contents
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
 
@@ -67,14 +68,34 @@ def record(keys: Sequence[Tensor], values: Sequence[Tensor]) -> str:
 
 @torch.no_grad()
 def run(model: PreTrainedModel, input_ids: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Compute keys and values of the first PROBE_TOKENS tokens of a context, in one forward pass in evaluation mode."""
-    device = layer_devices(model, len(layer_kinds(model.config)))[0]
-    cache = DynamicCache()
+    """Compute keys and values of the first PROBE_TOKENS tokens of a context, in one forward pass in evaluation mode.
+
+    Returns:
+        (keys, values) as for `record`; the states of recurrent layers follow, as pairs of convolution and recurrence.
+    """
+    if model.config.is_encoder_decoder:
+        return encoder_decoder.probe_kv(model, list(input_ids[:PROBE_TOKENS]))
+    contents = layer_contents(model.config)
+    device = layer_devices(model, len(contents))[0]
+    cache = empty_cache(model.config)
     ids = torch.tensor([list(input_ids[:PROBE_TOKENS])], device=device)
     with evaluation_mode(model), fresh_state(model):
         compat.run(model, ids, cache, last_logits_only=True)
-    layers: list[Any] = cache.layers
-    return [layer.keys for layer in layers], [layer.values for layer in layers]
+    layers = kv_layers(cache)
+    keys, values = [layer.keys for layer in layers], [with_index(layer) for layer in layers]
+    for layer, content in zip(cache.layers, contents, strict=False):
+        for number in range(getattr(layer, "number_of_states", 0) if content.states else 0):
+            pair = [getattr(layer, name)[number] for name in STATE_TENSORS]
+            keys.append(_parts(pair[0], ids.shape[1]))
+            values.append(_parts(pair[1], ids.shape[1]))
+    return keys, values
+
+
+def _parts(state: Tensor | None, parts: int) -> Tensor:
+    """Cut a state [1, ...] into equal parts, padded with zeros: [1, 1, parts, values]. No state is zeros."""
+    flat = torch.zeros(1) if state is None else state.detach().flatten().float()
+    size = -(-len(flat) // parts)
+    return nn.functional.pad(flat, (0, parts * size - len(flat))).reshape(1, 1, parts, size)
 
 
 def distance(recorded: str, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Distance:
@@ -102,8 +123,12 @@ def check(model: PreTrainedModel, input_ids: Sequence[int], recorded: str, dtype
     found = distance(recorded, *run(model, input_ids))
     if not found.value <= tolerance:
         count = min(len(input_ids), PROBE_TOKENS)
+        encoder = model.config.is_encoder_decoder
+        contents = [] if encoder else layer_contents(model.config)
+        of_states = not encoder and found.layer >= sum(content.kind is not None for content in contents)
+        what = "states of recurrent layers" if of_states else f"{found.side} of layer {found.layer}"
         raise WrongWeightsError(
-            f"the model's weights and settings are those of the cache, but its {found.side} of layer {found.layer} for "
+            f"the model's weights and settings are those of the cache, but its {what} for "
             f"the first {count} tokens differ from the recorded ones by {found.value:.2g} (relative; rounding in "
             f"{dtype} allows {tolerance:.2g}): look for forward hooks, edited attributes or patched code, or pass "
             'verify="weights" to skip this comparison'

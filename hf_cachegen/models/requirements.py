@@ -7,12 +7,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_cachegen.codec.geometry import Geometry, LayerKind
-from hf_cachegen.errors import UnsupportedLayerError, UnsupportedModelError, WrongModelError
-from hf_cachegen.models.compat import takes_cache, unwrapped
+from hf_cachegen.errors import UnsupportedModelError, WrongModelError
+from hf_cachegen.models.compat import takes_cache, text_decoder, unwrapped
+from hf_cachegen.models.kinds import holds_states, layer_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,18 +19,17 @@ if TYPE_CHECKING:
 WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 """Functions of Transformers with which a model masks the tokens outside a window; its module imports one."""
 
-LAYER_REASONS = {
-    "DummyLayer": "it has no keys of its own but reads those of another layer",
-    "LinearAttentionLayer": "it keeps a recurrent state, which cannot be cut to a prefix",
+WHOLE_PROMPT = {
+    "paligemma": "it attends in both directions over the whole prompt, so the keys of a context depend on the question",
 }
-"""Reasons for refusing a kind of cache layer, by class name."""
+"""Reasons for refusing models whose keys and values of a context depend on what follows it, by model type."""
 
 POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)")
 """Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
 
 
 def require_model(model: PreTrainedModel) -> None:
-    """Raise an error for a model whose cache cannot be kept and reused.
+    """Raise an error for a model whose cache cannot be kept and cut to a prefix.
 
     Raises:
         UnsupportedModelError: the model keeps no such cache.
@@ -39,24 +37,29 @@ def require_model(model: PreTrainedModel) -> None:
     """
     name = type(unwrapped(model)).__name__
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model: its decoder has no long context to keep")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model: only a whole input of its encoder can be kept, by "
+            "CacheGenCache.from_context"
+        )
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(f"{name} has a learnt prompt (prompt learning), which starts a cache of its own")
-    layer_kinds(model.config)
-    if bool(getattr(model, "_is_stateful", False)):
-        raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be cut to a prefix")
+    if (reason := WHOLE_PROMPT.get(model.config.model_type)) is not None:
+        raise UnsupportedModelError(f"the cache of {name} cannot be kept: {reason}")
+    if bool(getattr(model, "_is_stateful", False)) and not holds_states(model.config):
+        raise UnsupportedModelError(f"{name} keeps a recurrent state outside its cache, which cannot be kept")
     if not takes_cache(model):
         raise UnsupportedModelError(f"the forward pass of {name} takes no key-value cache")
-    if any(kind == "sliding" for kind, _ in layer_kinds(model.config)) and not _masks_windows(unwrapped(model)):
-        raise UnsupportedModelError(
-            f"{name} drops tokens from its cache that its attention still reads (a sliding cache without a sliding "
-            "mask), so its answers depend on how a prompt is split"
-        )
+    layer_kinds(model.config)
 
 
-def _masks_windows(model: nn.Module) -> bool:
-    """Report whether a model masks tokens outside its window; assume so for models from outside Transformers."""
-    names = {type(module).__module__ for module in model.modules()}
+def masks_windows(model: PreTrainedModel) -> bool:
+    """Report whether a model masks all tokens outside its windows; assume so for models from outside Transformers.
+
+    One that does not reads the whole prompt in its first forward pass, and afterwards what its cache has kept.
+    """
+    if not any(kind == "sliding" for kind, _ in layer_kinds(model.config)):
+        return True
+    names = {type(module).__module__ for module in unwrapped(model).modules()}
     sources = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
     return not sources or any(hasattr(source, mask) for source in sources for mask in WINDOW_MASKS)
 
@@ -64,8 +67,7 @@ def _masks_windows(model: nn.Module) -> bool:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the number of positions that a model has learnt or tabulated; None if it computes them."""
     limits = []
-    base = unwrapped(model)
-    for path, module in base.named_modules():
+    for path, module in text_decoder(model).named_modules():
         name = path.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name):
             limits.append(module.num_embeddings - int(getattr(module, "offset", 0)))
@@ -85,33 +87,18 @@ def require_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[tuple[LayerKind, int | None]]:
-    """Return (kind, window) of every layer that the stock DynamicCache builds for a configuration.
+    """Return (kind, window) of every layer that holds keys and values.
 
     Args:
         config: the configuration of the model.
 
     Returns:
-        One pair for each layer; the window is a number of tokens, None for a layer without one.
+        One pair for each layer with keys and values; the window is a number of tokens, None for a layer without one.
 
     Raises:
-        UnsupportedLayerError: a layer is of another kind.
+        UnsupportedLayerError: a layer is of an unknown kind.
     """
-    latent = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
-    kinds: list[tuple[LayerKind, int | None]] = []
-    try:
-        layers = DynamicCache(config=config).layers
-    except KeyError as error:
-        raise UnsupportedLayerError(f"{config.model_type!r} has a layer of an unknown kind, {error}") from error
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            kinds.append(("sliding", int(layer.sliding_window)))
-        elif type(layer) is DynamicLayer:
-            kinds.append(("mla" if latent else "full", None))
-        else:
-            name = type(layer).__name__
-            reason = LAYER_REASONS.get(name, "this version handles full attention, sliding windows and MLA")
-            raise UnsupportedLayerError(f"layer {index} of {config.model_type!r} is a {name}: {reason}")
-    return kinds
+    return [(content.kind, content.window) for content in layer_contents(config) if content.kind is not None]
 
 
 def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
@@ -120,17 +107,20 @@ def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
     The number of layers, their kinds and their windows are compared; heads and dims where the configuration has one
     value for all layers.
     """
-    kinds, layers = layer_kinds(config), geometry.layers
-    if len(layers) != len(kinds):
-        raise WrongModelError(f"expected {len(kinds)} layers as in the model, the cache has {len(layers)}")
+    contents = [content for content in layer_contents(config) if content.kind is not None]
+    layers = geometry.layers
+    if len(layers) != len(contents):
+        raise WrongModelError(f"expected {len(contents)} layers as in the model, the cache has {len(layers)}")
     heads, dim = _heads_and_dim(config)
-    for index, (layer, (kind, window)) in enumerate(zip(layers, kinds, strict=True)):
+    for index, (layer, content) in enumerate(zip(layers, contents, strict=True)):
+        # Some indexed layers use the choice of another one and keep no index key.
+        kind = "indexed" if content.indexed and layer.kind == "indexed" else content.kind
         got = {"kind": layer.kind, "window": layer.window}
-        expected: dict[str, Any] = {"kind": kind, "window": window}
-        if kind != "mla" and heads is not None:
+        expected: dict[str, Any] = {"kind": kind, "window": content.window}
+        if kind not in ("mla", "indexed") and heads is not None:
             got |= {"heads": layer.heads, "v_heads": layer.v_heads}
             expected |= {"heads": heads, "v_heads": heads}
-        if kind != "mla" and dim is not None:
+        if kind not in ("mla", "indexed") and dim is not None:
             got |= {"k_dim": layer.k_dim, "v_dim": layer.v_dim}
             expected |= {"k_dim": dim, "v_dim": dim}
         if got != expected:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import nn
 
-from hf_cachegen.models.compat import run, unwrapped
+from hf_cachegen.models.compat import text_decoder, unwrapped
+from hf_cachegen.models.kinds import layer_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,18 +30,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def continuation_logits(
-    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor
-) -> Tensor:
-    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values.
-    """
-    past = DynamicCache()
-    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-        past.update(k, v, layer)
-    logits: Tensor = run(model, ids.to(model.device), past).logits[0]
-    return logits.float()
-
-
 def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     """Return the device on which each decoder layer computes.
 
@@ -54,10 +42,17 @@ def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     base = unwrapped(model)
     # A model that accelerate offloads reports the meta device; its inputs may be on any device.
     device = base.device if base.device.type != "meta" else torch.device("cpu")
-    for module in base.modules():
+    for module in text_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return [_device(layer, device) for layer in module]
     return [device] * layers
+
+
+def kv_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Return the device of each layer that holds keys and values, in the order of a geometry's layers."""
+    contents = layer_contents(model.config)
+    devices = layer_devices(model, len(contents))
+    return [device for device, content in zip(devices, contents, strict=True) if content.kind is not None]
 
 
 def _device(layer: nn.Module, otherwise: torch.device) -> torch.device:

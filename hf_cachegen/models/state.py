@@ -17,14 +17,18 @@ from hf_cachegen.models.compat import unwrapped
 
 
 @contextmanager
-def fresh_state(model: nn.Module) -> Iterator[None]:
-    """Run the block as if `model` had never been called, then restore the state that earlier calls left."""
+def fresh_state(model: nn.Module, *, leave_offsets: bool = False) -> Iterator[None]:
+    """Run the block as if `model` had never been called, then restore the state that earlier calls left.
+
+    leave_offsets: keep the position offsets of the block, as a stock call does. The next call may continue its cache.
+    """
     found: list[tuple[Any, dict[str, Any]]] = []
     for module in unwrapped(model).modules():
-        initial = {**_initial_rotary(module), **_initial_offsets(module)}
-        if initial:
-            found.append((module, {name: getattr(module, name) for name in initial}))
-            _set(module, initial)
+        rotary, offsets = _initial_rotary(module), _initial_offsets(module)
+        if rotary or offsets:
+            restored = rotary if leave_offsets else {**rotary, **offsets}
+            found.append((module, {name: getattr(module, name) for name in restored}))
+            _set(module, {**rotary, **offsets})
     try:
         yield
     finally:
@@ -49,7 +53,7 @@ def _initial_rotary(module: Any) -> dict[str, Any]:
 
 def _initial_offsets(module: Any) -> dict[str, Any]:
     """Return the position offsets of a model that has seen no picture, by attribute name."""
-    return {"rope_deltas": None} if isinstance(getattr(module, "rope_deltas", None), Tensor) else {}
+    return {"rope_deltas": None} if isinstance(getattr(module, "rope_deltas", ""), Tensor | None) else {}
 
 
 def _set(module: nn.Module, values: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows, empty_kv, scatter, spans_of
 from hf_cachegen.codec.transforms import transform_of
@@ -25,8 +26,9 @@ from hf_cachegen.codec.transforms.choosing import resolved
 from hf_cachegen.config import MAX_STEP_OFFSET, CacheGenConfig
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.models.compat import run
+from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.layers import KVTensors
-from hf_cachegen.models.running import continuation_logits, evaluation_mode
+from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.models.stepping import StepSearch
 
@@ -73,6 +75,7 @@ def meet_target(
     config: CacheGenConfig,
     profile: Profile | None,
     continuations: Sequence[Tensor] = (),
+    known: Known | None = None,
 ) -> Chosen:
     """Find the largest step whose finest level is within `config.target_kl` for this context.
 
@@ -83,6 +86,7 @@ def meet_target(
         config: Has a target.
         profile: Of the model, for klt.
         continuations: int64 [1, tokens]: continuations to probe with, besides those that the model draws.
+        known: What a loader computes from the tokens, for a profile that predicts.
 
     Raises:
         ConfigError: No step meets the target, or the budget is too small to find one.
@@ -90,7 +94,7 @@ def meet_target(
         ProfileError: The profile is of another model.
     """
     with evaluation_mode(model), fresh_state(model):
-        probe = _Probe(model, kv, config, profile)
+        probe = _Probe(model, kv, config, profile, known)
         probe.prepare(last_token, continuations)
         return probe.chosen()
 
@@ -98,11 +102,14 @@ def meet_target(
 class _Probe:
     """One search: the continuations with their exact distributions, the decoded cache, and the passes that are left."""
 
-    def __init__(self, model: PreTrainedModel, kv: KVTensors, config: CacheGenConfig, profile: Profile | None):
+    def __init__(
+        self, model: PreTrainedModel, kv: KVTensors, config: CacheGenConfig, profile: Profile | None,
+        known: Known | None,
+    ):  # fmt: skip
         self.model, self.kv, self.profile = model, kv, profile
         self.target, self.budget, self.left = float(config.target_kl or 0), config.probe_passes, config.probe_passes
         spans = spans_of(kv.geometry.tokens, config.chunk_tokens)
-        self.rows = ContextRows(kv.keys, kv.values, kv.geometry, spans)
+        self.rows = ContextRows(kv.keys, kv.values, kv.geometry, spans, known=known)
         self.config = resolved(self.rows, replace(config, target_kl=None), profile)
         self.transform = transform_of(self.config)
         self._at(0)  # fail before any pass, for example without a profile

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,7 +113,8 @@ class PrefixCache:
             raise ConfigError(f"reuse must be 'auto' or 'always', got {reuse!r}")
         if when_full not in ("wait", "drop"):
             raise ConfigError(f"when_full must be 'wait' or 'drop', got {when_full!r}")
-        self.config = CacheGenConfig(lossless=True) if config is None else config
+        # A block is decoded without its model's first layers, so nothing is predicted.
+        self.config = replace(CacheGenConfig(lossless=True) if config is None else config, predict_layers=None)
         if self.config.target_kl is not None:
             raise ConfigError("the blocks of a prefix cache serve many contexts: pass steps or a profile, no target_kl")
         self.level, self.profile = level, profile
@@ -281,7 +283,7 @@ class PrefixCache:
         Returns:
             Tokens of the prefix that is stored, and protected.
         """
-        from hf_cachegen.models.opening import one_row
+        from hf_cachegen.models.inputs import one_row
         from hf_cachegen.prefix_cache.binding import bind
 
         self.flush()

@@ -90,6 +90,10 @@ class Session:
             return None
         if getattr(arguments.settings, "is_assistant", False):
             return None
+        if arguments.media is not None:
+            LOG.info("without the prefix cache: the keys of its blocks are of tokens alone, and the prompt has media")
+            self.counters.add(unsupported=1)
+            return None
         devices = layer_devices(self.model, len(layer_kinds(self.model.config)))
         if self.model.training or torch.is_autocast_enabled(devices[0].type):
             LOG.info("without the prefix cache: keys and values of training mode or autocast are not the model's own")

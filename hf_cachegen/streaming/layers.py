@@ -46,6 +46,8 @@ class LayerWriter:
 
     def decode(self, codec: Transform, parts: Sequence[bytes], span: Span) -> None:
         """Decode a chunk into the tensors. Raises what the codec does; then the chunk's values mean nothing."""
+        if not self._tensors:  # a model whose layers hold states alone
+            return
         if self._target is None:
             self.put(self.rows(codec, parts, span), span)
             return

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+from hf_cachegen.artifact import MEDIA_FEATURE
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.codec.context import checked_level
 from hf_cachegen.errors import ArtifactError, PromptMismatchError, StoreError, UnsupportedModelError
@@ -89,7 +90,10 @@ def _open(
         download = None
         try:
             artifact, sources = _open_sources(session, model, [*locations[number:], *locations[:number]])
-            can_recompute = not positions_change(model.config, 1, artifact.geometry.tokens)
+            # The tokens of a chunk do not say which pictures they stand for. And keys and values before a chunk are not
+            # enough to compute it if the model also has states.
+            more = artifact.manifest.states or MEDIA_FEATURE in artifact.manifest.required
+            can_recompute = not more and not positions_change(model.config, 1, artifact.geometry.tokens)
             download = Download(session, artifact, sources, can_recompute=can_recompute)
             ending.callback(download.close, END_SECONDS)
             download.start()
@@ -123,7 +127,10 @@ def _open_sources(
 def _check_choice(download: Download, options: StreamOptions) -> None:
     """Raise LevelError or UnsupportedModelError for a level that the artifact or the model cannot give."""
     if options.choice == TEXT and not download.schedule.can_recompute:
-        raise UnsupportedModelError("this model's rotation depends on the whole length: no chunk can be recomputed")
+        raise UnsupportedModelError(
+            "no chunk can be recomputed: this model has recurrent states, its rotation depends on the whole length, or "
+            "the context has media"
+        )
     if options.choice is not None and options.choice != TEXT:
         checked_level(options.choice, download.artifact.levels)
 

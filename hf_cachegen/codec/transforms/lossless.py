@@ -3,11 +3,7 @@
 A value's bits are rotated left by one, so that the exponent comes first and the sign last. They are then cut into
 bytes: plane 0 is the most significant. Exponents of a channel are similar and compress; the lowest planes hardly do.
 Every (plane, channel) pair is coded as a channel. The tables are learnt from the context by clustering the histograms
-of these, and are part of the side information:
-
-    u8 tables - 1; u16 frequencies [tables, 256]; u8 entry [planes x channels]
-
-Table 0 is "always zero". Its channels are not coded.
+of these. They are the side information (`hf_cachegen.codec.learnt`).
 """
 
 from __future__ import annotations
@@ -17,21 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import passes, section
+from hf_cachegen.codec import learnt, native, passes, section
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
-from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.into import Sections, Target
 from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rans import TILE_COLUMNS
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
-from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX, Codebook, learn
+from hf_cachegen.codec.source import Source
+from hf_cachegen.codec.tables import VALUE_SYMBOLS, Codebook
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import CorruptError
 
 TABLES_PER_PLANE = 16
-MAX_TABLES = 256
-"""Their number is stored in one byte."""
+MAX_LEARNT = 4096
+"""Of more channels, only some are learnt from."""
+SAMPLED, TABLES_PER_LOW_PLANE = 1024, 2
+"""Then that number of them; and tables of the planes after the first, whose bytes hardly differ between channels."""
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -50,6 +49,19 @@ def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     rotated = rotated.view(_INTEGERS[dtype]).squeeze(2)
     sign = torch.iinfo(rotated.dtype).min
     return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
+
+
+def sample_of(channels: int) -> Tensor | None:
+    """Return the channels to learn from, int64, ascending: whole tiles, evenly spread. None: all of them."""
+    if channels <= MAX_LEARNT or channels % TILE_COLUMNS:
+        return None
+    tiles = torch.linspace(0, channels // TILE_COLUMNS - 1, SAMPLED // TILE_COLUMNS, dtype=torch.float64).long()
+    return (tiles[:, None] * TILE_COLUMNS + torch.arange(TILE_COLUMNS)).flatten()
+
+
+def _readable(context: ContextRows) -> Source | None:
+    """Return the source of the context, if the compiled passes over planes can read it."""
+    return context.source if context.source is not None and context.source.has_whole_tiles else None
 
 
 class Lossless(Transform):
@@ -72,49 +84,65 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
-        for rows, _ in context.chunks():
-            passes.count(counts, to_planes(rows.cpu()))
-        never = torch.zeros(1, VALUE_SYMBOLS, dtype=torch.int32)
-        never[0, ZERO_INDEX] = 1  # entry 0 means "always zero", which is not coded
-        learnt = [learn(plane, TABLES_PER_PLANE, config.prob_bits) for plane in (never, *counts.chunk(dtype.itemsize))]
-        book = Codebook(torch.cat(learnt), config.prob_bits, 1)
-        entries, bits = book.choose(counts)
+        source, spans, channels = _readable(context), context.spans, len(context.channels)
+        sample, counts = sample_of(channels), None
+        if source is None:
+            counts = torch.zeros(channels * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+            for rows, _ in context.chunks():
+                passes.count(counts, to_planes(rows.cpu()))
+        elif sample is None:
+            counts = source.count_planes(spans)
+        if sample is None or counts is not None:
+            own = counts if sample is None else counts.reshape(dtype.itemsize, channels, -1)[:, sample].flatten(0, 1)
+        else:
+            own = source.only(sample).count_planes(spans)
+        planes = own.chunk(dtype.itemsize)
+        if sample is None:
+            book = learnt.learn_book(planes, TABLES_PER_PLANE, config.prob_bits)
+        else:
+            most = [TABLES_PER_PLANE, *[TABLES_PER_LOW_PLANE] * (len(planes) - 1)]
+            book = learnt.sampled_book(planes, most, config.prob_bits)
+        entries, bits = source.choose_planes(spans, book) if counts is None else book.choose(counts)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Lossless:
         cursor, dtype = Cursor(side), getattr(torch, geometry.dtype)
-        tables = cursor.take(1)[0] + 1
-        frequencies = cursor.tensor(tables * VALUE_SYMBOLS, torch.int16).reshape(tables, VALUE_SYMBOLS)
-        entries = cursor.tensor(geometry.channels * dtype.itemsize, torch.uint8)
+        book, entries = learnt.read(cursor, geometry.channels * dtype.itemsize, config.prob_bits)
         cursor.finish()
-        if bool((frequencies < 0).any()) or bool((frequencies.sum(1) != 1 << config.prob_bits).any()):
-            raise CorruptError("the frequencies of a table in the side information have the wrong sum")
-        if bool((entries >= tables).any()):
-            raise CorruptError("a table id in the side information is out of range")
-        return cls(dtype, config, Codebook(frequencies, config.prob_bits, 1), entries)
+        return cls(dtype, config, book, entries)
 
     @classmethod
     def side_lengths(cls, geometry: Geometry, config: CacheGenConfig) -> range:
         rest, table = 1 + geometry.channels * DTYPE_BYTES[geometry.dtype], 2 * VALUE_SYMBOLS
-        return range(rest + table, rest + MAX_TABLES * table + 1, table)
+        return range(rest + table, rest + learnt.MAX_TABLES * table + 1, table)
 
     @classmethod
     def levels(cls, config: CacheGenConfig) -> int:
         return 1
 
     def side_bytes(self) -> bytes:
-        frequencies = self.book.tables.frequencies.to(torch.int16)  # at most 4096
-        return bytes([len(frequencies) - 1]) + frequencies.numpy().tobytes() + self.entries.numpy().tobytes()
+        return learnt.to_bytes(self.book, self.entries)
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return [section.encode(to_planes(rows.cpu()), self.assignment, coder=self.config.coder)]
+
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        source = _readable(context)
+        if source is None or self.config.coder != "rans" or len(self.assignment.dead) or not span.tokens:
+            return super().encode_chunk(context, span)
+        return [b"".join(source.encode_planes(span, self.assignment))]
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         cursor = Cursor(parts[0])
         coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
+        whole = self.channels % TILE_COLUMNS == 0 and not len(self.assignment.dead)
+        if whole and self.config.coder == "rans" and target.device.type == "cpu" and native.available(target.device):
+            sections = Sections(target, row, span.tokens, span.tokens, self.channels)
+            sections.planes(coded)
+            sections.finish()
+            return
         target.put(from_planes(coded.decode(coder=self.config.coder), self.dtype), row)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:

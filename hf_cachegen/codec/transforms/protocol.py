@@ -22,6 +22,7 @@ from hf_cachegen.codec import quantize
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.config import CacheGenConfig
@@ -133,6 +134,10 @@ class Transform(ABC):
         first, middle, last = (step * 2 ** (offset / quantize.STEPS_PER_OCTAVE) for step in config.steps)
         return replace(config, steps=(first, middle, last))
 
+    def knowing(self, known: Known | None) -> Transform:
+        """Return this transform with what its loader has computed from the tokens; itself where it takes nothing."""
+        return self
+
     @abstractmethod
     def side_bytes(self) -> bytes:
         """Return the side information."""
@@ -151,6 +156,21 @@ class Transform(ABC):
         Raises:
             TensorError: The transform cannot express a value.
         """
+
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        """Encode a chunk of the context that it was fitted to. A transform should override it if it needs no rows.
+
+        Args:
+            context: The context.
+            span: The position of the chunk.
+
+        Returns:
+            The result of `encode`.
+
+        Raises:
+            TensorError: The transform cannot express a value.
+        """
+        return self.encode(context.chunk(span), span)
 
     @abstractmethod
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:

@@ -14,7 +14,7 @@ Progress is logged (`progress.py`). It can be stored in a file, from which an in
 
 from __future__ import annotations
 
-from hf_cachegen.models.running import continuation_logits
+from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.profiles.learning.learning import DEFAULT_TARGETS, divergence, learn_profile, measure
 from hf_cachegen.profiles.learning.running import Sample, find_rotary, prefill
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.geometry import LayerGeometry
-from hf_cachegen.models.running import continuation_logits
-from hf_cachegen.profiles.learning.running import Sample, prefill
+from hf_cachegen.models.continuation import continuation_logits
+from hf_cachegen.models.recurrent import Checkpoint
+from hf_cachegen.profiles.learning.running import Sample, prefill, states_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ class Exact:
         self.model, self._left = model, MOST_KEPT_BYTES
         self._again = {_key(context) for context, _ in again}
         self._contexts: dict[tuple[int, ...], KV] = {}
+        self._states: dict[tuple[int, ...], Checkpoint | None] = {}
         self._distributions: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
 
     def prefill(self, context: Tensor) -> KV:
@@ -48,6 +50,16 @@ class Exact:
             self._contexts[key] = found
         return found
 
+    def states(self, context: Tensor) -> Checkpoint | None:
+        """Return the states of recurrent layers after a context; None for a model without them."""
+        key = _key(context)
+        if key not in self._states:
+            found = states_after(self.model, context)
+            if found is not None and (key not in self._again or not self._fits(*found.states.values())):
+                return found
+            self._states[key] = found
+        return self._states[key]
+
     @torch.no_grad()
     def log_probabilities(self, sample: Sample) -> Tensor:
         """Return the exact log-probabilities, float32 [tokens of the continuation, vocabulary]."""
@@ -56,7 +68,7 @@ class Exact:
         if key in self._distributions:
             return self._distributions[key]
         keys, values, _ = self.prefill(context)
-        found = continuation_logits(self.model, keys, values, continuation).log_softmax(-1)
+        found = continuation_logits(self.model, keys, values, continuation, self.states(context)).log_softmax(-1)
         if key[0] in self._again and self._fits(found):
             self._distributions[key] = found
         return found

@@ -6,15 +6,19 @@ All sums are float64 on the CPU. Products are computed on the devices of the mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.profile import Group, Rotary
-from hf_cachegen.models.running import continuation_logits
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.profile import Rotary
+from hf_cachegen.models.continuation import continuation_logits
+from hf_cachegen.models.recurrent import Checkpoint
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal
+from hf_cachegen.profiles.learning.predictor import FeatureSums, Target, targets_of
 from hf_cachegen.profiles.learning.running import Sample
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ class Moments:
 
     def __init__(
         self, exact: Exact, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
-        journal: Journal,
+        journal: Journal, predict_layers: Sequence[int] = (),
     ):  # fmt: skip
         self.rotary = rotary
         keys, values, self.layers = exact.prefill(samples[0][0][:, :2])
@@ -48,10 +52,26 @@ class Moments:
         sums = {"count": self.count} | {f"square-{index}": x for index, x in enumerate(self.squares)}
         for name, kind, layer in numbered:
             sums |= {f"sum-{name}": self.sums[kind][layer], f"fisher-{name}": self.fisher[kind][layer]}
+        self.features = [self.features_of(exact.model, layer) for layer in predict_layers]
+        for features in self.features:
+            sums |= features.sums
         for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
             # The draws of a sample do not depend on the samples before it.
             draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
             self._add(exact, context, continuation, draws)
+
+    def features_of(self, model: PreTrainedModel, layer: int) -> FeatureSums:
+        """Return empty sums of a predictor's features, for the ranges of layers of this object."""
+        return FeatureSums(model, layer, [self._width(part) for part in self.ranges])
+
+    def rows_of(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """Return a context's rows, float32 [tokens, channels], of each range: keys with the rotation undone, values."""
+        found = []
+        for kind, first, count in self.ranges:
+            layers = (keys, values)[kind][first : first + count]
+            framed = [in_frame(x, kind, self.rotary).flatten(1) for x in layers]
+            found.append(torch.cat([x.to(framed[0].device) for x in framed], 1))
+        return found
 
     def _group(self, kind: int) -> list[tuple[int, int, int]]:
         """Return (kind, first layer, layers) of each group: adjacent layers of equal head_dim."""
@@ -69,16 +89,18 @@ class Moments:
 
     def _add(self, exact: Exact, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
         keys, values, _ = exact.prefill(context)
-        sides = (keys, values)
+        rows = self.rows_of(keys, values)
         self.count += context.shape[1]
-        for square, (kind, first, count) in zip(self.squares, self.ranges, strict=True):
-            layers = range(first, first + count)
-            framed = [in_frame(sides[kind][layer], kind, self.rotary).flatten(1) for layer in layers]
-            for layer, x in zip(layers, framed, strict=True):
+        for features in self.features:
+            features.add(context, rows)
+        for square, part, (kind, first, count) in zip(self.squares, rows, self.ranges, strict=True):
+            widths = [h * d for h, d in self.shapes[kind][first : first + count]]
+            for layer, x in enumerate(part.split(widths, 1), first):
                 self.sums[kind][layer] += x.cpu().sum(0, dtype=torch.float64)
-            rows = torch.cat([x.to(framed[0].device) for x in framed], 1)
-            square += (rows.mT @ rows).cpu()
-        for kind, layer, g in gradients(exact.model, keys, values, continuation, self.rotary, draws):
+            square += (part.mT @ part).cpu()
+        del rows
+        states = exact.states(context)
+        for kind, layer, g in gradients(exact.model, keys, values, continuation, self.rotary, draws, states):
             self.fisher[kind][layer] += g.permute(1, 2, 0).bmm(g.transpose(0, 1)).cpu().double() / (
                 len(g) * continuation.shape[1]
             )
@@ -88,6 +110,12 @@ class Moments:
         """The means, float64 [channels], in the order of a chunk's channels."""
         pairs = (self.sums[kind][layer] for layer in range(len(self.layers)) for kind in (0, 1))
         return torch.cat(list(pairs)) / self.count
+
+    def targets(self, groups: Sequence[Group], training: FeatureSums, held_out: FeatureSums) -> list[Target]:
+        """Return what a predictor of these sums predicts. groups: the profile's, one for each range."""
+        means = [torch.cat(self.sums[kind][first : first + count]) / self.count for kind, first, count in self.ranges]
+        squares = [square / self.count for square in self.squares]
+        return targets_of(groups, self.shapes, means, squares, training, held_out)
 
     def groups(self, floor: float) -> tuple[Group, ...]:
         """Compute the bases with all components.
@@ -132,7 +160,7 @@ def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:
 
 def gradients(
     model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], continuation: Tensor, rotary: Rotary,
-    draws: torch.Generator,
+    draws: torch.Generator, states: Checkpoint | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
     """Compute the gradients of the log-likelihood of labels drawn from the model's own distribution at each token.
 
@@ -140,8 +168,10 @@ def gradients(
         (kind, layer, gradient float32 [tokens, heads, dim] in the frame of the bases) of all layers' K, then V.
     """
     leaves = [x.detach().requires_grad_() for x in (*keys, *values)]
-    with torch.enable_grad():
-        logits = continuation_logits(model, leaves[: len(keys)], leaves[len(keys) :], continuation)
+    # Stock layers write into their states, which the gradient of an earlier operation may need.
+    unchanged = nullcontext() if states is None else torch.autograd.graph.allow_mutation_on_saved_tensors()
+    with torch.enable_grad(), unchanged:
+        logits = continuation_logits(model, leaves[: len(keys)], leaves[len(keys) :], continuation, states)
         drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
         found = torch.autograd.grad(loss, leaves)
