@@ -34,7 +34,7 @@ TIMED = (
     ("sums", moments.Moments, "_add"),
     ("bases", moments.Moments, "groups"),
     ("step", learning._Learning, "_step"),
-    ("tables", learning._Learning, "_with_entries"),
+    ("tables", learning._Learning, "_entries"),
     ("measure", learning, "measure"),
 )
 """(stage, owner, name) of the functions whose time is measured."""
