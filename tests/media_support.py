@@ -141,9 +141,8 @@ def _qwen3_5() -> Any:
                   spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=16)  # fmt: skip
     rope = {**M_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 1.0}
     states = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
-    config = hf.Qwen3_5Config(
-        text_config={**TEXT, **states, "num_hidden_layers": 4, "rope_parameters": rope}, vision_config=vision, **_tokens()
-    )
+    text_config = {**TEXT, **states, "num_hidden_layers": 4, "rope_parameters": rope}
+    config = hf.Qwen3_5Config(text_config=text_config, vision_config=vision, **_tokens())
     return hf.Qwen3_5ForConditionalGeneration(config)
 
 

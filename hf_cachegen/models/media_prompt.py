@@ -127,7 +127,7 @@ def positions(model: PreTrainedModel, ids: Tensor, mask: Tensor, media: MediaInp
 
 
 def prefill_media(
-    model: PreTrainedModel, ids: Tensor, media: MediaInputs, tokens: int, options: StateOptions, progress: bool
+    model: PreTrainedModel, ids: Tensor, media: MediaInputs, tokens: int, states: StateOptions, progress: bool
 ) -> tuple[DynamicCache, Checkpoints]:
     """Compute a context with media, as the stock generate computes a prompt.
 
@@ -136,7 +136,7 @@ def prefill_media(
         ids: the context, int64 [1, tokens].
         media: its media.
         tokens: tokens per forward pass; more where a medium would be cut.
-        options: which checkpoints of recurrent states to keep; a checkpoint within a medium lies before it.
+        states: which checkpoints of recurrent states to keep; a checkpoint within a medium lies before it.
         progress: show a progress bar.
 
     Returns:
@@ -154,7 +154,7 @@ def prefill_media(
                 f"{type(unwrapped(model)).__name__} reads a single token at a time after its recurrent states, so a "
                 "question cannot hold media: keep the text before the first medium"
             )
-        stops = [_before(media, position) for position in options.positions(ids.shape[1], found)]
+        stops = [_before(media, position) for position in states.positions(ids.shape[1], found)]
     kept, contents = [], layer_contents(model.config)
     past, bar = empty_cache(model.config), tqdm(desc="prefill", unit="token", total=ids.shape[1], disable=not progress)
     ids = ids.to(layer_devices(model, len(contents))[0])
