@@ -26,7 +26,8 @@ from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.codec import basis, fit
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
-from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.codec.transforms.klt import Klt
 
 LAYERS, HEADS, DIM = 32, 8, 128

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.rate_distortion import KV, Point, Test, learnt, levels_of
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.profile import Group
+from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.profiles.learning import Sample, learning, moments, prefill
 

@@ -8,7 +8,8 @@ chunks, and its divergence from the exact cache is measured over questions and r
 model is small, so bytes are multiplied until the 8-bit cache has the size of the paper's (Table 1: Mistral-7B,
 LongChat: 622 MB). Prefill and decoding take the times given by the options.
 
-Contestants: adaptive, the paper's algorithm, each level alone, 8-bit quantisation, text. The results are a table
+Contestants: adaptive, the paper's algorithm, each level alone, 8-bit quantisation with its scales, text, and both
+algorithms over the paper's own transform (delta). Everything is a mean over several contexts. The results are tables
 (Markdown), all figures (JSON), and plots (PNG, SVG) over the SLO and over the bandwidth.
 """
 
@@ -24,53 +25,42 @@ from typing import Any
 
 import click
 import matplotlib
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import traces, uniform
-from eval.divergence import kl, log_probabilities
-from eval.reference import HELD_OUT_SEED, MODEL_PATH, document
-from eval.simulation import Chunk, Outcome, simulate
+from eval import traces
+from eval.contestants import UNIFORM, Contestant, Setting, contestants_of
+from eval.simulation import Outcome, simulate
 from eval.traces import Link
-from hf_cachegen import CacheGenCache, CacheGenConfig, EncodedContext, decode_kv, encode_kv
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.streaming import Adaptive, Fixed, Paper, Policy
+from hf_cachegen.streaming import Fixed
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 PAPER_UNIFORM_BYTES = 622e6
-KV = tuple[list[Tensor], list[Tensor]]
-UNIFORM, TEXT = "uniform 8-bit", "text"
+"""Of the 8-bit cache in the paper's Table 1 (Mistral-7B, LongChat)."""
 Kept = tuple[int, int]
-"""(traces in which both adaptive and a fixed choice meet the SLO, traces in which a fixed choice does)"""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A policy and its chunks: those of the encoded context, or, with one level, those of another coding."""
-
-    name: str
-    policy: Policy
-    chunks: tuple[Chunk, ...]
+"""(runs in which both adaptive and a fixed choice meet the SLO, runs in which a fixed choice does)"""
+Field = Sequence[Sequence[Contestant]]
+"""The contestants of each context, in the same order."""
 
 
 @dataclass
 class Row:
-    """One contestant at one SLO over all traces.
+    """One contestant at one SLO over all contexts and traces.
 
     Attributes:
+        spread: the distribution of the bandwidths.
         contestant: its name.
         slo: seconds.
         violations: share of the traces that missed the SLO.
         ttft_mean: seconds.
         ttft_p95: seconds.
-        kl: mean over the traces, nats per token.
+        kl: mean, nats per token.
         choices: shares of all chunks, as text.
     """
 
+    spread: str
     contestant: str
     slo: float
     violations: float
@@ -80,114 +70,40 @@ class Row:
     choices: str
 
 
-class Judge:
-    """Measures the divergence of a mixture of levels.
-
-    Args:
-        model: the model of the cache.
-        encoded: the encoded context.
-        cache: its exact cache.
-        after: int64 [1, tokens], questions and right answers.
-    """
-
-    def __init__(self, model: Any, encoded: EncodedContext, cache: CacheGenCache, after: Tensor) -> None:
-        self._spans = spans_of(encoded)
-        exact = (list(cache.kv.keys), list(cache.kv.values))
-        self._decoded: dict[int | None, KV] = {None: exact}
-        for level in range(1, encoded.levels + 1):
-            self._decoded[level] = decode_kv(encoded, level, model.device)
-        self._ask: Callable[[KV], Tensor] = lambda kv: log_probabilities(model, *kv, after)
-        self._exact = self._ask(exact)
-        self._known: dict[tuple[int | None, ...], float] = {}
-        coarse = ([uniform.quantise(x, 8) for x in exact[0]], [uniform.quantise(x, 8) for x in exact[1]])
-        self.uniform = kl(self._exact, self._ask(coarse))
-
-    def __call__(self, choices: tuple[int | None, ...]) -> float:
-        """Return the divergence of a mixture in nats per token.
-
-        Args:
-            choices: a level for each chunk; None for one that was recomputed at the context's front, which is exact.
-        """
-        if choices not in self._known:
-            mixed: KV = ([], [])
-            for side in (0, 1):
-                for layer in range(len(self._decoded[None][side])):
-                    parts = [
-                        self._decoded[choice][side][layer][:, :, first : first + tokens]
-                        for choice, (first, tokens) in zip(choices, self._spans, strict=True)
-                    ]
-                    mixed[side].append(torch.cat(parts, 2))
-            self._known[choices] = kl(self._exact, self._ask(mixed))
-        return self._known[choices]
-
-
-def spans_of(encoded: EncodedContext) -> list[tuple[int, int]]:
-    """Return (first token, number of tokens) of every chunk of an encoded context."""
-    tokens, step = encoded.geometry.tokens, encoded.config.chunk_tokens
-    return [(first, min(step, tokens - first)) for first in range(0, tokens, step)]
-
-
-def chunks_of(
-    encoded: EncodedContext, scale: float, prefill_tokens_per_second: float, decode_tokens_per_second: float
-) -> tuple[Chunk, ...]:
-    """Return the chunks of an encoded context as the simulation takes them, their bytes multiplied by `scale`."""
-    found = []
-    for index, (_, tokens) in enumerate(spans_of(encoded)):
-        parts = tuple(scale * len(part[index]) for part in encoded.parts)
-        found.append(Chunk(parts, tokens / decode_tokens_per_second, tokens / prefill_tokens_per_second))
-    return tuple(found)
-
-
-def contestants(chunks: tuple[Chunk, ...], uniform_bytes: float) -> list[Contestant]:
-    """Return all contestants; uniform_bytes: bytes of the whole context in 8 bits."""
-    share = uniform_bytes / len(chunks)
-    plain = tuple(Chunk((share,), chunk.decode_seconds, chunk.recompute_seconds) for chunk in chunks)
-    levels = len(chunks[0].parts)
-    return [
-        Contestant("adaptive", Adaptive(), chunks),
-        Contestant("paper", Paper(), chunks),
-        *(Contestant(f"level {level}", Fixed(level), chunks) for level in range(1, levels + 1)),
-        Contestant(UNIFORM, Fixed(1), plain),
-        Contestant(TEXT, Fixed("text"), chunks),
-    ]
-
-
 def run(contestant: Contestant, link: Link, slo: float, question_seconds: float, round_trip: float) -> Outcome:
     """Simulate one context over one link; times in seconds."""
     return simulate(contestant.chunks, link, contestant.policy, slo, question_seconds, round_trip)
 
 
-def quality(contestant: Contestant, outcome: Outcome, judge: Judge) -> float:
-    """Return the divergence at the end of a run, nats per token."""
-    return judge.uniform if contestant.name == UNIFORM else judge(outcome.choices)
-
-
 def over_slo(
-    who: Sequence[Contestant], links: Sequence[Link], slos: Sequence[float], judge: Judge, question: float, rtt: float
+    field: Field, spread: str, links: Sequence[Link], slos: Sequence[float], question: float, rtt: float
 ) -> tuple[list[Row], dict[str, Kept]]:
-    """Return the rows, and for each SLO the number of traces in which adaptive and a fixed choice meet it."""
+    """Return the rows, and for each SLO the number of runs in which adaptive and a fixed choice meet it."""
     rows: list[Row] = []
     kept: dict[str, Kept] = {}
-    for slo in tqdm(slos, "SLOs"):
-        found = {one.name: [run(one, link, slo, question, rtt) for link in links] for one in who}
-        for one in who:
-            outcomes = found[one.name]
+    for slo in tqdm(slos, f"SLOs, {spread}"):
+        found: dict[str, list[Outcome]] = {}
+        for same in zip(*field, strict=True):  # one contestant over all contexts
+            outcomes = [run(one, link, slo, question, rtt) for one in same for link in links]
+            found[same[0].name] = outcomes
             times = sorted(outcome.ttft for outcome in outcomes)
-            names = [_word(one, choice) for outcome in outcomes for choice in outcome.choices]
+            losses = [one.kl(o.choices) for n, one in enumerate(same) for o in outcomes[n * len(links) :][: len(links)]]
+            names = [_word(same[0], choice) for outcome in outcomes for choice in outcome.choices]
             rows.append(
                 Row(
-                    one.name,
+                    spread,
+                    same[0].name,
                     slo,
                     sum(t > slo for t in times) / len(times),
                     statistics.fmean(times),
                     times[math.ceil(0.95 * len(times)) - 1],
-                    statistics.fmean(quality(one, outcome, judge) for outcome in outcomes),
+                    statistics.fmean(losses),
                     ", ".join(f"{names.count(name) / len(names):.0%} {name}" for name in sorted(set(names))),
                 )
             )
-        fixed = [one.name for one in who if isinstance(one.policy, Fixed)]
-        could = [any(found[name][n].ttft <= slo for name in fixed) for n in range(len(links))]
+        fixed = [one.name for one in field[0] if isinstance(one.policy, Fixed)]
         meets = [outcome.ttft <= slo for outcome in found["adaptive"]]
+        could = [any(found[name][n].ttft <= slo for name in fixed) for n in range(len(meets))]
         kept[f"{slo:g}"] = (sum(c and m for c, m in zip(could, meets, strict=True)), sum(could))
     return rows, kept
 
@@ -197,48 +113,58 @@ def _word(contestant: Contestant, choice: int | None) -> str:
 
 
 def over_bandwidth(
-    who: Sequence[Contestant], rates: Sequence[float], slo: float, judge: Judge, question: float, rtt: float
+    field: Field, rates: Sequence[float], slo: float, question: float, rtt: float
 ) -> list[dict[str, Any]]:
-    """Return TTFT (seconds) and KL (nats per token) on steady links."""
+    """Return TTFT (seconds) and KL (nats per token) on steady links, means over the contexts."""
     found = []
     for rate in rates:
-        for one in who:
-            outcome = run(one, traces.steady(rate), slo, question, rtt)
+        for same in zip(*field, strict=True):
+            outcomes = [run(one, traces.steady(rate), slo, question, rtt) for one in same]
             found.append(
                 {
-                    "contestant": one.name,
+                    "contestant": same[0].name,
                     "bits_per_second": rate,
-                    "ttft": outcome.ttft,
-                    "kl": quality(one, outcome, judge),
+                    "ttft": statistics.fmean(outcome.ttft for outcome in outcomes),
+                    "kl": statistics.fmean(one.kl(o.choices) for one, o in zip(same, outcomes, strict=True)),
                 }
             )
     return found
 
 
-def table(rows: Sequence[Row], kept: dict[str, Kept]) -> str:
-    """Format violations, TTFT and KL of each SLO and contestant as Markdown."""
-    slos = sorted({row.slo for row in rows})
-    names = list(dict.fromkeys(row.contestant for row in rows))
-    found = {(row.contestant, row.slo): row for row in rows}
-    lines = ["Share of traces whose SLO was missed / mean KL, nats per token:", ""]
-    lines.append("| contestant | " + " | ".join(f"SLO {slo:g} s" for slo in slos) + " |")
-    lines.append("|---|" + "---:|" * len(slos))
-    for name in names:
-        cells = (f"{found[name, slo].violations:.0%} / {found[name, slo].kl:.4f}" for slo in slos)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    cells = (f"{kept[f'{slo:g}'][0]} of {kept[f'{slo:g}'][1]}" for slo in slos)
-    lines.append("| adaptive meets the SLO where a fixed choice does | " + " | ".join(cells) + " |")
-    lines += ["", "Mean / 95th percentile of the time to the first token, seconds:", ""]
-    lines.append("| contestant | " + " | ".join(f"SLO {slo:g} s" for slo in slos) + " |")
-    lines.append("|---|" + "---:|" * len(slos))
-    for name in names:
-        cells = (f"{found[name, slo].ttft_mean:.2f} / {found[name, slo].ttft_p95:.2f}" for slo in slos)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+SPREADS = {
+    "uniform": "Bandwidths uniform from 0.1 to 10 Gbit/s, as in the paper",
+    "log": "Bandwidths uniform in the logarithm, so that slow links are as frequent",
+    "files": "Traces from files",
+}
+
+
+def tables(rows: Sequence[Row], kept: dict[str, dict[str, Kept]]) -> str:
+    """Format violations, KL and TTFT of each distribution of bandwidths, SLO and contestant as Markdown."""
+    lines: list[str] = []
+    for spread in dict.fromkeys(row.spread for row in rows):
+        mine = [row for row in rows if row.spread == spread]
+        slos = sorted({row.slo for row in mine})
+        lines += [f"## {SPREADS[spread]}", "", "Share of runs whose SLO was missed / mean KL, nats per token:", ""]
+        lines += _pivot(mine, slos, lambda row: f"{row.violations:.1%} / {row.kl:.4f}")
+        cells = (f"{kept[spread][f'{slo:g}'][0]} of {kept[spread][f'{slo:g}'][1]}" for slo in slos)
+        lines.append("| adaptive meets the SLO where a fixed choice does | " + " | ".join(cells) + " |")
+        lines += ["", "Mean / 95th percentile of the time to the first token, seconds:", ""]
+        lines += [*_pivot(mine, slos, lambda row: f"{row.ttft_mean:.2f} / {row.ttft_p95:.2f}"), ""]
+    return "\n".join(lines)
+
+
+def _pivot(rows: Sequence[Row], slos: Sequence[float], cell: Callable[[Row], str]) -> list[str]:
+    found = {(row.contestant, row.slo): cell(row) for row in rows}
+    heads = [
+        "| contestant | " + " | ".join(f"SLO {slo:g} s" for slo in slos) + " |", "|---|" + "---:|" * len(slos)
+    ]  # fmt: skip
+    names = dict.fromkeys(row.contestant for row in rows)
+    return heads + [f"| {name} | " + " | ".join(found[name, slo] for slo in slos) + " |" for name in names]
 
 
 def plot(rows: Sequence[Row], steady: Sequence[dict[str, Any]], slo: float, out: Path) -> None:
     """Plot violations and KL over the SLO, TTFT and KL over the bandwidth; PNG and SVG."""
+    rows = [row for row in rows if row.spread == rows[0].spread]
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7.5))
     names = list(dict.fromkeys(row.contestant for row in rows))
     for name in names:
@@ -251,7 +177,7 @@ def plot(rows: Sequence[Row], steady: Sequence[dict[str, Any]], slo: float, out:
         rates = [point["bits_per_second"] / traces.GBPS for point in points]
         axes[1][0].plot(rates, [point["ttft"] for point in points], **style)
         axes[1][1].plot(rates, [max(point["kl"], 1e-5) for point in points], **style)
-    axes[0][0].set(xlabel="SLO, s", ylabel="traces that miss it, %")
+    axes[0][0].set(xlabel="SLO, s", ylabel=f"runs that miss it, % ({rows[0].spread})")
     axes[0][1].set(xlabel="SLO, s", ylabel="KL, nats per token", yscale="log")
     axes[1][0].set(xlabel="bandwidth, Gbps", ylabel="time to first token, s", xscale="log", yscale="log")
     axes[1][1].set(xlabel="bandwidth, Gbps", ylabel=f"KL at SLO {slo:g} s", xscale="log", yscale="log")
@@ -282,10 +208,12 @@ def links_of(count: int, seed: int, chunks: int, spread: str, files: Sequence[Pa
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
 @click.option(
     "--spread",
-    default="log",
+    "spreads",
+    multiple=True,
+    default=("uniform", "log"),
     show_default=True,
     type=click.Choice(["uniform", "log"]),
-    help="Distribution of bandwidths.",
+    help="Distribution of bandwidths; repeatable.",
 )
 @click.option(
     "--trace-file",
@@ -297,6 +225,7 @@ def links_of(count: int, seed: int, chunks: int, spread: str, files: Sequence[Pa
 @click.option("--slo", "slos", multiple=True, type=float, default=(0.5, 1, 1.5, 2, 3, 4, 6), show_default=True,
               help="SLO in seconds; repeatable.")  # fmt: skip
 @click.option("--plot-slo", default=2.0, show_default=True, help="SLO of the plots over the bandwidth, in seconds.")
+@click.option("--contexts", default=3, show_default=True, help="Number of contexts.")
 @click.option("--tokens", default=1100, show_default=True, help="Approximate length of the context in tokens.")
 @click.option("--chunk-tokens", default=128, show_default=True, help="Tokens per chunk.")
 @click.option(
@@ -310,39 +239,30 @@ def links_of(count: int, seed: int, chunks: int, spread: str, files: Sequence[Pa
 @click.option("--question-seconds", default=0.05, show_default=True, help="Prefill of the question, in seconds.")
 @click.option("--round-trip", default=0.001, show_default=True, help="Round trip of a request, in seconds.")
 def main(
-    out: Path, count: int, seed: int, spread: str, files: tuple[Path, ...], slos: tuple[float, ...], plot_slo: float,
-    tokens: int, chunk_tokens: int, uniform_bytes: float, prefill_seconds: float, decode_seconds: float,
-    question_seconds: float, round_trip: float,
+    out: Path, count: int, seed: int, spreads: tuple[str, ...], files: tuple[Path, ...], slos: tuple[float, ...],
+    plot_slo: float, contexts: int, tokens: int, chunk_tokens: int, uniform_bytes: float, prefill_seconds: float,
+    decode_seconds: float, question_seconds: float, round_trip: float,
 ) -> None:  # fmt: skip
     """Run the adaptation experiment."""
     options = {**click.get_current_context().params, "out": out.name, "files": [path.name for path in files]}
-    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-    made = document("lines", HELD_OUT_SEED + seed, tokens)
-    ids = tokenizer(made.text, return_tensors="pt").input_ids
-    cache = CacheGenCache.from_context(model, ids)
-    encoded = encode_kv(cache.kv.keys, cache.kv.values, CacheGenConfig(chunk_tokens=chunk_tokens), cache.profile)
-    after = "".join(question.prompt + question.completion for question in made.questions)
-    judge = Judge(model, encoded, cache, tokenizer(after, return_tensors="pt").input_ids)
-    width = cache.kv.keys[0].shape[-1]
-    real = cache.kv.geometry.elements * uniform.bits_per_element(8, width) / 8
-    total = ids.shape[1]
-    chunks = chunks_of(encoded, uniform_bytes / real, total / prefill_seconds, total / decode_seconds)
-    who = contestants(chunks, uniform_bytes)
-    links = links_of(count, seed, len(chunks), spread, files)
-    rows, kept = over_slo(who, links, sorted(slos), judge, question_seconds, round_trip)
+    setting = Setting(tokens, chunk_tokens, uniform_bytes, prefill_seconds, decode_seconds)
+    made = [contestants_of(seed + index, setting) for index in tqdm(range(contexts), "contexts")]
+    field, most = [who for who, _ in made], max(about["chunks"] for _, about in made)
+    rows: list[Row] = []
+    kept: dict[str, dict[str, Kept]] = {}
+    for spread in ("files",) if files else spreads:
+        links = links_of(count, seed, most, spread, files)
+        some, kept[spread] = over_slo(field, spread, links, sorted(slos), question_seconds, round_trip)
+        rows += some
     rates = [traces.GBPS * 10 ** (exponent / 4) for exponent in range(-4, 5)]
-    steady = over_bandwidth(who, rates, plot_slo, judge, question_seconds, round_trip)
+    steady = over_bandwidth(field, rates, plot_slo, question_seconds, round_trip)
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = table(rows, kept)
+    text = tables(rows, kept)
     print(text)
     out.with_suffix(".md").write_text(text)
-    sizes = {one.name: sum(sum(chunk.parts) for chunk in one.chunks) for one in who if one.name in ("level 3", UNIFORM)}
     found = {
         "options": options,
-        "context_tokens": total,
-        "chunks": len(chunks),
-        "bytes": sizes,
+        "contexts": [about for _, about in made],
         "kept": kept,
         "rows": [asdict(row) for row in rows],
         "steady": steady,

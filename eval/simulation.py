@@ -18,7 +18,6 @@ from hf_cachegen.errors import ConfigError
 from hf_cachegen.streaming import (
     CONNECTIONS,
     RESERVE,
-    WAKE_SECONDS,
     Bandwidth,
     Decode,
     Finished,
@@ -26,6 +25,7 @@ from hf_cachegen.streaming import (
     Recompute,
     Schedule,
     ScheduledChunk,
+    Wait,
     request_bytes,
 )
 
@@ -99,6 +99,7 @@ class _Run:
         self.line_busy = self.thread_busy = False
         self.events: list[tuple[float, int, str, object]] = []
         self.number = 0
+        self.wake = 0.0
 
     def at(self, time: float, kind: str, what: object) -> None:
         self.number += 1  # events of the same time keep their order
@@ -128,6 +129,7 @@ class _Run:
 
     def work(self) -> bool:
         """Give the calling thread its next work, if it is free; report whether the stream is finished."""
+        self.wake = self.now + Wait().seconds
         if self.thread_busy:
             return False
         work = self.schedule.next_work(self.now, self.bandwidth.rate())
@@ -139,13 +141,14 @@ class _Run:
         elif isinstance(work, Recompute):
             self.thread_busy = True
             self.at(self.now + self.chunks[work.chunk].recompute_seconds, "recomputed", work)
+        elif isinstance(work, Wait):
+            self.wake = self.now + work.seconds
         return False
 
     def happen(self) -> None:
-        """Process the next event, or advance the clock by the loader's wake interval."""
-        wake = self.now + WAKE_SECONDS
-        if not self.events or self.events[0][0] > wake:
-            self.now = wake
+        """Process the next event, or advance the clock to the end of the loader's wait."""
+        if not self.events or self.events[0][0] > self.wake:
+            self.now = self.wake
             return
         self.now, _, kind, what = heapq.heappop(self.events)
         if isinstance(what, _Request) and kind == "answered":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,9 @@ from hf_cachegen.context import CachedContext, compute_context, load_context, st
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
-from hf_cachegen.models.inputs import ContextInputs
-from hf_cachegen.models.kinds import layer_contents
-from hf_cachegen.models.layers import build_dynamic, build_with_states
+from hf_cachegen.models.inputs import ContextInputs, Tokens
+from hf_cachegen.models.kinds import is_plain, layer_contents
+from hf_cachegen.models.layers import build_by_config, build_dynamic
 from hf_cachegen.models.prefill import STATE_BUDGET, StateOptions
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.read_only import ReadOnlyLayer, refuse
@@ -85,6 +86,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         state_budget: int = STATE_BUDGET,
         progress: bool = False,
         attach: bool = True,
+        continuations: Sequence[Tokens] = (),
     ) -> CacheGenCache:
         """Run a model, in evaluation mode, over a context and keep its exact keys and values.
 
@@ -102,8 +104,10 @@ class CacheGenCache(CachedContext, DynamicCache):
             state_budget: largest size of all checkpoints in bytes; above it some are left out.
             progress: show a progress bar.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
+            continuations: token ids that are likely to follow, to probe `config.target_kl` with, besides drawn ones.
 
         Raises:
+            ConfigError: no step meets `config.target_kl`.
             UnsupportedModelError: the model keeps no cache that can be reused, or the context exceeds its positions.
             UnsupportedLayerError: a layer of its cache is of an unknown kind.
             TensorError: input_ids are not one row of token ids, or media do not fit their placeholders.
@@ -115,7 +119,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         context = compute_context(
             model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress, states=states
         )
-        return cls._of(context, model, attach)
+        return cls._of(context.aimed(model, config, continuations), model, attach)
 
     @classmethod
     def from_text(
@@ -132,11 +136,12 @@ class CacheGenCache(CachedContext, DynamicCache):
         progress: bool = False,
         attach: bool = True,
         keep_text: bool = True,
+        continuations: Sequence[Tokens] = (),
     ) -> CacheGenCache:
         """Tokenize a text as `generate_text` does, and keep its exact keys and values, as `from_context` does.
 
-        model, config, profile, prefill_chunk_tokens, state_every, state_budget, progress and attach are those of
-        `from_context`.
+        model, config, profile, prefill_chunk_tokens, state_every, state_budget, progress, attach and continuations are
+        those of `from_context`.
 
         Args:
             tokenizer: the tokenizer of the model. Its hash becomes a part of the fingerprint.
@@ -154,7 +159,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None,
             StateOptions(state_every, state_budget),
         )  # fmt: skip
-        return cls._of(context, model, attach)
+        return cls._of(context.aimed(model, config, continuations), model, attach)
 
     @classmethod
     def from_cache(
@@ -191,7 +196,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
         """
-        return cls._of(wrap_cache(cache, input_ids, model, config, profile, tokenizer, verify), model, attach)
+        context = wrap_cache(cache, input_ids, model, config, profile, tokenizer, verify)
+        return cls._of(context.aimed(model, config), model, attach)
 
     @classmethod
     def from_pretrained(
@@ -272,6 +278,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         *,
         overwrite: bool = False,
         progress: bool = False,
+        model: PreTrainedModel | None = None,
     ) -> None:
         """Encode into a folder. A cache that was loaded from an artifact copies it, without encoding a second time.
 
@@ -280,13 +287,18 @@ class CacheGenCache(CachedContext, DynamicCache):
             config: options of the encoder (default: the ones given to `from_context`, else CacheGenConfig()).
             overwrite: replace an artifact in the folder.
             progress: show a progress bar.
+            model: the model, for a config with `target_kl`.
 
         Raises:
             ArtifactExistsError: the folder holds an artifact, and `overwrite` is false.
-            ConfigError: the cache was loaded from an artifact that `config` differs from, or that has changed since.
+            ConfigError: the cache was loaded from an artifact that `config` differs from, or that has changed since; or
+                `config` has a target that is not met, or for which the model is missing.
         """
         source: Encoder | EncodedContext
         if self.source is not None:
+            if config is not None and config.predict_layers == 0 and self.config is not None:
+                # The default: 0 was encoded as None where the profile has no predictor.
+                config = replace(config, predict_layers=self.config.predict_layers)
             if config is not None and config != self.config:
                 raise ConfigError(
                     f"this cache was decoded from {self.source}, and a second encoding would add a second loss: save "
@@ -301,9 +313,14 @@ class CacheGenCache(CachedContext, DynamicCache):
             taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
             source = artifact.with_profile(taken).read()
         else:
-            kv, config, layers = self.kv, config or self.config, self.kv.geometry.layers
+            layers = self.kv.geometry.layers
+            kv, measured = self.kv, self.measured if config is None else None
+            config = config or self.config
+            if model is not None and (aimed := self.aimed(model, config)) is not self:
+                config, measured = aimed.config, aimed.measured
             source = encode_no_kv(kv.geometry, config) if not layers else Encoder(
-                kv.keys, kv.values, config, self.profile, layers=layers, progress=progress
+                kv.keys, kv.values, config, self.profile, layers=layers, known=self.known, progress=progress,
+                measured=measured,
             )  # fmt: skip
         write(
             source,
@@ -375,22 +392,22 @@ class CacheGenCache(CachedContext, DynamicCache):
         states it holds the tokens up to the last checkpoint, `report.checkpoints[-1]`.
 
         Args:
-            model: the model, which is needed if it has recurrent states.
+            model: the model, which is needed if it has recurrent states, index keys, or layers without keys.
 
         Raises:
-            ConfigError: the model has recurrent states, and it is not given; or it is an encoder-decoder model.
+            ConfigError: the model is needed and not given, or it is an encoder-decoder model.
         """
         if self.encoder is not None:
             raise ConfigError("a context of an encoder-decoder model has no keys of its tokens: use model.generate")
         kv = self.kv if self.refinement is None else self.refinement.snapshot()[0]
         kv = kv.clone() if kv is self.kv else kv
-        if not self.checkpoints.all:
-            reuse = Reuse(pads=(0,), length=kv.geometry.tokens, whole=True)
+        last = self.checkpoints.all[-1] if self.checkpoints.all else None
+        tokens = kv.geometry.tokens if last is None else last.tokens
+        reuse = Reuse(pads=(0,), length=tokens, whole=tokens == kv.geometry.tokens)
+        if last is None and not kv.geometry.indexed and (model is None or is_plain(model.config)):
             return build_dynamic(kv, reuse, 1, [keys.device for keys in self.kv.keys])
         if model is None:
-            raise ConfigError("a cache with recurrent states needs the model: call to_dynamic(model)")
+            raise ConfigError("a cache with recurrent states or index keys needs the model: call to_dynamic(model)")
         self.check(model)
-        last = self.checkpoints.all[-1]
         devices = layer_devices(model, len(layer_contents(model.config)))
-        reuse = Reuse(pads=(0,), length=last.tokens, whole=last.tokens == kv.geometry.tokens)
-        return build_with_states(kv, last, reuse, 1, devices, model.config)
+        return build_by_config(kv, last, reuse, 1, devices, model.config)

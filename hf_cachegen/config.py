@@ -11,8 +11,14 @@ TransformName = Literal["auto", "delta", "identity", "klt"]
 """The transforms that come with the package (`hf_cachegen.codec.transforms`), and the choice among them."""
 _transform_names: set[str] = set(get_args(TransformName))
 CoderName = Literal["rans", "torchac"]
+MAX_STEP_OFFSET = 64
+"""Largest change of a profile's step: by a factor of 2^16."""
+MIN_PROBE_PASSES = 128
+"""Half of them draw continuations, and the rest has to try some steps."""
 MAX_CHUNK_TOKENS = 1 << 15
 """Largest chunk in tokens: keeps the counts of tokens and channels within the stream's 32-bit positions."""
+MAX_PREDICT_LAYERS = 1 << 12
+"""Largest value of `predict_layers`, above the number of layers of any model."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,14 @@ class CacheGenConfig:
         protect_last: tokens at the end of the context that every level has at the finest step.
         coder: "rans", or "torchac" (the paper's arithmetic coder; needs the extra of that name).
         prob_bits: precision of the coder's probabilities, 10 to 12 bits.
+        predict_layers: layers that a loader computes from the tokens, so that only the difference to a prediction is
+            stored (klt; needs a profile with such a predictor, and the model to decode): 0 takes the embedding, where
+            the profile has a predictor for it; None predicts nothing.
         measure: decode while encoding, and write the relative error of each layer at each level into the report.
+        step_offset: quarter octaves that are added to the step of the profile (klt): 4 doubles it, -4 halves it.
+        target_kl: divergence of the finest level from the exact cache, in nats per token. The largest step within it is
+            found with the model, for each context (`CacheGenCache.from_context`). None keeps the given step.
+        probe_passes: largest number of forward passes, of one to some tokens each, for `target_kl`.
 
     Raises:
         ConfigError: a value has another type, or is out of its range.
@@ -50,7 +63,11 @@ class CacheGenConfig:
     protect_last: int = 64
     coder: CoderName = "rans"
     prob_bits: int = 11
+    predict_layers: int | None = 0
     measure: bool = True
+    step_offset: int = 0
+    target_kl: float | None = None
+    probe_passes: int = 256
 
     def __post_init__(self) -> None:
         if not isinstance(self.transform, str) or self.transform not in _transform_names:
@@ -65,11 +82,21 @@ class CacheGenConfig:
         self._require_range("protect_first", 0, MAX_CHUNK_TOKENS)
         self._require_range("protect_last", 0, MAX_CHUNK_TOKENS)
         self._require_range("prob_bits", 10, 12)
+        self._require_range("step_offset", -MAX_STEP_OFFSET, MAX_STEP_OFFSET)
+        self._require_range("probe_passes", MIN_PROBE_PASSES, 1 << 20)
+        if self.predict_layers is not None:
+            self._require_range("predict_layers", 0, MAX_PREDICT_LAYERS)
         for name in ("lossless", "measure"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.lossless and self.transform not in ("auto", "identity"):
             raise ConfigError(f"lossless=True codes the values themselves, without transform={self.transform!r}")
+        if self.step_offset and (self.lossless or self.transform in ("delta", "identity")):
+            raise ConfigError("step_offset changes the step of a profile (klt): use steps= for another transform")
+        if self.target_kl is not None and not _is_target(self.target_kl):
+            raise ConfigError(f"target_kl must be a number from 1e-6 to 10 nats per token, got {self.target_kl!r}")
+        if self.target_kl is not None and self.lossless:
+            raise ConfigError("target_kl chooses a step, and lossless=True has none: leave out one of them")
 
     def _require_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -77,8 +104,13 @@ class CacheGenConfig:
             raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values, for the manifest."""
-        return {**asdict(self), "steps": list(self.steps)}
+        """Return the options as plain values, for the manifest. Later options are left out where they have no effect:
+        earlier readers refuse options that they do not know.
+        """
+        found = {**asdict(self), "steps": list(self.steps)}
+        idle = ["step_offset"] * (self.step_offset == 0) + ["target_kl", "probe_passes"] * (self.target_kl is None)
+        idle += ["predict_layers"] * (self.predict_layers is None)
+        return {name: value for name, value in found.items() if name not in idle}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CacheGenConfig:
@@ -87,7 +119,7 @@ class CacheGenConfig:
         if unknown:
             raise ConfigError(f"expected options out of {sorted(f.name for f in fields(cls))}, got {unknown}")
         listed = isinstance(values.get("steps"), list)
-        return cls(**{**values, **({"steps": tuple(values["steps"])} if listed else {})})
+        return cls(**{"predict_layers": None, **values, **({"steps": tuple(values["steps"])} if listed else {})})
 
 
 def add_transform_name(name: str) -> None:
@@ -102,3 +134,7 @@ def remove_transform_name(name: str) -> None:
 
 def _is_step(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.001 <= value <= 100
+
+
+def _is_target(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-6 <= value <= 10

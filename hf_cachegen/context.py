@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from transformers.cache_utils import Cache
 from hf_cachegen.artifact import ContextText, Limits, Reader, Store, read_text
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
+from hf_cachegen.models.causality import require_causal
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.encoder_decoder import (
     EncoderState,
@@ -31,9 +33,10 @@ from hf_cachegen.models.encoder_decoder import (
     require_encoder_decoder,
 )
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.identity import Verify, identify
-from hf_cachegen.models.inputs import ContextInputs, context_inputs
-from hf_cachegen.models.kinds import holds_states, layer_contents
+from hf_cachegen.models.inputs import ContextInputs, Tokens, context_inputs, one_row
+from hf_cachegen.models.kinds import empty_cache, holds_states, is_plain, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.media_prompt import prefill_media
 from hf_cachegen.models.opening import check_states, checked_kv, open_manifest, validate
@@ -47,6 +50,7 @@ from hf_cachegen.models.requirements import (
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
+from hf_cachegen.models.target import meet_target
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
 from hf_cachegen.report import CacheReport
@@ -71,6 +75,8 @@ class CachedContext:
         text: the text of the context, where it is known and not in `source`.
         checkpoints: the states of recurrent layers at some positions; empty for a model without such layers.
         encoder: of an encoder-decoder model, what is kept beside the keys and values of cross-attention.
+        measured: the divergences that `config` was chosen by, if it had a target.
+        known: what a loader computes from the tokens, for a profile that predicts; None where nothing is predicted.
         refinement: the refinement of a streamed context, which may still improve it; None if it was not streamed.
 
     Raises:
@@ -92,13 +98,15 @@ class CachedContext:
         text: ContextText | None = None,
         checkpoints: Checkpoints | None = None,
         encoder: EncoderState | None = None,
+        measured: dict[str, Any] | None = None,
+        known: Known | None = None,
     ):
         if kv.geometry.batch != 1 or tuple(input_ids.shape) != (1, kv.geometry.tokens):
             raise TensorError(f"expected input_ids [1, {kv.geometry.tokens}] for one row, got {list(input_ids.shape)}")
         self.kv, self.input_ids, self.fingerprint, self._report = kv, input_ids, fingerprint, report
         self.config, self.profile, self.source, self.refinement = config, profile, source, refinement
         self.verify, self._text, self.checkpoints = verify, text, checkpoints or Checkpoints()
-        self.encoder = encoder
+        self.encoder, self.measured, self.known = encoder, measured, known
 
     @property
     def report(self) -> CacheReport:
@@ -126,12 +134,33 @@ class CachedContext:
             "kv": self.kv, "input_ids": self.input_ids, "fingerprint": self.fingerprint, "report": self._report,
             "config": self.config, "profile": self.profile, "source": self.source, "refinement": self.refinement,
             "verify": self.verify, "text": self._text, "checkpoints": self.checkpoints,
-            "encoder": self.encoder,
+            "encoder": self.encoder, "measured": self.measured, "known": self.known,
         }  # fmt: skip
 
     def named_tensors(self) -> list[NamedTensor]:
         """Return the tensors to store beside keys and values: states of recurrent layers, the output of an encoder."""
         return [*self.checkpoints.named(), *([] if self.encoder is None else self.encoder.named())]
+
+    def aimed(
+        self, model: PreTrainedModel, config: CacheGenConfig | None, continuations: Sequence[Tokens] = ()
+    ) -> CachedContext:
+        """Return this context with the step that meets the target of `config`; without a target, this object.
+
+        Arguments and errors are those of `CacheGenCache.save_pretrained`.
+        """
+        if config is None or config.target_kl is None:
+            if continuations:
+                raise ConfigError("continuations are for CacheGenConfig(target_kl=...): set it, or leave them out")
+            return self
+        if not is_plain(model.config) or self.encoder is not None or self.fingerprint.media:
+            raise ConfigError(
+                "target_kl needs a context of tokens alone and a decoder whose layers hold keys and values alone: set "
+                "steps= or step_offset= instead"
+            )
+        ids = [one_row(found) for found in continuations]
+        last = int(self.input_ids[0, -1])
+        chosen = meet_target(model, self.kv, last, config, self.profile, ids, self.known)
+        return CachedContext(**{**self.parts(), "config": chosen.config, "measured": chosen.measured})
 
     def read_text(self) -> ContextText | None:
         """Return the text or the chat of the context, which for a loaded context is read from its artifact.
@@ -183,10 +212,12 @@ def compute_context(
         prefill_chunk_tokens = ids.shape[1]
     with evaluation_mode(model), fresh_state(model):
         if media is not None:
+            require_causal(model)
             past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, states, progress)
         else:
             if not holds_states(model.config):
                 _require_continuation(model, ids[:, :prefill_chunk_tokens])
+            require_causal(model)
             past, checkpoints = prefill(model, ids, prefill_chunk_tokens, states, progress)
     _require_tokens(past, ids.shape[1], model)
     kv = checked_kv(_captured(past, model, ids), model, ids)
@@ -194,9 +225,24 @@ def compute_context(
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=found_media)
     seconds = time.perf_counter() - start
     report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=states.budget if checkpoints.all else None)
+    known = None if media is not None else _to_encode(model, ids, config, found)
     return CachedContext(
-        kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints
+        kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints, known=known
     )
+
+
+def _to_encode(
+    model: PreTrainedModel, ids: Tensor, config: CacheGenConfig | None, profile: Profile | None
+) -> Known | None:
+    """Return the scores to encode a context with; None where its profile predicts nothing.
+
+    They are computed together with the fingerprint, since the model may have changed when the context is saved.
+    """
+    config = config or CacheGenConfig()
+    layer = None if profile is None or config.lossless else profile.usable(config.predict_layers)
+    if profile is None or layer is None or config.transform not in ("auto", "klt"):
+        return None
+    return Known(layer, known_of(model, ids, profile, layer).scores)
 
 
 def _encoded_context(
@@ -247,7 +293,7 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     if kind in _continues:
         return
     ids = ids.to(layer_devices(model, len(layer_contents(model.config)))[0])
-    past = DynamicCache()
+    past = empty_cache(model.config)
     try:
         for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
             run(model, tokens, past, last_logits_only=True)
@@ -286,6 +332,7 @@ def wrap_cache(
     require_model(model)
     found = for_encoding(profile, model)
     ids, media = context_inputs(model.config, input_ids)
+    require_causal(model)
     kv = checked_kv(_captured(cache, model, ids), model, ids).clone()
     checkpoints = Checkpoints()
     if holds_states(model.config):
@@ -295,7 +342,7 @@ def wrap_cache(
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, probed, media=found_media)
     return CachedContext(
         kv, ids, fingerprint, _report(kv, checkpoints), config=config, profile=found, verify=verify,
-        checkpoints=checkpoints,
+        checkpoints=checkpoints, known=None if found_media else _to_encode(model, ids, config, found),
     )  # fmt: skip
 
 
@@ -318,7 +365,10 @@ def load_context(
     artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
         device = devices[0]
-    keys, values = artifact.decode(level, device, progress=progress)
+    known, layer = None, artifact.config.predict_layers
+    if layer is not None and taken is not None and model is not None:
+        known = known_of(model, found.input_ids, taken, layer)
+    keys, values = artifact.decode(level, device, known=known, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
     level = artifact.levels if level is None else level
     report = _report(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.geometry import LayerGeometry
-from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.predictor import Known, Predictor
+from hf_cachegen.codec.profile import Rotary
+from hf_cachegen.models.indexed import joined
 from hf_cachegen.profiles.files import Profile
 
 
 def golden_kv(name: str = "") -> tuple[list[Tensor], list[Tensor]]:
     """Return (keys, values) of two layers with 50 tokens each, equal on every machine and in every release of torch.
 
-    They are computed from integers. Tokens 0 and 40 are sinks if the name ends in "-sinks".
+    They are computed from integers. Tokens 0 and 40 are sinks if the name ends in "-sinks". The values of "indexed" end
+    with an index key.
     """
     numbers = np.arange(2 * 2 * 2 * 50 * 12, dtype=np.uint64)
     for _ in range(3):
@@ -27,7 +33,14 @@ def golden_kv(name: str = "") -> tuple[list[Tensor], list[Tensor]]:
     x = x.bfloat16()
     if name.endswith("-sinks"):
         x[0, :, :, :, [0, 40]] /= 256
+    if name == "indexed":
+        return list(x[0]), [joined(values, values[:, :1] / 2) for values in x[1]]
     return list(x[0]), list(x[1])
+
+
+def golden_layers(name: str) -> list[LayerGeometry] | None:
+    """Return the geometry of the layers of `golden_kv(name)`; None where all are of kind "full"."""
+    return [LayerGeometry("indexed", 2, 12, 1, 36, index_dim=12)] * 2 if name == "indexed" else None
 
 
 def golden_tensors() -> list[NamedTensor]:
@@ -64,3 +77,30 @@ def golden_profile() -> Profile:
         refine_entries=torch.stack([components % 20 + 5, components % 15 + 10]).to(torch.uint8),
         about={"model": "golden"},
     )
+
+
+def golden_predicting() -> Profile:
+    """Return the golden profile with a predictor from the first layer's input, of rank 2."""
+    whole = golden_profile()
+    mixing, predictions = torch.eye(24) + torch.eye(24).flip(0) / 4, torch.arange(48).reshape(2, 24) / 16 - 1
+    groups = tuple(
+        Group(kind, 1, 1, whole.groups[kind].sensitivity[2:], mixing[:20], predictions * (1 - kind)) for kind in (0, 1)
+    )
+    components = torch.arange(40)
+    predictor = Predictor(
+        layer=0,
+        mean=torch.arange(4).float() / 4,
+        directions=torch.arange(8).reshape(4, 2).float() / 8,
+        groups=groups,
+        step_code=150,
+        base_entries=(components % 30 + 30).to(torch.uint8),
+        refine_entries=torch.stack([components % 20 + 5, components % 15 + 10]).to(torch.uint8),
+        about={"rank": 2},
+    )
+    return replace(whole, predictors=(predictor,))
+
+
+def golden_known(name: str = "") -> Known:
+    """Return what a loader of the golden cache would have computed, for `golden_predicting`."""
+    keys, values = golden_kv(name)
+    return Known(0, torch.arange(100).reshape(50, 2) % 17 / 8 - 1, tuple(keys[:1]), tuple(values[:1]))

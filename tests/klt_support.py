@@ -8,7 +8,8 @@ import torch
 
 from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
-from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.profiles.learning import Sample
 from tests.tiny_models import VOCABULARY
 

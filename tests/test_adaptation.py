@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import adaptation, traces
+from eval.contestants import TEXT, UNIFORM
 from eval.report import adaptation as reported
 from eval.simulation import Chunk, Outcome, simulate
 from hf_cachegen.errors import ConfigError
@@ -67,6 +68,15 @@ def test_on_a_steady_link_adaptive_is_in_time_where_a_fixed_choice_is_well_in_ti
         assert simulate(CHUNKS, link, Adaptive(), slo, 0.05, 0.001).ttft <= slo
 
 
+@pytest.mark.parametrize("slo", [0.5, 1.0, 2.0])
+def test_on_the_links_of_the_paper_adaptive_is_in_time_where_a_fixed_choice_is(slo: float) -> None:
+    for seed in range(100):
+        link = traces.paper(seed, len(CHUNKS))
+        fixed = (Fixed(level) for level in (1, 2, 3))
+        if any(simulate(CHUNKS, link, policy, slo, 0.05, 0.001).ttft <= slo for policy in fixed):
+            assert simulate(CHUNKS, link, Adaptive(), slo, 0.05, 0.001).ttft <= slo, f"seed {seed}"
+
+
 def test_a_link_that_dies_ends_a_fixed_level_and_not_an_adaptive_stream() -> None:
     link = traces.step(1e9, 0.0, 0.1)
     assert simulate(CHUNKS, link, Fixed(3), 5.0).ttft == math.inf
@@ -85,7 +95,7 @@ def test_chunks_that_do_not_match_are_refused() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the path without suffix of the files that a short experiment writes."""
     out = tmp_path_factory.mktemp("adaptation") / "short"
-    options = ["--traces", "6", "--slo", "0.6", "--slo", "2", "--tokens", "300", "--plot-slo", "2"]
+    options = ["--traces", "6", "--contexts", "2", "--slo", "0.6", "--slo", "2", "--tokens", "300", "--plot-slo", "2"]
     done = CliRunner().invoke(adaptation.main, ["--out", str(out), *options], catch_exceptions=False)
     assert done.exit_code == 0
     return out
@@ -94,20 +104,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_experiment_writes_its_results(results: Path) -> None:
     found = json.loads(results.with_suffix(".json").read_text())
     assert found["options"]["count"] == 6
-    assert set(found["kept"]) == {"0.6", "2"}
-    rows = {(row["contestant"], row["slo"]): row for row in found["rows"]}
-    names = ["adaptive", "paper", "level 1", "level 2", "level 3", adaptation.UNIFORM, adaptation.TEXT]
+    assert len(found["contexts"]) == 2
+    assert list(found["kept"]) == ["uniform", "log"]
+    assert all(set(kept) == {"0.6", "2"} for kept in found["kept"].values())
+    rows = {(row["contestant"], row["slo"]): row for row in found["rows"] if row["spread"] == "uniform"}
+    names = ["adaptive", "paper", "level 1", "level 2", "level 3", "adaptive, delta", "paper, delta", UNIFORM, TEXT]
     assert list(dict.fromkeys(name for name, _ in rows)) == names
     assert rows["text", 2.0]["kl"] == 0
     assert rows["text", 2.0]["violations"] == 1
     losses = [rows[f"level {level}", 2.0]["kl"] for level in (3, 2, 1)]
     assert losses == sorted(losses)
     assert losses[0] > 0
+    assert rows["adaptive, delta", 2.0]["kl"] > rows["adaptive", 2.0]["kl"]
     assert losses[0] / 100 < rows["adaptive", 2.0]["kl"] <= losses[2] * 1.5
     assert {point["contestant"] for point in found["steady"]} == set(names)
     assert results.with_suffix(".png").stat().st_size > 10_000
     assert "<svg" in results.with_suffix(".svg").read_text()[:2000]
-    assert results.with_suffix(".md").read_text().count("| adaptive |") == 2
+    assert results.with_suffix(".md").read_text().count("| adaptive |") == 4
 
 
 def test_the_report_shows_the_experiment(results: Path) -> None:

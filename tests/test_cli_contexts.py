@@ -263,3 +263,22 @@ def test_an_artifact_without_a_fingerprint_belongs_to_no_model(tmp_path: Path, m
     artifact.write(encode_kv([torch.zeros(1, 1, 9, 8)], [torch.ones(1, 1, 9, 8)]), tmp_path / "bare")
     found = run_json("verify", tmp_path / "bare", "--model", model, code=cli_errors.MISMATCH)
     assert "no fingerprint" in found["error"]["message"]
+
+
+def test_encode_meets_a_target(tmp_path: Path, model: Path, document: Path) -> None:
+    (tmp_path / "after.txt").write_text(text(12, seed=4), encoding="utf-8")
+    command = ("encode", document, "--model", model, "--transform", "identity", "--protect-last", 8)
+    aimed = (*command, "--target-kl", 0.01, "--continuation", tmp_path / "after.txt")
+    found = run_json(*aimed, "--out", tmp_path / "aimed")
+    assert found["target_kl"]["target"] == 0.01
+    assert found["target_kl"]["continuations"] == 9
+    last = found["levels"][-1]
+    assert last["low"] <= last["kl"] <= last["high"]
+    assert last["kl"] <= 0.01
+    shown = run("inspect", tmp_path / "aimed").output
+    assert "KL in this context" in shown
+    assert "was chosen for 0.01 nats" in shown.replace("\n", " ")
+    assert "was chosen for 0.01 nats" in run(*aimed, "--out", tmp_path / "again").stdout
+    assert run_json(*command, "--out", tmp_path / "plain")["target_kl"] is None
+    wrong = run_json(*command, "--continuation", document, "--out", tmp_path / "x", code=cli_errors.USAGE)
+    assert "--continuation requires --target-kl" in wrong["error"]["message"]

@@ -225,3 +225,21 @@ def test_every_field_of_the_configuration_is_an_option() -> None:
     defaults = CacheGenConfig()
     assert set(options) == set(CacheGenConfig.__dataclass_fields__)
     assert all(option.default == getattr(defaults, name) for name, option in options.items())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [1, [], {"target": "x"}, {"target": float(10**9), "tokens": -1}, {"continuations": True}, {"kl": [1.0]},
+     {"low": None}, {"high": [0.1, "x", 0.1]}],
+)  # fmt: skip
+def test_inspect_refuses_a_measured_target_of_another_shape(tmp_path: Path, changed: object) -> None:
+    sound = {
+        "target": 0.01, "kl": [0.3, 0.1, 0.01], "low": [0.2, 0.0, 0.0], "high": [0.4, 0.2, 0.1], "continuations": 8,
+        "tokens": 64, "passes": 100,
+    }  # fmt: skip
+    path = write(tmp_path / "other")
+    assert run_json("inspect", rewrite(path, report={"target_kl": sound}))["target_kl"]["passes"] == 100
+    found = {**sound, **changed} if isinstance(changed, dict) else changed
+    other = rewrite(path, report={"target_kl": found})
+    message = run_json("inspect", other, code=cli_errors.ARTIFACT)["error"]["message"]
+    assert "report.target_kl" in message

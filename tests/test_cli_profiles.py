@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -122,6 +124,14 @@ def test_an_interrupted_run_continues(
     left.write_bytes(b"left over")
     assert run_json(*command, "--overwrite", "--seed", 1)["digest"] != Profile.load(profile).digest
     assert not left.exists()
+
+
+def test_progress_is_shown_where_stderr_is_no_terminal(tmp_path: Path, model: Path, long_text: Path) -> None:
+    done = run("profile", "--model", model, "--text", long_text, "--out", tmp_path, *LEARN)
+    assert done.exit_code == 0, done.output
+    assert "hf-cachegen: note: learn: 8 of 8 samples" in done.stderr
+    assert "learn: " not in done.stdout
+    assert not logging.getLogger("hf_cachegen.profiles.learning").handlers
 
 
 def test_profile_takes_its_options(tmp_path: Path, model: Path, long_text: Path) -> None:
@@ -320,7 +330,7 @@ def test_bars_are_drawn_for_people_at_a_terminal(
     asked = run(*ask(tmp_path / "context", own))
     for done, names in ((learnt, "learn step tables"), (made, "prefill encode"), (asked, "decode")):
         assert done.exit_code == 0, done.output
-        assert all(f"{name}: " in done.stderr for name in names.split())
+        assert all(re.search(rf"{name}( at \d+)?: ", done.stderr) for name in names.split())
     run_json(*ask(tmp_path / "context", own))  # nothing on stderr
     monkeypatch.delenv("FORCE_COLOR")
     assert "decode:" not in run(*ask(tmp_path / "context", own)).stderr

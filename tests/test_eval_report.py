@@ -16,7 +16,7 @@ import pytest
 
 from eval.report import write
 from eval.report.plots import MARKERS, PLAIN
-from eval.report.tables import Table, digits, seconds, size
+from eval.report.tables import NOTHING, Table, break_even, digits, quality, seconds, size
 from eval.run_folder import ASKED, RunFolder
 from hf_cachegen.errors import ConfigError
 
@@ -121,15 +121,16 @@ def test_the_page_shows_the_findings(report: Path) -> None:
     assert "optimum is not installed" in page
     assert '"x:path=$D/y.jsonl"' in html.unescape(page)
     assert "1 longer than the model’s 4,096 tokens left out" in page.replace("model's", "model’s")
-    assert "12% / 0.0100" in page
+    assert "12.3% / 0.0100" in page
     assert "SLO 2 s" in page
 
 
 def test_the_markdown_has_the_tables_and_links_its_plots(report: Path) -> None:
     text = (report / "report.md").read_text()
     share, kl = "99.5% [97.5, 100.5]", "0.0300 [0.0100, 0.0400]"
-    assert f"| klt, level 1 | 60.0 kB | 26.7× | 0.60 | {share} | -0.5 [-1.5, +0.5] | {share} | {share} | {kl} |" in text
-    assert f"| klt, level 1 | 60.0 kB | 26.7× | 0.60 | 10.05 | +0.50 [-0.50, +1.50] | {share} | {kl} |" in text
+    klt = "| klt, level 1 | 60.0 kB | 26.7× | 0.60 | 2.70 MB | 7 |"
+    assert f"{klt} {share} | -0.5 [-1.5, +0.5] | {share} | {share} | {kl} |" in text
+    assert f"{klt} 10.05 | +0.50 [-0.50, +1.50] | {share} | {kl} |" in text
     assert "| CacheGen as released | 1.17 ms | – | 30.0 ms | – | – |" in text
     assert "Intervals are 95 %, percentile bootstrap over contexts; differences" in text  # a run of an older form
     for name in re.findall(r"\]\(([^)]+\.svg)\)", text):
@@ -211,3 +212,21 @@ def shown(root: Path, scheme: str) -> dict[str, Any]:
     assert "".join(dumped), done.stderr[-1000:]
     found: dict[str, Any] = json.loads(html.unescape(dumped[0]))
     return found
+
+
+def test_a_profile_is_priced_beside_the_caches_that_need_it() -> None:
+    metrics = {"variants": [{"codec": "uniform-4", "bytes": 500}, {"codec": "klt", "bytes": 100}]}
+    klt = metrics["variants"][1]
+    assert break_even(metrics, klt, 4001) == "11"
+    assert break_even(metrics, {"codec": "klt", "bytes": 500}, 4001) == "never"
+    assert break_even({"variants": [klt]}, klt, 4001) == NOTHING
+
+
+def test_the_table_names_the_profile_only_where_a_run_used_one(tmp_path: Path) -> None:
+    metrics = RunFolder(made_run(tmp_path, "lines", 0.9)).metrics()
+    without, priced = quality("lines", metrics, ["line"]), quality("lines", metrics, ["line"], 2_800_000)
+    assert "profile" not in without.heads
+    at = priced.heads.index("profile")
+    cells = {row[0]: row[at : at + 2] for row in priced.rows}
+    assert cells["klt, level 1"] == ("2.80 MB", "8"), "2.8 MB / (450 kB - 60 kB)"
+    assert cells["delta (our reading of section 5.2), level 2"] == ("", "")

@@ -25,7 +25,7 @@ from hf_cachegen.errors import UnsupportedFormatError
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import open_with_profile
 from hf_cachegen.stores import LocalStore
-from tests.golden_cache import golden_kv, golden_profile, golden_tensors
+from tests.golden_cache import golden_kv, golden_layers, golden_profile, golden_tensors
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -33,8 +33,10 @@ CASES = {
     "delta": CacheGenConfig(transform="delta", chunk_tokens=32, protect_last=8),
     "identity": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "identity-sinks": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8),
+    "indexed": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "klt": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-sinks": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
+    "klt-step": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8, step_offset=-5),
     "klt-tables": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
     "states": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
@@ -48,7 +50,7 @@ def digest(tensors: list[Tensor]) -> str:
 def write_golden(directory: Path, config: CacheGenConfig) -> None:
     profile = golden_profile() if config.transform == "klt" else None
     write(
-        Encoder(*golden_kv(directory.name), config, profile),
+        Encoder(*golden_kv(directory.name), config, profile, layers=golden_layers(directory.name)),
         directory,
         input_ids=list(range(50)),
         fingerprint={"model": "golden"},
@@ -89,7 +91,8 @@ def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None
 
 @pytest.mark.parametrize(("name", "features"), [
     ("identity", ()), ("identity-sinks", ("sinks",)), ("klt", ("klt",)), ("klt-tables", ("klt", "klt-tables")),
-    ("klt-sinks", ("klt", "klt-tables", "sinks")), ("states", ("states",)),
+    ("klt-step", ("klt", "klt-step", "klt-tables")), ("klt-sinks", ("klt", "klt-tables", "sinks")),
+    ("states", ("states",)),
 ], ids=str)  # fmt: skip
 def test_additions_are_required_features(name: str, features: tuple[str, ...]) -> None:
     data = (GOLDEN / name / "cachegen.json").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,11 +182,15 @@ def test_importing_is_cheap(statement: str) -> None:
 
 def test_versions_and_dependencies_agree() -> None:
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == hf_cachegen.__version__
-    assert f"## {hf_cachegen.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, dynamic = settings["project"], settings["tool"]["setuptools"]["dynamic"]
+    assert project["dynamic"] == ["version"]
+    assert dynamic["version"] == {"attr": "hf_cachegen._version.__version__"}
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == hf_cachegen.__version__
     assert f"hf_cachegen {hf_cachegen.__version__}" == encoded.WRITER
-    repeated = [path for path in SOURCES if project["version"] in path.read_text(encoding="utf-8")]
+    repeated = [path for path in SOURCES if hf_cachegen.__version__ in path.read_text(encoding="utf-8")]
     assert repeated == [PACKAGE / "_version.py"], "the version is written once"
     used = {name.split(".")[0] for path in SOURCES for name in imports(parse(path))}
     declared = {requirement.split(">")[0] for requirement in project["dependencies"]}

@@ -1,4 +1,4 @@
-"""Learning a profile: an interrupted run resumes, and holds one sample's cache at a time."""
+"""Learning a profile: an interrupted run resumes, memory is limited, and the step is found with few measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 from hf_cachegen import CacheGenConfig, Profile, learn_profile
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.profiles.learning import Sample, journal, learning, moments
+from hf_cachegen.models import stepping
+from hf_cachegen.profiles.learning import Sample, exact, journal, learning, progress
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
@@ -57,7 +58,7 @@ def learn_until(model, path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, 
 
     def dying(self, name: str, sums, done: int) -> None:
         keep(self, name, sums, done)
-        if (name, done) == (stage, records):
+        if (name.split()[0], done) == (stage, records):
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -73,10 +74,11 @@ def test_a_killed_run_resumes_to_the_same_profile(model, whole, stage, tmp_path,
     learn_until(model, path, stage, monkeypatch)
     seen: list[str] = []
     keep = journal.Journal.keep
-    monkeypatch.setattr(journal.Journal, "keep", lambda *args: (seen.append(args[1]), keep(*args)))
+    monkeypatch.setattr(journal.Journal, "keep", lambda *args: (seen.append(args[1].split()[0]), keep(*args)))
     assert learn_profile(model, samples(), config=CONFIG, seed=3, journal=path).digest == whole.digest
     assert seen.count("learn") == {"learn": 3}.get(stage, 0)  # of 5: 2 of 7 are held out
-    assert seen.count("tables") == {"tables": 3}.get(stage, 5)
+    # A coarse level decides here, so the tables are counted at two steps.
+    assert seen.count("tables") == {"tables": 8}.get(stage, 10)
 
 
 @pytest.mark.usefixtures("eager")
@@ -114,11 +116,11 @@ def test_nothing_is_written_without_a_journal(model, whole, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())  # the run is shorter than the time between two records
 
 
-@pytest.mark.parametrize("module", [moments, learning], ids=["moments", "learning"])
-def test_one_samples_cache_is_held_at_a_time(model, module, monkeypatch) -> None:
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["nothing", "all that is read again"])
+def test_exact_caches_are_kept_within_a_limit(model, whole, limit, monkeypatch) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    prefill = module.prefill
+    prefill = exact.prefill
 
     def watched(*args):
         nonlocal most
@@ -127,7 +129,82 @@ def test_one_samples_cache_is_held_at_a_time(model, module, monkeypatch) -> None
         most = max(most, sum(ref() is not None for ref in held))
         return keys, values, layers
 
-    monkeypatch.setattr(module, "prefill", watched)
+    monkeypatch.setattr(exact, "prefill", watched)
+    monkeypatch.setattr(exact, "MOST_KEPT_BYTES", limit)
+    monkeypatch.setattr(learning, "MAX_TABLE_SAMPLES", 2)
+    found = learn_profile(model, samples(), config=CONFIG, seed=3)
+    monkeypatch.setattr(exact, "MOST_KEPT_BYTES", limit // 2)
+    assert learn_profile(model, samples(), config=CONFIG, seed=3).digest == found.digest
+    if limit:
+        assert len(held) == 2 * (1 + 7)  # every sample is computed once, after two tokens that show the geometry
+        assert most <= 2 + 2 + 2  # held out; for the tables; the new one and the previous one
+    else:
+        assert len(held) > 2 * (1 + 7)
+        assert most <= 2  # the new one, and the previous one that a name still refers to
+
+
+class Measured:
+    """Divergences that grow with the code, and the number of measurements."""
+
+    def __init__(self, scales: list[float], factors: tuple[float, ...] = (20.0, 4.0, 1.0)):
+        self.scales, self.factors, self.asked = scales, factors, list[tuple[int, int, int]]()
+
+    def value(self, code: int, sample: int, level: int) -> float:
+        return self.scales[sample] * self.factors[level] * 1.3 ** (code - 150)
+
+    def __call__(self, code: int, sample: int, level: int) -> dict[int, float]:
+        self.asked.append((code, sample, level))
+        return {level: self.value(code, sample, level)}
+
+    def within(self, code: int, targets: tuple[float, ...]) -> bool:
+        means = [
+            sum(self.value(code, s, level) for s in range(len(self.scales))) / len(self.scales) for level in (0, 1, 2)
+        ]
+        return all(mean <= target for mean, target in zip(means, targets, strict=True))
+
+
+@pytest.mark.parametrize(
+    "targets", [(0.1, 0.01, 0.001), (0.1, 0.01, 10.0), (0.001, 10.0, 10.0), (1e9, 1e9, 1e9), (1e-30,) * 3],
+    ids=["finest", "middle", "coarsest", "all codes", "none"],
+)  # fmt: skip
+@pytest.mark.parametrize("scales", [[1.0], [1.0, 1.1, 0.9, 1.0], [1e-4, 1.0, 1.0, 1.0], [50.0, 1.0, 1.0, 1.0]])
+def test_the_step_is_the_largest_within_the_targets(targets, scales) -> None:
+    measured = Measured(scales)
+    known = journal.unknown(256, len(scales), 3)
+    kept: list[int] = []
+    found = stepping.StepSearch(known, targets, measured, lambda: kept.append(1)).largest()
+    assert found == max((code for code in range(1, 256) if measured.within(code, targets)), default=0)
+    assert len(set(measured.asked)) == len(measured.asked) == len(kept)
+    again = Measured(scales)
+    assert stepping.StepSearch(known, targets, again, lambda: None).largest() == found
+    assert not again.asked
+
+
+def test_the_step_takes_few_measurements() -> None:
+    measured = Measured([1.0, 1.1, 0.9, 1.0, 1.2, 0.8, 1.0, 1.0])
+    stepping.StepSearch(journal.unknown(256, 8, 3), (0.1, 0.01, 0.001), measured, lambda: None).largest()
+    assert len(measured.asked) < 8 * 8 * 3 / 3  # a bisection over all samples and levels takes 192
+
+
+def test_progress_is_logged_at_a_limited_rate(model, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", "hf_cachegen.profiles.learning")
     learn_profile(model, samples(), config=CONFIG)
-    assert len(held) > 5
-    assert most <= 2  # the new one, and the previous one that a name still refers to
+    found = [record.message for record in caplog.records]
+    assert [text.split(":")[0].split()[0] for text in found[:5]] == ["learn", "learn", "step", "tables", "tables"]
+    assert found[1].startswith("learn: 5 of 5 samples, ")
+    caplog.clear()
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN", 0.0)
+    learn_profile(model, samples(), config=CONFIG)
+    assert sum(record.message.startswith("learn: ") for record in caplog.records) == 6
+    assert any("measurements" in record.message for record in caplog.records)
+
+
+def test_a_coarse_level_can_decide(model) -> None:
+    fine = learn_profile(model, samples(), config=CONFIG, target_kl=(9.0, 9.0, 0.01))
+    targets = [row["kl"] / 2 for row in fine.about["measured"][:2]]
+    found = learn_profile(model, samples(), config=CONFIG, target_kl=(targets[0], 9.0, 0.01))
+    assert found.step_code < fine.step_code
+    assert found.about["measured"][0]["kl"] <= 1.05 * targets[0]
+    larger = learn_profile(model, samples(), config=CONFIG, target_kl=(2.5 * targets[0], 9.0, 0.01))
+    assert larger.digest != found.digest
+    assert larger.step_code == fine.step_code

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.policy import (
     TEXT,
     Adaptive,
@@ -23,7 +24,7 @@ from hf_cachegen.streaming.policy import (
     policy_of,
     refinement_order,
 )
-from hf_cachegen.streaming.schedule import Chunk, Decode, Finished, Recompute, Schedule, Stuck, Wait
+from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Stuck, Wait
 
 seconds = st.floats(1e-3, 10.0)
 

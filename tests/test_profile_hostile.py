@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec.profile import MAX_HEADER_BYTES
 from hf_cachegen.errors import CacheGenError, ProfileError
-from tests.golden_cache import golden_kv, golden_profile
+from tests.golden_cache import golden_known, golden_kv, golden_predicting, golden_profile
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
 STRANGE = [
@@ -70,10 +71,12 @@ def change_tensor(tensors: dict[str, Tensor], draw: random.Random) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("make", [golden_profile, golden_predicting], ids=["plain", "predicting"])
 @pytest.mark.parametrize("seed", range(8))
-def test_any_change_is_refused_or_harmless(seed: int) -> None:
-    draw, good = random.Random(seed), parts(golden_profile().to_bytes())
+def test_any_change_is_refused_or_harmless(seed: int, make: Callable[[], Profile]) -> None:
+    draw, good = random.Random(seed), parts(make().to_bytes())
     keys, values = golden_kv()
+    known = golden_known() if make is golden_predicting else None
     outcomes = {"refused": 0, "used": 0}
     for _ in range(60):
         described, tensors = copy.deepcopy(good)
@@ -87,7 +90,7 @@ def test_any_change_is_refused_or_harmless(seed: int) -> None:
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         try:
             profile = Profile.from_bytes(bytes(data))
-            decoded = decode_kv(encode_kv(keys, values, CONFIG, profile), 1)
+            decoded = decode_kv(encode_kv(keys, values, CONFIG, profile, known=known), 1, known=known)
         except CacheGenError:
             outcomes["refused"] += 1
             continue
@@ -147,3 +150,47 @@ def test_many_groups_that_each_claim_all_layers() -> None:
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_predictors_that_each_claim_all_layers() -> None:
+    described, tensors = parts(golden_predicting().to_bytes())
+    described["predictors"][0]["groups"] = [[0, 0, 2]] * 2000
+    for name in ("synthesis", "prediction"):
+        tensors |= {f"predict-0-{name}-{index}": torch.zeros(0).half() for index in range(2000)}
+    with pytest.raises(ProfileError, match="more layers than the model"):
+        Profile.from_bytes(whole(described, tensors))
+
+
+@pytest.mark.parametrize("listed", [{}, "x", None, [0] * 17, [None], [{}]], ids=str)
+def test_invalid_lists_of_predictors_are_refused(listed: Any) -> None:
+    described, tensors = parts(golden_predicting().to_bytes())
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(whole({**described, "predictors": listed}, tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("predict-0-mean", torch.zeros(3)), ("predict-0-mean", torch.full((4,), torch.nan)),
+        ("predict-0-directions", torch.zeros(4, 0)), ("predict-0-directions", torch.zeros(4, 3)),
+        ("predict-0-prediction-0", torch.zeros(2, 24)), ("predict-0-prediction-0", torch.zeros(3, 24).half()),
+        ("predict-0-prediction-0", torch.full((2, 24), torch.inf).half()),
+        ("predict-0-base_entries", torch.zeros(39, dtype=torch.uint8)),
+        ("predict-0-refine_entries", torch.zeros(1, 40, dtype=torch.uint8)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_predictors_of_other_shapes_and_numbers_are_refused(name: str, changed: Tensor) -> None:
+    described, tensors = parts(golden_predicting().to_bytes())
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(whole(described, {**tensors, name: changed}))
+
+
+@pytest.mark.parametrize("change", [{"layer": 1}, {"layer": -1}, {"groups": [[0, 1, 1]]}, {"step_code": 256}], ids=str)
+def test_predictors_of_other_layers_are_refused(change: dict[str, Any]) -> None:
+    described, tensors = parts(golden_predicting().to_bytes())
+    described["predictors"][0] |= change
+    layer = described["predictors"][0]["layer"]
+    tensors |= {name.replace("predict-0", f"predict-{layer}"): x.clone() for name, x in tensors.items()}
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(whole(described, tensors))

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.policy import Adaptive, Outlook, Plan
-from hf_cachegen.streaming.schedule import Chunk, Decode, Finished, Recompute, Schedule, Wait
+from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Wait
 
 RECOMPUTE = 0.064
 """Time of recomputing any chunk, in seconds."""
@@ -97,3 +98,25 @@ def test_a_chunk_that_the_policy_wants_as_text_is_fetched_where_recomputing_is_n
     schedule.prepared()
     schedule.can_recompute = False
     assert schedule.next_run(0, 1e6, 1e6) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_a_wait_ends_when_the_bases_at_hand_must_be_decoded() -> None:
+    """The finer level that the plan waits for may never arrive."""
+
+    class Finest:
+        smoothing, refines = 0.0, True
+
+        def plan(self, outlook: Outlook) -> Plan:
+            return Plan(3, 3, 0, 0.0, "the finest first")
+
+    schedule = made(2, 3, Finest(), 1.0)
+    schedule.prepared()
+    for part in range(3):
+        schedule.arrived(1, part)
+    assert schedule.next_work(0.5, 1e6) == Decode(1, 3)
+    schedule.decoded(1, 3, 0.04)
+    schedule.arrived(0, 0)
+    early = schedule.next_work(0.9, 1e6)
+    assert isinstance(early, Wait)
+    assert early.seconds == pytest.approx(0.06), "until the deadline, without the decoding"
+    assert schedule.next_work(0.965, 1e6) == Decode(0, 1)

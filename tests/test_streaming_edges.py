@@ -32,10 +32,11 @@ from hf_cachegen.streaming import (
     StreamStarted,
 )
 from hf_cachegen.streaming.bandwidth import Bandwidth
+from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.fetching import Fetcher
 from hf_cachegen.streaming.locations import locations_of
 from hf_cachegen.streaming.prefill_speed import speed_of
-from hf_cachegen.streaming.schedule import Chunk, Schedule
+from hf_cachegen.streaming.schedule import Schedule
 from hf_cachegen.streaming.window import request_bytes
 from tests.http_server import Server
 from tests.streaming_support import (

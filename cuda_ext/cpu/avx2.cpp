@@ -11,6 +11,8 @@
 #endif
 
 #include "into.h"
+#include "planes.h"
+#include "source.h"
 #include "vector_tiles.h"
 
 namespace cachegen {
@@ -113,7 +115,7 @@ struct Avx2 {
 }  // namespace
 
 const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    encode_tile<Avx2>, passes, contexts, clamp,
-                      count_digits,           into, rows_into, run_contexts};
+                      count_digits,           into, rows_into, run_contexts, source_passes, plane_passes};
 
 }  // namespace cachegen
 

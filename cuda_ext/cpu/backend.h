@@ -39,6 +39,30 @@ struct Run {
   uint64_t address, stride;
 };
 
+struct Columns;
+struct Counter;
+struct CodeJob;
+
+// Values as bytes, for values of one size.
+struct PlanePasses {
+  // Rows of a run's bits to bytes [tokens, stride] of each plane, `plane` bytes further, and back.
+  void (*split)(const Run& run, uint64_t first, uint64_t tokens, uint8_t* bytes, uint64_t stride, uint64_t plane);
+  void (*join)(const Run& run, uint64_t first, uint64_t tokens, const uint8_t* bytes, uint64_t stride, uint64_t plane);
+  bool (*outside)(const uint8_t* symbols, const uint8_t* low, const uint8_t* high, uint32_t n);
+};
+
+// The passes over a source, for values of one type.
+struct SourcePasses {
+  uint32_t (*peak)(const Run& run, uint64_t token);  // bits of the largest magnitude
+  void (*spread)(const Columns& columns, const cg_span& span, double* sums);  // [4, 256]
+  void (*count)(const Columns& columns, const cg_span& span, uint32_t n_digits, Counter* counter);
+  bool (*symbols)(const CodeJob& job);  // false where a value has no symbol
+  void (*clear)(Counter* counter, bool all);
+  // For `width` columns, whose counts are `stride` apart; small: sums are below 2^31.
+  void (*choose)(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+                 bool small, uint8_t* entries, uint64_t* costs);
+};
+
 struct Backend {
   // Decodes up to `batch` tiles, side by side where that hides latency, into symbols [tokens, columns].
   void (*decode_tiles)(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
@@ -58,6 +82,8 @@ struct Backend {
   void (*rows_into)(const cg_output& output, const Run& run, const float* rows, uint64_t stride, uint64_t n_rows,
                     uint64_t first, uint64_t every);
   void (*run_contexts)(const cg_output& output, const Run& run, uint64_t tokens, uint8_t* contexts, uint64_t stride);
+  const SourcePasses& (*source)(uint32_t dtype);
+  const PlanePasses& (*planes)(uint64_t value_bytes);
 };
 
 constexpr uint32_t kMaxBatch = 2;

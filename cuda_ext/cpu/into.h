@@ -9,10 +9,6 @@
 namespace cachegen {
 namespace {
 
-inline uint8_t* row_at(const Run& run, uint64_t row) {
-  return reinterpret_cast<uint8_t*>(uintptr_t(run.address + row * run.stride));
-}
-
 template <class T, bool kAnchors, uint32_t kCoarser>
 void run_into(const cg_output& output, const Run& run, const uint8_t* symbols, uint64_t stride, uint64_t tokens) {
   const cg_chunk& chunk = *output.chunk;

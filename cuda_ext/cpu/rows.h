@@ -8,6 +8,10 @@
 namespace cachegen {
 namespace {
 
+CACHEGEN_HD uint8_t* row_at(const Run& run, uint64_t row) {
+  return reinterpret_cast<uint8_t*>(uintptr_t(run.address + row * run.stride));
+}
+
 // What a block of one coded row needs.
 struct Row {
   uint64_t offset;  // of its values

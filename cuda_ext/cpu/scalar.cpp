@@ -2,6 +2,8 @@
 //
 // Note: encoding runs backwards (tokens, columns, lanes, the write position), so that the decoder reads forwards.
 #include "into.h"
+#include "planes.h"
+#include "source.h"
 #include "tile_decoder.h"
 
 namespace cachegen {
@@ -94,6 +96,7 @@ int32_t encode_scalar(const cg_section& section, const Tables& tables, const Til
   return CG_OK;
 }
 
-const Backend kScalar = {decode_tiles, 1, encode_scalar, passes, contexts, clamp, count_digits, into, rows_into, run_contexts};
+const Backend kScalar = {decode_tiles, 1,    encode_scalar, passes,       contexts,     clamp,
+                        count_digits, into, rows_into,     run_contexts, source_passes, plane_passes};
 
 }  // namespace cachegen

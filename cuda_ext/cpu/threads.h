@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -16,12 +18,9 @@ namespace cachegen {
 
 constexpr uint64_t kSymbolsPerThread = 1 << 17;  // some 0.5 ms of work: what a thread is worth starting for
 
-template <class Work>
-void for_each(uint64_t pieces, uint64_t symbols, uint32_t threads, const Work& work) {
-  std::atomic<uint64_t> next{0};
-  const auto run = [&] {
-    for (uint64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(i);
-  };
+// Calls run() in as many threads as the work is worth.
+template <class Run>
+void in_threads(uint64_t pieces, uint64_t symbols, uint32_t threads, const Run& run) {
   const uint64_t wanted = std::min({uint64_t(threads), pieces, symbols / kSymbolsPerThread});
   std::vector<std::thread> helpers;
   try {
@@ -32,6 +31,25 @@ void for_each(uint64_t pieces, uint64_t symbols, uint32_t threads, const Work& w
   }
   run();
   for (std::thread& helper : helpers) helper.join();
+}
+
+template <class Work>
+void for_each(uint64_t pieces, uint64_t symbols, uint32_t threads, const Work& work) {
+  std::atomic<uint64_t> next{0};
+  in_threads(pieces, symbols, threads, [&] {
+    for (uint64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(i);
+  });
+}
+
+// work(i, memory) with memory of the thread's own, after open(memory); NULL where there is none.
+template <class Memory, class Open, class Work>
+void for_each_with(uint64_t pieces, uint64_t symbols, uint32_t threads, const Open& open, const Work& work) {
+  std::atomic<uint64_t> next{0};
+  in_threads(pieces, symbols, threads, [&] {
+    const std::unique_ptr<Memory> memory(new (std::nothrow) Memory);
+    if (memory) open(memory.get());
+    for (uint64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(i, memory.get());
+  });
 }
 
 }  // namespace cachegen

@@ -60,7 +60,9 @@ def _section(folder: RunFolder, index: int) -> Section:
         plots.divergence(key, name, metrics),
         plots.first_token(key, name, metrics, shown),
     )
-    return Section(key, config, metrics, drawn, (tables.quality(name, metrics, scores), tables.times(name, metrics)))
+    size = tables.profile_bytes_of(config)
+    made = (tables.quality(name, metrics, scores, size), tables.times(name, metrics))
+    return Section(key, config, metrics, drawn, made)
 
 
 def _layers(sections: Sequence[Section]) -> list[plots.Plot]:

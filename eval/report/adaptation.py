@@ -31,8 +31,8 @@ def load(path: Path) -> Adaptation:
     """Read a results file and draw it.
 
     Args:
-        path: JSON with "rows" of {"contestant", "slo", "violations", "kl", "ttft_mean", "ttft_p95"} and "steady" of
-            {"contestant", "bits_per_second", "ttft"}.
+        path: JSON with "rows" of {"spread" (optional), "contestant", "slo", "violations", "kl", "ttft_mean",
+            "ttft_p95"} and "steady" of {"contestant", "bits_per_second", "ttft"}.
 
     Raises:
         ConfigError: the file has another form.
@@ -45,21 +45,31 @@ def load(path: Path) -> Adaptation:
 
 
 def _adaptation(rows: list[dict[str, Any]], steady: list[dict[str, Any]]) -> Adaptation:
-    late = _curves(rows, lambda row: (float(row["slo"]), 100 * row["violations"]))
+    spreads = list(dict.fromkeys(row.get("spread", "log") for row in rows))
+    parts = {spread: [row for row in rows if row.get("spread", "log") == spread] for spread in spreads}
+    late = _curves(parts[spreads[0]], lambda row: (float(row["slo"]), 100 * row["violations"]))
     times = _curves(steady, lambda row: (row["bits_per_second"] / 1e9, float(row["ttft"])))
     drawn = (
-        plots.contest("adaptation-slo", "Late first tokens against the SLO", "Share of the traces that missed the SLO.",
+        plots.contest("adaptation-slo", "Late first tokens against the SLO",
+                      f"Share of the runs that missed the SLO ({_named(spreads[0])}).",
                       late, ("SLO, seconds", "late, %"), "linear"),
         plots.contest("adaptation-steady", "Time to the first token on steady links", "Simulated.", times,
                       ("bandwidth, Gbit/s", "seconds to the first token"), "log"),
     )  # fmt: skip
-    tables = (
-        _pivot(rows, "Late first tokens / KL, nats per token", lambda r: f"{r['violations']:.0%} / {r['kl']:.4f}"),
-        _pivot(
-            rows, "TTFT in seconds: mean / 95th percentile", lambda r: f"{r['ttft_mean']:.2f} / {r['ttft_p95']:.2f}"
-        ),
-    )
-    return Adaptation(drawn, tables)
+    tables = [
+        _pivot(part, f"{title}, {_named(spread)}", cell)
+        for spread, part in parts.items()
+        for title, cell in (
+            ("late first tokens / KL, nats per token", lambda r: f"{r['violations']:.1%} / {r['kl']:.4f}"),
+            ("TTFT in seconds: mean / 95th percentile", lambda r: f"{r['ttft_mean']:.2f} / {r['ttft_p95']:.2f}"),
+        )
+    ]
+    return Adaptation(drawn, tuple(tables))
+
+
+def _named(spread: str) -> str:
+    """Return the words for a distribution of bandwidths."""
+    return {"uniform": "bandwidths as in the paper", "log": "bandwidths uniform in the logarithm"}.get(spread, spread)
 
 
 def _curves(rows: list[dict[str, Any]], point: Callable[[dict[str, Any]], tuple[float, float]]) -> plots.Curves:

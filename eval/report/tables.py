@@ -6,6 +6,7 @@ A table is made once, as text cells, and rendered as Markdown, HTML or terminal 
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,19 @@ class Table:
         )
 
 
-def quality(name: str, metrics: dict[str, Any], scores: list[str]) -> Table:
+def quality(name: str, metrics: dict[str, Any], scores: list[str], profile_bytes: int | None = None) -> Table:
     """Make the table of size and quality of every codec and level on one data set.
 
     Args:
         name: the data set.
         metrics: the run's metrics.
         scores: names in eval.scorers.SCORERS; empty for perplexity.
+        profile_bytes: size of the model's profile, which klt needs once for all contexts; None where there is none.
     """
     shown = [score for score in scores if any(score in v["scores"] for v in metrics["variants"])]
     losses = not scores
     heads = ["technique", "size", "of fp16", "bits per element"]
+    heads += [] if profile_bytes is None else ["profile", "pays after, contexts"]
     for score in shown:
         heads += [SCORE_TITLES[score], "to exact, 95 %"] if score == shown[0] else [SCORE_TITLES[score]]
     heads += ["same answers, 95 %"] if shown else []
@@ -68,6 +71,8 @@ def quality(name: str, metrics: dict[str, Any], scores: list[str]) -> Table:
     for v in metrics["variants"]:
         row = [codecs.title(v["codec"], v["level"]), size(v["bytes"]), ratio(v["ratio_to_fp16"])]
         row.append(f"{v['bits_per_element']:.2f}")
+        if profile_bytes is not None:
+            row += [size(profile_bytes), break_even(metrics, v, profile_bytes)] if v["codec"] == "klt" else ["", ""]
         for score in shown:
             found = v["scores"].get(score)
             row.append(percent(found))
@@ -79,6 +84,27 @@ def quality(name: str, metrics: dict[str, Any], scores: list[str]) -> Table:
         row += [percent(v["agreement"]), kl(v["kl"])]
         rows.append(tuple(row))
     return Table(f"{name}: size and quality", tuple(heads), tuple(rows))
+
+
+RIVAL = "uniform-4"
+"""What a user without a profile would store: the codec that a profile must pay against."""
+
+
+def break_even(metrics: dict[str, Any], variant: dict[str, Any], profile_bytes: int) -> str:
+    """Return after how many contexts a profile and its caches are smaller than caches of RIVAL.
+
+    Args:
+        metrics: the run's metrics.
+        variant: klt at one level.
+        profile_bytes: size of the profile.
+
+    Returns:
+        A whole number; "never" where a cache is no smaller; NOTHING where RIVAL was not measured.
+    """
+    rival = next((v["bytes"] for v in metrics["variants"] if v["codec"] == RIVAL), None)
+    if rival is None:
+        return NOTHING
+    return str(math.ceil(profile_bytes / (rival - variant["bytes"]))) if rival > variant["bytes"] else "never"
 
 
 def times(name: str, metrics: dict[str, Any], gbps: float = PAPER_GBPS) -> Table:
@@ -107,11 +133,17 @@ def total(parts: dict[str, float | None]) -> float | None:
     return sum(known) if len(known) == len(parts) else None
 
 
+def profile_bytes_of(config: dict[str, Any]) -> int | None:
+    """Return the size of the profile that a run used, None where it used none."""
+    profile = config[ASKED].get("profile")
+    return profile["bytes"] if isinstance(profile, dict) else None
+
+
 def text_table(path: Path) -> str:
     """Render the quality table of a finished run for a terminal."""
     folder = RunFolder(path)
     asked = folder.config()[ASKED]["dataset"]
-    table = quality(asked["name"], folder.metrics(), asked["scores"])
+    table = quality(asked["name"], folder.metrics(), asked["scores"], profile_bytes_of(folder.config()))
     widths = [max(len(row[i]) for row in (table.heads, *table.rows)) for i in range(len(table.heads))]
     lines = [
         "  ".join(

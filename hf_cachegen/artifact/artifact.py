@@ -29,11 +29,13 @@ from hf_cachegen.artifact import (
     refine_file,
 )
 from hf_cachegen.artifact.encoded import SIDE, EncodedContext, manifest_of, segments_of
+from hf_cachegen.artifact.manifest import INDEXED
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import NamedTensor, decode_tensors, encode_tensors, read_encoded
 from hf_cachegen.codec import tables
 from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import spans_of
 from hf_cachegen.codec.transforms import Transform, transform_of
@@ -124,6 +126,8 @@ class Artifact:
         if self.geometry.nbytes > self.reader.limits.max_decoded_bytes:
             most = self.reader.limits.max_decoded_bytes
             raise LimitError(f"expected a cache of at most {most} decoded bytes, got {self.geometry.nbytes}")
+        if self.geometry.indexed != (INDEXED in manifest.required):
+            raise ManifestError(f"expected indexed layers and the required feature {INDEXED!r} together, got one alone")
         if not self.geometry.layers and not manifest.states:
             raise ManifestError("expected a layer with keys and values, or named tensors, the artifact has neither")
         side = manifest.segment(BASE_FILE, SIDE).length
@@ -201,13 +205,15 @@ class Artifact:
         return codec_of(self.geometry, self.config, self._side(), self.profile)
 
     def decode(
-        self, level: int | None = None, device: torch.device | str | None = None, *, progress: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, level: int | None = None, device: torch.device | str | None = None, *, known: Known | None = None,
+        progress: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """Read, verify and decode the context, chunk by chunk.
 
         Args:
             level: Default: the finest.
             device: Of the tensors. Default: the CPU.
+            known: What a loader computes from the tokens, where `config.predict_layers` is set.
             progress: Show a progress bar.
 
         Returns:
@@ -216,6 +222,7 @@ class Artifact:
         Raises:
             LevelError: The artifact does not have this level.
             ProfileError: The profile is missing, or another one.
+            ConfigError: The artifact needs `known`.
             TruncatedError, CorruptError: The files are damaged.
         """
         level = checked_level(level, self.levels)
@@ -223,7 +230,8 @@ class Artifact:
             return [], []
         self._prefetch(level)
         spans = spans_of(self.geometry.tokens, self.config.chunk_tokens)
-        return decode_chunks(self.codec(), self.geometry, spans, lambda c: self._parts(c, level), device, progress)
+        codec = self.codec().knowing(known)
+        return decode_chunks(codec, self.geometry, spans, lambda c: self._parts(c, level), device, progress)
 
 
 def _config(codec: dict[str, Any]) -> CacheGenConfig:

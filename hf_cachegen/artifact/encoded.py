@@ -14,13 +14,22 @@ from torch import Tensor
 
 from hf_cachegen._version import __version__
 from hf_cachegen.artifact.entries import STATES, STATES_FILE
-from hf_cachegen.artifact.manifest import BASE_FILE, MEDIA_FEATURE, Manifest, chunk_name, nbytes_at, refine_file
+from hf_cachegen.artifact.manifest import (
+    BASE_FILE,
+    INDEXED,
+    MEDIA_FEATURE,
+    Manifest,
+    chunk_name,
+    nbytes_at,
+    refine_file,
+)
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import EncodedTensor
 from hf_cachegen.artifact.writer import artifact_sizes
 from hf_cachegen.codec import learnt, tables
 from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import spans_of
 from hf_cachegen.codec.transforms import transform_of
@@ -85,6 +94,7 @@ def encode_kv(
     profile: Profile | None = None,
     *,
     layers: Sequence[LayerGeometry] | None = None,
+    known: Known | None = None,
     progress: bool = False,
 ) -> EncodedContext:
     """Encode keys and values in memory.
@@ -95,6 +105,8 @@ def encode_kv(
         config: Default: CacheGenConfig().
         profile: Of the model, for the klt transform.
         layers: The layers' geometry, where they are not all of kind "full".
+        known: What a loader computes from the tokens (`hf_cachegen.models.first_layers.known_of`), for a profile with
+            a predictor.
         progress: Show a progress bar.
 
     Returns:
@@ -105,7 +117,7 @@ def encode_kv(
         ConfigError: The klt transform has no profile.
         ProfileError: The profile is of another model.
     """
-    encoder = Encoder(keys, values, config, profile, layers=layers, progress=progress)
+    encoder = Encoder(keys, values, config, profile, layers=layers, known=known, progress=progress)
     parts, side = tuple(zip(*encoder.chunks(), strict=True)), encoder.codec.side_bytes()
     return EncodedContext(encoder.geometry, encoder.config, side, parts, encoder.report(), encoder.profile)
 
@@ -129,24 +141,27 @@ def encode_no_kv(geometry: Geometry, config: CacheGenConfig | None = None) -> En
 
 
 def decode_kv(
-    encoded: EncodedContext, level: int | None = None, device: torch.device | str | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
+    encoded: EncodedContext, level: int | None = None, device: torch.device | str | None = None,
+    known: Known | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Decode a context from memory.
 
     Args:
         encoded: The context.
         level: Default: the finest.
         device: Of the tensors. Default: the CPU.
+        known: What a loader computes from the tokens, where `encoded.config.predict_layers` is set.
 
     Returns:
         (keys, values): for each layer [batch, heads, tokens, dim], in the dtype of the encoded tensors.
 
     Raises:
+        ConfigError: The context needs `known`.
         LevelError: The context does not have this level.
         TruncatedError, CorruptError: The bytes are damaged.
     """
     level = checked_level(level, encoded.levels)
-    codec = codec_of(encoded.geometry, encoded.config, encoded.side, encoded.profile)
+    codec = codec_of(encoded.geometry, encoded.config, encoded.side, encoded.profile, known)
     spans = spans_of(encoded.geometry.tokens, encoded.config.chunk_tokens)
     return decode_chunks(
         codec, encoded.geometry, spans, lambda c: [part[c] for part in encoded.parts[:level]], device, False
@@ -186,7 +201,10 @@ def manifest_of(
         report=report,
         fingerprint=fingerprint,
         required=(
-            *transform_of(config).features(side, geometry, config, profile), *media, *([STATES] if tensors else []),
+            *transform_of(config).features(side, geometry, config, profile),
+            *media,
+            *([STATES] if tensors else []),
+            *([INDEXED] if geometry.indexed else []),
         ),
         states=tuple(tensor.entry for tensor in tensors),
         writer=WRITER,

@@ -42,11 +42,16 @@ PROFILE_FILE = "cachegen_profile.safetensors"
 """A profile's name beside an artifact, in a model's folder, and in a repository (hf_cachegen.stores.profiles)."""
 FORMAT_VERSION = 1
 MEDIA_FEATURE = "media"
-FEATURES: frozenset[str] = frozenset({"klt", "klt-tables", MEDIA_FEATURE, "sinks", STATES})
-"""Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-tables:
-the side information lists tables that differ from the profile's; sinks: some tokens have finer steps than the rest;
+INDEXED = "indexed"
+"""The feature that a geometry with indexed layers requires."""
+FEATURES: frozenset[str] = frozenset(
+    {"klt", "klt-step", "klt-tables", MEDIA_FEATURE, "predict", "sinks", STATES, INDEXED}
+)
+"""Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-step: the
+step is not the profile's; klt-tables: the side information lists tables that differ from the profile's; predict: the
+loader computes the first layers and predicts the others from them; sinks: some tokens have finer steps than the rest;
 states: a file of named tensors beside the keys and values; media: the context holds pictures, videos or audio, which a
-prompt must share.
+prompt must share; indexed: values of some layers end with an index key.
 """
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")

@@ -32,7 +32,7 @@ from hf_cachegen.cli.options import (
 )
 from hf_cachegen.cli.output import bars, note, print_json, size_text, step
 from hf_cachegen.cli.prompts import Asked, note_loss, read_chat, token_counts
-from hf_cachegen.cli.views import describe
+from hf_cachegen.cli.views import describe, measured_text
 from hf_cachegen.errors import ArtifactExistsError
 from hf_cachegen.stores import Access, LocalStore
 
@@ -48,6 +48,8 @@ WITHOUT_PROFILE = (
               help="JSON file of the messages of a chat, instead of TEXT: a list, or an object with messages and "
               "variables of the chat template, such as tools.")
 @text_option
+@click.option("--continuation", "continuations", multiple=True, type=click.File("r", encoding="utf-8"),
+              help="Text file that is likely to follow the context, for --target-kl; repeatable.")
 @source_model_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @overwrite_option("Replace an existing artifact.")
@@ -59,9 +61,9 @@ WITHOUT_PROFILE = (
 @output_options
 @click.pass_context
 def encode(
-    context: click.Context, /, text: Any, chat: Any, keep_text: bool, model: str, out: Path, overwrite: bool,
-    revision: str | None, device: str | None, dtype: str, profile: str, state_every: int | None, state_budget: int,
-    as_json: bool, debug: bool, **options: Any,
+    context: click.Context, /, text: Any, chat: Any, keep_text: bool, continuations: tuple[Any, ...], model: str,
+    out: Path, overwrite: bool, revision: str | None, device: str | None, dtype: str, profile: str,
+    state_every: int | None, state_budget: int, as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prefill TEXT (a file, or - for stdin) or a chat with a model, and write its compressed KV cache."""
     if (text is None) == (chat is None):
@@ -75,6 +77,9 @@ def encode(
     config, found_profile = encoder_settings(
         options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT, profile, model
     )
+    if continuations and config.target_kl is None:
+        raise click.UsageError("--continuation requires --target-kl", context)
+    following = [read_text(file) for file in continuations]
     with step("loading the model", as_json):
         loaded, tokenizer = load_model(model, revision=revision, dtype=dtype, device=device)
     from hf_cachegen.cache import CacheGenCache
@@ -93,6 +98,7 @@ def encode(
     cache = CacheGenCache.from_text(
         loaded, tokenizer, document, config, chosen, state_every=state_every, state_budget=state_budget,
         progress=bars(as_json), keep_text=keep_text,
+        continuations=[tokenizer(part, add_special_tokens=False, return_tensors="pt").input_ids for part in following],
     )  # fmt: skip
     prefilled = time.perf_counter()
     cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
@@ -112,6 +118,8 @@ def encode(
         states = found["states"]
         positions = ", ".join(f"{position:,}" for position in states["checkpoints"])
         click.echo(f"  states after {positions} tokens: {size_text(states['exact_bytes'])} before coding")
+    if (measured := found["target_kl"]) is not None:
+        click.echo(measured_text(measured))
     if found["profile"] is None and profile == "auto" and options["transform"] == "auto" and not config.lossless:
         click.echo(WITHOUT_PROFILE)
 

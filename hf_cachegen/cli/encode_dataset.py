@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +125,10 @@ class Encoding:
         for field in INFORMATIVE_FIELDS:
             fingerprint.pop(field, None)
         profile = self.profile.digest if self.profile is not None and self.config.transform in ("auto", "klt") else None
-        determined_by = {"fingerprint": fingerprint, "config": self.config.to_dict(), "profile": profile}
+        # Earlier releases did not predict: without a predictor the name is theirs.
+        layer = None if profile is None or self.profile is None else self.profile.usable(self.config.predict_layers)
+        config = replace(self.config, predict_layers=layer).to_dict()
+        determined_by = {"fingerprint": fingerprint, "config": config, "profile": profile}
         if self.keep_text:
             determined_by["text"] = hashlib.sha256(text.encode()).hexdigest()
         return hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()[:NAME_DIGITS]

@@ -36,6 +36,20 @@ def _encoder(flag: str, help_text: str, **attributes: Any) -> Callable[[Function
     return click.option(flag, default=getattr(_DEFAULT, field), show_default=True, help=help_text, **attributes)
 
 
+class _LayersOrNone(click.ParamType):
+    """A number of layers, or none."""
+
+    name = "layers|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or value == "none":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value} is neither a whole number nor none.", param, ctx)
+
+
 artifact_argument = click.argument("artifact")
 location_argument = click.argument("location")
 source_model_option = click.option("--model", required=True, help="Folder or Hub id of a causal language model.")
@@ -106,7 +120,18 @@ encoder_options = _all(
     _encoder("--protect-last", "Number of tokens at the end that every level keeps at the finest step.", type=int),
     _encoder("--coder", "Entropy coder.", type=click.Choice(get_args(CoderName))),
     _encoder("--prob-bits", "Precision of the coder's probabilities, 10 to 12 bits.", type=int),
+    _encoder(
+        "--predict-layers", "Layers that a loader computes from the tokens, to store only the difference to a "
+        "prediction. 0: the embedding, if the profile has a predictor for it. none: no prediction.",
+        type=_LayersOrNone(),
+    ),
     _encoder("--measure/--no-measure", "Record the relative error of each layer in the artifact."),
+    _encoder("--step-offset", "Quarter octaves added to the step of the profile; 4 doubles it.", type=int),
+    _encoder(
+        "--target-kl", "Divergence of the finest level, in nats per token, for which the step of each context is "
+        "chosen by probing the model.  [default: the given step]", type=float,
+    ),
+    _encoder("--probe-passes", "Maximum number of forward passes for --target-kl.", type=int),
 )  # fmt: skip
 
 learning_options = _all(
@@ -118,6 +143,10 @@ learning_options = _all(
                  help="Number of adjacent layers with a joint basis.  [default: chosen by their width]"),
     click.option("--undo-rotation/--no-undo-rotation", default=True, show_default=True,
                  help="Undo the rotary embedding of the keys before the transform, if its type is supported."),
+    click.option("--predict-layers", type=click.IntRange(min=0), multiple=True,
+                 help="Number of first layers to learn a predictor from; 0 is the embedding alone; repeatable."),
+    click.option("--predict-rank", type=click.IntRange(min=1), default=256, show_default=True,
+                 help="Largest rank of a predictor."),
     click.option("--seed", type=int, default=0, show_default=True, help="Random seed."),
 )  # fmt: skip
 

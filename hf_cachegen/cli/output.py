@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,30 @@ def step(what: str, as_json: bool) -> Iterator[None]:
 def bars(as_json: bool) -> bool:
     """Report whether to draw progress bars: only on a terminal. (Not within a `step`, which draws there too.)"""
     return not as_json and Console(stderr=True).is_terminal
+
+
+class _Notes(logging.Handler):
+    """Print each message as a note."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextmanager
+def logged(name: str, as_json: bool) -> Iterator[None]:
+    """Print the messages of a logger, INFO and above, as notes on stderr, unless bars are drawn or --json is given."""
+    if as_json or bars(as_json):
+        yield
+        return
+    logger, handler = logging.getLogger(name), _Notes(logging.INFO)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextmanager

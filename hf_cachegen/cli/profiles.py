@@ -25,11 +25,10 @@ from hf_cachegen.cli.options import (
     read_text,
     source_model_option,
 )
-from hf_cachegen.cli.output import bars, print_json, size_text, step
+from hf_cachegen.cli.output import bars, logged, print_json, size_text, step
 from hf_cachegen.cli.samples import draw, from_rows, from_text
 from hf_cachegen.errors import ArtifactExistsError
 from hf_cachegen.stores import Access
-from hf_cachegen.stores.card import profile_card
 from hf_cachegen.stores.profiles import REPO_TYPE, fetch
 
 
@@ -49,7 +48,7 @@ from hf_cachegen.stores.profiles import REPO_TYPE, fetch
               help="Length of the contexts that a text is cut into, in tokens.")  # fmt: skip
 @click.option("--continuation-tokens", type=click.IntRange(min=1), default=128, show_default=True,
               help="Length of the text after each context by which its errors are weighted, in tokens.")  # fmt: skip
-@click.option("--samples", "most", type=click.IntRange(min=1), default=128, show_default=True,
+@click.option("--samples", "most", type=click.IntRange(min=1), default=30, show_default=True,
               help="Maximum number of samples, drawn evenly from the files.")  # fmt: skip
 @learning_options
 @model_options
@@ -86,7 +85,8 @@ def learn(
     journal = path.with_name(path.name + ".learning")
     if overwrite:
         journal.unlink(missing_ok=True)
-    profile = learn_profile(loaded, samples, **options, progress=bars(as_json), journal=journal)
+    with logged("hf_cachegen.profiles.learning", as_json):
+        profile = learn_profile(loaded, samples, **options, progress=bars(as_json), journal=journal)
     path = profile.save(path, overwrite=overwrite)
     journal.unlink(missing_ok=True)
     found: dict[str, Any] = {
@@ -98,6 +98,10 @@ def learn(
         "channels": sum(group.synthesis.shape[1] for group in profile.groups),
         "rotation": profile.rotary.style,
         "levels": [{"level": level, **row} for level, row in enumerate(profile.about["measured"], 1)],
+        "predictors": [
+            {"layers": one.layer, "rank": one.rank, "ridge": one.about["ridge"], "levels": one.about["measured"]}
+            for one in profile.predictors
+        ],
         "seconds": time.perf_counter() - start,
     }
     if as_json:
@@ -109,6 +113,9 @@ def learn(
     for row in found["levels"]:
         bits = row["bits_per_element"]
         click.echo(f"  level {row['level']}: KL {row['kl']:.6f} nats per token, {bits:.2f} bits per element")
+    for one in found["predictors"]:
+        bits = ", ".join(f"{row['bits_per_element']:.2f} at KL {row['kl']:.6f}" for row in one["levels"])
+        click.echo(f"  predicted from {one['layers']} layers: bits per element {bits}")
     click.echo("(measured on held-out samples)")
 
 
@@ -147,14 +154,14 @@ def push_profile(
     """
     data, _ = fetch(profile, Access(), Limits())
     from hf_cachegen.profiles.files import Profile
-    from hf_cachegen.stores import hub, pushing
+    from hf_cachegen.stores.publishing import publish_profile
+    from hf_cachegen.stores.pushing import own_repository
 
     found = Profile.from_bytes(data)
-    repo_id = repo_id or pushing.own_repository(found.pin.model)
-    pushed = pushing.push_profile(
-        data, hub.HubLocation(repo_id, REPO_TYPE, None, revision or hub.DEFAULT_REVISION),
-        profile_card(found.about, found.pin, repo_id), private=not public, commit_message=message, create_pr=create_pr,
-        progress=bars(as_json),
+    repo_id = repo_id or own_repository(found.pin.model)
+    pushed = publish_profile(
+        data, found.pin, found.about, repo_id, private=not public, revision=revision, commit_message=message,
+        create_pr=create_pr, progress=bars(as_json),
     )  # fmt: skip
     if as_json:
         print_json({

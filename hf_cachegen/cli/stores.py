@@ -19,9 +19,8 @@ from hf_cachegen.cli.options import (
 from hf_cachegen.cli.output import bars, byte_bar, print_json, printable, size_text, step
 from hf_cachegen.errors import ProfileError
 from hf_cachegen.stores import Access, LocalStore
-from hf_cachegen.stores.card import card, sealed_card
 from hf_cachegen.stores.profiles import fetch
-from hf_cachegen.stores.sealed import SUFFIX, sealed_names
+from hf_cachegen.stores.sealed import sealed_names
 from hf_cachegen.stores.survey import find, serve_check
 from hf_cachegen.stores.survey import pull as copy_from
 
@@ -45,19 +44,14 @@ def push(
 
     A missing repository is created, private by default. The access token is that of "hf auth login" or HF_TOKEN.
     """
-    if sealed_names(folder) if folder.is_dir() else []:
-        nbytes = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))
-        text, profile_file = sealed_card(nbytes, repo_id, subfolder=subfolder, description=description), None
-    else:
-        reader = Reader(LocalStore(folder))
-        text = card(reader, repo_id, subfolder=subfolder, description=description)
-        profile_file = _profile_of(folder, reader, profile)
-    from hf_cachegen.stores import hub, pushing
+    sealed = folder.is_dir() and sealed_names(folder)
+    profile_file = None if sealed else _profile_of(folder, Reader(LocalStore(folder)), profile)
+    from hf_cachegen.stores.publishing import publish_artifact
 
-    target = hub.HubLocation(repo_id, repo_type, subfolder, revision or hub.DEFAULT_REVISION)
-    pushed = pushing.push(
-        folder, target, text, profile=profile_file, key=key, private=not public, commit_message=message,
-        create_pr=create_pr, progress=bars(as_json),
+    pushed = publish_artifact(
+        folder, repo_id, profile=profile_file, key=key, description=description, private=not public,
+        revision=revision, subfolder=subfolder, repo_type=repo_type, commit_message=message, create_pr=create_pr,
+        progress=bars(as_json),
     )  # fmt: skip
     if as_json:
         print_json({"artifact": str(folder), "repo_id": repo_id, "url": pushed.url, "commit": pushed.commit})

@@ -26,6 +26,9 @@ MAX_TEXT_BYTES = 1 << 20
 """Longest text whose beginning is shown: its checksum needs all of it."""
 MAX_BEGINNING, MAX_SHOWN = 200, 80
 """Characters of a text in --json, and in a table."""
+MEASURED = ("kl", "low", "high")
+"""Members of `report.target_kl` with a number for each level: the divergence and its 95 % interval."""
+COUNTED = ("continuations", "tokens", "passes")
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 PLOT_INCHES = (9.0, 6.0)
 PLOT_DPI = 120
@@ -37,6 +40,7 @@ def describe(reader: Reader) -> dict[str, Any]:
     geometry = Geometry.from_dict(manifest.geometry)
     kl = _numbers(manifest.report, "profile_kl", "report", manifest.levels)
     exact_bytes = geometry.nbytes + _state_bytes(manifest.states)
+    measured = _measured(manifest.report, manifest.levels)
     levels: list[dict[str, float]] = []
     for level in range(1, manifest.levels + 1):
         size = reader.nbytes_at(level)
@@ -46,6 +50,7 @@ def describe(reader: Reader) -> dict[str, Any]:
             "ratio": exact_bytes / size,
             "bits_per_element": 8 * size / geometry.elements if geometry.elements else 0.0,
             **({"profile_kl": kl[level - 1]} if kl else {}),
+            **({name: measured[name][level - 1] for name in MEASURED} if measured else {}),
         })  # fmt: skip
     return {
         "format_version": manifest.format_version,
@@ -58,6 +63,7 @@ def describe(reader: Reader) -> dict[str, Any]:
         "chunks": len(manifest.chunks),
         "levels": levels,
         **({"states": _states(manifest.states)} if manifest.states else {}),
+        "target_kl": None if measured is None else {name: measured[name] for name in ("target", *COUNTED)},
         "files": dict(sorted(reader.sizes.items())),
         "layers": _layers(manifest.report, geometry, manifest.levels),
         "codec": manifest.codec,
@@ -101,6 +107,31 @@ def _media(fingerprint: dict[str, Any] | None) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ManifestError(f"expected a list of objects in fingerprint.media, got {rows!r:.80}")
     return [{name: row.get(name) for name in ("kind", "items", "first", "end", "digest")} for row in rows]
+
+
+def _measured(report: dict[str, Any], levels: int) -> dict[str, Any] | None:
+    """Return the divergences that were measured for a target; None where there was none."""
+    found = report.get("target_kl")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ManifestError("expected an object at report.target_kl of the manifest")
+    target = _numbers({"target": [found.get("target")]}, "target", "report.target_kl", 1)
+    counts = {name: found.get(name) for name in COUNTED}
+    if target is None or not all(type(count) is int and count > 0 for count in counts.values()):
+        raise ManifestError(f"expected a number at report.target_kl.target and counts at {', '.join(COUNTED)}")
+    rows = {name: _numbers(found, name, "report.target_kl", levels) for name in MEASURED}
+    if any(row is None for row in rows.values()):
+        raise ManifestError(f"expected {levels} numbers at each of {', '.join(MEASURED)} of report.target_kl")
+    return {"target": target[0], **counts, **rows}
+
+
+def measured_text(measured: dict[str, Any]) -> str:
+    """Describe how a target was measured, from the member `target_kl` of `describe`."""
+    return (
+        f"the step was chosen for {measured['target']:g} nats per token in this context, by {measured['passes']} "
+        f"forward passes with {measured['continuations']} continuations of {measured['tokens']} tokens in all"
+    )
 
 
 def _profile(codec: dict[str, Any]) -> dict[str, str | None] | None:
@@ -184,11 +215,14 @@ def _short(value: Any, most: int) -> str:
 def _level_table(found: dict[str, Any]) -> Table:
     table = Table(title="bytes to load, by level", title_justify="left", box=box.SIMPLE_HEAD)
     measured = all("profile_kl" in row for row in found["levels"])
-    for name in ("level", "bytes", "ratio", "bits per element", *(["KL of samples"] if measured else [])):
+    probed = all("kl" in row for row in found["levels"])
+    names = (["KL of samples"] if measured else []) + (["KL in this context"] if probed else [])
+    for name in ("level", "bytes", "ratio", "bits per element", *names):
         table.add_column(name, justify="right")
     for row in found["levels"]:
         size, bits = size_text(row["bytes"]), row["bits_per_element"]
         kl = [f"{row['profile_kl']:.2g}"] if measured else []
+        kl += [f"{row['kl']:.2g} ({row['low']:.2g} to {row['high']:.2g})"] if probed else []
         table.add_row(str(row["level"]), size, f"{row['ratio']:.1f}x", f"{bits:.2f}", *kl)
     return table
 
@@ -226,6 +260,8 @@ def _notes(found: dict[str, Any]) -> list[str]:
         notes.append("the profile is stored once for its model, and is not included in the sizes")
     if any("profile_kl" in row for row in found["levels"]):
         notes.append("KL is in nats per token, measured on held-out samples when the profile was learnt")
+    if found["target_kl"] is not None:
+        notes.append(f"{measured_text(found['target_kl'])}; 95 % intervals over the continuations")
     return notes
 
 

@@ -116,6 +116,75 @@ class Job(ctypes.Structure):
     ]
 
 
+class Span(ctypes.Structure):
+    """struct cg_span."""
+
+    _fields_ = [
+        ("first", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint64),
+        ("ordinary_first", ctypes.c_uint64),
+        ("ordinary_last", ctypes.c_uint64),
+        ("anchor", ctypes.c_uint64),
+    ]
+
+
+class Source(ctypes.Structure):
+    """struct cg_source."""
+
+    _fields_ = [
+        ("places", ctypes.c_void_p),
+        ("columns", ctypes.c_uint64),
+        ("group_tokens", ctypes.c_uint64),
+        ("vectors", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("n_vectors", ctypes.c_uint64),
+        ("means", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("dtype", ctypes.c_uint32),
+        ("blank", ctypes.c_uint32),
+    ]
+
+
+class Costs(ctypes.Structure):
+    """struct cg_costs."""
+
+    _fields_ = [("costs", ctypes.c_void_p), ("entries", ctypes.c_uint32), ("first", ctypes.c_uint32)]
+
+
+class Part(ctypes.Structure):
+    """struct cg_part."""
+
+    _fields_ = [
+        ("columns", ctypes.c_void_p),
+        ("n_columns", ctypes.c_uint64),
+        ("table_ids", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("tables_bytes", ctypes.c_uint64),
+        ("low", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+    ]
+
+
+BASE_STREAM, ANCHOR_STREAM, DIGIT_STREAM, MAX_STREAMS = 0, 1, 2, 6
+"""CG_BASE_STREAM, CG_ANCHOR_STREAM, CG_DIGIT_STREAM, CG_MAX_STREAMS."""
+
+
+class StreamsOut(ctypes.Structure):
+    """struct cg_streams_out."""
+
+    _fields_ = [
+        ("memory", ctypes.c_void_p),
+        ("memory_bytes", ctypes.c_uint64),
+        ("offsets", ctypes.c_void_p),
+        ("bytes", ctypes.c_void_p),
+        ("statuses", ctypes.c_void_p),
+        ("exceptions", ctypes.c_void_p),
+        ("max_exceptions", ctypes.c_uint64),
+        ("used", ctypes.c_uint64),
+        ("n_exceptions", ctypes.c_uint64),
+    ]
+
+
 _POINTER, _U32, _U64, _STATUS = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
 PROTOTYPES = {
     "cg_abi_version": (_U32, []),
@@ -141,6 +210,14 @@ PROTOTYPES = {
 }
 """The functions of a library: (type of the result, types of the arguments)."""
 CPU_PROTOTYPES = {
+    "cg_peaks": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_spread": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_choose": (_STATUS, [_POINTER, _POINTER, _U64, _U32, *[_POINTER] * 6]),
+    "cg_choose_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_code_planes": (_STATUS, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_decode_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_patch_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_code": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }
 """Functions of the CPU library. The CUDA library lacks them."""

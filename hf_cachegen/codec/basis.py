@@ -7,6 +7,7 @@ Implementation notes:
    that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
    between machines by about a rounding of the cache's own dtype. Symbols never differ.
 3. The last components are left out of the product if they are all zero in a chunk at its level.
+4. A predictor adds rows to the same product: its scores take part like coefficients.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.precision import full_precision
-from hf_cachegen.codec.profile import Group, Profile
+from hf_cachegen.codec.predictor import Predictor
+from hf_cachegen.codec.profile import Profile
 
 MEAN_TERMS = 3
 """Number of bfloat16 terms whose sum is a float32 mean: 3 x 8 bits."""
@@ -36,45 +39,52 @@ WORTH_LEAVING_OUT = 0.25
 class Narrow(NamedTuple):
     """A group's matrix U in bfloat16.
 
-    Its rows: the means; for the leading components the rounding error of U, and U again (for the rounding error of
-    their coefficients); rounded U [components, channels].
+    Its rows: the means; the prediction; for the leading components the rounding error of U, and U again (for the
+    rounding error of their coefficients); rounded U [components, channels].
     """
 
     matrix: Tensor
     components: int
+    rank: int
 
     @classmethod
-    def of(cls, synthesis: Tensor, mean: Tensor) -> Narrow:
-        """Build the matrix from synthesis float32 [components, channels] and mean float32 [channels]."""
+    def of(cls, group: Group, mean: Tensor) -> Narrow:
+        """Build the matrix of a group and its mean float32 [channels]."""
+        synthesis, prediction = group.synthesis, _prediction(group)
         means = []
         for _ in range(MEAN_TERMS):
             means.append(_rounded(mean)[None])
             mean = mean - means[-1][0]
         rounded = _rounded(synthesis)
-        rows = [*means, synthesis[:LEADING] - rounded[:LEADING], rounded[:LEADING], rounded]
-        return cls(torch.cat(rows).bfloat16(), len(synthesis))
+        rows = [*means, prediction, synthesis[:LEADING] - rounded[:LEADING], rounded[:LEADING], rounded]
+        return cls(torch.cat(rows).bfloat16(), len(synthesis), len(prediction))
 
-    def product(self, part: Tensor) -> Tensor:
-        """Multiply part float32 [tokens, components], all or the leading ones, and add the means.
+    def product(self, part: Tensor, scores: Tensor) -> Tensor:
+        """Multiply part float32 [tokens, components], all or the leading ones, and add the prediction and the means.
+
+        Args:
+            part: The coefficients.
+            scores: float32 [tokens, rank]; rank 0 without a prediction.
 
         Returns:
             bfloat16 [tokens, channels].
         """
-        extra = len(self.matrix) - self.components
-        leading = (extra - MEAN_TERMS) // 2
+        extra, first = len(self.matrix) - self.components, MEAN_TERMS + self.rank
+        leading = (extra - first) // 2
         y = torch.ones(len(part), extra + part.shape[1], dtype=torch.bfloat16, device=part.device)
+        y[:, MEAN_TERMS:first] = scores
         y[:, extra:] = part
         rounded = y[:, extra : extra + leading]
-        y[:, MEAN_TERMS : MEAN_TERMS + leading] = rounded
-        y[:, MEAN_TERMS + leading : extra] = part[:, :leading] - rounded
+        y[:, first : first + leading] = rounded
+        y[:, first + leading : extra] = part[:, :leading] - rounded
         return y @ self.matrix[: y.shape[1]]
 
 
-_ANALYSES: WeakKeyDictionary[Profile, dict[torch.device, list[tuple[Tensor, Tensor]]]] = WeakKeyDictionary()
-"""For each profile and device: (mean, analysis) of each group. Each is made once."""
-_MATRICES: WeakKeyDictionary[Profile, dict[tuple[torch.device, bool], list[Any]]] = WeakKeyDictionary()
-"""For each profile, and (device, whether in bfloat16): for each group a Narrow, or (synthesis, mean). Each is made
-once.
+_ANALYSES: WeakKeyDictionary[Profile | Predictor, dict[torch.device, list[tuple[Tensor, ...]]]] = WeakKeyDictionary()
+"""For each profile or predictor and device: (mean, analysis, prediction) of each group. Each is made once."""
+_MATRICES: WeakKeyDictionary[Profile | Predictor, dict[tuple[torch.device, bool], list[Any]]] = WeakKeyDictionary()
+"""For each profile or predictor, and (device, whether in bfloat16): for each group a Narrow, or (prediction above
+synthesis, mean, rank). Each is made once.
 """
 
 
@@ -87,14 +97,27 @@ def multiplies_bfloat16() -> bool:
 
 
 class Basis:
-    """A profile's basis, for caches of its model's geometry."""
+    """A profile's basis, for caches of its model's geometry.
 
-    def __init__(self, geometry: Geometry, profile: Profile):
+    Args:
+        geometry: Of the cache.
+        profile: Of the model.
+        learnt: The profile, or one of its predictors, whose bases are those of the residuals.
+    """
+
+    def __init__(self, geometry: Geometry, profile: Profile, learnt: Profile | Predictor | None = None):
         self.geometry, self.profile = geometry, profile
+        self.learnt = profile if learnt is None else learnt
         self.slices = slices_of(geometry)
 
-    def coefficients(self, rows: Tensor, span: Span) -> Tensor:
-        """Convert rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows."""
+    def coefficients(self, rows: Tensor, span: Span, scores: Tensor | None = None) -> Tensor:
+        """Convert rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows.
+
+        Args:
+            rows: Of a chunk.
+            span: The position of the chunk.
+            scores: float32 [tokens, rank], of a predictor.
+        """
         rotary, found = self.profile.rotary, list[Tensor]()
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
         for group, _ in self._groups():
@@ -102,19 +125,31 @@ class Basis:
             x = torch.cat([rows[:, part] for part in slices], 1).float()
             if group.kind == 0:
                 x = rotary.turn(x.reshape(len(x), -1, group.sensitivity.shape[1]), angles, -1).flatten(1)
-            mean, analysis = self._analyses(x.device)[len(found)]
+            mean, analysis, prediction = self._analyses(x.device)[len(found)]
             x -= mean
             with full_precision(x.device):
+                if scores is not None:
+                    x.addmm_(scores.to(x.device), prediction, alpha=-1)
                 found.append(x @ analysis)
         return torch.cat(found, 1)
 
-    def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None) -> Tensor:
+    def rows(
+        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Convert coefficients float32 [tokens, components] to rows [tokens, channels] of `dtype`, on the device of y.
 
+        Channels that no group covers are undefined.
+
         Args:
+            y: The coefficients.
+            span: The position of the chunk.
+            dtype: Of the rows.
             idle: bool [components]: components that are likely to be zero in all tokens.
+            scores: float32 [tokens, rank], of a predictor.
         """
         device = y.device
+        scores = y[:, :0] if scores is None else scores.to(device)
         rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=device)
         narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
         rotary = self.profile.rotary
@@ -124,10 +159,11 @@ class Basis:
             part = part if idle is None else _shortened(part, idle[components])
             with full_precision(device):
                 if isinstance(matrix, Narrow):
-                    back = matrix.product(part)
+                    back = matrix.product(part, scores)
                 else:
-                    synthesis, mean = matrix
-                    back = torch.addmm(mean, part, synthesis[: part.shape[1]])
+                    stacked, mean, rank = matrix
+                    part = torch.cat([scores, part], 1) if rank else part
+                    back = torch.addmm(mean, part, stacked[: part.shape[1]])
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
@@ -139,7 +175,7 @@ class Basis:
     def _groups(self) -> Iterator[tuple[Group, slice]]:
         """Iterate over the groups, each with the range of its components."""
         at = 0
-        for group in self.profile.groups:
+        for group in self.learnt.groups:
             yield group, slice(at, at + len(group.synthesis))
             at += len(group.synthesis)
 
@@ -149,26 +185,32 @@ class Basis:
     def _mean(self, group: Group) -> Tensor:
         return torch.cat([self.profile.means[part] for part in self._slices(group)])
 
-    def _analyses(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Return (mean, analysis) of each group on a device. They are copied there once."""
-        known = _ANALYSES.setdefault(self.profile, {})
+    def _analyses(self, device: torch.device) -> list[tuple[Tensor, ...]]:
+        """Return (mean, analysis, prediction) of each group on a device. They are copied there once."""
+        known = _ANALYSES.setdefault(self.learnt, {})
         if device not in known:
-            known[device] = [(self._mean(g).to(device), g.analysis.to(device)) for g in self.profile.groups]
+            parts = [(self._mean(g), g.analysis, _prediction(g)) for g in self.learnt.groups]
+            known[device] = [tuple(x.to(device) for x in part) for part in parts]
         return known[device]
 
     def _matrices(self, device: torch.device, narrow: bool) -> list[Any]:
-        known = _MATRICES.setdefault(self.profile, {})
+        known = _MATRICES.setdefault(self.learnt, {})
         if (device, narrow) not in known:
             made: list[Any] = []
-            for group in self.profile.groups:
-                mean = self._mean(group)
+            for group in self.learnt.groups:
+                mean, prediction = self._mean(group), _prediction(group)
                 if narrow:
-                    one = Narrow.of(group.synthesis, mean)
+                    one = Narrow.of(group, mean)
                     made.append(one._replace(matrix=one.matrix.to(device)))
                 else:
-                    made.append((group.synthesis.to(device), mean.to(device)))
+                    stacked = torch.cat([prediction, group.synthesis]) if len(prediction) else group.synthesis
+                    made.append((stacked.to(device), mean.to(device), len(prediction)))
             known[device, narrow] = made
         return known[device, narrow]
+
+
+def _prediction(group: Group) -> Tensor:
+    return group.synthesis[:0] if group.prediction is None else group.prediction
 
 
 def _rounded(x: Tensor) -> Tensor:

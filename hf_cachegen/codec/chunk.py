@@ -31,6 +31,7 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Assignment, Coded, Cursor
+from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError
@@ -144,10 +145,14 @@ class LossyCodec:
         config: Its `levels`, `coder`, `prob_bits` and protected tokens are used.
         side: The fitted side information.
         group_tokens: Tokens per group, of which the first is an anchor. 0: there are no anchors.
+        source: The values that the codec was fitted to, for `encode_own`.
     """
 
-    def __init__(self, channels: Channels, config: CacheGenConfig, side: Side, group_tokens: int = 0):
+    def __init__(
+        self, channels: Channels, config: CacheGenConfig, side: Side, group_tokens: int = 0, source: Source | None = None
+    ):
         self.channels, self.config, self.side, self.group_tokens = channels, config, side, group_tokens
+        self.source = source if config.coder == "rans" else None
         self.values, self.digits = shipped_codebooks(config.prob_bits)
         self.steps = quantize.steps_of(side.step_codes)
         unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
@@ -207,6 +212,12 @@ class LossyCodec:
             base.append(section.encode(ends[0], assignment, ends[1], coder=coder))
             parts.append(section.encode(digits[ordinary], assignment, contexts[ordinary], coder=coder))
         return [b"".join(base), *parts]
+
+    def encode_own(self, span: Span) -> list[bytes]:
+        """Encode a chunk of `source` to the bytes of every part: the same as `encode` of its rows, without a copy."""
+        if self.source is None:
+            raise ValueError("this codec was not fitted to a source")
+        return encode_from(self.source, self, span)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode parts 0..level-1 to rows [tokens, channels], at level len(parts).
@@ -353,6 +364,18 @@ class LossyCodec:
         coarse = grid._replace(steps=self.steps * quantize.step_factor(len(rest) + 1, self.config.levels))
         passes.restore(rows, coarse, a, base[ordinary], rest, wide)
         return rows
+
+
+def encode_from(source: Source, codec: LossyCodec, span: Span) -> list[bytes]:
+    """Encode a chunk of a source to the bytes of every part."""
+    base, anchors, *digits = source.encode(span, codec.config, (codec.means, codec.steps), codec.assignments)
+    scales = []
+    if source.group_tokens:
+        first = source.anchors[span.first]
+        own = source.scales[first : first + anchoring.anchor_count(span.tokens, source.group_tokens)]
+        scales.append(own.view(torch.int16).numpy().tobytes())
+    ends = [piece for section in digits[1::2] for piece in section]
+    return [b"".join([*scales, *anchors, *base, *ends]), *map(b"".join, digits[::2])]
 
 
 def without(rows: Tensor, ordinary: slice) -> Tensor:

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows, empty_kv, geometry_of, spans_of
 from hf_cachegen.codec.transforms import Transform, transform_of
 from hf_cachegen.codec.transforms.choosing import resolved
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import CorruptError, LevelError, TruncatedError
+from hf_cachegen.errors import ConfigError, CorruptError, LevelError, TruncatedError
 
 
 class Encoder:
@@ -33,11 +34,13 @@ class Encoder:
         config: Default: CacheGenConfig().
         profile: Of the model, for the klt transform.
         layers: The layers' geometry, where they are not all of kind "full".
+        known: What a loader computes from the tokens, for a profile with a predictor.
         progress: Show a progress bar.
+        measured: The divergences that `config` was chosen by (`models.target`), for the report.
 
     Raises:
         TensorError: The tensors do not fit together, or a value is not finite (lossless accepts such values).
-        ConfigError: The klt transform has no profile.
+        ConfigError: The klt transform has no profile; or `config` has a target, which needs the model.
         ProfileError: The profile is of another model.
     """
 
@@ -49,11 +52,20 @@ class Encoder:
         profile: Profile | None = None,
         *,
         layers: Sequence[LayerGeometry] | None = None,
+        known: Known | None = None,
         progress: bool = False,
+        measured: dict[str, Any] | None = None,
     ):
         config = config or CacheGenConfig()
+        if config.target_kl is not None:
+            raise ConfigError(
+                f"target_kl={config.target_kl} needs the model, which is not at hand here: pass the configuration to "
+                "CacheGenCache.from_context, from_text or from_cache, or save with save_pretrained(..., model=model)"
+            )
+        self._measured = measured
         self.geometry, self.progress = geometry_of(keys, values, layers), progress
-        self.rows = ContextRows(keys, values, self.geometry, spans_of(self.geometry.tokens, config.chunk_tokens))
+        spans = spans_of(self.geometry.tokens, config.chunk_tokens)
+        self.rows = ContextRows(keys, values, self.geometry, spans, known=known)
         self.config = resolved(self.rows, config, profile)
         transform = transform_of(self.config)
         self.profile = profile if transform.needs_profile else None
@@ -66,12 +78,12 @@ class Encoder:
     def chunks(self) -> Iterator[list[bytes]]:
         """Yield the bytes of every part, chunk by chunk."""
         count = len(self.rows.spans)
-        for rows, span in tqdm(self.rows.chunks(), "encode", count, unit="chunk", disable=not self.progress):
-            parts = self.codec.encode(rows, span)
+        for span in tqdm(self.rows.spans, "encode", count, unit="chunk", disable=not self.progress):
+            parts = self.codec.encode_chunk(self.rows, span)
             for part, data in enumerate(parts):
                 self._bytes[part] += len(data)
             if self.config.measure:
-                self._measure(rows.cpu(), span)
+                self._measure(self.rows.chunk(span).cpu(), span)
             yield parts
 
     def _measure(self, rows: Tensor, span: Span) -> None:
@@ -105,8 +117,11 @@ class Encoder:
             "bits_per_element": [round(8 * size / elements, 4) for size in sizes],
             "layers": layers,
         }
-        if self.profile is not None and (kl := self.profile.divergences) is not None:
+        kl = None if self.profile is None else self.profile.divergences_at(self.config.predict_layers)
+        if kl is not None and not self.config.step_offset:  # another step than the profile's has other divergences
             found["profile_kl"] = kl
+        if self._measured is not None:
+            found["target_kl"] = self._measured
         return found
 
     def _bits_by_vector(self) -> Tensor | None:
@@ -119,7 +134,9 @@ class Encoder:
         return totals.index_add_(1, self.rows.channels.vectors, self._bits).cumsum(0)
 
 
-def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None) -> Transform:
+def codec_of(
+    geometry: Geometry, config: CacheGenConfig, side: bytes, profile: Profile | None, known: Known | None = None
+) -> Transform:
     """Return the fitted transform that wrote this side information.
 
     Nothing is built for the channels before the length of the side information is checked.
@@ -133,7 +150,7 @@ def codec_of(geometry: Geometry, config: CacheGenConfig, side: bytes, profile: P
     if len(side) not in lengths:
         message = f"the side information must have {lengths[0]} bytes or more for this geometry, got {len(side)}"
         raise (TruncatedError if len(side) < lengths[0] else CorruptError)(message)
-    return transform.from_side(side, geometry, config, profile)
+    return transform.from_side(side, geometry, config, profile).knowing(known)
 
 
 def checked_level(level: int | None, levels: int) -> int:

@@ -9,7 +9,7 @@ can be a hundred times as large.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -20,6 +20,7 @@ from hf_cachegen.codec import passes, quantize
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.passes import Grid
 from hf_cachegen.codec.rans import TILE_COLUMNS
+from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX, Codebook
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import TensorError
@@ -32,7 +33,10 @@ LARGEST_STEP = 2.0**23.75
 """The largest step that a step code expresses."""
 
 
-def fit(chunks: Chunks, channels: Channels, config: CacheGenConfig, group_tokens: int = 0) -> tuple[LossyCodec, Tensor]:
+def fit(
+    chunks: Chunks, channels: Channels, config: CacheGenConfig, group_tokens: int = 0, source: Source | None = None,
+    spans: Sequence[Span] = (),
+) -> tuple[LossyCodec, Tensor]:  # fmt: skip
     """Fit the codec of one context.
 
     Args:
@@ -40,6 +44,8 @@ def fit(chunks: Chunks, channels: Channels, config: CacheGenConfig, group_tokens
         channels: Of the rows.
         config: Its steps, levels and protected tokens are used.
         group_tokens: Tokens per group, of which the first is an anchor. 0: there are no anchors.
+        source: The same values as the chunks, where the compiled passes can read them in place.
+        spans: The chunks of the source.
 
     Returns:
         The codec, and the bits of each part's channels under its tables, float64 [levels, channels].
@@ -48,11 +54,16 @@ def fit(chunks: Chunks, channels: Channels, config: CacheGenConfig, group_tokens
         TensorError: A value is not finite, or no step expresses it: it is too large, too small, or too far from the
             rest of its channel.
     """
-    codes, means = _steps(*_spread(chunks, channels, config, group_tokens), channels, config)
+    if source is not None and group_tokens:
+        source = source.anchored(spans, group_tokens)
+    spread = _spread(chunks, channels, config, group_tokens) if source is None else _spread_of(source, spans, config, chunks)
+    codes, means = _steps(*spread, channels, config)
     none = torch.zeros(len(channels), dtype=torch.uint8)
     blank = Side(codes, means, none, none, none.expand(config.levels - 1, -1))
-    side, bits = _with_entries(chunks, LossyCodec(channels, config, blank, group_tokens))
-    return LossyCodec(channels, config, side, group_tokens), bits
+    codec = LossyCodec(channels, config, blank, group_tokens)
+    fitted = None if source is None else _chosen(source, spans, codec)
+    side, bits = fitted or _with_entries(chunks, codec)
+    return LossyCodec(channels, config, side, group_tokens, source), bits
 
 
 def _spread(
@@ -75,6 +86,27 @@ def _spread(
         sums = [ordinary, protected] if anchors is None else [ordinary, protected, anchors.scales]
         if not all(bool(torch.isfinite(x).all()) for x in sums):
             require_finite(rows, channels.vectors)
+    return _mean_and_deviation(ordinary, protected, count, every, group_tokens)
+
+
+def _spread_of(source: Source, spans: Sequence[Span], config: CacheGenConfig, chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """Return `_spread` of a source. The chunks are needed only to find a value that is not finite."""
+    group = source.group_tokens
+    ordinary, protected = source.spread(spans, config)
+    if not all(bool(torch.isfinite(x).all()) for x in (ordinary, protected, source.scales)):
+        vectors = source.vectors.long()
+        for rows, _ in chunks():
+            require_finite(rows, vectors)
+    ranges = [span.ordinary(config, group) for span in spans]
+    every = sum(span.tokens - anchoring.anchor_count(span.tokens, group) for span in spans)
+    count = sum(part.stop - part.start for part in ranges)
+    return _mean_and_deviation(ordinary, protected, count, every, group)
+
+
+def _mean_and_deviation(
+    ordinary: Tensor, protected: Tensor, count: int, every: int, group_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Convert sums float64 [2, channels] over `count` ordinary tokens, of `every` coded ones, to (mean, deviation)."""
     if count < 2:
         count, ordinary = max(1, every), ordinary + protected
     total, squares = ordinary
@@ -165,6 +197,30 @@ def repeated(values: Codebook, digits: Codebook) -> Iterator[Codebook]:
         yield digits
 
 
+def _chosen(source: Source, spans: Sequence[Span], codec: LossyCodec) -> tuple[Side, Tensor] | None:
+    """Return `_with_entries` of a source; None where a value must be refused, which that function does."""
+    books, config = (codec.values, codec.digits), codec.config
+    found = source.choose(spans, config, (codec.means, codec.steps), books, coded=_all_coded(len(codec.channels)))
+    if found is None:
+        return None
+    entries, bits = found
+    levels, none = config.levels, torch.zeros(len(codec.channels), dtype=torch.uint8)
+    if source.group_tokens:
+        bits[0] += bits[levels]
+    anchor_entries = entries[levels] if source.group_tokens else none
+    side = Side(codec.side.step_codes, codec.side.means, anchor_entries, entries[0], entries[1:levels])
+    return side, bits[:levels]
+
+
+def _all_coded(channels: int) -> bool:
+    """Return whether channels of zeros are coded, too.
+
+    A channel that is left out shifts all channels behind it. A GPU then cannot decode base and digits together. So all
+    are coded where they fill whole tiles; a channel of zeros costs about a thousandth of a bit per token.
+    """
+    return channels % TILE_COLUMNS == 0
+
+
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
     """Return the codec's side information with the cheapest table of every channel, and the bits [levels, channels]."""
     channels, levels = len(codec.channels), codec.config.levels
@@ -175,9 +231,7 @@ def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
         if found is not None:
             passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
         counts.add(symbols)
-    # A channel that is left out shifts all channels behind it. A GPU then cannot decode base and digits together. So
-    # all are coded where they fill whole tiles; a channel of zeros costs about a thousandth of a bit per token.
-    coded = channels % TILE_COLUMNS == 0
+    coded = _all_coded(channels)
     anchor_entries, anchor_bits = codec.values.choose(anchors, coded=coded)
     entries, bits = counts.choose(codec.values, codec.digits, coded=coded)
     bits[0] += anchor_bits

@@ -2,7 +2,7 @@
 
 Plain numbers without torch, so that a manifest can be checked before anything is allocated. For layer i the keys are
 [batch, heads, tokens, k_dim] and the values [batch, v_heads, tokens, v_dim]. K and V differ where attention is latent
-(MLA: K is the latent, V the rotated key).
+(MLA: K is the latent, V the rotated key), and where it is sparse and keeps an index key for each token, the end of V.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from hf_cachegen.errors import LimitError, ManifestError, TensorError
 
-LayerKind = Literal["full", "sliding", "mla"]
+LayerKind = Literal["full", "sliding", "mla", "indexed"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The dtypes that a cache may have, with bytes per element."""
 
@@ -27,7 +27,10 @@ MAX_ELEMENTS = 1 << 42
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """Heads and dims of one layer's keys and values; `window` is the sliding window in tokens, for kind "sliding" only.
+    """Heads and dims of one layer's keys and values.
+
+    `window` is the sliding window in tokens, for kind "sliding" only. `index_dim` is the number of channels at the end
+    of the values that are an index key, for kind "indexed" only; the values then are one head.
 
     Raises:
         TensorError: No cache has such a value.
@@ -40,6 +43,7 @@ class LayerGeometry:
     v_heads: int
     v_dim: int
     window: int | None = None
+    index_dim: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in get_args(LayerKind):
@@ -52,6 +56,18 @@ class LayerGeometry:
             )
         if self.window is not None:
             _require_count("window", self.window, MAX_TOKENS)
+        if (self.index_dim is not None) != (self.kind == "indexed"):
+            raise TensorError(
+                f"a layer has an index key if and only if it is indexed, got kind {self.kind!r}, index_dim "
+                f"{self.index_dim!r}"
+            )
+        if self.index_dim is not None:
+            _require_count("index_dim", self.index_dim, MAX_DIM)
+            if self.v_heads != 1 or self.index_dim > self.v_dim or (self.v_dim - self.index_dim) % self.heads:
+                raise TensorError(
+                    f"an indexed layer has one head of values: {self.heads} times some channels and the index key, got "
+                    f"v_heads {self.v_heads}, v_dim {self.v_dim}, index_dim {self.index_dim}"
+                )
 
     @property
     def k_channels(self) -> int:
@@ -65,7 +81,10 @@ class LayerGeometry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for the manifest."""
-        return asdict(self)
+        values = asdict(self)
+        if self.index_dim is None:  # as written before there were indexed layers
+            del values["index_dim"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Any) -> LayerGeometry:
@@ -74,7 +93,7 @@ class LayerGeometry:
         names = ("kind", "heads", "k_dim", "v_heads", "v_dim")
         fields = _require_fields("a layer of the geometry", values, names)
         try:
-            return cls(**fields, window=values.get("window"))
+            return cls(**fields, window=values.get("window"), index_dim=values.get("index_dim"))
         except TensorError as error:
             raise ManifestError(f"geometry: {error}") from error
 
@@ -110,6 +129,11 @@ class Geometry:
     def channels(self) -> int:
         """Number of channels of all layers' keys and values, for all rows of the batch."""
         return self.batch * sum(layer.k_channels + layer.v_channels for layer in self.layers)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether a layer keeps index keys."""
+        return any(layer.kind == "indexed" for layer in self.layers)
 
     @property
     def elements(self) -> int:

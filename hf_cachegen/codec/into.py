@@ -190,6 +190,19 @@ class Sections:
         self._kept.append((target, grid, coarser))
         return abi.Output(chunk, *rows, row, target.places.data_ptr(), None, addresses, len(coarser))
 
+    def planes(self, section: Coded) -> None:
+        """Decode the bytes of values (`transforms.lossless`): a section without dead channels, in whole tiles."""
+        view = ops.Section(section.columns.book.tables.native, section.columns.table_ids, None, section.tokens)
+        offsets = ops.offsets_of(section.tile_bytes, view.tiles, section.streams)
+        statuses = torch.empty(view.tiles, dtype=torch.int32)
+        output = self._output(self.target, self._plain, self.row, self.tokens, Rows(), [])
+        buffers = (section.streams, section.streams.numel(), offsets, output, statuses)
+        native.call("cg_decode_planes", view.view, *buffers, device=self.device)
+        if len(section.positions):
+            patches = (section.positions, section.indices, len(section.indices))
+            native.call("cg_patch_planes", *patches, output, device=self.device)
+        self._statuses.append(statuses)
+
     def finish(self) -> None:
         """Wait for the device. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
         native.check_decoded(torch.cat(self._statuses).tolist() if self._statuses else [])

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -28,15 +29,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.codec.group import Group, covered, moderate
+from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
 from hf_cachegen.errors import ProfileError
 
 PROFILE_VERSION = 1
 MAX_HEADER_BYTES = 1 << 25
 """Limit of a file's safetensors header: enough for some thousand layers."""
-LARGEST_NUMBER = 1e15
-"""Limit of means, sensitivities and frequencies. Those of a real profile are of order 1, or of its model's keys and
-values.
-"""
 LARGEST_SCALING = 1e3
 RotaryStyle = Literal["none", "half", "interleaved"]
 P = TypeVar("P", bound="Profile")
@@ -84,29 +83,6 @@ class Rotary:
         return turned
 
 
-@dataclass(frozen=True)
-class Group:
-    """A joint basis: layers [first, first + count) of K (kind 0) or V (kind 1).
-
-    Attributes:
-        sensitivity: float32 [heads of all its layers, dim, dim].
-        synthesis: float32 [components, channels].
-    """
-
-    kind: int
-    first: int
-    count: int
-    sensitivity: Tensor
-    synthesis: Tensor
-
-    @cached_property
-    def analysis(self) -> Tensor:
-        """The matrix W = F U^T, float32 [channels, components]."""
-        heads, dim, _ = self.sensitivity.shape
-        by_head = self.synthesis.mT.reshape(heads, dim, -1)
-        return torch.bmm(self.sensitivity, by_head).reshape(heads * dim, -1).contiguous()
-
-
 class FileHashes(NamedTuple):
     """XXH3-128 and SHA-256 of a profile's file, in hex, and its length in bytes."""
 
@@ -133,6 +109,7 @@ class Profile:
         base_entries: uint8 [components]: entries of the shipped codebook.
         refine_entries: uint8 [levels - 1, components]: entries of the shipped codebook.
         about: The model (its fingerprint), the amount of text, and the divergence measured at each level.
+        predictors: What predicts the caches from the first layers, by ascending layer.
         place: The repository and commit (hf://...) that it was loaded from or pushed to, if any. Artifacts that are
             made with it name them. `dataclasses.replace` drops it.
         read: The hashes of the file that it was read from, if any. `dataclasses.replace` drops them.
@@ -146,6 +123,7 @@ class Profile:
     base_entries: Tensor
     refine_entries: Tensor
     about: dict[str, Any]
+    predictors: tuple[Predictor, ...] = ()
     place: str | None = field(init=False, default=None)
     read: FileHashes | None = field(init=False, default=None)
 
@@ -156,9 +134,14 @@ class Profile:
 
     @property
     def divergences(self) -> list[float] | None:
-        """KL of each level, nats per token of the samples held out when learning; None if `about` does not contain it.
+        """KL of each level without prediction, nats per token of the samples held out when learning; None if `about`
+        does not contain it.
         """
-        measured = self.about.get("measured")
+        return self.divergences_at(None)
+
+    def divergences_at(self, layer: int | None) -> list[float] | None:
+        """Return the KL of each level for `predict_layers=layer`, as `divergences` does."""
+        measured = self.at(layer).about.get("measured")
         rows = measured if isinstance(measured, list) else []
         found = [kl for row in rows if isinstance(row, dict) and isinstance(kl := row.get("kl"), float)]
         sound = len(found) == len(rows) == self.levels and all(0 <= kl < math.inf for kl in found)
@@ -168,6 +151,35 @@ class Profile:
     def entries(self) -> Tensor:
         """The table entries of the base and of each refinement, uint8 [levels, components]."""
         return torch.cat([self.base_entries[None], self.refine_entries])
+
+    @property
+    def sensitivities(self) -> dict[tuple[int, int], Tensor]:
+        """The sensitivity of each (kind, layer), float32 [heads, dim, dim]."""
+        found = {}
+        for group in self.groups:
+            layers = range(group.first, group.first + group.count)
+            heads = [(self.layers[layer].heads, self.layers[layer].v_heads)[group.kind] for layer in layers]
+            for layer, part in zip(layers, group.sensitivity.split(heads), strict=True):
+                found[group.kind, layer] = part
+        return found
+
+    def at(self, layer: int | None) -> Profile | Predictor:
+        """Return what codes a context: the predictor of a layer, or for None the profile. Raises ProfileError."""
+        return self if layer is None else self.predictor(layer)
+
+    def usable(self, layer: int | None) -> int | None:
+        """Return `predict_layers` as this profile allows it: its default, 0, is None where there is no predictor."""
+        return None if layer == 0 and all(one.layer for one in self.predictors) else layer
+
+    def predictor(self, layer: int) -> Predictor:
+        """Return the predictor from the hidden state that enters `layer`. Raises ProfileError if there is none."""
+        for found in self.predictors:
+            if found.layer == layer:
+                return found
+        raise ProfileError(
+            f"expected a profile with a predictor for predict_layers={layer}, {self.digest} has them for "
+            f"{[found.layer for found in self.predictors]}: learn one with learn_profile(predict_layers=...)"
+        )
 
     @property
     def model(self) -> str:
@@ -201,6 +213,10 @@ class Profile:
             "step_code": self.step_code,
             "about": self.about,
         }
+        if self.predictors:  # profiles without them keep their bytes
+            described["predictors"] = [one.described() for one in self.predictors]
+            for one in self.predictors:
+                tensors |= one.tensors()
         return save_tensors(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             {"cachegen_profile": json.dumps(described, sort_keys=True)},
@@ -238,55 +254,46 @@ class Profile:
                 layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
                 tensors["refine_entries"], dict(described["about"]),
             )  # fmt: skip
+            profile._check()
+            profile.predictors = profile._predictors(described.get("predictors", []), tensors)
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"these bytes are not a profile: {error}") from error
-        profile._check()
         profile.read, profile.place = FileHashes.of(data), place
         return profile
 
     def _check(self) -> None:
         """Raise ProfileError unless shapes and dtypes fit each other."""
         channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
-        components, covered = 0, []
         sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
-        for group in self.groups:
-            inside = group.kind in (0, 1) and 0 <= group.first < group.first + group.count <= len(channels)
-            shapes = (
-                [c[2 * group.kind :][:2] for c in channels[group.first : group.first + group.count]] if inside else []
-            )
-            heads, dims = sum(h for h, _ in shapes), {d for _, d in shapes}
-            shape = tuple(group.sensitivity.shape)
-            sound &= len(dims) == 1 and shape == (heads, *dims, *dims) and group.synthesis.dim() == 2
-            sound = sound and group.synthesis.shape[1] == heads * shape[1]
-            covered += (
-                [(group.kind, layer) for layer in range(group.first, group.first + group.count)] if inside else []
-            )
-            components += group.synthesis.shape[0] if group.synthesis.dim() else 0
-            sound = sound and group.sensitivity.dtype == torch.float32 and _moderate(group.sensitivity)
-            sound = sound and bool(torch.isfinite(group.synthesis).all())
-            if not sound:
-                break  # stop here: the work stays in proportion to the bytes of the file
+        pairs = covered(self.groups, channels) if sound else None
+        sound = pairs is not None and sorted(pairs) == [(k, layer) for k in (0, 1) for layer in range(len(channels))]
+        components = sum(len(group.synthesis) for group in self.groups) if sound else 0
         width = sum(h * d + vh * vd for h, d, vh, vd in channels)
-        sound = sound and sorted(covered) == [(kind, layer) for kind in (0, 1) for layer in range(len(channels))]
         sound = sound and tuple(self.means.shape) == (width,) and self.means.dtype == torch.float32
-        sound = sound and _moderate(self.means)
+        sound = sound and moderate(self.means)
         sound = sound and self.base_entries.dtype == self.refine_entries.dtype == torch.uint8
         sound = sound and tuple(self.base_entries.shape) == (components,) and self.refine_entries.dim() == 2
         if not sound or self.refine_entries.shape[1] != components or self.levels > 3:
             raise ProfileError("this profile contradicts itself: the shapes of its tensors do not fit its layers")
 
+    def _predictors(self, listed: Any, tensors: dict[str, Tensor]) -> tuple[Predictor, ...]:
+        """Read the predictors that a file lists. Raises ProfileError, LookupError, TypeError, ValueError."""
+        if not isinstance(listed, list) or len(listed) > MAX_PREDICTORS:
+            raise ProfileError(f"expected a list of at most {MAX_PREDICTORS} predictors")
+        found = tuple(Predictor.read(one, tensors, self.sensitivities) for one in listed)
+        shapes = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
+        ascending = all(a.layer < b.layer for a, b in pairwise(found))
+        if not ascending or not all(one.is_sound(shapes, self.levels) for one in found):
+            raise ProfileError("this profile contradicts itself: a predictor does not fit its layers")
+        return found
+
     def _rotary_is_sound(self) -> bool:
         """Return whether it rotates channels that all layers' keys have, by finite angles and a moderate scale."""
         rotary, narrowest = self.rotary, min((layer.k_dim for layer in self.layers), default=0)
         fits = rotary.inv_freq.dim() == 1 and 2 * rotary.inv_freq.numel() <= narrowest
-        fits = fits and rotary.inv_freq.dtype == torch.float64 and _moderate(rotary.inv_freq)
+        fits = fits and rotary.inv_freq.dtype == torch.float64 and moderate(rotary.inv_freq)
         known = rotary.style in ("none", "half", "interleaved")
         return known and fits and 1 / LARGEST_SCALING <= rotary.scaling <= LARGEST_SCALING
-
-
-def _moderate(x: Tensor) -> bool:
-    """Return whether all numbers are finite and at most LARGEST_NUMBER."""
-    return bool((x.abs() <= LARGEST_NUMBER).all())
 
 
 def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from hf_cachegen.codec.chunk import Channels, Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.sinks import find_sinks
+from hf_cachegen.codec.source import Source
 from hf_cachegen.errors import TensorError
 
 
@@ -26,25 +29,40 @@ class ContextRows:
         geometry: Of these tensors.
         spans: The chunks to iterate over.
         whole: The whole context, if these are only some of its chunks.
+        known: What a loader of the context computes from its tokens, if anything.
     """
 
     def __init__(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], geometry: Geometry, spans: Sequence[Span],
-        whole: ContextRows | None = None,
+        whole: ContextRows | None = None, known: Known | None = None,
     ):  # fmt: skip
         self.keys, self.values, self.geometry, self.spans = keys, values, geometry, spans
         self.channels = Channels.of(geometry)
+        self.known = known
         self._whole = whole
 
     def chunks(self) -> Iterator[tuple[Tensor, Span]]:
         """Yield (rows [tokens, channels] on layer 0's device, span) of every chunk, from the first at each call."""
         for span in self.spans:
-            yield gather(self.keys, self.values, span), span
+            yield self.chunk(span), span
+
+    @cached_property
+    def source(self) -> Source | None:
+        """The tensors as the source of the compiled passes; None where these cannot read them."""
+        pairs = [x for pair in zip(self.keys, self.values, strict=True) for x in pair]
+        if any(x.device.type != "cpu" for x in pairs):
+            return None
+        return Source.of(Target.layers(pairs), self.channels.vectors)
+
+    def chunk(self, span: Span) -> Tensor:
+        """Return the rows [tokens, channels] of a chunk, on layer 0's device."""
+        return gather(self.keys, self.values, span)
 
     def only(self, chunks: Sequence[int]) -> ContextRows:
         """Return the same context with these chunks only. `sinks` and `first_token` still depend on the whole context.
         """
-        return ContextRows(self.keys, self.values, self.geometry, [self.spans[index] for index in chunks], self)
+        spans = [self.spans[index] for index in chunks]
+        return ContextRows(self.keys, self.values, self.geometry, spans, self, self.known)
 
     @cached_property
     def sinks(self) -> Tensor:

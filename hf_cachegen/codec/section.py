@@ -130,6 +130,11 @@ class Assignment:
         return max((len(set(ids.tolist())) for ids in tiles), default=0)
 
     @cached_property
+    def order(self) -> Tensor:
+        """The live channels, then the dead ones: int32 [channels]."""
+        return torch.cat([self.live, self.dead])
+
+    @cached_property
     def _runs(self) -> list[slice]:
         """Ranges of adjacent live channels; empty if there are too many to copy one by one."""
         edges = (self.live.diff() != 1).nonzero().flatten() + 1

@@ -37,6 +37,10 @@ SHIPPED_CODEBOOK = "cachegen-1"
 EXCEPTION_BITS = 64
 COST_SCALE = 256
 """Costs are integers in units of 1/256 bit."""
+LARGEST_COST = 1 << 15
+"""Above every cost: 12 bits and an exception."""
+COMPILED_ENTRIES = 32
+"""The compiled code compares so many entries at a time."""
 _SUPPORT_SHARE = 1 << 17
 """A symbol rarer than one in this many becomes an exception: a frequency of 1 would cost the others more."""
 
@@ -120,6 +124,15 @@ class Codebook:
         inside = torch.minimum(torch.maximum(index, self.low[:, None]), self.high[:, None])
         cost = cost.gather(1, inside) + (index != inside) * float(EXCEPTION_BITS * COST_SCALE)
         return cost.reshape(self.entries, -1)
+
+    @cached_property
+    def compiled_cost(self) -> Tensor:
+        """`cost` as the compiled code takes it: int32 [contexts * symbols, entries], filled up to a multiple of
+        COMPILED_ENTRIES with entries that cost more than all others.
+        """
+        filled = torch.full((self.cost.shape[1], -(-self.entries // COMPILED_ENTRIES) * COMPILED_ENTRIES), LARGEST_COST)
+        filled[:, : self.entries] = self.cost.mT
+        return filled.to(torch.int32)
 
     @cached_property
     def narrowest(self) -> int:

@@ -34,15 +34,16 @@ from hf_cachegen.errors import (
 from hf_cachegen.generation.from_encoder import generate_from_encoder
 from hf_cachegen.generation.twin import rest_by_cache, rest_of_first, twin_of
 from hf_cachegen.models.call import GenerateCall
+from hf_cachegen.models.causality import hides_pads
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, masks_by_token_types, unwrapped
 from hf_cachegen.models.continuation import continuation_of, read_singly
-from hf_cachegen.models.kinds import holds_states, kv_layers, layer_contents
-from hf_cachegen.models.layers import build_dynamic, build_static, build_with_states
+from hf_cachegen.models.kinds import holds_states, is_plain, kv_layers, layer_contents
+from hf_cachegen.models.layers import build_by_config, build_dynamic, build_static
 from hf_cachegen.models.media import MEDIA_INPUTS
 from hf_cachegen.models.media_prompt import cover, positions
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.recurrent import shorten
-from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.requirements import masks_windows, positions_change
 from hf_cachegen.models.running import kv_devices, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.streaming import Refine, SwapIn
@@ -196,6 +197,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
         raise PromptMismatchError(f"a prompt of {longest} tokens cannot continue a cache of {tokens}: {why}")
     chunk = settings.prefill_chunk_size
     usable = not moved and reuse.length > 0 and (chunk is None or ids.shape[1] - reuse.length <= chunk)
+    usable = usable and (not any(reuse.pads) or hides_pads(model))
     steps = states and not continuation_of(model).several
     usable = usable and not (steps and ids.shape[1] - reuse.length > MAX_STEPS)
     repeats = max(settings.num_beams, settings.num_return_sequences)
@@ -207,15 +209,21 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     if not usable:
         return stock(*call.prompt, **call.arguments)
 
+    masked = masks_windows(model)
+    if not masked and (call.mode is GenerationMode.ASSISTED_GENERATION or settings.cache_implementation == "static"):
+        raise UnsupportedModelError(
+            f"generating from a cache does not support assisted decoding or a static cache of "
+            f"{type(unwrapped(model)).__name__}, whose attention reads tokens outside its window: use a dynamic cache"
+        )
     kv, seen = (context.kv, 0) if context.refinement is None else context.refinement.snapshot()
     room = call.longest if settings.cache_implementation == "static" else None
-    if checkpoint is not None:
+    if not is_plain(model.config):
         devices = layer_devices(model, len(layer_contents(model.config)))
-        cache: Any = build_with_states(kv, checkpoint, reuse, repeats, devices, model.config, room)
+        cache: Any = build_by_config(kv, checkpoint, reuse, repeats, devices, model.config, room)
     elif room is not None:
         cache = build_static(kv, reuse, repeats, kv_devices(model), model.config, room)
     else:
-        cache = build_dynamic(kv, reuse, repeats, kv_devices(model))
+        cache = build_dynamic(kv, reuse, repeats, kv_devices(model), masked=masked)
     del kv
     watched = context.refinement if kv_layers(cache) else None
     processors = [] if watched is None else [SwapIn(watched, cache, reuse, seen)]

@@ -7,9 +7,10 @@ were `past_key_values` (`cache_params` for recurrent models). Everything else in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
 def run(
     model: Any, input_ids: Tensor, cache: Cache | None, *, last_logits_only: bool = False, **inputs: Any
 ) -> Any:
-    """Run a forward pass that extends `cache`.
+    """Run a forward pass that extends `cache`, with the positions that the stock `generate` would give.
+
+    Some models count positions otherwise when none are given (RoBERTa begins after its pad token's id), so a cache
+    filled without them could not be continued.
 
     Args:
         model: the model, or a wrapper of it.
@@ -53,9 +57,29 @@ def run(
         The output object of the model.
     """
     options: dict[str, Any] = inputs if cache is None else {**inputs, cache_argument(model): cache}
+    if cache is not None and "position_ids" not in options and _counts_positions(model):
+        held = _tokens_held(cache)
+        if held is not None:
+            positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)
+            options["position_ids"] = positions.expand(len(input_ids), -1)
     if last_logits_only and takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1
     return model(input_ids=input_ids, use_cache=cache is not None, return_dict=True, **options)
+
+
+def _counts_positions(model: Any) -> bool:
+    """Report whether the stock `generate` numbers a model's tokens from 0; some models have a method of their own."""
+    own = getattr(type(unwrapped(model)), "_prepare_position_ids_for_generation", None)
+    stock = GenerationMixin._prepare_position_ids_for_generation
+    return own is stock and takes(model, "position_ids")
+
+
+def _tokens_held(cache: Cache) -> int | None:
+    """Return the number of tokens in a cache; None where no layer counts them."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # recurrent layers alone
+        return None
 
 
 def takes(model: Any, name: str) -> bool:
@@ -113,6 +137,19 @@ def drafts_from_hidden_states(settings: GenerationConfig) -> str | None:
 def longest_cache(settings: GenerationConfig) -> int:
     """Return the length in tokens that the settings ask of a static cache, 0 where they set none."""
     return getattr(settings, "max_cache_len", None) or 0
+
+
+def layers_of_loops(config: Any, layers: Sequence[Any]) -> list[Any]:
+    """Return the layers that a model adds to its cache, since it runs some of its layers several times (Dory).
+
+    Args:
+        config: the configuration of the text model.
+        layers: the layers of a stock cache made from it.
+    """
+    if getattr(config, "recurrent_kv_cache_mode", None) != "per_loop":
+        return []
+    looped = layers[config.n_input_layers : config.num_hidden_layers - config.n_output_layers]
+    return list(looped) * (config.n_recurrent_loops - 1)
 
 
 def tokens_seen(layer: Any) -> int:

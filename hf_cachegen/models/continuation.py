@@ -8,6 +8,7 @@ whether the second pass reads them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from torch import Tensor
 from hf_cachegen.errors import UnsupportedModelError
 from hf_cachegen.models.compat import run, takes, unwrapped
 from hf_cachegen.models.kinds import LayerContent, empty_cache, layer_contents
-from hf_cachegen.models.recurrent import Checkpoint, StateKey, capture_states
+from hf_cachegen.models.recurrent import Checkpoint, StateKey, capture_states, put_states, states_of
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
 
@@ -84,7 +85,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Cache, held: int) -> Any:
     return run(model, ids, cache, last_logits_only=True, **positions(model, ids, held))[0][:, -1]
 
 
-def positions(model: PreTrainedModel, ids: Tensor, held: int) -> dict[str, Tensor]:
+def positions(model: PreTrainedModel, ids: Tensor, held: int) -> dict[str, Any]:
     """Return the argument with the positions of tokens that follow `held` others; none for a model without positions.
     """
     if not takes(model, "position_ids"):
@@ -159,3 +160,36 @@ def _reads(model: PreTrainedModel, ids: Tensor, contents: list[LayerContent], to
         if torch.equal(*results):
             return False
     return True
+
+
+def continuation_logits(
+    model: PreTrainedModel,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ids: Tensor,
+    states: Checkpoint | None = None,
+) -> Tensor:
+    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values.
+
+    Args:
+        model: the model.
+        keys: of each layer with keys and values.
+        values: of the same layers.
+        ids: the tokens that follow the context.
+        states: the states of recurrent layers after the context, for a model that has them.
+    """
+    past, held = empty_cache(model.config), keys[0].shape[2]
+    with_kv = [index for index, content in enumerate(layer_contents(model.config)) if content.kind is not None]
+    for index, k, v in zip(with_kv, keys, values, strict=True):
+        past.update(k, v, index)
+    if states is None:
+        logits: Tensor = run(model, ids.to(model.device), past).logits[0]
+        return logits.float()
+    for index, layer in enumerate(past.layers):
+        put_states(layer, states_of(states, index), 1, model.device)
+    several = continuation_of(model).several
+    parts = [
+        run(model, part, past, **positions(model, part, held + at)).logits[0]
+        for at, part in enumerate(ids.to(model.device).split(ids.shape[1] if several else 1, 1))
+    ]
+    return torch.cat(parts).float()

@@ -12,6 +12,7 @@ in part.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,10 @@ from transformers.cache_utils import (
 
 from hf_cachegen.codec.geometry import LayerKind
 from hf_cachegen.errors import UnsupportedLayerError
+from hf_cachegen.models import compat
 from hf_cachegen.models.compat import EMPTY_LAYERS
+from hf_cachegen.models.indexed import INDEX_TENSORS, POSITIONS
+from hf_cachegen.models.quantised import is_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,6 +43,8 @@ TOKEN_TENSORS = ("keys", "values")
 """Attributes of layers that hold a row for each token."""
 STATE_TENSORS = ("conv_states", "recurrent_states")
 """Attributes of layers that hold states: a dictionary from the number of a state to a tensor [rows, ...] or None."""
+INDEXED_KINDS = ("DynamicIndexedLayer", "StaticIndexedLayer", "MiniMaxM3VLSparseCacheLayer")
+"""Names of the classes of layers with index keys (`indexed.py`); some releases lack some of them."""
 SETTINGS = ("device", "dtype", "conv_kernel_size", "cumulative_length", "_sliding_window_tensor")
 """Attributes of layers that may be None or a tensor, and belong to no content."""
 KINDS = (
@@ -53,10 +59,6 @@ KINDS = (
 out: a subclass may keep something else in the same attributes."""
 CAPTURED = (*KINDS, StaticLayer, StaticSlidingWindowLayer)
 """The classes of layers that can be captured from a filled cache."""
-REASONS = {
-    "DummyLayer": "it has no keys of its own but reads those of another layer",
-}
-"""Reasons for refusing a kind of cache layer, by class name."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class LayerContent:
         kind: the kind of its keys and values in a geometry; None if it holds none.
         window: its sliding window in tokens; None without one.
         states: names of its attributes with states, a part of STATE_TENSORS.
+        indexed: it may keep an index key for each token.
     """
 
     kind: LayerKind | None
     window: int | None = None
     states: tuple[str, ...] = ()
+    indexed: bool = False
 
 
 def layer_contents(config: PreTrainedConfig) -> list[LayerContent]:
@@ -84,10 +88,10 @@ def layer_contents(config: PreTrainedConfig) -> list[LayerContent]:
     latent = getattr(text, "kv_lora_rank", None) is not None
     try:
         layers = DynamicCache(config=config).layers
+        layers += compat.layers_of_loops(text, layers)
     except KeyError as error:
         raise UnsupportedLayerError(f"{config.model_type!r} has a layer of an unknown kind, {error}") from error
-    shared = "reuse" in (getattr(text, "kv_sharing_modes", None) or ())
-    return [_content(index, layer, config.model_type, latent, shared) for index, layer in enumerate(layers)]
+    return [_content(index, layer, config.model_type, latent) for index, layer in enumerate(layers)]
 
 
 def empty_cache(config: PreTrainedConfig) -> DynamicCache:
@@ -96,7 +100,7 @@ def empty_cache(config: PreTrainedConfig) -> DynamicCache:
     Raises:
         UnsupportedLayerError: a layer is of an unknown kind.
     """
-    if not holds_states(config):
+    if is_plain(config):
         return DynamicCache()  # without a config every layer keeps all tokens
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
@@ -105,6 +109,17 @@ def empty_cache(config: PreTrainedConfig) -> DynamicCache:
         elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
             cache.layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
     return cache
+
+
+def is_plain(config: PreTrainedConfig) -> bool:
+    """Report whether every layer of the model's cache holds keys and values and nothing else."""
+    return all(c.kind is not None and not c.states and not c.indexed for c in layer_contents(config))
+
+
+def with_dummies(config: PreTrainedConfig, layers: Iterable[Any]) -> list[Any]:
+    """Return layers with keys and values in the order of the model's, with an empty one wherever it keeps none."""
+    held = iter(layers)
+    return [EMPTY_LAYERS[0]() if content.kind is None else next(held) for content in layer_contents(config)]
 
 
 def holds_states(config: PreTrainedConfig) -> bool:
@@ -121,20 +136,24 @@ def require_captured(index: int, layer: Any, content: LayerContent) -> None:
     """Raise UnsupportedLayerError unless a filled layer can be captured and holds what the model's layer should."""
     held = [name for name in (*TOKEN_TENSORS, *STATE_TENSORS) if hasattr(layer, name)]
     expected = [*(TOKEN_TENSORS if content.kind is not None else ()), *content.states]
-    if type(layer) not in CAPTURED or not set(expected).issubset(held):
+    indexed = content.indexed and type(layer).__name__ in INDEXED_KINDS
+    if not (indexed or type(layer) in CAPTURED or is_quantised(layer)) or not set(expected).issubset(held):
         raise UnsupportedLayerError(
             f"layer {index} of the cache is a {type(layer).__name__}, which cannot be captured: expected one of the "
             f"stock layers that hold {expected or 'nothing'}"
         )
 
 
-def _content(index: int, layer: Any, model: str, latent: bool, shared: bool) -> LayerContent:
+def _content(index: int, layer: Any, model: str, latent: bool) -> LayerContent:
     name, tensors = type(layer).__name__, _declared(layer)
-    unknown = sorted(tensors - {*TOKEN_TENSORS, *STATE_TENSORS})
-    if type(layer) not in KINDS or unknown or (shared and type(layer) in EMPTY_LAYERS):
-        reason = REASONS.get(name, "this version handles full and latent attention, sliding windows and states")
+    indexed = name in INDEXED_KINDS
+    unknown = sorted(tensors - {*TOKEN_TENSORS, *STATE_TENSORS, *((*INDEX_TENSORS, POSITIONS) if indexed else ())})
+    if not (indexed or type(layer) in KINDS) or unknown:
         held = f", which holds {unknown}" if unknown else ""
-        raise UnsupportedLayerError(f"layer {index} of {model!r} is a {name}{held}: {reason}")
+        raise UnsupportedLayerError(
+            f"layer {index} of {model!r} is a {name}{held}: this version handles full, latent and indexed attention, "
+            "sliding windows, states, and layers that share the keys of others"
+        )
     if type(layer) in EMPTY_LAYERS:
         return LayerContent(None)
     states = tuple(tensor for tensor in STATE_TENSORS if tensor in tensors)
@@ -142,7 +161,7 @@ def _content(index: int, layer: Any, model: str, latent: bool, shared: bool) -> 
         return LayerContent(None, None, states)
     if isinstance(layer, DynamicSlidingWindowLayer):
         return LayerContent("sliding", int(layer.sliding_window), states)
-    return LayerContent("mla" if latent else "full", None, states)
+    return LayerContent("mla" if latent else "full", None, states, indexed)
 
 
 def _declared(layer: Any) -> set[str]:

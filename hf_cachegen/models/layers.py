@@ -24,8 +24,10 @@ from transformers.cache_utils import (
 
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.errors import TensorError
-from hf_cachegen.models.kinds import layer_contents, require_captured
+from hf_cachegen.models.indexed import index_of, joined, put_index, require_plain_positions, sides_of
+from hf_cachegen.models.kinds import LayerContent, layer_contents, require_captured
 from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.models.quantised import dequantised, is_quantised
 from hf_cachegen.models.recurrent import Checkpoint, put_states, states_of
 
 if TYPE_CHECKING:
@@ -96,34 +98,51 @@ def capture(cache: Cache, config: PreTrainedConfig, empty: Geometry | None = Non
     """
     contents = layer_contents(config)
     layers = getattr(cache, "layers", [])
-    if len(layers) != len(contents):
+    # A cache without a configuration ends with the last layer that has keys.
+    if len(layers) != len(contents) and any(content.kind is not None for content in contents[len(layers) :]):
         raise TensorError(
             f"expected a cache of {len(contents)} layers, this {type(cache).__name__} has {len(layers)}"
         )
-    found: list[tuple[LayerKind, int | None, Tensor, Tensor]] = []
-    for index, (layer, content) in enumerate(zip(layers, contents, strict=True)):
+    found: list[tuple[LayerGeometry, Tensor, Tensor]] = []
+    for index, (layer, content) in enumerate(zip(layers, contents, strict=False)):
         require_captured(index, layer, content)
         if content.kind is not None:
-            found.append((content.kind, content.window, *_all_tokens(index, layer)))
+            found.append(_captured(index, layer, content))
     if not found and empty is not None:
         return KVTensors((), (), empty)
     if not found:
         raise TensorError("expected a layer with keys and values, the cache has none")
-    first = found[0][2]
+    first = found[0][1]
     if first.shape[0] != 1:
         raise TensorError(
             f"expected a cache of one row, got {first.shape[0]} rows: keep one row of each layer's tensors"
         )
     geometry = Geometry(
-        layers=tuple(_geometry(*layer) for layer in found),
+        layers=tuple(layer for layer, _, _ in found),
         tokens=int(first.shape[2]),
         batch=1,
         dtype=dtype_name(first.dtype),
     )
-    return KVTensors(tuple(keys for _, _, keys, _ in found), tuple(values for *_, values in found), geometry)
+    return KVTensors(tuple(keys for _, keys, _ in found), tuple(values for _, _, values in found), geometry)
 
 
-def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device]) -> DynamicCache:
+class UnmaskedSlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding layer that shows all its tokens to the first forward pass, and drops those outside the window then.
+
+    The stock layer does so in a prefill. Most models mask those tokens in any case; some read them.
+    """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of tokens that the next forward pass reads, and the position of the first."""
+        if self.is_initialized and self.keys.shape[2] == self.cumulative_length:
+            return self.cumulative_length + query_length, 0
+        found: tuple[int, int] = super().get_mask_sizes(query_length)
+        return found
+
+
+def build_dynamic(
+    kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[torch.device], *, masked: bool = True
+) -> DynamicCache:
     """Build a stock DynamicCache that holds the first `reuse.length` positions of a batch of prompts.
 
     Row r holds zeros up to position reuse.pads[r], which the attention mask hides, and the context from there on.
@@ -133,30 +152,32 @@ def build_dynamic(kv: KVTensors, reuse: Reuse, repeats: int, devices: Sequence[t
         reuse: the part of the context to use, and the padding of each row.
         repeats: how often each row is repeated (beams, or returned sequences).
         devices: the device of each layer.
+        masked: the model masks all tokens outside its windows.
 
     Returns:
         A cache of len(reuse.pads) * repeats rows.
     """
     cache = DynamicCache()
+    sliding = DynamicSlidingWindowLayer if masked else UnmaskedSlidingLayer
     # Without a config the stock cache would append full layers on demand; the layers below are all.
     cache.layer_class_to_replicate = None
     for layer, keys, values, device in zip(kv.geometry.layers, kv.keys, kv.values, devices, strict=True):
-        stock = DynamicLayer() if layer.window is None else DynamicSlidingWindowLayer(sliding_window=layer.window)
+        stock = DynamicLayer() if layer.window is None else sliding(sliding_window=layer.window)
         _fill(stock, keys, values, reuse, repeats, device)
         cache.layers.append(stock)
     return cache
 
 
-def build_with_states(
-    kv: KVTensors, checkpoint: Checkpoint, reuse: Reuse, repeats: int, devices: Sequence[torch.device],
+def build_by_config(
+    kv: KVTensors, checkpoint: Checkpoint | None, reuse: Reuse, repeats: int, devices: Sequence[torch.device],
     config: PreTrainedConfig, room: int | None = None,
 ) -> Cache:  # fmt: skip
-    """Build a stock cache of a model with states.
+    """Build a stock cache of a model whose layers are not all plain ones (`kinds.is_plain`).
 
     Args:
         kv: the keys and values of the context.
-        checkpoint: the states after reuse.length tokens.
-        reuse: the part of the context to use; no row is padded.
+        checkpoint: the states after reuse.length tokens; None for a model without states.
+        reuse: the part of the context to use; with states no row is padded.
         repeats: how often each row is repeated.
         devices: the device of each layer of the model.
         config: the configuration of the model.
@@ -166,16 +187,20 @@ def build_with_states(
         A cache of len(reuse.pads) * repeats rows.
     """
     cache = DynamicCache(config=config) if room is None else StaticCache(config=config, max_cache_len=room)
-    pairs = iter(zip(kv.keys, kv.values, strict=True))
+    sides = iter(zip(kv.geometry.layers, kv.keys, kv.values, strict=True))
     contents = layer_contents(config)
     for index, (stock, content, device) in enumerate(zip(cache.layers, contents, devices, strict=True)):
         if content.kind is not None:
-            keys, values = next(pairs)
+            layer, keys, values = next(sides)
+            values, indices = sides_of(layer, values)
             if room is None:
                 _fill(stock, keys, values, reuse, repeats, device)
             else:
                 stock.update(*(_padded_rows(side, 0, reuse, repeats, device) for side in (keys, values)))
-        put_states(stock, states_of(checkpoint, index), len(reuse.pads) * repeats, device)
+            if indices is not None:
+                put_index(stock, _padded_rows(indices, 0, reuse, repeats, device))
+        if checkpoint is not None:
+            put_states(stock, states_of(checkpoint, index), len(reuse.pads) * repeats, device)
     return cache
 
 
@@ -192,7 +217,8 @@ def build_static(
 def _fill(stock: Any, keys: Tensor, values: Tensor, reuse: Reuse, repeats: int, device: torch.device) -> None:
     """Fill a fresh dynamic layer with the reused part of a context."""
     window = stock.sliding_window if isinstance(stock, DynamicSlidingWindowLayer) else None
-    first = 0 if window is None else max(0, reuse.length - (window - 1))
+    cut = window is not None and not isinstance(stock, UnmaskedSlidingLayer)
+    first = max(0, reuse.length - (window - 1)) if window is not None and cut else 0
     rows = _padded_rows(keys, first, reuse, repeats, device), _padded_rows(values, first, reuse, repeats, device)
     stock.lazy_initialization(*rows)
     stock.keys, stock.values = rows
@@ -204,17 +230,27 @@ def _all_tokens(index: int, layer: Any) -> tuple[Tensor, Tensor]:
     tokens = int(layer.get_seq_length())
     if tokens == 0:
         raise TensorError(f"layer {index} of the cache is empty")
-    held = int(layer.keys.shape[2])
+    keys, values = dequantised(layer) if is_quantised(layer) else (layer.keys, layer.values)
+    held = int(keys.shape[2])
     if held < tokens:
         raise TensorError(
             f"layer {index}: expected {tokens} tokens, it keeps {held}, because its sliding window dropped the others; "
             "prefill with transformers.DynamicCache() without a config, or use CacheGenCache.from_context"
         )
-    return layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+    return keys[:, :, :tokens], values[:, :, :tokens]
 
 
-def _geometry(kind: LayerKind, window: int | None, keys: Tensor, values: Tensor) -> LayerGeometry:
-    return LayerGeometry(kind, keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], window)
+def _captured(index: int, layer: Any, content: LayerContent) -> tuple[LayerGeometry, Tensor, Tensor]:
+    """Return the geometry, keys and values of a filled layer, index keys joined to the values."""
+    keys, values = _all_tokens(index, layer)
+    kind: LayerKind = content.kind or "full"
+    indices = index_of(layer, keys.shape[2]) if content.indexed else None
+    if indices is not None:
+        require_plain_positions(index, layer, keys.shape[2])
+        kind, values = "indexed", joined(values, indices)
+    dim = None if indices is None else int(indices.shape[-1])
+    heads, k_dim, v_heads, v_dim = (x.shape[axis] for x in (keys, values) for axis in (1, 3))
+    return LayerGeometry(kind, heads, k_dim, v_heads, v_dim, content.window, dim), keys, values
 
 
 def _require(index: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: str) -> None:

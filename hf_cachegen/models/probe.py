@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from hf_cachegen.errors import ManifestError, WrongWeightsError
 from hf_cachegen.models import compat, encoder_decoder
 from hf_cachegen.models.checksum import words
+from hf_cachegen.models.indexed import with_index
 from hf_cachegen.models.kinds import STATE_TENSORS, empty_cache, kv_layers, layer_contents
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
@@ -81,7 +82,7 @@ def run(model: PreTrainedModel, input_ids: Sequence[int]) -> tuple[list[Tensor],
     with evaluation_mode(model), fresh_state(model):
         compat.run(model, ids, cache, last_logits_only=True)
     layers = kv_layers(cache)
-    keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+    keys, values = [layer.keys for layer in layers], [with_index(layer) for layer in layers]
     for layer, content in zip(cache.layers, contents, strict=False):
         for number in range(getattr(layer, "number_of_states", 0) if content.states else 0):
             pair = [getattr(layer, name)[number] for name in STATE_TENSORS]

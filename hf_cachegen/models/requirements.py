@@ -49,16 +49,17 @@ def require_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} keeps a recurrent state outside its cache, which cannot be kept")
     if not takes_cache(model):
         raise UnsupportedModelError(f"the forward pass of {name} takes no key-value cache")
-    if any(kind == "sliding" for kind, _ in layer_kinds(model.config)) and not _masks_windows(unwrapped(model)):
-        raise UnsupportedModelError(
-            f"{name} drops tokens from its cache that its attention still reads (a sliding cache without a sliding "
-            "mask), so its answers depend on how a prompt is split"
-        )
+    layer_kinds(model.config)
 
 
-def _masks_windows(model: nn.Module) -> bool:
-    """Report whether a model masks tokens outside its window; assume so for models from outside Transformers."""
-    names = {type(module).__module__ for module in model.modules()}
+def masks_windows(model: PreTrainedModel) -> bool:
+    """Report whether a model masks all tokens outside its windows; assume so for models from outside Transformers.
+
+    One that does not reads the whole prompt in its first forward pass, and afterwards what its cache has kept.
+    """
+    if not any(kind == "sliding" for kind, _ in layer_kinds(model.config)):
+        return True
+    names = {type(module).__module__ for module in unwrapped(model).modules()}
     sources = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
     return not sources or any(hasattr(source, mask) for source in sources for mask in WINDOW_MASKS)
 
@@ -106,17 +107,20 @@ def require_geometry(config: PreTrainedConfig, geometry: Geometry) -> None:
     The number of layers, their kinds and their windows are compared; heads and dims where the configuration has one
     value for all layers.
     """
-    kinds, layers = layer_kinds(config), geometry.layers
-    if len(layers) != len(kinds):
-        raise WrongModelError(f"expected {len(kinds)} layers as in the model, the cache has {len(layers)}")
+    contents = [content for content in layer_contents(config) if content.kind is not None]
+    layers = geometry.layers
+    if len(layers) != len(contents):
+        raise WrongModelError(f"expected {len(contents)} layers as in the model, the cache has {len(layers)}")
     heads, dim = _heads_and_dim(config)
-    for index, (layer, (kind, window)) in enumerate(zip(layers, kinds, strict=True)):
+    for index, (layer, content) in enumerate(zip(layers, contents, strict=True)):
+        # Some indexed layers use the choice of another one and keep no index key.
+        kind = "indexed" if content.indexed and layer.kind == "indexed" else content.kind
         got = {"kind": layer.kind, "window": layer.window}
-        expected: dict[str, Any] = {"kind": kind, "window": window}
-        if kind != "mla" and heads is not None:
+        expected: dict[str, Any] = {"kind": kind, "window": content.window}
+        if kind not in ("mla", "indexed") and heads is not None:
             got |= {"heads": layer.heads, "v_heads": layer.v_heads}
             expected |= {"heads": heads, "v_heads": heads}
-        if kind != "mla" and dim is not None:
+        if kind not in ("mla", "indexed") and dim is not None:
             got |= {"k_dim": layer.k_dim, "v_dim": layer.v_dim}
             expected |= {"k_dim": dim, "v_dim": dim}
         if got != expected:

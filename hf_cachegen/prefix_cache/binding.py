@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from hf_cachegen.errors import UnsupportedModelError
 from hf_cachegen.models.compat import unwrapped
 from hf_cachegen.models.fingerprint import Fingerprint
-from hf_cachegen.models.kinds import holds_states
-from hf_cachegen.models.requirements import require_model
+from hf_cachegen.models.kinds import is_plain
+from hf_cachegen.models.requirements import masks_windows, require_model
 from hf_cachegen.prefix_cache.coding import Coding
 from hf_cachegen.prefix_cache.keys import Family, family_of
 from hf_cachegen.prefix_cache.policy import LoadSpeed
@@ -41,10 +41,11 @@ def bind(prefix_cache: PrefixCache, model: PreTrainedModel) -> Binding:
         LevelError: the config has no such level.
     """
     require_model(model)
-    if holds_states(model.config):
+    if not is_plain(model.config) or not masks_windows(model):
         raise UnsupportedModelError(
-            f"a prefix cache stores keys and values, and {type(unwrapped(model)).__name__} also keeps recurrent "
-            "states, which cannot be cut to a prefix: use CacheGenCache.from_context, whose checkpoints keep them"
+            f"a prefix cache stores keys and values, and {type(unwrapped(model)).__name__} has layers with recurrent "
+            "states, with index keys, without keys, or with windows that its mask does not hide: use "
+            "CacheGenCache.from_context, which keeps them"
         )
     config = prefix_cache.config
     profile = None if config.lossless else for_encoding(prefix_cache.profile, model)

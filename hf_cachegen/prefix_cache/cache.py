@@ -8,6 +8,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,7 +113,10 @@ class PrefixCache:
             raise ConfigError(f"reuse must be 'auto' or 'always', got {reuse!r}")
         if when_full not in ("wait", "drop"):
             raise ConfigError(f"when_full must be 'wait' or 'drop', got {when_full!r}")
-        self.config = CacheGenConfig(lossless=True) if config is None else config
+        # A block is decoded without its model's first layers, so nothing is predicted.
+        self.config = replace(CacheGenConfig(lossless=True) if config is None else config, predict_layers=None)
+        if self.config.target_kl is not None:
+            raise ConfigError("the blocks of a prefix cache serve many contexts: pass steps or a profile, no target_kl")
         self.level, self.profile = level, profile
         self.block_tokens, self.min_tokens, self.reuse = block_tokens, min_tokens, reuse
         folder, remotes = _located(location, remote, shared, storage_options or {}, headers or {}, patience)

@@ -104,7 +104,7 @@ class Coding:
         except (ConfigError, TypeError) as error:
             raise ManifestError(f"the codec's options in a block: {error}") from error
         expected: dict[str, Any] = self.of_block(block.depth, geometry.tokens).to_dict()
-        wrong = sorted(n for n, value in config.to_dict().items() if n != "transform" and value != expected[n])
+        wrong = sorted(n for n, value in config.to_dict().items() if n != "transform" and value != expected.get(n))
         if wrong or config.transform == "auto" or expected["transform"] not in ("auto", config.transform):
             raise ManifestError(f"a block was encoded with other options than its family says: {wrong or 'transform'}")
         levels = self.level or (1 if config.lossless else config.levels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_cachegen.streaming.bandwidth import Bandwidth
+from hf_cachegen.streaming.chunk import Chunk as ScheduledChunk
 from hf_cachegen.streaming.events import (
     ChunkChosen,
     ChunkFetched,
@@ -14,15 +15,13 @@ from hf_cachegen.streaming.events import (
     StreamFinished,
     StreamStarted,
 )
-from hf_cachegen.streaming.fetching import WAKE_SECONDS
 from hf_cachegen.streaming.link import Link
 from hf_cachegen.streaming.options import CONNECTIONS, Fallback, Refine, StreamOptions
 from hf_cachegen.streaming.policy import Adaptive, Fixed, Missing, Outlook, Paper, Plan, Policy, policy_of
 from hf_cachegen.streaming.prefill_speed import measure
 from hf_cachegen.streaming.refine import Refinement, SwapIn
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
-from hf_cachegen.streaming.schedule import Chunk as ScheduledChunk
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule
+from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Wait
 from hf_cachegen.streaming.session import RESERVE
 from hf_cachegen.streaming.stream import stream_context
 from hf_cachegen.streaming.window import request_bytes
@@ -30,7 +29,7 @@ from hf_cachegen.streaming.window import request_bytes
 __all__ = [
     "CONNECTIONS",
     "RESERVE",
-    "WAKE_SECONDS",
+    "Wait",
     "Adaptive",
     "Bandwidth",
     "ChunkChosen",

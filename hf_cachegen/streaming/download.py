@@ -13,10 +13,11 @@ from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.codec.rows import spans_of
 from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.profiles.files import Profile
+from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.events import ChunkFetched, StreamStarted
 from hf_cachegen.streaming.fetching import Fetcher
 from hf_cachegen.streaming.policy import TEXT
-from hf_cachegen.streaming.schedule import Chunk, Part, Schedule
+from hf_cachegen.streaming.schedule import Part, Schedule
 from hf_cachegen.streaming.session import Session
 from hf_cachegen.streaming.sources import Source
 

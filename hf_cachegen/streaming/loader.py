@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError
+from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ChunkChosen, ChunkReady
-from hf_cachegen.streaming.fetching import WAKE_SECONDS
 from hf_cachegen.streaming.layers import LayerWriter
 from hf_cachegen.streaming.prefill_speed import PROBES, probe
 from hf_cachegen.streaming.recompute import recompute
@@ -50,6 +51,7 @@ class Loader:
         self.lock = threading.Lock()
         self.changes: list[int] = []
         self.stopped = False
+        self._codec: Transform | None = None
         self._input_ids, self._question_tokens = input_ids, question_tokens
         self._schedule, self._changed = download.schedule, download.changed
         self._set_deadline()
@@ -61,6 +63,7 @@ class Loader:
         session = self.session
         probes = [] if session.options.slo is None or session.speed.known else list(PROBES[:-1])
         while True:
+            self._predict(model)
             due = bool(probes) and self._doubtful(probes[0])
             work = self._next_work(patient=not due)
             if isinstance(work, Finished):
@@ -112,8 +115,13 @@ class Loader:
     # The next step.
 
     def _set_deadline(self) -> None:
-        tokens = self.download.artifact.geometry.tokens
-        self._schedule.deadline = self.session.deadline(tokens, self._question_tokens)
+        artifact = self.download.artifact
+        tokens = artifact.geometry.tokens
+        deadline = self.session.deadline(tokens, self._question_tokens)
+        if deadline is not None and self._codec is None and (first := artifact.config.predict_layers):
+            # The first layers still have to be run. Layer 0 alone (its projections) is not worth counting.
+            deadline -= (self.session.speed.seconds(0, tokens) or 0.0) * first / len(artifact.geometry.layers)
+        self._schedule.deadline = deadline
 
     def _doubtful(self, tokens: int) -> bool:
         """Whether the model's speed may affect the plan, and can be measured with that many tokens at little cost."""
@@ -134,7 +142,7 @@ class Loader:
             fetcher.watch()
             work = self._schedule.next_work(time.monotonic(), session.bandwidth.rate())
             if isinstance(work, Wait) and patient:
-                self._changed.wait(WAKE_SECONDS)
+                self._changed.wait(work.seconds)
             decisions, self._schedule.decisions = self._schedule.decisions, []
         left = self._schedule.left(time.monotonic())
         for chunk, choice in decisions:
@@ -143,10 +151,21 @@ class Loader:
         session.events.deliver()
         return work
 
+    def _predict(self, model: PreTrainedModel) -> None:
+        """Take the codec once it was fetched. Where it predicts, run the model's first layers for it, while chunks
+        arrive.
+        """
+        codec, layer = self.download.codec, self.download.artifact.config.predict_layers
+        if self._codec is None and codec is not None:
+            if layer is not None and (profile := self.download.profile) is not None:
+                codec = codec.knowing(known_of(model, self._input_ids, profile, layer))
+            self._codec = codec
+            self._set_deadline()
+
     def _decode(self, work: Decode) -> None:
         download, span, start = self.download, self.download.spans[work.chunk], time.perf_counter()
         with self._changed:
-            codec = download.codec
+            codec = self._codec
             if self.stopped or codec is None:  # another thread has closed the stream, and dropped the parts
                 return
             parts = download.parts(work.chunk, work.level)
@@ -185,7 +204,7 @@ class Loader:
         span, writer = self.download.spans[index], self.writer
         writer.settle()
         start = time.perf_counter()
-        recompute(model, self._input_ids, writer.keys, writer.values, span)
+        recompute(model, self._input_ids, writer.geometry, writer.keys, writer.values, span)
         if writer.keys[0].is_cuda:
             torch.cuda.synchronize(writer.keys[0].device)
         seconds = time.perf_counter() - start

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from hf_cachegen.errors import StreamCancelledError
 from hf_cachegen.models.compat import tokens_seen
+from hf_cachegen.models.indexed import index_of, sides_of
 from hf_cachegen.models.kinds import kv_layers
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.models.prefix import Reuse
@@ -177,10 +178,14 @@ class Refinement:
             changes = self._loader.changes
             for chunk in sorted(set(changes[seen:])):
                 span = self._loader.download.spans[chunk]
-                for layer, keys, values in zip(kv_layers(cache), self._kv.keys, self._kv.values, strict=True):
+                sides = zip(self._kv.geometry.layers, self._kv.keys, self._kv.values, strict=True)
+                for layer, (geometry, keys, joined) in zip(kv_layers(cache), sides, strict=True):
                     held = _first_position(layer)
+                    values, indices = sides_of(geometry, joined)
                     _copy(layer.keys, keys, span.first, span.tokens, held, reuse)
                     _copy(layer.values, values, span.first, span.tokens, held, reuse)
+                    if indices is not None and (target := index_of(layer)) is not None:
+                        _copy(target, indices, span.first, span.tokens, 0, reuse)
             return len(changes)
 
 

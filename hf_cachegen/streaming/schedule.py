@@ -19,66 +19,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.options import Refine
 from hf_cachegen.streaming.policy import Missing, Outlook, Plan, Policy, refinement_order
 
 PLAN_SECONDS = 0.05
 """A plan is at most this old."""
+WAKE_SECONDS = 0.1
+"""A wait is at most this long, since time alone can change a plan."""
+LEAST_WAIT = 1e-3
 Part = tuple[int, int]
 """(chunk, part): part 0 is the base, the others refinements."""
-
-
-@dataclass
-class Chunk:
-    """The state of one chunk.
-
-    Args:
-        index: The number of the chunk.
-        first: Its first token.
-        tokens: Its number of tokens.
-        sizes: Coded bytes of each part.
-        wire: Those of them that are not on this disk.
-        best: The number of parts that can be had.
-        level: The level in place; 0 where it was not decoded.
-        first_level: The level before any refinement.
-        text: Whether it was recomputed.
-        arrived: Parts that have arrived.
-        asked: Parts that are under way.
-        why: The reason of the last decision.
-        rate: The throughput estimate at that decision, bytes per second.
-    """
-
-    index: int
-    first: int
-    tokens: int
-    sizes: tuple[int, ...]
-    wire: tuple[int, ...]
-    best: int
-    level: int = 0
-    first_level: int = 0
-    text: bool = False
-    arrived: set[int] = field(default_factory=set)
-    asked: set[int] = field(default_factory=set)
-    why: str = ""
-    rate: float | None = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether its keys and values are in place, at any level."""
-        return self.level > 0 or self.text
-
-    @property
-    def have(self) -> int:
-        """The level that can be decoded from the parts that have arrived."""
-        return self.first_lacking(0)
-
-    def first_lacking(self, part: int) -> int:
-        """Return the first part from `part` on that can be had and has not arrived; `best` where all have."""
-        return next((finer for finer in range(part, self.best) if finer not in self.arrived), self.best)
-
-    def lacks(self, part: int) -> bool:
-        """Return whether a part can be had and is neither here nor under way."""
-        return part < self.best and part not in self.arrived and part not in self.asked
 
 
 @dataclass(frozen=True)
@@ -98,7 +49,9 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Wait:
-    """Wait until a part arrives, or time passes."""
+    """Wait until a part arrives, at most `seconds`, which do not pass the deadline."""
+
+    seconds: float = field(default=WAKE_SECONDS, compare=False)
 
 
 @dataclass(frozen=True)
@@ -267,8 +220,8 @@ class Schedule:
     def next_work(self, now: float, rate: float | None) -> Work:
         """Return the next step of the thread that decodes."""
         plan = self.plan(now, rate)
-        for chunk in reversed(self.chunks) if self.decodable else ():
-            if not chunk.ready and chunk.have and plan and chunk.have >= min(plan.sure, chunk.best):
+        for chunk in reversed(self._at_hand()):
+            if plan and (chunk.have >= min(plan.sure, chunk.best) or (self.refines and self._spare(now) <= 0)):
                 return Decode(chunk.index, chunk.have)
         first = next((chunk for chunk in self.chunks if not chunk.ready), None)
         if first is not None:
@@ -278,7 +231,7 @@ class Schedule:
             if plan and plan.text and self.can_recompute:
                 self._decide(first, "text", plan.why, rate)
                 return Recompute(first.index)
-            return Wait()
+            return self._wait(now)
         finer = self._finer(now, rate)
         if isinstance(finer, Decode) or self.generating:
             return finer
@@ -293,7 +246,19 @@ class Schedule:
             if chunk.level < chunk.have and not chunk.text and self.decode_seconds(chunk) <= self._more(now):
                 return Decode(index, chunk.have)
         under_way = any(chunk.asked for chunk in self.chunks)
-        return Wait() if under_way or self._refinement(now, rate, 0) else Finished()
+        return self._wait(now) if under_way or self._refinement(now, rate, 0) else Finished()
+
+    def _at_hand(self) -> list[Chunk]:
+        """Missing chunks that could be decoded, at some level."""
+        return [chunk for chunk in self.chunks if not chunk.ready and chunk.have] if self.decodable else []
+
+    def _spare(self, now: float) -> float:
+        """Seconds until the chunks at hand must be decoded as they are, to be in place at the deadline."""
+        return self.left(now) - sum(map(self.decode_seconds, self._at_hand()))
+
+    def _wait(self, now: float) -> Wait:
+        spare = self._spare(now)
+        return Wait(min(max(spare, LEAST_WAIT), WAKE_SECONDS)) if spare > 0 else Wait()
 
     def _mended(self, now: float, rate: float | None) -> Work | None:
         """Recompute a chunk that stays coarser than planned, because no source has its finer parts."""

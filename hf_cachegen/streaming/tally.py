@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 
+from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.report import ChunkReport
-from hf_cachegen.streaming.schedule import Chunk, Part
+from hf_cachegen.streaming.schedule import Part
 
 LOG = logging.getLogger("hf_cachegen.streaming")
 

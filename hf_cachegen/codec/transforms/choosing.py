@@ -10,6 +10,7 @@ from hf_cachegen.codec.transforms.delta import Delta
 from hf_cachegen.codec.transforms.identity import Identity
 from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.errors import ConfigError
 
 AUTO = "auto"
 TRIED = (Delta, Identity)
@@ -24,17 +25,34 @@ def resolved(context: ContextRows, config: CacheGenConfig, profile: Profile | No
 
     Raises:
         TensorError: A value in these chunks is not finite, or too large.
+        ConfigError: `predict_layers` asks for more than there is.
     """
-    if config.transform != AUTO:
-        return config
     if config.lossless:
-        return replace(config, transform=Identity.name)
-    if profile is not None:
-        return replace(config, transform=Klt.name)
+        config = replace(config, transform=Identity.name)
+    elif config.transform == AUTO and profile is not None:
+        config = replace(config, transform=Klt.name)
+    if config.transform != AUTO:
+        return replace(config, predict_layers=_predicted(context, config, profile))
     sample = context.only(sorted({0, len(context.spans) // 2}))
     tokens = sum(span.tokens for span in sample.spans)
     costs: dict[str, float] = {}
     for transform in TRIED:
         inner, bits = transform.fitted(sample, replace(config, transform=transform.name))
         costs[transform.name] = float(bits.sum() + tokens * inner.steps.log2().sum())
-    return replace(config, transform=min(costs, key=costs.__getitem__))
+    config = replace(config, transform=min(costs, key=costs.__getitem__))
+    return replace(config, predict_layers=_predicted(context, config, profile))
+
+
+def _predicted(context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> int | None:
+    """Return `predict_layers` as it is used: 0 becomes None where the transform, the profile or the caller lacks it."""
+    wanted = config.predict_layers
+    able = not config.lossless and config.transform == Klt.name and profile is not None
+    known = None if context.known is None else context.known.layer
+    if wanted is None or (able and known == wanted):
+        return wanted
+    if wanted == 0:
+        return None
+    raise ConfigError(
+        f"predict_layers={wanted} needs transform='klt', a profile with that predictor, and what the model computes "
+        "for the context: make the cache by CacheGenCache.from_context with this config, or pass predict_layers=None"
+    )

@@ -43,7 +43,8 @@ class Delta(Transform):
         """Fit the codec of the differences. Return it with the bits of each part's channels, float64 [levels,
         channels].
         """
-        return fit.fit(context.chunks, context.channels, config, config.group_tokens)
+        source = context.source
+        return fit.fit(context.chunks, context.channels, config, config.group_tokens, source, context.spans)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Delta:
@@ -61,6 +62,9 @@ class Delta(Transform):
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return self.inner.encode(rows, span)
+
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        return super().encode_chunk(context, span) if self.inner.source is None else self.inner.encode_own(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.inner.decode_into(parts, span, target, row)

@@ -10,6 +10,7 @@ refinement. Then the first token's row in the cache's dtype, if it is stored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,13 +49,15 @@ class Identity(Transform):
     def fitted(cls, context: ContextRows, config: CacheGenConfig) -> tuple[LossyCodec, Tensor]:
         """Fit the codec of the values. Return it with the bits of each part's channels, float64 [levels, channels]."""
         if 0 not in context.sinks:
-            return fit.fit(context.chunks, context.channels, config)
+            return fit.fit(context.chunks, context.channels, config, 0, context.source, context.spans)
         fit.require_finite(context.first_token[None], context.channels.vectors)
 
         def without_first() -> Iterator[tuple[Tensor, Span]]:
             return ((blanked(rows, span), span) for rows, span in context.chunks())
 
-        return fit.fit(without_first, context.channels, config)
+        whole = context.source if context.spans[0].tokens > 1 else None  # `blanked` has no neighbour in such a chunk
+        source = None if whole is None else replace(whole, blank=True)
+        return fit.fit(without_first, context.channels, config, 0, source, context.spans)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Identity:
@@ -81,6 +84,9 @@ class Identity(Transform):
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return self.inner.encode(self._coded(rows, span), span)
+
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        return super().encode_chunk(context, span) if self.inner.source is None else self.inner.encode_own(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.inner.decode_into(parts, span, target, row)

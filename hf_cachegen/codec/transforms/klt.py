@@ -13,11 +13,15 @@ entries that differ:
 
 with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has its own entry. In a context with sinks (`sinks`)
 their positions follow, u32 each: the coefficients of a sink are in units of a finer step.
+
+Where the profile has a predictor (`codec.predictor`), the first layers are not coded, and the mean of the others
+depends on the token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,8 +32,9 @@ from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.predictor import Known, Predictor
 from hf_cachegen.codec.profile import Profile, require_layers
-from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.rows import ContextRows, gather
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.sinks import FINER
 from hf_cachegen.codec.tables import shipped_codebooks
@@ -38,6 +43,7 @@ from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
 
 DIGEST_BYTES = 16
+STEP_CODES = 256
 ENTRY_BITS = 8
 """The cost of an entry in the side information."""
 
@@ -51,9 +57,10 @@ class Klt(Transform):
         profile: Of the model.
         entries: uint8 [parts, components]: the table entries of the base and of each refinement. None: the profile's.
         sinks: int64 [n], ascending: the positions of tokens with finer steps. None: there are none.
+        known: What the context's prediction takes, where `config.predict_layers` is set. None: given later (`knowing`).
 
     Raises:
-        ProfileError: The profile is of another model, or damaged.
+        ProfileError: The profile is of another model, is damaged, or has no such predictor.
         ConfigError: The transform does not support the geometry or the configuration.
     """
 
@@ -62,7 +69,7 @@ class Klt(Transform):
 
     def __init__(
         self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, known: Known | None = None,
     ):  # fmt: skip
         require_layers(profile, geometry.layers)
         if geometry.batch != 1:
@@ -70,18 +77,28 @@ class Klt(Transform):
         if config.levels != profile.levels:
             raise ConfigError(f"the profile has {profile.levels} levels, config.levels is {config.levels}")
         values, digits = shipped_codebooks(config.prob_bits)
-        if bool((profile.entries[0] >= values.entries).any()) or bool((profile.entries[1:] >= digits.entries).any()):
+        self.layer = profile.usable(config.predict_layers)
+        learnt = self.learnt = profile.at(self.layer)
+        if bool((learnt.entries[0] >= values.entries).any()) or bool((learnt.entries[1:] >= digits.entries).any()):
             raise ProfileError("a table entry of the profile is outside the codebook: the profile is damaged")
         self.geometry, self.config, self.profile, self.channels = geometry, config, profile, geometry.channels
-        self.entries = profile.entries if entries is None else entries
+        self.entries = learnt.entries if entries is None else entries
         self.sinks = torch.empty(0, dtype=torch.int64) if sinks is None else sinks
         components = self.entries.shape[1]
         nothing = torch.zeros(components, dtype=torch.uint8)
-        codes = torch.full((components,), profile.step_code, dtype=torch.uint8)
+        codes = torch.full((components,), step_code(config, learnt), dtype=torch.uint8)
         side = Side(codes, nothing.to(torch.int16), nothing, self.entries[0], self.entries[1:])
         channels = Channels(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
         self.inner = LossyCodec(channels, config, side)
-        self.basis = basis.Basis(geometry, profile)
+        self.basis = basis.Basis(geometry, profile, learnt)
+        self.known = known
+        if known is not None and isinstance(learnt, Predictor):
+            expected = geometry.tokens, learnt.rank
+            if known.layer != learnt.layer or tuple(known.scores.shape) != expected:
+                raise TensorError(
+                    f"expected scores {list(expected)} of the hidden state that enters layer {learnt.layer}, got "
+                    f"{list(known.scores.shape)} of layer {known.layer}: compute them with this profile and context"
+                )
 
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
@@ -93,7 +110,7 @@ class Klt(Transform):
             ProfileError: The profile is of another model.
         """
         profile = _required(profile)
-        codec = cls(context.geometry, config, profile, sinks=context.sinks)
+        codec = cls(context.geometry, config, profile, sinks=context.sinks, known=context.known)
         counts = Counts(codec.entries.shape[1], config.levels)
         for rows, span in context.chunks():
             counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
@@ -108,18 +125,19 @@ class Klt(Transform):
             saved += float(gain.clamp_min(0).sum())
         bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
         if saved > bitmaps or len(codec.sinks):  # the sinks follow the bitmaps
-            codec = cls(context.geometry, config, profile, torch.stack(entries), context.sinks)
+            codec = cls(context.geometry, config, profile, torch.stack(entries), context.sinks, context.known)
         return Fitted(codec, None)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
         profile = _required(profile)
+        profile.at(config.predict_layers)  # an artifact names the predictor that it was made with
         codec = cls(geometry, config, profile)
         if side[:DIGEST_BYTES] != codec.side_bytes():
             raise ProfileError("the side information needs another profile than the one given")
         if len(side) == DIGEST_BYTES:
             return codec
-        cursor, entries = Cursor(side[DIGEST_BYTES:]), profile.entries.clone()
+        cursor, entries = Cursor(side[DIGEST_BYTES:]), codec.learnt.entries.clone()
         components = entries.shape[1]
         for part, row in enumerate(entries):
             bits = np.unpackbits(np.frombuffer(cursor.take(-(-components // 8)), np.uint8), bitorder="little")
@@ -144,13 +162,22 @@ class Klt(Transform):
     def features(
         cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
     ) -> tuple[str, ...]:
+        found = ("klt", *(["predict"] if config.predict_layers is not None else []))
+        found += ("klt-step",) if config.step_offset else ()
         if len(side) == DIGEST_BYTES:
-            return ("klt",)
-        return ("klt", "klt-tables", "sinks") if has_sinks(side, _required(profile)) else ("klt", "klt-tables")
+            return found
+        learnt = _required(profile).at(config.predict_layers)
+        return (*found, "klt-tables", "sinks") if has_sinks(side, learnt) else (*found, "klt-tables")
+
+    @classmethod
+    def stepped(cls, config: CacheGenConfig, offset: int, profile: Profile | None) -> CacheGenConfig:
+        found, profile = replace(config, step_offset=config.step_offset + offset), _required(profile)
+        step_code(found, profile.at(profile.usable(config.predict_layers)))
+        return found
 
     def side_bytes(self) -> bytes:
         found = [bytes.fromhex(self.profile.digest)]
-        own = self.entries != self.profile.entries
+        own = self.entries != self.learnt.entries
         if bool(own.any()) or len(self.sinks):
             for row, mine in zip(self.entries, own, strict=True):
                 found += [np.packbits(mine.numpy(), bitorder="little").tobytes(), row[mine].numpy().tobytes()]
@@ -158,7 +185,33 @@ class Klt(Transform):
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """Return the coefficients to code: float32 [tokens, components], on the device of rows."""
-        return self._scaled(self.basis.coefficients(rows, span), span, FINER)
+        return self._scaled(self.basis.coefficients(rows, span, self._scores(span)), span, FINER)
+
+    def knowing(self, known: Known | None) -> Klt:
+        if known is None or self.layer is None:
+            return self
+        return Klt(self.geometry, self.config, self.profile, self.entries, self.sinks, known)
+
+    def _scores(self, span: Span) -> Tensor | None:
+        """Return the scores of a chunk; None where nothing is predicted. Raises ConfigError if they are missing."""
+        if self.layer is None:
+            return None
+        if self.known is None:
+            raise ConfigError(
+                f"this cache is stored as the difference to a prediction from layer {self.layer} of its model: pass "
+                "model= to load it, or encode with predict_layers=None"
+            )
+        return self.known.scores[span.first : span.first + span.tokens]
+
+    def _restored(
+        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None
+    ) -> Tensor:
+        """Convert coefficients to rows. Layers that the loader has computed itself are copied."""
+        rows = self.basis.rows(y, span, dtype, idle, self._scores(span))
+        if self.known is not None and self.known.keys:
+            exact = gather(self.known.keys, self.known.values, span)
+            rows[:, : exact.shape[1]] = exact
+        return rows
 
     def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
         """Multiply the coefficients of the chunk's sinks by `factor`, in place."""
@@ -192,17 +245,33 @@ class Klt(Transform):
         self._scaled(y, span, 1 / FINER)
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
-        return self.basis.rows(y, span, dtype, idle=~coded.any(0))
+        return self._restored(y, span, dtype, ~coded.any(0))
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)
-        return [self.basis.rows(self._scaled(level, span, 1 / FINER), span) for level in levels]
+        found = [self._restored(self._scaled(level, span, 1 / FINER), span) for level in levels]
+        if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
+            exact = self.basis.slices[2 * self.learnt.layer + 1].stop
+            for level in found:
+                level[:, :exact] = rows[:, :exact]
+        return found
 
 
-def has_sinks(side: bytes, profile: Profile) -> bool:
+def step_code(config: CacheGenConfig, learnt: Profile | Predictor) -> int:
+    """Return the code of the finest step. Raises ConfigError."""
+    code = learnt.step_code + config.step_offset
+    if not 0 <= code < STEP_CODES:
+        raise ConfigError(
+            f"step_offset must be from {-learnt.step_code} to {STEP_CODES - 1 - learnt.step_code} with this profile, "
+            f"got {config.step_offset}"
+        )
+    return code
+
+
+def has_sinks(side: bytes, profile: Profile | Predictor) -> bool:
     """Return whether this side information, which an encoder wrote, lists sinks."""
     at, width = DIGEST_BYTES, -(-profile.entries.shape[1] // 8)
-    for _ in range(profile.levels):
+    for _ in range(len(profile.entries)):
         at += width + int.from_bytes(side[at : at + width], "little").bit_count()
     return at < len(side)
 

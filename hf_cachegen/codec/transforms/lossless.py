@@ -13,18 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import learnt, passes, section
+from hf_cachegen.codec import learnt, native, passes, section
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
-from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.into import Sections, Target
 from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.rans import TILE_COLUMNS
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import VALUE_SYMBOLS, Codebook
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 
 TABLES_PER_PLANE = 16
+MAX_LEARNT = 4096
+"""Of more channels, only some are learnt from."""
+SAMPLED, TABLES_PER_LOW_PLANE = 1024, 2
+"""Then that number of them; and tables of the planes after the first, whose bytes hardly differ between channels."""
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -43,6 +49,19 @@ def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     rotated = rotated.view(_INTEGERS[dtype]).squeeze(2)
     sign = torch.iinfo(rotated.dtype).min
     return (rotated >> 1 & ~sign | (rotated & 1) * sign).view(dtype)
+
+
+def sample_of(channels: int) -> Tensor | None:
+    """Return the channels to learn from, int64, ascending: whole tiles, evenly spread. None: all of them."""
+    if channels <= MAX_LEARNT or channels % TILE_COLUMNS:
+        return None
+    tiles = torch.linspace(0, channels // TILE_COLUMNS - 1, SAMPLED // TILE_COLUMNS, dtype=torch.float64).long()
+    return (tiles[:, None] * TILE_COLUMNS + torch.arange(TILE_COLUMNS)).flatten()
+
+
+def _readable(context: ContextRows) -> Source | None:
+    """Return the source of the context, if the compiled passes over planes can read it."""
+    return context.source if context.source is not None and context.source.has_whole_tiles else None
 
 
 class Lossless(Transform):
@@ -65,11 +84,25 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        counts = torch.zeros(len(context.channels) * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
-        for rows, _ in context.chunks():
-            passes.count(counts, to_planes(rows.cpu()))
-        book = learnt.learn_book(counts.chunk(dtype.itemsize), TABLES_PER_PLANE, config.prob_bits)
-        entries, bits = book.choose(counts)
+        source, spans, channels = _readable(context), context.spans, len(context.channels)
+        sample, counts = sample_of(channels), None
+        if source is None:
+            counts = torch.zeros(channels * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+            for rows, _ in context.chunks():
+                passes.count(counts, to_planes(rows.cpu()))
+        elif sample is None:
+            counts = source.count_planes(spans)
+        if sample is None or counts is not None:
+            own = counts if sample is None else counts.reshape(dtype.itemsize, channels, -1)[:, sample].flatten(0, 1)
+        else:
+            own = source.only(sample).count_planes(spans)
+        planes = own.chunk(dtype.itemsize)
+        if sample is None:
+            book = learnt.learn_book(planes, TABLES_PER_PLANE, config.prob_bits)
+        else:
+            most = [TABLES_PER_PLANE, *[TABLES_PER_LOW_PLANE] * (len(planes) - 1)]
+            book = learnt.sampled_book(planes, most, config.prob_bits)
+        entries, bits = source.choose_planes(spans, book) if counts is None else book.choose(counts)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
@@ -94,10 +127,22 @@ class Lossless(Transform):
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return [section.encode(to_planes(rows.cpu()), self.assignment, coder=self.config.coder)]
 
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        source = _readable(context)
+        if source is None or self.config.coder != "rans" or len(self.assignment.dead) or not span.tokens:
+            return super().encode_chunk(context, span)
+        return [b"".join(source.encode_planes(span, self.assignment))]
+
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         cursor = Cursor(parts[0])
         coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
+        whole = self.channels % TILE_COLUMNS == 0 and not len(self.assignment.dead)
+        if whole and self.config.coder == "rans" and target.device.type == "cpu" and native.available(target.device):
+            sections = Sections(target, row, span.tokens, span.tokens, self.channels)
+            sections.planes(coded)
+            sections.finish()
+            return
         target.put(from_planes(coded.decode(coder=self.config.coder), self.dtype), row)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec import quantize
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.config import CacheGenConfig
@@ -116,6 +119,25 @@ class Transform(ABC):
         """
         return ()
 
+    @classmethod
+    def stepped(cls, config: CacheGenConfig, offset: int, profile: Profile | None) -> CacheGenConfig:
+        """Return the configuration with other steps: `offset` quarter octaves larger. Here, `steps` is multiplied.
+
+        Args:
+            config: Its `transform` is `name`.
+            offset: In quarter octaves; 4 doubles the steps.
+            profile: Of the model; None where none is needed.
+
+        Raises:
+            ConfigError: The step is outside the range that can be expressed.
+        """
+        first, middle, last = (step * 2 ** (offset / quantize.STEPS_PER_OCTAVE) for step in config.steps)
+        return replace(config, steps=(first, middle, last))
+
+    def knowing(self, known: Known | None) -> Transform:
+        """Return this transform with what its loader has computed from the tokens; itself where it takes nothing."""
+        return self
+
     @abstractmethod
     def side_bytes(self) -> bytes:
         """Return the side information."""
@@ -134,6 +156,21 @@ class Transform(ABC):
         Raises:
             TensorError: The transform cannot express a value.
         """
+
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        """Encode a chunk of the context that it was fitted to. A transform should override it if it needs no rows.
+
+        Args:
+            context: The context.
+            span: The position of the chunk.
+
+        Returns:
+            The result of `encode`.
+
+        Raises:
+            TensorError: The transform cannot express a value.
+        """
+        return self.encode(context.chunk(span), span)
 
     @abstractmethod
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:

@@ -14,8 +14,9 @@ can be stored in a file, from which an interrupted run resumes (`journal.py`).
 
 from __future__ import annotations
 
+from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.profiles.learning.learning import DEFAULT_TARGETS, divergence, learn_profile, measure
-from hf_cachegen.profiles.learning.running import Sample, continuation_logits, find_rotary, prefill
+from hf_cachegen.profiles.learning.running import Sample, find_rotary, prefill
 
 __all__ = [
     "DEFAULT_TARGETS",

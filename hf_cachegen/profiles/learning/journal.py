@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.profiles.learning.progress import shown
 
-SECONDS_BETWEEN = 30.0
-"""Least time between two writes."""
-SHARE_OF_TIME = 20
+SECONDS_BETWEEN = 120.0
+"""Least time between two writes: a run of a small model ends before the first."""
+SHARE_OF_TIME = 50
 """Writing takes at most 1 / SHARE_OF_TIME of the time."""
 Item = TypeVar("Item")
 Sums = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class Journal:
     Args:
         path: The file; None stores nothing.
         key: Identifies the run.
-        progress: Show a progress bar per stage.
+        progress: Draw a progress bar per stage. The log has the progress in any case (`progress.py`).
 
     Raises:
         ConfigError: The file is of another run, or of another kind.
@@ -71,9 +71,7 @@ class Journal:
     def each(self, stage: str, items: Sequence[Item], sums: Sums) -> Iterator[Item]:
         """Yield the items that `stage` has not seen yet. The sums of the others are restored into `sums` first."""
         done = self.restore(stage, sums)
-        for index in tqdm(
-            range(done, len(items)), stage, len(items), initial=done, unit="sample", disable=not self.progress
-        ):
+        for index in shown(range(done, len(items)), stage, len(items), done, bar=self.progress):
             yield items[index]
             self.keep(stage, sums, index + 1)
 

@@ -1,25 +1,27 @@
 """learn_profile: moments of the training samples, then the step by the divergence of held-out ones, then the tables.
 
-The first of every five samples is held out, 12 at most. The divergence and the bits of each level that a profile states
-are measured on these.
+The first of every five samples is held out, 8 at most. The divergence and the bits of each level that a profile states
+are measured on these. The tables come from 16 of the other samples: they need the shape of a distribution, not a basis.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
 from hf_cachegen.codec.quantize import steps_of
 from hf_cachegen.codec.rows import empty_kv, gather, scatter
 from hf_cachegen.codec.sinks import find_sinks
@@ -27,20 +29,24 @@ from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, ProfileError
+from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
-from hf_cachegen.models.requirements import require_model
+from hf_cachegen.models.first_layers import known_of
+from hf_cachegen.models.requirements import layer_kinds, require_model
 from hf_cachegen.models.running import evaluation_mode
+from hf_cachegen.models.stepping import StepSearch
 from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal, unknown
 from hf_cachegen.profiles.learning.moments import Moments
+from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, FeatureSums, regressed
+from hf_cachegen.profiles.learning.predictor import blank as blank_predictor
+from hf_cachegen.profiles.learning.progress import shown
 from hf_cachegen.profiles.learning.running import (
     NO_ROTATION,
     Sample,
-    continuation_logits,
     find_rotary,
-    prefill,
     require_sample,
-    states_after,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +55,10 @@ if TYPE_CHECKING:
 DEFAULT_TARGETS = (0.1, 0.01, 0.001)
 """Divergence of levels 1, 2 and 3, in nats per token."""
 HELD_OUT_EVERY = 5
-MAX_HELD_OUT = 12
+MAX_HELD_OUT = 8
+"""The mean divergence of 8 samples of 128 tokens has a standard error of about a tenth, half the distance of two codes.
+"""
+MAX_TABLE_SAMPLES = 16
 STEP_CODES = 256
 MAX_GAP = 32
 KEPT_PEAK = 0.25
@@ -68,6 +77,8 @@ def learn_profile(
     floor: float = 0.5,
     group_layers: int | None = None,
     undo_rotation: bool = True,
+    predict_layers: Sequence[int] = (),
+    predict_rank: int = DEFAULT_RANK,
     seed: int = 0,
     progress: bool = False,
     journal: str | os.PathLike[str] | None = None,
@@ -88,6 +99,9 @@ def learn_profile(
         floor: Lower bound on the sensitivity, as a fraction of the mean of each layer's K or V.
         group_layers: Number of layers that share a basis. Default: as many as have DEFAULT_GROUP_CHANNELS channels.
         undo_rotation: Rotate keys back to position zero, where the rotation is known.
+        predict_layers: Values of `CacheGenConfig.predict_layers` to learn a predictor for: 0 predicts from a token's
+            embedding, m from the hidden state after m layers. Each adds about as much to the file as the profile has.
+        predict_rank: Largest rank of a predictor.
         seed: Random seed.
         progress: Show progress bars.
         journal: A file for the progress. The same call resumes from it after an interruption and returns the same
@@ -103,7 +117,9 @@ def learn_profile(
         UnsupportedModelError: The model cannot reuse a cache.
     """
     require_model(model)
-    config = replace(config or CacheGenConfig(), transform="klt")
+    config = replace(
+        config or CacheGenConfig(), transform="klt", step_offset=0, target_kl=None, predict_layers=None
+    )
     if len(samples) < HELD_OUT_EVERY:
         raise ConfigError(
             f"learning a profile needs at least {HELD_OUT_EVERY} samples, got {len(samples)}: pass more text, or make "
@@ -114,12 +130,27 @@ def learn_profile(
         raise ConfigError(f"floor must be positive and below 100, got {floor}")
     if group_layers is not None and (not isinstance(group_layers, int) or group_layers < 1):
         raise ConfigError(f"group_layers must be an integer of at least 1, got {group_layers!r}")
+    predicting = _predicting(model, predict_layers, predict_rank)
     for index, sample in enumerate(samples):
         require_sample(index, sample)
     with evaluation_mode(model):
         return _Learning(model, samples, config, targets, seed, journal, progress).profile(
-            floor, group_layers, undo_rotation
+            floor, group_layers, undo_rotation, predicting
         )
+
+
+def _predicting(model: PreTrainedModel, layers: Sequence[int], rank: int) -> dict[int, int]:
+    """Return the rank of each predictor, by its layer. Raises ConfigError."""
+    last = len(layer_kinds(model.config)) - 2
+    wrong = [m for m in layers if not isinstance(m, int) or isinstance(m, bool) or not 0 <= m <= last]
+    if wrong or len(set(layers)) != len(layers) or len(layers) > MAX_PREDICTORS:
+        raise ConfigError(
+            f"predict_layers must be at most {MAX_PREDICTORS} different whole numbers from 0 to {last} for this model, "
+            f"got {list(layers)}"
+        )
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ConfigError(f"predict_rank must be a whole number of at least 1, got {rank!r}")
+    return dict.fromkeys(sorted(layers), rank)
 
 
 def _targets(target_kl: float | Sequence[float], levels: int) -> tuple[float, ...]:
@@ -139,16 +170,24 @@ class _Learning:
     ):  # fmt: skip
         self.model, self.config, self.targets, self.seed, self.progress = model, config, targets, seed, progress
         self.samples, self.path = samples, journal
-        self.held_out = list(samples[::HELD_OUT_EVERY])[:MAX_HELD_OUT]
-        self.training = [sample for index, sample in enumerate(samples) if index % HELD_OUT_EVERY]
+        indices = range(len(samples))[::HELD_OUT_EVERY][:MAX_HELD_OUT]
+        self.held_out = [samples[index] for index in indices]
+        self.training = [sample for index, sample in enumerate(samples) if index not in indices]
+        self.for_tables = self.training[:: max(1, len(self.training) // MAX_TABLE_SAMPLES)][:MAX_TABLE_SAMPLES]
+        self.exact = Exact(model, [*self.held_out, *self.for_tables])
         self.fingerprint = Fingerprint.of(model, []).to_dict()
 
-    def profile(self, floor: float, group_layers: int | None, undo_rotation: bool) -> Profile:
+    def profile(
+        self, floor: float, group_layers: int | None, undo_rotation: bool, predicting: dict[int, int]
+    ) -> Profile:
         options = {"floor": floor, "target_kl": list(self.targets), "seed": self.seed, "samples": len(self.samples)}
-        key = self._key({**options, "group_layers": group_layers, "undo_rotation": undo_rotation})
+        key = self._key({
+            **options, "group_layers": group_layers, "undo_rotation": undo_rotation,
+            "predict": list(predicting.items()),
+        })  # fmt: skip
         journal = Journal(self.path, key, progress=self.progress)
         rotary = find_rotary(self.model) if undo_rotation else NO_ROTATION
-        moments = Moments(self.model, self.training, rotary, group_layers, self.seed, journal)
+        moments = Moments(self.exact, self.training, rotary, group_layers, self.seed, journal, list(predicting))
         about = {
             "model": str(self.model.config.name_or_path),
             "fingerprint": self.fingerprint,
@@ -160,9 +199,40 @@ class _Learning:
         nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
         finer = nothing.expand(self.config.levels - 1, -1)
         blank = Profile(moments.layers, rotary, moments.means.float(), groups, 0, nothing, finer, about)
-        profile = self._with_entries(replace(blank, step_code=self._step(blank, journal)), journal)
-        measured = measure(self.model, profile, self.held_out, self.config)
-        return replace(profile, about={**about, "measured": measured})
+        # The target of the finest level almost always decides, so the others are measured at its step alone.
+        profile, measured = self._at_step(blank, self.targets[-1:], journal)
+        if any(row["kl"] > target for row, target in zip(measured[:-1], self.targets[:-1], strict=True)):
+            profile, measured = self._at_step(blank, self.targets, journal)
+        profile = replace(profile, about={**about, "measured": measured})
+        predictors = [self._predictor(profile, moments, sums, predicting[sums.layer], journal)
+                      for sums in moments.features]  # fmt: skip
+        return replace(profile, predictors=tuple(predictors))
+
+    def _predictor(
+        self, profile: Profile, moments: Moments, sums: FeatureSums, rank: int, journal: Journal
+    ) -> Predictor:
+        """Learn the predictor of one layer, after the profile itself."""
+        held_out = moments.features_of(self.model, sums.layer)
+        for context, _ in journal.each(f"features {sums.layer}", self.held_out, held_out.sums):
+            keys, values, _ = self.exact.prefill(context)
+            held_out.add(context, moments.rows_of(keys, values))
+        found = regressed(sums, held_out, moments.targets(profile.groups, sums, held_out), rank)
+        predictor = blank_predictor(sums.layer, found, profile.step_code, profile.levels)
+        predictor = replace(predictor, **self._entries(replace(profile, predictors=(predictor,)), sums.layer, journal))
+        measured = self._measured(replace(profile, predictors=(predictor,)), sums.layer)
+        return replace(predictor, about={**predictor.about, "measured": measured})
+
+    def _measured(self, profile: Profile, layer: int | None) -> list[dict[str, float]]:
+        return measure(self.model, profile, self.held_out, replace(self.config, predict_layers=layer), self.exact)
+
+    def _at_step(
+        self, blank: Profile, targets: tuple[float, ...], journal: Journal
+    ) -> tuple[Profile, list[dict[str, float]]]:
+        """Return the profile with the largest step within these targets of the finest levels, and what it measures."""
+        code = self._step(blank, (math.inf,) * (self.config.levels - len(targets)) + targets, journal)
+        profile = replace(blank, step_code=code)
+        profile = replace(profile, **self._entries(profile, None, journal))
+        return profile, self._measured(profile, None)
 
     def _key(self, options: dict[str, object]) -> str:
         """Hash everything that the result depends on."""
@@ -173,35 +243,43 @@ class _Learning:
                 found.update(f"{ids.shape[1]}:".encode() + ids.cpu().to(torch.int64).contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    def _step(self, profile: Profile, journal: Journal) -> int:
-        """Bisect for the largest step code with which every level is within its target."""
-        known = unknown(STEP_CODES, self.config.levels)
+    def _step(self, profile: Profile, targets: Sequence[float], journal: Journal) -> int:
+        """Find the largest step code with which every level is within its target; infinite is none."""
+        levels = self.config.levels
+        known = unknown(STEP_CODES, len(self.held_out), levels)
         done = journal.restore("step", {"divergence": known})
-        low, high = 0, STEP_CODES
-        with tqdm(total=STEP_CODES.bit_length() - 1, desc="step", disable=not self.progress) as bar:
-            while high - low > 1:
-                middle = (low + high) // 2
-                if bool(known[middle].isnan().any()):
-                    at = replace(profile, step_code=middle)
-                    known[middle] = torch.tensor(divergence(self.model, at, self.held_out, self.config))
-                    journal.keep("step", {"divergence": known}, done := done + 1)
-                within = all(kl <= target for kl, target in zip(known[middle].tolist(), self.targets, strict=True))
-                low, high = (middle, high) if within else (low, middle)
-                bar.update()
-        if low == 0:
+        counted = iter(shown(count(done), "step", None, done, bar=self.progress))
+
+        def measured(code: int, sample: int, level: int) -> dict[int, float]:
+            at, config = replace(profile, step_code=code), self.config
+            if level == levels - 1:  # the symbols of the finest level alone
+                at, config = replace(at, refine_entries=at.refine_entries[:0]), replace(config, levels=1)
+            found = divergence(self.model, at, self.held_out[sample : sample + 1], config, self.exact)
+            return {level: found[0]} if config.levels == 1 else dict(enumerate(found))
+
+        def keep() -> None:
+            journal.keep("step", {"divergence": known}, next(counted) + 1)
+
+        code = StepSearch(known, targets, measured, keep).largest()
+        if code == 0:
             raise ProfileError(
                 f"no step keeps the divergence within {self.targets} nats: load the model in float32 (rounding alone "
                 "may diverge more), or pass larger targets"
             )
-        return low
+        return code
 
-    def _with_entries(self, profile: Profile, journal: Journal) -> Profile:
-        """Return the profile with each coefficient's cheapest tables, and without components that stay near zero."""
-        components = len(profile.base_entries)
+    def _entries(self, profile: Profile, layer: int | None, journal: Journal) -> dict[str, Any]:
+        """Return the groups of the profile, or of its predictor, and their entries, by the names of the fields.
+
+        Each coefficient gets its cheapest tables. Components that stay near zero are left out.
+        """
+        learnt, config = profile.at(layer), replace(self.config, predict_layers=layer)
+        components = len(learnt.base_entries)
         counts, peaks = Counts(components, self.config.levels), torch.zeros(components)
         sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
-        for context, _ in journal.each("tables", self.training, sums):
-            rows, codec = _coded(self.model, profile, context, self.config)
+        stage = f"tables at {learnt.step_code}" + ("" if layer is None else f", layer {layer}")
+        for context, _ in journal.each(stage, self.for_tables, sums):
+            rows, codec = _coded(self.exact, profile, context, config)
             y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
             counts.add(codec.inner.symbols(y)[0])
             torch.maximum(peaks, y.abs().amax(0), out=peaks)
@@ -209,15 +287,15 @@ class _Learning:
         entries, _ = counts.choose(values, digits)
         for row, book in zip(entries, repeated(values, digits), strict=False):
             _close_gaps(row, book.narrowest)
-        kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(profile.step_code, dtype=torch.uint8)))
+        kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(learnt.step_code, dtype=torch.uint8)))
         groups, at = [], 0
-        for group in profile.groups:
+        for group in learnt.groups:
             mine = kept[at : at + len(group.synthesis)]
             mine[0] = True  # a group needs at least one component
             groups.append(replace(group, synthesis=group.synthesis[mine]))
             at += len(mine)
         entries = entries[:, kept]
-        return replace(profile, groups=tuple(groups), base_entries=entries[0], refine_entries=entries[1:])
+        return {"groups": tuple(groups), "base_entries": entries[0], "refine_entries": entries[1:]}
 
 
 def _close_gaps(entries: Tensor, narrowest: int) -> None:
@@ -231,12 +309,10 @@ def _close_gaps(entries: Tensor, narrowest: int) -> None:
             entries[before + 1 : after] = narrowest
 
 
-def _coded(
-    model: PreTrainedModel, profile: Profile, context: Tensor, config: CacheGenConfig
-) -> tuple[Tensor, Klt]:
+def _coded(exact: Exact, profile: Profile, context: Tensor, config: CacheGenConfig) -> tuple[Tensor, Klt]:
     """Return a context's rows [tokens, channels], on the CPU, and the profile's codec for it."""
-    keys, values, _ = prefill(model, context)
-    return _rows(keys, values), _codec(profile, keys, config)
+    keys, values, _ = exact.prefill(context)
+    return _rows(keys, values), _codec(exact.model, profile, context, keys, config)
 
 
 def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -244,33 +320,39 @@ def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     return gather(keys, values, Span(0, tokens, tokens)).float().cpu()
 
 
-def _codec(profile: Profile, keys: Sequence[Tensor], config: CacheGenConfig) -> Klt:
-    dtype = str(keys[0].dtype).removeprefix("torch.")
+def _codec(
+    model: PreTrainedModel, profile: Profile, context: Tensor, keys: Sequence[Tensor], config: CacheGenConfig
+) -> Klt:
+    dtype, layer = str(keys[0].dtype).removeprefix("torch."), profile.usable(config.predict_layers)
     geometry = Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype)
-    return Klt(geometry, config, profile, sinks=find_sinks(keys))
+    known = None if layer is None else known_of(model, context, profile, layer)
+    return Klt(geometry, config, profile, sinks=find_sinks(keys), known=known)
 
 
 @torch.no_grad()
 def divergence(
-    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig
-) -> list[float]:
+    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig,
+    exact: Exact | None = None,
+) -> list[float]:  # fmt: skip
     """Return the mean KL of each level, nats per token of the continuations, of the decoded against the exact cache."""
-    totals = [0.0] * config.levels
+    totals, exact = [0.0] * config.levels, exact or Exact(model)
     for context, continuation in samples:
-        keys, values, _ = prefill(model, context)
-        states = states_after(model, context)
-        exact = continuation_logits(model, keys, values, continuation, states).log_softmax(-1)
-        for level, decoded in enumerate(_levels(profile, keys, values, config)):
+        keys, values, _ = exact.prefill(context)
+        states = exact.states(context)
+        expected = exact.log_probabilities((context, continuation))
+        for level, decoded in enumerate(_levels(model, profile, context, (keys, values), config)):
             lossy = continuation_logits(model, *decoded, continuation, states).log_softmax(-1)
-            totals[level] += float((exact.exp() * (exact - lossy)).sum(-1).mean())
+            totals[level] += float((expected.exp() * (expected - lossy)).sum(-1).mean())
     return [total / len(samples) for total in totals]
 
 
 def _levels(
-    profile: Profile, keys: Sequence[Tensor], values: Sequence[Tensor], config: CacheGenConfig
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    model: PreTrainedModel, profile: Profile, context: Tensor, kv: tuple[list[Tensor], list[Tensor]],
+    config: CacheGenConfig,
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:  # fmt: skip
     """Yield (keys, values) decoded at each level, on the devices of the given ones."""
-    codec, rows = _codec(profile, keys, config), _rows(keys, values)
+    keys, values = kv
+    codec, rows = _codec(model, profile, context, keys, config), _rows(keys, values)
     span = Span(0, len(rows), len(rows))
     for approximation in codec.approximations(rows, span):
         found = empty_kv(codec.geometry, [None] * len(codec.geometry.layers))
@@ -280,16 +362,17 @@ def _levels(
 
 
 def measure(
-    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig
-) -> list[dict[str, float]]:
+    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig,
+    exact: Exact | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
     """Return, for each level, its divergence on these samples and the bits per element of the chunks (without headers).
     """
-    sizes, elements = [0] * config.levels, 0
+    sizes, elements, exact = [0] * config.levels, 0, exact or Exact(model, samples)
     for context, _ in samples:
-        rows, codec = _coded(model, profile, context, config)
+        rows, codec = _coded(exact, profile, context, config)
         for part, data in enumerate(codec.encode(rows, Span(0, len(rows), len(rows)))):
             sizes[part] += len(data)
         elements += rows.numel()
     bits = torch.tensor(sizes).cumsum(0).mul(8).div(elements).tolist()
-    found = divergence(model, profile, samples, config)
+    found = divergence(model, profile, samples, config, exact)
     return [{"kl": round(kl, 6), "bits_per_element": round(b, 4)} for kl, b in zip(found, bits, strict=True)]

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.profile import Rotary
+from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.recurrent import Checkpoint
+from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal
-from hf_cachegen.profiles.learning.running import Sample, continuation_logits, prefill, states_after
+from hf_cachegen.profiles.learning.predictor import FeatureSums, Target, targets_of
+from hf_cachegen.profiles.learning.running import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,11 +35,11 @@ class Moments:
     """Moments of a model's keys (rotation undone) and values, and of the gradients with respect to them."""
 
     def __init__(
-        self, model: PreTrainedModel, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
-        journal: Journal,
+        self, exact: Exact, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
+        journal: Journal, predict_layers: Sequence[int] = (),
     ):  # fmt: skip
         self.rotary = rotary
-        keys, values, self.layers = prefill(model, samples[0][0][:, :2])
+        keys, values, self.layers = exact.prefill(samples[0][0][:, :2])
         self.shapes = [[(x.shape[1], x.shape[3]) for x in side] for side in (keys, values)]
         widest = max(h * d for side in self.shapes for h, d in side)
         self.group_layers = group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
@@ -48,10 +52,26 @@ class Moments:
         sums = {"count": self.count} | {f"square-{index}": x for index, x in enumerate(self.squares)}
         for name, kind, layer in numbered:
             sums |= {f"sum-{name}": self.sums[kind][layer], f"fisher-{name}": self.fisher[kind][layer]}
+        self.features = [self.features_of(exact.model, layer) for layer in predict_layers]
+        for features in self.features:
+            sums |= features.sums
         for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
             # The draws of a sample do not depend on the samples before it.
             draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
-            self._add(model, context, continuation, draws)
+            self._add(exact, context, continuation, draws)
+
+    def features_of(self, model: PreTrainedModel, layer: int) -> FeatureSums:
+        """Return empty sums of a predictor's features, for the ranges of layers of this object."""
+        return FeatureSums(model, layer, [self._width(part) for part in self.ranges])
+
+    def rows_of(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """Return a context's rows, float32 [tokens, channels], of each range: keys with the rotation undone, values."""
+        found = []
+        for kind, first, count in self.ranges:
+            layers = (keys, values)[kind][first : first + count]
+            framed = [in_frame(x, kind, self.rotary).flatten(1) for x in layers]
+            found.append(torch.cat([x.to(framed[0].device) for x in framed], 1))
+        return found
 
     def _group(self, kind: int) -> list[tuple[int, int, int]]:
         """Return (kind, first layer, layers) of each group: adjacent layers of equal head_dim."""
@@ -67,20 +87,21 @@ class Moments:
         kind, first, count = part
         return sum(h * d for h, d in self.shapes[kind][first : first + count])
 
-    def _add(self, model: PreTrainedModel, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
-        keys, values, _ = prefill(model, context)
-        sides = (keys, values)
+    def _add(self, exact: Exact, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
+        keys, values, _ = exact.prefill(context)
+        rows = self.rows_of(keys, values)
         self.count += context.shape[1]
-        for square, (kind, first, count) in zip(self.squares, self.ranges, strict=True):
-            layers = range(first, first + count)
-            framed = [in_frame(sides[kind][layer], kind, self.rotary).flatten(1) for layer in layers]
-            for layer, x in zip(layers, framed, strict=True):
+        for features in self.features:
+            features.add(context, rows)
+        for square, part, (kind, first, count) in zip(self.squares, rows, self.ranges, strict=True):
+            widths = [h * d for h, d in self.shapes[kind][first : first + count]]
+            for layer, x in enumerate(part.split(widths, 1), first):
                 self.sums[kind][layer] += x.cpu().sum(0, dtype=torch.float64)
-            rows = torch.cat([x.to(framed[0].device) for x in framed], 1)
-            square += (rows.mT @ rows).cpu().double()
-        states = states_after(model, context)
-        for kind, layer, g in gradients(model, keys, values, continuation, self.rotary, draws, states):
-            self.fisher[kind][layer] += torch.einsum("thd,the->hde", g, g).cpu().double() / (
+            square += (part.mT @ part).cpu()
+        del rows
+        states = exact.states(context)
+        for kind, layer, g in gradients(exact.model, keys, values, continuation, self.rotary, draws, states):
+            self.fisher[kind][layer] += g.permute(1, 2, 0).bmm(g.transpose(0, 1)).cpu().double() / (
                 len(g) * continuation.shape[1]
             )
 
@@ -89,6 +110,12 @@ class Moments:
         """The means, float64 [channels], in the order of a chunk's channels."""
         pairs = (self.sums[kind][layer] for layer in range(len(self.layers)) for kind in (0, 1))
         return torch.cat(list(pairs)) / self.count
+
+    def targets(self, groups: Sequence[Group], training: FeatureSums, held_out: FeatureSums) -> list[Target]:
+        """Return what a predictor of these sums predicts. groups: the profile's, one for each range."""
+        means = [torch.cat(self.sums[kind][first : first + count]) / self.count for kind, first, count in self.ranges]
+        squares = [square / self.count for square in self.squares]
+        return targets_of(groups, self.shapes, means, squares, training, held_out)
 
     def groups(self, floor: float) -> tuple[Group, ...]:
         """Compute the bases with all components.
@@ -109,14 +136,19 @@ class Moments:
                 for layer in layers
             ])  # fmt: skip
             values, vectors = torch.linalg.eigh(sensitivity)
-            root = torch.block_diag(*(vectors * values.sqrt()[:, None]) @ vectors.mT)
-            inverse = torch.block_diag(*(vectors * values.rsqrt()[:, None]) @ vectors.mT)
+            root = (vectors * values.sqrt()[:, None]) @ vectors.mT
+            inverse = (vectors * values.rsqrt()[:, None]) @ vectors.mT
             mean = torch.cat([self.sums[kind][layer] for layer in layers]) / self.count
             covariance = square / self.count - torch.outer(mean, mean)
-            _, basis = torch.linalg.eigh(root @ covariance @ root)
-            synthesis = (basis.flip(1).mT @ inverse).half().float()  # rounded as in the file
+            _, basis = torch.linalg.eigh(_by_head(_by_head(covariance, root).mT, root))
+            synthesis = _by_head(basis.flip(1).mT, inverse).half().float()  # rounded as in the file
             found.append(Group(kind, first, count, sensitivity.float(), synthesis))
         return tuple(found)
+
+
+def _by_head(x: Tensor, heads: Tensor) -> Tensor:
+    """Multiply x [n, heads * dim] by a block-diagonal matrix, given as its blocks [heads, dim, dim]."""
+    return x.reshape(len(x), len(heads), -1).transpose(0, 1).bmm(heads).transpose(0, 1).reshape(x.shape)
 
 
 def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:

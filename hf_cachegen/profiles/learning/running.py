@@ -1,8 +1,7 @@
-"""Run a model for learning: a context's exact keys and values, the logits that follow, and the rotation of the keys."""
+"""Run a model for learning: a context's exact keys and values, and the rotation of the keys."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +11,10 @@ from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.errors import TensorError
 from hf_cachegen.models.compat import run, takes
-from hf_cachegen.models.continuation import continuation_of, positions
+from hf_cachegen.models.continuation import positions
 from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.layers import capture
-from hf_cachegen.models.recurrent import Checkpoint, capture_states, put_states, states_of
+from hf_cachegen.models.recurrent import Checkpoint, capture_states
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.state import fresh_state
 
@@ -50,7 +49,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Ten
     """Return the exact (keys, values, layers) of a context [1, tokens]."""
     past = empty_cache(model.config)
     with fresh_state(model):
-        run(model, ids.to(model.device), past)
+        run(model, ids.to(model.device), past, last_logits_only=True)
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
 
@@ -64,39 +63,6 @@ def states_after(model: PreTrainedModel, ids: Tensor) -> Checkpoint | None:
     with fresh_state(model):
         run(model, ids.to(model.device), past)
     return capture_states(past, layer_contents(model.config), ids.shape[1])
-
-
-def continuation_logits(
-    model: PreTrainedModel,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    ids: Tensor,
-    states: Checkpoint | None = None,
-) -> Tensor:
-    """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values.
-
-    Args:
-        model: the model.
-        keys: of each layer with keys and values.
-        values: of the same layers.
-        ids: the tokens that follow the context.
-        states: the states of recurrent layers after the context, for a model that has them.
-    """
-    past, held = empty_cache(model.config), keys[0].shape[2]
-    with_kv = [index for index, content in enumerate(layer_contents(model.config)) if content.kind is not None]
-    for index, k, v in zip(with_kv, keys, values, strict=True):
-        past.update(k, v, index)
-    if states is None:
-        logits: Tensor = run(model, ids.to(model.device), past).logits[0]
-        return logits.float()
-    for index, layer in enumerate(past.layers):
-        put_states(layer, states_of(states, index), 1, model.device)
-    several = continuation_of(model).several
-    parts = [
-        run(model, part, past, **positions(model, part, held + at)).logits[0]
-        for at, part in enumerate(ids.to(model.device).split(ids.shape[1] if several else 1, 1))
-    ]
-    return torch.cat(parts).float()
 
 
 @torch.no_grad()

@@ -1,0 +1,208 @@
+// How often each symbol of up to 256 columns occurs, and which table codes a column most cheaply. Compiled for every
+// instruction set.
+//
+// Note: what is counted is the fine symbol, once; base and digits are functions of it, and so are their counts. Fine
+// symbols of 32 columns at a time are counted, whose counters stay in the nearest cache.
+#pragma once
+
+#include <string.h>
+
+#include "../core/chunk.h"
+#include "counter.h"
+
+namespace cachegen {
+
+namespace {
+
+// The fine symbols whose base fits a byte: index = symbol + zero, below bins.
+struct Fine {
+  uint32_t per_base, bins;
+  int32_t zero;
+
+  explicit Fine(uint32_t n_digits)
+      : per_base(n_digits == 0 ? 1 : n_digits == 1 ? 3 : 9),
+        bins(per_base * kMaxSymbols),
+        zero(int32_t(per_base * kZeroIndex + per_base / 2)) {}
+};
+
+void use(Counter* counter, uint32_t first, uint32_t last) {
+  counter->low = first < counter->low ? first : counter->low;
+  counter->high = last > counter->high ? last : counter->high;
+}
+
+void add_wide(Counter* counter, uint32_t column, int32_t index, const Digit* found, uint32_t n_digits) {
+  const uint32_t bin = index < 0 ? 0 : index > 0xff ? 0xff : uint32_t(index);
+  use(counter, bin, bin);
+  counter->base[column][bin]++;
+  for (uint32_t k = 0; k < n_digits; k++) counter->digits[k][column][3 * found[k].context + found[k].index]++;
+}
+
+void add_anchor(Counter* counter, uint32_t width, const uint8_t* symbols) {
+  uint8_t low = 0xff, high = 0;
+  for (uint32_t j = 0; j < width; j++) {
+    low = symbols[j] < low ? symbols[j] : low;
+    high = symbols[j] > high ? symbols[j] : high;
+  }
+  for (uint32_t j = 0; j < width; j++) counter->anchors[j][symbols[j]]++;
+  counter->anchor_low = low < counter->anchor_low ? low : counter->anchor_low;
+  counter->anchor_high = high > counter->anchor_high ? high : counter->anchor_high;
+}
+
+// For the next columns; `all` of new memory.
+void clear(Counter* counter, bool all) {
+  if (all) memset(counter, 0, sizeof *counter);
+  for (uint32_t j = 0; j < kTileColumns && !all; j++) {
+    const uint32_t low = counter->low, anchor_low = counter->anchor_low;
+    if (low <= counter->high) memset(counter->base[j] + low, 0, (counter->high - low + 1) * sizeof(uint32_t));
+    if (anchor_low <= counter->anchor_high)
+      memset(counter->anchors[j] + anchor_low, 0, (counter->anchor_high - anchor_low + 1) * sizeof(uint32_t));
+  }
+  memset(counter->digits, 0, sizeof counter->digits);
+  counter->rows = counter->refused = 0;
+  counter->low = counter->anchor_low = kMaxSymbols - 1;
+  counter->high = counter->anchor_high = 0;
+}
+
+// Counts of a column's fine symbols to counts of its base and its digits.
+template <uint32_t kDigits>
+void fold(Counter* counter, uint32_t column, uint16_t* seen, uint32_t low, uint32_t high) {
+  uint32_t* base = counter->base[column];
+  uint32_t(*coarse)[3] = reinterpret_cast<uint32_t(*)[3]>(counter->digits[0][column]);
+  uint32_t(*finer)[3] = reinterpret_cast<uint32_t(*)[3]>(counter->digits[1][column]);
+  for (uint32_t k = low; k <= high; k++) {
+    const uint8_t sign = sign_of(int32_t(k) - kZeroIndex);
+    if (kDigits == 0) {
+      base[k] += seen[k];
+    } else if (kDigits == 1) {
+      uint32_t sum = 0;
+      for (uint32_t d = 0; d < 3; d++) {
+        coarse[sign][d] += seen[3 * k + d];
+        sum += seen[3 * k + d];
+      }
+      base[k] += sum;
+    } else {
+      uint32_t sum = 0;
+      for (uint32_t d = 0; d < 3; d++) {
+        const uint16_t* at = seen + 9 * k + 3 * d;
+        const uint8_t side = sign ? sign : sign_of(int32_t(d) - kDigitZero);
+        const uint32_t some = uint32_t(at[0]) + at[1] + at[2];
+        for (uint32_t e = 0; e < 3; e++) finer[side][e] += at[e];
+        coarse[sign][d] += some;
+        sum += some;
+      }
+      base[k] += sum;
+    }
+  }
+}
+
+void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
+  for (uint32_t first = 0; first < width; first += kStrip) {
+    const uint32_t n = width - first < kStrip ? width - first : kStrip;
+    uint16_t low[kStrip], high[kStrip];
+    for (uint32_t c = 0; c < kStrip; c++) low[c] = high[c] = uint16_t(fine.zero);
+    for (uint32_t i = 0; i < counter->rows; i++) {
+      const uint16_t* __restrict row = counter->fine[i] + first;
+      for (uint32_t c = 0; c < kStrip; c++) {
+        const uint16_t x = row[c] == fine.bins ? uint16_t(fine.zero) : row[c];  // bins: counted already
+        low[c] = x < low[c] ? x : low[c];
+        high[c] = x > high[c] ? x : high[c];
+      }
+      if (n == kStrip) {
+#pragma GCC unroll 32
+        for (uint32_t c = 0; c < kStrip; c++) counter->seen[c][row[c]]++;
+      } else {
+        for (uint32_t c = 0; c < n; c++) counter->seen[c][row[c]]++;
+      }
+    }
+    const auto add = fine.per_base == 1 ? fold<0> : fine.per_base == 3 ? fold<1> : fold<2>;
+    for (uint32_t c = 0; c < n; c++) {
+      const uint32_t base_low = low[c] / fine.per_base, base_high = high[c] / fine.per_base;
+      use(counter, base_low, base_high);
+      uint16_t* seen = counter->seen[c];
+      add(counter, first + c, seen, base_low, base_high);
+      memset(seen + base_low * fine.per_base, 0, (base_high - base_low + 1) * fine.per_base * sizeof *seen);
+      seen[fine.bins] = 0;
+    }
+  }
+  counter->rows = 0;
+}
+
+constexpr uint32_t kTogether = 32;  // entries whose sums stay in registers
+constexpr uint32_t kGroup = 8;      // columns that share the costs which are in the nearest cache
+
+struct Seen {
+  uint32_t symbol, count;
+};
+
+// Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory.
+template <class Sum>
+void add_costs(const cg_costs& book, const Seen* seen, uint32_t count, uint32_t first, Sum* sums) {
+  typedef int32_t Costs __attribute__((vector_size(kTogether / 2 * sizeof(int32_t)), aligned(4)));
+  typedef Sum Sums __attribute__((vector_size(kTogether / 2 * sizeof(Sum)), aligned(sizeof(Sum))));
+  Sums low = {}, high = {};
+  for (uint32_t i = 0; i < count; i++) {
+    const auto* cost = reinterpret_cast<const Costs*>(book.costs + seen[i].symbol * book.entries + first);
+    const Sum times = Sum(seen[i].count);
+    low += __builtin_convertvector(cost[0], Sums) * times;
+    high += __builtin_convertvector(cost[1], Sums) * times;
+  }
+  memcpy(sums, &low, sizeof low);
+  memcpy(sums + kTogether / 2, &high, sizeof high);
+}
+
+// The cheapest entry of each of up to kGroup columns, whose counts are `stride` apart, and its cost.
+template <class Sum>
+void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+              uint8_t* entries, uint64_t* costs) {
+  Sum sums[kGroup][kMaxTables];
+  uint32_t seen[kGroup];
+  Seen list[kGroup][kMaxSymbols];
+  for (uint32_t j = 0; j < width; j++) {
+    seen[j] = 0;
+    if (book.entries <= kTogether) {  // listing costs more than adding zeros
+      for (uint32_t k = low; k <= high; k++) list[j][seen[j]++] = {k, counts[j * stride + k]};
+      continue;
+    }
+    for (uint32_t k = low; k <= high; k++) {
+      const uint32_t count = counts[j * stride + k];
+      list[j][seen[j]] = {k, count};
+      seen[j] += count > 0;
+    }
+  }
+  for (uint32_t first = 0; first < book.entries; first += kTogether) {
+    const uint32_t n = book.entries - first < kTogether ? book.entries - first : kTogether;
+    for (uint32_t j = 0; j < width; j++) {
+      if (n == kTogether) {
+        add_costs(book, list[j], seen[j], first, sums[j] + first);
+        continue;
+      }
+      for (uint32_t e = first; e < book.entries; e++) {
+        sums[j][e] = 0;
+        for (uint32_t i = 0; i < seen[j]; i++)
+          sums[j][e] += Sum(list[j][i].count) * book.costs[list[j][i].symbol * book.entries + e];
+      }
+    }
+  }
+  for (uint32_t j = 0; j < width; j++) {
+    Sum least = sums[j][book.first];
+    for (uint32_t e = book.first; e < book.entries; e++) least = sums[j][e] < least ? sums[j][e] : least;
+    int32_t found = kMaxTables;
+    for (uint32_t e = book.first; e < book.entries; e++) {
+      const int32_t own = sums[j][e] == least ? int32_t(e) : int32_t(kMaxTables);
+      found = own < found ? own : found;
+    }
+    entries[j] = uint8_t(found);
+    costs[j] = uint64_t(least);
+  }
+}
+
+void choose(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+            bool small, uint8_t* entries, uint64_t* costs) {
+  for (uint32_t j = 0; j < width; j += kGroup) {
+    const uint32_t n = width - j < kGroup ? width - j : kGroup;
+    (small ? cheapest<int32_t> : cheapest<int64_t>)(book, counts + j * stride, stride, low, high, n, entries + j, costs + j);
+  }
+}
+
+}  // namespace
+}  // namespace cachegen

@@ -1,0 +1,235 @@
+// The passes over a source: rows of up to 256 columns, read where they lie. Compiled for every instruction set, as rows.h
+// is.
+//
+// Note: a row becomes floats in a buffer in the nearest cache; all else works on that, so only its reader depends on the
+// type of the values. Loops run over columns and have no branch, so that compilers vectorise them.
+#pragma once
+
+#include "choice.h"
+#include "columns.h"
+#include "rows.h"
+
+namespace cachegen {
+namespace {
+
+constexpr float kAnchorPeak = 127;
+
+template <class T>
+void load_row(const Columns& columns, uint64_t token, float* __restrict y) {
+  for (uint32_t r = 0; r < columns.n_runs; r++) {
+    const Run& run = columns.runs[r];
+    const auto* __restrict from =
+        reinterpret_cast<const typename T::Stored*>(uintptr_t(run.address + token * run.stride));
+    float* __restrict to = y + run.coded;
+    for (uint64_t j = 0; j < run.columns; j++) to[j] = T::load(from[j]);
+  }
+}
+
+// Symbols of an anchor's row, and the values that they decode to.
+inline void quantise_anchor(const Columns& columns, const float* scales, const float* __restrict y,
+                            uint8_t* __restrict symbols, float* __restrict values) {
+  for (uint32_t j = 0; j < columns.width; j++) {
+    const float scale = scales[columns.vector[j]], f = Rounded(y[j] / scale).value;
+    const float symbol = f > kAnchorPeak ? kAnchorPeak : f < -kAnchorPeak ? -kAnchorPeak : f;
+    symbols[j] = uint8_t(Rounded(symbol).integer + kZeroIndex);
+    values[j] = scale * symbol;
+  }
+}
+
+// anchor(number, symbols) and coded(number, y less its anchor) for every row of a span.
+template <class T, class Anchor, class Coded>
+CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, const Anchor& anchor, const Coded& coded) {
+  const cg_source& source = *columns.source;
+  const uint64_t group = source.group_tokens;
+  alignas(64) float y[kTileColumns], value[kTileColumns];
+  alignas(64) uint8_t symbols[kTileColumns];
+  uint64_t within = 0, anchors = 0, rows = 0;
+  for (uint64_t t = 0; t < span.tokens; t++) {
+    const uint64_t token = span.first + t;
+    load_row<T>(columns, token == 0 && source.blank ? 1 : token, y);
+    if (group > 0 && within == 0) {
+      quantise_anchor(columns, source.scales + (span.anchor + anchors) * source.n_vectors, y, symbols, value);
+      anchor(anchors++, symbols);
+    } else {
+      if (group > 0)
+        for (uint32_t j = 0; j < columns.width; j++) y[j] -= value[j];
+      coded(rows++, y);
+    }
+    if (++within == group) within = 0;
+  }
+}
+
+template <class T>
+void spread_of(const Columns& columns, const cg_span& span, double* sums) {
+  for_each_row<T>(columns, span, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* __restrict y) {
+    double* __restrict total = sums + (i >= span.ordinary_first && i < span.ordinary_last ? 0 : 2 * kTileColumns);
+    double* __restrict squares = total + kTileColumns;
+    for (uint32_t j = 0; j < columns.width; j++) {
+      const double value = y[j];
+      total[j] += value;
+      squares[j] += value * value;
+    }
+  });
+}
+
+template <class T>
+uint32_t peak_of(const Run& run, uint64_t token) {
+  const auto* from = reinterpret_cast<const typename T::Stored*>(uintptr_t(run.address + token * run.stride));
+  uint32_t most = 0;  // the bits of a magnitude; a NaN's are above all others
+  for (uint64_t j = 0; j < run.columns; j++) {
+    const uint32_t bits = bits_of(T::load(from[j])) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+// Symbols as codec/passes.py has them exactly, of any size. False for a value that is refused.
+inline bool exact_symbols(float y, float mean, float step, uint32_t n_digits, int32_t* base, Digit* digits) {
+  constexpr float kLargest = 1 << 30;
+  const float f = __builtin_nearbyintf((y - mean) / step);
+  const bool sound = f > -kLargest && f < kLargest;
+  int32_t fine = sound ? int32_t(f) : 0;
+  for (uint32_t k = n_digits; k-- > 0;) {
+    const int32_t shifted = fine + 1, coarse = shifted >= 0 ? shifted / 3 : -((2 - shifted) / 3);
+    digits[k] = {uint8_t(fine - 3 * coarse + kDigitZero), sign_of(coarse)};
+    fine = coarse;
+  }
+  *base = fine + kZeroIndex;
+  return sound;
+}
+
+// Counting: rows become fine symbols, 16 bits each, which are counted by strips of columns.
+
+inline uint32_t fine_row(const Columns& columns, const float* __restrict y, uint32_t bins, int32_t zero,
+                         uint16_t* __restrict fine) {
+  const float *__restrict mean = columns.mean, *__restrict step = columns.step;
+  uint32_t outside = 0;
+  for (uint32_t j = 0; j < columns.width; j++) {
+    const uint32_t index = uint32_t(Rounded((y[j] - mean[j]) / step[j]).integer + zero);
+    outside |= index >= bins;
+    fine[j] = uint16_t(index);
+  }
+  return outside;
+}
+
+template <class T>
+void count_of(const Columns& columns, const cg_span& span, uint32_t n_digits, Counter* counter) {
+  const Fine fine(n_digits);
+  for_each_row<T>(
+      columns, span, [&](uint64_t, const uint8_t* symbols) { add_anchor(counter, columns.width, symbols); },
+      [&](uint64_t, const float* y) {
+        uint16_t* row = counter->fine[counter->rows++];
+        if (fine_row(columns, y, fine.bins, fine.zero, row))
+          for (uint32_t j = 0; j < columns.width; j++) {
+            const float f = Rounded((y[j] - columns.mean[j]) / columns.step[j]).value;
+            if (f > -fine.zero - 1 && f < int32_t(fine.bins) - fine.zero) continue;
+            int32_t base;
+            Digit digits[CG_MAX_DIGITS];
+            counter->refused |= !exact_symbols(y[j], columns.mean[j], columns.step[j], n_digits, &base, digits);
+            add_wide(counter, j, base, digits, n_digits);
+            row[j] = uint16_t(fine.bins);  // counted, and not looked at
+          }
+        if (counter->rows == kCountedRows) count_rows(counter, columns.width, fine);
+      });
+  count_rows(counter, columns.width, fine);
+}
+
+// Quantising for the coder: symbols are clamped to the support of their tables, and what was outside is reported.
+
+template <bool kByContext>
+bool is_outside(const uint8_t* __restrict symbols, const uint8_t* __restrict contexts, const Bounds& bounds, uint32_t n) {
+  uint8_t outside = 0;
+  for (uint32_t j = 0; j < n; j++) {
+    uint8_t low = bounds.low[0][j], high = bounds.high[0][j];
+    if (kByContext) {
+      const uint8_t context = contexts[j], low1 = bounds.low[1][j], low2 = bounds.low[2][j];
+      const uint8_t high1 = bounds.high[1][j], high2 = bounds.high[2][j];
+      low = context == 0 ? low : context == 1 ? low1 : low2;
+      high = context == 0 ? high : context == 1 ? high1 : high2;
+    }
+    outside |= uint8_t((symbols[j] < low) | (symbols[j] > high));
+  }
+  return outside != 0;
+}
+
+// Clamps a row, of `row` in its stream; index_of(j) is what an exception of column j keeps, `always` whether it may differ
+// from the symbol.
+template <bool kByContext, class Index>
+void clamp_symbols(const CodeJob& job, uint32_t part, uint32_t stream, uint64_t row, uint8_t* symbols, const uint8_t* contexts,
+                   bool always, const Index& index_of) {
+  const Bounds& bounds = job.bounds[part];
+  const uint32_t width = job.columns->width;
+  if (!always && (!bounds.any || !is_outside<kByContext>(symbols, contexts, bounds, width))) return;
+  for (uint32_t j = 0; j < width; j++) {
+    const uint32_t context = kByContext ? contexts[j] : 0;
+    const uint8_t low = bounds.any ? bounds.low[context][j] : 0, high = bounds.any ? bounds.high[context][j] : 0xff;
+    const uint8_t symbol = symbols[j], inside = symbol < low ? low : symbol > high ? high : symbol;
+    const int32_t index = index_of(j);
+    if (index == inside) continue;
+    symbols[j] = inside;
+    job.report(job.to_report, {row * job.columns->source->columns + job.columns->column[j], index, stream});
+  }
+}
+
+template <class T>
+bool symbols_of(const CodeJob& job) {
+  const Columns& columns = *job.columns;
+  const uint32_t n_digits = job.n_digits, width = columns.width;
+  const auto quantise = n_digits == 0   ? quantise_row<Float32, false, 0>
+                        : n_digits == 1 ? quantise_row<Float32, false, 1>
+                                        : quantise_row<Float32, false, 2>;
+  const uint64_t size = job.rows * kTileColumns, a = job.span->ordinary_first, b = job.span->ordinary_last;
+  const Row scale = {0, nullptr, columns.mean, columns.step};
+  bool sound = true;
+  for_each_row<T>(
+      columns, *job.span,
+      [&](uint64_t i, const uint8_t* row) {
+        uint8_t* symbols = job.anchors + i * kTileColumns;
+        memcpy(symbols, row, width);
+        if (job.parts >> CG_ANCHOR_STREAM & 1)
+          clamp_symbols<false>(job, CG_ANCHOR_STREAM, CG_ANCHOR_STREAM, i, symbols, nullptr, false,
+                               [&](uint32_t j) { return symbols[j]; });
+      },
+      [&](uint64_t i, const float* y) {
+        const bool ordinary = i >= a && i < b;
+        const uint64_t place = ordinary ? i - a : i < a ? b - a + i : i, protect = i < a ? i : i - (b - a);
+        uint8_t *base = job.base + i * kTileColumns, *digits = job.digits + place * kTileColumns;
+        uint8_t* contexts = job.contexts + place * kTileColumns;
+        const bool wide = quantise(y, scale, width, base, digits, contexts, size);
+        int32_t exact[kTileColumns];
+        for (uint32_t j = 0; j < width && wide; j++) {
+          Digit found[CG_MAX_DIGITS];
+          sound &= exact_symbols(y[j], columns.mean[j], columns.step[j], n_digits, &exact[j], found);
+          for (uint32_t k = 0; k < n_digits; k++) {
+            digits[k * size + j] = found[k].index;
+            contexts[k * size + j] = found[k].context;
+          }
+          base[j] = uint8_t(exact[j] < 0 ? 0 : exact[j] > 0xff ? 0xff : exact[j]);
+        }
+        if (job.parts >> CG_BASE_STREAM & 1)
+          clamp_symbols<false>(job, CG_BASE_STREAM, CG_BASE_STREAM, i, base, nullptr, wide,
+                               [&](uint32_t j) { return wide ? exact[j] : base[j]; });
+        for (uint32_t k = 0; k < n_digits; k++)
+          if (job.parts >> (CG_DIGIT_STREAM + k) & 1)
+            clamp_symbols<true>(job, CG_DIGIT_STREAM + k, CG_DIGIT_STREAM + 2 * k + !ordinary, ordinary ? i - a : protect,
+                                digits + k * size, contexts + k * size, false,
+                                [&](uint32_t j) { return digits[k * size + j]; });
+      });
+  return sound;
+}
+
+// By type of the values.
+
+template <class T>
+constexpr SourcePasses kSourceOf = {peak_of<T>, spread_of<T>, count_of<T>, symbols_of<T>, clear, choose};
+
+const SourcePasses& source_passes(uint32_t dtype) {
+  switch (dtype) {
+    case CG_FLOAT32: return kSourceOf<Float32>;
+    case CG_BFLOAT16: return kSourceOf<Bfloat16>;
+    default: return kSourceOf<Float16>;
+  }
+}
+
+}  // namespace
+}  // namespace cachegen

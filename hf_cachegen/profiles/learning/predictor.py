@@ -1,0 +1,238 @@
+"""Learn a profile's predictors: a ridge regression of low rank from hidden states to the K and V of later layers.
+
+Let f be the normalised hidden states that enter layer m, less their mean, and x the K (rotation undone) and V of the
+later layers in the metric of their sensitivity, less their mean. G = E[f f^T], C = E[f x^T]. The ridge solution is
+W = (G + r)^-1 C. Its best approximation of rank k in the predicted energy is
+
+    W = D P,   D = (G + r)^(-1/2) U,   P = U^T (G + r)^(-1/2) C,   U: the k leading left singular vectors of the latter
+
+The ridge r is the one, among RIDGES, that leaves the least energy on held-out samples. The bases are those of the
+residual's covariance E[x x^T] - W^T C - C^T W + W^T G W, so that the prediction reaches the bits. The step is the
+profile's: an error costs the same divergence whatever was predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.predictor import Predictor, normalised
+from hf_cachegen.models.first_layers import first_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+"""Ridges to choose from, as fractions of the mean variance of a feature."""
+DEFAULT_RANK = 256
+"""Largest rank. The product that decodes a chunk has as many rows more."""
+
+
+class FeatureSums:
+    """Sums over samples of one layer's features, and of their products with keys and values.
+
+    Args:
+        model: The model.
+        layer: m.
+        widths: Channels of each range of layers that `add` gets the rows of.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int, widths: Sequence[int]):
+        features = first_layers(model, torch.zeros(1, 1, dtype=torch.int64), layer).hidden.shape[1]
+        self.model, self.layer = model, layer
+        self.count = torch.zeros(1, dtype=torch.int64)
+        self.total = torch.zeros(features, dtype=torch.float64)
+        self.square = torch.zeros(features, features, dtype=torch.float64)
+        self.cross = [torch.zeros(features, width, dtype=torch.float64) for width in widths]
+        self.rows = [torch.zeros(width, dtype=torch.float64) for width in widths]
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by name, which `add` changes in place."""
+        named = {"count": self.count, "total": self.total, "square": self.square}
+        for name, parts in (("cross", self.cross), ("rows", self.rows)):
+            named |= {f"{name}-{index}": part for index, part in enumerate(parts)}
+        return {f"features-{self.layer}-{name}": part for name, part in named.items()}
+
+    def add(self, context: Tensor, rows: Sequence[Tensor]) -> None:
+        """Add a sample.
+
+        Args:
+            context: int64 [1, tokens].
+            rows: float32 [tokens, channels] of each range: keys with the rotation undone, or values.
+        """
+        hidden = normalised(first_layers(self.model, context, self.layer).hidden)
+        self.count += len(hidden)
+        self.total += hidden.sum(0, dtype=torch.float64).cpu()
+        self.square += (hidden.mT @ hidden).double().cpu()
+        for cross, total, part in zip(self.cross, self.rows, rows, strict=True):
+            cross += (hidden.to(part.device).mT @ part).double().cpu()
+            total += part.sum(0, dtype=torch.float64).cpu()
+
+    def covariance(self, mean: Tensor) -> Tensor:
+        """Return the mean product of features less `mean`, float64 [features, features]."""
+        own = self.total / self.count
+        return self.square / self.count - torch.outer(own, own) + torch.outer(own - mean, own - mean)
+
+    def products(self, index: int, mean: Tensor, rows: Tensor) -> Tensor:
+        """Return the mean product of features less `mean` and a range's channels less `rows`, float64."""
+        own, other = self.total / self.count, self.rows[index] / self.count
+        return self.cross[index] / self.count - torch.outer(own, other) + torch.outer(own - mean, other - rows)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The layers that one residual basis spans.
+
+    Attributes:
+        kind: 0 for K, 1 for V.
+        first: The first layer.
+        count: Number of layers.
+        sensitivity: float32 [heads of all its layers, dim, dim].
+        mean: float64 [channels].
+        covariance: float64 [channels, channels].
+        cross: Mean product of features and channels, both less their means: float64 [features, channels].
+        held_out: The same of the held-out samples, about the same means.
+    """
+
+    kind: int
+    first: int
+    count: int
+    sensitivity: Tensor
+    mean: Tensor
+    covariance: Tensor
+    cross: Tensor
+    held_out: Tensor
+
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """Return the square root of the sensitivity and its inverse, float64 [channels, channels]."""
+        values, vectors = torch.linalg.eigh(self.sensitivity.double())
+        found = [(vectors * scale[:, None]) @ vectors.mT for scale in (values.sqrt(), values.rsqrt())]
+        return torch.block_diag(*found[0]), torch.block_diag(*found[1])
+
+
+@dataclass(frozen=True)
+class Regression:
+    """The map of one ridge and rank, in the metric of the sensitivity.
+
+    Attributes:
+        ridge: As a fraction of the mean variance of a feature.
+        directions: D, float64 [features, rank].
+        prediction: P, float64 [rank, channels of all targets].
+    """
+
+    ridge: float
+    directions: Tensor
+    prediction: Tensor
+
+    def left(self, features: Tensor, cross: Tensor) -> float:
+        """Return the energy that is left of the channels, less the energy of the channels themselves.
+
+        Args:
+            features: Covariance of the features, [features, features].
+            cross: Mean product of features and channels, [features, channels].
+        """
+        inner = self.directions.mT @ features @ self.directions
+        energy = (self.prediction * (inner @ self.prediction)).sum()
+        return float(energy - 2 * (self.prediction * (self.directions.mT @ cross)).sum())
+
+
+def regressions(features: Tensor, cross: Tensor, rank: int) -> list[Regression]:
+    """Return a map for each of RIDGES.
+
+    Args:
+        features: Covariance of the features, float64 [features, features].
+        cross: Mean product of features and channels, float64 [features, channels].
+        rank: Of the maps.
+    """
+    values, vectors = torch.linalg.eigh(features)
+    turned, found = vectors.mT @ cross, []
+    product = turned @ turned.mT
+    for ridge in RIDGES:
+        scale = (values.clamp_min(0) + ridge * values.mean()).rsqrt()
+        _, leading = torch.linalg.eigh(scale[:, None] * product * scale)
+        leading = leading[:, -rank:].flip(1)
+        directions = vectors @ (scale[:, None] * leading)
+        found.append(Regression(ridge, directions, leading.mT @ (scale[:, None] * turned)))
+    return found
+
+
+def regressed(
+    training: FeatureSums, held_out: FeatureSums, targets: Sequence[Target], rank: int
+) -> tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]]:
+    """Learn one predictor's map and the bases of its residuals.
+
+    Args:
+        training: Sums of the training samples.
+        held_out: Sums of the held-out samples.
+        targets: The layers after the features' own.
+        rank: Largest rank of the map.
+
+    Returns:
+        (mean, directions, groups, about).
+    """
+    mean = training.total / training.count
+    features, other = training.covariance(mean), held_out.covariance(mean)
+    roots = [target.roots() for target in targets]
+    cross = torch.cat([target.cross @ root for target, (root, _) in zip(targets, roots, strict=True)], 1)
+    unseen = torch.cat([target.held_out @ root for target, (root, _) in zip(targets, roots, strict=True)], 1)
+    best = min(regressions(features, cross, rank), key=lambda one: one.left(other, unseen))
+    # Rounded as in the file, so that the residuals are those that will be coded.
+    directions, inner = best.directions.float(), best.directions.mT @ features @ best.directions
+    widths, groups = [len(target.mean) for target in targets], []
+    parts = best.prediction.split(widths, 1), (best.directions.mT @ cross).split(widths, 1)
+    for target, (root, inverse), predicted, seen in zip(targets, roots, *parts, strict=True):
+        both = predicted.mT @ seen
+        left = root @ target.covariance @ root - both - both.mT + predicted.mT @ inner @ predicted
+        _, basis = torch.linalg.eigh(left)
+        synthesis = (basis.flip(1).mT @ inverse).half().float()
+        rounded = (predicted @ inverse).half().float()
+        groups.append(Group(target.kind, target.first, target.count, target.sensitivity, synthesis, rounded))
+    about = {"ridge": best.ridge, "rank": directions.shape[1], "samples": int(training.count)}
+    return mean.float(), directions, tuple(groups), about
+
+
+def targets_of(
+    groups: Sequence[Group], shapes: Sequence[Sequence[tuple[int, int]]], means: Sequence[Tensor],
+    squares: Sequence[Tensor], training: FeatureSums, held_out: FeatureSums,
+) -> list[Target]:  # fmt: skip
+    """Cut the sums of a profile's groups to the layers after that of the features.
+
+    Args:
+        groups: The profile's.
+        shapes: (heads, dim) of each layer's K, and of its V.
+        means: float64 [channels] of each group.
+        squares: Mean products of each group's channels, float64 [channels, channels].
+        training: Sums of the training samples.
+        held_out: Sums of the held-out samples.
+    """
+    found = []
+    for index, group in enumerate(groups):
+        heads = [shapes[group.kind][one][0] for one in range(group.first, group.first + group.count)]
+        skipped = min(max(training.layer + 1 - group.first, 0), group.count)
+        if skipped == group.count:
+            continue
+        starts = [0, *accumulate(heads)]
+        part = slice(starts[skipped] * group.sensitivity.shape[1], None)
+        mean, shift = means[index], training.total / training.count
+        centred = [sums.products(index, shift, mean)[:, part] for sums in (training, held_out)]
+        found.append(Target(
+            group.kind, group.first + skipped, group.count - skipped, group.sensitivity[starts[skipped] :], mean[part],
+            (squares[index] - torch.outer(mean, mean))[part, part], centred[0], centred[1],
+        ))  # fmt: skip
+    return found
+
+
+def blank(
+    layer: int, found: tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]], step_code: int, levels: int
+) -> Predictor:
+    """Return a predictor without table entries from the result of `regressed`."""
+    mean, directions, groups, about = found
+    nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
+    return Predictor(layer, mean, directions, groups, step_code, nothing, nothing.expand(levels - 1, -1), about)
