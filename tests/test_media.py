@@ -115,7 +115,8 @@ def test_batches(name: str, rows: str) -> None:
 )
 def test_modes(name: str, options: dict[str, Any]) -> None:
     given = inputs(FAMILIES[name], *PROMPTS["question"])
-    expected = generated(stock(name), given, **options)
+    # Stock's own static cache gives other tokens than a dynamic one for Gemma 4 in 5.17.
+    expected = generated(stock(name), given, **{key: options[key] for key in options if key != "cache_implementation"})
     assert torch.equal(generated(shared(name), given, cache=cached(name), **options), expected)
 
 
