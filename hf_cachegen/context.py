@@ -213,7 +213,7 @@ def compute_context(
     with evaluation_mode(model), fresh_state(model):
         if media is not None:
             require_causal(model)
-            past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, progress), Checkpoints()
+            past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, states, progress)
         else:
             if not holds_states(model.config):
                 _require_continuation(model, ids[:, :prefill_chunk_tokens])
