@@ -87,7 +87,7 @@ class Source:
             vectors: int64 [channels], ascending: the vector of each channel.
         """
         on_cpu = target.device.type == "cpu" and all(x.device.type == "cpu" for x in target.kept)
-        if not on_cpu or target.dtype not in DTYPES or not len(vectors) or not native.available(target.device):
+        if not on_cpu or target.dtype not in DTYPES or not len(vectors) or not native.offers("cg_code", target.device):
             return None
         return cls(target, vectors.to(torch.int32), int(vectors[-1]) + 1)
 

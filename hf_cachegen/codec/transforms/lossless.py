@@ -168,7 +168,7 @@ class Lossless(Transform):
         coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
         whole = self.channels % TILE_COLUMNS == 0 and not len(self.assignment.dead)
-        if whole and self.config.coder == "rans" and target.device.type == "cpu" and native.available(target.device):
+        if whole and self.config.coder == "rans" and native.offers("cg_decode_planes", target.device):
             sections = Sections(target, row, span.tokens, span.tokens, self.channels)
             sections.planes(coded)
             sections.finish()
