@@ -95,6 +95,9 @@ extern const Backend kScalar;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CACHEGEN_X86 1
 extern const Backend kAvx2, kAvx512;
+#elif defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define CACHEGEN_NEON 1
+extern const Backend kNeon;
 #endif
 
 inline DecodeJob job_of(const cg_section& section, uint64_t tile, const uint8_t* streams, const uint64_t* offsets,

@@ -61,7 +61,8 @@ enum cg_isa {
   CG_BEST = 0, /* the last of the following that this machine has */
   CG_SCALAR = 1,
   CG_AVX2 = 2,
-  CG_AVX512 = 3
+  CG_AVX512 = 3,
+  CG_NEON = 4 /* of 64-bit Arm */
 };
 
 /* How to run: every function that takes one reads it before it returns. */

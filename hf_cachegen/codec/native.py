@@ -8,7 +8,7 @@ Rules:
 2. The libraries do not use torch. ctypes passes addresses and sizes (the contract is cuda_ext/include/cachegen.h) and
    releases the interpreter's lock during a call. On CUDA they run on torch's current stream of the tensors' device.
 3. The CPU's instruction set is chosen at each call: the best one of the machine, or the one that the environment
-   variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes, and so does CUDA.
+   variable CACHEGEN_CPU names (scalar, avx2, avx512 or neon). All give the same bytes, and so does CUDA.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Isa(IntEnum):
     SCALAR = 1
     AVX2 = 2
     AVX512 = 3
+    NEON = 4
 
 
 class TileStatus(IntEnum):
@@ -214,7 +215,7 @@ def _run(isa: int = Isa.BEST, device: torch.device | str = "cpu") -> Run:
     name = os.environ.get("CACHEGEN_CPU")
     if name and isa == Isa.BEST:
         if name.upper() not in Isa.__members__:
-            raise NativeError(f"CACHEGEN_CPU must be scalar, avx2 or avx512, got {name!r}")
+            raise NativeError(f"CACHEGEN_CPU must be scalar, avx2, avx512 or neon, got {name!r}")
         isa = Isa[name.upper()]
     if not _need_library().cg_isa_available(isa):
         raise NativeError(f"this machine, or the compiled library, has no {Isa(isa).name.lower()} back-end")
