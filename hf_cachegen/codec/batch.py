@@ -2,8 +2,8 @@
 
 One chunk has too few tiles to keep a GPU busy, so up to 8 chunks are decoded together. A warp decodes the base and the
 digits of a tile, and the warps of a block share tables. The coded bytes of a batch are copied to the device once, from
-pinned memory, and the statuses of its tiles are read two batches later. Nothing waits before. On the CPU the tiles of all
-chunks of a batch are the work of one parallel loop.
+pinned memory, and the statuses of its tiles are read two batches later. Nothing waits before. On the CPU the tiles of
+all chunks of a batch are the work of one parallel loop.
 
 `serves` and `Batches.add` return whether a batch can take a chunk: all channels are coded, in whole tiles, and the rows
 of the target are aligned. Other chunks are decoded section by section (`into.Sections`), to the same values.
@@ -312,8 +312,8 @@ class _Upload:
         """Copy all bytes, without waiting, and replace the jobs' offsets by addresses.
 
         Returns:
-            The bytes, uint8 [bytes], on the device. The addresses point into them. Empty on the CPU, where the addresses
-            are those of the given bytes.
+            The bytes, uint8 [bytes], on the device. The addresses point into them. Empty on the CPU, where the
+            addresses are those of the given bytes.
         """
         if self._device.type == "cpu":
             return torch.empty(0, dtype=torch.uint8)

@@ -87,6 +87,15 @@ def _learnt(planes: Sequence[Tensor], sampled: bool, config: CacheGenConfig) -> 
     return found
 
 
+def _counts(context: ContextRows) -> Tensor:
+    """Return `Source.count_planes`, from the rows of the chunks."""
+    itemsize = getattr(torch, context.geometry.dtype).itemsize
+    counts = torch.zeros(len(context.channels) * itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+    for rows, _ in context.chunks():
+        passes.count(counts, to_planes(rows.cpu()))
+    return counts
+
+
 def _readable(context: ContextRows) -> Source | None:
     """Return the source of the context, if the compiled passes over planes can read it."""
     return context.source if context.source is not None and context.source.has_whole_tiles else None
@@ -112,20 +121,17 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        source, spans, channels = _readable(context), context.spans, len(context.channels)
-        sample, counts = sample_of(channels), None
-        if source is None:
-            counts = torch.zeros(channels * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
-            for rows, _ in context.chunks():
-                passes.count(counts, to_planes(rows.cpu()))
-        elif sample is None:
-            counts = source.count_planes(spans)
-        if sample is None or counts is not None:
-            own = counts if sample is None else counts.reshape(dtype.itemsize, channels, -1)[:, sample].flatten(0, 1)
-        else:
+        source, spans, planes = _readable(context), context.spans, dtype.itemsize
+        sample = sample_of(len(context.channels))
+        if source is not None and sample is not None:
             own = source.only(sample).count_planes(spans)
-        book = Codebook(torch.cat(_learnt(own.chunk(dtype.itemsize), sample is not None, config)), config.prob_bits, 1)
-        entries, bits = source.choose_planes(spans, book) if counts is None else book.choose(counts)
+            book = Codebook(torch.cat(_learnt(own.chunk(planes), True, config)), config.prob_bits, 1)
+            entries, bits = source.choose_planes(spans, book)
+        else:
+            counts = _counts(context) if source is None else source.count_planes(spans)
+            own = counts if sample is None else counts.reshape(planes, -1, VALUE_SYMBOLS)[:, sample].flatten(0, 1)
+            book = Codebook(torch.cat(_learnt(own.chunk(planes), sample is not None, config)), config.prob_bits, 1)
+            entries, bits = book.choose(counts)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
