@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from tests.architectures.checks import examine
-from tests.architectures.models import Entry, entries
+from tests.architectures.models import Entry, entries, entries
 from tests.architectures.page import render
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,19 @@ def sweep(chosen: list[Entry], jobs: int) -> dict[str, Any]:
         "torch": torch.__version__.split("+")[0],
         "families": families,
     }
+
+
+def merged(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the recorded results with those of some families replaced.
+
+    Raises:
+        ValueError: the recorded results are of another release.
+    """
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if known["transformers"] != results["transformers"]:
+        raise ValueError(f"the recorded results are of Transformers {known['transformers']}: examine all families")
+    families = {**known["families"], **results["families"]}
+    return {**results, "families": {entry.name: families[entry.name] for entry in entries() if entry.name in families}}
 
 
 def write(results: dict[str, Any]) -> None:
