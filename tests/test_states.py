@@ -114,7 +114,7 @@ def test_padded_rows_are_computed(family: tuple[Any, Any, Path], caplog: pytest.
 
 def test_a_lossy_cache_is_finite_and_close(family: tuple[Any, Any, Path], tmp_path: Path) -> None:
     model, cache, _ = family
-    cache.save_pretrained(tmp_path, CacheGenConfig(chunk_tokens=16))
+    cache.save_pretrained(tmp_path, CacheGenConfig(chunk_tokens=16, steps=(0.1, 0.1, 0.1)))
     loaded = CacheGenCache.from_pretrained(tmp_path, model)
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(PROMPTS["grown"], **{**OPTIONS, **options}).logits[0]

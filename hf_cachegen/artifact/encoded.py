@@ -123,7 +123,9 @@ def encode_no_kv(geometry: Geometry, config: CacheGenConfig | None = None) -> En
     dtype = getattr(torch, geometry.dtype)
     spans = spans_of(geometry.tokens, chosen.chunk_tokens)
     chunks = tuple(codec.encode(torch.empty(span.tokens, 0, dtype=dtype), span)[0] for span in spans)
-    return EncodedContext(geometry, chosen, side, (chunks,))
+    size = len(side) + sum(map(len, chunks))
+    report = {"elements": 0, "bytes_per_level": [size], "bits_per_element": [0.0], "layers": []}
+    return EncodedContext(geometry, chosen, side, (chunks,), report)
 
 
 def decode_kv(

@@ -26,6 +26,7 @@ from hf_cachegen.cli.options import (
     sampling_arguments,
     sampling_options,
     source_model_option,
+    state_options,
     text_option,
     trust_options,
 )
@@ -54,11 +55,13 @@ WITHOUT_PROFILE = (
 @dtype_option
 @encoding_profile_option
 @encoder_options
+@state_options
 @output_options
 @click.pass_context
 def encode(
     context: click.Context, /, text: Any, chat: Any, keep_text: bool, model: str, out: Path, overwrite: bool,
-    revision: str | None, device: str | None, dtype: str, profile: str, as_json: bool, debug: bool, **options: Any,
+    revision: str | None, device: str | None, dtype: str, profile: str, state_every: int | None, state_budget: int,
+    as_json: bool, debug: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prefill TEXT (a file, or - for stdin) or a chat with a model, and write its compressed KV cache."""
     if (text is None) == (chat is None):
@@ -88,8 +91,9 @@ def encode(
     # A profile that was found automatically must match the model's weights, which are known only now.
     chosen = found_profile if found_profile is None or profile != "auto" else profile
     cache = CacheGenCache.from_text(
-        loaded, tokenizer, document, config, chosen, progress=bars(as_json), keep_text=keep_text
-    )
+        loaded, tokenizer, document, config, chosen, state_every=state_every, state_budget=state_budget,
+        progress=bars(as_json), keep_text=keep_text,
+    )  # fmt: skip
     prefilled = time.perf_counter()
     cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
     encoded = time.perf_counter()
@@ -104,6 +108,10 @@ def encode(
     for row in found["levels"]:
         size, bits = size_text(row["bytes"]), row["bits_per_element"]
         click.echo(f"  level {row['level']}: {size}, {row['ratio']:.1f}x, {bits:.2f} bits per element")
+    if "states" in found:
+        states = found["states"]
+        positions = ", ".join(f"{position:,}" for position in states["checkpoints"])
+        click.echo(f"  states after {positions} tokens: {size_text(states['exact_bytes'])} before coding")
     if found["profile"] is None and profile == "auto" and options["transform"] == "auto" and not config.lossless:
         click.echo(WITHOUT_PROFILE)
 

@@ -75,6 +75,15 @@ text_option = click.option(
 )  # fmt: skip
 
 
+state_options = _all(
+    click.option("--state-every", type=click.IntRange(min=1),
+                 help="Tokens between two checkpoints of a model's recurrent states.  [default: the end and a few "
+                 "positions before it]"),
+    click.option("--state-budget", type=click.IntRange(min=1), default=512 << 20, show_default=True,
+                 help="Largest size of all checkpoints in bytes; above it some are left out."),
+)  # fmt: skip
+
+
 def _dtype_option(default: str, help_text: str) -> Callable[[Function], Function]:
     return click.option("--dtype", type=click.Choice(DTYPES), default=default, show_default=True, help=help_text)
 

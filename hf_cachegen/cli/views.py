@@ -7,6 +7,7 @@ without the control characters that a terminal would obey.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hf_cachegen.artifact import TEXT_FILE, Reader, read_text
+from hf_cachegen.artifact import TEXT_FILE, Reader, TensorEntry, read_text
 from hf_cachegen.cli.output import plain, size_text
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import ManifestError
@@ -35,14 +36,15 @@ def describe(reader: Reader) -> dict[str, Any]:
     manifest = reader.manifest
     geometry = Geometry.from_dict(manifest.geometry)
     kl = _numbers(manifest.report, "profile_kl", "report", manifest.levels)
+    exact_bytes = geometry.nbytes + _state_bytes(manifest.states)
     levels: list[dict[str, float]] = []
     for level in range(1, manifest.levels + 1):
         size = reader.nbytes_at(level)
         levels.append({
             "level": level,
             "bytes": size,
-            "ratio": geometry.nbytes / size,
-            "bits_per_element": 8 * size / geometry.elements,
+            "ratio": exact_bytes / size,
+            "bits_per_element": 8 * size / geometry.elements if geometry.elements else 0.0,
             **({"profile_kl": kl[level - 1]} if kl else {}),
         })  # fmt: skip
     return {
@@ -51,10 +53,11 @@ def describe(reader: Reader) -> dict[str, Any]:
         "tokens": geometry.tokens,
         "batch": geometry.batch,
         "dtype": geometry.dtype,
-        "exact_bytes": geometry.nbytes,
+        "exact_bytes": exact_bytes,
         "bytes": reader.nbytes_at(),
         "chunks": len(manifest.chunks),
         "levels": levels,
+        **({"states": _states(manifest.states)} if manifest.states else {}),
         "files": dict(sorted(reader.sizes.items())),
         "layers": _layers(manifest.report, geometry, manifest.levels),
         "codec": manifest.codec,
@@ -62,6 +65,21 @@ def describe(reader: Reader) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "extra": manifest.extra,
         "text": _text(reader),
+    }
+
+
+def _state_bytes(entries: Sequence[TensorEntry]) -> int:
+    """Return the exact bytes of the states that a cache holds at one position: those of the last one."""
+    last = max((entry.tokens for entry in entries), default=0)
+    return sum(entry.nbytes for entry in entries if entry.tokens == last > 0)
+
+
+def _states(entries: Sequence[TensorEntry]) -> dict[str, Any]:
+    """Return the positions of the named tensors, their number, and their exact bytes."""
+    return {
+        "checkpoints": sorted({entry.tokens for entry in entries if entry.tokens}),
+        "tensors": len(entries),
+        "exact_bytes": sum(entry.nbytes for entry in entries),
     }
 
 
@@ -123,6 +141,9 @@ def _facts(found: dict[str, Any], title: str) -> Table:
     table.add_column()
     rows = f" x {found['batch']} rows" if found["batch"] > 1 else ""
     table.add_row("context", f"{found['tokens']:,} tokens{rows}, {found['dtype']}, {found['chunks']} chunks")
+    if states := found.get("states"):
+        positions = ", ".join(f"{position:,}" for position in states["checkpoints"][:MAX_ROWS]) or "no number of"
+        table.add_row("states", f"after {positions} tokens, {size_text(states['exact_bytes'])} before coding")
     table.add_row("exact cache", size_text(found["exact_bytes"]))
     table.add_row("artifact", f"{size_text(found['bytes'])} in {len(found['files'])} files")
     if (text := found["text"]) is not None:

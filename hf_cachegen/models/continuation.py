@@ -81,10 +81,15 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Cache, held: int) -> Any:
 
     Some models count positions from 0 in every pass unless they are given.
     """
-    positions = {}
-    if takes(model, "position_ids"):
-        positions["position_ids"] = torch.arange(held, held + ids.shape[1], device=ids.device).expand(len(ids), -1)
-    return run(model, ids, cache, last_logits_only=True, **positions)[0][:, -1]
+    return run(model, ids, cache, last_logits_only=True, **positions(model, ids, held))[0][:, -1]
+
+
+def positions(model: PreTrainedModel, ids: Tensor, held: int) -> dict[str, Tensor]:
+    """Return the argument with the positions of tokens that follow `held` others; none for a model without positions.
+    """
+    if not takes(model, "position_ids"):
+        return {}
+    return {"position_ids": torch.arange(held, held + ids.shape[1], device=ids.device).expand(len(ids), -1)}
 
 
 def read_singly(model: PreTrainedModel, ids: Tensor, cache: Cache, held: int) -> int:

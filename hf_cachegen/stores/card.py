@@ -33,13 +33,10 @@ def card(reader: Reader, repo_id: str, *, subfolder: str | None = None, descript
     tags = {"tags": ["kv-cache", "cachegen", "hf_cachegen"], "pretty_name": f"KV cache of {geometry.tokens} tokens"}
     metadata = {**tags, **({"base_model": [model]} if model else {}), "viewer": False}
     location = json.dumps(repo_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
-    layer = geometry.layers[0]
-    kinds = ", ".join(sorted({layer.kind for layer in geometry.layers}))
     about = [
         ("context", f"{geometry.tokens:,} tokens" + (f": {_line(description)}" if description else "")),
         ("model", (model or "a local model") + (f" at commit `{commit}`" if commit else "")),
-        ("cache", f"{len(geometry.layers)} layers ({kinds}), {layer.heads} x {layer.k_dim} keys and "
-                  f"{layer.v_heads} x {layer.v_dim} values in the first, {geometry.dtype}"),
+        ("cache", _cache(geometry)),
         ("exact size", f"{geometry.nbytes:,} bytes"),
         ("written by", _line(manifest.writer)),
     ]  # fmt: skip
@@ -152,6 +149,17 @@ def _measured(rows: Any) -> list[str]:
     except (KeyError, TypeError, ValueError):
         return []
     return ["| level | KL, nats per token | bits per element |", "|---:|---:|---:|", *table, ""]
+
+
+def _cache(geometry: Geometry) -> str:
+    if not geometry.layers:
+        return f"states of recurrent layers alone, {geometry.dtype}"
+    layer = geometry.layers[0]
+    kinds = ", ".join(sorted({layer.kind for layer in geometry.layers}))
+    return (
+        f"{len(geometry.layers)} layers ({kinds}), {layer.heads} x {layer.k_dim} keys and "
+        f"{layer.v_heads} x {layer.v_dim} values in the first, {geometry.dtype}"
+    )
 
 
 def _model(fingerprint: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -40,6 +40,7 @@ from hf_cachegen.profiles.learning.running import (
     find_rotary,
     prefill,
     require_sample,
+    states_after,
 )
 
 if TYPE_CHECKING:
@@ -257,9 +258,10 @@ def divergence(
     totals = [0.0] * config.levels
     for context, continuation in samples:
         keys, values, _ = prefill(model, context)
-        exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
+        states = states_after(model, context)
+        exact = continuation_logits(model, keys, values, continuation, states).log_softmax(-1)
         for level, decoded in enumerate(_levels(profile, keys, values, config)):
-            lossy = continuation_logits(model, *decoded, continuation).log_softmax(-1)
+            lossy = continuation_logits(model, *decoded, continuation, states).log_softmax(-1)
             totals[level] += float((exact.exp() * (exact - lossy)).sum(-1).mean())
     return [total / len(samples) for total in totals]
 

@@ -6,14 +6,16 @@ All sums are float64 on the CPU. Products are computed on the devices of the mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec.profile import Group, Rotary
+from hf_cachegen.models.recurrent import Checkpoint
 from hf_cachegen.profiles.learning.journal import Journal
-from hf_cachegen.profiles.learning.running import Sample, continuation_logits, prefill
+from hf_cachegen.profiles.learning.running import Sample, continuation_logits, prefill, states_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +78,8 @@ class Moments:
                 self.sums[kind][layer] += x.cpu().sum(0, dtype=torch.float64)
             rows = torch.cat([x.to(framed[0].device) for x in framed], 1)
             square += (rows.mT @ rows).cpu().double()
-        for kind, layer, g in gradients(model, keys, values, continuation, self.rotary, draws):
+        states = states_after(model, context)
+        for kind, layer, g in gradients(model, keys, values, continuation, self.rotary, draws, states):
             self.fisher[kind][layer] += torch.einsum("thd,the->hde", g, g).cpu().double() / (
                 len(g) * continuation.shape[1]
             )
@@ -125,7 +128,7 @@ def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:
 
 def gradients(
     model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], continuation: Tensor, rotary: Rotary,
-    draws: torch.Generator,
+    draws: torch.Generator, states: Checkpoint | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
     """Compute the gradients of the log-likelihood of labels drawn from the model's own distribution at each token.
 
@@ -133,8 +136,10 @@ def gradients(
         (kind, layer, gradient float32 [tokens, heads, dim] in the frame of the bases) of all layers' K, then V.
     """
     leaves = [x.detach().requires_grad_() for x in (*keys, *values)]
-    with torch.enable_grad():
-        logits = continuation_logits(model, leaves[: len(keys)], leaves[len(keys) :], continuation)
+    # Stock layers write into their states, which the gradient of an earlier operation may need.
+    unchanged = nullcontext() if states is None else torch.autograd.graph.allow_mutation_on_saved_tensors()
+    with torch.enable_grad(), unchanged:
+        logits = continuation_logits(model, leaves[: len(keys)], leaves[len(keys) :], continuation, states)
         drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
         found = torch.autograd.grad(loss, leaves)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.errors import TensorError
-from hf_cachegen.models.compat import run
+from hf_cachegen.models.compat import run, takes
+from hf_cachegen.models.continuation import continuation_of, positions
+from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.layers import capture
+from hf_cachegen.models.recurrent import Checkpoint, capture_states, put_states, states_of
 from hf_cachegen.models.requirements import positions_change
 from hf_cachegen.models.state import fresh_state
 
@@ -46,23 +48,55 @@ def require_sample(index: int, sample: Sample) -> None:
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
     """Return the exact (keys, values, layers) of a context [1, tokens]."""
-    past = DynamicCache()
+    past = empty_cache(model.config)
     with fresh_state(model):
         run(model, ids.to(model.device), past)
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
 
 
+@torch.no_grad()
+def states_after(model: PreTrainedModel, ids: Tensor) -> Checkpoint | None:
+    """Return the states of recurrent layers after a context [1, tokens]; None for a model without them."""
+    if not holds_states(model.config):
+        return None
+    past = empty_cache(model.config)
+    with fresh_state(model):
+        run(model, ids.to(model.device), past)
+    return capture_states(past, layer_contents(model.config), ids.shape[1])
+
+
 def continuation_logits(
-    model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Tensor
+    model: PreTrainedModel,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ids: Tensor,
+    states: Checkpoint | None = None,
 ) -> Tensor:
     """Return the logits, float32 [tokens, vocabulary], of ids [1, tokens] after a context with these keys and values.
+
+    Args:
+        model: the model.
+        keys: of each layer with keys and values.
+        values: of the same layers.
+        ids: the tokens that follow the context.
+        states: the states of recurrent layers after the context, for a model that has them.
     """
-    past = DynamicCache()
-    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-        past.update(k, v, layer)
-    logits: Tensor = run(model, ids.to(model.device), past).logits[0]
-    return logits.float()
+    past, held = empty_cache(model.config), keys[0].shape[2]
+    with_kv = [index for index, content in enumerate(layer_contents(model.config)) if content.kind is not None]
+    for index, k, v in zip(with_kv, keys, values, strict=True):
+        past.update(k, v, index)
+    if states is None:
+        logits: Tensor = run(model, ids.to(model.device), past).logits[0]
+        return logits.float()
+    for index, layer in enumerate(past.layers):
+        put_states(layer, states_of(states, index), 1, model.device)
+    several = continuation_of(model).several
+    parts = [
+        run(model, part, past, **positions(model, part, held + at)).logits[0]
+        for at, part in enumerate(ids.to(model.device).split(ids.shape[1] if several else 1, 1))
+    ]
+    return torch.cat(parts).float()
 
 
 @torch.no_grad()
@@ -83,12 +117,37 @@ def find_rotary(model: PreTrainedModel) -> Rotary:
     keys, _, layers = prefill(model, token)
     if layers[0].kind == "mla" or 2 * len(inv_freq) > layers[0].k_dim:
         return none
+    if holds_states(model.config):
+        return _rotary_after_states(model, token, inv_freq, scaling)
     rows = keys[0][0].float().transpose(0, 1).cpu()
     spread = {"none": _spread(rows)}
     for style in ("half", "interleaved"):
         spread[style] = _spread(Rotary(style, inv_freq, scaling).apply(rows, torch.arange(PROBE_TOKENS), -1))
     best = min(("half", "interleaved"), key=spread.__getitem__)
     return Rotary(best, inv_freq, scaling) if spread[best] < FLAT * spread["none"] else none  # type: ignore[arg-type]
+
+
+def _rotary_after_states(model: PreTrainedModel, token: Tensor, inv_freq: Tensor, scaling: float) -> Rotary:
+    """Find the rotation in a model whose first keys also depend on the states of the layers before them.
+
+    These do not depend on positions. So the same tokens at later positions have the same keys, rotated further.
+    """
+    if not takes(model, "position_ids"):
+        return NO_ROTATION
+    rows = []
+    for first in (0, PROBE_TOKENS):
+        past = empty_cache(model.config)
+        with fresh_state(model):
+            run(model, token.to(model.device), past, **positions(model, token.to(model.device), first))
+        rows.append(capture(past, model.config).keys[0][0].float().transpose(0, 1).cpu())
+    apart = {"none": float((rows[1] - rows[0]).norm())}
+    for style in ("half", "interleaved"):
+        rotary = Rotary(style, inv_freq, scaling)  # type: ignore[arg-type]
+        at = torch.arange(PROBE_TOKENS)
+        apart[style] = float((rotary.apply(rows[1], at + PROBE_TOKENS, -1) - rotary.apply(rows[0], at, -1)).norm())
+    best = min(("half", "interleaved"), key=apart.__getitem__)
+    found = Rotary(best, inv_freq, scaling)  # type: ignore[arg-type]
+    return found if apart[best] < FLAT * apart["none"] else NO_ROTATION
 
 
 def _spread(rows: Tensor) -> float:
