@@ -209,3 +209,13 @@ def test_a_stock_cache_of_a_plain_forward_pass_is_still_accepted() -> None:
         filled = cache_of(found(CONTEXT, **{CACHE_ARGUMENT: DynamicCache()}, use_cache=True))
     cache = CacheGenCache.from_cache(filled, CONTEXT, found)
     assert torch.equal(tokens(found, cache=cache), tokens(found))
+
+
+def test_a_model_that_chooses_its_tokens_is_refused_beyond_its_window() -> None:
+    found = model("doge")
+    kept = found.config.keep_window_size
+    found.config.keep_window_size = 16
+    with pytest.raises(UnsupportedModelError, match="at most 16 tokens, it has 40"):
+        CacheGenCache.from_context(found, CONTEXT)
+    found.config.keep_window_size = kept
+    assert torch.equal(tokens(found, cache=CacheGenCache.from_context(found, CONTEXT)), tokens(found))

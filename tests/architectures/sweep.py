@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -64,4 +64,4 @@ def prepare() -> None:
     """Prepare a process of the pool."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # some configurations print themselves
+    sys.stdout = io.StringIO()  # some configurations print themselves
