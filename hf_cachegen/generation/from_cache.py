@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
@@ -31,6 +31,7 @@ from hf_cachegen.errors import (
     StoreError,
     UnsupportedModelError,
 )
+from hf_cachegen.generation.attached import Attached, Prefixes, detach, stock_generate
 from hf_cachegen.generation.from_encoder import generate_from_encoder
 from hf_cachegen.generation.twin import rest_by_cache, rest_of_first, twin_of
 from hf_cachegen.models.call import GenerateCall
@@ -57,21 +58,6 @@ LOG = logging.getLogger("hf_cachegen.generation")
 MAX_STEPS = 256
 """Largest number of tokens that a model which reads them one by one after its states reads so; the stock prefill is
 faster for more."""
-
-
-class Prefixes(Protocol):
-    """What a prefix cache (`hf_cachegen.PrefixCache`) is to `generate` and `attach`."""
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise UnsupportedModelError unless prefixes of this model can be reused."""
-        ...
-
-    def generate(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], stock: Callable[..., Any],
-        start: Callable[..., Any], slo: float | None,
-    ) -> Any:  # fmt: skip
-        """Call `start` with a stock cache of what is stored of the prompt, or `stock` where that cannot be."""
-        ...
 
 
 @torch.no_grad()
@@ -118,7 +104,7 @@ def generate(
         raise ConfigError(f"on_mismatch must be 'recompute' or 'error', got {on_mismatch!r}")
     streamed = stream_options(slo, refine, stream or {})
     given, foreign = _cache_given(cache, kwargs)
-    stock = _stock(model)
+    stock = stock_generate(model)
     if given is None:
         if prefix_cache is not None and not foreign and not streamed.keys() - {"slo"}:
             return prefix_cache.generate(model, args, kwargs, stock, start_from, slo)
@@ -179,7 +165,7 @@ def stream_for(
 
 def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall, on_mismatch: OnMismatch) -> Any:
     """Call the stock generate with a stock cache of the known part of the prompt."""
-    stock, ids, mask, settings = _stock(model), call.ids, call.mask, call.settings
+    stock, ids, mask, settings = stock_generate(model), call.ids, call.mask, call.settings
     covered = cover(context.input_ids[0], context.fingerprint.media, ids, mask, call.media)
     reuse = covered.reuse
     states, checkpoint = holds_states(model.config), None
@@ -262,7 +248,7 @@ def start_from(
         name: None for name in ("cache_implementation", "prefill_chunk_size") if getattr(settings, name) is not None
     }
     arguments |= {"attention_mask": call.mask, cache_argument(model): cache}
-    stock = _stock(model)
+    stock = stock_generate(model)
     if media or call.mode is GenerationMode.ASSISTED_GENERATION:
         stock = detach(twin_of(model, functools.partial(rest_by_cache, media))).generate
     elif all(cache.is_linear):
@@ -304,68 +290,11 @@ def attach(model: PreTrainedModel, *, prefix_cache: Prefixes | None = None) -> P
         prefix_cache.check(model)
     for part in {id(part): part for part in (unwrapped(model), model)}.values():
         attached = part.__dict__.get("generate")
-        if not isinstance(attached, _Attached):
-            attached = part.__dict__["generate"] = _Attached(part)
+        if not isinstance(attached, Attached):
+            attached = part.__dict__["generate"] = Attached(part, generate)
         if prefix_cache is not None:
             attached.prefix_cache = prefix_cache
     return model
-
-
-def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`; a model that is not attached stays as it is.
-
-    Args:
-        model: the model, or a wrapper of it.
-
-    Returns:
-        The same model.
-    """
-    for part in (model, unwrapped(model)):
-        attached = part.__dict__.get("generate")
-        if isinstance(attached, _Attached):
-            attached.undo(part)
-    return model
-
-
-class _Attached:
-    """The `generate` of a prepared model. An object, not a closure, so that models can be copied and pickled."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.own, self.stock = model, model.__dict__.get("generate"), model.generate
-        self.prefix_cache: Prefixes | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return generate(self.model, *args, **{"prefix_cache": self.prefix_cache, **kwargs})
-
-    def undo(self, model: PreTrainedModel) -> None:
-        if self.own is None:
-            del model.__dict__["generate"]
-        else:
-            model.__dict__["generate"] = self.own
-
-
-def _hand_over(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the stock generate of all models, which hands a call with a CacheGenCache to its prepared model.
-
-    In `model.generate(cache=CacheGenCache.from_pretrained(..., model=model))` Python looks up `model.generate` before
-    the argument is computed, and so before the model is prepared. Every other call is the stock one.
-    """
-
-    @functools.wraps(stock)
-    def generate_or_hand_over(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attached = self.__dict__.get("generate")
-        if isinstance(attached, _Attached) and any(isinstance(kwargs.get(n), CachedContext) for n in CACHE_NAMES):
-            if type(self).generate is not GenerationMixin.generate:
-                raise UnsupportedModelError(
-                    f"{type(self).__name__} has a generate of its own: make the cache before the call, not in it"
-                )
-            return attached(*args, **kwargs)
-        return stock(self, *args, **kwargs)
-
-    return generate_or_hand_over
-
-
-GenerationMixin.generate = _hand_over(GenerationMixin.generate)
 
 
 def _cache_given(cache: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -399,8 +328,3 @@ def stream_options(slo: float | None, refine: Refine | None, stream: Mapping[str
     if twice := sorted(further.keys() & {*given, "prompt", "prompt_tokens"}):
         raise ConfigError(f"stream= must not hold {twice}: pass them as arguments of generate")
     return {**given, **further}
-
-
-def _stock(model: PreTrainedModel) -> Callable[..., Any]:
-    attached = model.__dict__.get("generate")
-    return attached.stock if isinstance(attached, _Attached) else model.generate
