@@ -61,7 +61,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "cache_implementation='quantized'": {"cache_implementation": "quantized"},
     "assisted decoding with cache_implementation": {"cache_implementation": "static", "prompt_lookup_num_tokens": 3},
     "token_type_ids": {"token_type_ids": torch.ones(1, 49, dtype=torch.long)},
-    r"model inputs \['pixel_values'\]": {"pixel_values": torch.zeros(1)},
+    "the tokens of its images are not known": {"pixel_values": torch.zeros(1)},
+    r"model inputs \['image_embeds'\]": {"image_embeds": torch.zeros(1)},
     "position_ids": {"position_ids": torch.arange(49)[None] + 1},
 }
 
