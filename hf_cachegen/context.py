@@ -38,6 +38,7 @@ from hf_cachegen.models.requirements import (
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
+from hf_cachegen.models.state_divergence import state_divergence
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
 from hf_cachegen.report import CacheReport
@@ -166,7 +167,9 @@ def compute_context(
     kv = checked_kv(_captured(past, model, ids), model, ids)
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True)
     seconds = time.perf_counter() - start
-    report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=states.budget if checkpoints.all else None)
+    budget = states.budget if checkpoints.all else None
+    kl = None if checkpoints.bits is None else state_divergence(model, kv, ids, checkpoints)
+    report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=budget, state_kl=kl)
     return CachedContext(
         kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints
     )

@@ -84,7 +84,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Cache, held: int) -> Any:
     return run(model, ids, cache, last_logits_only=True, **positions(model, ids, held))[0][:, -1]
 
 
-def positions(model: PreTrainedModel, ids: Tensor, held: int) -> dict[str, Tensor]:
+def positions(model: PreTrainedModel, ids: Tensor, held: int) -> dict[str, Any]:
     """Return the argument with the positions of tokens that follow `held` others; none for a model without positions.
     """
     if not takes(model, "position_ids"):
