@@ -25,7 +25,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.models import causality
 from hf_cachegen.models.compat import CACHE_ARGUMENT, cache_of, run
-from hf_cachegen.models.indexed import joined, require_plain_positions, split
+from hf_cachegen.models.indexed import joined, require_no_positions, split
 from hf_cachegen.stores import LocalStore
 from tests import tiny_models
 from tests.architectures.checks import CONTEXT, QUESTION
@@ -135,12 +135,12 @@ def test_a_shared_cache_stays_read_only() -> None:
         found(QUESTION, **{CACHE_ARGUMENT: cache}, use_cache=True)
 
 
-def test_positions_of_pictures_are_refused_by_name() -> None:
+def test_positions_beside_index_keys_are_refused_by_name() -> None:
     layer = type("DynamicIndexedLayer", (), {"indexer_position_ids": torch.tensor([[[0, 0, 1]]])})()
     with pytest.raises(UnsupportedLayerError, match="layer 3 of the cache, a DynamicIndexedLayer"):
-        require_plain_positions(3, layer, 3)
-    layer.indexer_position_ids = torch.arange(3).expand(3, 1, 3)
-    require_plain_positions(3, layer, 3)
+        require_no_positions(3, layer)
+    layer.indexer_position_ids = None
+    require_no_positions(3, layer)
 
 
 def test_a_quantised_cache_is_dequantised() -> None:

@@ -158,7 +158,7 @@ def _require_continuation(model: PreTrainedModel, ids: Tensor) -> None:
     try:
         for tokens in (ids[:, :1], ids[:, :1].expand(-1, 2)):
             run(model, tokens, past, last_logits_only=True)
-    except (AssertionError, NotImplementedError) as error:
+    except (AssertionError, NotImplementedError, ValueError) as error:
         message = f"{kind.__name__} cannot read a question after a cached context: {error}"
         raise UnsupportedModelError(message) from error
     _continues.add(kind)

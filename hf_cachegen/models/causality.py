@@ -45,7 +45,11 @@ def require_causal(model: PreTrainedModel) -> None:
         changed = ids.clone()
         changed[:, -3:] = changed[:, :3]
         kept = ids.shape[1] - 3
-        _causal[base] = _same(model, _entries(model, ids)[..., :kept], _entries(model, changed)[..., :kept])
+        try:
+            first, second = _entries(model, ids), _entries(model, changed)
+        except (ValueError, NotImplementedError) as error:
+            raise UnsupportedModelError(f"{type(base).__name__} reads no text with a stock cache: {error}") from error
+        _causal[base] = _same(model, first[..., :kept], second[..., :kept])
     if not _causal[base]:
         raise UnsupportedModelError(
             f"expected keys and values that depend on earlier tokens alone, those of {type(base).__name__} change with "

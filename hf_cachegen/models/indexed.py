@@ -31,13 +31,12 @@ def index_of(layer: Any, tokens: int | None = None) -> Tensor | None:
     return None
 
 
-def require_plain_positions(index: int, layer: Any, tokens: int) -> None:
-    """Raise UnsupportedLayerError if a layer keeps other positions than those of a text."""
-    held = getattr(layer, POSITIONS, None)
-    if held is not None and not bool((held == torch.arange(tokens, device=held.device)).all()):
+def require_no_positions(index: int, layer: Any) -> None:
+    """Raise UnsupportedLayerError if a layer keeps positions of several dimensions, which no artifact holds."""
+    if getattr(layer, POSITIONS, None) is not None:
         raise UnsupportedLayerError(
-            f"layer {index} of the cache, a {type(layer).__name__}, keeps positions of pictures in {POSITIONS}: "
-            "expected those of a text, which alone can be kept"
+            f"layer {index} of the cache, a {type(layer).__name__}, keeps positions in {POSITIONS}: expected keys, "
+            "values and index keys alone, which this version handles"
         )
 
 

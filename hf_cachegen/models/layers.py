@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry, LayerKind
 from hf_cachegen.errors import TensorError
-from hf_cachegen.models.indexed import index_of, joined, put_index, require_plain_positions, sides_of
+from hf_cachegen.models.indexed import index_of, joined, put_index, require_no_positions, sides_of
 from hf_cachegen.models.kinds import LayerContent, layer_contents, require_captured
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.quantised import dequantised, is_quantised
@@ -246,7 +246,7 @@ def _captured(index: int, layer: Any, content: LayerContent) -> tuple[LayerGeome
     kind: LayerKind = content.kind or "full"
     indices = index_of(layer, keys.shape[2]) if content.indexed else None
     if indices is not None:
-        require_plain_positions(index, layer, keys.shape[2])
+        require_no_positions(index, layer)
         kind, values = "indexed", joined(values, indices)
     dim = None if indices is None else int(indices.shape[-1])
     heads, k_dim, v_heads, v_dim = (x.shape[axis] for x in (keys, values) for axis in (1, 3))
