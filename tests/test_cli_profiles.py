@@ -191,10 +191,12 @@ def test_the_learning_options_default_to_those_of_the_function() -> None:
     options = {parameter.name: parameter for parameter in learning_options(command).__click_params__}  # type: ignore[attr-defined]
     parameters = inspect.signature(learn_profile).parameters
     assert parameters["target_kl"].default == DEFAULT_TARGETS
-    assert set(options) == {"target_kl", "floor", "group_layers", "undo_rotation", "seed"}
+    assert set(options) == {
+        "target_kl", "floor", "group_layers", "undo_rotation", "predict_layers", "predict_rank", "seed",
+    }  # fmt: skip
     for name, option in options.items():
         # click has a mark of its own for "no default"
-        default = None if name == "group_layers" else option.default
+        default = {"group_layers": None, "predict_layers": ()}.get(name, option.default)
         assert default == parameters[name].default
 
 
