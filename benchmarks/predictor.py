@@ -35,7 +35,7 @@ from hf_cachegen.profiles.learning import Sample, continuation_logits, prefill
 
 CONTINUATION = 128
 """Tokens after a context whose divergence is measured."""
-STEP_CODES = (16, 12, 8, 4, 0, -4)
+STEP_CODES = (18, 12, 8, 4, 0, -4)
 """Added to the profile's step code, a quarter of an octave each."""
 TARGETS = (0.06, 0.016, 0.004)
 """Divergences to compare at, nats per token, on a text."""
@@ -65,13 +65,15 @@ def name_of(layer: int | None) -> str:
 
 
 @torch.no_grad()
-def points(model: Any, profile: Profile, test: Sample, layer: int | None) -> list[tuple[float, float]]:
+def points(
+    model: Any, profile: Profile, test: Sample, layer: int | None, protect_last: int
+) -> list[tuple[float, float]]:
     """Return (bits per element, KL) of each step and level, for one context."""
     context, continuation = test
     keys, values, _ = prefill(model, context)
     exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
     known = None if layer is None else known_of(model, context, profile, layer)
-    config = CacheGenConfig(transform="klt", measure=False, predict_layers=layer)
+    config = CacheGenConfig(transform="klt", measure=False, predict_layers=layer, protect_last=protect_last)
     found = []
     for more in STEP_CODES:
         encoded = encode_kv(keys, values, config, at_step(profile, more), known=known)
@@ -89,11 +91,16 @@ def at_step(profile: Profile, more: int) -> Profile:
 
 
 def bits_of(curve: dict[str, list[list[tuple[float, float]]]], goal: Goal, drawn: dict[str, list[int]]) -> float:
-    """Return the bits at a divergence: means over the drawn contexts of each task, then over the tasks."""
+    """Return the bits at a divergence: means over the drawn contexts of each task, then over the tasks.
+
+    If even the coarsest point is within the divergence, its bits are an upper bound.
+    """
     found = []
     for task, kl in goal.items():
-        points_ = torch.tensor([curve[task][index] for index in drawn[task]], dtype=torch.float64)
-        found.append(bits_at(points_.mean(0).tolist(), kl))
+        points_ = torch.tensor([curve[task][index] for index in drawn[task]], dtype=torch.float64).mean(0)
+        coarsest = float(points_[:, 0].min())
+        within = bool((points_[:, 1] <= kl).all())
+        found.append(coarsest if within else bits_at(points_.tolist(), kl))
     return sum(found) / len(found)
 
 
@@ -176,12 +183,13 @@ def table(results: dict[str, Any]) -> str:
 @click.option("--samples", default=32, show_default=True, help="Samples (of each task) to learn the profile from.")
 @click.option("--contexts", default=4, show_default=True, help="Test contexts (of each task).")
 @click.option("--tokens", default=768, show_default=True, help="Tokens of a context.")
+@click.option("--protect-last", default=64, show_default=True, help="Tokens at the end at the finest step.")
 @click.option("--rounds", default=5, show_default=True, help="Runs of each timed call.")
 @click.option("--quick", is_flag=True, help="Learn in bfloat16, several times as fast on some machines.")
 @click.option("--profile", "stored", type=click.Path(path_type=Path), help="Profile; learnt and written if new.")
 def main(
     path: Path | None, text: Path | None, out: Path, layers: str, rank: int, samples: int, contexts: int, tokens: int,
-    rounds: int, quick: bool, stored: Path | None,
+    protect_last: int, rounds: int, quick: bool, stored: Path | None,
 ) -> None:  # fmt: skip
     """Measure bits per element at equal divergence, and decode time, with and without prediction."""
     torch.manual_seed(0)
@@ -214,14 +222,14 @@ def main(
     curves: Curves = {name_of(layer): {task: [] for task in tests} for layer in variants}
     for task, test in tqdm([(task, test) for task, cut in tests.items() for test in cut], "contexts"):
         for layer in variants:
-            curves[name_of(layer)][task].append(points(model, profile, test, layer))
+            curves[name_of(layer)][task].append(points(model, profile, test, layer, protect_last))
     plain = replace(profile, predictors=())
     sizes = {"klt": len(plain.to_bytes())}
     for one in profile.predictors:
         sizes[name_of(one.layer)] = len(replace(plain, predictors=(one,)).to_bytes())
     results = {
         "of": {"model": (path or MODEL_PATH).name, "tests": list(tests), "samples": samples,
-               "contexts": contexts, "tokens": tokens, "rank": rank},
+               "contexts": contexts, "tokens": tokens, "rank": rank, "protect_last": protect_last},
         "bits": {name: compared(curves, goal) for name, goal in goals.items()},
         "times": times(model, profile, next(iter(tests.values()))[0][0], variants, rounds),
         "profile_bytes": sizes,

@@ -84,6 +84,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         state_every: int | None = None,
         state_budget: int = STATE_BUDGET,
+        state_bits: int | None = None,
         progress: bool = False,
         attach: bool = True,
         continuations: Sequence[Tokens] = (),
@@ -99,9 +100,10 @@ class CacheGenCache(CachedContext, DynamicCache):
                 model's folder or repository, if there is one: docs/stores.md) or None.
             tokenizer: if given, its hash becomes a part of the fingerprint.
             prefill_chunk_tokens: tokens per forward pass.
-            state_every: for a model with recurrent states, tokens between two checkpoints of them; None for the end
-                and a few positions before it (docs/how-to/recurrent.md).
+            state_every: tokens between two checkpoints of recurrent states; None for the end and a few positions
+                before it (docs/how-to/recurrent.md).
             state_budget: largest size of all checkpoints in bytes; above it some are left out.
+            state_bits: bits per value of a recurrent state in an artifact, 2 to 8; None to store it exactly.
             progress: show a progress bar.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
             continuations: token ids that are likely to follow, to probe `config.target_kl` with, besides drawn ones.
@@ -115,7 +117,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             ProfileError: the profile cannot be read.
             WrongModelError: the profile is of another model.
         """
-        states = StateOptions(state_every, state_budget)
+        states = StateOptions(state_every, state_budget, state_bits)
         context = compute_context(
             model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress, states=states
         )
@@ -133,6 +135,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         state_every: int | None = None,
         state_budget: int = STATE_BUDGET,
+        state_bits: int | None = None,
         progress: bool = False,
         attach: bool = True,
         keep_text: bool = True,
@@ -140,14 +143,12 @@ class CacheGenCache(CachedContext, DynamicCache):
     ) -> CacheGenCache:
         """Tokenize a text as `generate_text` does, and keep its exact keys and values, as `from_context` does.
 
-        model, config, profile, prefill_chunk_tokens, state_every, state_budget, progress, attach and continuations are
-        those of `from_context`.
+        The other arguments are those of `from_context`.
 
         Args:
             tokenizer: the tokenizer of the model. Its hash becomes a part of the fingerprint.
             text: the text of the context; or a chat, as `ContextText(messages=...)` of `hf_cachegen.artifact`.
-            keep_text: store the text in the artifact, so that a question can be tokenized together with it. A KV cache
-                reveals its text in any case.
+            keep_text: store the text, so that a question can be tokenized together with it. A cache reveals it anyway.
 
         Raises:
             ConfigError: the tokenizer has no chat template, or the template refuses the messages.
@@ -157,7 +158,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         ids = prompt_ids(tokenizer, source, answer=False)
         context = compute_context(
             model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None,
-            StateOptions(state_every, state_budget),
+            StateOptions(state_every, state_budget, state_bits),
         )  # fmt: skip
         return cls._of(context.aimed(model, config, continuations), model, attach)
 

@@ -50,6 +50,7 @@ from hf_cachegen.models.requirements import (
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
+from hf_cachegen.models.state_divergence import state_divergence
 from hf_cachegen.models.target import meet_target
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
@@ -213,7 +214,7 @@ def compute_context(
     with evaluation_mode(model), fresh_state(model):
         if media is not None:
             require_causal(model)
-            past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, progress), Checkpoints()
+            past, checkpoints = prefill_media(model, ids, media, prefill_chunk_tokens, states, progress)
         else:
             if not holds_states(model.config):
                 _require_continuation(model, ids[:, :prefill_chunk_tokens])
@@ -224,7 +225,9 @@ def compute_context(
     found_media = () if media is None else media.media()
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, kv, own=True, media=found_media)
     seconds = time.perf_counter() - start
-    report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=states.budget if checkpoints.all else None)
+    budget = states.budget if checkpoints.all else None
+    kl = None if checkpoints.bits is None else state_divergence(model, kv, ids, checkpoints)
+    report = _report(kv, checkpoints, prefill_seconds=seconds, state_budget=budget, state_kl=kl)
     known = None if media is not None else _to_encode(model, ids, config, found)
     return CachedContext(
         kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints, known=known

@@ -21,6 +21,7 @@ class CacheReport:
         checkpoints: for a model with recurrent states, the numbers of tokens after which they are kept.
         state_bytes: size in bytes of the states at all checkpoints, in the model's dtypes.
         state_budget: the largest size in bytes that they were allowed to have.
+        state_kl: for quantised states, the mean KL that they cause, in nats per token of the context.
     """
 
     context_tokens: int
@@ -33,6 +34,7 @@ class CacheReport:
     checkpoints: tuple[int, ...] = ()
     state_bytes: int = 0
     state_budget: int | None = None
+    state_kl: float | None = None
 
     @property
     def ratio(self) -> float | None:

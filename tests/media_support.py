@@ -136,6 +136,16 @@ def _qwen3_vl() -> Any:
     return hf.Qwen3VLForConditionalGeneration(config)
 
 
+def _qwen3_5() -> Any:
+    vision = dict(depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4,
+                  spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=16)  # fmt: skip
+    rope = {**M_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    states = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+    text_config = {**TEXT, **states, "num_hidden_layers": 4, "rope_parameters": rope}
+    config = hf.Qwen3_5Config(text_config=text_config, vision_config=vision, **_tokens())
+    return hf.Qwen3_5ForConditionalGeneration(config)
+
+
 def _glm4v() -> Any:
     vision = dict(depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4,
                   spatial_merge_size=2, temporal_patch_size=2, image_size=16)  # fmt: skip
@@ -272,12 +282,15 @@ FAMILIES = {
     "qwen2_audio": Family(_qwen2_audio, _sound, "model.audio_tower"),
 }
 
+WITH_STATES = {"qwen3_5": Family(_qwen3_5, _grid_picture(3 * 2 * 4 * 4), "model.visual", "mm_token_type_ids")}
+"""Models whose cache has recurrent states, too."""
+
 
 def make(name: str) -> Any:
     """Return a new model, in evaluation mode, fp32 on the CPU."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    model = FAMILIES[name].make().eval()
+    model = {**FAMILIES, **WITH_STATES}[name].make().eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):

@@ -16,7 +16,7 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.models.compat import cache_of
 from tests.generation_support import fed
-from tests.media_support import FAMILIES, Part, batch, inputs, make, shared
+from tests.media_support import FAMILIES, WITH_STATES, Part, batch, inputs, make, shared
 
 NEW_TOKENS = 8
 CONTEXT: tuple[Part, ...] = (5, "a", 6)
@@ -115,7 +115,8 @@ def test_batches(name: str, rows: str) -> None:
 )
 def test_modes(name: str, options: dict[str, Any]) -> None:
     given = inputs(FAMILIES[name], *PROMPTS["question"])
-    expected = generated(stock(name), given, **options)
+    # Stock's own static cache gives other tokens than a dynamic one for Gemma 4 in 5.17.
+    expected = generated(stock(name), given, **{key: options[key] for key in options if key != "cache_implementation"})
     assert torch.equal(generated(shared(name), given, cache=cached(name), **options), expected)
 
 
@@ -196,3 +197,21 @@ def test_pictures_that_touch_are_reused_together() -> None:
     with fed(model) as lengths:
         assert torch.equal(generated(model, given, cache=cache), expected)
     assert lengths[0] == ids.shape[1] - 5
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("every", [None, 4])
+def test_a_hybrid_model_resumes_from_a_checkpoint(prompt: str, every: int | None, tmp_path: Path) -> None:
+    family, model = WITH_STATES["qwen3_5"], make("qwen3_5")
+    cache = CacheGenCache.from_context(model, inputs(family, *CONTEXT), state_every=every)
+    assert cache.checkpoints.tokens == ((16,) if every is None else (4, 6, 12, 16))
+    cache.save_pretrained(tmp_path, LOSSLESS)
+    given = inputs(family, *PROMPTS[prompt])
+    expected = generated(stock("qwen3_5"), given)
+    loaded = CacheGenCache.from_pretrained(tmp_path, model=model)
+    for held in (cache, loaded):
+        assert torch.equal(generated(model, given, cache=held), expected)
+    if prompt in ("question", "a second picture"):
+        with fed(model) as lengths:
+            generated(model, given, cache=cache)
+        assert lengths[0] == given["input_ids"].shape[1] - 16

@@ -82,8 +82,8 @@ def assert_equal(tensors: list[Tensor], config: CacheGenConfig) -> None:
     st.sampled_from([(0, 0), (4, 64), (3, 5)]),
 )
 def test_the_same_bytes_as_the_passes_over_rows(
-    seed: int, dtype: torch.dtype, shape: tuple[int, int, int, int], layout: str, transform: str, levels: int, chunk: int,
-    protected: tuple[int, int],
+    seed: int, dtype: torch.dtype, shape: tuple[int, int, int, int], layout: str, transform: str, levels: int,
+    chunk: int, protected: tuple[int, int],
 ) -> None:  # fmt: skip
     config = CacheGenConfig(
         transform="identity" if transform == "lossless" else transform, lossless=transform == "lossless", levels=levels,
@@ -112,7 +112,8 @@ def test_a_first_token_that_is_stored_is_read_as_its_neighbour() -> None:
     for x in tensors[::2]:
         x[:, :, 0] /= 256
     config = CacheGenConfig(transform="identity", measure=False, chunk_tokens=32)
-    assert encoded(tensors, config, twin=False).side[-2:] == tensors[-1][0, -1, 0, -1:].view(torch.uint8).numpy().tobytes()
+    last = tensors[-1][0, -1, 0, -1:].view(torch.uint8).numpy().tobytes()
+    assert encoded(tensors, config, twin=False).side[-2:] == last
     assert_equal(tensors, config)
     assert_equal(tensors, CacheGenConfig(transform="identity", measure=False, chunk_tokens=1))
 

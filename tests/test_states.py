@@ -168,6 +168,15 @@ def test_a_cache_that_a_model_filled(tmp_path: Path) -> None:
         assert torch.equal(ask(model, PROMPTS[name], cache=cache), ask(model, PROMPTS[name])), name
 
 
+def test_a_filled_cache_of_something_else_is_refused() -> None:
+    model = state_models.make("qwen3_next")
+    with torch.no_grad():
+        filled = model(CONTEXT.flip(1), use_cache=True)[cache_argument(model)]
+    cache = CacheGenCache.from_cache(filled, CONTEXT, model)
+    with pytest.raises(WrongWeightsError, match="of layer 0"):
+        ask(model, PROMPTS["grown"], cache=cache)
+
+
 def test_a_copy_for_the_stock_model() -> None:
     model = state_models.shared("qwen3_next")
     cache = CacheGenCache.from_context(model, CONTEXT)

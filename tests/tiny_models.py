@@ -97,7 +97,7 @@ def _qwen3_next() -> Any:
 
 
 def _rwkv() -> Any:
-    config = hf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, context_length=64)
+    config = hf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, context_length=64)
     return hf.RwkvForCausalLM(config)
 
 

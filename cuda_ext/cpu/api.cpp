@@ -20,7 +20,7 @@ int32_t open_section(const cg_section* section, const void* symbols, Tables* tab
 int32_t cg_probe(char* reason, uint64_t bytes, uint64_t* shared_bytes) noexcept {
   if (reason == nullptr || bytes == 0 || shared_bytes == nullptr) return CG_BAD_ARGUMENT;
   reason[0] = 0;
-  *shared_bytes = 0;
+  *shared_bytes = UINT64_MAX;  // tables stay where they are
   return CG_OK;
 }
 

@@ -58,7 +58,7 @@ __attribute__((target("avx2"))) Sums avx2(const uint8_t* data, const uint64_t* k
 
 using Function = Sums (*)(const uint8_t*, const uint64_t*, uint64_t);
 
-Function function_for(const cg_run* run) {
+Function function_for([[maybe_unused]] const cg_run* run) {
 #if CACHEGEN_X86
   // Memory is the limit with AVX2 already.
   if (run->isa != CG_SCALAR && backend_of(CG_AVX2) != nullptr) return avx2;

@@ -115,7 +115,7 @@ struct Avx2 {
 }  // namespace
 
 const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    encode_tile<Avx2>, passes, contexts, clamp,
-                      count_digits,           into, rows_into, run_contexts, source_passes, plane_passes};
+                      count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes};
 
 }  // namespace cachegen
 

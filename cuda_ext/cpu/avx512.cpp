@@ -89,7 +89,7 @@ struct Avx512 {
 }  // namespace
 
 const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    encode_tile<Avx512>, passes, contexts, clamp,
-                        count_digits,           into, rows_into, run_contexts, source_passes, plane_passes};
+                        count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes};
 
 }  // namespace cachegen
 

@@ -20,11 +20,17 @@ bool has_avx512() {
 
 const Backend* backend_of(uint32_t isa) {
   switch (isa) {
-    case CG_BEST:
 #if CACHEGEN_X86
+    case CG_BEST:
       return has_avx512() ? &kAvx512 : has_avx2() ? &kAvx2 : &kScalar;
     case CG_AVX2: return has_avx2() ? &kAvx2 : nullptr;
     case CG_AVX512: return has_avx512() ? &kAvx512 : nullptr;
+#endif
+#if CACHEGEN_NEON
+    case CG_BEST:
+    case CG_NEON: return &kNeon;
+#elif !CACHEGEN_X86
+    case CG_BEST:
 #endif
     case CG_SCALAR: return &kScalar;
     default: return nullptr;

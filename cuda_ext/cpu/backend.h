@@ -39,6 +39,7 @@ struct Run {
   uint64_t address, stride;
 };
 
+struct LevelRows;
 struct Columns;
 struct Counter;
 struct CodeJob;
@@ -82,6 +83,8 @@ struct Backend {
   void (*rows_into)(const cg_output& output, const Run& run, const float* rows, uint64_t stride, uint64_t n_rows,
                     uint64_t first, uint64_t every);
   void (*run_contexts)(const cg_output& output, const Run& run, uint64_t tokens, uint8_t* contexts, uint64_t stride);
+  void (*levels_into)(const LevelRows& rows, const Run& run);
+  void (*levels_contexts)(const uint8_t* base, const uint8_t* digits, uint64_t n, uint8_t* contexts);
   const SourcePasses& (*source)(uint32_t dtype);
   const PlanePasses& (*planes)(uint64_t value_bytes);
 };
@@ -92,6 +95,9 @@ extern const Backend kScalar;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CACHEGEN_X86 1
 extern const Backend kAvx2, kAvx512;
+#elif defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define CACHEGEN_NEON 1
+extern const Backend kNeon;
 #endif
 
 inline DecodeJob job_of(const cg_section& section, uint64_t tile, const uint8_t* streams, const uint64_t* offsets,

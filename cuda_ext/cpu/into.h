@@ -4,6 +4,7 @@
 // written one after the other, which is how a layer's tensor lies. Here tokens have no gap: a caller takes two turns.
 #pragma once
 
+#include "levels_rows.h"
 #include "rows.h"
 
 namespace cachegen {
@@ -88,6 +89,44 @@ void run_contexts(const cg_output& output, const Run& run, uint64_t tokens, uint
     const uint64_t cell = coarser_at(rows, output.first + t, run.column);
     row(output.coarser[0] + cell, output.coarser[output.n_coarser - 1] + cell, run.columns, contexts_out + t * stride);
   }
+}
+
+// Rows at all their levels, as run_into has them for one level's symbols.
+template <class T, bool kAnchors, uint32_t kDigits>
+void levels_of(const LevelRows& rows, const Run& run) {
+  const cg_chunk& chunk = *rows.chunk;
+  const float *mean = chunk.means + run.column, *step = chunk.steps + run.column;
+  Place place = place_of(chunk, rows.first);
+  for (uint64_t t = 0; t < rows.tokens; t++) {
+    if (kAnchors ? place.row % chunk.group_tokens == 0 : false) {
+      place.row++;
+      place.anchor++;
+    }
+    const float* anchor = kAnchors ? chunk.anchors + place.anchor * chunk.columns + run.column : nullptr;
+    const uint64_t at = t * rows.stride;
+    restore_row<T, kAnchors, kDigits>(rows.base + at, rows.digits[0] + at, rows.digits[1] + at, {0, anchor, mean, step},
+                                      run.columns,
+                                      reinterpret_cast<typename T::Stored*>(row_at(run, rows.row + place.row)));
+    place.row++;
+  }
+}
+
+template <class T, bool kAnchors>
+constexpr void (*kLevels[])(const LevelRows&, const Run&) = {levels_of<T, kAnchors, 0>, levels_of<T, kAnchors, 1>,
+                                                             levels_of<T, kAnchors, 2>};
+
+void levels_into(const LevelRows& rows, const Run& run) {
+  const bool anchors = rows.chunk->group_tokens > 0;
+  switch (rows.chunk->dtype) {
+    case CG_FLOAT32: return (anchors ? kLevels<Float32, true> : kLevels<Float32, false>)[rows.n_digits](rows, run);
+    case CG_BFLOAT16: return (anchors ? kLevels<Bfloat16, true> : kLevels<Bfloat16, false>)[rows.n_digits](rows, run);
+    default: return (anchors ? kLevels<Float16, true> : kLevels<Float16, false>)[rows.n_digits](rows, run);
+  }
+}
+
+// The contexts of n digits, by base symbols and maybe the coarser digits.
+void levels_contexts(const uint8_t* base, const uint8_t* digits, uint64_t n, uint8_t* contexts_out) {
+  (digits ? contexts_of_row<true> : contexts_of_row<false>)(base, digits, n, contexts_out);
 }
 
 }  // namespace

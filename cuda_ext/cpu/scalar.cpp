@@ -97,6 +97,6 @@ int32_t encode_scalar(const cg_section& section, const Tables& tables, const Til
 }
 
 const Backend kScalar = {decode_tiles, 1,    encode_scalar, passes,       contexts,     clamp,
-                        count_digits, into, rows_into,     run_contexts, source_passes, plane_passes};
+                        count_digits, into, rows_into,     run_contexts, levels_into, levels_contexts, source_passes, plane_passes};
 
 }  // namespace cachegen

@@ -121,8 +121,8 @@ void count_of(const Columns& columns, const cg_span& span, uint32_t n_digits, Co
         uint16_t* row = counter->fine[counter->rows++];
         if (fine_row(columns, y, fine.bins, fine.zero, row))
           for (uint32_t j = 0; j < columns.width; j++) {
-            const float f = Rounded((y[j] - columns.mean[j]) / columns.step[j]).value;
-            if (f > -fine.zero - 1 && f < int32_t(fine.bins) - fine.zero) continue;
+            const Rounded f((y[j] - columns.mean[j]) / columns.step[j]);
+            if (uint32_t(f.integer + fine.zero) < fine.bins) continue;
             int32_t base;
             Digit digits[CG_MAX_DIGITS];
             counter->refused |= !exact_symbols(y[j], columns.mean[j], columns.step[j], n_digits, &base, digits);

@@ -61,7 +61,8 @@ enum cg_isa {
   CG_BEST = 0, /* the last of the following that this machine has */
   CG_SCALAR = 1,
   CG_AVX2 = 2,
-  CG_AVX512 = 3
+  CG_AVX512 = 3,
+  CG_NEON = 4 /* of 64-bit Arm */
 };
 
 /* How to run: every function that takes one reads it before it returns. */
@@ -89,7 +90,7 @@ CG_API uint32_t cg_abi_version(void) CG_NOEXCEPT;
 
 /* Checks that this machine can run the library: on CUDA, runs an empty kernel on the current device and waits for it.
  * reason [host, bytes] takes the cause of a failure, the text of cudaGetErrorString, cut to fit and ended by a 0; shared_bytes
- * [host] the shared memory that a block can have there, 0 on the CPU. Returns CG_OK, CG_BAD_ARGUMENT or CG_FAILED. */
+ * [host] the shared memory that a block can have there, on the CPU without a limit. Returns CG_OK, CG_BAD_ARGUMENT or CG_FAILED. */
 CG_API int32_t cg_probe(char* reason, uint64_t bytes, uint64_t* shared_bytes) CG_NOEXCEPT;
 
 /* Whether this library and this machine have an instruction set: 0 or 1. */
@@ -199,7 +200,8 @@ CG_API int32_t cg_decode_into(const cg_section* section, const uint8_t* streams,
                               const uint64_t* offsets, const cg_output* output, int32_t* tile_status,
                               const cg_run* run) CG_NOEXCEPT;
 
-/* Decoding a batch of chunks in one launch, base and digits of a tile together. Only CUDA's library has this function. */
+/* Decoding a batch of chunks in one launch, base and digits of a tile together. On the CPU all pointers are host memory,
+ * tables may have any precision, and offsets or patch_offsets that are not sound give CG_BAD_ARGUMENT. */
 
 #define CG_MAX_BATCH 8                  /* chunks */
 #define CG_MAX_BATCH_TOKENS (1u << 20)  /* of a chunk */

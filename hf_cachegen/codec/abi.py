@@ -221,5 +221,5 @@ CPU_PROTOTYPES = {
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }
 """Functions of the CPU library. The CUDA library lacks them."""
-CUDA_ONLY = "cg_decode_chunks"
-"""The function of the CUDA library that the CPU library lacks."""
+BATCH = "cg_decode_chunks"
+"""A function that a library may lack: chunks are then decoded section by section."""

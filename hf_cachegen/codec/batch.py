@@ -2,7 +2,8 @@
 
 One chunk has too few tiles to keep a GPU busy, so up to 8 chunks are decoded together. A warp decodes the base and the
 digits of a tile, and the warps of a block share tables. The coded bytes of a batch are copied to the device once, from
-pinned memory, and the statuses of its tiles are read two batches later. Nothing waits before.
+pinned memory, and the statuses of its tiles are read two batches later. Nothing waits before. On the CPU the tiles of
+all chunks of a batch are the work of one parallel loop.
 
 `serves` and `Batches.add` return whether a batch can take a chunk: all channels are coded, in whole tiles, and the rows
 of the target are aligned. Other chunks are decoded section by section (`into.Sections`), to the same values.
@@ -162,7 +163,8 @@ class Batches:
         upload = _Upload(device)
         jobs = [self._job(upload, read) for read in reads]
         peaks = [self._peaks(upload, read) for read in reads]
-        scales = [upload.put(read.scales) for read in reads if read.scales is not None]
+        scales = [read.scales for read in reads if read.scales is not None]
+        copied = [upload.put(data) for data in scales] if device.type != "cpu" else []
         memory = upload.send([*jobs, *peaks])
         statuses = torch.zeros(2, len(reads), channels // ops.TILE_COLUMNS, dtype=torch.int32, device=device)
         for k, part in enumerate((peaks, jobs)):
@@ -170,7 +172,8 @@ class Batches:
                 job.tile_status = status.data_ptr()
         checks: list[Callable[[], None]] = []
         if scales:
-            anchors, at = self._anchors(peaks, [memory[a:b] for a, b in scales], reads, checks), 0
+            found = [memory[a:b] for a, b in copied] or [section.stream_of(data) for data in scales]
+            anchors, at = self._anchors(peaks, found, reads, checks), 0
             for job, peak in zip(jobs, peaks, strict=True):
                 job.anchors = anchors.data_ptr() + 4 * channels * at
                 at += peak.tokens
@@ -256,7 +259,10 @@ def _shared(base: Assignment, refinements: Sequence[Assignment], target: Target)
 
 
 class _Upload:
-    """Gather bytes for one copy to a device. Jobs contain offsets until `send` replaces them by addresses."""
+    """Gather bytes for one copy to a device. Jobs contain offsets until `send` replaces them by addresses.
+
+    On the CPU nothing is copied, and the offsets are addresses from the beginning.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -266,6 +272,9 @@ class _Upload:
     def put(self, data: np.ndarray | memoryview) -> tuple[int, int]:
         """Add bytes. Return their first offset and the offset behind the last."""
         array = np.frombuffer(data, np.uint8)
+        if self._device.type == "cpu":
+            self._parts.append((array.ctypes.data, array))
+            return array.ctypes.data, array.ctypes.data + len(array)
         first = self._size
         self._parts.append((first, array))
         self._size = -(-(first + len(array)) // _WORD) * _WORD
@@ -303,8 +312,11 @@ class _Upload:
         """Copy all bytes, without waiting, and replace the jobs' offsets by addresses.
 
         Returns:
-            The bytes, uint8 [bytes], on the device. The addresses point into them.
+            The bytes, uint8 [bytes], on the device. The addresses point into them. Empty on the CPU, where the
+            addresses are those of the given bytes.
         """
+        if self._device.type == "cpu":
+            return torch.empty(0, dtype=torch.uint8)
         pinned = self._device.type == "cuda"
         host = torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned)  # torch reuses it once it is copied
         view = host.numpy()

@@ -149,8 +149,9 @@ class LossyCodec:
     """
 
     def __init__(
-        self, channels: Channels, config: CacheGenConfig, side: Side, group_tokens: int = 0, source: Source | None = None
-    ):
+        self, channels: Channels, config: CacheGenConfig, side: Side, group_tokens: int = 0,
+        source: Source | None = None,
+    ):  # fmt: skip
         self.channels, self.config, self.side, self.group_tokens = channels, config, side, group_tokens
         self.source = source if config.coder == "rans" else None
         self.values, self.digits = shipped_codebooks(config.prob_bits)

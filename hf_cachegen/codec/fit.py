@@ -56,7 +56,10 @@ def fit(
     """
     if source is not None and group_tokens:
         source = source.anchored(spans, group_tokens)
-    spread = _spread(chunks, channels, config, group_tokens) if source is None else _spread_of(source, spans, config, chunks)
+    if source is None:
+        spread = _spread(chunks, channels, config, group_tokens)
+    else:
+        spread = _spread_of(source, spans, config, chunks)
     codes, means = _steps(*spread, channels, config)
     none = torch.zeros(len(channels), dtype=torch.uint8)
     blank = Side(codes, means, none, none, none.expand(config.levels - 1, -1))

@@ -8,7 +8,7 @@ Rules:
 2. The libraries do not use torch. ctypes passes addresses and sizes (the contract is cuda_ext/include/cachegen.h) and
    releases the interpreter's lock during a call. On CUDA they run on torch's current stream of the tensors' device.
 3. The CPU's instruction set is chosen at each call: the best one of the machine, or the one that the environment
-   variable CACHEGEN_CPU names (scalar, avx2 or avx512). All give the same bytes, and so does CUDA.
+   variable CACHEGEN_CPU names (scalar, avx2, avx512 or neon). All give the same bytes, and so does CUDA.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.abi import CPU_PROTOTYPES, CUDA_ONLY, PROTOTYPES, Run
+from hf_cachegen.codec.abi import BATCH, CPU_PROTOTYPES, PROTOTYPES, Run
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 
 ABI_VERSION = 5
@@ -42,6 +42,7 @@ class Isa(IntEnum):
     SCALAR = 1
     AVX2 = 2
     AVX512 = 3
+    NEON = 4
 
 
 class TileStatus(IntEnum):
@@ -91,7 +92,7 @@ def load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in {**PROTOTYPES, **CPU_PROTOTYPES}.items():
-            if name in (CUDA_ONLY, *CPU_PROTOTYPES) and not hasattr(library, name):
+            if name in (BATCH, *CPU_PROTOTYPES) and not hasattr(library, name):
                 continue
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -140,6 +141,11 @@ def probe(library: ctypes.CDLL) -> Probe:
     return Probe(text if status else "", shared.value)
 
 
+@lru_cache(maxsize=4)
+def _cpu_probe(library: ctypes.CDLL) -> Probe:
+    return probe(library)
+
+
 @lru_cache(maxsize=64)
 def _cuda_probe(index: int | None) -> Probe:
     """Probe a CUDA device, once. None: the current device."""
@@ -171,16 +177,19 @@ def available(device: torch.device | str = "cpu") -> bool:
     return device.type == "cpu" and _library() is not None
 
 
+def offers(name: str, device: torch.device) -> bool:
+    """Return whether the compiled coder exists for a device and has this function."""
+    return available(device) and hasattr(_need_library(device), name)
+
+
 def batch_shared_bytes(device: torch.device) -> int:
     """Return the shared memory that cg_decode_chunks can use on a device, in bytes; 0 if the library has no such
     function.
     """
-    if not available(device):
+    if not offers(BATCH, device):
         return 0
     library = _need_library(device)
-    if not hasattr(library, CUDA_ONLY):
-        return 0
-    return _cuda_probe(device.index).shared_bytes if device.type == "cuda" else probe(library).shared_bytes
+    return (_cuda_probe(device.index) if device.type == "cuda" else _cpu_probe(library)).shared_bytes
 
 
 def _need_library(device: torch.device | str = "cpu") -> ctypes.CDLL:
@@ -206,7 +215,7 @@ def _run(isa: int = Isa.BEST, device: torch.device | str = "cpu") -> Run:
     name = os.environ.get("CACHEGEN_CPU")
     if name and isa == Isa.BEST:
         if name.upper() not in Isa.__members__:
-            raise NativeError(f"CACHEGEN_CPU must be scalar, avx2 or avx512, got {name!r}")
+            raise NativeError(f"CACHEGEN_CPU must be scalar, avx2, avx512 or neon, got {name!r}")
         isa = Isa[name.upper()]
     if not _need_library().cg_isa_available(isa):
         raise NativeError(f"this machine, or the compiled library, has no {Isa(isa).name.lower()} back-end")

@@ -22,8 +22,8 @@ from torch import Tensor
 from hf_cachegen.codec import native, ops, rans_reference, torchac_coder
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
-Backend = Literal["native", "scalar", "avx2", "avx512", "reference"]
-""""native" is the compiled coder with the best instruction set, the next three name one (codec/native.py), "reference"
+Backend = Literal["native", "scalar", "avx2", "avx512", "neon", "reference"]
+""""native" is the compiled coder with the best instruction set, the next four name one (codec/native.py), "reference"
 is
 the readable coder.
 """

@@ -6,6 +6,7 @@ The channels of a row: layer 0's K, its V, layer 1's K, ..., each by batch, head
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -63,6 +64,12 @@ class ContextRows:
         """
         spans = [self.spans[index] for index in chunks]
         return ContextRows(self.keys, self.values, self.geometry, spans, self, self.known)
+
+    def of_layers(self, layers: Sequence[int]) -> ContextRows:
+        """Return the same context with these layers only. `sinks` and `first_token` are those of these layers."""
+        keys, values = ([tensors[index] for index in layers] for tensors in (self.keys, self.values))
+        geometry = replace(self.geometry, layers=tuple(self.geometry.layers[index] for index in layers))
+        return ContextRows(keys, values, geometry, self.spans)
 
     @cached_property
     def sinks(self) -> Tensor:

@@ -1,10 +1,14 @@
-"""Encode from the layers' own tensors: the compiled passes over values that lie where a model left them.
+"""Encode from the layers' own tensors: compiled passes over values that stay where the model wrote them.
 
-`passes.py` takes chunks as matrices, which somebody must first copy together. Here nothing is copied: a `Source` has
-the address of each channel's values. The passes are (1) `spread`, sums of values and squares, (2) `choose`, counts of
-the symbols and the choice of the tables, (3) `encode`, quantisation and coding. Every pass gives the same numbers as
-`passes.py` gives for the chunks' rows. That is the code to read, and the code that runs on other devices and where there
-is no compiler.
+`passes.py` takes a chunk as one matrix, which is a copy. Here nothing is copied: a `Source` has the address of each
+channel's values. The passes are
+
+1. `spread`: sums of the values and of their squares;
+2. `choose`: counts of the symbols, and the choice of the tables;
+3. `encode`: quantisation and coding.
+
+Every pass gives the numbers that `passes.py` gives for the rows of the chunks. `passes.py` is the readable twin. It
+runs on other devices, and where there is no compiler.
 """
 
 from __future__ import annotations
@@ -39,8 +43,13 @@ _FIRST_EXCEPTIONS = 1 << 16
 class Chunk(Protocol):
     """A `chunk.Span`."""
 
-    first: int
-    tokens: int
+    @property
+    def first(self) -> int:
+        """First token."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
 
     def ordinary(self, config: CacheGenConfig, group_tokens: int = 0) -> slice:
         """Return the range of the coded tokens that are not protected."""
@@ -87,7 +96,7 @@ class Source:
             vectors: int64 [channels], ascending: the vector of each channel.
         """
         on_cpu = target.device.type == "cpu" and all(x.device.type == "cpu" for x in target.kept)
-        if not on_cpu or target.dtype not in DTYPES or not len(vectors) or not native.available(target.device):
+        if not on_cpu or target.dtype not in DTYPES or not len(vectors) or not native.offers("cg_code", target.device):
             return None
         return cls(target, vectors.to(torch.int32), int(vectors[-1]) + 1)
 

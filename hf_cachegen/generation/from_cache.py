@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -200,7 +201,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     steps = states and not continuation_of(model).several
     usable = usable and not (steps and ids.shape[1] - reuse.length > MAX_STEPS)
     repeats = max(settings.num_beams, settings.num_return_sequences)
-    rest = covered.rest(repeats) if usable else {}
+    rest = replace(covered, reuse=reuse).rest(repeats) if usable else {}
     if rest and settings.cache_implementation == "static" and masks_by_token_types(model):
         # For a static cache generate makes the mask of the first step from the token types of the new tokens alone.
         usable = False

@@ -275,10 +275,13 @@ def _probe_of(
         identify(model).probed.add(recorded)
         return recorded
     pair: tuple[Sequence[Tensor], Sequence[Tensor]] = kv.keys, kv.values
-    turned = positions_change(model.config, min(probe.PROBE_TOKENS, kv.geometry.tokens), kv.geometry.tokens)
-    if turned or holds_states(model.config):
-        # The first tokens of a longer context are rotated otherwise than those tokens alone, or their states are gone.
+    if positions_change(model.config, min(probe.PROBE_TOKENS, kv.geometry.tokens), kv.geometry.tokens):
+        # The first tokens of a longer context are rotated otherwise than those tokens alone.
         pair, own = probe.run(model, input_ids), True
+    elif holds_states(model.config):
+        # A filled cache no longer has the states after its first tokens.
+        keys, values = probe.run(model, input_ids)
+        pair = [*kv.keys, *keys[len(kv.keys) :]], [*kv.values, *values[len(kv.values) :]]
     recorded = probe.record(*pair)
     if own:
         identify(model).probed.add(recorded)

@@ -18,9 +18,12 @@ from transformers import DynamicCache
 
 from hf_cachegen.errors import TensorError, UnsupportedModelError
 from hf_cachegen.models.compat import CACHE_ARGUMENT, prepared_inputs, prompt_positions, takes, unwrapped
+from hf_cachegen.models.continuation import continuation_of
 from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.media import MediaInputs, Medium, Span
+from hf_cachegen.models.prefill import StateOptions
 from hf_cachegen.models.prefix import Reuse, common_tokens, match, reuse_of
+from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.running import layer_devices
 
 if TYPE_CHECKING:
@@ -124,8 +127,8 @@ def positions(model: PreTrainedModel, ids: Tensor, mask: Tensor, media: MediaInp
 
 
 def prefill_media(
-    model: PreTrainedModel, ids: Tensor, media: MediaInputs, tokens: int, progress: bool
-) -> DynamicCache:
+    model: PreTrainedModel, ids: Tensor, media: MediaInputs, tokens: int, states: StateOptions, progress: bool
+) -> tuple[DynamicCache, Checkpoints]:
     """Compute a context with media, as the stock generate computes a prompt.
 
     Args:
@@ -133,22 +136,28 @@ def prefill_media(
         ids: the context, int64 [1, tokens].
         media: its media.
         tokens: tokens per forward pass; more where a medium would be cut.
+        states: which checkpoints of recurrent states to keep; a checkpoint within a medium lies before it.
         progress: show a progress bar.
 
     Returns:
-        The filled cache, which holds all tokens of sliding layers too.
+        The filled cache, which holds all tokens of sliding layers too; and the checkpoints.
 
     Raises:
         TensorError: the media do not fit the placeholders.
-        UnsupportedModelError: the model has recurrent states.
+        UnsupportedModelError: the model reads a single token at a time after its recurrent states.
     """
+    stops: list[int] = []
     if holds_states(model.config):
-        raise UnsupportedModelError(
-            f"{type(unwrapped(model)).__name__} has recurrent states, whose checkpoints are not kept for contexts "
-            "with media: keep the text before the first medium"
-        )
+        found = continuation_of(model)
+        if not found.several:
+            raise UnsupportedModelError(
+                f"{type(unwrapped(model)).__name__} reads a single token at a time after its recurrent states, so a "
+                "question cannot hold media: keep the text before the first medium"
+            )
+        stops = [_before(media, position) for position in states.positions(ids.shape[1], found)]
+    kept, contents = [], layer_contents(model.config)
     past, bar = empty_cache(model.config), tqdm(desc="prefill", unit="token", total=ids.shape[1], disable=not progress)
-    ids = ids.to(layer_devices(model, len(layer_contents(model.config)))[0])
+    ids = ids.to(layer_devices(model, len(contents))[0])
     prepare = unwrapped(model).prepare_inputs_for_generation
     spans, first = media.spans, 0
     whole: Mapping[str, Any] = {**media.types, **positions(model, ids, torch.ones_like(ids), media)}
@@ -157,6 +166,7 @@ def prefill_media(
         end = min(first + tokens, ids.shape[1])
         while not media.may_cut(spans, end):
             end += 1
+        end = min([end, *(stop for stop in stops if stop > first)])
         inputs = {
             CACHE_ARGUMENT: past, "use_cache": True, "is_first_iteration": True, **options,
             **{name: value[..., :end].to(ids.device) for name, value in whole.items()},
@@ -172,5 +182,14 @@ def prefill_media(
             ) from error
         bar.update(end - first)
         first = end
+        if first in stops:
+            kept.append(capture_states(past, contents, first))
     bar.close()
-    return past
+    return past, Checkpoints(tuple(kept))
+
+
+def _before(media: MediaInputs, position: int) -> int:
+    """Return the last position up to this one at which a context may be cut; 0 if there is none."""
+    while position > 0 and not media.may_cut(media.spans, position):
+        position -= 1
+    return position

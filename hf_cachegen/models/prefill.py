@@ -40,18 +40,22 @@ class StateOptions:
     Attributes:
         every: tokens between two checkpoints; None for the end and a few before it (DISTANCES).
         budget: largest number of bytes of all checkpoints. Evenly chosen ones are left out above it, never the last.
+        bits: bits per value of a recurrent state in an artifact, 2 to 8; None to store it exactly.
 
     Raises:
-        ConfigError: a value is below 1.
+        ConfigError: a value is out of its range.
     """
 
     every: int | None = None
     budget: int = STATE_BUDGET
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("state_every", self.every), ("state_budget", self.budget)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise ConfigError(f"state_bits must be 2 to 8, or None for exact states, got {self.bits}")
 
     def positions(self, tokens: int, found: Continuation) -> list[int]:
         """Return the positions of the checkpoints of a context, rising.
@@ -109,7 +113,7 @@ def prefill(
         at = stop
         if at in positions:
             kept.append(capture_states(cache, contents, at))
-    return cache, Checkpoints(tuple(kept))
+    return cache, Checkpoints(tuple(kept), options.bits)
 
 
 def _stops(tokens: int, positions: list[int], chunk_tokens: int, found: Continuation) -> list[int]:

@@ -20,12 +20,16 @@ from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.errors import CorruptError, UnsupportedModelError, WrongModelError
 from hf_cachegen.models.kinds import STATE_TENSORS, LayerContent
 from hf_cachegen.models.prefix import Reuse
+from hf_cachegen.models.state_coding import dequantise, quantise
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-_NAME = re.compile(r"(conv|recurrent)-(\d{1,6})-(\d{1,4})-(\d{1,12})")
-"""Names in an artifact: the kind, the layer, the number of the state in its layer, the tokens of the checkpoint."""
+_NAME = re.compile(r"(conv|recurrent)-(\d{1,6})-(\d{1,4})-(\d{1,12})(-codes|-scales)?")
+"""Names in an artifact: the kind, the layer, the number of the state in its layer, the tokens of the checkpoint, and
+the part of a quantised state."""
+QUANTISED = "recurrent_states"
+"""The states that can be quantised. Those of convolutions are small."""
 _SUFFIX = "_states"
 
 StateKey = tuple[int, str, int]
@@ -47,9 +51,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a context, by rising numbers of tokens; none for a model without states."""
+    """The checkpoints of a context, by rising numbers of tokens; none for a model without states.
+
+    Attributes:
+        all: the checkpoints.
+        bits: bits per value of a recurrent state in an artifact; None to store it exactly.
+    """
 
     all: tuple[Checkpoint, ...] = ()
+    bits: int | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -72,7 +82,13 @@ class Checkpoints:
             for (layer, tensor, number), state in checkpoint.states.items():
                 stem = f"{tensor.removesuffix(_SUFFIX)}-{layer}-{number}"
                 base = None if checkpoint is self.all[-1] else f"{stem}-{self.all[-1].tokens}"
-                found.append(NamedTensor(f"{stem}-{checkpoint.tokens}", state, checkpoint.tokens, base))
+                name = f"{stem}-{checkpoint.tokens}"
+                if self.bits is None or tensor != QUANTISED or not state.is_floating_point():
+                    found.append(NamedTensor(name, state, checkpoint.tokens, base))
+                    continue
+                codes, scales = quantise(state, self.bits)
+                found.append(NamedTensor(f"{name}-codes", codes, checkpoint.tokens, base and f"{base}-codes"))
+                found.append(NamedTensor(f"{name}-scales", scales, checkpoint.tokens, base and f"{base}-scales"))
         return found
 
     @classmethod
@@ -87,6 +103,7 @@ class Checkpoints:
             CorruptError: a checkpoint lies outside the context, or a name contradicts its position.
         """
         found: dict[int, dict[StateKey, Tensor]] = {}
+        parts: dict[tuple[int, StateKey], dict[str, Tensor]] = {}
         for named in tensors:
             match = _NAME.fullmatch(named.name)
             if match is None:
@@ -97,7 +114,14 @@ class Checkpoints:
                     "encode the context again"
                 )
             key = int(match[2]), match[1] + _SUFFIX, int(match[3])
-            found.setdefault(named.tokens, {})[key] = named.tensor
+            if match[5] is None:
+                found.setdefault(named.tokens, {})[key] = named.tensor
+            else:
+                parts.setdefault((named.tokens, key), {})[match[5]] = named.tensor
+        for (position, key), part in parts.items():
+            if len(part) != 2 or key in found.get(position, {}):
+                raise CorruptError(f"expected codes and scales of {key[1]} in layer {key[0]}, got {sorted(part)}")
+            found.setdefault(position, {})[key] = dequantise(part["-codes"], part["-scales"])
         return cls(tuple(Checkpoint(position, found[position]) for position in sorted(found)))
 
     def check(self, expected: Mapping[StateKey, tuple[tuple[int, ...], torch.dtype]], model: str) -> None:

@@ -77,11 +77,18 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def require_length(model: PreTrainedModel, tokens: int) -> None:
-    """Raise UnsupportedModelError unless `model` has positions for a context of `tokens` tokens."""
+    """Raise UnsupportedModelError unless `model` has positions for a context of `tokens` tokens and attends to all."""
+    name = type(unwrapped(model)).__name__
+    kept = getattr(model.config, "keep_window_size", None)
+    if kept is not None and tokens > kept:
+        raise UnsupportedModelError(
+            f"{name} attends to {kept} tokens that it chooses, and its choice between equal tokens depends on the "
+            f"length of the prompt: expected a context of at most {kept} tokens, it has {tokens}"
+        )
     limit = position_limit(model)
     if limit is not None and tokens > limit:
         raise UnsupportedModelError(
-            f"{type(unwrapped(model)).__name__} has {limit} learnt positions, the context has {tokens} tokens: shorten "
+            f"{name} has {limit} learnt positions, the context has {tokens} tokens: shorten "
             "the context, or use a model for longer texts"
         )
 

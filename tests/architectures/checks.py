@@ -105,7 +105,7 @@ def _examine(model: Any, outcome: Outcome) -> None:
     for name, arguments in prompts().items():
         try:
             stock[name] = _generate(model.generate, arguments)
-        except Exception as error:
+        except Exception as error:  # noqa: PERF203
             outcome.notes[name] = f"stock: {brief(error)}"
     if "question" not in stock:
         outcome.status, outcome.reason = "stock fails", outcome.notes["question"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
@@ -34,11 +35,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"n_mamba_heads": 8, "mamba_d_state": 8, "attention_hidden_size": 64},
+    "glm4v_text": MROPE,
+    "glm4v_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "glm_ocr_text": MROPE,
+    "paddleocr_vl_text": MROPE,
+    "qwen2_vl_text": MROPE,
+    "qwen2_5_vl_text": MROPE,
+    "qwen3_vl_text": MROPE,
+    "qwen3_vl_moe_text": MROPE,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},
     "zamba": {
-        "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2,
+        "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "attention_hidden_size": 64,
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
     },
     "qwen4_exp_text": {

@@ -8,16 +8,18 @@ from typing import Any
 HEADER = """\
 # Models
 
-This page is generated: `python -m tests.architectures --write` examines every family of the causal-LM mapping and of the
-image-text mapping of the installed Transformers, and writes `docs/results/architectures.json` and this page. It holds for
-Transformers {release} with PyTorch {torch}; families of other releases work where they keep the same kinds of layers.
+This page is generated: `python -m tests.architectures --write` examines every family of the causal-LM mapping and of
+the image-text mapping of the installed Transformers, and writes `docs/results/architectures.json` and this page. It
+holds for Transformers {release} with PyTorch {torch}; families of other releases work where they keep the same kinds of
+layers.
 
 Each family has a tiny random model, whose configuration one set of rules derives from the default one
-(`tests/architectures/shrink.py`). An image-text model gets text alone, and carries a plus in this page. *Passes* means all of:
+(`tests/architectures/shrink.py`). An image-text model gets text alone, and carries a plus in this page. *Passes* means
+all of:
 
-- a lossless artifact, saved and loaded, gives the tokens of the stock `generate` for a question, for the context itself,
-  for a shorter prompt, for a prompt that leaves the context in the middle, for a batch of two with left padding and for
-  beams;
+- a lossless artifact, saved and loaded, gives the tokens of the stock `generate` for a question, for the context
+  itself, for a shorter prompt, for a prompt that leaves the context in the middle, for a batch of two with left padding
+  and for beams;
 - the logits of the question are those of the stock forward pass over the same split, bit for bit where two stock runs
   agree; for models with recurrent states up to rounding;
 - the logits of the finest lossy level are finite and close.
@@ -46,7 +48,10 @@ def render(results: dict[str, Any]) -> str:
         results: the content of the JSON file: the releases, and an outcome for each family.
     """
     families: dict[str, dict[str, Any]] = results["families"]
-    found = {status: [n for n, each in families.items() if each["status"] == status] for status in ("passes", *SECTIONS)}
+    found = {
+        status: [name for name, each in families.items() if each["status"] == status]
+        for status in ("passes", *SECTIONS)
+    }
     rows = [(status, str(len(names))) for status, names in found.items()]
     counts = "\n".join(_row(row) for row in [*rows, ("all", str(len(families)))])
     parts = [HEADER.format(release=results["transformers"], torch=results["torch"], counts=counts), _passing(families)]

@@ -39,7 +39,7 @@ LIMITS = [
         (r"(hidden_size|_hidden_dim|hidden_channels|embed_dim|embedding_size|proj_dim|projection_dim)$", HIDDEN),
         (r"^(projector|adapter)_\w+_(dim|size)$|_output_dim$|text_hidden_size$|^output_dim$", HIDDEN),
         (r"^(position_embedding_size|num_position_embeddings|seq_len|max_num_patches)$", 64),
-        (r"(sliding_window|attention_chunk_size|sliding_window_size|attention_window_size|keep_window_size)$", WINDOW),
+        (r"(sliding_window|attention_chunk_size|sliding_window_size|attention_window_size)$", WINDOW),
         (r"^local_attention(_window_len)?$", 2 * WINDOW),
         (r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|model_max_length)$", 512),
         (r"^(mamba_)?chunk_size$", 8),
@@ -56,11 +56,13 @@ UNSET = {
 """Fields that some families leave unset by default, and a model needs."""
 KEY_HEADS = re.compile(r"(key_value|kv)_heads$|^kv_n_heads$")
 TOKEN_IDS = re.compile(r"(token|eoi|boi|im_\w+|image_patch|eod)_(id|index)$|(token|indicator_token)_ids$")
-MEDIA = re.compile(r"vision|visual|audio|image|vq|speech|codec|mel|sound|sam_|vit|backbone|qformer|protein|expert_config")
+MEDIA = re.compile(
+    r"vision|visual|audio|image|vq|speech|codec|mel|sound|sam_|vit|backbone|qformer|protein|expert_config"
+)
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DERIVED = ("transformers_version", "id2label", "label2id")
 USUAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-INDICES = re.compile(r"idxs$|_layers$|layer_ids$|_indices$|_indexes$|layer_indexes$")
+INDICES = re.compile(r"idxs$|_layers$|layer_ids$|_indices$|_indexes$")
 
 
 def shrink(values: dict[str, Any], settings: dict[str, Any], families: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -127,7 +129,9 @@ class _Shrink:
 def _by_layer(table: dict[Any, dict[str, Any]], values: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     """Return the fields of the layers that differ, for the layers that are kept."""
     return {
-        str(kept.index(int(index))): {name: _number(name, value, {**values, **fields}) for name, value in fields.items()}
+        str(kept.index(int(index))): {
+            name: _number(name, value, {**values, **fields}) for name, value in fields.items()
+        }
         for index, fields in table.items()
         if int(index) in kept
     }

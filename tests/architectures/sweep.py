@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +41,19 @@ def sweep(chosen: list[Entry], jobs: int) -> dict[str, Any]:
     }
 
 
+def merged(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the recorded results with those of some families replaced.
+
+    Raises:
+        ValueError: the recorded results are of another release.
+    """
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if known["transformers"] != results["transformers"]:
+        raise ValueError(f"the recorded results are of Transformers {known['transformers']}: examine all families")
+    families = {**known["families"], **results["families"]}
+    return {**results, "families": {entry.name: families[entry.name] for entry in entries() if entry.name in families}}
+
+
 def write(results: dict[str, Any]) -> None:
     """Write the JSON file and the page."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -51,4 +64,4 @@ def prepare() -> None:
     """Prepare a process of the pool."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # some configurations print themselves
+    sys.stdout = io.StringIO()  # some configurations print themselves

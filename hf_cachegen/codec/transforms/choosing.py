@@ -13,6 +13,8 @@ from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError
 
 AUTO = "auto"
+SAMPLED_LAYERS = 6
+"""Of more layers, only so many are tried: evenly spread, so that each third of the layers has its share."""
 TRIED = (Delta, Identity)
 """Without a profile, the one of these that codes smaller is chosen; the first where they are equal."""
 
@@ -20,8 +22,9 @@ TRIED = (Delta, Identity)
 def resolved(context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> CacheGenConfig:
     """Return the configuration with "auto" replaced by the name of a transform.
 
-    With a profile this is klt. Else it is the transform that codes two chunks of the context smaller at equal steps. A
-    step half as large costs one more bit per value, so bits + log2(step) compares two transforms at their own steps.
+    With a profile this is klt. Else it is the transform that codes a sample smaller at equal steps: some layers, in two
+    chunks of the context. A step half as large costs one more bit per value, so bits + log2(step) compares two
+    transforms at their own steps.
 
     Raises:
         TensorError: A value in these chunks is not finite, or too large.
@@ -33,7 +36,10 @@ def resolved(context: ContextRows, config: CacheGenConfig, profile: Profile | No
         config = replace(config, transform=Klt.name)
     if config.transform != AUTO:
         return replace(config, predict_layers=_predicted(context, config, profile))
-    sample = context.only(sorted({0, len(context.spans) // 2}))
+    count = len(context.geometry.layers)
+    layers = sorted({index * (count - 1) // (SAMPLED_LAYERS - 1) for index in range(SAMPLED_LAYERS)})
+    tried = context if count <= SAMPLED_LAYERS else context.of_layers(layers)
+    sample = tried.only(sorted({0, len(context.spans) // 2}))
     tokens = sum(span.tokens for span in sample.spans)
     costs: dict[str, float] = {}
     for transform in TRIED:

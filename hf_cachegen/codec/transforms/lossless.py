@@ -59,6 +59,24 @@ def sample_of(channels: int) -> Tensor | None:
     return (tiles[:, None] * TILE_COLUMNS + torch.arange(TILE_COLUMNS)).flatten()
 
 
+def _book(counts: Tensor, planes: int, sampled: bool, config: CacheGenConfig) -> Codebook:
+    """Learn the tables from the counts of the planes, int32 [planes x channels, 256]; `sampled`: of some channels."""
+    groups = counts.chunk(planes)
+    if not sampled:
+        return learnt.learn_book(groups, TABLES_PER_PLANE, config.prob_bits)
+    most = [TABLES_PER_PLANE, *[TABLES_PER_LOW_PLANE] * (planes - 1)]
+    return learnt.sampled_book(groups, most, config.prob_bits)
+
+
+def _counts(context: ContextRows) -> Tensor:
+    """Return `Source.count_planes`, from the rows of the chunks."""
+    itemsize = getattr(torch, context.geometry.dtype).itemsize
+    counts = torch.zeros(len(context.channels) * itemsize, VALUE_SYMBOLS, dtype=torch.int32)
+    for rows, _ in context.chunks():
+        passes.count(counts, to_planes(rows.cpu()))
+    return counts
+
+
 def _readable(context: ContextRows) -> Source | None:
     """Return the source of the context, if the compiled passes over planes can read it."""
     return context.source if context.source is not None and context.source.has_whole_tiles else None
@@ -84,25 +102,17 @@ class Lossless(Transform):
     @classmethod
     def fit(cls, context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> Fitted:
         dtype = getattr(torch, context.geometry.dtype)
-        source, spans, channels = _readable(context), context.spans, len(context.channels)
-        sample, counts = sample_of(channels), None
-        if source is None:
-            counts = torch.zeros(channels * dtype.itemsize, VALUE_SYMBOLS, dtype=torch.int32)
-            for rows, _ in context.chunks():
-                passes.count(counts, to_planes(rows.cpu()))
-        elif sample is None:
-            counts = source.count_planes(spans)
-        if sample is None or counts is not None:
-            own = counts if sample is None else counts.reshape(dtype.itemsize, channels, -1)[:, sample].flatten(0, 1)
-        else:
+        source, spans, planes = _readable(context), context.spans, dtype.itemsize
+        sample = sample_of(len(context.channels))
+        if source is not None and sample is not None:
             own = source.only(sample).count_planes(spans)
-        planes = own.chunk(dtype.itemsize)
-        if sample is None:
-            book = learnt.learn_book(planes, TABLES_PER_PLANE, config.prob_bits)
+            book = _book(own, planes, True, config)
+            entries, bits = source.choose_planes(spans, book)
         else:
-            most = [TABLES_PER_PLANE, *[TABLES_PER_LOW_PLANE] * (len(planes) - 1)]
-            book = learnt.sampled_book(planes, most, config.prob_bits)
-        entries, bits = source.choose_planes(spans, book) if counts is None else book.choose(counts)
+            counts = _counts(context) if source is None else source.count_planes(spans)
+            own = counts if sample is None else counts.reshape(planes, -1, VALUE_SYMBOLS)[:, sample].flatten(0, 1)
+            book = _book(own, planes, sample is not None, config)
+            entries, bits = book.choose(counts)
         return Fitted(cls(dtype, config, book, entries), bits.reshape(dtype.itemsize, -1).sum(0, keepdim=True))
 
     @classmethod
@@ -138,7 +148,7 @@ class Lossless(Transform):
         coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
         whole = self.channels % TILE_COLUMNS == 0 and not len(self.assignment.dead)
-        if whole and self.config.coder == "rans" and target.device.type == "cpu" and native.available(target.device):
+        if whole and self.config.coder == "rans" and native.offers("cg_decode_planes", target.device):
             sections = Sections(target, row, span.tokens, span.tokens, self.channels)
             sections.planes(coded)
             sections.finish()

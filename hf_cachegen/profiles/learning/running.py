@@ -108,7 +108,7 @@ def _rotary_after_states(model: PreTrainedModel, token: Tensor, inv_freq: Tensor
         rows.append(capture(past, model.config).keys[0][0].float().transpose(0, 1).cpu())
     apart = {"none": float((rows[1] - rows[0]).norm())}
     for style in ("half", "interleaved"):
-        rotary = Rotary(style, inv_freq, scaling)  # type: ignore[arg-type]
+        rotary = Rotary(style, inv_freq, scaling)
         at = torch.arange(PROBE_TOKENS)
         apart[style] = float((rotary.apply(rows[1], at + PROBE_TOKENS, -1) - rotary.apply(rows[0], at, -1)).norm())
     best = min(("half", "interleaved"), key=apart.__getitem__)
