@@ -34,6 +34,8 @@ PAIR_BYTES = 6 << 10
 """Shared memory for the digit tables of a tile, in bytes."""
 TABLE_BYTES = 4 << abi.BATCH_PROB_BITS
 """Shared memory for a base table, in bytes."""
+UNLIMITED = (1 << 64) - 1
+"""Shared memory of the CPU, whose cores share all memory, in bytes."""
 _WORD = 8
 """Alignment of every array in the copied bytes, in bytes."""
 
@@ -93,6 +95,8 @@ def serves(codec: LossyCodec, level: int, target: Target) -> bool:
 
 def _fits(assignment: Assignment, shared: int) -> bool:
     """Return whether all channels are coded, and the tables of a tile fit in a block's shared memory."""
+    if shared == UNLIMITED:
+        return not len(assignment.dead)
     return not len(assignment.dead) and PAIR_BYTES + assignment.tables_per_tile * TABLE_BYTES <= shared
 
 
@@ -248,7 +252,8 @@ def _shared(base: Assignment, refinements: Sequence[Assignment], target: Target)
     tables, ids, *_ = base.on(target.device)
     found = abi.Batch(columns=len(base), base_ids=ids.data_ptr(), dtype=DTYPES[target.dtype])
     found.base_tables, found.base_tables_bytes = tables.data_ptr(), tables.numel()
-    found.tables_per_tile = base.tables_per_tile
+    unlimited = native.batch_shared_bytes(target.device) == UNLIMITED
+    found.tables_per_tile = ops.TILE_COLUMNS if unlimited else base.tables_per_tile  # counting them takes milliseconds
     if target.vectors is not None:  # `serves` has tested it
         found.places = target.vectors.data_ptr()
     for k, part in enumerate(refinements):
