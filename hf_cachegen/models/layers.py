@@ -249,7 +249,8 @@ def _captured(index: int, layer: Any, content: LayerContent) -> tuple[LayerGeome
         require_no_positions(index, layer)
         kind, values = "indexed", joined(values, indices)
     dim = None if indices is None else int(indices.shape[-1])
-    return LayerGeometry(kind, *keys.shape[1::2], *values.shape[1::2], content.window, dim), keys, values
+    heads, k_dim, v_heads, v_dim = keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]
+    return LayerGeometry(kind, heads, k_dim, v_heads, v_dim, content.window, dim), keys, values
 
 
 def _require(index: int, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: str) -> None:

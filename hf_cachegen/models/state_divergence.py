@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_cachegen.models.compat import run
 from hf_cachegen.models.continuation import continuation_of, positions
 from hf_cachegen.models.kinds import layer_contents
-from hf_cachegen.models.layers import KVTensors, build_with_states
+from hf_cachegen.models.layers import KVTensors, build_by_config
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.recurrent import Checkpoint, Checkpoints
 from hf_cachegen.models.running import evaluation_mode, layer_devices
@@ -47,7 +47,7 @@ def state_divergence(model: PreTrainedModel, kv: KVTensors, ids: Tensor, checkpo
 def _log_probabilities(model: PreTrainedModel, kv: KVTensors, ids: Tensor, checkpoint: Checkpoint) -> Tensor:
     devices = layer_devices(model, len(layer_contents(model.config)))
     reuse = Reuse((0,), checkpoint.tokens, whole=False)
-    cache = build_with_states(kv, checkpoint, reuse, 1, devices, model.config)
+    cache = build_by_config(kv, checkpoint, reuse, 1, devices, model.config)
     rest = ids[:, checkpoint.tokens : checkpoint.tokens + MEASURED_TOKENS].to(devices[0])
     found, held = [], checkpoint.tokens
     for part in rest.split(rest.shape[1] if continuation_of(model).several else 1, 1):
