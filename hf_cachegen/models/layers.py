@@ -249,7 +249,7 @@ def _captured(index: int, layer: Any, content: LayerContent) -> tuple[LayerGeome
         require_no_positions(index, layer)
         kind, values = "indexed", joined(values, indices)
     dim = None if indices is None else int(indices.shape[-1])
-    heads, k_dim, v_heads, v_dim = (x.shape[axis] for x in (keys, values) for axis in (1, 3))
+    heads, k_dim, v_heads, v_dim = keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]
     return LayerGeometry(kind, heads, k_dim, v_heads, v_dim, content.window, dim), keys, values
 
 
