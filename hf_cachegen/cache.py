@@ -19,10 +19,9 @@ from transformers.cache_utils import Cache
 
 from hf_cachegen.artifact import ContextText, Limits, Reader
 from hf_cachegen.artifact.artifact import Artifact, write
-from hf_cachegen.artifact.encoded import EncodedContext, encode_no_kv
-from hf_cachegen.codec.context import Encoder
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.context import CachedContext, compute_context, load_context, stream_to_context, wrap_cache
+from hf_cachegen.encoding import aimed, encoded
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation import attach as attach_to
 from hf_cachegen.models.identity import Verify
@@ -34,7 +33,7 @@ from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.read_only import ReadOnlyLayer, refuse
 from hf_cachegen.models.running import layer_devices
 from hf_cachegen.models.text import prompt_ids
-from hf_cachegen.profiles.finding import ProfileLike, profile_of, profile_to_push
+from hf_cachegen.profiles.finding import ProfileLike, profile_to_push
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.stores.publishing import publish_artifact
 
@@ -121,7 +120,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         context = compute_context(
             model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress, states=states
         )
-        return cls._of(context.aimed(model, config, continuations), model, attach)
+        return cls._of(aimed(context, model, config, continuations), model, attach)
 
     @classmethod
     def from_text(
@@ -160,7 +159,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None,
             StateOptions(state_every, state_budget, state_bits),
         )  # fmt: skip
-        return cls._of(context.aimed(model, config, continuations), model, attach)
+        return cls._of(aimed(context, model, config, continuations), model, attach)
 
     @classmethod
     def from_cache(
@@ -198,7 +197,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             WrongModelError: the profile is of another model.
         """
         context = wrap_cache(cache, input_ids, model, config, profile, tokenizer, verify)
-        return cls._of(context.aimed(model, config), model, attach)
+        return cls._of(aimed(context, model, config), model, attach)
 
     @classmethod
     def from_pretrained(
@@ -295,36 +294,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             ConfigError: the cache was loaded from an artifact that `config` differs from, or that has changed since; or
                 `config` has a target that is not met, or for which the model is missing.
         """
-        source: Encoder | EncodedContext
-        if self.source is not None:
-            if config is not None and config.predict_layers == 0 and self.config is not None:
-                # The default: 0 was encoded as None where the profile has no predictor.
-                config = replace(config, predict_layers=self.config.predict_layers)
-            if config is not None and config != self.config:
-                raise ConfigError(
-                    f"this cache was decoded from {self.source}, and a second encoding would add a second loss: save "
-                    "it without config="
-                )
-            # A stream that recomputed every chunk has loaded no profile.
-            artifact = Artifact(self.source)
-            if (artifact.fingerprint, artifact.config) != (self.fingerprint.to_dict(), self.config):
-                raise ConfigError(
-                    f"{self.source} is no longer the artifact that this cache was loaded from: load it again"
-                )
-            taken = profile_of(artifact, "auto" if self.profile is None else self.profile)
-            source = artifact.with_profile(taken).read()
-        else:
-            layers = self.kv.geometry.layers
-            kv, measured = self.kv, self.measured if config is None else None
-            config = config or self.config
-            if model is not None and (aimed := self.aimed(model, config)) is not self:
-                config, measured = aimed.config, aimed.measured
-            source = encode_no_kv(kv.geometry, config) if not layers else Encoder(
-                kv.keys, kv.values, config, self.profile, layers=layers, known=self.known, progress=progress,
-                measured=measured,
-            )  # fmt: skip
         write(
-            source,
+            encoded(self, config, model, progress),
             directory,
             input_ids=self.input_ids[0].tolist(),
             fingerprint=self.fingerprint.to_dict(),

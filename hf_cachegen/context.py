@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,8 @@ from hf_cachegen.models.encoder_decoder import (
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.identity import Verify, identify
-from hf_cachegen.models.inputs import ContextInputs, Tokens, context_inputs, one_row
-from hf_cachegen.models.kinds import empty_cache, holds_states, is_plain, layer_contents
+from hf_cachegen.models.inputs import ContextInputs, context_inputs
+from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
 from hf_cachegen.models.media_prompt import prefill_media
 from hf_cachegen.models.opening import check_states, checked_kv, open_manifest, validate
@@ -51,7 +51,6 @@ from hf_cachegen.models.requirements import (
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.models.state_divergence import state_divergence
-from hf_cachegen.models.target import meet_target
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import ProfileLike, for_encoding, model_folder, profile_of
 from hf_cachegen.report import CacheReport
@@ -141,27 +140,6 @@ class CachedContext:
     def named_tensors(self) -> list[NamedTensor]:
         """Return the tensors to store beside keys and values: states of recurrent layers, the output of an encoder."""
         return [*self.checkpoints.named(), *([] if self.encoder is None else self.encoder.named())]
-
-    def aimed(
-        self, model: PreTrainedModel, config: CacheGenConfig | None, continuations: Sequence[Tokens] = ()
-    ) -> CachedContext:
-        """Return this context with the step that meets the target of `config`; without a target, this object.
-
-        Arguments and errors are those of `CacheGenCache.save_pretrained`.
-        """
-        if config is None or config.target_kl is None:
-            if continuations:
-                raise ConfigError("continuations are for CacheGenConfig(target_kl=...): set it, or leave them out")
-            return self
-        if not is_plain(model.config) or self.encoder is not None or self.fingerprint.media:
-            raise ConfigError(
-                "target_kl needs a context of tokens alone and a decoder whose layers hold keys and values alone: set "
-                "steps= or step_offset= instead"
-            )
-        ids = [one_row(found) for found in continuations]
-        last = int(self.input_ids[0, -1])
-        chosen = meet_target(model, self.kv, last, config, self.profile, ids, self.known)
-        return CachedContext(**{**self.parts(), "config": chosen.config, "measured": chosen.measured})
 
     def read_text(self) -> ContextText | None:
         """Return the text or the chat of the context, which for a loaded context is read from its artifact.

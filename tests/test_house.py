@@ -30,6 +30,7 @@ FLOORS = (
     ("profiles",),
     ("streaming",),
     ("context",),
+    ("encoding",),
     ("generation",),
     ("prefix_cache",),
     ("cache",),
@@ -46,7 +47,7 @@ CONTAINER = {PACKAGE / "artifact" / f"{name}.py" for name in (
 
 ONLY_IN = {
     "transformers": {
-        "models", "profiles", "streaming", "context", "cache", "generation", "prefix_cache", "cli",
+        "models", "profiles", "streaming", "context", "encoding", "cache", "generation", "prefix_cache", "cli",
     },
     "huggingface_hub": {"stores"},
     "fsspec": {"stores"},
