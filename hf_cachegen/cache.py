@@ -22,8 +22,9 @@ from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.context import (
     CachedContext,
+    aimed,
     compute_context,
-    encoding_of,
+    encoded,
     load_context,
     stream_to_context,
     wrap_cache,
@@ -126,7 +127,7 @@ class CacheGenCache(CachedContext, DynamicCache):
         context = compute_context(
             model, input_ids, config, profile, tokenizer, prefill_chunk_tokens, progress, states=states
         )
-        return cls._of(context.aimed(model, config, continuations), model, attach)
+        return cls._of(aimed(context, model, config, continuations), model, attach)
 
     @classmethod
     def from_text(
@@ -165,7 +166,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             model, ids, config, profile, tokenizer, prefill_chunk_tokens, progress, source if keep_text else None,
             StateOptions(state_every, state_budget, state_bits),
         )  # fmt: skip
-        return cls._of(context.aimed(model, config, continuations), model, attach)
+        return cls._of(aimed(context, model, config, continuations), model, attach)
 
     @classmethod
     def from_cache(
@@ -203,7 +204,7 @@ class CacheGenCache(CachedContext, DynamicCache):
             WrongModelError: the profile is of another model.
         """
         context = wrap_cache(cache, input_ids, model, config, profile, tokenizer, verify)
-        return cls._of(context.aimed(model, config), model, attach)
+        return cls._of(aimed(context, model, config), model, attach)
 
     @classmethod
     def from_pretrained(
@@ -300,9 +301,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             ConfigError: the cache was loaded from an artifact that `config` differs from, or that has changed since; or
                 `config` has a target that is not met, or for which the model is missing.
         """
-        source = encoding_of(self, config, model, progress)
         write(
-            source,
+            encoded(self, config, model, progress),
             directory,
             input_ids=self.input_ids[0].tolist(),
             fingerprint=self.fingerprint.to_dict(),

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from hf_cachegen.context.cached import CachedContext
 from hf_cachegen.context.computing import compute_context, wrap_cache
-from hf_cachegen.context.encoding import encoding_of
+from hf_cachegen.context.encoding import aimed, encoded
 from hf_cachegen.context.loading import load_context, stream_to_context
 
-__all__ = ["CachedContext", "compute_context", "encoding_of", "load_context", "stream_to_context", "wrap_cache"]
+__all__ = [
+    "CachedContext",
+    "aimed",
+    "compute_context",
+    "encoded",
+    "load_context",
+    "stream_to_context",
+    "wrap_cache",
+]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from hf_cachegen.artifact import ContextText, Reader, Store, read_text
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.predictor import Known
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ConfigError, CorruptError, TensorError
+from hf_cachegen.errors import CorruptError, TensorError
 from hf_cachegen.models.encoder_decoder import (
     EncoderState,
     require_decoder,
@@ -23,8 +22,6 @@ from hf_cachegen.models.encoder_decoder import (
 )
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify
-from hf_cachegen.models.inputs import Tokens, one_row
-from hf_cachegen.models.kinds import is_plain
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.models.opening import check_states
 from hf_cachegen.models.recurrent import Checkpoints
@@ -32,7 +29,6 @@ from hf_cachegen.models.requirements import (
     require_geometry,
     require_model,
 )
-from hf_cachegen.models.target import meet_target
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.report import CacheReport
 from hf_cachegen.streaming import Refinement
@@ -120,27 +116,6 @@ class CachedContext:
     def named_tensors(self) -> list[NamedTensor]:
         """Return the tensors to store beside keys and values: states of recurrent layers, the output of an encoder."""
         return [*self.checkpoints.named(), *([] if self.encoder is None else self.encoder.named())]
-
-    def aimed(
-        self, model: PreTrainedModel, config: CacheGenConfig | None, continuations: Sequence[Tokens] = ()
-    ) -> CachedContext:
-        """Return this context with the step that meets the target of `config`; without a target, this object.
-
-        Arguments and errors are those of `CacheGenCache.save_pretrained`.
-        """
-        if config is None or config.target_kl is None:
-            if continuations:
-                raise ConfigError("continuations are for CacheGenConfig(target_kl=...): set it, or leave them out")
-            return self
-        if not is_plain(model.config) or self.encoder is not None or self.fingerprint.media:
-            raise ConfigError(
-                "target_kl needs a context of tokens alone and a decoder whose layers hold keys and values alone: set "
-                "steps= or step_offset= instead"
-            )
-        ids = [one_row(found) for found in continuations]
-        last = int(self.input_ids[0, -1])
-        chosen = meet_target(model, self.kv, last, config, self.profile, ids, self.known)
-        return CachedContext(**{**self.parts(), "config": chosen.config, "measured": chosen.measured})
 
     def read_text(self) -> ContextText | None:
         """Return the text or the chat of the context, which for a loaded context is read from its artifact.
