@@ -10,7 +10,8 @@ import pytest
 from hf_cachegen.codec import abi
 from tests.lockstep import ROOT
 
-HEADER = re.sub(r"/\*.*?\*/", "", (ROOT / "cuda_ext" / "include" / "cachegen.h").read_text(), flags=re.DOTALL)
+HEADERS = [ROOT / "cuda_ext" / "include" / name for name in ("cachegen.h", "cachegen_source.h")]
+HEADER = re.sub(r"/\*.*?\*/", "", "".join(path.read_text() for path in HEADERS), flags=re.DOTALL)
 INTEGERS = {
     "uint8_t": ctypes.c_uint8,
     "uint32_t": ctypes.c_uint32,

@@ -6,6 +6,7 @@
 #include "../core/chunk.h"
 #include "../core/tables.h"
 #include "../core/tile.h"
+#include "../include/cachegen_source.h"
 
 namespace cachegen {
 
