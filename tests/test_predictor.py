@@ -163,6 +163,17 @@ def test_the_default_predicts_where_the_profile_can(profile: Profile, tmp_path: 
         assert ("predict_layers" in artifact.manifest.codec["config"]) == (layer is not None)
 
 
+def test_a_loaded_cache_is_copied_with_the_config_that_it_was_made_with(profile: Profile, tmp_path: Path) -> None:
+    """The default of `predict_layers` is stored as None where the profile has no predictor."""
+    plain = replace(profile, predictors=())
+    for name, given in (("plain", plain), ("predicted", profile)):
+        CacheGenCache.from_context(shared("llama"), tokens(70), CONFIG, given).save_pretrained(tmp_path / name)
+        loaded = CacheGenCache.from_pretrained(tmp_path / name, shared("llama"), profile=given)
+        loaded.save_pretrained(tmp_path / name / "copy", CONFIG)
+        with pytest.raises(ConfigError, match="second encoding"):
+            loaded.save_pretrained(tmp_path / name / "other", replace(CONFIG, predict_layers=2))
+
+
 def test_a_cache_of_the_user_predicts(profile: Profile, tmp_path: Path) -> None:
     from transformers import DynamicCache
 
