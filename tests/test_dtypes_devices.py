@@ -58,6 +58,7 @@ def test_each_dtype_and_attention(name: str, dtype: torch.dtype, attention: str,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_flex_attention(dtype: torch.dtype, tmp_path: Path) -> None:
