@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from tests.architectures.checks import examine
-from tests.architectures.models import Entry
+from tests.architectures.models import Entry, entries
 from tests.architectures.page import render
 
 ROOT = Path(__file__).resolve().parents[2]
