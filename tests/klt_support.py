@@ -13,7 +13,7 @@ from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.profiles.learning import Sample
 from tests.tiny_models import VOCABULARY
 
-CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_first=2, protect_last=8)
+CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_first=2, protect_last=8, predict_layers=None)
 LAYERS = (LayerGeometry("full", 2, 8, 2, 8),) * 3
 TOKENS = 100
 COMPONENTS = 2 * 48
