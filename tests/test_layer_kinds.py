@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import DynamicCache
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, generate
@@ -24,7 +25,7 @@ from hf_cachegen.errors import (
     UnsupportedModelError,
 )
 from hf_cachegen.models import causality
-from hf_cachegen.models.compat import CACHE_ARGUMENT, cache_of, run
+from hf_cachegen.models.compat import CACHE_ARGUMENT, RELEASE, cache_of, run
 from hf_cachegen.models.indexed import joined, require_no_positions, split
 from hf_cachegen.stores import LocalStore
 from tests import tiny_models
@@ -218,4 +219,8 @@ def test_a_model_that_chooses_its_tokens_is_refused_beyond_its_window() -> None:
     with pytest.raises(UnsupportedModelError, match="at most 16 tokens, it has 40"):
         CacheGenCache.from_context(found, CONTEXT)
     found.config.keep_window_size = kept
+    if Version("5.24.dev0") > RELEASE:  # its mask let later tokens change the keys of earlier ones
+        with pytest.raises(UnsupportedModelError, match="change with later tokens"):
+            CacheGenCache.from_context(found, CONTEXT)
+        return
     assert torch.equal(tokens(found, cache=CacheGenCache.from_context(found, CONTEXT)), tokens(found))
