@@ -219,8 +219,10 @@ def test_a_model_that_chooses_its_tokens_is_refused_beyond_its_window() -> None:
     with pytest.raises(UnsupportedModelError, match="at most 16 tokens, it has 40"):
         CacheGenCache.from_context(found, CONTEXT)
     found.config.keep_window_size = kept
-    if Version("5.24.dev0") > RELEASE:  # its mask let later tokens change the keys of earlier ones
-        with pytest.raises(UnsupportedModelError, match="change with later tokens"):
-            CacheGenCache.from_context(found, CONTEXT)
+    try:
+        cache = CacheGenCache.from_context(found, CONTEXT)
+    except UnsupportedModelError as error:  # in some releases its mask lets later tokens change the keys of earlier ones
+        assert "change with later tokens" in str(error)
+        assert Version("5.24.dev0") > RELEASE
         return
-    assert torch.equal(tokens(found, cache=CacheGenCache.from_context(found, CONTEXT)), tokens(found))
+    assert torch.equal(tokens(found, cache=cache), tokens(found))
