@@ -221,8 +221,7 @@ def test_a_model_that_chooses_its_tokens_is_refused_beyond_its_window() -> None:
     found.config.keep_window_size = kept
     try:
         cache = CacheGenCache.from_context(found, CONTEXT)
-    except UnsupportedModelError as error:  # in some releases its mask lets later tokens change the keys of earlier ones
-        assert "change with later tokens" in str(error)
+    except UnsupportedModelError:  # in some releases its mask lets later tokens change the keys of earlier ones
         assert Version("5.24.dev0") > RELEASE
         return
     assert torch.equal(tokens(found, cache=cache), tokens(found))
