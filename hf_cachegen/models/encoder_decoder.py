@@ -36,6 +36,7 @@ ENCODER_OUTPUT, DECODER_IDS = "encoder-output", "decoder-ids"
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative differences of logits with kept and with computed keys that are rounding."""
 REFUSED = {
+    "florence2": "its generate embeds the text of a prompt together with its pictures before the encoder",
     "musicgen": "its decoder reads several codebooks for each token",
     "musicgen_melody": "its decoder reads several codebooks for each token",
 }
@@ -191,9 +192,7 @@ def context_input(model: PreTrainedModel, inputs: Any) -> tuple[EncoderInput, Te
 
 
 @torch.no_grad()
-def encode(
-    model: PreTrainedModel, given: EncoderInput, decoder_ids: Tensor | None
-) -> tuple[KVTensors, EncoderState]:
+def encode(model: PreTrainedModel, given: EncoderInput, decoder_ids: Tensor | None) -> tuple[KVTensors, EncoderState]:
     """Run the encoder, and the decoder over its prefix.
 
     Args:
