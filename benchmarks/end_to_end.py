@@ -31,9 +31,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from eval import surroundings, transformers_quantised
+from eval.models import load_model
 from hf_cachegen import CacheGenCache, CacheGenConfig, Profile
 from hf_cachegen.errors import ConfigError
 
@@ -250,14 +251,16 @@ def random_model() -> Any:
 @click.option("--tokens", "lengths", type=int, multiple=True, default=(1024, 4096, 8000), show_default=True,
               help="Length of the context; repeatable.")  # fmt: skip
 @click.option("--profile", help="Location of the model's profile, for klt.")
+@click.option("--dtype", default="auto", show_default=True, help="Dtype of the model, such as bfloat16.")
 @click.option("--torchac", is_flag=True, help="Also measure the paper's arithmetic coder.")
 @click.option("--repeats", default=3, show_default=True, help="Measurements of each way.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
 def main(
-    name: str, text: Path | None, lengths: tuple[int, ...], profile: str | None, torchac: bool, repeats: int, out: Path
-) -> None:
+    name: str, text: Path | None, lengths: tuple[int, ...], profile: str | None, dtype: str, torchac: bool,
+    repeats: int, out: Path,
+) -> None:  # fmt: skip
     """Time the whole way of a context."""
-    model = random_model() if name == RANDOM else AutoModelForCausalLM.from_pretrained(name).eval()
+    model = random_model() if name == RANDOM else load_model(name, dtype=dtype, device="cpu")
     found = None if profile is None else Profile.from_pretrained(profile)
     most = max(lengths) + QUESTION
     if text is None:
@@ -272,7 +275,8 @@ def main(
     print(table(rows))
     out.parent.mkdir(parents=True, exist_ok=True)
     session = surroundings.session(1)
-    about = f"{name}, {session['processor']}, {session['threads']} threads, medians of {repeats}."
+    held = str(model.dtype).removeprefix("torch.")
+    about = f"{name} in {held}, {session['processor']}, {session['threads']} threads, medians of {repeats}."
     out.with_suffix(".md").write_text(f"# End to end\n\n{about}\n\n{table(rows)}")
     out.with_suffix(".json").write_text(json.dumps({"session": session, "rows": [asdict(r) for r in rows]}, indent=1))
     if len(lengths) > 1:
