@@ -10,6 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from tests.media_support import noise, text
+from tests.tiny_models import drawn
 
 SMALL: dict[str, Any] = dict(vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3)
 LAYERS: dict[str, Any] = dict(
@@ -55,15 +56,7 @@ MAKERS = {
 
 def make(name: str) -> Any:
     """Return a new model, in evaluation mode, fp32 on the CPU."""
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = MAKERS[name]().eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
-                module.weight.normal_(0, 0.3)
-    torch.set_rng_state(state)
-    return model
+    return drawn(MAKERS[name], nn.Linear, nn.Embedding, nn.Conv1d)
 
 
 @cache

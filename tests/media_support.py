@@ -15,6 +15,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from tests.tiny_models import drawn
+
 VOCABULARY = 90
 PLACEHOLDER, VIDEO, BEGIN, END = 91, 92, 93, 94
 TEXT: dict[str, Any] = dict(
@@ -288,15 +290,7 @@ WITH_STATES = {"qwen3_5": Family(_qwen3_5, _grid_picture(3 * 2 * 4 * 4), "model.
 
 def make(name: str) -> Any:
     """Return a new model, in evaluation mode, fp32 on the CPU."""
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = {**FAMILIES, **WITH_STATES}[name].make().eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 0.3)
-    torch.set_rng_state(state)
-    return model
+    return drawn({**FAMILIES, **WITH_STATES}[name].make, nn.Linear)
 
 
 @cache

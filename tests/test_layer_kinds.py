@@ -27,6 +27,7 @@ from hf_cachegen.errors import (
 from hf_cachegen.models import causality
 from hf_cachegen.models.compat import CACHE_ARGUMENT, RELEASE, cache_of, run
 from hf_cachegen.models.indexed import joined, require_no_positions, split
+from hf_cachegen.models.kinds import layer_contents
 from hf_cachegen.stores import LocalStore
 from tests import tiny_models
 from tests.architectures.checks import CONTEXT, QUESTION
@@ -225,3 +226,17 @@ def test_a_model_that_chooses_its_tokens_is_refused_beyond_its_window() -> None:
         assert Version("5.24.dev0") > RELEASE
         return
     assert torch.equal(tokens(found, cache=cache), tokens(found))
+
+
+def test_a_changed_configuration_is_read_again() -> None:
+    config = tiny_models.make("gemma3").config
+    text = config.get_text_config(decoder=True)
+    before = layer_contents(config)
+    kept = list(text.layer_types)
+    assert {content.kind for content in before} == {"sliding", "full"}
+    try:
+        text.layer_types[:] = ["full_attention"] * len(kept)  # in place, and so without a new attribute
+        assert {content.kind for content in layer_contents(config)} == {"full"}
+    finally:
+        text.layer_types[:] = kept
+    assert layer_contents(config) == before

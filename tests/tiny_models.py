@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -143,3 +144,16 @@ def shared(name: str, seed: int = 0) -> Any:
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
     """Return random ordinary tokens, int64 [1, count]."""
     return torch.randint(3, VOCABULARY, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(build: Callable[[], Any], *kinds: type[torch.nn.Module]) -> Any:
+    """Build a model in evaluation mode whose modules of these kinds have large random weights, always the same."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, kinds):
+                module.weight.normal_(0, 0.3)
+    torch.set_rng_state(state)
+    return model

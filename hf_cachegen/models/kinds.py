@@ -13,9 +13,11 @@ in part.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import (
@@ -61,6 +63,11 @@ CAPTURED = (*KINDS, StaticLayer, StaticSlidingWindowLayer)
 """The classes of layers that can be captured from a filled cache."""
 
 
+PLAIN_VALUES = (type(None), bool, int, float, str, list, tuple, dict, set, torch.dtype)
+"""Values of a configuration that can be copied and compared."""
+MOST_KNOWN = 64
+
+
 @dataclass(frozen=True)
 class LayerContent:
     """What one layer of a stock cache holds.
@@ -78,13 +85,32 @@ class LayerContent:
     indexed: bool = False
 
 
+_known: dict[int, tuple[type | None, dict[str, Any] | None, list[LayerContent]]] = {}
+"""By the id of a configuration: its type, a copy of its values, and what the layers hold."""
+
+
 def layer_contents(config: PreTrainedConfig) -> list[LayerContent]:
     """Return what every layer holds that the stock DynamicCache builds for a configuration.
+
+    A call asks several times, and building the layers takes longer than comparing a configuration with the one known.
 
     Raises:
         UnsupportedLayerError: a layer is of an unknown kind.
     """
     text = config.get_text_config(decoder=True)
+    kind, values, found = _known.get(id(text), (None, None, []))
+    if kind is type(text) and values == vars(text):
+        return list(found)
+    found = _built(config, text)
+    if all(isinstance(value, PLAIN_VALUES) for value in vars(text).values()):
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[id(text)] = type(text), deepcopy(vars(text)), found
+    return list(found)
+
+
+def _built(config: PreTrainedConfig, text: PreTrainedConfig) -> list[LayerContent]:
+    """Return what the layers of a fresh cache hold. text: the part of the configuration for the decoder."""
     latent = getattr(text, "kv_lora_rank", None) is not None
     try:
         layers = DynamicCache(config=config).layers
