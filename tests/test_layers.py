@@ -101,6 +101,7 @@ def test_models_without_a_cuttable_cache_are_refused(name: str) -> None:
 
 
 def test_a_layer_of_an_unknown_class_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "_known", {})
     monkeypatch.setattr(kinds, "KINDS", (DynamicLayer,))
     with pytest.raises(UnsupportedLayerError, match=r"layer 0 of 'qwen3_next' is a LinearAttentionLayer"):
         require_model(tiny_models.shared("qwen3_next"))
