@@ -294,9 +294,21 @@ CG_API int32_t cg_clamp(const uint8_t* symbols, const uint8_t* contexts, uint64_
 CG_API int32_t cg_count(const uint8_t* symbols, const uint8_t* contexts, uint64_t tokens, uint64_t columns,
                         uint32_t bins, int32_t* counts, const cg_run* run) CG_NOEXCEPT;
 
-/* CPU only. Sums of `bytes` of memory, in blocks of `block_words` little-endian words of 64 bits, the last one filled up
+/* CPU only. Copies pieces of memory to to[at .. at + bytes) each, by several threads. No piece overlaps `to`, or ends behind
+ * to[bytes]. */
+typedef struct cg_piece {
+  const uint8_t* from;
+  uint64_t at;
+  uint64_t bytes;
+} cg_piece;
+
+CG_API int32_t cg_gather(const cg_piece* pieces, uint64_t count, uint8_t* to, uint64_t bytes,
+                         const cg_run* run) CG_NOEXCEPT;
+
+/* Sums of `bytes` of memory, in blocks of `block_words` little-endian words of 64 bits, the last one filled up
  * with zeros: sums [blocks, 2] takes the sum of a block's words, and that of the products of both signed halves of
- * word ^ keys[word's number in its block], both modulo 2^64. keys [block_words]; data need not be aligned. */
+ * word ^ keys[word's number in its block], both modulo 2^64. keys [block_words]; on CUDA data and keys must be aligned to 16
+ * bytes and block_words even, on the CPU data need not be aligned. */
 CG_API int32_t cg_block_sums(const uint8_t* data, uint64_t bytes, const uint64_t* keys, uint64_t block_words,
                              uint64_t* sums, const cg_run* run) CG_NOEXCEPT;
 

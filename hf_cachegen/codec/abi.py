@@ -218,8 +218,9 @@ CPU_PROTOTYPES = {
     "cg_decode_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
     "cg_patch_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
     "cg_code": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER]),
+    "cg_gather": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }
-"""Functions of the CPU library. The CUDA library lacks them."""
+"""Functions that a library may lack: the CUDA library has cg_block_sums alone of them."""
 BATCH = "cg_decode_chunks"
 """A function that a library may lack: chunks are then decoded section by section."""

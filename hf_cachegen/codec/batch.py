@@ -11,11 +11,10 @@ of the target are aligned. Other chunks are decoded section by section (`into.Se
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import ctypes
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,8 @@ from hf_cachegen.codec.anchors import Anchors, anchor_count
 from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import DTYPES
 from hf_cachegen.codec.section import Arrays, Assignment, Cursor
+from hf_cachegen.codec.transfer import Check, Checks, Download, all_of
+from hf_cachegen.codec.upload import Part, Upload
 
 if TYPE_CHECKING:
     from hf_cachegen.codec.chunk import LossyCodec, Span
@@ -36,8 +37,6 @@ TABLE_BYTES = 4 << abi.BATCH_PROB_BITS
 """Shared memory for a base table, in bytes."""
 UNLIMITED = (1 << 64) - 1
 """Shared memory of the CPU, whose cores share all memory, in bytes."""
-_WORD = 8
-"""Alignment of every array in the copied bytes, in bytes."""
 
 
 class _Read(NamedTuple):
@@ -69,14 +68,12 @@ class _Read(NamedTuple):
     def has_ends(self) -> bool:
         return self.ordinary.stop - self.ordinary.start < self.coded
 
-    def sections(self) -> Iterator[tuple[int, np.ndarray | None, Arrays]]:
-        """Yield (0 for the base, 1 and 2 for digits; the coded row of each token, None: all in order; the section)."""
-        yield 0, None, self.base
-        row, first, last = np.arange(self.coded), self.ordinary.start, self.ordinary.stop
-        for k, found in enumerate(self.digits):
-            yield 1 + k, row[first:last], found
-        for k, found in enumerate(self.end_digits):
-            yield 1 + k, np.concatenate([row[:first], row[last:]]), found
+    def parts(self, job: abi.Job) -> list[Part]:
+        """Return the sections, each with the job's streams that it becomes."""
+        first, count = self.ordinary.start, self.ordinary.stop - self.ordinary.start
+        digits = [Part(job.digits[k], found, 1 + k, first) for k, found in enumerate(self.digits)]
+        ends = [Part(job.end_digits[k], found, 1 + k, 0, first, count) for k, found in enumerate(self.end_digits)]
+        return [Part(job.base, self.base), *digits, *ends]
 
 
 def serves(codec: LossyCodec, level: int, target: Target) -> bool:
@@ -112,7 +109,9 @@ class Batches:
     def __init__(self, codec: LossyCodec, level: int, target: Target):
         self._codec, self._level, self._target = codec, level, target
         self._reads: list[_Read] = []
-        self._checks: deque[list[Callable[[], None]]] = deque()
+        self._checks = Checks(OUTSTANDING)
+        self._shared: dict[bool, abi.Batch] = {}
+        self._anchor_rows: tuple[Tensor, Target, abi.Batch | None] | None = None
 
     def add(self, parts: Sequence[bytes | memoryview], span: Span, row: int) -> bool:
         """Take a chunk, which is written from row `row` on. Return False for one that no batch can decode.
@@ -131,12 +130,12 @@ class Batches:
     def finish(self) -> None:
         """Decode the remaining chunks, and wait for all. Raises TruncatedError or CorruptError for damaged bytes."""
         self._launch()
-        self._settle(0)
+        self._checks.finish()
 
-    def _settle(self, outstanding: int) -> None:
-        while len(self._checks) > outstanding:
-            for check in self._checks.popleft():
-                check()
+    def launch(self) -> Check:
+        """Decode the remaining chunks without waiting. Return what waits for all, and raises as `finish` does."""
+        self._launch()
+        return self._checks.finish
 
     def _read(self, parts: Sequence[bytes | memoryview], span: Span, row: int) -> _Read | None:
         config, (anchors, values, refinements) = self._codec.config, self._codec.assignments
@@ -160,91 +159,102 @@ class Batches:
         return _Read(span.tokens, row, coded, ordinary, scales, peaks, base, digits, ends)
 
     def _launch(self) -> None:
-        reads, self._reads = self._reads, []
-        if not reads:
+        if not self._reads:
             return
-        device, channels = self._target.device, len(self._codec.channels)
-        upload = _Upload(device)
-        jobs = [self._job(upload, read) for read in reads]
-        peaks = [self._peaks(upload, read) for read in reads]
-        scales = [read.scales for read in reads if read.scales is not None]
-        copied = [upload.put(data) for data in scales] if device.type != "cpu" else []
-        memory = upload.send([*jobs, *peaks])
-        statuses = torch.zeros(2, len(reads), channels // ops.TILE_COLUMNS, dtype=torch.int32, device=device)
+        # Chunks without ends have a kernel with fewer registers.
+        reads, self._reads = sorted(self._reads, key=lambda read: read.has_ends), []
+        device, n = self._target.device, len(reads)
+        upload = Upload(device, len(self._codec.channels))
+        jobs, peaks = (abi.Job * n)(), (abi.Job * n)()
+        anchors = self._anchors_of(reads)
+        together = anchors is not None and anchors[2] is not None
+        for job, peak, read in zip(jobs, peaks, reads, strict=True):
+            job.tokens, job.row = read.tokens, read.row
+            job.first, job.last = read.ordinary.start, read.ordinary.stop
+            upload.add(job, read.parts(job))
+            if read.peaks is not None and read.scales is not None:
+                peak.tokens = peak.last = read.tokens - read.coded
+                upload.scales(read.scales)
+                if together:
+                    upload.add(peak, [Part(peak.base, read.peaks)])
+        memory, scales = upload.send()
+        statuses = torch.zeros(2, n, len(self._codec.channels) // ops.TILE_COLUMNS, dtype=torch.int32, device=device)
+        checks: list[Check] = []
         for k, part in enumerate((peaks, jobs)):
-            for job, status in zip(part, statuses[k], strict=True):
-                job.tile_status = status.data_ptr()
-        checks: list[Callable[[], None]] = []
-        if scales:
-            found = [memory[a:b] for a, b in copied] or [section.stream_of(data) for data in scales]
-            anchors, at = self._anchors(peaks, found, reads, checks), 0
+            for i, job in enumerate(part):
+                job.tile_status = statuses.data_ptr() + 4 * statuses.shape[2] * (k * n + i)
+        values = None
+        if anchors is not None:
+            values = self._anchor_values(anchors, peaks, scales, reads, checks)
+            at = values.data_ptr()
             for job, peak in zip(jobs, peaks, strict=True):
-                job.anchors = anchors.data_ptr() + 4 * channels * at
-                at += peak.tokens
-        for with_ends in (False, True):  # chunks without ends have a kernel with fewer registers
-            mine = [job for job, read in zip(jobs, reads, strict=True) if read.has_ends == with_ends]
-            self._call(self._values(with_ends), mine)
-        self._checks.append([*checks, _Statuses(statuses).check])
-        self._settle(OUTSTANDING)
+                job.anchors = at
+                at += 4 * len(self._codec.channels) * peak.tokens
+        without = sum(not read.has_ends for read in reads)
+        self._call(self._values(False), jobs, 0, without)
+        self._call(self._values(True), jobs, without, n)
+        self._checks.add(all_of([*checks, _Statuses(statuses, memory, values).check]))
 
-    def _job(self, upload: _Upload, read: _Read) -> abi.Job:
-        ordinary = read.ordinary
-        job = abi.Job(tokens=read.tokens, first=ordinary.start, last=ordinary.stop, row=read.row)
-        upload.streams(job.base, read.base)
-        for k, found in enumerate(read.digits):
-            upload.streams(job.digits[k], found)
-        for k, found in enumerate(read.end_digits):
-            upload.streams(job.end_digits[k], found)
-        upload.patches(job, read.sections(), len(self._codec.channels))
-        return job
+    def _anchors_of(self, reads: Sequence[_Read]) -> tuple[Tensor, Target, abi.Batch | None] | None:
+        """Return memory for the symbols of all anchors, float32 [anchors, channels], with what a batch needs to write
+        them; None for a codec without anchors.
 
-    def _peaks(self, upload: _Upload, read: _Read) -> abi.Job:
-        """Return the job of the anchors' symbols, as values of step 1. It has no rows for a codec without anchors."""
-        job = abi.Job()
-        if read.peaks is not None:
-            job.tokens = job.last = read.tokens - read.coded
-            upload.streams(job.base, read.peaks)
-            upload.patches(job, [(0, None, read.peaks)], len(self._codec.channels))
-        return job
+        Every batch takes the same memory: the launches of a stream follow one another.
+        """
+        codec, device = self._codec, self._target.device
+        needed = sum(read.tokens - read.coded for read in reads)
+        if not needed:
+            return None
+        if self._anchor_rows is None or len(self._anchor_rows[0]) < needed:
+            rows = max(needed, abi.MAX_BATCH * max(read.tokens - read.coded for read in reads))
+            found = torch.empty(rows, len(codec.channels), device=device)
+            assignment, target, unit, shared = codec.assignments[0], Target.matrix(found), codec.unit(device), None
+            if _fits(assignment, native.batch_shared_bytes(device)):
+                shared = _shared(assignment, [], target)
+                shared.means, shared.steps = unit.means.data_ptr(), unit.steps.data_ptr()
+                shared.end_steps = shared.steps
+            self._anchor_rows = found, target, shared
+        return self._anchor_rows
 
-    def _anchors(
-        self, jobs: list[abi.Job], scales: list[Tensor], reads: list[_Read], checks: list[Callable[[], None]]
-    ) -> Tensor:
+    def _anchor_values(
+        self, memory: tuple[Tensor, Target, abi.Batch | None], jobs: Sequence[abi.Job], scales: Tensor,
+        reads: Sequence[_Read], checks: list[Check],
+    ) -> Tensor:  # fmt: skip
         """Return the anchors of all chunks, float32 [anchors, channels], one chunk after the other."""
         codec, device, at = self._codec, self._target.device, 0
+        found, target, shared = memory
         for job in jobs:
             job.row, at = at, at + job.tokens
-        found = torch.empty(at, len(codec.channels), device=device)
-        assignment, target, unit = codec.assignments[0], Target.matrix(found), codec.unit(device)
-        if _fits(assignment, native.batch_shared_bytes(device)):
-            shared = _shared(assignment, [], target)
-            shared.means, shared.steps, shared.end_steps = (x.data_ptr() for x in (unit.means, unit.steps, unit.steps))
-            self._call(shared, jobs)
+        if shared is not None:
+            self._call(shared, jobs, 0, len(jobs))
         else:
+            assignment = codec.assignments[0]
             for job, read in zip(jobs, reads, strict=True):
-                sections = Sections(target, job.row, job.tokens, job.tokens, len(assignment))
                 if read.peaks is not None:
+                    sections = Sections(target, job.row, job.tokens, job.tokens, len(assignment))
                     peaks = section.in_tensors(read.peaks, job.tokens, assignment)
-                    sections.values(peaks, Rows(), [], unit)
-                checks.append(sections.finish)
-        factors = torch.cat(scales).view(torch.bfloat16).view(-1, codec.n_vectors)
-        return Anchors(found, factors).values(codec.vectors(device))
+                    sections.values(peaks, Rows(), [], codec.unit(device))
+                    checks.append(sections.launched())
+        factors = scales.view(torch.bfloat16).view(-1, codec.n_vectors)
+        return Anchors(found[:at], factors).values(codec.vectors(device))
 
     def _values(self, with_ends: bool) -> abi.Batch:
-        codec, config, device = self._codec, self._codec.config, self._target.device
-        _, base, refinements = codec.assignments
-        shared = _shared(base, refinements, self._target)
-        grid = codec.scale(self._level, device)
-        shared.means, shared.steps = grid.means.data_ptr(), grid.steps.data_ptr()
-        shared.end_steps = codec.scale(config.levels, device).steps.data_ptr()
-        shared.group_tokens = codec.group_tokens
-        shared.n_digits, shared.n_end_digits = self._level - 1, len(refinements) if with_ends else 0
-        return shared
+        if with_ends not in self._shared:
+            codec, config, device = self._codec, self._codec.config, self._target.device
+            _, base, refinements = codec.assignments
+            shared = _shared(base, refinements, self._target)
+            grid = codec.scale(self._level, device)
+            shared.means, shared.steps = grid.means.data_ptr(), grid.steps.data_ptr()
+            shared.end_steps = codec.scale(config.levels, device).steps.data_ptr()
+            shared.group_tokens = codec.group_tokens
+            shared.n_digits, shared.n_end_digits = self._level - 1, len(refinements) if with_ends else 0
+            self._shared[with_ends] = shared
+        return self._shared[with_ends]
 
-    def _call(self, shared: abi.Batch, jobs: list[abi.Job]) -> None:
-        if jobs:
-            array = (abi.Job * len(jobs))(*jobs)
-            native.call("cg_decode_chunks", shared, array, len(jobs), device=self._target.device)
+    def _call(self, shared: abi.Batch, jobs: ctypes.Array[abi.Job], first: int, last: int) -> None:
+        if first < last:
+            address = ctypes.addressof(jobs) + first * ctypes.sizeof(abi.Job)
+            native.call(abi.BATCH, shared, address, last - first, device=self._target.device)
 
 
 def _shared(base: Assignment, refinements: Sequence[Assignment], target: Target) -> abi.Batch:
@@ -263,99 +273,21 @@ def _shared(base: Assignment, refinements: Sequence[Assignment], target: Target)
     return found
 
 
-class _Upload:
-    """Gather bytes for one copy to a device. Jobs contain offsets until `send` replaces them by addresses.
+class _Statuses:
+    """The statuses of a batch's tiles, int32 [2, chunks, tiles], on their way to the host.
 
-    On the CPU nothing is copied, and the offsets are addresses from the beginning.
+    Args:
+        found: The statuses.
+        kept: What the launch reads, kept until it is done.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._parts: list[tuple[int, np.ndarray]] = []
-        self._size = 0
-
-    def put(self, data: np.ndarray | memoryview) -> tuple[int, int]:
-        """Add bytes. Return their first offset and the offset behind the last."""
-        array = np.frombuffer(data, np.uint8)
-        if self._device.type == "cpu":
-            self._parts.append((array.ctypes.data, array))
-            return array.ctypes.data, array.ctypes.data + len(array)
-        first = self._size
-        self._parts.append((first, array))
-        self._size = -(-(first + len(array)) // _WORD) * _WORD
-        return first, first + len(array)
-
-    def streams(self, to: abi.Streams, found: Arrays) -> None:
-        if not len(found.tile_bytes):
-            return
-        offsets = np.zeros(len(found.tile_bytes) + 1, np.uint64)
-        np.cumsum(found.tile_bytes, out=offsets[1:])
-        to.data, to.bytes, to.offsets = self.put(found.streams)[0], len(found.streams), self.put(offsets)[0]
-
-    def patches(
-        self, job: abi.Job, sections: Iterable[tuple[int, np.ndarray | None, Arrays]], channels: int
-    ) -> None:
-        """Add the exceptions of these sections, tile by tile, in the order of their rows (cg_job)."""
-        tiles, rows, words = [], [], []
-        for number, coded, found in sections:
-            if len(found.positions):
-                token, channel = np.divmod(found.positions, channels)
-                row = token if coded is None else coded[token]
-                tiles.append(channel // ops.TILE_COLUMNS)
-                rows.append(row)
-                words.append(row << 32 | channel % ops.TILE_COLUMNS << 16 | number << 8 | found.indices)
-        if not words:
-            return
-        tile = np.concatenate(tiles)
-        order = np.lexsort((np.concatenate(rows), tile))
-        offsets = np.zeros(channels // ops.TILE_COLUMNS + 1, np.uint32)
-        np.cumsum(np.bincount(tile, minlength=len(offsets) - 1), out=offsets[1:])
-        job.patches, job.n_patches = self.put(np.concatenate(words)[order])[0], len(order)
-        job.patch_offsets = self.put(offsets)[0]
-
-    def send(self, jobs: Sequence[abi.Job]) -> Tensor:
-        """Copy all bytes, without waiting, and replace the jobs' offsets by addresses.
-
-        Returns:
-            The bytes, uint8 [bytes], on the device. The addresses point into them. Empty on the CPU, where the
-            addresses are those of the given bytes.
-        """
-        if self._device.type == "cpu":
-            return torch.empty(0, dtype=torch.uint8)
-        pinned = self._device.type == "cuda"
-        host = torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned)  # torch reuses it once it is copied
-        view = host.numpy()
-        for first, array in self._parts:
-            view[first : first + len(array)] = array
-        memory = host.to(self._device, non_blocking=True)
-        base = memory.data_ptr()
-        for job in jobs:
-            for streams in (job.base, *job.digits, *job.end_digits):
-                if streams.offsets is not None:
-                    streams.data, streams.offsets = base + (streams.data or 0), base + streams.offsets
-            if job.n_patches:
-                job.patches, job.patch_offsets = base + (job.patches or 0), base + job.patch_offsets
-        return memory
-
-
-class _Statuses:
-    """The statuses of a batch's tiles, int32 [2, chunks, tiles], on their way to the host."""
-
-    def __init__(self, found: Tensor):
-        self._tiles = found.shape[2]
-        self._event: torch.cuda.Event | None = None
-        self._host = found
-        if found.is_cuda:
-            self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-            self._host.copy_(found, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+    def __init__(self, found: Tensor, *kept: Tensor | None):
+        self._tiles, self._kept = found.shape[2], kept
+        self._host = Download(found)
 
     def check(self) -> None:
         """Wait for the statuses. Raises TruncatedError or CorruptError."""
-        if self._event is not None:
-            self._event.synchronize()
-        statuses = self._host.numpy()
+        statuses = self._host.wait().numpy()
         if statuses.any():
             for of_chunk in statuses.reshape(-1, self._tiles):
                 native.check_decoded(of_chunk.tolist())

@@ -16,7 +16,7 @@ attention depends on most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import anchors as anchoring
-from hf_cachegen.codec import batch, into, native, passes, quantize, section
+from hf_cachegen.codec import abi, batch, into, native, passes, quantize, section
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
@@ -34,6 +34,7 @@ from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Assignment, Coded, Cursor
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
+from hf_cachegen.codec.transfer import Check, Checks, Resident, all_of, send
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError
 
@@ -162,8 +163,7 @@ class LossyCodec:
         self._anchors = Assignment(self.values, side.anchor_entries)
         self._base = Assignment(self.values, side.base_entries)
         self._refinements = [Assignment(self.digits, entries) for entries in side.refine_entries]
-        self._scales: dict[tuple[int, torch.device], Grid] = {}
-        self._vectors: dict[torch.device, Tensor] = {}
+        self._resident = Resident()
 
     @property
     def assignments(self) -> tuple[Assignment, Assignment, list[Assignment]]:
@@ -177,16 +177,17 @@ class LossyCodec:
 
     def vectors(self, device: torch.device) -> Tensor:
         """Return `channels.vectors` on a device. It is copied there once."""
-        if device not in self._vectors:
-            self._vectors[device] = self.channels.vectors.to(device)
-        return self._vectors[device]
+        found: Tensor = self._resident.get(device, "vectors", lambda: self.channels.vectors.to(device))
+        return found
 
     def unit(self, device: torch.device) -> Grid:
         """Return the grid on which the values are the symbols themselves."""
-        if (0, device) not in self._scales:
-            ones = torch.ones(len(self.channels), device=device)
-            self._scales[0, device] = Grid(None, 0, torch.zeros_like(ones), ones)
-        return self._scales[0, device]
+        return self._grid(0, device, lambda: (torch.zeros(len(self.channels)), torch.ones(len(self.channels))))
+
+    def _grid(self, level: int, device: torch.device, make: Callable[[], tuple[Tensor, Tensor]]) -> Grid:
+        """Return the grid of the means and steps that `make` returns, on a device. They are copied there once."""
+        means, steps = self._resident.get(device, level, lambda: tuple(x.to(device) for x in make()))
+        return Grid(None, 0, means, steps)
 
     def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:
         """Quantise rows [tokens, channels], of any float dtype, to symbols and anchors.
@@ -237,18 +238,7 @@ class LossyCodec:
         Raises:
             TruncatedError, CorruptError: The bytes are damaged.
         """
-        level = len(parts)
-        if batch.serves(self, level, target):
-            batches = batch.Batches(self, level, target)
-            if batches.add(parts, span, row):
-                batches.finish()
-                return
-        read = self._read(parts, span)
-        narrow = len(read.base.wide.positions) == 0
-        if narrow and self.config.coder == "rans" and native.available(target.device):
-            self._write(read, span, target, row)
-        else:
-            target.put(self._rows(read, span, target.dtype), row)
+        self.launch([(parts, span, row)], target)()
 
     def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
         """Decode each (parts, span, row) as `decode_into` does: all at one level, in batches where the device can.
@@ -256,14 +246,29 @@ class LossyCodec:
         Raises:
             TruncatedError, CorruptError: The bytes are damaged.
         """
-        batches = None
+        self.launch(chunks, target)()
+
+    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
+        """Start `decode_many` on the target's device. Return what waits for the last of it.
+
+        Raises:
+            TruncatedError, CorruptError: The bytes are damaged; the result raises these too.
+        """
+        batches, checks = None, Checks(batch.OUTSTANDING * abi.MAX_BATCH)
         for parts, span, row in chunks:
             if batches is None and batch.serves(self, len(parts), target):
                 batches = batch.Batches(self, len(parts), target)
             if batches is None or not batches.add(parts, span, row):
-                self.decode_into(parts, span, target, row)
-        if batches is not None:
-            batches.finish()
+                checks.add(self._launch_alone(parts, span, target, row))
+        return checks.finish if batches is None else all_of([batches.launch(), checks.finish])
+
+    def _launch_alone(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
+        """Decode a chunk that no batch takes, section by section, or stage by stage on the CPU."""
+        read = self._read(parts, span)
+        if not len(read.base.wide.positions) and self.config.coder == "rans" and native.available(target.device):
+            return self._write(read, span, target, row)
+        target.put(self._rows(read, span, target.dtype), row)
+        return all_of([])
 
     def _read(self, parts: Sequence[bytes | memoryview], span: Span) -> _Read:
         config = self.config
@@ -286,18 +291,17 @@ class LossyCodec:
 
     def scale(self, level: int, device: torch.device) -> Grid:
         """Return the grid of a level without its anchors, on a device."""
-        if (level, device) not in self._scales:
-            steps = self.steps * quantize.step_factor(level, self.config.levels)
-            self._scales[level, device] = Grid(None, 0, self.means, steps).to(device)
-        return self._scales[level, device]
+        return self._grid(
+            level, device, lambda: (self.means, self.steps * quantize.step_factor(level, self.config.levels))
+        )
 
-    def _write(self, read: _Read, span: Span, target: Target, row: int) -> None:
-        """Decode a chunk without wide symbols directly into the target."""
+    def _write(self, read: _Read, span: Span, target: Target, row: int) -> Check:
+        """Decode a chunk without wide symbols directly into the target. Return what waits for it."""
         device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config, self.group_tokens)
         sections = Sections(target, row, span.tokens, coded, len(self.channels))
         grid, finest = self.scale(1 + len(read.rest), device), self.scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
-            anchors = Anchors(into.symbols(read.peaks, device), read.scales.to(device))
+            anchors = Anchors(into.symbols(read.peaks, device, sections), send(read.scales, device))
             values = anchors.values(self.vectors(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
@@ -310,7 +314,7 @@ class LossyCodec:
             base = sections.index(read.base, Rows(0, coded), [])
             sections.refine(read.rest, middle, base, grid)
             sections.refine(read.finest, ends, base, finest)
-        sections.finish()
+        return sections.launched()
 
     def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:
         """Decode stage by stage on the CPU. Takes any chunk and any coder."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, native, ops
+from hf_cachegen.codec import abi, native, ops, transfer
 from hf_cachegen.codec.passes import DTYPES, Grid
 from hf_cachegen.codec.section import Coded
 
@@ -165,15 +165,15 @@ class Sections:
             return
         tables, ids, live, dead = section.columns.on(self.device)
         view = ops.Section(tables, ids, None, section.tokens, section.columns.tables_per_tile)
-        streams = section.streams.to(self.device, non_blocking=True)
-        offsets = ops.offsets_of(section.tile_bytes, view.tiles, streams)
+        offsets = transfer.send(ops.offsets_of(section.tile_bytes, view.tiles, section.streams), self.device)
+        streams = transfer.send(section.streams, self.device)
         statuses = torch.empty(view.tiles, dtype=torch.int32, device=self.device)
         buffers = (streams, streams.numel(), offsets, _of(output, live) if len(dead) else output, statuses)
         native.call("cg_decode_into", view.view, *buffers, device=self.device)
         if len(dead):
             native.call("cg_fill_into", section.tokens, len(dead), _of(output, dead), device=self.device)
         if len(section.positions):
-            positions, indices = (x.to(self.device, non_blocking=True) for x in (section.positions, section.indices))
+            positions, indices = (transfer.send(x, self.device) for x in (section.positions, section.indices))
             native.call("cg_patch_into", section.tokens, positions, indices, len(indices), output, device=self.device)
             self._kept.append((positions, indices))
         self._statuses.append(statuses)
@@ -203,10 +203,24 @@ class Sections:
             native.call("cg_patch_planes", *patches, output, device=self.device)
         self._statuses.append(statuses)
 
+    def include(self, others: Sections) -> None:
+        """Report the errors of other sections with those of this chunk."""
+        self._statuses += others._statuses
+        self._kept.append(others)
+
+    def launched(self) -> transfer.Check:
+        """Return what waits for the device, and raises as `finish` does."""
+        statuses = transfer.Download(torch.cat(self._statuses)) if self._statuses else None
+
+        def check() -> None:
+            native.check_decoded(statuses.wait().tolist() if statuses is not None else [])
+            self._kept.clear()
+
+        return check
+
     def finish(self) -> None:
         """Wait for the device. Raises TruncatedError or CorruptError for streams that no encoder wrote."""
-        native.check_decoded(torch.cat(self._statuses).tolist() if self._statuses else [])
-        self._kept.clear()
+        self.launched()()
 
 
 @lru_cache(maxsize=4)  # all chunks of a context but the last have one shape
@@ -224,13 +238,14 @@ def _of(output: abi.Output, columns: Tensor) -> abi.Output:
     return found
 
 
-def symbols(section: Coded, device: torch.device) -> Tensor:
-    """Decode the symbols (not indices) of a section that nothing refines: float32 [tokens, channels]. Waits for the
-    device.
+def symbols(section: Coded, device: torch.device, part_of: Sections) -> Tensor:
+    """Decode the symbols (not indices) of a section that nothing refines: float32 [tokens, channels].
+
+    Nothing waits: `part_of.launched` and `part_of.finish` report the errors in its streams too.
     """
     found = torch.empty(section.tokens, len(section.columns), device=device)
     sections = Sections(Target.matrix(found), 0, section.tokens, section.tokens, found.shape[1])
     unit = torch.ones(found.shape[1], device=device)
     sections.values(section, Rows(), [], Grid(None, 0, torch.zeros_like(unit), unit))
-    sections.finish()
+    part_of.include(sections)
     return found

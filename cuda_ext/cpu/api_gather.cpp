@@ -1,0 +1,40 @@
+// Copies pieces of memory side by side with several threads: what brings coded bytes into pinned memory.
+#include <string.h>
+
+#include <vector>
+
+#include "backend.h"
+#include "threads.h"
+
+using namespace cachegen;
+
+namespace {
+
+constexpr uint64_t kShare = 1 << 18;  // bytes that a thread copies at a time
+constexpr uint64_t kBytesPerSymbol = 4;  // of a copy, in the time of decoding a symbol
+
+}  // namespace
+
+int32_t cg_gather(const cg_piece* pieces, uint64_t count, uint8_t* to, uint64_t bytes, const cg_run* run) noexcept {
+  if (backend_for(run) == nullptr || (count > 0 && pieces == nullptr)) return CG_BAD_ARGUMENT;
+  uint64_t total = 0, shares = 0;
+  for (uint64_t i = 0; i < count; i++) {
+    const cg_piece& piece = pieces[i];
+    if (piece.bytes == 0) continue;
+    if (to == nullptr || piece.from == nullptr || piece.at > bytes || piece.bytes > bytes - piece.at) return CG_BAD_ARGUMENT;
+    total += piece.bytes;
+    shares += (piece.bytes - 1) / kShare + 1;
+  }
+  std::vector<cg_piece> cut;
+  try {
+    cut.reserve(shares);
+  } catch (const std::exception&) {
+    return CG_FAILED;
+  }
+  for (uint64_t i = 0; i < count; i++)
+    for (uint64_t done = 0; done < pieces[i].bytes; done += kShare)
+      cut.push_back({pieces[i].from + done, pieces[i].at + done, std::min(kShare, pieces[i].bytes - done)});
+  for_each(cut.size(), total / kBytesPerSymbol, run->threads,
+           [&](uint64_t i) { memcpy(to + cut[i].at, cut[i].from, cut[i].bytes); });
+  return CG_OK;
+}

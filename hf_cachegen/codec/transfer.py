@@ -1,0 +1,131 @@
+"""Copy between the host and a device without waiting for the device.
+
+The rest of the codec asks here, so that a test can count copies and waits without a GPU. On the host nothing is copied
+and nothing waits.
+
+Notes:
+1. Only pinned memory is copied asynchronously. torch keeps the pinned blocks and reuses a block once its copy is done,
+   so two or three blocks of the size of a batch alternate.
+2. A copy belongs to the current stream. Work that is launched on the same stream later finds it done.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Check = Callable[[], None]
+"""Waits for a launch, and raises TruncatedError or CorruptError if it met damaged bytes."""
+
+
+def is_host(device: torch.device) -> bool:
+    """Return whether a device's memory is the host's."""
+    return device.type == "cpu"
+
+
+def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate host memory that can be copied to or from a device asynchronously."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of `pinned` to a device. Nothing waits."""
+    return host.to(device, non_blocking=True)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy any host tensor to a device through pinned memory; return the tensor itself if it is there already."""
+    if is_host(device) or tensor.device == device:
+        return tensor
+    host = pinned(tuple(tensor.shape), tensor.dtype, device)
+    return upload(host.copy_(tensor), device)
+
+
+class Download:
+    """The copy of a device's tensor to the host. It is under way until `wait` returns."""
+
+    def __init__(self, tensor: Tensor):
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = pinned(tuple(tensor.shape), tensor.dtype, tensor.device)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """Return the copy, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+def all_of(checks: Sequence[Check]) -> Check:
+    """Return the check of several launches."""
+
+    def check() -> None:
+        for one in checks:
+            one()
+
+    return check
+
+
+class Checks:
+    """Checks of launches that are not done yet. At most `most` of them stay open, so that the host runs ahead of the
+    device, but not without bound.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._open = most, deque[Check]()
+
+    def add(self, check: Check) -> None:
+        """Add the check of a launch, and settle the oldest ones above the limit."""
+        self._open.append(check)
+        self._settle(self._most)
+
+    def finish(self) -> None:
+        """Settle all. Raises the first error."""
+        self._settle(0)
+
+    def _settle(self, most: int) -> None:
+        while len(self._open) > most:
+            self._open.popleft()()
+
+
+class Resident:
+    """Tensors that stay on devices, each made once, for use on any stream.
+
+    A stream that did not make a tensor waits for the event behind it, once, and the allocator is informed of the use.
+    Without that, a stream could read a tensor before it is written, and its memory could be reused too early.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[Any, torch.cuda.Event | None, set[int]]] = {}
+
+    def get(self, device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for this device and key: a tensor, or a tuple or list of tensors and numbers."""
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        entry = self._kept.get((device, key))
+        if entry is None:
+            made, event = make(), None
+            if stream is not None:
+                event = torch.cuda.Event()
+                event.record(stream)
+            entry = self._kept[device, key] = (made, event, set() if stream is None else {stream.cuda_stream})
+        made, event, ordered = entry
+        if stream is not None and event is not None and stream.cuda_stream not in ordered:
+            stream.wait_event(event)
+            for tensor in _tensors(made):
+                tensor.record_stream(stream)
+            ordered.add(stream.cuda_stream)
+        return made
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    return [x for part in found for x in _tensors(part)] if isinstance(found, (tuple, list)) else []
