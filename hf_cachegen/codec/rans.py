@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import native, ops, rans_reference, torchac_coder
+from hf_cachegen.codec.transfer import Resident
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
 Backend = Literal["native", "scalar", "avx2", "avx512", "neon", "reference"]
@@ -77,14 +78,13 @@ class Tables:
         return native.build_tables(self.frequencies, self.prob_bits)
 
     @cached_property
-    def _elsewhere(self) -> dict[torch.device, Tensor]:
-        return {torch.device("cpu"): self.native}
+    def _resident(self) -> Resident:
+        return Resident()
 
     def on(self, device: torch.device) -> Tensor:
         """Return `native` on a device, copied there once."""
-        if device not in self._elsewhere:
-            self._elsewhere[device] = self.native.to(device)
-        return self._elsewhere[device]
+        found: Tensor = self._resident.get(device, "native", lambda: self.native.to(device))
+        return found
 
 
 def tile_count(channels: int) -> int:

@@ -27,6 +27,7 @@ from hf_cachegen.codec import passes, rans
 from hf_cachegen.codec.passes import NONE_WIDE, Wide
 from hf_cachegen.codec.quantize import LARGEST_SYMBOL
 from hf_cachegen.codec.tables import ZERO_INDEX, Codebook
+from hf_cachegen.codec.transfer import Resident
 from hf_cachegen.errors import CorruptError, TruncatedError
 
 MAX_RUNS = 16
@@ -96,6 +97,7 @@ class Assignment:
 
     Attributes:
         live: int32: the channels that are coded.
+        coded: The number of these.
         dead: int32: the channels whose symbols are all zero.
         table_ids: uint8 [live, contexts].
     """
@@ -105,19 +107,20 @@ class Assignment:
         # numpy: torch's threads would occupy the coder's cores for milliseconds, whatever the size.
         live, dead = (torch.from_numpy(np.flatnonzero(which)) for which in (entries.numpy(), entries.numpy() == 0))
         self.live, self.dead = live.int(), dead.int()
+        self.coded, self._length = len(live), len(entries)  # a tensor takes microseconds to tell its length
         self.table_ids = book.table_ids(entries[live])
-        self._elsewhere: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._resident = Resident()
         self._bounds: dict[torch.device, tuple[Tensor, Tensor] | None] = {}
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return self._length
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return (tables for the compiled coder, table_ids, live, dead) on a device, copied there once."""
-        if device not in self._elsewhere:
-            tensors = (self.table_ids, self.live, self.dead)
-            self._elsewhere[device] = (self.book.tables.on(device), *(x.to(device) for x in tensors))
-        return self._elsewhere[device]
+        own = self._resident.get(
+            device, "ids", lambda: tuple(x.to(device) for x in (self.table_ids, self.live, self.dead))
+        )
+        return (self.book.tables.on(device), *own)
 
     @cached_property
     def tables_per_tile(self) -> int:
@@ -267,22 +270,29 @@ class Arrays(NamedTuple):
 
     def is_wide(self, assignment: Assignment) -> bool:
         """Return whether the index of an exception is outside its tables."""
+        if self.indices is _NO_INDICES:
+            return False
         symbols = assignment.book.tables.frequencies.shape[1]
-        return bool(((self.indices < 0) | (self.indices >= symbols)).any()) if len(self.indices) else False
+        return bool(((self.indices < 0) | (self.indices >= symbols)).any())
 
 
 _NO_POSITIONS, _NO_INDICES = np.empty(0, np.int64), np.empty(0, np.int32)
+_EMPTY = Arrays(np.empty(0, "<u4"), _NO_POSITIONS, _NO_INDICES, memoryview(b""))
+"""A section without tokens."""
 
 
 def read_arrays(cursor: Cursor, tokens: int, assignment: Assignment) -> Arrays:
     """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
-    (count,) = cursor.u32(1)
-    tiles = rans.tile_count(len(assignment.live)) if tokens else 0
+    count = int.from_bytes(cursor.take(4), "little")
+    if not count and not tokens:  # most chunks have no protected tokens
+        return _EMPTY
+    tiles = rans.tile_count(assignment.coded) if tokens else 0
     tile_bytes = np.frombuffer(cursor.take(4 * tiles), "<u4")
-    exceptions = np.frombuffer(cursor.take(8 * count), "<i4").reshape(-1, 2)
-    streams = cursor.take(int(tile_bytes.sum(dtype=np.int64)))
+    found = cursor.take(8 * count)
+    streams = cursor.take(int(np.add.reduce(tile_bytes, dtype=np.int64)))
     if not count:
         return Arrays(tile_bytes, _NO_POSITIONS, _NO_INDICES, streams)
+    exceptions = np.frombuffer(found, "<i4").reshape(-1, 2)
     position, index = exceptions[:, 0].astype(np.int64) & 0xFFFFFFFF, exceptions[:, 1].copy()
     if not bool((np.diff(position) > 0).all()) or int(position[-1]) >= tokens * len(assignment):
         raise CorruptError("positions of exceptions must ascend and be within the chunk")

@@ -63,7 +63,7 @@ class Upload:
     def add(self, job: abi.Job, parts: Sequence[Part]) -> None:
         """Add a job with its sections, of which some may be empty."""
         for part in parts:
-            if len(part.found.tile_bytes):
+            if part.found.tile_bytes.size:
                 self._parts.append(part)
                 if len(part.found.positions):
                     self._patched.append((len(self._jobs), part))

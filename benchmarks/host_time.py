@@ -1,0 +1,162 @@
+"""Measure the host's work for a chunk that a GPU decodes, on a machine without one.
+
+    python -m benchmarks.host_time --out host_time.json
+
+The device is a stand-in with memory of its own: copies to it and its kernels take no time, and all else is the package's
+own code, from a chunk's coded bytes to the launches. "work" is the processor time of the calling thread for a chunk, the
+best of several rounds, without the copy of the coded bytes into pinned memory. "copy" is that copy by one thread; it is
+bound by the machine's memory, and larger batches are copied by several threads. "calls" counts torch's operations, copies
+and the library's functions of a batch. On a GPU each takes a few microseconds more to launch: "with launches" adds LAUNCH
+for each of them. What is done once for a context is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.bench_codec import machine
+from benchmarks.bench_cuda import CHUNK, DIM, HEADS, context
+from hf_cachegen.codec import abi, anchors, native, transfer, upload
+from hf_cachegen.codec.batch import Batches, serves
+from hf_cachegen.codec.chunk import LossyCodec, Span
+from hf_cachegen.codec.into import Target
+
+ROUNDS, CHUNKS = 25, 32
+LAUNCH = 5.0
+"""Microseconds that torch takes to launch an operation on a GPU."""
+COPIES, ANCHOR_CALLS = 2, 3
+"""Calls that the stand-in does not make: the copies to and from the device; what makes values of anchors."""
+
+
+class Stand:
+    """A device that takes no time. `copied` is the seconds that copies into pinned memory took."""
+
+    def __init__(self) -> None:
+        self.copies, self.copied, self.calls = False, 0.0, Counter[str]()
+        self._buffers: dict[tuple[int, ...], Tensor] = {}
+        self._call, self._gather = native.call, upload._gather
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype, _: torch.device) -> Tensor:
+        """Return the same memory again, as torch does for pinned memory."""
+        if shape not in self._buffers:
+            self._buffers[shape] = torch.zeros(shape, dtype=dtype)
+        return self._buffers[shape]
+
+    def gather(self, *arguments: Any) -> None:
+        """Copy, and take the time, where `copies` is set."""
+        if self.copies:
+            start = time.thread_time()
+            self._gather(*arguments)
+            self.copied += time.thread_time() - start
+
+    def call(self, name: str, *arguments: Any, **options: Any) -> None:
+        """Call a function of the library, unless a device would run it."""
+        self.calls[name] += 1
+        if name != abi.BATCH:
+            self._call(name, *arguments, **options)
+
+
+@contextmanager
+def stand() -> Iterator[Stand]:
+    """Let the CPU stand in for a device with memory of its own inside this context."""
+    made = Stand()
+    matrix, once = Target.matrix, dict[torch.Size, Target]()
+    with ExitStack() as patches:
+        for owner, name, value in (
+            (transfer, "is_host", lambda _: False), (transfer, "pinned", made.pinned),
+            (transfer, "upload", lambda host, _: host), (native, "call", made.call), (upload, "_gather", made.gather),
+            (anchors.Anchors, "values", lambda self, _: self.symbols),
+            (Target, "matrix", lambda rows: once.get(rows.shape) or once.setdefault(rows.shape, matrix(rows))),
+        ):  # fmt: skip
+            patches.enter_context(mock.patch.object(owner, name, value))
+        yield made
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that a device would run; views and allocations are none."""
+
+    def __init__(self, calls: Counter[str]):
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one operation."""
+        if not function.is_view and "empty" not in function.name() and "_to_copy" not in function.name():
+            self._calls[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def measure(transform: str, layers: int) -> dict[str, Any]:
+    """Return the microseconds of a chunk, by level."""
+    made = context(layers, transform)
+    codec, parts = made.codec.inner, next(made.chunks())  # type: ignore[attr-defined]
+    pair = [torch.empty(1, HEADS, CHUNK * CHUNKS, DIM, dtype=torch.bfloat16) for _ in range(2)]
+    target, found = Target.layers(pair * layers), {}  # all layers share memory: nothing is written
+    rows = range(0, CHUNK * CHUNKS, CHUNK)
+    for level in range(1, codec.config.levels + 1):
+        coded: list[bytes] = parts[:level]
+        assert serves(codec, level, target)
+        with stand() as device:
+            work = [decode(codec, level, target, coded, rows) for _ in range(ROUNDS + 1)][1:]  # the first uploads tables
+            device.copies = True
+            decode(codec, level, target, coded, rows)
+            device.copied = 0.0
+            decode(codec, level, target, coded, rows)
+            batches, device.copies, device.calls = Batches(codec, level, target), False, Counter()
+            with Operations(device.calls):
+                for row in [*rows][: abi.MAX_BATCH]:
+                    batches.add(coded, Span(0, CHUNK, CHUNK), row)
+            batches.finish()
+        calls = device.calls.total() + COPIES + (ANCHOR_CALLS if transform == "delta" else 0)
+        own, copied = 1e6 * min(work) / len(rows), 1e6 * device.copied / len(rows)
+        found[f"level {level}"] = {
+            "coded bytes": sum(map(len, coded)), "work, us": round(own, 1), "calls of a batch": calls,
+            "with launches, us": round(own + LAUNCH * calls / abi.MAX_BATCH, 1), "copy, us": round(copied, 1),
+            "copy, GB/s": round(sum(map(len, coded)) / copied / 1e3, 1),
+        }  # fmt: skip
+    return found
+
+
+def decode(codec: LossyCodec, level: int, target: Target, coded: list[bytes], rows: range) -> float:
+    """Decode as many chunks as there are rows. Return the seconds of the calling thread."""
+    start, batches = time.thread_time(), Batches(codec, level, target)
+    for row in rows:
+        batches.add(coded, Span(0, CHUNK, CHUNK), row)
+    batches.finish()
+    return time.thread_time() - start
+
+
+@click.command()
+@click.option("--layers", default=32, show_default=True, help="Layers of 8 KV heads of 128.")
+@click.option("--out", type=click.Path(path_type=Path), help="Path of the figures as JSON.")
+def main(layers: int, out: Path | None) -> None:
+    """Measure the host's work for a chunk that a GPU decodes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    figures: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "machine": machine(),
+        "geometry": f"{layers} layers, {HEADS} KV heads, {DIM} channels, chunks of {CHUNK} tokens",
+    }  # fmt: skip
+    for transform in ("identity", "delta"):
+        figures[transform] = measure(transform, layers)
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
