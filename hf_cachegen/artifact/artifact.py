@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_cachegen.artifact import (
@@ -33,7 +32,7 @@ from hf_cachegen.artifact.manifest import INDEXED
 from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.tensors import NamedTensor, decode_tensors, encode_tensors, read_encoded
 from hf_cachegen.codec import tables
-from hf_cachegen.codec.context import Encoder, checked_level, codec_of, decode_chunks
+from hf_cachegen.codec.context import Encoder, Placement, checked_level, codec_of, decode_chunks
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
@@ -205,14 +204,14 @@ class Artifact:
         return codec_of(self.geometry, self.config, self._side(), self.profile)
 
     def decode(
-        self, level: int | None = None, device: torch.device | str | None = None, *, known: Known | None = None,
+        self, level: int | None = None, device: Placement = None, *, known: Known | None = None,
         progress: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """Read, verify and decode the context, chunk by chunk.
 
         Args:
             level: Default: the finest.
-            device: Of the tensors. Default: the CPU.
+            device: Of the tensors, or of each layer. Default: the CPU.
             known: What a loader computes from the tokens, where `config.predict_layers` is set.
             progress: Show a progress bar.
 

@@ -26,6 +26,7 @@ from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.precision import full_precision
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.transfer import Resident, send
 
 MEAN_TERMS = 3
 """Number of bfloat16 terms whose sum is a float32 mean: 3 x 8 bits."""
@@ -80,11 +81,9 @@ class Narrow(NamedTuple):
         return y @ self.matrix[: y.shape[1]]
 
 
-_ANALYSES: WeakKeyDictionary[Profile | Predictor, dict[torch.device, list[tuple[Tensor, ...]]]] = WeakKeyDictionary()
-"""For each profile or predictor and device: (mean, analysis, prediction) of each group. Each is made once."""
-_MATRICES: WeakKeyDictionary[Profile | Predictor, dict[tuple[torch.device, bool], list[Any]]] = WeakKeyDictionary()
-"""For each profile or predictor, and (device, whether in bfloat16): for each group a Narrow, or (prediction above
-synthesis, mean, rank). Each is made once.
+_RESIDENT: WeakKeyDictionary[Profile | Predictor, Resident] = WeakKeyDictionary()
+"""For each profile or predictor its matrices on every device, each made once: (mean, analysis, prediction) of each
+group, and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
 """
 
 
@@ -129,7 +128,7 @@ class Basis:
             x -= mean
             with full_precision(x.device):
                 if scores is not None:
-                    x.addmm_(scores.to(x.device), prediction, alpha=-1)
+                    x.addmm_(send(scores, x.device), prediction, alpha=-1)
                 found.append(x @ analysis)
         return torch.cat(found, 1)
 
@@ -149,7 +148,7 @@ class Basis:
             scores: float32 [tokens, rank], of a predictor.
         """
         device = y.device
-        scores = y[:, :0] if scores is None else scores.to(device)
+        scores = y[:, :0] if scores is None else send(scores, device)
         rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=device)
         narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
         rotary = self.profile.rotary
@@ -187,15 +186,16 @@ class Basis:
 
     def _analyses(self, device: torch.device) -> list[tuple[Tensor, ...]]:
         """Return (mean, analysis, prediction) of each group on a device. They are copied there once."""
-        known = _ANALYSES.setdefault(self.learnt, {})
-        if device not in known:
+
+        def make() -> list[tuple[Tensor, ...]]:
             parts = [(self._mean(g), g.analysis, _prediction(g)) for g in self.learnt.groups]
-            known[device] = [tuple(x.to(device) for x in part) for part in parts]
-        return known[device]
+            return [tuple(x.to(device) for x in part) for part in parts]
+
+        found: list[tuple[Tensor, ...]] = _RESIDENT.setdefault(self.learnt, Resident()).get(device, "analyses", make)
+        return found
 
     def _matrices(self, device: torch.device, narrow: bool) -> list[Any]:
-        known = _MATRICES.setdefault(self.learnt, {})
-        if (device, narrow) not in known:
+        def make() -> list[Any]:
             made: list[Any] = []
             for group in self.learnt.groups:
                 mean, prediction = self._mean(group), _prediction(group)
@@ -205,8 +205,10 @@ class Basis:
                 else:
                     stacked = torch.cat([prediction, group.synthesis]) if len(prediction) else group.synthesis
                     made.append((stacked.to(device), mean.to(device), len(prediction)))
-            known[device, narrow] = made
-        return known[device, narrow]
+            return made
+
+        found: list[Any] = _RESIDENT.setdefault(self.learnt, Resident()).get(device, narrow, make)
+        return found
 
 
 def _prediction(group: Group) -> Tensor:

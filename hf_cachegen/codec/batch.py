@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, native, ops, section
+from hf_cachegen.codec import abi, native, ops, section, transfer
 from hf_cachegen.codec.anchors import Anchors, anchor_count
 from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import DTYPES
 from hf_cachegen.codec.section import Arrays, Assignment, Cursor
-from hf_cachegen.codec.transfer import Check, Checks, Download, all_of
+from hf_cachegen.codec.transfer import Check, Checks, all_of
 from hf_cachegen.codec.upload import Part, Upload
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ class _Statuses:
 
     def __init__(self, found: Tensor, *kept: Tensor | None):
         self._tiles, self._kept = found.shape[2], kept
-        self._host = Download(found)
+        self._host = transfer.Download(found)
 
     def check(self) -> None:
         """Wait for the statuses. Raises TruncatedError or CorruptError."""

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec import abi, batch, into, native, passes, quantize, section, transfer
 from hf_cachegen.codec import anchors as anchoring
-from hf_cachegen.codec import abi, batch, into, native, passes, quantize, section
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
@@ -34,7 +34,7 @@ from hf_cachegen.codec.passes import Grid, Symbols, Wide
 from hf_cachegen.codec.section import Assignment, Coded, Cursor
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
-from hf_cachegen.codec.transfer import Check, Checks, Resident, all_of, send
+from hf_cachegen.codec.transfer import Check, Checks, Resident, all_of
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError
 
@@ -301,7 +301,7 @@ class LossyCodec:
         sections = Sections(target, row, span.tokens, coded, len(self.channels))
         grid, finest = self.scale(1 + len(read.rest), device), self.scale(self.config.levels, device)
         if read.peaks is not None and read.scales is not None:
-            anchors = Anchors(into.symbols(read.peaks, device, sections), send(read.scales, device))
+            anchors = Anchors(into.symbols(read.peaks, device, sections), transfer.send(read.scales, device))
             values = anchors.values(self.vectors(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)

@@ -19,6 +19,7 @@ from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows, empty_kv, geometry_of, spans_of
+from hf_cachegen.codec.spread import decode_to
 from hf_cachegen.codec.transforms import Transform, transform_of
 from hf_cachegen.codec.transforms.choosing import resolved
 from hf_cachegen.config import CacheGenConfig
@@ -153,6 +154,10 @@ def codec_of(
     return transform.from_side(side, geometry, config, profile).knowing(known)
 
 
+Placement = torch.device | str | None | Sequence[torch.device]
+"""The device of all layers (None: the CPU), or that of each layer."""
+
+
 def checked_level(level: int | None, levels: int) -> int:
     """Return `level`, or the finest for None. Raises LevelError."""
     if level is None:
@@ -167,7 +172,7 @@ def decode_chunks(
     geometry: Geometry,
     spans: Sequence[Span],
     parts_of: Callable[[int], list[bytes]],
-    device: torch.device | str | None,
+    device: Placement,
     progress: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Decode the parts of each chunk directly into new tensors, several chunks together where the device can.
@@ -177,14 +182,18 @@ def decode_chunks(
         geometry: Of the cache.
         spans: The chunks.
         parts_of: Returns the parts of a chunk, by its index.
-        device: Of the new tensors. None: the CPU.
+        device: Of the new tensors, or of each layer. None: the CPU.
         progress: Show a progress bar.
 
     Returns:
         (keys, values): for each layer [batch, heads, tokens, dim], in the geometry's dtype.
     """
-    found = empty_kv(geometry, [device] * len(geometry.layers))
-    target = Target.layers(found)
-    counted = enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress))
-    codec.decode_many(((parts_of(index), span, span.first) for index, span in counted), target)
+    one = device is None or isinstance(device, (str, torch.device))
+    found = empty_kv(geometry, [device] * len(geometry.layers) if one else device)  # type: ignore[arg-type]
+    chunks = enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress))
+    if len({x.device for x in found}) == 1:
+        codec.decode_many(((parts_of(index), span, span.first) for index, span in chunks), Target.layers(found))
+    else:
+        for index, span in chunks:
+            decode_to(codec, parts_of(index), span, found, span.first)
     return found[::2], found[1::2]

@@ -88,7 +88,8 @@ class Target:
         return cls(torch.stack([address, stride], 1), rows.dtype, (rows,))
 
     def put(self, rows: Tensor, row: int) -> None:
-        """Copy rows [tokens, channels] to rows [row, row + tokens) of the target."""
+        """Copy rows [tokens, channels], of the host or the device, to rows [row, row + tokens) of the target."""
+        rows = rows if rows.device == self.device else transfer.send(rows, self.device)
         at, last = 0, row + len(rows)
         for x in self.kept:
             if x.dim() == 2:
@@ -236,6 +237,32 @@ def _of(output: abi.Output, columns: Tensor) -> abi.Output:
     found = abi.Output.from_buffer_copy(output)
     found.columns = columns.data_ptr()
     return found
+
+
+def indices(section: Coded, device: torch.device) -> tuple[Tensor, transfer.Check]:
+    """Decode the indices of a section with one context on a device: uint8 [tokens, channels]. An index that no byte
+    holds becomes the nearest one.
+
+    Returns:
+        The indices; what waits for them and raises TruncatedError or CorruptError. Nothing waits before.
+    """
+    columns = section.columns
+    tables, ids, live, dead = columns.on(device)
+    view = ops.Section(tables, ids, None, section.tokens, columns.tables_per_tile)
+    offsets = transfer.send(ops.offsets_of(section.tile_bytes, view.tiles, section.streams), device)
+    streams = transfer.send(section.streams, device)
+    found = torch.empty(section.tokens, columns.coded, dtype=torch.uint8, device=device)
+    statuses = torch.empty(view.tiles, dtype=torch.int32, device=device)
+    native.call("cg_decode", view.view, streams, streams.numel(), offsets, found, statuses, device=device)
+    if len(dead):
+        opened = found.new_full((section.tokens, len(columns)), columns.book.zero)
+        found = opened.index_copy_(1, live.long(), found)
+    if len(section.positions):
+        largest = columns.book.tables.frequencies.shape[1] - 1
+        given = section.indices.clamp(0, largest).to(torch.uint8)
+        found.view(-1).index_copy_(0, transfer.send(section.positions, device), transfer.send(given, device))
+    done = transfer.Download(statuses)
+    return found, lambda: native.check_decoded(done.wait().tolist())
 
 
 def symbols(section: Coded, device: torch.device, part_of: Sections) -> Tensor:

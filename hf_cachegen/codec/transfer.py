@@ -38,9 +38,11 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy any host tensor to a device through pinned memory; return the tensor itself if it is there already."""
+    """Copy a tensor to a device without waiting, from the host through pinned memory. One that is there is returned."""
     if is_host(device) or tensor.device == device:
         return tensor
+    if not is_host(tensor.device):
+        return tensor.to(device, non_blocking=True)
     host = pinned(tuple(tensor.shape), tensor.dtype, device)
     return upload(host.copy_(tensor), device)
 

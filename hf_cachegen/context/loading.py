@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_cachegen.artifact import Limits
+from hf_cachegen.codec.context import Placement
 from hf_cachegen.context.cached import CachedContext, report_of
 from hf_cachegen.errors import UnsupportedModelError
 from hf_cachegen.models.first_layers import known_of
@@ -41,12 +42,13 @@ def load_context(
     found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer, verify=verify)
     taken = profile_of(found.artifact, profile, model_folder(model))
     artifact, devices = found.artifact.with_profile(taken), found.devices
-    if device is None and devices is not None and len(set(devices)) == 1:
-        device = devices[0]
+    placement: Placement = device
+    if device is None and devices:
+        placement = devices[0] if len(set(devices)) == 1 else devices
     known, layer = None, artifact.config.predict_layers
     if layer is not None and taken is not None and model is not None:
         known = known_of(model, found.input_ids, taken, layer)
-    keys, values = artifact.decode(level, device, known=known, progress=progress)
+    keys, values = artifact.decode(level, placement, known=known, progress=progress)
     kv = KVTensors(tuple(keys), tuple(values), artifact.geometry)
     level = artifact.levels if level is None else level
     report = report_of(
@@ -57,7 +59,6 @@ def load_context(
         load_seconds=time.perf_counter() - start,
         encoding=artifact.report,
     )
-    kv = kv if device is not None or devices is None else kv.to(devices)
     return CachedContext(
         kv, found.input_ids, found.fingerprint, report, config=artifact.config, profile=taken,
         source=artifact.store, verify=verify, checkpoints=found.checkpoints, encoder=found.encoder,

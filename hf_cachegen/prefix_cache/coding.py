@@ -16,7 +16,7 @@ from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import codec_of
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
-from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.spread import decode_to
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ArtifactError, ConfigError, CorruptError, LevelError, ManifestError
 from hf_cachegen.prefix_cache.block import Block
@@ -113,7 +113,7 @@ class Coding:
         codec = codec_of(geometry, config, block.side, self.profile)
         span = Span(0, geometry.tokens, geometry.tokens)
         try:
-            codec.decode_into(list(block.parts), span, Target.layers(found), first)
+            decode_to(codec, list(block.parts), span, found, first)
         except ArtifactError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:

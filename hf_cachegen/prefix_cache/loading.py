@@ -116,8 +116,7 @@ class Loader:
             count += 1
         if geometry is None:
             return Loaded(shared, source.tensors) if shared else NOTHING
-        cut = [tensor[:, :, : count * geometry.tokens] for tensor in tensors]
-        return Loaded(count, self._placed(cut))
+        return Loaded(count, [tensor[:, :, : count * geometry.tokens] for tensor in tensors])
 
     def _checked(self, block: Block) -> Geometry:
         geometry = self.coding.geometry(block)
@@ -127,13 +126,9 @@ class Loader:
         return geometry
 
     def _room(self, geometry: Geometry, blocks: int) -> list[Tensor]:
-        """Return tensors for so many blocks: on the layers' device, or on the CPU where there are several."""
-        device = self.devices[0] if len(set(self.devices)) == 1 else torch.device("cpu")
+        """Return tensors for so many blocks, on the layers' devices."""
         whole = Geometry(geometry.layers, blocks * geometry.tokens, 1, geometry.dtype)
-        return empty_kv(whole, [device] * len(geometry.layers))
-
-    def _placed(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [tensor.to(self.devices[index // 2]) for index, tensor in enumerate(tensors)]
+        return empty_kv(whole, self.devices[: len(geometry.layers)])
 
     @staticmethod
     def _block_tokens(loaded: Loaded) -> int:

@@ -1,17 +1,17 @@
 """Write decoded chunks into the context's tensors, layer by layer, on the devices where they will be used.
 
-A chunk that is not in place yet is decoded straight into the tensors. A refinement is decoded beside them and copied
-over the coarser values when it is whole: a failed decoding must not harm them, and a reader must not wait for a
-decoder.
+A chunk that is not in place yet is decoded straight into the tensors. A refinement is decoded beside them, on the GPU
+where there is one, and copied over the coarser values when it is whole: a failed decoding must not harm them, and a
+reader must not wait for a decoder.
 
-On one CUDA device all of this happens on a stream of its own, and values are copied from pinned memory. So neither the
-decoder nor the model waits for a copy.
+On CUDA devices all of this happens on streams of their own, one per device. So neither the decoder nor the model waits
+for the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
-from hf_cachegen.codec.rows import empty_kv, scatter
+from hf_cachegen.codec.rows import empty_kv
+from hf_cachegen.codec.spread import decode_apart, decoder_of, put_pieces
 from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.models.layers import KVTensors
 
@@ -37,12 +38,19 @@ class LayerWriter:
         self._tensors = empty_kv(geometry, devices)
         self.keys, self.values = self._tensors[::2], self._tensors[1::2]
         self._target = Target.layers(self._tensors) if len(set(devices)) == 1 else None
-        self._stream = None
-        if self._target is not None and devices[0].type == "cuda":
-            self._stream = torch.cuda.Stream(devices[0])
-            self._stream.wait_stream(torch.cuda.current_stream(devices[0]))
-            for x in self._tensors:  # when they are freed, the allocator must wait for that stream
-                x.record_stream(self._stream)
+        cuda = dict.fromkeys(device for device in devices if device.type == "cuda")
+        # The decoder's device comes last, so that its stream is the innermost context.
+        order = sorted(cuda, key=lambda device: device == decoder_of(devices))
+        self._streams = {device: torch.cuda.Stream(device) for device in order}
+        self.adopt(self._tensors)
+
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Order the calling thread's launches before all decoding from now on, which may use `tensors`."""
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+        for x in tensors:
+            if x.is_cuda and x.device in self._streams:  # when x is freed, the allocator must wait for that stream
+                x.record_stream(self._streams[x.device])
 
     def decode(self, codec: Transform, parts: Sequence[bytes], span: Span) -> None:
         """Decode a chunk into the tensors. Raises what the codec does; then the chunk's values mean nothing."""
@@ -54,22 +62,23 @@ class LayerWriter:
         with self._aside():
             codec.decode_into(parts, span, self._target, span.first)
 
-    def rows(self, codec: Transform, parts: Sequence[bytes], span: Span) -> Tensor:
-        """Decode a chunk to [tokens, channels], on the CPU, for `put`. Raises what the codec does."""
-        return codec.decode(parts, span, self._tensors[0].dtype)
+    def rows(self, codec: Transform, parts: Sequence[bytes], span: Span) -> list[Tensor]:
+        """Decode a chunk beside the tensors, for `put`: a piece [1, heads, tokens, dim] for each, on its device.
 
-    def put(self, rows: Tensor, span: Span) -> None:
-        """Copy a decoded chunk, [tokens, channels], into the tensors."""
-        if self._stream is None:
-            scatter(rows, self._tensors, span)
-            return
+        Raises what the codec does. No lock need be held.
+        """
         with self._aside():
-            scatter(rows.pin_memory().to(self._tensors[0].device, non_blocking=True), self._tensors, span)
+            return decode_apart(codec, parts, span, self._tensors)
+
+    def put(self, pieces: Sequence[Tensor], span: Span) -> None:
+        """Copy a decoded chunk into the tensors. Only copies on the tensors' own devices are launched."""
+        with self._aside():
+            put_pieces(pieces, self._tensors, span.first)
 
     def settle(self) -> None:
         """Order all decoding and copying so far before whatever the calling thread does next."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._tensors[0].device).wait_stream(self._stream)
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -78,9 +87,11 @@ class LayerWriter:
         No other thread may decode or copy meanwhile.
         """
         self.settle()
-        yield
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._tensors[0].device))
+        try:
+            yield
+        finally:
+            for device, stream in self._streams.items():
+                stream.wait_stream(torch.cuda.current_stream(device))
 
     def kv(self) -> KVTensors:
         """Return all tensors."""
@@ -88,4 +99,8 @@ class LayerWriter:
         return KVTensors(tuple(self.keys), tuple(self.values), self.geometry)
 
     def _aside(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        """Launch on the streams of this writer inside this context."""
+        entered = ExitStack()
+        for stream in self._streams.values():
+            entered.enter_context(torch.cuda.stream(stream))
+        return entered

@@ -158,7 +158,9 @@ class Loader:
         codec, layer = self.download.codec, self.download.artifact.config.predict_layers
         if self._codec is None and codec is not None:
             if layer is not None and (profile := self.download.profile) is not None:
-                codec = codec.knowing(known_of(model, self._input_ids, profile, layer))
+                known = known_of(model, self._input_ids, profile, layer)
+                self.writer.adopt((known.scores, *known.keys, *known.values))
+                codec = codec.knowing(known)
             self._codec = codec
             self._set_deadline()
 
@@ -169,11 +171,11 @@ class Loader:
             if self.stopped or codec is None:  # another thread has closed the stream, and dropped the parts
                 return
             parts = download.parts(work.chunk, work.level)
-        rows: Tensor | None = None
+        pieces: list[Tensor] | None = None
         refined = self._schedule.chunks[work.chunk].level > 0
         try:
             if refined:
-                rows = self.writer.rows(codec, parts, span)
+                pieces = self.writer.rows(codec, parts, span)
             else:
                 self.writer.decode(codec, parts, span)
         except (ArtifactError, NativeError) as error:
@@ -182,8 +184,8 @@ class Loader:
         with self.lock:
             if self.stopped:  # readers do not take the lock any more
                 return
-            if rows is not None:
-                self.writer.put(rows, span)
+            if pieces is not None:
+                self.writer.put(pieces, span)
             self.changes.append(work.chunk)
         seconds = time.perf_counter() - start
         with self._changed:

@@ -20,14 +20,14 @@ depends on the token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import basis, quantize
+from hf_cachegen.codec import abi, basis, quantize, transfer
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
@@ -42,6 +42,10 @@ from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
 
+Chunk = tuple[Sequence[bytes | memoryview], Span, int]
+"""The parts of a chunk, its position, and the target's row of its first token."""
+OUTSTANDING = 2
+"""Number of groups of chunks whose errors are not read yet, so that the host does not wait for the device."""
 DIGEST_BYTES = 16
 STEP_CODES = 256
 ENTRY_BITS = 8
@@ -217,7 +221,7 @@ class Klt(Transform):
         """Multiply the coefficients of the chunk's sinks by `factor`, in place."""
         here = self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first
         if len(here):
-            y[here.to(y.device)] *= factor
+            y[transfer.send(here, y.device)] *= factor
         return y
 
     def checked(self, rows: Tensor, span: Span) -> Tensor:
@@ -237,12 +241,34 @@ class Klt(Transform):
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         target.put(self._decode(parts, span, target.dtype, target.device), row)
 
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        if transfer.is_host(target.device):
+            super().decode_many(chunks, target)
+            return
+        checks = transfer.Checks(OUTSTANDING)
+        for group in adjacent(chunks, abi.MAX_BATCH):
+            checks.add(self._launch(group, target))
+        checks.finish()
+
+    def _launch(self, group: Sequence[Chunk], target: Target) -> transfer.Check:
+        """Decode chunks that follow one another on a device, with one matrix product for all. Return what waits for
+        them.
+        """
+        (_, first, row), last = group[0], group[-1][1]
+        whole = Span(first.first, last.first + last.tokens - first.first, first.total)
+        y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
+        check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
+        target.put(self._restored(self._scaled(y, whole, 1 / FINER), whole, target.dtype), row)
+        return check
+
     def _decode(
         self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         y = torch.empty(span.tokens, self.entries.shape[1], device=device)
         self.inner.decode_into(parts, span, Target.matrix(y))
         self._scaled(y, span, 1 / FINER)
+        if not transfer.is_host(device):  # to test which components are zero would wait for the device
+            return self._restored(y, span, dtype)
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
         return self._restored(y, span, dtype, ~coded.any(0))
@@ -255,6 +281,21 @@ class Klt(Transform):
             for level in found:
                 level[:, :exact] = rows[:, :exact]
         return found
+
+
+def adjacent(chunks: Iterable[Chunk], most: int) -> Iterator[list[Chunk]]:
+    """Group chunks of one level that follow one another, in the context and in their target, by up to `most`."""
+    group: list[Chunk] = []
+    for parts, span, row in chunks:
+        if group:
+            before, last, at = group[-1]
+            follows = span.first - last.first == row - at == last.tokens and len(parts) == len(before)
+            if len(group) == most or not follows:
+                yield group
+                group = []
+        group.append((parts, span, row))
+    if group:
+        yield group
 
 
 def step_code(config: CacheGenConfig, learnt: Profile | Predictor) -> int:

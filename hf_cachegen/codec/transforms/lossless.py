@@ -8,12 +8,12 @@ of these. They are the side information (`hf_cachegen.codec.learnt`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import learnt, native, passes, section
+from hf_cachegen.codec import into, learnt, native, passes, section, transfer
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Sections, Target
@@ -23,6 +23,7 @@ from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import VALUE_SYMBOLS, Codebook
+from hf_cachegen.codec.transfer import Check, Checks, all_of
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 
@@ -31,6 +32,8 @@ MAX_LEARNT = 4096
 """Of more channels, only some are learnt from."""
 SAMPLED, TABLES_PER_LOW_PLANE = 1024, 2
 """Then that number of them; and tables of the planes after the first, whose bytes hardly differ between channels."""
+OUTSTANDING = 8
+"""Number of chunks whose errors are not read yet, so that the host does not wait for the chunk on the device."""
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -144,16 +147,30 @@ class Lossless(Transform):
         return [b"".join(source.encode_planes(span, self.assignment))]
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        cursor = Cursor(parts[0])
+        self._launch(parts, span, target, row)()
+
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        checks = Checks(OUTSTANDING)
+        for parts, span, row in chunks:
+            checks.add(self._launch(parts, span, target, row))
+        checks.finish()
+
+    def _launch(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
+        """Decode a chunk on the target's device. Return what waits for it."""
+        cursor, device = Cursor(parts[0]), target.device
         coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
         whole = self.channels % TILE_COLUMNS == 0 and not len(self.assignment.dead)
-        if whole and self.config.coder == "rans" and native.offers("cg_decode_planes", target.device):
+        if whole and self.config.coder == "rans" and native.offers("cg_decode_planes", device):
             sections = Sections(target, row, span.tokens, span.tokens, self.channels)
             sections.planes(coded)
-            sections.finish()
-            return
+            return sections.launched()
+        if self.config.coder == "rans" and native.available(device) and not transfer.is_host(device):
+            planes, check = into.indices(coded, device)
+            target.put(from_planes(planes, self.dtype), row)
+            return check
         target.put(from_planes(coded.decode(coder=self.config.coder), self.dtype), row)
+        return all_of([])
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         return [rows]
