@@ -16,11 +16,13 @@ from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.rows import gather
 from hf_cachegen.codec.spread import decode_apart, decoder_of, put_pieces
+from hf_cachegen.codec.transforms.klt import adjacent
 from hf_cachegen.errors import CorruptError, NativeError, TruncatedError
+from hf_cachegen.models import checksum
 from hf_cachegen.streaming.layers import LayerWriter
 from tests.klt_support import CONFIG, make_profile
 from tests.kv_samples import same, sample_kv
-from tests.lockstep import needs_compiler
+from tests.lockstep import in_lockstep, needs_compiler
 from tests.separate_device import separate_device
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
@@ -232,9 +234,25 @@ def test_batches_keep_to_the_limit_of_a_launch() -> None:
 
 
 def test_spans_of_a_whole_context_are_one_group() -> None:
-    from hf_cachegen.codec.transforms.klt import adjacent
-
     chunks = [([b""], Span(64 * i, 64, 64 * 20), 64 * i) for i in range(20)]
     assert [len(group) for group in adjacent(chunks, 8)] == [8, 8, 4]
     apart = [chunks[0], chunks[2], ([b"", b""], *chunks[3][1:]), chunks[4]]
     assert [len(group) for group in adjacent(apart, 8)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 7, 8, 9, 15, 16, 17, 24, 511, 16384, 16385, 16392, 16400, 100_003])
+def test_the_kernel_sums_blocks_as_torch_does(nbytes: int) -> None:
+    """The checksum of a weight must not depend on the device that computes it."""
+    data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    with in_lockstep():
+        found = checksum._block_sums(data)
+    assert torch.equal(found, checksum.torch_block_sums(data))
+    assert torch.equal(found, checksum._block_sums(data))
+
+
+def test_the_kernel_refuses_memory_that_is_not_aligned() -> None:
+    data, keys, sums = torch.zeros(64, dtype=torch.uint8), torch.zeros(2048, dtype=torch.int64), torch.zeros(2)
+    with in_lockstep():
+        for part, words in ((data[8:], 2048), (data, 3), (data, 0)):
+            with pytest.raises(NativeError, match="BAD_ARGUMENT"):
+                native.call("cg_block_sums", part, len(part), keys, words, sums)

@@ -50,6 +50,13 @@ struct Warp {
   CACHEGEN_DEVICE uint32_t ballot(const F& f) const {
     return __ballot_sync(0xffffffffu, f(threadIdx.x % kWarpLanes));
   }
+  // The sum of f(lane) over all lanes, modulo 2^64.
+  template <class F>
+  CACHEGEN_DEVICE uint64_t sum(const F& f) const {
+    uint64_t x = f(threadIdx.x % kWarpLanes);
+    for (uint32_t distance = kWarpLanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    return x;
+  }
   // One lane's doing, for what is the same for all.
   template <class F>
   CACHEGEN_DEVICE void once(const F& f) const {
@@ -97,6 +104,12 @@ struct Warp {
     uint32_t votes = 0;
     for (uint32_t lane = 0; lane < kWarpLanes; lane++) votes |= uint32_t(bool(f(lane))) << lane;
     return votes;
+  }
+  template <class F>
+  uint64_t sum(const F& f) const {
+    uint64_t x = 0;
+    for (uint32_t lane = 0; lane < kWarpLanes; lane++) x += f(lane);
+    return x;
   }
   template <class F>
   void once(const F& f) const {

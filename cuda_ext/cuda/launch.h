@@ -1,4 +1,4 @@
-// How work is spread over a device: for_each, a thread an item; for_each_tile, a warp a tile.
+// How work is spread over a device: for_each, a thread an item; for_each_warp, a warp an item; for_each_tile, a warp a tile.
 //
 // Notes:
 // 1. Compiled by another compiler than nvcc the same calls loop on the host, a tile after the other, the lanes of its warp in
@@ -42,6 +42,22 @@ int32_t for_each(const cg_run* run, uint64_t count, const F& f) {
   if (count == 0) return CG_OK;
   const uint64_t blocks = (count + kThreads - 1) / kThreads;
   each_kernel<<<uint32_t(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream_of(run)>>>(count, f);
+  return launched();
+}
+
+template <class F>
+__global__ void __launch_bounds__(kThreads) warp_kernel(uint64_t count, F f) {
+  const uint64_t step = uint64_t(gridDim.x) * (kThreads / kLanes);
+  const Warp warp;
+  for (uint64_t i = uint64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes; i < count; i += step) f(warp, i);
+}
+
+// f(warp, i) for i below count, a warp an item.
+template <class F>
+int32_t for_each_warp(const cg_run* run, uint64_t count, const F& f) {
+  if (count == 0) return CG_OK;
+  const uint64_t blocks = (count + kThreads / kLanes - 1) / (kThreads / kLanes);
+  warp_kernel<<<uint32_t(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream_of(run)>>>(count, f);
   return launched();
 }
 
@@ -123,6 +139,12 @@ int32_t for_each_tile(const cg_run* run, const cg_section& section, uint64_t til
 template <class F>
 int32_t for_each(const cg_run*, uint64_t count, const F& f) {
   for (uint64_t i = 0; i < count; i++) f(i);
+  return CG_OK;
+}
+
+template <class F>
+int32_t for_each_warp(const cg_run*, uint64_t count, const F& f) {
+  for (uint64_t i = 0; i < count; i++) f(Warp(), i);
   return CG_OK;
 }
 

@@ -12,8 +12,8 @@ UMAC, CRYPTO 1999): a change of several words goes unseen with probability 2^-32
 sum a sees every change of a single word. Nothing depends on the order of the additions, so that a device can reduce a
 block in parallel, and the products need no carry, so that plain torch operations compute them.
 
-The definition is the same on every device: the compiled library computes it on the CPU in one pass; elsewhere, and
-without the library, torch does in seven. Checksums find accidents; they do not resist an attacker.
+The definition is the same on every device: the compiled libraries compute it on the CPU and on a GPU in one pass;
+elsewhere, and without a library, torch does in seven. Checksums find accidents; they do not resist an attacker.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ SLAB_BYTES = {"cpu": 1 << 18}
 """Bytes that torch reduces at a time: on a CPU those that stay in a core's cache."""
 SLAB_BYTES_ELSEWHERE = 1 << 26
 """On other devices: bounds the memory of temporaries to four times this."""
+DEVICE_ALIGNMENT = 16
+"""Alignment of the memory that the compiled code sums on a GPU, in bytes."""
 MASK_64 = (1 << 64) - 1
 
 
@@ -94,8 +96,10 @@ def _digest(nbytes: int, sums: bytes) -> str:
 def _block_sums(tensor: Tensor) -> Tensor:
     """The sums a and b of every block: int64 [2 * blocks], on the tensor's device."""
     flat = _bytes(tensor)
-    if flat.device.type == "cpu" and sys.byteorder == "little" and native.available():
-        sums = torch.empty(2 * -(-len(flat) // (8 * BLOCK_WORDS)), dtype=torch.int64)
+    if sys.byteorder == "little" and native.offers("cg_block_sums", flat.device):
+        if flat.device.type != "cpu" and flat.data_ptr() % DEVICE_ALIGNMENT:  # a view that begins inside its storage
+            flat = flat.clone()
+        sums = torch.empty(2 * -(-len(flat) // (8 * BLOCK_WORDS)), dtype=torch.int64, device=flat.device)
         native.call("cg_block_sums", flat, len(flat), _keys(flat.device), BLOCK_WORDS, sums)
         return sums
     return torch_block_sums(flat)
