@@ -175,29 +175,6 @@ def test_a_machine_that_cannot_run_the_cuda_library_says_why() -> None:
     assert found.shared_bytes == 0
 
 
-@pytest.fixture
-def failing_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A CUDA library that the GPU cannot run, and why."""
-    reason = "no kernel image is available for execution on the device"
-    monkeypatch.setattr(native, "_cuda_library", object)
-    monkeypatch.setattr(native, "probe", lambda library: native.Probe(reason, 0))
-    native._cuda_probe.cache_clear()
-    yield reason
-    native._cuda_probe.cache_clear()
-
-
-def test_a_gpu_that_cannot_run_the_library_is_passed_over_with_one_warning(
-    failing_gpu: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, logger="hf_cachegen"):
-        assert not native.available("cuda")
-        assert not native.available(torch.device("cuda"))
-        assert native.batch_shared_bytes(torch.device("cuda")) == 0
-    assert [failing_gpu in record.getMessage() for record in caplog.records] == [True]
-    with pytest.raises(NativeError, match=failing_gpu):
-        native._need_library("cuda")
-
-
 # The C ABI.
 
 

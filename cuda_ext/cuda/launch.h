@@ -23,7 +23,8 @@ namespace cachegen {
 
 constexpr uint32_t kThreads = 256;             // of a block of for_each
 constexpr uint32_t kMaxWarps = 6;              // of a block; two have room for their registers
-constexpr uint32_t kStagedBytes = 80 << 10;    // two blocks fit on an A100, an H100 and a B200; one on smaller GPUs
+constexpr uint32_t kStagedBytes = 80 << 10;    // two blocks fit on an A100, an H100 and a B200; a T4's block has less
+constexpr uint32_t kFixedBytes = 1 << 10;      // of a block of tile_kernel, beside what is staged
 constexpr uint32_t kTableBytes = 4u << 11;     // of a table's slots, at the usual prob_bits
 constexpr uint32_t kMaxBlocks = 1u << 30;
 
@@ -119,15 +120,17 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
 template <class F>
 int32_t for_each_tile(const cg_run* run, const cg_section& section, uint64_t tiles, int32_t* status, bool staged,
                       const F& f) {
-  int device = 0, processors = 1;
+  int device = 0, processors = 1, shared = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return CG_FAILED;
   if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return CG_FAILED;
+  if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return CG_FAILED;
   // Few tiles go to many multiprocessors, all at once; many share what is staged.
   const uint64_t wanted = (tiles + 2 * uint64_t(processors) - 1) / (2 * uint64_t(processors));
   const uint32_t warps = uint32_t(wanted < 1 ? 1 : wanted > kMaxWarps ? kMaxWarps : wanted);
   const uint64_t blocks = (tiles + warps - 1) / warps;
   const uint64_t known = uint64_t(section.tables_per_tile) * warps * kTableBytes;
-  const uint32_t bytes = !staged ? 0 : known > 0 && known < kStagedBytes ? uint32_t(known) : kStagedBytes;
+  const uint32_t room = uint32_t(shared) < kStagedBytes + kFixedBytes ? uint32_t(shared) - kFixedBytes : kStagedBytes;
+  const uint32_t bytes = !staged ? 0 : known > 0 && known < room ? uint32_t(known) : room;
   if (staged && cudaFuncSetAttribute(tile_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) != cudaSuccess)
     return CG_FAILED;
   tile_kernel<<<uint32_t(blocks), warps * kLanes, bytes, stream_of(run)>>>(section, tiles, status, bytes, f);
