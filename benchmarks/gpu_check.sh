@@ -3,19 +3,29 @@
 # torch, transformers and the package's other dependencies; nothing is downloaded.
 #
 #   OUT=results bash benchmarks/gpu_check.sh          PYTHON=python3.12 names another interpreter
+#   TRY=1 OUT=results bash benchmarks/gpu_check.sh    tries every step on a machine without a GPU, with small sizes
 #
-# Both libraries are carried prebuilt (python setup.py build_ext --inplace, where there is nvcc); one that is missing is built
-# here. Then: does the GPU run the library; the CUDA tests, none of which may skip; speeds; the product path on a random 8B
-# model; hostile streams and a small decode under compute-sanitizer (memory, races in shared memory). Every step has a limit,
-# and a failure stops no other. Writes 7 files into $OUT: summary.txt, tests.txt, bench.txt, cuda.json, product.json,
+# Both libraries are carried prebuilt (hf_cachegen/_cpu.so and hf_cachegen/_cuda.so; python setup.py build_ext --inplace makes
+# them where there is nvcc). One that is missing or does not load is compiled here, without setuptools. Then: does the GPU run
+# the library; the CUDA tests, none of which may skip; speeds; the product path on a random 8B model; the host's work; hostile
+# streams and small decodes under compute-sanitizer (memory, races in shared memory). Every step has a limit, and a failure
+# stops no other. Writes 8 files into $OUT: summary.txt, tests.txt, bench.txt, cuda.json, product.json, host.json,
 # memcheck.txt, racecheck.txt. Exits with 1 if anything failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
+TRY=${TRY:-}
 mkdir -p "$OUT"
-export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8 FAIL_WITHOUT_CUDA=1
+export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8 HF_HUB_OFFLINE=1
 TESTS=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts= -o filterwarnings=default tests/test_cuda.py)
+BENCH=() PRODUCT=() HOST=()
+if [[ $TRY ]]; then
+    BENCH=(--device cpu --tokens 512 --layers 2) PRODUCT=(--device cpu --hidden 256 --layers 2 --tokens 512 --rounds 1)
+    HOST=(--layers 2)
+else
+    export FAIL_WITHOUT_CUDA=1
+fi
 failed=()
 
 step() {  # step NAME SECONDS LOG COMMAND...
@@ -31,26 +41,37 @@ step() {  # step NAME SECONDS LOG COMMAND...
     fi
 }
 
-rm -f "$OUT"/{summary,tests,bench,memcheck,racecheck}.txt
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$OUT/summary.txt"
-if [[ ! -f hf_cachegen/_cpu.so || ! -f hf_cachegen/_cuda.so ]]; then
-    capability=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
-    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} CACHEGEN_BUILD_CUDA=1 \
-        step build 60 bench.txt "$PYTHON" setup.py -q build_ext --inplace
+loads() {  # loads NAME: whether the library is there, of this ABI, and built for this system
+    "$PYTHON" -c "from hf_cachegen.codec import native; native.load(native.$1)" >>"$OUT/bench.txt" 2>&1
+}
+
+rm -f "$OUT"/{summary,tests,bench,memcheck,racecheck}.txt "$OUT"/{cuda,product,host}.json
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv 2>&1 | tee "$OUT/summary.txt"
+if ! loads LIBRARY; then
+    step build_cpu 60 bench.txt g++ -std=c++17 -O3 -DNDEBUG -fPIC -shared -fvisibility=hidden -pthread -ffp-contract=off \
+        cuda_ext/cpu/*.cpp -o hf_cachegen/_cpu.so
+fi
+if [[ ! $TRY ]] && ! loads CUDA_LIBRARY; then
+    capability=$("$PYTHON" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
+    step build_cuda 150 bench.txt nvcc -std=c++17 -O3 -shared --cudart=static --extended-lambda --threads=0 --fmad=false \
+        -Xcompiler=-fPIC,-fvisibility=hidden -gencode="arch=compute_$capability,code=sm_$capability" cuda_ext/cuda/*.cu \
+        -o hf_cachegen/_cuda.so
 fi
 step probe 30 summary.txt "$PYTHON" -c "
-import torch, transformers
+import os, torch, transformers
 from hf_cachegen.codec import native
 print('torch', torch.__version__, 'transformers', transformers.__version__)
-found = native.probe(native.load(native.CUDA_LIBRARY))
+library = native.LIBRARY if os.environ.get('TRY') else native.CUDA_LIBRARY
+found = native.probe(native.load(library))
 print(found)
 raise SystemExit(bool(found.reason))"
 step tests 80 tests.txt "${TESTS[@]}"
-step bench_cuda 70 bench.txt "$PYTHON" -m benchmarks.bench_cuda --out "$OUT/cuda.json"
-step product 60 bench.txt "$PYTHON" -m benchmarks.gpu_product --out "$OUT/product.json"
+step bench_cuda 60 bench.txt "$PYTHON" -m benchmarks.bench_cuda --out "$OUT/cuda.json" "${BENCH[@]}"
+step product 70 bench.txt "$PYTHON" -m benchmarks.gpu_product --out "$OUT/product.json" "${PRODUCT[@]}"
+step host 20 bench.txt "$PYTHON" -m benchmarks.host_time --out "$OUT/host.json" "${HOST[@]}"
 for tool in memcheck racecheck; do  # limited to this library's kernels
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 50 "$tool.txt" compute-sanitizer --tool "$tool" \
-        --kernel-regex kns=cachegen --error-exitcode 7 "${TESTS[@]}" -k "hostile or small_batch"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 45 "$tool.txt" compute-sanitizer --tool "$tool" \
+        --kernel-regex kns=cachegen --error-exitcode 7 "${TESTS[@]}" -k "few_hostile or small_batch or sums"
 done
 cat "$OUT/summary.txt"
 if ((${#failed[@]})); then

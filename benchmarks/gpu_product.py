@@ -23,9 +23,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_cachegen
 from benchmarks.bench_codec import machine
 from hf_cachegen import CacheGenCache, CacheGenConfig
+from hf_cachegen.models.checksum import checksums
 
 QUESTION = 32
 """Tokens that follow the context."""
+LOSSLESS_PART = 8
+"""Share of the context that is stored without loss: the CPU encodes it."""
 
 
 def random_model(hidden: int, layers: int, tokens: int, device: torch.device) -> LlamaForCausalLM:
@@ -60,7 +63,11 @@ def measure(model: LlamaForCausalLM, tokens: int, rounds: int, device: torch.dev
     ids = torch.randint(5, 32000, (1, tokens + QUESTION), device=device)
     options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False}
     figures: dict[str, Any] = {"prefill": best(lambda: model.generate(ids, **options), rounds, device)}
-    cache = CacheGenCache.from_context(model, ids[:, :tokens], CacheGenConfig(transform="identity"), profile=None)
+    weights = list(model.parameters())
+    figures["weights, bytes"] = sum(x.nbytes for x in weights)
+    figures["checksum of the weights"] = best(lambda: checksums(weights), rounds, device)
+    config = CacheGenConfig(transform="identity", measure=False)
+    cache = CacheGenCache.from_context(model, ids[:, :tokens], config, profile=None)
     start = time.perf_counter()
     cache.save_pretrained(folder)
     figures["save"] = time.perf_counter() - start
@@ -83,6 +90,14 @@ def measure(model: LlamaForCausalLM, tokens: int, rounds: int, device: torch.dev
             hf_cachegen.generate(model, ids, cache=str(folder), slo=10.0, refine=refine, **options)
 
         figures[f"stream and first token, refine={refine}"] = best(streamed, rounds, device)
+    short = tokens // LOSSLESS_PART
+    config = CacheGenConfig(lossless=True, measure=False)
+    CacheGenCache.from_context(model, ids[:, :short], config, profile=None).save_pretrained(folder / "lossless")
+
+    def exact() -> None:
+        CacheGenCache.from_pretrained(folder / "lossless", model=model, profile=None)
+
+    figures[f"load {short} tokens, lossless"] = best(exact, rounds, device)
     return figures
 
 

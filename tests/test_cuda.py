@@ -19,8 +19,8 @@ from hf_cachegen.codec import native, passes, rans
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
-from hf_cachegen.codec.rows import gather
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
+from hf_cachegen.models import checksum
 from hf_cachegen.streaming.layers import LayerWriter
 from tests.coder_support import draw_section, laplace_tables
 from tests.kv_samples import sample_kv
@@ -55,14 +55,24 @@ def test_each_decodes_what_the_other_encodes(columns: int, tokens: int, contexts
     assert torch.equal(torch.ops.cachegen.decode(packed, sizes, *side, tokens).cpu(), section.symbols)
 
 
+def test_a_few_hostile_streams_end_in_errors() -> None:
+    """Few enough for a sanitizer."""
+    assert damaged(1, 20) > 10
+
+
 @pytest.mark.parametrize("contexts", [1, 3])
 def test_hostile_streams_end_in_errors(contexts: int) -> None:
+    assert damaged(contexts, 500) > 400
+
+
+def damaged(contexts: int, rounds: int) -> int:
+    """Decode damaged streams. Return how often an error was found."""
     section = draw_section(3, 40, 300, TABLES, contexts)
     streams = section.encode()
     side = (TABLES.on(torch.device("cuda", 0)), section.table_ids.cuda())
     known = None if section.contexts is None else section.contexts.cuda()
     chance, caught = random.Random(1), 0
-    for _ in range(500):
+    for _ in range(rounds):
         data = bytearray(b"".join(streams))
         for _ in range(chance.randint(1, 30)):
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -73,8 +83,8 @@ def test_hostile_streams_end_in_errors(contexts: int) -> None:
             torch.ops.cachegen.decode(packed, torch.tensor(sizes), *side, known, 40)
         except (CorruptError, TruncatedError):
             caught += 1
-    assert caught > 400
     torch.cuda.synchronize()
+    return caught
 
 
 def test_ops_refuse_tensors_on_different_devices() -> None:
@@ -194,13 +204,51 @@ def test_readers_get_what_was_put_before() -> None:
     keys, values = sample_kv(tokens=3000, dim=128)
     made = Encoder(keys, values, CacheGenConfig(transform="identity"))
     writer = LayerWriter(made.geometry, [torch.device("cuda", 0)] * len(keys))
-    rows = gather(keys, values, Span(0, 3000, 3000))
+    pieces = [x.cuda() for pair in zip(keys, values, strict=True) for x in pair]
     for sign in (1, -1):
-        writer.put(sign * rows, Span(0, 3000, 3000))
+        writer.adopt(changed := [sign * x for x in pieces])
+        writer.put(changed, Span(0, 3000, 3000))
         with writer.reading():
             found = [x.clone() for x in writer.keys]
-        writer.put(0 * rows, Span(0, 3000, 3000))
+        writer.adopt(nothing := [0 * x for x in pieces])
+        writer.put(nothing, Span(0, 3000, 3000))
         assert all(torch.equal(x.cpu(), sign * y) for x, y in zip(found, keys, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lossless_chunks_are_decoded_there(dtype: torch.dtype) -> None:
+    keys, values = sample_kv(tokens=700, dim=64, dtype=dtype)
+    found = decode_kv(encode_kv(keys, values, CacheGenConfig(lossless=True, chunk_tokens=64)), device="cuda")
+    for x, y in zip((*keys, *values), (*found[0], *found[1]), strict=True):
+        assert y.is_cuda
+        assert torch.equal(x, y.cpu())
+
+
+@pytest.mark.parametrize("elsewhere", ["cpu", "cuda"])
+@pytest.mark.parametrize("transform", ["identity", "delta"])
+def test_refinements_are_decoded_there(transform: str, elsewhere: str) -> None:
+    """Beside the tensors, on a stream of their own; layers on another device get their values from the GPU."""
+    keys, values = sample_kv(tokens=300, dim=64)
+    made = Encoder(keys, values, CacheGenConfig(transform=transform, chunk_tokens=64))
+    first, second = torch.device("cuda", 0), torch.device(elsewhere, 0 if elsewhere == "cuda" else None)
+    writer = LayerWriter(made.geometry, [first, second, second])
+    for level in (1, 3):
+        for parts, span in zip(made.chunks(), made.rows.spans, strict=True):
+            pieces = writer.rows(made.codec, parts[:level], span)
+            assert pieces[0].is_cuda
+            writer.put(pieces, span)
+    found, expected = writer.kv(), decode_kv(encode_kv(keys, values, made.config), 3)
+    for x, y in zip((*found.keys, *found.values), (*expected[0], *expected[1]), strict=True):
+        assert torch.equal(x.cpu(), y)
+
+
+@pytest.mark.parametrize("nbytes", [1, 17, 16384, 1_000_003])
+def test_sums_of_blocks_are_those_of_here(nbytes: int) -> None:
+    data = torch.randint(0, 256, (nbytes + 8,), dtype=torch.uint8)
+    for first in (0, 3):  # also memory that is not aligned
+        part = slice(first, first + nbytes)
+        found = checksum._block_sums(data.cuda()[part])
+        assert torch.equal(found.cpu(), checksum.torch_block_sums(data[part]))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
