@@ -6,6 +6,8 @@
     header = {"key", "parent", "depth", "family", "geometry", "config", "segments": [[name, length, XXH3-128], ...]}
     segments = "tokens" (int64 [block_tokens]), "side", then "part-0" (the base), "part-1", ... up to the stored level
 
+A checkpoint of recurrent states is a file of the same form without tokens (`checkpoint.py`).
+
 A block carries its side information (steps, tables) itself. Contexts share blocks, so no context could keep it for
 them, and a block that is fetched or evicted alone stays readable. docs/prefix_cache.md says what that costs.
 
@@ -42,7 +44,7 @@ class Block:
         key, parent: of this block and of the one before it; the parent of a first block is the salt of the family.
         depth: number of blocks before it.
         family: what it belongs to.
-        tokens: its token ids.
+        tokens: its token ids; none in a checkpoint.
         geometry: the geometry of its tensors, as plain values.
         config: the codec's options, as plain values.
         side: the codec's side information.
@@ -100,7 +102,8 @@ def load(data: bytes, expected: bytes | None = None) -> Block:
         raise CorruptError(f"block {key.hex()[:16]} holds other tokens than its key says; it is recomputed")
     family = Family(header["family"])
     width = family.fields.get("block_tokens")
-    if len(tokens) % 8 or type(width) is not int or len(tokens) != 8 * width:
+    # A child without tokens is a checkpoint of states (checkpoint.py); its key is no block's.
+    if tokens and (len(tokens) % 8 or type(width) is not int or len(tokens) != 8 * width):
         raise ManifestError(f"expected {width!r:.40} tokens of 8 bytes, found {len(tokens)} bytes of them")
     depth = header["depth"]
     if not 0 <= depth < MAX_DEPTH or (depth == 0 and parent != family.salt):

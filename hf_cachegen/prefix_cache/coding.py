@@ -65,9 +65,12 @@ class Coding:
         Raises:
             TensorError: the tensors cannot be encoded.
         """
+        key = block_key(parent, pack_tokens(tokens))
+        if not layers:  # of a model with recurrent states alone: its block is a name for them
+            empty = Geometry((), len(tokens), 1, family.fields["fingerprint"]["dtype"]).to_dict()
+            return Block(key, parent, depth, family, tuple(tokens), empty, {}, b"", (b"",))
         encoded = encode_kv(keys, values, self.of_block(depth, len(tokens)), self.profile, layers=list(layers))
         parts = tuple(part[0] for part in encoded.parts[: self.level])
-        key = block_key(parent, pack_tokens(tokens))
         return Block(
             key, parent, depth, family, tuple(tokens), encoded.geometry.to_dict(), encoded.config.to_dict(),
             encoded.side, parts,
@@ -99,6 +102,8 @@ class Coding:
         Raises:
             ArtifactError: the bytes are not what an encoder writes.
         """
+        if not geometry.layers:
+            return
         try:
             config = CacheGenConfig.from_dict(block.config)
         except (ConfigError, TypeError) as error:

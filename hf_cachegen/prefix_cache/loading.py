@@ -33,6 +33,12 @@ class Loaded:
     blocks: int
     tensors: list[Tensor]
 
+    def cut(self, blocks: int) -> Loaded:
+        """Return the first so many blocks of these."""
+        if blocks >= self.blocks:
+            return self
+        return Loaded(blocks, [tensor[:, :, : tensor.shape[2] // self.blocks * blocks] for tensor in self.tensors])
+
 
 NOTHING = Loaded(0, [])
 
@@ -82,8 +88,7 @@ class Loader:
                 if common > shared:
                     shared, source = common, loaded[other]
             if shared == len(wanted[row]):
-                tokens = shared * self._block_tokens(source)
-                loaded[row] = Loaded(shared, [tensor[:, :, :tokens] for tensor in source.tensors])
+                loaded[row] = source.cut(shared)
             else:
                 loaded[row] = self._row(wanted[row], found[row], shared, source, wait)
                 decoded += loaded[row].blocks - shared
@@ -134,10 +139,6 @@ class Loader:
 
     def _placed(self, tensors: list[Tensor]) -> list[Tensor]:
         return [tensor.to(self.devices[index // 2]) for index, tensor in enumerate(tensors)]
-
-    @staticmethod
-    def _block_tokens(loaded: Loaded) -> int:
-        return int(loaded.tensors[0].shape[2]) // loaded.blocks
 
 
 def _common(first: Sequence[bytes], second: Sequence[bytes]) -> int:

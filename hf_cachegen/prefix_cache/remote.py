@@ -55,6 +55,16 @@ class RemoteTier:
                 high = middle - 1
         return low
 
+    def present(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Return those of some keys that are stored, in any order; all are asked for in parallel.
+
+        Raises:
+            StoreError: the location cannot be asked.
+        """
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hf_cachegen-prefix-ask") as pool:
+            there = list(pool.map(lambda key: self.objects.exists(name_of(key)), keys))
+        return {key for key, stored in zip(keys, there, strict=True) if stored}
+
     def fetch(self, keys: Sequence[bytes], wait: Callable[[int], float | None]) -> Iterator[bytes | None]:
         """Yield the bytes of these blocks' files in order, not proved, fetched in parallel; None for a missing one.
 

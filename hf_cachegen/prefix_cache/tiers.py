@@ -7,10 +7,12 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from hf_cachegen.errors import ArtifactError, CacheGenError, PrefixCacheError, StoreError
 from hf_cachegen.prefix_cache.block import Block
+from hf_cachegen.prefix_cache.keys import checkpoint_key
 from hf_cachegen.prefix_cache.local import LocalTier
 from hf_cachegen.prefix_cache.protect import Protection
 from hf_cachegen.prefix_cache.remote import RemoteTier
@@ -19,6 +21,8 @@ from hf_cachegen.prefix_cache.stats import Counters
 LOG = logging.getLogger("hf_cachegen.prefix_cache")
 PENALTY_SECONDS = 60.0
 """How long a location that failed is left alone."""
+NEAR = 16
+"""Blocks at the end of a chain of which a location is asked for every checkpoint."""
 Result = TypeVar("Result")
 
 
@@ -32,6 +36,16 @@ class Found:
     def count(self) -> int:
         """Number of blocks."""
         return sum(count for _, count in self.runs)
+
+    def cut(self, blocks: int) -> Found:
+        """Return where the first so many blocks are."""
+        runs = []
+        for tier, count in self.runs:
+            taken = min(blocks, count)
+            blocks -= taken
+            if taken:
+                runs.append((tier, taken))
+        return Found(tuple(runs))
 
 
 class Tiers:
@@ -57,10 +71,29 @@ class Tiers:
         for number, remote in enumerate(self.remotes):
             if position == len(keys) or self._failed.get(number, 0.0) > time.monotonic():
                 continue
-            count = self._ask(number, remote, keys[position:])
+            count = self._tried(number, remote, partial(remote.stored, keys[position:]), 0)
             runs.append((remote, count))
             position += count
         return Found(tuple(run for run in runs if run[1]))
+
+    def checkpoints(self, keys: Sequence[bytes], every: int) -> list[tuple[int, RemoteTier | None]]:
+        """Return the stored checkpoints of a chain, latest first: the number of blocks before each, and its tier.
+
+        Locations behind the folder are asked for those alone that are later than the folder's latest: the last NEAR
+        blocks and every `every`-th one.
+        """
+        named = [checkpoint_key(key) for key in keys]
+        nothing: set[bytes] = set()
+        held = self._guarded(lambda: self.local.index.present(named), nothing)
+        found: dict[int, RemoteTier | None] = {number + 1: None for number, key in enumerate(named) if key in held}
+        for number, remote in enumerate(self.remotes):
+            latest = max(found, default=0)
+            asked = [n for n in range(latest + 1, len(keys) + 1) if n > len(keys) - NEAR or n % every == 0]
+            if not asked or self._failed.get(number, 0.0) > time.monotonic():
+                continue
+            there = self._tried(number, remote, partial(remote.present, [named[n - 1] for n in asked]), nothing)
+            found.update({n: remote for n in asked if named[n - 1] in there})
+        return sorted(found.items(), key=lambda item: -item[0])
 
     def read(
         self, keys: Sequence[bytes], found: Found, wait: Callable[[int], float | None] = lambda _: None
@@ -114,14 +147,16 @@ class Tiers:
         if local:
             self._guarded(lambda: self.local.drop(key), 0)
 
-    def _ask(self, number: int, remote: RemoteTier, keys: Sequence[bytes]) -> int:
+    def _tried(
+        self, number: int, remote: RemoteTier, function: Callable[[], Result], otherwise: Result
+    ) -> Result:
         try:
-            return remote.stored(keys)
+            return function()
         except CacheGenError as error:
             self.counters.add(errors=1)
             self._failed[number] = time.monotonic() + PENALTY_SECONDS
             LOG.warning("%s is left alone for %d seconds: %s", remote, PENALTY_SECONDS, error)
-            return 0
+            return otherwise
 
     def _guarded(self, function: Callable[[], Result], otherwise: Result) -> Result:
         try:
