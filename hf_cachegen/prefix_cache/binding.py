@@ -33,6 +33,7 @@ class Binding:
         prefill: how fast the model computes.
         continuation: how it continues from recurrent states; None for a model without them.
         load: how fast blocks are loaded.
+        decode: how fast they are decoded.
     """
 
     family: Family
@@ -40,6 +41,7 @@ class Binding:
     prefill: PrefillSpeed
     continuation: Continuation | None
     load: LoadSpeed = field(default_factory=LoadSpeed)
+    decode: LoadSpeed = field(default_factory=LoadSpeed)
 
 
 def bind(prefix_cache: Storage, model: PreTrainedModel) -> Binding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_cachegen.errors import ArtifactError, MismatchError
@@ -11,14 +11,13 @@ from hf_cachegen.models.recurrent import Checkpoint
 from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.checkpoint import decode_checkpoint
 from hf_cachegen.prefix_cache.keys import checkpoint_key
+from hf_cachegen.prefix_cache.levels import Time
 from hf_cachegen.prefix_cache.loading import Loaded
 from hf_cachegen.prefix_cache.stateful import Stateful
 from hf_cachegen.prefix_cache.tiers import Found, Tiers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Wait = Callable[[int], float | None]
 
 
 class Resuming:
@@ -42,14 +41,14 @@ class Resuming:
         self.arrived: list[tuple[Block, bytes]] = []
         self._read: dict[bytes, Checkpoint | None] = {}
 
-    def cut(self, row: int, keys: Sequence[bytes], where: Found, wait: Wait) -> Found:
+    def cut(self, row: int, keys: Sequence[bytes], where: Found, left: Time) -> Found:
         """Cut what is stored of a row to its last checkpoint that can be read, and keep that.
 
         Args:
             row: the row.
             keys: the keys of its blocks.
             where: where they are.
-            wait: seconds that a block of this number may be waited for.
+            left: how long to wait for its blocks.
         """
         keys = keys[: min(where.count, self.stateful.usable(self.tokens))]
         self.found[row] = None
@@ -58,20 +57,20 @@ class Resuming:
                 break
             key = checkpoint_key(keys[blocks - 1])
             if key not in self._read:
-                self._read[key] = self._decoded(key, Found(((tier, 1),)), wait(blocks - 1))
+                self._read[key] = self._decoded(key, Found(((tier, 1),)), Time(left.after(blocks - 1).base))
             if (checkpoint := self._read[key]) is not None:
                 self.found[row] = checkpoint
                 return where.cut(blocks)
         return Found(())
 
-    def settle(self, row: int, keys: Sequence[bytes], where: Found, loaded: Loaded, wait: Wait) -> Loaded:
+    def settle(self, row: int, keys: Sequence[bytes], where: Found, loaded: Loaded, left: Time) -> Loaded:
         """Return what a row resumes from after loading, which may have ended before its checkpoint."""
         if loaded.blocks < where.count:
-            loaded = loaded.cut(self.cut(row, keys, where.cut(loaded.blocks), wait).count)
+            loaded = loaded.cut(self.cut(row, keys, where.cut(loaded.blocks), left).count)
         return loaded
 
-    def _decoded(self, key: bytes, where: Found, seconds: float | None) -> Checkpoint | None:
-        for block, data, foreign in self.tiers.read([key], where, lambda _: seconds):
+    def _decoded(self, key: bytes, where: Found, left: Time) -> Checkpoint | None:
+        for block, data, foreign in self.tiers.read([key], where, left):
             try:
                 found = decode_checkpoint(block, self.stateful.found.shapes, self.model)
             except (ArtifactError, MismatchError) as error:

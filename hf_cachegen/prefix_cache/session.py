@@ -28,6 +28,7 @@ from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.call import ONE_BY_ONE, FirstStep, Known, PrefixCall
 from hf_cachegen.prefix_cache.checkpoint import encode_checkpoint
 from hf_cachegen.prefix_cache.keys import chain, checkpoint_key
+from hf_cachegen.prefix_cache.levels import Time
 from hf_cachegen.prefix_cache.loading import NOTHING, Loaded, Loader
 from hf_cachegen.prefix_cache.resuming import Resuming
 from hf_cachegen.prefix_cache.stateful import Held, Stateful, Watch, row_states, unfit
@@ -49,6 +50,7 @@ class Prefix:
         cache: a stock cache.
         stored: for each row of the prompt, the number of blocks that need not be stored.
         states: of a model with recurrent states: new checkpoints, [rows of the prompt, ...] each.
+        coarse: number of blocks that were loaded below their stored level.
         resumed: (row of the prompt, tokens) of the checkpoints that rows begin at.
         watch: what takes checkpoints of the answer.
         held: tokens that were held before `seconds`, of a model with recurrent states.
@@ -57,6 +59,7 @@ class Prefix:
 
     cache: Cache
     stored: list[int]
+    coarse: int = 0
     states: list[Checkpoint] = field(default_factory=list)
     resumed: list[tuple[int, int]] = field(default_factory=list)
     watch: Watch | None = None
@@ -139,7 +142,7 @@ class Session:
         """Find and load what is stored of the prompt, and make the cache to start from; None where there is none."""
         own, width = self.prefix_cache, self.prefix_cache.rules.block_tokens
         chains = [chain(binding.family.salt, row.tokens, width) for row in call.rows]
-        wait, started = partial(self._wait, call, binding), time.perf_counter()
+        left, started = self._left(call, binding), time.perf_counter()
         where = [
             own.tiers.find(keys) if len(row.tokens) >= own.rules.min_tokens else Found(())
             for row, keys in zip(call.rows, chains, strict=True)
@@ -149,21 +152,23 @@ class Session:
         if binding.continuation is not None:
             stateful = Stateful(self.model, binding.continuation, own.rules)
             resuming = Resuming(own.tiers, self.model, stateful, call.length)
-            where = [resuming.cut(row, chains[row], found, wait) for row, found in enumerate(where)]
+            where = [resuming.cut(row, chains[row], found, left) for row, found in enumerate(where)]
         loaded, keep = [NOTHING] * len(chains), self._keeper(chains)
-        stored = [found.count for found in where]
+        stored, coarse = [found.count for found in where], 0
         if any(stored) and self._pays(call, binding, where):
             loader = Loader(own.tiers, binding.coding, self.model.config, dtype_name(self.model.dtype), call.devices,
                             keep)  # fmt: skip
-            loaded, decoded = loader.rows(chains, where, wait)
+            loaded, decoded = loader.rows(chains, where, left)
             stored = [row.blocks for row in loaded]  # what could not be read is stored again
             if resuming is not None:
-                loaded = [resuming.settle(row, chains[row], where[row], got, wait) for row, got in enumerate(loaded)]
+                loaded = [resuming.settle(row, chains[row], where[row], got, left) for row, got in enumerate(loaded)]
+            coarse = loader.coarse
             if decoded:
                 binding.load.add(decoded * width, time.perf_counter() - started)
+                binding.decode.add(decoded * width, loader.decode_seconds)
         seconds = time.perf_counter() - started
         if resuming is None:
-            prefix = Prefix(call.begin([row.tensors for row in loaded]), stored)
+            prefix = Prefix(call.begin([row.tensors for row in loaded]), stored, coarse=coarse)
         else:
             for block, data in resuming.arrived:
                 keep(block, data)
@@ -175,13 +180,13 @@ class Session:
             begun = self._resumed(call, resuming, loaded)
             if begun is None:
                 return None
-            prefix = replace(begun, stored=stored)
+            prefix = replace(begun, stored=stored, coarse=coarse)
         reused = call.reused([row.blocks * width for row in loaded])
         computed = call.tokens - reused
         saved = self._prefill_seconds(binding, 0, reused)
         self.counters.add(
-            calls=1, hits=int(reused > 0), tokens_reused=reused, tokens_computed=computed, load_seconds=seconds,
-            saved_seconds=0.0 if saved is None or not reused else saved - seconds,
+            calls=1, hits=int(reused > 0), blocks_coarse=coarse, tokens_reused=reused, tokens_computed=computed,
+            load_seconds=seconds, saved_seconds=0.0 if saved is None or not reused else saved - seconds,
         )  # fmt: skip
         LOG.info("prefix cache: %d of %d prompt tokens reused, loaded in %.3f s", reused, call.tokens, seconds)
         return prefix
@@ -200,14 +205,17 @@ class Session:
         cache, states = found
         watch = stateful.watch(cache) if call.call.mode in ONE_BY_ONE else None
         keys = [(row, held.tokens) for row, held in enumerate(rows) if held.tokens]
-        return Prefix(cache, [], states, keys, watch, max(row.tokens for row in rows), time.perf_counter() - begun)
+        return Prefix(cache, [], 0, states, keys, watch, max(row.tokens for row in rows), time.perf_counter() - begun)
 
     def _keeper(self, chains: Sequence[Sequence[bytes]]) -> Callable[[Block, bytes], None]:
         """Return what keeps blocks from elsewhere in the local tier."""
 
         def keep(block: Block, data: bytes) -> None:
             before = next((keys[: block.depth] for keys in chains if block.parent in keys[: block.depth]), [])
-            self.prefix_cache.keep(block, data, before)
+            if block.missing:
+                self.prefix_cache.complete(block.key, before)
+            else:
+                self.prefix_cache.keep(block, data, before)
 
         return keep
 
@@ -223,13 +231,20 @@ class Session:
         self.counters.add(declined=1)
         return False
 
-    def _wait(self, call: PrefixCall, binding: Binding, block: int) -> float | None:
-        """Return how long this block may be waited for: until the rest of the prompt must be computed for the SLO."""
+    def _left(self, call: PrefixCall, binding: Binding) -> Time:
+        """Return how long blocks may be waited for: until the rest of the prompt must be computed for the SLO."""
         if self.slo is None:
-            return None
-        held = block * self.prefix_cache.rules.block_tokens
-        rest = self._prefill_seconds(binding, held, max(1, call.length - held)) or 0.0
-        return max(0.0, self.begun + self.slo - rest - time.monotonic())
+            return Time()
+        end, width = self.begun + self.slo, self.prefix_cache.rules.block_tokens
+
+        def seconds(blocks: int) -> float:
+            rest = self._prefill_seconds(binding, blocks * width, max(1, call.length - blocks * width)) or 0.0
+            return max(0.0, end - rest - time.monotonic())
+
+        def refinements(blocks: int) -> float:
+            return max(0.0, seconds(blocks) - (binding.decode.seconds(blocks * width) or 0.0))
+
+        return Time(seconds, refinements if binding.coding.levels > 1 else None)
 
     @staticmethod
     def _prefill_seconds(binding: Binding, first: int, tokens: int) -> float | None:
@@ -252,6 +267,8 @@ class Session:
             keys = chain(binding.family.salt, text.tokens, width)
             resumed = [tokens // width for row, tokens in prefix.resumed if row == text.prompt_row]
             used.append([*keys, *(checkpoint_key(keys[blocks - 1]) for blocks in resumed)])
+            if prefix.coarse:
+                continue  # what follows a coarser level is not what this family promises
             for depth in range(min(prefix.stored[text.prompt_row], len(keys)), len(keys)):
                 if keys[depth] not in seen:
                     seen.add(keys[depth])

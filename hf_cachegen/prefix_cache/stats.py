@@ -28,6 +28,7 @@ class PrefixCacheStats:
         checkpoints_stored: checkpoints of recurrent states that were stored.
         bytes_read, bytes_written: of block files, from the local tier and others; into the local tier.
         bytes_fetched, bytes_published: of block files, from and to locations on the network.
+        blocks_coarse: blocks of other locations that were loaded below their stored level, to meet an SLO.
         blocks_damaged: blocks that were not what was written; they were removed and computed again.
         blocks_refused: blocks that the budget had no room for, or whose predecessor was gone.
         blocks_dropped: blocks that the full queue did not take.
@@ -51,6 +52,7 @@ class PrefixCacheStats:
     bytes_written: int = 0
     bytes_fetched: int = 0
     bytes_published: int = 0
+    blocks_coarse: int = 0
     blocks_damaged: int = 0
     blocks_refused: int = 0
     blocks_dropped: int = 0

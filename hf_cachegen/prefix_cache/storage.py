@@ -80,6 +80,19 @@ class Storage:
         """Write a block that came from another location into the folder, in the background."""
         self._submit(block.key, len(data), partial(self._write, block, data, before, publish=False))
 
+    def complete(self, key: bytes, before: Sequence[bytes]) -> None:
+        """Fetch a block whole that was loaded at a coarser level, and keep it in the folder, in the background."""
+
+        def run() -> None:
+            try:
+                if not self._stored(key, before) and (found := self.tiers.whole(key)) is not None:
+                    self._write(*found, before, publish=False)
+            except CacheGenError as error:
+                self.counters.add(errors=1)
+                LOG.warning("block %s was not fetched whole: %s", key.hex()[:16], error)
+
+        self._submit(key, 0, run)
+
     def _submit(self, key: bytes, nbytes: int, function: Callable[[], None]) -> None:
         if key in self._queued:
             return

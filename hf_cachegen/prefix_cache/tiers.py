@@ -13,6 +13,7 @@ from typing import TypeVar
 from hf_cachegen.errors import ArtifactError, CacheGenError, PrefixCacheError, StoreError
 from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.keys import checkpoint_key
+from hf_cachegen.prefix_cache.levels import Time
 from hf_cachegen.prefix_cache.local import LocalTier
 from hf_cachegen.prefix_cache.protect import Protection
 from hf_cachegen.prefix_cache.remote import RemoteTier
@@ -21,6 +22,7 @@ from hf_cachegen.prefix_cache.stats import Counters
 LOG = logging.getLogger("hf_cachegen.prefix_cache")
 PENALTY_SECONDS = 60.0
 """How long a location that failed is left alone."""
+ANY_TIME = Time()
 NEAR = 16
 """Blocks at the end of a chain of which a location is asked for every checkpoint."""
 Result = TypeVar("Result")
@@ -96,7 +98,7 @@ class Tiers:
         return sorted(found.items(), key=lambda item: -item[0])
 
     def read(
-        self, keys: Sequence[bytes], found: Found, wait: Callable[[int], float | None] = lambda _: None
+        self, keys: Sequence[bytes], found: Found, left: Time = ANY_TIME
     ) -> Iterator[tuple[Block, bytes, bool]]:
         """Yield blocks in order: the block, the bytes of its file, and whether they came from elsewhere.
 
@@ -105,23 +107,41 @@ class Tiers:
         Args:
             keys: the keys of a prompt.
             found: where they are.
-            wait: seconds that the block of this number may be waited for; None for any time.
+            left: how long to wait for locations.
         """
         position = 0
         for tier, count in found.runs:
             run = keys[position : position + count]
-            files: Iterator[bytes | None] = (
-                map(self.local.get, run) if tier is None else tier.fetch(run, lambda i, p=position: wait(p + i))  # type: ignore[misc]
-            )
+            later = left.after(position)
+            by_level = later.refinements is not None and self.protection.partial
+            if tier is None:
+                files: Iterator[bytes | None] = map(self.local.get, run)
+            elif by_level:
+                files = tier.fetch_levels(run, later)
+            else:
+                files = tier.fetch(run, later.base)
             for key in run:
-                block = self._proved(tier, key, files)
+                block = self._proved(tier, key, files, by_level)
                 if block is None:
                     return
                 yield block[0], block[1], tier is not None
             position += count
 
+    def whole(self, key: bytes) -> tuple[Block, bytes] | None:
+        """Return a block, and the bytes of its file, from the first location that has it; None where none has.
+
+        Raises:
+            StoreError: a location cannot be read.
+            ArtifactError: the block is damaged.
+        """
+        for remote in self.remotes:
+            if (data := remote.get(key)) is not None:
+                self.counters.add(bytes_fetched=len(data))
+                return self.protection.parse_foreign(data, key), data
+        return None
+
     def _proved(
-        self, tier: RemoteTier | None, key: bytes, files: Iterator[bytes | None]
+        self, tier: RemoteTier | None, key: bytes, files: Iterator[bytes | None], by_level: bool
     ) -> tuple[Block, bytes] | None:
         where = self.local.directory if tier is None else tier
         try:
@@ -132,7 +152,8 @@ class Tiers:
                 self.counters.add(bytes_read=len(data))
                 return self.protection.parse(data, key), data
             self.counters.add(bytes_read=len(data), bytes_fetched=len(data))
-            return self.protection.parse_foreign(data, key), data
+            parse = self.protection.parse_beginning if by_level else self.protection.parse_foreign
+            return parse(data, key), data
         except ArtifactError as error:
             self.damaged(key, f"{where}: {error}", local=tier is None)
         except (StoreError, PrefixCacheError, OSError) as error:
