@@ -324,4 +324,4 @@ def test_options_are_checked(tmp_path: Path) -> None:
 def test_it_is_pickled_by_its_options(prefix_cache: PrefixCache) -> None:
     again = pickle.loads(pickle.dumps(prefix_cache))
     assert again.local.directory == prefix_cache.local.directory
-    assert again.block_tokens == WIDTH
+    assert again.rules.block_tokens == WIDTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from hf_cachegen import CacheGenCache, CacheGenConfig, PrefixCache
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, PrefixCacheError, StoreError
 from hf_cachegen.generation import attach, generate
-from hf_cachegen.prefix_cache import PrefixCacheCollector
-from hf_cachegen.prefix_cache.remote import RemoteTier
+from hf_cachegen.prefix_cache import PrefixCacheCollector, levels
+from hf_cachegen.prefix_cache.remote import RemoteTier, name_of
 from hf_cachegen.prefix_cache.transfer import export_artifact, import_artifact
 from hf_cachegen.stores.objects import Objects
 from tests.generation_support import fed, seeded
+from tests.hub_server import Repo, running_hub
 from tests.prefix_cache_support import WIDTH, same_as_stock, small
 from tests.tiny_models import make, shared, tokens
 
@@ -137,6 +139,94 @@ def test_blocks_that_do_not_come_before_the_slo_are_computed(
     assert time.monotonic() - begun < 5
     with pytest.raises(ConfigError, match="location"):
         model.generate(IDS, slo=0.3, refine="off", max_new_tokens=1)
+
+
+IDENTITY = CacheGenConfig(transform="identity")
+
+
+def test_a_slow_location_gives_the_base_in_time_and_the_rest_afterwards(
+    tmp_path: Path, team: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refinements never come before the SLO: the bases are decoded, and the whole blocks are kept afterwards."""
+    seeded(generate, shared("llama"), IDS, prefix_cache=(first := small(tmp_path / "1", remote=team, config=IDENTITY)))
+    first.flush()
+    reader = small(tmp_path / "reader", shared=[team], config=IDENTITY)
+    released = threading.Event()
+    monkeypatch.setattr(levels.Parts, "fetch", lambda *_: released.wait(60))
+    monkeypatch.setattr("hf_cachegen.prefix_cache.storage.Storage.complete", lambda self, *asked: later.append(asked))
+    later: list[Any] = []
+    model = attach(make("llama"), prefix_cache=reader)
+    with fed(model) as lengths:
+        model.generate(IDS, slo=2.0, max_new_tokens=9, do_sample=False)
+    released.set()
+    assert lengths[0] == 1
+    assert reader.stats().blocks_coarse == len(later) == 5
+    assert reader.stats().errors == reader.stats().blocks_damaged == 0
+    monkeypatch.undo()
+    reader.flush()
+    assert reader.stats().blocks == 0, "nothing that follows a coarser level is stored"
+    for key, before in later:
+        reader.complete(key, before)
+    reader.flush()
+    rows = sorted(first.local.index.rows(), key=lambda row: row.depth)
+    assert reader.stats().nbytes == sum(row.nbytes for row in rows[:5]), "whole blocks"
+    with fed(model) as lengths:
+        model.generate(IDS, slo=2.0, max_new_tokens=1, do_sample=False)
+    assert lengths[0] == 1
+    assert reader.stats().blocks_coarse == 5, "and found whole"
+
+
+@pytest.mark.parametrize("slo", [None, 60.0])
+def test_a_fast_location_gives_the_stored_level(slo: float | None, tmp_path: Path, team: str) -> None:
+    seeded(generate, shared("llama"), IDS, prefix_cache=(first := small(tmp_path / "1", remote=team, config=IDENTITY)))
+    first.flush()
+    reader = small(tmp_path / "reader", shared=[team], config=IDENTITY)
+    again = seeded(generate, shared("llama"), IDS, prefix_cache=small(tmp_path / "1", config=IDENTITY))
+    assert torch.equal(seeded(generate, shared("llama"), IDS, prefix_cache=reader, slo=slo), again)
+    reader.flush()
+    assert reader.stats().hits == 1
+    assert reader.stats().blocks_coarse == 0
+    assert reader.stats().blocks >= 5, "what was fetched is kept"
+
+
+def test_damage_and_loss_at_a_location_end_the_levels_there(tmp_path: Path, team: str) -> None:
+    seeded(generate, shared("llama"), IDS, prefix_cache=(first := small(tmp_path / "1", remote=team, config=IDENTITY)))
+    first.flush()
+    memory, rows = fsspec.filesystem("memory"), sorted(first.local.index.rows(), key=lambda row: row.depth)
+    name = "team/prefixes/" + name_of(rows[2].key)
+    whole = memory.cat_file(name)
+    damaged = (b"", b"x" * 10, whole[:3000], whole[:9] + b"\xff" * 3 + whole[12:], whole[:-1] + b"!")
+    for number, data in enumerate(damaged):
+        memory.pipe_file(name, data)
+        reader = small(tmp_path / f"reader{number}", shared=[team], config=IDENTITY)
+        with fed(shared("llama")) as lengths:
+            seeded(generate, shared("llama"), IDS, prefix_cache=reader, slo=60.0)
+        assert lengths[0] == 40 - 16, number
+        assert reader.stats().blocks_damaged == 1
+    assert small(tmp_path / "last", shared=[team], config=IDENTITY).tiers.whole(rows[0].key) is not None
+
+
+@pytest.mark.parametrize("location", ["hf://datasets/team/prefixes/blocks", "hf://datasets/team/prefixes/blocks@main"])
+def test_a_repository_on_the_hub_is_a_shared_tier(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(small(tmp_path / "first"))
+    files = {
+        f"blocks/{path.parent.name}/{path.name}": path.read_bytes()
+        for path in (tmp_path / "first" / "blocks").rglob("*") if path.is_file()
+    }  # fmt: skip
+    with running_hub(monkeypatch) as hub:
+        hub.repos["datasets/team/prefixes"] = Repo(False)
+        hub.repos["datasets/team/prefixes"].commit({".gitattributes": b"", **files}, "prefixes")
+        reader = small(tmp_path / "reader", shared=[location])
+        fill(reader, torch.cat([IDS, tokens(20, 7)], 1))
+        assert reader.stats().tokens_reused == 40
+        assert reader.stats().errors == reader.stats().blocks_damaged == reader.stats().bytes_published == 0
+        with pytest.raises(ConfigError, match="read-only"):
+            small(tmp_path / "other", remote=location)
+        assert small(tmp_path / "third", shared=[location]).tiers.remotes[0].writable is False
+        with pytest.raises(StoreError):
+            small(tmp_path / "none", shared=["hf://datasets/team/nothing"])
 
 
 def test_sealed_blocks_open_with_their_key_alone(tmp_path: Path, team: str) -> None:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.errors import TensorError
+from hf_cachegen.models.kinds import layer_contents
+from hf_cachegen.models.recurrent import Checkpoint, put_states, states_of
 from hf_cachegen.models.requirements import layer_kinds
 
 if TYPE_CHECKING:
@@ -86,11 +88,7 @@ def dynamic_cache(
             keys, values = _filled(rows, 2 * index, pads, length, repeats), _filled(
                 rows, 2 * index + 1, pads, length, repeats
             )
-            if isinstance(layer, WholeSlidingLayer):
-                layer.fill(keys, values)
-            else:
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys, values
+            _fill_layer(layer, keys, values)
         cache.layers.append(layer)
     return cache
 
@@ -107,6 +105,52 @@ def static_cache(
     return cache
 
 
+def state_cache(
+    config: PreTrainedConfig, rows: Sequence[RowTensors], states: Checkpoint | None, length: int, repeats: int,
+    devices: Sequence[torch.device], capacity: int | None = None,
+) -> Cache:  # fmt: skip
+    """Return a stock cache of a model with recurrent states, whose rows all hold `length` tokens.
+
+    Args:
+        config: the model's configuration.
+        rows: the keys and values of each row, at least `length` tokens; empty for a model with states alone.
+        states: the states after `length` tokens, [rows, ...] each; None where length is 0.
+        length: filled positions of every row; 0 makes an empty cache.
+        repeats: copies of each row.
+        devices: the device of each layer of the model.
+        capacity: tokens that a StaticCache has room for; None for a DynamicCache.
+    """
+    cache: Cache
+    if capacity is not None:
+        cache = StaticCache(config=config, max_cache_len=capacity)
+    else:
+        cache = DynamicCache(config=config)
+    part = 0
+    for index, (content, device) in enumerate(zip(layer_contents(config), devices, strict=True)):
+        if type(cache.layers[index]) is DynamicSlidingWindowLayer:
+            cache.layers[index] = WholeSlidingLayer(sliding_window=content.window or 1)
+        layer: Any = cache.layers[index]
+        if content.kind is not None:
+            if length:
+                pair = [_filled(rows, part + side, [0] * len(rows), length, repeats) for side in (0, 1)]
+                _fill_layer(layer, pair[0].to(device), pair[1].to(device))
+            part += 2
+        if states is not None and length:
+            held = {name: state.repeat_interleave(repeats, 0) for name, state in states_of(states, index).items()}
+            put_states(layer, held, len(rows) * repeats, device)
+    return cache
+
+
+def _fill_layer(layer: Any, keys: Tensor, values: Tensor) -> None:
+    if isinstance(layer, WholeSlidingLayer):
+        layer.fill(keys, values)
+    elif isinstance(layer, StaticLayer):
+        layer.update(keys, values)
+    else:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+
+
 def row_of(cache: Cache, row: int, first: int, last: int) -> list[Tensor]:
     """Return the keys and values of one row, positions [first, last), as views.
 
@@ -115,6 +159,8 @@ def row_of(cache: Cache, row: int, first: int, last: int) -> list[Tensor]:
     """
     found = []
     for index, layer in enumerate(cache.layers):
+        if not hasattr(layer, "keys"):
+            continue  # states alone, or nothing
         if isinstance(layer, WholeSlidingLayer):
             pair = layer.whole()
         else:
@@ -127,8 +173,9 @@ def row_of(cache: Cache, row: int, first: int, last: int) -> list[Tensor]:
 
 
 def cached_rows(cache: Cache) -> tuple[int, int]:
-    """Return the number of rows and of positions that a cache holds; (0, 0) for an empty one."""
-    layer = cache.layers[0] if cache.layers else None
+    """Return the number of rows and of positions that a cache holds; (0, 0) for an empty one, or one of states alone.
+    """
+    layer = next((layer for layer in cache.layers if hasattr(layer, "keys")), None)
     if layer is None or not layer.is_initialized:
         return 0, 0
     return int(layer.keys.shape[0]), int(layer.get_seq_length())

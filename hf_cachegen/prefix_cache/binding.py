@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from hf_cachegen.errors import UnsupportedModelError
 from hf_cachegen.models.compat import unwrapped
+from hf_cachegen.models.continuation import Continuation, continuation_of
 from hf_cachegen.models.fingerprint import Fingerprint
-from hf_cachegen.models.kinds import is_plain
+from hf_cachegen.models.kinds import holds_states, is_plain, layer_contents
 from hf_cachegen.models.requirements import masks_windows, require_model
 from hf_cachegen.prefix_cache.coding import Coding
 from hf_cachegen.prefix_cache.keys import Family, family_of
@@ -19,20 +20,31 @@ from hf_cachegen.streaming.prefill_speed import PrefillSpeed, speed_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_cachegen.prefix_cache.cache import PrefixCache
+    from hf_cachegen.prefix_cache.storage import Storage
 
 
 @dataclass(frozen=True)
 class Binding:
-    """A family, and what is known about it in this process."""
+    """A family, and what is known about it in this process.
+
+    Attributes:
+        family: what its blocks belong to.
+        coding: how they are encoded.
+        prefill: how fast the model computes.
+        continuation: how it continues from recurrent states; None for a model without them.
+        load: how fast blocks are loaded.
+        decode: how fast they are decoded.
+    """
 
     family: Family
     coding: Coding
     prefill: PrefillSpeed
+    continuation: Continuation | None
     load: LoadSpeed = field(default_factory=LoadSpeed)
+    decode: LoadSpeed = field(default_factory=LoadSpeed)
 
 
-def bind(prefix_cache: PrefixCache, model: PreTrainedModel) -> Binding:
+def bind(prefix_cache: Storage, model: PreTrainedModel) -> Binding:
     """Return the binding of a model as it is now; another adapter or an edited weight gives another one.
 
     Raises:
@@ -41,17 +53,25 @@ def bind(prefix_cache: PrefixCache, model: PreTrainedModel) -> Binding:
         LevelError: the config has no such level.
     """
     require_model(model)
-    if not is_plain(model.config) or not masks_windows(model):
+    states = holds_states(model.config)
+    contents = layer_contents(model.config)
+    unfit = {
+        "index keys": any(content.indexed for content in contents),
+        "states and a window in one layer": any(content.states and content.window for content in contents),
+        "layers that share the keys of others": not states and not is_plain(model.config),
+        "windows that its mask does not hide": not masks_windows(model),
+    }
+    if wrong := [name for name, found in unfit.items() if found]:
         raise UnsupportedModelError(
-            f"a prefix cache stores keys and values, and {type(unwrapped(model)).__name__} has layers with recurrent "
-            "states, with index keys, without keys, or with windows that its mask does not hide: use "
-            "CacheGenCache.from_context, which keeps them"
+            f"a prefix cache stores keys, values and states, and {type(unwrapped(model)).__name__} has "
+            f"{' and '.join(wrong)}: use CacheGenCache.from_context, which keeps them"
         )
-    config = prefix_cache.config
-    profile = None if config.lossless else for_encoding(prefix_cache.profile, model)
+    continuation = continuation_of(model) if states else None
+    rules = prefix_cache.rules
+    profile = None if rules.config.lossless else for_encoding(rules.profile, model)
     fingerprint = Fingerprint.of(model, []).to_dict()
     digest = None if profile is None else profile.digest
-    family = family_of(fingerprint, config.to_dict(), prefix_cache.level, digest, prefix_cache.block_tokens)
-    coding = Coding(config, prefix_cache.level, profile)
-    found: Binding = prefix_cache.binding(family.salt, lambda: Binding(family, coding, speed_of(model)))
+    family = family_of(fingerprint, rules.config.to_dict(), rules.level, digest, rules.block_tokens)
+    coding = Coding(rules.config, rules.level, profile)
+    found: Binding = prefix_cache.binding(family.salt, lambda: Binding(family, coding, speed_of(model), continuation))
     return found

@@ -6,6 +6,8 @@
     header = {"key", "parent", "depth", "family", "geometry", "config", "segments": [[name, length, XXH3-128], ...]}
     segments = "tokens" (int64 [block_tokens]), "side", then "part-0" (the base), "part-1", ... up to the stored level
 
+A checkpoint of recurrent states is a file of the same form without tokens (`checkpoint.py`).
+
 A block carries its side information (steps, tables) itself. Contexts share blocks, so no context could keep it for
 them, and a block that is fetched or evicted alone stays readable. docs/prefix_cache.md says what that costs.
 
@@ -16,8 +18,8 @@ every segment must have its checksum. The signature covers all bytes before it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_cachegen.artifact.manifest import digest
@@ -42,11 +44,12 @@ class Block:
         key, parent: of this block and of the one before it; the parent of a first block is the salt of the family.
         depth: number of blocks before it.
         family: what it belongs to.
-        tokens: its token ids.
+        tokens: its token ids; none in a checkpoint.
         geometry: the geometry of its tensors, as plain values.
         config: the codec's options, as plain values.
         side: the codec's side information.
         parts: the coded bytes, the base first, then refinements.
+        missing: number of the finest refinements that were not fetched.
     """
 
     key: bytes
@@ -58,6 +61,7 @@ class Block:
     config: dict[str, Any]
     side: bytes
     parts: tuple[bytes, ...]
+    missing: int = 0
 
 
 def dump(block: Block) -> bytes:
@@ -91,7 +95,59 @@ def load(data: bytes, expected: bytes | None = None) -> Block:
     """
     body, _ = split_signature(data)
     header, position = _header(body)
-    segments = _segments(header, body, position)
+    return _proved(header, _segments(header, body, position), expected)
+
+
+def load_beginning(data: bytes, expected: bytes) -> Block:
+    """Parse and prove the beginning of a block's file, which ends with one of its parts.
+
+    Args:
+        data: the beginning.
+        expected: the key that the block must have.
+
+    Raises:
+        ArtifactError: as `load` does.
+    """
+    header, position = _header(data)
+    rows, end = _rows(header), position
+    held = []
+    for row in rows:
+        end += row[1]
+        if end > len(data):
+            break
+        held.append(row)
+    end = position + sum(row[1] for row in held)
+    block = _proved(header, _segments({**header, "segments": held}, data[:end], position), expected)
+    return replace(block, missing=len(rows) - len(held))
+
+
+def part_ends(head: bytes, read: Callable[[int, int], bytes]) -> list[int]:
+    """Return the byte at which each part of a block's file ends, the base first.
+
+    Args:
+        head: the first bytes of the file.
+        read: returns (first, length) of its bytes, for a header that is longer.
+
+    Raises:
+        ArtifactError: the file does not begin as a block's does.
+    """
+    length = int.from_bytes(head[len(MAGIC) : len(MAGIC) + 4], "little")
+    missing = _FIXED_BYTES + length - len(head)
+    if 0 < missing <= MAX_HEADER_BYTES and len(head) >= _FIXED_BYTES:
+        head += read(len(head), missing)
+    header, position = _header(head)
+    ends = []
+    for name, size, _ in _rows(header):
+        position += size
+        if name.startswith("part-"):
+            ends.append(position)
+    if not ends:
+        raise ManifestError("a block's file has no parts")
+    return ends
+
+
+def _proved(header: dict[str, Any], segments: dict[str, bytes], expected: bytes | None) -> Block:
+    """Return the block of a header and the segments that are at hand."""
     tokens = segments.pop("tokens")
     key, parent = _key(header, "key"), _key(header, "parent")
     if expected is not None and key != expected:
@@ -100,7 +156,8 @@ def load(data: bytes, expected: bytes | None = None) -> Block:
         raise CorruptError(f"block {key.hex()[:16]} holds other tokens than its key says; it is recomputed")
     family = Family(header["family"])
     width = family.fields.get("block_tokens")
-    if len(tokens) % 8 or type(width) is not int or len(tokens) != 8 * width:
+    # A child without tokens is a checkpoint of states (checkpoint.py); its key is no block's.
+    if tokens and (len(tokens) % 8 or type(width) is not int or len(tokens) != 8 * width):
         raise ManifestError(f"expected {width!r:.40} tokens of 8 bytes, found {len(tokens)} bytes of them")
     depth = header["depth"]
     if not 0 <= depth < MAX_DEPTH or (depth == 0 and parent != family.salt):

@@ -60,6 +60,11 @@ class PrefixCall:
         self.end = 0
 
     @property
+    def repeats(self) -> int:
+        """Rows of the cache for each row of the prompt."""
+        return max(self.call.settings.num_beams, self.call.settings.num_return_sequences)
+
+    @property
     def tokens(self) -> int:
         """Tokens of all rows of the prompt."""
         return sum(len(row.tokens) for row in self.rows)
@@ -74,8 +79,7 @@ class PrefixCall:
         self.end = common_end(self.rows, loaded, self.length, self.chunk)
         filled = advance(self.model, self.rows, tensors, self.end, self.chunk, self.devices[0])
         pads = [row.pad for row in self.rows]
-        settings = self.call.settings
-        repeats = max(settings.num_beams, settings.num_return_sequences)
+        settings, repeats = self.call.settings, self.repeats
         end = self.end if any(row is not None for row in filled) else 0
         if settings.cache_implementation == "static":
             return static_cache(self.model.config, filled, pads, end, repeats, self.call.longest)
@@ -87,9 +91,11 @@ class PrefixCall:
 
     def known(self, cache: Cache, result: Any) -> Iterator[Known]:
         """Yield the text of every row of the cache that generating has left."""
-        count, length = cached_rows(cache)
-        repeats = count // len(self.rows)
         sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
+        count, length = cached_rows(cache)
+        if not any(hasattr(layer, "keys") for layer in cache.layers):  # states alone, which count nothing
+            count, length = len(self.rows) * self.repeats, int(sequences.shape[1]) - 1
+        repeats = count // len(self.rows)
         texts = None
         if self.call.mode in ONE_BY_ONE and sequences.shape[0] == count:
             texts = sequences[:, self.length :].tolist()

@@ -65,9 +65,12 @@ class Coding:
         Raises:
             TensorError: the tensors cannot be encoded.
         """
+        key = block_key(parent, pack_tokens(tokens))
+        if not layers:  # of a model with recurrent states alone: its block is a name for them
+            empty = Geometry((), len(tokens), 1, family.fields["fingerprint"]["dtype"]).to_dict()
+            return Block(key, parent, depth, family, tuple(tokens), empty, {}, b"", (b"",))
         encoded = encode_kv(keys, values, self.of_block(depth, len(tokens)), self.profile, layers=list(layers))
         parts = tuple(part[0] for part in encoded.parts[: self.level])
-        key = block_key(parent, pack_tokens(tokens))
         return Block(
             key, parent, depth, family, tuple(tokens), encoded.geometry.to_dict(), encoded.config.to_dict(),
             encoded.side, parts,
@@ -99,6 +102,8 @@ class Coding:
         Raises:
             ArtifactError: the bytes are not what an encoder writes.
         """
+        if not geometry.layers:
+            return
         try:
             config = CacheGenConfig.from_dict(block.config)
         except (ConfigError, TypeError) as error:
@@ -107,9 +112,8 @@ class Coding:
         wrong = sorted(n for n, value in config.to_dict().items() if n != "transform" and value != expected.get(n))
         if wrong or config.transform == "auto" or expected["transform"] not in ("auto", config.transform):
             raise ManifestError(f"a block was encoded with other options than its family says: {wrong or 'transform'}")
-        levels = self.level or (1 if config.lossless else config.levels)
-        if len(block.parts) != levels:
-            raise ManifestError(f"a block of this family has {levels} levels, this one has {len(block.parts)}")
+        if (count := len(block.parts) + block.missing) != self.levels:
+            raise ManifestError(f"a block of this family has {self.levels} levels, this one has {count}")
         codec = codec_of(geometry, config, block.side, self.profile)
         span = Span(0, geometry.tokens, geometry.tokens)
         try:
@@ -118,3 +122,8 @@ class Coding:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
             raise CorruptError(f"block {block.key.hex()[:16]} cannot be decoded: {error}") from error
+
+    @property
+    def levels(self) -> int:
+        """Levels of a stored block."""
+        return self.level or (1 if self.config.lossless else self.config.levels)

@@ -114,6 +114,18 @@ class Index:
             run.append(sizes[key])
         return run
 
+    def present(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Return those of some keys that are stored, in any order."""
+        found: set[bytes] = set()
+        with self._lock:
+            connection = self._open()
+            for first in range(0, len(keys), _KEYS_PER_QUERY):
+                asked = keys[first : first + _KEYS_PER_QUERY]
+                marks = ",".join("?" * len(asked))
+                query = f"SELECT key FROM blocks WHERE key IN ({marks})"  # noqa: S608 - marks are "?" alone
+                found.update(key for (key,) in connection.execute(query, asked))
+        return found
+
     def touch(self, keys: Sequence[bytes], now: float) -> None:
         """Note that these blocks, a whole chain, were used."""
         with self.transaction() as connection:

@@ -77,6 +77,11 @@ def block_key(parent: bytes, packed: bytes) -> bytes:
     return hashlib.sha256(parent + packed).digest()
 
 
+def checkpoint_key(key: bytes) -> bytes:
+    """Return the key of the checkpoint of states at the end of the block of this key: a child without tokens."""
+    return block_key(key, b"")
+
+
 def chain(salt: bytes, tokens: Sequence[int], block_tokens: int) -> list[bytes]:
     """Return the keys of all whole blocks of a text, in order.
 

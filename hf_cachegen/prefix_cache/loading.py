@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from hf_cachegen.errors import ArtifactError, MismatchError, WrongDtypeError
 from hf_cachegen.models.requirements import require_geometry
 from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.coding import Coding
+from hf_cachegen.prefix_cache.levels import Time
 from hf_cachegen.prefix_cache.tiers import Found, Tiers
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ class Loaded:
     blocks: int
     tensors: list[Tensor]
 
+    def cut(self, blocks: int) -> Loaded:
+        """Return the first so many blocks of these."""
+        if blocks >= self.blocks:
+            return self
+        return Loaded(blocks, [tensor[:, :, : tensor.shape[2] // self.blocks * blocks] for tensor in self.tensors])
+
 
 NOTHING = Loaded(0, [])
 
@@ -47,6 +55,10 @@ class Loader:
         dtype: name of the dtype that the model runs in.
         devices: the device of each layer.
         arrived: called with each block that came from elsewhere than the local tier, and the bytes of its file.
+
+    Attributes:
+        coarse: number of blocks that were decoded below their stored level.
+        decode_seconds: time of decoding.
     """
 
     def __init__(
@@ -55,16 +67,17 @@ class Loader:
     ) -> None:  # fmt: skip
         self.tiers, self.coding, self.config, self.dtype = tiers, coding, config, dtype
         self.devices, self.arrived = list(devices), arrived
+        self.coarse, self.decode_seconds = 0, 0.0
 
     def rows(
-        self, chains: Sequence[Sequence[bytes]], found: Sequence[Found], wait: Callable[[int], float | None]
+        self, chains: Sequence[Sequence[bytes]], found: Sequence[Found], left: Time
     ) -> tuple[list[Loaded], int]:
         """Load the prefixes of all rows; what several rows share is read and decoded once.
 
         Args:
             chains: the keys of each row's blocks.
             found: where they are; blocks beyond are not asked for.
-            wait: seconds that a row's block of this number may be waited for.
+            left: how long to wait for the blocks of a row.
 
         Returns:
             For each row what was loaded, which may be less than was found; and the number of blocks decoded.
@@ -82,22 +95,21 @@ class Loader:
                 if common > shared:
                     shared, source = common, loaded[other]
             if shared == len(wanted[row]):
-                tokens = shared * self._block_tokens(source)
-                loaded[row] = Loaded(shared, [tensor[:, :, :tokens] for tensor in source.tensors])
+                loaded[row] = source.cut(shared)
             else:
-                loaded[row] = self._row(wanted[row], found[row], shared, source, wait)
+                loaded[row] = self._row(wanted[row], found[row], shared, source, left)
                 decoded += loaded[row].blocks - shared
             done.append(row)
         return loaded, decoded
 
     def _row(
-        self, keys: Sequence[bytes], found: Found, shared: int, source: Loaded, wait: Callable[[int], float | None]
+        self, keys: Sequence[bytes], found: Found, shared: int, source: Loaded, left: Time
     ) -> Loaded:
         rest = _after(found, shared)
         tensors: list[Tensor] = []
         geometry: Geometry | None = None
         count = shared
-        for block, data, foreign in self.tiers.read(keys[shared:], rest, lambda index: wait(shared + index)):
+        for block, data, foreign in self.tiers.read(keys[shared:], rest, left.after(shared)):
             try:
                 checked = self._checked(block)
                 if geometry is None:
@@ -107,12 +119,15 @@ class Loader:
                         target[:, :, : shared * geometry.tokens] = known[:, :, : shared * geometry.tokens]
                 if checked != geometry:
                     raise MismatchError("its geometry is not that of the block before it")
+                begun = time.perf_counter()
                 self.coding.decode_into(block, geometry, tensors, count * geometry.tokens)
+                self.decode_seconds += time.perf_counter() - begun
             except (ArtifactError, MismatchError) as error:
                 self.tiers.damaged(block.key, str(error), local=not foreign)
                 break
             if foreign:
                 self.arrived(block, data)
+            self.coarse += block.missing > 0
             count += 1
         if geometry is None:
             return Loaded(shared, source.tensors) if shared else NOTHING
@@ -129,10 +144,6 @@ class Loader:
         """Return tensors for so many blocks, on the layers' devices."""
         whole = Geometry(geometry.layers, blocks * geometry.tokens, 1, geometry.dtype)
         return empty_kv(whole, self.devices[: len(geometry.layers)])
-
-    @staticmethod
-    def _block_tokens(loaded: Loaded) -> int:
-        return int(loaded.tensors[0].shape[2]) // loaded.blocks
 
 
 def _common(first: Sequence[bytes], second: Sequence[bytes]) -> int:

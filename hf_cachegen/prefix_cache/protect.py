@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_cachegen.errors import SignatureError
-from hf_cachegen.prefix_cache.block import SIGNATURE_MAGIC, Block, load, split_signature
+from hf_cachegen.prefix_cache.block import SIGNATURE_MAGIC, Block, load, load_beginning, split_signature
 from hf_cachegen.stores.sealed import Secret, seal_bytes, unseal_bytes
 from hf_cachegen.stores.signed import KeyLike, require_signature, sign_bytes
 
@@ -48,6 +48,15 @@ class Protection:
                 raise SignatureError(f"block {key.hex()[:16]} is not signed; expected a signature of the public key")
             require_signature(data, signature, self.public_key, f"block {key.hex()[:16]}")
         return load(plain, key)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the beginning of a file can be proved: a seal and a signature cover the whole."""
+        return self.key is None and self.public_key is None
+
+    def parse_beginning(self, stored: bytes, key: bytes) -> Block:
+        """Return the block of the beginning of a file from another location. Raises ArtifactError."""
+        return load_beginning(stored, key)
 
     def _plain(self, stored: bytes, key: bytes) -> bytes:
         return stored if self.key is None else unseal_bytes(stored, key.hex(), self.key)

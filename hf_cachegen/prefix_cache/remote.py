@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
+from hf_cachegen.prefix_cache.levels import Time, fetch_levels
 from hf_cachegen.stores.objects import Objects
 
 CONNECTIONS = 8
@@ -55,6 +56,16 @@ class RemoteTier:
                 high = middle - 1
         return low
 
+    def present(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Return those of some keys that are stored, in any order; all are asked for in parallel.
+
+        Raises:
+            StoreError: the location cannot be asked.
+        """
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hf_cachegen-prefix-ask") as pool:
+            there = list(pool.map(lambda key: self.objects.exists(name_of(key)), keys))
+        return {key for key, stored in zip(keys, there, strict=True) if stored}
+
     def fetch(self, keys: Sequence[bytes], wait: Callable[[int], float | None]) -> Iterator[bytes | None]:
         """Yield the bytes of these blocks' files in order, not proved, fetched in parallel; None for a missing one.
 
@@ -80,6 +91,19 @@ class RemoteTier:
                     yield None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def fetch_levels(self, keys: Sequence[bytes], left: Time) -> Iterator[bytes | None]:
+        """Yield the beginnings of these blocks' files, level by level as time is left (`levels.py`).
+
+        Raises:
+            StoreError: the location cannot be read.
+            ArtifactError: a file does not begin as a block does.
+        """
+        yield from fetch_levels(self.objects, [name_of(key) for key in keys], MAX_BLOCK_BYTES, CONNECTIONS, left)
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the bytes of a block's file, not proved; None where it is not there. Raises StoreError, LimitError."""
+        return self.objects.get(name_of(key), MAX_BLOCK_BYTES)
 
     def publish(self, key: bytes, data: bytes) -> bool:
         """Write a block unless it is there; report whether it was written.

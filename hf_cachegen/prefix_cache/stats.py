@@ -25,15 +25,17 @@ class PrefixCacheStats:
         unsupported: calls that cannot start from a cache, which went to the stock generate.
         tokens_reused, tokens_computed: prompt tokens that came from the prefix cache, and those that did not.
         tokens_stored, blocks_stored: what was encoded and stored.
+        checkpoints_stored: checkpoints of recurrent states that were stored.
         bytes_read, bytes_written: of block files, from the local tier and others; into the local tier.
         bytes_fetched, bytes_published: of block files, from and to locations on the network.
+        blocks_coarse: blocks of other locations that were loaded below their stored level, to meet an SLO.
         blocks_damaged: blocks that were not what was written; they were removed and computed again.
         blocks_refused: blocks that the budget had no room for, or whose predecessor was gone.
         blocks_dropped: blocks that the full queue did not take.
         errors: failures of a disk or location; their blocks were computed.
         load_seconds: time spent reading and decoding.
         saved_seconds: measured prefill time of the reused tokens, less load_seconds; as far as the speed is known.
-        blocks, nbytes: blocks in the local tier, and their bytes.
+        blocks, nbytes: blocks and checkpoints in the local tier, and their bytes.
         queued_bytes: bytes that wait to be encoded.
     """
 
@@ -45,10 +47,12 @@ class PrefixCacheStats:
     tokens_computed: int = 0
     tokens_stored: int = 0
     blocks_stored: int = 0
+    checkpoints_stored: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     bytes_fetched: int = 0
     bytes_published: int = 0
+    blocks_coarse: int = 0
     blocks_damaged: int = 0
     blocks_refused: int = 0
     blocks_dropped: int = 0

@@ -41,7 +41,7 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
         ArtifactError, StoreError: it cannot be read.
     """
     artifact = Artifact(open_store(location, Access(**access)))
-    if not (artifact.config.lossless and prefix_cache.config.lossless):
+    if not (artifact.config.lossless and prefix_cache.rules.config.lossless):
         raise ConfigError(f"{location} is imported only if it is lossless, into a lossless prefix cache")
     ids = artifact.input_ids
     if artifact.fingerprint is None or ids is None or artifact.geometry.batch != 1:
@@ -49,9 +49,10 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
     if hash_tokens(ids) != fingerprint.tokens:
         raise CorruptError(f"{location}: the stored tokens are not those of the fingerprint")
-    width = prefix_cache.block_tokens
-    family = family_of(fingerprint.to_dict(), prefix_cache.config.to_dict(), prefix_cache.level, None, width)
-    coding = Coding(prefix_cache.config, prefix_cache.level, None)
+    rules = prefix_cache.rules
+    width = rules.block_tokens
+    family = family_of(fingerprint.to_dict(), rules.config.to_dict(), rules.level, None, width)
+    coding = Coding(rules.config, rules.level, None)
     keys, values = artifact.decode()
     chained = chain(family.salt, ids, width)
     for depth in range(len(chained)):

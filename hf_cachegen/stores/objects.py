@@ -90,6 +90,25 @@ class Objects:
             raise LimitError(f"{self}/{name} has {size} bytes, the limit is {limit}")
         return head[:size] if len(head) >= size else head + self.files.read(name, len(head), size - len(head))
 
+    def head(self, name: str) -> tuple[int, bytes] | None:
+        """Return a file's size in bytes and its first bytes, some or all of them; None where there is no such file.
+
+        Raises:
+            StoreError: the location cannot be read.
+        """
+        try:
+            return self.files.open(name)
+        except ArtifactNotFoundError:
+            return None
+
+    def read(self, name: str, first: int, length: int) -> bytes:
+        """Return a range of a file whose head was asked for.
+
+        Raises:
+            StoreError: the location cannot be read.
+        """
+        return self.files.read(name, first, length)
+
     def put(self, name: str, data: bytes) -> None:
         """Write a whole file, replacing one that is there.
 
