@@ -2,9 +2,8 @@
 
     python -m benchmarks.identity --model eval/reference/model --model runs/smollm2-135m
 
-One thread; the shortest processor time of some repeats, so other processes count little. The speed of checksums is given
-beside that of reading the same memory (a sum over it) and of copying it, as a ratio, because it is memory that limits
-all three.
+One thread; the shortest processor time of some repeats, so other processes count little. The speed of checksums is
+given beside that of reading the same memory (a sum over it) and of copying it, as a ratio, because memory limits all.
 """
 
 from __future__ import annotations
@@ -66,10 +65,12 @@ def rows(path: str) -> dict[str, float]:
         identify(model)
 
     first = milliseconds(partial(weights_checksum, model), 5, partial(forget, model))
-    size = sum(inner.nbytes for weight in weights(model) for inner in weight.stored.tensors)
+    tensors = {id(inner): inner.detach() for weight in weights(model) for inner in weight.stored.tensors}
+    whole = [inner.reshape(-1)[: inner.numel() // 8 * 8].view(torch.int64) for inner in tensors.values()]
     identified()
     return {
-        "size of the weights in MB": size / 1e6,
+        "size of the weights in MB": sum(inner.nbytes for inner in tensors.values()) / 1e6,
+        "reading them (a sum)": milliseconds(lambda: [inner.sum() for inner in whole], 5),
         "checksum of all weights, once": first,
         "after one weight was written": milliseconds(identified, 10, write),
         "an unchanged model again": milliseconds(identified, 100),
@@ -83,6 +84,7 @@ def rows(path: str) -> dict[str, float]:
 @click.command(help=__doc__)
 @click.option("--model", "models", multiple=True, required=True, help="Folder of a model; may be repeated.")
 def main(models: tuple[str, ...]) -> None:
+    """Print the speed of memory and a table of the checks."""
     torch.set_num_threads(1)
     print(memory(), end="\n\n")
     found = {path: rows(path) for path in models}

@@ -32,7 +32,7 @@ def stored_weights(module: nn.Module, path: str) -> Iterator[tuple[str, Stored]]
     """
     named = {**module._parameters, **module._buffers}
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in named.items() if tensor is not None}
-    status = getattr(module, "quantization_status", None)
+    status = vars(module).get("quantization_status")
     if getattr(status, "value", status) != COMPRESSED or any(tensor.is_meta for tensor in tensors.values()):
         for name, tensor in tensors.items():
             yield name, stored(module, path, name, tensor)
