@@ -235,7 +235,8 @@ class CacheGenCache(CachedContext, DynamicCache):
             progress: show a progress bar.
             limits: limits for the counts and sizes in the artifact.
             verify: "probe" also runs the first tokens through the model and compares them with what the artifact
-                recorded (docs/identity.md); "weights" does not.
+                recorded (docs/identity.md); "weights" does not. "all" is "probe" and reads every byte of the weights
+                again, for a model whose weights were written through `.data`.
             attach: prepare the model, so that `model.generate(..., cache=cache)` works (`hf_cachegen.attach`).
             access: revision, token, cache_dir, local_files_only, force_download, subfolder and repo_type as in
                 Transformers, and the other fields of hf_cachegen.stores.Access.

@@ -181,7 +181,7 @@ def test_hostile_fingerprints_are_refused(of_llama: Fingerprint, damage: dict[st
 
 def test_samples_fall_into_every_column() -> None:
     """Weights that differ everywhere except in one column are other weights; so is half a row of a wide matrix."""
-    from hf_cachegen.models.fingerprint import PROBES, _positions
+    from hf_cachegen.models.sampled_weights import PROBES, _positions
 
     for rows, columns in ((128, 256), (4096, 1024), (2560, 640), (1000, 333)):
         positions = _positions(rows * columns)

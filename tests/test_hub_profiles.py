@@ -22,7 +22,7 @@ from hf_cachegen.errors import (
     WrongModelError,
     WrongWeightsError,
 )
-from hf_cachegen.models.fingerprint import coarse_weights
+from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.profiles import finding
 from hf_cachegen.stores import LocalStore, Patience, SegmentCache
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE

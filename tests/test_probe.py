@@ -155,8 +155,8 @@ def test_frequencies_that_depend_on_the_length_are_accepted(tmp_path: Path) -> N
     CacheGenCache.from_pretrained(tmp_path / "a", make())
 
 
-def test_verify_has_two_values(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"verify must be one of \('probe', 'weights'\), got 'nothing'"):
+def test_verify_has_three_values(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"verify must be one of \('probe', 'weights', 'all'\), got 'nothing'"):
         CacheGenCache.from_pretrained(saved(tmp_path), tiny_models.shared("llama"), verify="nothing")  # type: ignore[arg-type]
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,13 @@ import accelerate
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
+from hf_cachegen import CacheGenCache, attach
 from hf_cachegen.codec import native
-from hf_cachegen.errors import UnsupportedModelError
+from hf_cachegen.errors import UnsupportedModelError, WrongWeightsError
 from hf_cachegen.models import checksum, weights
 from hf_cachegen.models.buffers import computed_buffers, wrong_buffers
 from hf_cachegen.models.checksum import checksums, torch_block_sums
@@ -180,22 +188,82 @@ def test_a_write_changes_the_state(change: str) -> None:
     assert weights_checksum(model) != known
 
 
-@pytest.mark.parametrize("change", ["hook", "pre-hook", "forward", "attribute", "training"])
-def test_hooks_and_settings_change_the_state(change: str) -> None:
+def _patch(owner: Any, name: str) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    """Replace a function with one that does the same."""
+    return lambda model, patch: patch.setattr(owner, name, partial(getattr(owner, name)))
+
+
+def _set(name: str, value: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    return lambda model, patch: setattr(model.model.layers[2].self_attn, name, value)
+
+
+CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
+    "hook": lambda model, patch: model.lm_head.register_forward_hook(lambda *_: None),
+    "pre-hook": lambda model, patch: model.lm_head.register_forward_pre_hook(lambda *_: None),
+    "hook of all modules": lambda model, patch: patch.setitem(torch_module._global_forward_hooks, 10**9, print),
+    "forward of an object": lambda model, patch: setattr(model.model.norm, "forward", model.model.norm.forward),
+    "forward of a class": _patch(modeling_llama.LlamaRMSNorm, "forward"),
+    "function of the file": _patch(modeling_llama, "apply_rotary_pos_emb"),
+    "function that it calls": _patch(modeling_llama, "rotate_half"),
+    "attention function": lambda model, patch: patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", print),
+    "scalar": _set("scaling", 0.3),
+    "dtype": _set("kept_dtype", torch.bfloat16),
+    "function": _set("kept_function", nn.functional.gelu),
+    "tuple": _set("kept_tuple", (1, 3)),
+    "list edited": lambda model, patch: model.model.layers[2].self_attn.kept_list.append(3),
+    "dictionary edited": lambda model, patch: model.model.layers[2].self_attn.kept_dict.update(a=2),
+    "training": lambda model, patch: model.train(),
+    "class of a module": lambda model, patch: setattr(model.lm_head, "__class__", type("Other", (nn.Linear,), {})),
+    "layers exchanged": lambda model, patch: model.model.layers._modules.update({"1": model.model.layers[2]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_hooks_settings_and_code_change_the_state(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.make("llama")
+    attention = model.model.layers[2].self_attn
+    attention.kept_dtype, attention.kept_function = torch.float32, nn.functional.silu
+    attention.kept_tuple, attention.kept_list, attention.kept_dict = (1, 2), [1, 2], {"a": 1}
     state = model_state(model)
-    layer = model.model.layers[2].self_attn
-    if change == "hook":
-        layer.register_forward_hook(lambda *_: None)
-    elif change == "pre-hook":
-        layer.register_forward_pre_hook(lambda *_: None)
-    elif change == "forward":
-        layer.forward = layer.forward
-    elif change == "attribute":
-        layer.scaling *= 1.01
-    else:
-        model.train()
+    assert model_state(model, state).same(state)
+    CHANGES[change](model, monkeypatch)
+    assert not model_state(model, state).same(state)
     assert not state.same(model_state(model))
+
+
+def test_objects_of_a_call_do_not_change_the_state() -> None:
+    """Models leave positions and masks of a call in attributes."""
+    model = tiny_models.make("llama")
+    model.rope_deltas = torch.zeros(1)
+    state = model_state(model)
+    model.rope_deltas = torch.ones(1)
+    assert model_state(model, state).same(state)
+
+
+@pytest.mark.parametrize("kind", ["plain", "attached", "offloaded"])
+def test_what_is_known_of_a_model_does_not_keep_it_alive(kind: str) -> None:
+    model = tiny_models.make("llama")
+    if kind == "attached":
+        attach(model)
+    if kind == "offloaded":  # accelerate's hooks hold methods of the model
+        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert identify(copy.deepcopy(model)).checksum == identify(model).checksum
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_every_byte_is_read_again_on_request(tmp_path: Path) -> None:
+    """A write through `.data` that changes no sampled value is not seen otherwise."""
+    model, tokens = tiny_models.make("llama"), tiny_models.tokens(20)
+    CacheGenCache.from_context(model, tokens, profile=None).save_pretrained(tmp_path)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-5
+    CacheGenCache.from_pretrained(tmp_path, model=model)
+    with pytest.raises(WrongWeightsError, match="other weights"):
+        CacheGenCache.from_pretrained(tmp_path, model=model, verify="all")
+    with pytest.raises(WrongWeightsError, match="other weights"):
+        CacheGenCache.from_pretrained(tmp_path, model=model)
 
 
 def test_computed_buffers_are_compared_within_rounding() -> None:

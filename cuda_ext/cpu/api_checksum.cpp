@@ -1,7 +1,8 @@
 // Block sums of raw memory, what a weight's checksum is made of (hf_cachegen/models/checksum.py has the definition).
 //
-// Every word is read once and costs one multiplication, so that memory is the limit on one core. The vector code is
-// here, not in the back-ends: it shares nothing with them.
+// Every word is read once and costs one multiplication, so that memory is the limit on one core. The hardware fetches
+// ahead within a page of 4 KiB alone, which left a third of the memory's speed unused: so the vector loops fetch AHEAD
+// bytes ahead themselves. The vector code is here, not in the back-ends: it shares nothing with them.
 #include <string.h>
 
 #include "backend.h"
@@ -33,10 +34,18 @@ Sums scalar(const uint8_t* data, const uint64_t* keys, uint64_t count) {
 }
 
 #if CACHEGEN_X86
+constexpr uint64_t AHEAD = 4096, LINE = 64;
+
+// Addresses after the end of the data are only hinted at: a prefetch reads nothing and never faults.
+inline void fetch_ahead(const uint8_t* data, uint64_t at) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(data) + at + AHEAD), _MM_HINT_T0);
+}
+
 __attribute__((target("avx2"))) Sums avx2(const uint8_t* data, const uint64_t* keys, uint64_t count) {
   __m256i words[2] = {}, products[2] = {};
   uint64_t i = 0;
-  for (; i + 8 <= count; i += 8)
+  for (; i + 8 <= count; i += 8) {
+    fetch_ahead(data, 8 * i);
     for (int half = 0; half < 2; half++) {
       const uint64_t at = i + 4 * half;
       const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 8 * at));
@@ -44,6 +53,7 @@ __attribute__((target("avx2"))) Sums avx2(const uint8_t* data, const uint64_t* k
       words[half] = _mm256_add_epi64(words[half], word);
       products[half] = _mm256_add_epi64(products[half], _mm256_mul_epi32(x, _mm256_srli_epi64(x, 32)));
     }
+  }
   uint64_t lanes[2][4];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes[0]), _mm256_add_epi64(words[0], words[1]));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes[1]), _mm256_add_epi64(products[0], products[1]));
@@ -54,13 +64,33 @@ __attribute__((target("avx2"))) Sums avx2(const uint8_t* data, const uint64_t* k
   }
   return sums;
 }
+
+__attribute__((target("avx512f"))) Sums avx512(const uint8_t* data, const uint64_t* keys, uint64_t count) {
+  __m512i words[2] = {}, products[2] = {};
+  uint64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    fetch_ahead(data, 8 * i);
+    fetch_ahead(data, 8 * i + LINE);
+    for (int half = 0; half < 2; half++) {
+      const uint64_t at = i + 8 * half;
+      const __m512i word = _mm512_loadu_si512(data + 8 * at);
+      const __m512i x = _mm512_xor_si512(word, _mm512_loadu_si512(keys + at));
+      words[half] = _mm512_add_epi64(words[half], word);
+      products[half] = _mm512_add_epi64(products[half], _mm512_mul_epi32(x, _mm512_srli_epi64(x, 32)));
+    }
+  }
+  Sums sums = scalar(data + 8 * i, keys + i, count - i);
+  sums.words += uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(words[0], words[1])));
+  sums.products += uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(products[0], products[1])));
+  return sums;
+}
 #endif
 
 using Function = Sums (*)(const uint8_t*, const uint64_t*, uint64_t);
 
 Function function_for([[maybe_unused]] const cg_run* run) {
 #if CACHEGEN_X86
-  // Memory is the limit with AVX2 already.
+  if (run->isa != CG_SCALAR && run->isa != CG_AVX2 && backend_of(CG_AVX512) != nullptr) return avx512;
   if (run->isa != CG_SCALAR && backend_of(CG_AVX2) != nullptr) return avx2;
 #endif
   return scalar;

@@ -101,7 +101,7 @@ class CachedContext:
             self.fingerprint.check(model, tokenizer)
             require_geometry(model.config, self.kv.geometry)
             check_states(self.checkpoints, model)
-        if self.verify == "probe":
+        if self.verify != "weights":
             self.fingerprint.check_probe(model, self.input_ids[0].tolist())
 
     def parts(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hf_cachegen.models.encoder_decoder import (
 )
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.first_layers import known_of
-from hf_cachegen.models.identity import Verify, identify
+from hf_cachegen.models.identity import Verify, forget, identify
 from hf_cachegen.models.inputs import ContextInputs, context_inputs
 from hf_cachegen.models.kinds import empty_cache, holds_states, layer_contents
 from hf_cachegen.models.layers import KVTensors, capture, dtype_name
@@ -191,6 +191,8 @@ def wrap_cache(
 ) -> CachedContext:
     """Copy a cache that a model filled. Arguments and errors are those of `CacheGenCache.from_cache`."""
     require_model(model)
+    if verify == "all":
+        forget(model)
     found = for_encoding(profile, model)
     ids, media = context_inputs(model.config, input_ids)
     require_causal(model)
@@ -199,7 +201,7 @@ def wrap_cache(
     if holds_states(model.config):
         checkpoints = Checkpoints((capture_states(cache, layer_contents(model.config), ids.shape[1]),))
         check_states(checkpoints, model)
-    probed, found_media = kv if verify == "probe" else None, () if media is None else media.media()
+    probed, found_media = kv if verify != "weights" else None, () if media is None else media.media()
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, probed, media=found_media)
     return CachedContext(
         kv, ids, fingerprint, report_of(kv, checkpoints), config=config, profile=found, verify=verify,

@@ -16,14 +16,13 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_cachegen.errors import (
     ManifestError,
@@ -39,7 +38,7 @@ from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.media import Medium, media_from_list, outside
 from hf_cachegen.models.requirements import positions_change
-from hf_cachegen.models.storage import stored
+from hf_cachegen.models.sampled_weights import sampled_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +47,8 @@ VOLATILE = frozenset(
     [
         "_name_or_path",
         "_commit_hash",
+        "gguf_file",
+        "quantization_status",
         "_attn_implementation",
         "_experts_implementation",
         "transformers_version",
@@ -71,9 +72,6 @@ VOLATILE = frozenset(
     ]
 )
 """Configuration keys that change no key or value. (The dtype is compared by itself.)"""
-PROBES = 1024
-"""Values read of each weight: enough that no training step, however small, leaves all of them as they were."""
-GOLDEN_RATIO = 0.6180339887498949
 MAX_FIELD = 160
 """Characters of a configuration value kept as text; a longer one is kept by its hash."""
 MAX_CONFIG_FIELDS = 4096
@@ -138,7 +136,7 @@ class Fingerprint:
             model_id=str(getattr(model.config, "_name_or_path", "")),
             commit=getattr(model.config, "_commit_hash", None),
             config=_config(model),
-            weights=_weights(model),
+            weights=sampled_weights(model),
             dtype=dtype_name(model.dtype),
             adapters=identity.adapter_names,
             tokens=hash_tokens(input_ids),
@@ -193,7 +191,7 @@ class Fingerprint:
                 f"the cache was made with adapters {list(self.adapters)}, {self._name(model)} has {list(adapters)}"
                 f"{same_names}"
             )
-        if (_weights(model) != self.weights) if self.checksum is None else (identity.checksum != self.checksum):
+        if (sampled_weights(model) != self.weights) if self.checksum is None else (identity.checksum != self.checksum):
             raise WrongWeightsError(
                 f"the cache was made by {self.model_id or 'a model'!r} (revision {self.commit}); {self._name(model)} "
                 "has the same configuration but other weights"
@@ -316,72 +314,6 @@ def _stable(value: Any) -> Any:
 def _text(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= MAX_FIELD else "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def coarse_weights(model: PreTrainedModel) -> str:
-    """SHA-256 of names, shapes and PROBES values of every weight, rounded to bfloat16: equal for a model in the dtype
-    of its checkpoint, in float32 and in bfloat16, where a profile serves all.
-    """
-    digest = hashlib.sha256()
-    for name, tensor, values in _probes(model):
-        coarse = values.to(torch.bfloat16) if values.is_floating_point() else values
-        digest.update(f"{name} {list(tensor.shape)}\n".encode() + _bytes(coarse))
-    return digest.hexdigest()
-
-
-def _weights(model: PreTrainedModel) -> str:
-    """SHA-256 of names, shapes, dtypes and PROBES values of every weight."""
-    digest = hashlib.sha256()
-    for name, tensor, values in _probes(model):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode() + _bytes(values))
-    return digest.hexdigest()
-
-
-def _probes(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, weight, PROBES of its values, on the CPU) of every weight; one transfer per device and dtype."""
-    tensors = dict(_persistent(model))
-    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault((tensor.device, tensor.dtype), {})[name] = _probe(tensor)
-    found: dict[str, Tensor] = {}
-    for probes in groups.values():
-        values = torch.cat(list(probes.values())).cpu().split([len(probe) for probe in probes.values()])
-        found.update(zip(probes, values, strict=True))
-    return ((name, tensor, found[name]) for name, tensor in tensors.items())
-
-
-@torch.no_grad()
-def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights and persistent buffers, as they are stored. The others are left out: rope rewrites its own while the
-    model runs.
-    """
-    for path, module in model.named_modules():
-        # What torch.compile puts into names is no part of them.
-        shown = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
-        buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for name, tensor in {**module._parameters, **buffers}.items():
-            if tensor is not None:
-                for suffix, part in stored(module, path, name, tensor).parts():
-                    yield f"{shown}.{name}{suffix}", part.detach()
-
-
-def _probe(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
-    return flat[_positions(len(flat)).to(flat.device)]
-
-
-@lru_cache(maxsize=256)
-def _positions(count: int) -> Tensor:
-    """PROBES positions of `count`, all of them where there are no more. Steps of the golden ratio: spread over rows and
-    columns alike, where equal steps would fall into one column of most matrices.
-    """
-    if count <= PROBES:
-        return torch.arange(count)
-    return ((torch.arange(PROBES, dtype=torch.float64) + 0.5) * GOLDEN_RATIO % 1.0 * count).long()
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

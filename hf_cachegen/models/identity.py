@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from hf_cachegen.models.adapters import active_adapters, adapter_checksums, require_identifiable
 from hf_cachegen.models.buffers import computed_buffers
 from hf_cachegen.models.compat import unwrapped
-from hf_cachegen.models.object_state import ModelState, model_state
-from hf_cachegen.models.weights import weights_checksum
+from hf_cachegen.models.object_state import KNOWN, ModelState, model_state
+from hf_cachegen.models.weights import forget_checksums, weights_checksum
 
-Verify = Literal["probe", "weights"]
+Verify = Literal["probe", "weights", "all"]
 """What a cache is compared with before its reuse: also what the model computes for its first tokens, or settings and
-checksums alone."""
+checksums alone. "all" is "probe" and reads every byte of the weights again when a cache is loaded."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,23 @@ class ModelIdentity:
     probed: set[str] = field(default_factory=set)
 
 
-_known: WeakKeyDictionary[nn.Module, ModelIdentity] = WeakKeyDictionary()
+class _Known:
+    """What is known of a model; a copy or a pickle of the model starts with nothing."""
+
+    identity: ModelIdentity | None = None
+
+    def __deepcopy__(self, memo: object) -> _Known:
+        return _Known()
+
+    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
+        return _Known, ()
+
+
+def forget(model: nn.Module) -> None:
+    """Forget what is known of `model` and its weights, so that every byte is read again."""
+    model = unwrapped(model)
+    model.__dict__.pop(KNOWN, None)
+    forget_checksums(model)
 
 
 def identify(model: nn.Module) -> ModelIdentity:
@@ -49,12 +64,14 @@ def identify(model: nn.Module) -> ModelIdentity:
         UnsupportedModelError: A weight or an adapter cannot be identified; the message names it.
     """
     model = unwrapped(model)
-    state = model_state(model)
-    known = _known.get(model)
-    if known is None or not known.state.same(state):
+    # On the model itself: a weak dictionary would keep a model alive whose own attributes refer to it, as the hooks of
+    # accelerate do.
+    known: _Known = model.__dict__.setdefault(KNOWN, _Known())
+    last = known.identity
+    state = model_state(model, None if last is None else last.state)
+    if last is None or not last.state.same(state):
         require_identifiable(model)
-        known = ModelIdentity(
+        last = known.identity = ModelIdentity(
             weights_checksum(model), computed_buffers(model), adapter_checksums(model), active_adapters(model), state
         )
-        _known[model] = known
-    return known
+    return last

@@ -19,7 +19,7 @@ from hf_cachegen.models.compat import unwrapped
 from hf_cachegen.models.continuation import continuation_of
 from hf_cachegen.models.encoder_decoder import EncoderState, require_decoder, require_encoder_decoder
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
-from hf_cachegen.models.identity import Verify
+from hf_cachegen.models.identity import Verify, forget
 from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.recurrent import Checkpoints
@@ -83,7 +83,7 @@ def validate(
         tokenizer: If given, it is compared with the fingerprint.
         likely: Token ids that may begin with the context. Where they do, the stored ones are not fetched.
         verify: "probe" also runs the first tokens through the model and compares them with what the artifact recorded
-            (docs/identity.md); "weights" does not.
+            (docs/identity.md); "weights" does not. "all" is "probe" and reads every byte of the weights again.
 
     Raises:
         ManifestError: The artifact has no fingerprint or no tokens, or contradicts itself.
@@ -116,12 +116,14 @@ def validate(
     devices, apart = None, model is not None and model.config.is_encoder_decoder
     if model is not None:
         (require_encoder_decoder if apart else require_model)(model)
+        if verify == "all":
+            forget(model)
         fingerprint.check(model, tokenizer)
         if not apart:
             require_geometry(model.config, artifact.geometry)
         devices = layer_devices(model, len(artifact.geometry.layers)) if apart else kv_devices(model)
     input_ids = _tokens(artifact, fingerprint, likely)
-    if model is not None and verify == "probe":
+    if model is not None and verify != "weights":
         fingerprint.check_probe(model, input_ids[0].tolist())
     tensors = artifact.tensors()
     checkpoints = Checkpoints.from_named(tensors, artifact.geometry.tokens)

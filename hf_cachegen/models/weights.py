@@ -21,8 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_cachegen.models.checksum import checksum_of_text, checksums
 from hf_cachegen.models.compat import unwrapped
-from hf_cachegen.models.object_state import sampled, tensor_state
-from hf_cachegen.models.storage import Stored, has_adapters, rewritten, stored
+from hf_cachegen.models.compressed import stored_weights
+from hf_cachegen.models.object_state import tensor_state
+from hf_cachegen.models.samples import Samples
+from hf_cachegen.models.storage import Stored, has_adapters, rewritten
 
 WRAPPED = ("_orig_mod", "base_layer", "original_module", "token_adapter")
 """Children that torch.compile and PEFT put a module into."""
@@ -60,17 +62,24 @@ def weights_checksum(model: nn.Module) -> str:
     return checksum_of_text(sorted(lines))
 
 
+def forget_checksums(model: nn.Module) -> None:
+    """Forget the checksums of all weights of `model`, adapters included."""
+    for path, module in unwrapped(model).named_modules():
+        for _, kept in stored_weights(module, path):
+            _on_disk.pop(kept.source, None)
+            for tensor in kept.tensors:
+                _known.pop(tensor, None)
+
+
 def weights(model: nn.Module) -> Iterator[Weight]:
     """Walk over the weights of `model`; adapters and what the model rewrites while it runs are left out."""
     stack: list[tuple[str, str, nn.Module]] = [("", "", unwrapped(model))]
     while stack:
         path, name, module = stack.pop()
-        for local, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or rewritten(module, local):
-                continue
-            persistent = local not in module._non_persistent_buffers_set
-            kept = stored(module, path, local, tensor)
-            yield Weight(f"{name}.{local}", kept, not persistent and tensor.is_floating_point())
+        for local, kept in stored_weights(module, path):
+            if not rewritten(module, local):
+                buffer = module._buffers.get(local) if local in module._non_persistent_buffers_set else None
+                yield Weight(f"{name}.{local}", kept, buffer is not None and buffer.is_floating_point())
         adapters = adapter_children(module) if has_adapters(module) else frozenset()
         for local, inner in module._modules.items():
             if inner is not None and local not in adapters:
@@ -88,7 +97,7 @@ def adapter_children(module: nn.Module) -> frozenset[str]:
 def checksums_of(found: Sequence[Stored]) -> list[str]:
     """Compute checksums of stored weights, in their canonical form; a weight that was not written is not read again."""
     keys = [one.source if one.source is not None else id(one.tensors[0]) for one in found]
-    states = [[one.settings, *((tensor_state(t), sampled([t])) for t in one.tensors)] for one in found]
+    states = [[one.settings, *((tensor_state(t), Samples([t]).read([t])) for t in one.tensors)] for one in found]
     digests: dict[Hashable, str] = {}
     todo: dict[Hashable, tuple[Stored, list[Any]]] = {}
     for key, one, state in zip(keys, found, states, strict=True):

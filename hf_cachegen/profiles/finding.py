@@ -27,7 +27,8 @@ from hf_cachegen.errors import (
     StoreError,
     WrongWeightsError,
 )
-from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
+from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.stores import Access
 from hf_cachegen.stores.locations import access_of

@@ -54,7 +54,7 @@ class StreamOptions:
         profile: The profile, its location, None (the one beside the artifact alone) or "auto".
         tokenizer: Compared with the tokenizer of the artifact's fingerprint if given.
         verify: "probe" also runs the first tokens through the model and compares them (docs/identity.md). "weights"
-            does not.
+            does not. "all" is "probe" and reads every byte of the weights again.
         limits: Bounds on the sizes that an artifact may claim.
         on_event: Called with each `hf_cachegen.streaming.Event`.
         stall_seconds: Silence after which a source has failed. Default: a quarter of the SLO, at least 0.5 s; 10 s

@@ -30,10 +30,11 @@ from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, ProfileError
 from hf_cachegen.models.continuation import continuation_logits
-from hf_cachegen.models.fingerprint import Fingerprint, coarse_weights
+from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.requirements import layer_kinds, require_model
 from hf_cachegen.models.running import evaluation_mode
+from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.models.stepping import StepSearch
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.learning.exact import Exact
