@@ -22,16 +22,17 @@ LENGTHS = (400, 800, 1200, 1600)
 
 @click.command()
 @click.option("--samples", default=40, show_default=True, help="Samples of each task.")
+@click.option("--predict-layers", "layers", multiple=True, type=int, help="Layer of a predictor, repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), default=MODEL_PATH, show_default="the model's folder",
               help="Folder or file of the profile.")  # fmt: skip
-def main(samples: int, out: Path) -> None:
+def main(samples: int, layers: tuple[int, ...], out: Path) -> None:
     """Learn and save the reference model's profile."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     lengths = [LENGTHS[n % len(LENGTHS)] for n in range(samples)]
     mixed = [sample(tokenizer, t, CALIBRATION_SEED + n, length) for n, length in enumerate(lengths) for t in TASKS]
     model.config.name_or_path = "eval/reference/model"  # the profile names the model, not the folder of the checkout
-    profile = learn_profile(model, mixed, progress=True)
+    profile = learn_profile(model, mixed, predict_layers=layers, progress=True)
     path = profile.save(out, overwrite=True)
     print(f"{path}: {path.stat().st_size} bytes, {profile.about['measured']}")
 
