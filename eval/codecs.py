@@ -28,7 +28,11 @@ from hf_cachegen import CacheGenCache, CacheGenConfig, Profile
 from hf_cachegen.errors import ConfigError
 
 EXACT, TEXT = "exact", "text"
-OWN = ("lossless", "delta", "identity", "klt")
+PREDICTED = {"predict0": 0, "predict1": 1, "predict2": 2, "predict5": 5}
+"""Codec to its `predict_layers`: klt with a prediction from the model's first layers (docs/predictor.md)."""
+OWN = ("lossless", "delta", "identity", "klt", *PREDICTED)
+PROFILED = ("klt", *PREDICTED)
+"""The codecs that need a profile of the model."""
 UNIFORM = {"uniform-8": 8, "uniform-4": 4, "uniform-3": 3}
 NAMES = (EXACT, TEXT, *UNIFORM, *transformers_quantised.BACKENDS, *BASELINES, *CALIBRATED, *OWN)
 """Every codec, in the order of the tables."""
@@ -50,6 +54,7 @@ TITLES = {
     "delta": "delta (our reading of section 5.2)",
     "identity": "identity",
     "klt": "klt",
+    **{name: f"klt, prediction m = {layer}" for name, layer in PREDICTED.items()},
 }
 """Codec to its title in tables; "released" stands in older runs, which charged a table every 256 tokens to it."""
 
@@ -108,7 +113,7 @@ def choose(
 
     Args:
         names: names in NAMES, or "all".
-        profile: the model's profile, without which klt cannot be used.
+        profile: the model's profile, without which klt cannot be used; prediction needs its predictors.
         joint: the model's joint basis, without which calibrated baselines cannot be used.
 
     Returns:
@@ -126,7 +131,15 @@ def choose(
     if joint is None:
         missing |= dict.fromkeys(CALIBRATED, "no basis: learn one with python -m eval.baselines.joint, give --basis")
     if profile is None:
-        missing["klt"] = "the model has no profile: learn one with 'hf-cachegen profile', or give --profile"
+        reason = "the model has no profile: learn one with 'hf-cachegen profile', or give --profile"
+        missing |= dict.fromkeys(PROFILED, reason)
+    else:
+        known = [predictor.layer for predictor in profile.predictors]
+        missing |= {
+            name: f"the profile has predictors for the layers {known}: learn one with --predict-layers {layer}"
+            for name, layer in PREDICTED.items()
+            if layer not in known
+        }
     for name in NAMES:
         if name in asked and name in missing:
             raise ConfigError(f"codec {name}: {missing[name]}")
@@ -167,8 +180,11 @@ def _own(codec: str, kit: Kit, exact: CacheGenCache) -> Iterator[Kept]:
     config = CacheGenConfig(chunk_tokens=kit.chunk_tokens)
     if codec == "lossless":
         config = replace(config, transform="identity", lossless=True)
-    elif codec == "klt" and kit.profile is not None:
-        config = replace(config, transform="klt", levels=kit.profile.levels)
+    elif codec in PROFILED and kit.profile is not None:
+        layer = PREDICTED.get(codec)
+        config = replace(config, transform="klt", levels=kit.profile.levels, predict_layers=layer)
+        if layer is not None:  # what is predicted from is computed together with the cache
+            exact = CacheGenCache.from_context(kit.model, exact.input_ids, config, kit.profile, tokenizer=kit.tokenizer)
     else:
         config = replace(config, transform=codec)
     with tempfile.TemporaryDirectory(prefix="hf_cachegen-eval-") as name:

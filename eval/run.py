@@ -95,7 +95,7 @@ def run(options: Options, out: Path) -> dict[str, Any]:
                     "first_line": dataset.first_line, "source": dataset.source, "examples": len(kept),
                     "too_long": left_out, "digest": _digest(dataset.examples)},
         "max_tokens": most,
-        "profile": None if profile is None or "klt" not in chosen else
+        "profile": None if profile is None or not {*codecs.PROFILED} & {*chosen} else
                    {"digest": profile.digest, "bytes": len(profile.to_bytes())},
         "basis": None if options.basis is None or not {*CALIBRATED} & {*chosen} else
                  {"sha256": hashlib.sha256(Path(options.basis).read_bytes()).hexdigest()},

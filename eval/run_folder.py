@@ -112,6 +112,17 @@ class RunFolder:
         """Write the metrics; the run is finished."""
         self._write(METRICS, metrics)
 
+    def finished(self) -> bool:
+        """Report whether the run has its metrics."""
+        return (self.path / METRICS).is_file()
+
+    def compress(self) -> None:
+        """Replace the predictions by their compressed form, whose bytes depend on the records alone."""
+        plain = self.path / PREDICTIONS
+        if plain.is_file():
+            (self.path / COMPRESSED).write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+            plain.unlink()
+
     def _write(self, name: str, value: dict[str, Any]) -> None:
         temporary = self.path / f".{name}"
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ first (rotary embeddings in the half-split layout of Llama), as KVTC does. The b
 contexts that no evaluation uses, and stored in one file:
 
     python -m eval.baselines.joint --model MODEL --text books.txt --contexts 16 --tokens 2048 --out basis.safetensors
+    python -m eval.baselines.joint --model MODEL --dataset NAME --seed 1000000 --contexts 8 --out basis.safetensors
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eval import datasets
 from eval.baselines.stored import rows, unrows
+from eval.datasets.request import Request
 from eval.models import load_model, load_tokenizer, token_ids
 from hf_cachegen import CacheGenCache
 from hf_cachegen.errors import ConfigError
@@ -168,16 +171,26 @@ def _basis(x: Tensor) -> Basis:
 
 @click.command()
 @click.option("--model", required=True, help="Folder or Hub id of a causal language model.")
-@click.option("--text", type=click.Path(path_type=Path, exists=True), required=True, help="Text file.")
-@click.option("--contexts", default=16, show_default=True, help="Number of contexts.")
-@click.option("--tokens", default=2048, show_default=True, help="Length of a context in tokens.")
+@click.option("--text", type=click.Path(path_type=Path, exists=True), help="Text file, cut into contexts.")
+@click.option("--dataset", "specs", multiple=True, help="Data set as for `python -m eval run`, repeatable.")
+@click.option("--contexts", default=16, show_default=True, help="Number of contexts of the text and each data set.")
+@click.option("--tokens", default=2048, show_default=True, help="Length of a context of the text in tokens.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of generated data.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the basis.")
-def main(model: str, text: Path, contexts: int, tokens: int, out: Path) -> None:
-    """Learn the joint basis of a model's cache from consecutive parts of a text."""
-    ids = token_ids(load_tokenizer(model), text.read_text(encoding="utf-8"), start=False)
-    parts = [ids[first : first + tokens] for first in range(0, len(ids) - tokens + 1, tokens)][:contexts]
+def main(
+    model: str, text: Path | None, specs: tuple[str, ...], contexts: int, tokens: int, seed: int, out: Path
+) -> None:
+    """Learn the joint basis of a model's cache from consecutive parts of a text and from contexts of data sets."""
+    tokenizer = load_tokenizer(model)
+    parts: list[list[int]] = []
+    if text is not None:
+        ids = token_ids(tokenizer, text.read_text(encoding="utf-8"), start=False)
+        parts += [ids[first : first + tokens] for first in range(0, len(ids) - tokens + 1, tokens)][:contexts]
+    for spec in specs:
+        examples = datasets.load(spec, Request(tokenizer, contexts, seed)).examples
+        parts += [token_ids(tokenizer, example.context, start=True) for example in examples]
     learn(load_model(model), parts).save(out)
-    click.echo(f"{out}: {len(parts)} contexts of {tokens} tokens")
+    click.echo(f"{out}: {len(parts)} contexts, {sum(map(len, parts))} tokens")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from eval.datasets import jsonl, longbench, longeval, narrativeqa, reference, triviaqa, wikitext
+from eval.datasets import documents, jsonl, longbench, longeval, narrativeqa, reference, triviaqa, wikitext
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example
 from hf_cachegen.errors import ConfigError
@@ -29,6 +29,7 @@ LOADERS: dict[str, Loader] = {
     "triviaqa": triviaqa.triviaqa,
     "narrativeqa": narrativeqa.narrativeqa,
     "wikitext": wikitext.wikitext,
+    "documents": documents.documents,
     "jsonl": jsonl.jsonl,
 }
 

@@ -23,7 +23,7 @@ def lines(request: Request, lines: int = 128, questions: int = 8, any_numbers: i
         held_out_lines(request.seed + index, lines, questions, distinct=not any_numbers)
         for index in range(request.count(DEFAULT_CONTEXTS))
     ]
-    return _dataset("Reference lines", made, ("line",))
+    return _dataset("Reference lines, any numbers" if any_numbers else "Reference lines", made, ("line",))
 
 
 def topics(request: Request, tokens: int = 1000) -> Dataset:

@@ -37,13 +37,14 @@ PLAIN = {
     "fp8": "#7a8f2a", "released": "#c0392b",
     "artifact": "#c0392c", "lmcache": "#e67e22", "default": "#9c6b4f", "kivi": "#b03a73", "turboquant": "#5b4fbf",
     "kvtc": "#0f7f8f", "pca": "#4a7a2c", "lossless": "#2c8a6b", "delta": "#8e44ad", "identity": "#2471c8",
-    "klt": "#0b8457",
+    "klt": "#0b8457", "predict0": "#3aa17a", "predict1": "#14635a", "predict2": "#14635b", "predict5": "#0c4038",
 }  # fmt: skip
 """Colours of the light scheme by their names in the page's style sheet."""
 MARKERS = {
     "exact": "D", "prefill": "*", "uniform": "s", "quanto": "v", "hqq": "^", "fp8": "P", "released": "X",
     "artifact": "X", "lmcache": "x", "default": "+", "kivi": "<", "turboquant": ">", "kvtc": "H", "pca": "1",
     "lossless": "h", "delta": "p", "identity": "d", "klt": "o",
+    "predict0": "2", "predict1": "3", "predict2": "4", "predict5": "8",
 }  # fmt: skip
 SERIES = {
     "prefill": codecs.TITLES[codecs.TEXT], "uniform": "uniform", "quanto": "QuantizedCache quanto",

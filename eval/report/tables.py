@@ -72,7 +72,8 @@ def quality(name: str, metrics: dict[str, Any], scores: list[str], profile_bytes
         row = [codecs.title(v["codec"], v["level"]), size(v["bytes"]), ratio(v["ratio_to_fp16"])]
         row.append(f"{v['bits_per_element']:.2f}")
         if profile_bytes is not None:
-            row += [size(profile_bytes), break_even(metrics, v, profile_bytes)] if v["codec"] == "klt" else ["", ""]
+            needs = v["codec"] in codecs.PROFILED
+            row += [size(profile_bytes), break_even(metrics, v, profile_bytes)] if needs else ["", ""]
         for score in shown:
             found = v["scores"].get(score)
             row.append(percent(found))

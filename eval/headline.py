@@ -1,0 +1,201 @@
+"""The runs that README and the documents quote, each suite with one command.
+
+    python -m eval.headline reference
+    python -m eval.headline real --model runs/smollm2-135m --profile runs/smollm2-profile --text second_half.txt ...
+    python -m eval.headline table docs/results/headline/runs/any-numbers
+
+A suite learns what it needs once (into `--work`), measures every case into a folder of runs, compresses the predictions
+and writes a report. Everything is resumable: the same command continues after a kill. `table` prints the rows of a
+finished suite that README shows, from the committed metrics alone.
+
+The headline is a task that the reference model can do and that is not saturated: records in which numbers may begin
+alike. Beside it stand tasks that the model cannot do well, and texts on real weights that the profile has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from eval import codecs, datasets
+from eval.baselines import joint
+from eval.datasets.request import Request
+from eval.models import load_model, load_tokenizer, token_ids
+from eval.reference import MODEL_PATH
+from eval.reference import profile as reference_profile
+from eval.report import write
+from eval.report.tables import Table, difference, kl, percent
+from eval.run import Options, run
+from eval.run_folder import ASKED, RunFolder
+
+RESULTS = Path("docs/results")
+CONTEXTS = 12
+BASIS_CONTEXTS, BASIS_SEED = 6, 1_000_000
+"""Contexts of each task of the reference model that the joint basis is learnt from, and their seed."""
+SAMPLES, PREDICTORS = 40, (0, 1)
+"""Samples of each task that the reference model's profile is learnt from, and the layers of its predictors."""
+PUBLISHED = (
+    "uniform-8", "uniform-4", "artifact", "lmcache", "kivi-4", "kivi-2", "turboquant-4", "turboquant-3", "kvtc",
+)  # fmt: skip
+OWN = ("delta", "klt")
+QUOTED = (
+    ("exact", None), ("lossless", None), ("uniform-8", None), ("uniform-4", None), ("artifact", 3), ("artifact", 2),
+    ("artifact", 1), ("lmcache", 2), ("kivi-4", None), ("kivi-2", None), ("turboquant-4", None), ("turboquant-3", None),
+    ("turboquant-2", None), ("kvtc", 3), ("kvtc", 2), ("kvtc", 1), ("delta", 3), ("delta", 2), ("klt", 3), ("klt", 2),
+    ("klt", 1), ("predict0", 1), ("predict1", 1), ("predict2", 1),
+)  # fmt: skip
+"""(codec, level) of the rows that documents show, where a run has them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a suite: the name of its folder, its data set and its codecs."""
+
+    name: str
+    dataset: str
+    codecs: tuple[str, ...]
+
+
+def reference_cases() -> tuple[Case, ...]:
+    """Return the runs of the reference model."""
+    everything = (*PUBLISHED, *OWN, *(f"predict{layer}" for layer in PREDICTORS))
+    few = ("uniform-4", "artifact", "kvtc", "klt", "predict0", "predict1")
+    return (
+        Case("any-numbers", "reference-lines:any_numbers=1,questions=4", everything),
+        Case("topics", "reference-topics", few),
+        Case("stories", "reference-stories", few),
+    )
+
+
+def real_cases(text: str, conversations: str, code: str) -> tuple[Case, ...]:
+    """Return the runs of real weights, on a text of the kind of the profile's and on others.
+
+    Args:
+        text: a text file; the profile was learnt from other text of the same kind.
+        conversations: JSONL file with conversations in the field "prompt"; empty to leave them out.
+        code: pattern of source files; empty to leave them out.
+    """
+    everything = (*PUBLISHED[1:], *OWN, "predict0", "predict2")
+    few = ("uniform-4", "artifact", "kvtc", "klt", "predict0")
+    cases = [Case("text", f"wikitext:path={text},prefix=1024,suffix=128", everything)]
+    if conversations:
+        spec = f"documents:path={conversations},field=prompt,title=LongChat conversations"
+        cases.append(Case("conversations", spec, few))
+    if code:
+        cases.append(Case("code", f"documents:path={code},title=Python code", few))
+    return tuple(cases)
+
+
+def measure(cases: Sequence[Case], out: Path, title: str, common: dict[str, Any]) -> None:
+    """Measure every case that is not finished, and write the report of all that are.
+
+    Args:
+        cases: the runs.
+        out: folder of the report; the runs go into its folder `runs`.
+        title: title of the report.
+        common: the options that all runs share.
+    """
+    for case in cases:
+        folder = RunFolder(out / "runs" / case.name)
+        run(Options(dataset=case.dataset, codecs=case.codecs, **common), folder.path)
+        folder.compress()
+    report(out, title)
+
+
+def report(out: Path, title: str) -> None:
+    """Write the report of all finished runs of a suite."""
+    finished = [path for path in sorted((out / "runs").iterdir()) if RunFolder(path).finished()]
+    write(finished, out, title, None)
+    (out / "index.html").unlink()  # the page repeats report.md, and is large
+
+
+def table(path: Path) -> Table:
+    """Return the rows of a finished run that documents show.
+
+    Args:
+        path: folder of the run.
+    """
+    folder = RunFolder(path)
+    metrics, scores = folder.metrics(), folder.config()[ASKED]["dataset"]["scores"]
+    known = {(v["codec"], v["level"]): v for v in metrics["variants"]}
+    score = scores[0] if scores else None
+    heads = ("technique", "bits per element", *(("exact match", "same answers") if score else ("perplexity, %",)),
+             "KL, nats per token")  # fmt: skip
+    rows = []
+    for key in QUOTED:
+        if key in known:
+            v = known[key]
+            quality = (
+                (percent(v["scores"][score]), percent(v["same_answer"], interval=False))
+                if score
+                else (difference(v["perplexity"], 100, 2),)
+            )
+            rows.append((codecs.title(*key), f"{v['bits_per_element']:.2f}", *quality, kl(v["kl"])))
+    return Table(folder.config()[ASKED]["dataset"]["name"], heads, tuple(rows))
+
+
+@click.group()
+def main() -> None:
+    """Measure the suites that README and the documents quote."""
+
+
+@main.command()
+@click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
+@click.option("--only", help="Name of one case.  [default: all]")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/headline"), show_default=True,
+              help="Folder of the profile and the basis.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "headline", show_default=True,
+              help="Folder of runs and report.")  # fmt: skip
+def reference(limit: int, only: str | None, work: Path, out: Path) -> None:
+    """Measure the reference model."""
+    profile, basis = work / "cachegen_profile.safetensors", work / "basis.safetensors"
+    if not profile.exists():
+        reference_profile.learn(SAMPLES, PREDICTORS, work)
+    if not basis.exists():
+        tokenizer = load_tokenizer(str(MODEL_PATH))
+        contexts = [
+            token_ids(tokenizer, example.context, start=True)
+            for name in ("reference-lines", "reference-topics", "reference-stories")
+            for example in datasets.load(name, Request(tokenizer, BASIS_CONTEXTS, BASIS_SEED)).examples
+        ]
+        joint.learn(load_model(str(MODEL_PATH)), contexts).save(basis)
+    common = {"model": "eval/reference/model", "dtype": "bfloat16", "limit": limit, "profile": str(profile),
+              "basis": str(basis)}  # fmt: skip
+    cases = [case for case in reference_cases() if only in (None, case.name)]
+    measure(cases, out, "The reference model, 5 M parameters", common)
+
+
+@main.command()
+@click.option("--model", required=True, help="Folder or Hub id of the model.")
+@click.option("--profile", required=True, help="Its profile, learnt from other text than --text.")
+@click.option("--basis", required=True, help="Its joint basis (python -m eval.baselines.joint).")
+@click.option("--text", required=True, help="Text file of the kind that the profile was learnt from.")
+@click.option("--conversations", default="", help='JSONL file with conversations in the field "prompt".')
+@click.option("--code", default="", help="Pattern of source files.")
+@click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
+@click.option("--only", help="Name of one case.  [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "headline-smollm2", show_default=True,
+              help="Folder of runs and report.")  # fmt: skip
+def real(
+    model: str, profile: str, basis: str, text: str, conversations: str, code: str, limit: int, only: str | None,
+    out: Path,
+) -> None:  # fmt: skip
+    """Measure real weights on text like the profile's, conversations and code."""
+    common = {"model": model, "limit": limit, "profile": profile, "basis": basis}
+    cases = [case for case in real_cases(text, conversations, code) if only in (None, case.name)]
+    measure(cases, out, f"{Path(model).name}, a real model", common)
+
+
+@main.command(name="table")
+@click.argument("path", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def print_table(path: Path) -> None:
+    """Print the rows of a finished run that documents show."""
+    click.echo(table(path).markdown())
+
+
+if __name__ == "__main__":
+    main()
