@@ -28,6 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hf_cachegen.codec import points
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
@@ -110,6 +111,8 @@ class Profile:
         refine_entries: uint8 [levels - 1, components]: entries of the shipped codebook.
         about: The model (its fingerprint), the amount of text, and the divergence measured at each level.
         predictors: What predicts the caches from the first layers, by ascending layer.
+        points: uint8 [levels, components]: how far decoded values are moved towards zero (`codec.points`); None in
+            profiles of earlier releases.
         place: The repository and commit (hf://...) that it was loaded from or pushed to, if any. Artifacts that are
             made with it name them. `dataclasses.replace` drops it.
         read: The hashes of the file that it was read from, if any. `dataclasses.replace` drops them.
@@ -124,6 +127,7 @@ class Profile:
     refine_entries: Tensor
     about: dict[str, Any]
     predictors: tuple[Predictor, ...] = ()
+    points: Tensor | None = None
     place: str | None = field(init=False, default=None)
     read: FileHashes | None = field(init=False, default=None)
 
@@ -202,6 +206,8 @@ class Profile:
             "means": self.means, "inv_freq": self.rotary.inv_freq, "base_entries": self.base_entries,
             "refine_entries": self.refine_entries,
         }  # fmt: skip
+        if self.points is not None:
+            tensors["points"] = self.points
         for index, group in enumerate(self.groups):
             tensors[f"sensitivity-{index}"] = group.sensitivity
             tensors[f"synthesis-{index}"] = group.synthesis.half()
@@ -252,7 +258,7 @@ class Profile:
             layers = tuple(LayerGeometry.from_dict(layer) for layer in described["layers"])
             profile = cls(
                 layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
-                tensors["refine_entries"], dict(described["about"]),
+                tensors["refine_entries"], dict(described["about"]), points=tensors.get("points"),
             )  # fmt: skip
             profile._check()
             profile.predictors = profile._predictors(described.get("predictors", []), tensors)
@@ -273,7 +279,8 @@ class Profile:
         sound = sound and moderate(self.means)
         sound = sound and self.base_entries.dtype == self.refine_entries.dtype == torch.uint8
         sound = sound and tuple(self.base_entries.shape) == (components,) and self.refine_entries.dim() == 2
-        if not sound or self.refine_entries.shape[1] != components or self.levels > 3:
+        sound = sound and self.refine_entries.shape[1] == components and self.levels <= 3
+        if not sound or not points.are_sound(self.points, self.levels, components):
             raise ProfileError("this profile contradicts itself: the shapes of its tensors do not fit its layers")
 
     def _predictors(self, listed: Any, tensors: dict[str, Tensor]) -> tuple[Predictor, ...]:

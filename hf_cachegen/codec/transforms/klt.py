@@ -14,7 +14,8 @@ entries that differ:
 with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has its own entry. In a context with sinks (`sinks`)
 their positions follow, u32 each: the coefficients of a sink are in units of a finer step.
 
-Where the profile has a predictor (`codec.predictor`), the first layers are not coded, and the mean of the others
+Where the profile has reconstruction points (`codec.points`), decoded coefficients are moved towards zero, sinks
+excepted. Where it has a predictor (`codec.predictor`), the first layers are not coded, and the mean of the others
 depends on the token.
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, basis, quantize, transfer
+from hf_cachegen.codec import abi, basis, points, quantize, transfer
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
@@ -96,6 +97,7 @@ class Klt(Transform):
         self.inner = LossyCodec(channels, config, side)
         self.basis = basis.Basis(geometry, profile, learnt)
         self.known = known
+        self._shifts: dict[tuple[int, torch.device], Tensor] = {}
         if known is not None and isinstance(learnt, Predictor):
             expected = geometry.tokens, learnt.rank
             if known.layer != learnt.layer or tuple(known.scores.shape) != expected:
@@ -168,6 +170,7 @@ class Klt(Transform):
     ) -> tuple[str, ...]:
         found = ("klt", *(["predict"] if config.predict_layers is not None else []))
         found += ("klt-step",) if config.step_offset else ()
+        found += ("klt-points",) if _required(profile).at(config.predict_layers).points is not None else ()
         if len(side) == DIGEST_BYTES:
             return found
         learnt = _required(profile).at(config.predict_layers)
@@ -217,9 +220,32 @@ class Klt(Transform):
             rows[:, : exact.shape[1]] = exact
         return rows
 
+    def _sinks_of(self, span: Span) -> Tensor:
+        """Return the chunk's rows that are sinks, int64."""
+        return self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first
+
+    def _settled(self, y: Tensor, span: Span, level: int) -> Tensor:
+        """Convert decoded coefficients [tokens, components] of a level to their reconstruction points, in place."""
+        if self.learnt.points is not None:
+            sinks, ordinary = self._sinks_of(span).tolist(), span.ordinary(self.config)
+            a, b = ordinary.start, ordinary.stop
+            for first, last, at in ((0, a, self.config.levels), (a, b, level), (b, len(y), self.config.levels)):
+                if last > first:
+                    kept = [row - first for row in sinks if first <= row < last]
+                    points.moved(y[first:last], self._shift(at, y.device), kept)
+        return self._scaled(y, span, 1 / FINER)
+
+    def _shift(self, level: int, device: torch.device) -> Tensor:
+        """Return how far coefficients of a level are moved, float32 [components] on a device, made once."""
+        if self.learnt.points is not None and (level, device) not in self._shifts:
+            step = self.inner.steps * quantize.step_factor(level, self.config.levels)
+            found = step * points.shifts(self.learnt.points, level, self.config.step_offset)
+            self._shifts[level, device] = transfer.send(found, device)
+        return self._shifts[level, device]
+
     def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
         """Multiply the coefficients of the chunk's sinks by `factor`, in place."""
-        here = self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first
+        here = self._sinks_of(span)
         if len(here):
             y[transfer.send(here, y.device)] *= factor
         return y
@@ -254,11 +280,12 @@ class Klt(Transform):
         """Decode chunks that follow one another on a device, with one matrix product for all. Return what waits for
         them.
         """
-        (_, first, row), last = group[0], group[-1][1]
+        (parts, first, row), last = group[0], group[-1][1]
+        level = len(parts)
         whole = Span(first.first, last.first + last.tokens - first.first, first.total)
         y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
         check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
-        target.put(self._restored(self._scaled(y, whole, 1 / FINER), whole, target.dtype), row)
+        target.put(self._restored(self._settled(y, whole, level), whole, target.dtype), row)
         return check
 
     def _decode(
@@ -266,7 +293,7 @@ class Klt(Transform):
     ) -> Tensor:
         y = torch.empty(span.tokens, self.entries.shape[1], device=device)
         self.inner.decode_into(parts, span, Target.matrix(y))
-        self._scaled(y, span, 1 / FINER)
+        self._settled(y, span, len(parts))
         if not transfer.is_host(device):  # to test which components are zero would wait for the device
             return self._restored(y, span, dtype)
         ordinary = span.ordinary(self.config)
@@ -275,7 +302,7 @@ class Klt(Transform):
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)
-        found = [self._restored(self._scaled(level, span, 1 / FINER), span) for level in levels]
+        found = [self._restored(self._settled(y, span, level), span) for level, y in enumerate(levels, 1)]
         if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
             exact = self.basis.slices[2 * self.learnt.layer + 1].stop
             for level in found:
