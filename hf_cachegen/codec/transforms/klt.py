@@ -15,7 +15,7 @@ with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has its own en
 their positions follow, u32 each: the coefficients of a sink are in units of a finer step.
 
 Where the profile has a predictor (`codec.predictor`), the first layers are not coded, and the mean of the others
-depends on the token.
+depends on the token. In a chain (`codec.chain`) it depends on the base of the layers before.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ class Klt(Transform):
     def features(
         cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
     ) -> tuple[str, ...]:
-        found = ("klt", *(["predict"] if config.predict_layers is not None else []))
+        found = ("klt", *(["klt-chain"] if profile is not None and profile.reach else []))
+        found += ("predict",) if config.predict_layers is not None else ()
         found += ("klt-step",) if config.step_offset else ()
         if len(side) == DIGEST_BYTES:
             return found
@@ -185,7 +186,20 @@ class Klt(Transform):
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """Return the coefficients to code: float32 [tokens, components], on the device of rows."""
-        return self._scaled(self.basis.coefficients(rows, span, self._scores(span)), span, FINER)
+
+        def base(y: Tensor) -> Tensor:
+            scaled, step = self._scaled(y.clone(), span, FINER), self.inner.steps[0].to(y.device)
+            return self._scaled(self._base(quantize.fine_symbols(scaled, step) * step, span), span, 1 / FINER)
+
+        return self._scaled(self.basis.coefficients(rows, span, self._scores(span), base), span, FINER)
+
+    def _base(self, y: Tensor, span: Span, level: int | None = None) -> Tensor:
+        """Return as the coarsest level decodes them the coefficients that `level` (None: the finest) has decoded."""
+        levels, found, ordinary = self.config.levels, y.clone(), span.ordinary(self.config)
+        step, level = self.inner.steps[0].to(y.device), levels if level is None else level
+        symbols = quantize.fine_symbols(y[ordinary], step * quantize.step_factor(level, levels))
+        found[ordinary] = quantize.split(symbols, level)[0] * (step * quantize.step_factor(1, levels))
+        return found
 
     def knowing(self, known: Known | None) -> Klt:
         if known is None or self.layer is None:
@@ -204,10 +218,11 @@ class Klt(Transform):
         return self.known.scores[span.first : span.first + span.tokens]
 
     def _restored(
-        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None
-    ) -> Tensor:
+        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Convert coefficients to rows. Layers that the loader has computed itself are copied."""
-        rows = self.basis.rows(y, span, dtype, idle, self._scores(span))
+        rows = self.basis.rows(y, span, dtype, idle, self._scores(span), base)
         if self.known is not None and self.known.keys:
             exact = gather(self.known.keys, self.known.values, span)
             rows[:, : exact.shape[1]] = exact
@@ -242,14 +257,18 @@ class Klt(Transform):
     ) -> Tensor:
         y = torch.empty(span.tokens, self.entries.shape[1], device=device)
         self.inner.decode_into(parts, span, Target.matrix(y))
+        base = None
+        if self.profile.reach and len(parts) > 1:
+            base = self._scaled(self._base(y, span, len(parts)), span, 1 / FINER)
         self._scaled(y, span, 1 / FINER)
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
-        return self._restored(y, span, dtype, ~coded.any(0))
+        return self._restored(y, span, dtype, ~coded.any(0), base)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)
-        found = [self._restored(self._scaled(level, span, 1 / FINER), span) for level in levels]
+        scaled = [self._scaled(level, span, 1 / FINER) for level in levels]
+        found = [self._restored(level, span, base=scaled[0]) for level in scaled]
         if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
             exact = self.basis.slices[2 * self.learnt.layer + 1].stop
             for level in found:
