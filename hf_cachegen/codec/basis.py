@@ -7,12 +7,13 @@ Implementation notes:
    that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
    between machines by about a rounding of the cache's own dtype. Symbols never differ.
 3. The last components are left out of the product if they are all zero in a chunk at its level.
-4. A predictor adds rows to the same product: its scores take part like coefficients.
+4. A prediction adds rows to the same product: the numbers that it reads take part like coefficients.
+5. In a chain (`codec.chain`) all summaries are computed first, from the coefficients of the base: small products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.chain import Chain
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
@@ -81,6 +83,8 @@ class Narrow(NamedTuple):
         return y @ self.matrix[: y.shape[1]]
 
 
+_CHAINS: WeakKeyDictionary[Profile | Predictor, dict[torch.device, Chain]] = WeakKeyDictionary()
+"""The chain of each profile or predictor on each device. Each is made once."""
 _RESIDENT: WeakKeyDictionary[Profile | Predictor, Resident] = WeakKeyDictionary()
 """For each profile or predictor its matrices on every device, each made once: (mean, analysis, prediction) of each
 group, and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
@@ -109,32 +113,40 @@ class Basis:
         self.learnt = profile if learnt is None else learnt
         self.slices = slices_of(geometry)
 
-    def coefficients(self, rows: Tensor, span: Span, scores: Tensor | None = None) -> Tensor:
+    def coefficients(
+        self, rows: Tensor, span: Span, scores: Tensor | None = None, base: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Convert rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows.
 
         Args:
             rows: Of a chunk.
             span: The position of the chunk.
             scores: float32 [tokens, rank], of a predictor.
+            base: Returns coefficients as the coarsest level decodes them; needed in a chain.
         """
-        rotary, found = self.profile.rotary, list[Tensor]()
+        rotary, found, summaries = self.profile.rotary, list[Tensor](), list[Tensor]()
+        chain, scores = self._chain(rows.device), None if scores is None else send(scores, rows.device)
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
         for group, _ in self._groups():
             slices = self._slices(group)
             x = torch.cat([rows[:, part] for part in slices], 1).float()
             if group.kind == 0:
                 x = rotary.turn(x.reshape(len(x), -1, group.sensitivity.shape[1]), angles, -1).flatten(1)
-            mean, analysis, prediction = self._analyses(x.device)[len(found)]
+            index = len(found)
+            mean, analysis, prediction = self._analyses(x.device)[index]
             x -= mean
             with full_precision(x.device):
-                if scores is not None:
-                    x.addmm_(send(scores, x.device), prediction, alpha=-1)
+                read = chain.read(index, scores, summaries)
+                if read is not None:
+                    x.addmm_(read, prediction, alpha=-1)
                 found.append(x @ analysis)
+                if chain.reach and base is not None:
+                    summaries.append(chain.summary(index, base(found[-1]), read))
         return torch.cat(found, 1)
 
     def rows(
         self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,
-        scores: Tensor | None = None,
+        scores: Tensor | None = None, base: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Convert coefficients float32 [tokens, components] to rows [tokens, channels] of `dtype`, on the device of y.
 
@@ -146,22 +158,24 @@ class Basis:
             dtype: Of the rows.
             idle: bool [components]: components that are likely to be zero in all tokens.
             scores: float32 [tokens, rank], of a predictor.
+            base: The coefficients as the coarsest level decodes them, for a chain. None: y.
         """
         device = y.device
-        scores = y[:, :0] if scores is None else send(scores, device)
+        reads = self._reads(y if base is None else base, scores)
         rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=device)
         narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
-        for (group, components), matrix in zip(self._groups(), self._matrices(device, narrow), strict=True):
+        matrices = self._matrices(device, narrow)
+        for (group, components), matrix, read in zip(self._groups(), matrices, reads, strict=True):
             part = y[:, components]
             part = part if idle is None else _shortened(part, idle[components])
             with full_precision(device):
                 if isinstance(matrix, Narrow):
-                    back = matrix.product(part, scores)
+                    back = matrix.product(part, read)
                 else:
                     stacked, mean, rank = matrix
-                    part = torch.cat([scores, part], 1) if rank else part
+                    part = torch.cat([read, part], 1) if rank else part
                     back = torch.addmm(mean, part, stacked[: part.shape[1]])
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
@@ -170,6 +184,18 @@ class Basis:
             for where, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
                 rows[:, where] = channels
         return rows
+
+    def _reads(self, base: Tensor, scores: Tensor | None) -> list[Tensor]:
+        """Return what each group's prediction reads, float32 [tokens, numbers], from all coefficients of the base."""
+        chain, nothing = self._chain(base.device), base[:, :0]
+        scores, summaries, found = None if scores is None else send(scores, base.device), list[Tensor](), list[Tensor]()
+        with full_precision(base.device):
+            for index, (_, components) in enumerate(self._groups()):
+                read = chain.read(index, scores, summaries)
+                found.append(nothing if read is None else read)
+                if chain.reach:
+                    summaries.append(chain.summary(index, base[:, components], read))
+        return found
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:
         """Iterate over the groups, each with the range of its components."""
@@ -183,6 +209,12 @@ class Basis:
 
     def _mean(self, group: Group) -> Tensor:
         return torch.cat([self.profile.means[part] for part in self._slices(group)])
+
+    def _chain(self, device: torch.device) -> Chain:
+        known = _CHAINS.setdefault(self.learnt, {})
+        if device not in known:
+            known[device] = Chain(self.learnt.groups, self.learnt.reach, device)
+        return known[device]
 
     def _analyses(self, device: torch.device) -> list[tuple[Tensor, ...]]:
         """Return (mean, analysis, prediction) of each group on a device. They are copied there once."""

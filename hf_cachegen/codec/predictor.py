@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import points
+from hf_cachegen.codec import chain, points
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.precision import full_precision
 
@@ -61,6 +61,7 @@ class Predictor:
         refine_entries: uint8 [levels - 1, components]: entries of the shipped codebook.
         about: The ridge, and the divergence measured at each level.
         points: uint8 [levels, components], or None: as in `Profile`.
+        reach: Of the profile's chain (`codec.chain`); 0 without one.
     """
 
     layer: int
@@ -72,6 +73,7 @@ class Predictor:
     refine_entries: Tensor
     about: dict[str, Any] = field(default_factory=dict)
     points: Tensor | None = None
+    reach: int = 0
 
     @property
     def entries(self) -> Tensor:
@@ -99,9 +101,7 @@ class Predictor:
         if self.points is not None:
             found[f"{prefix}-points"] = self.points
         for index, group in enumerate(self.groups):
-            found[f"{prefix}-synthesis-{index}"] = group.synthesis.half()
-            if group.prediction is not None:
-                found[f"{prefix}-prediction-{index}"] = group.prediction.half()
+            found |= group.tensors(f"{prefix}-", index)
         return found
 
     def described(self) -> dict[str, Any]:
@@ -111,14 +111,16 @@ class Predictor:
 
     @classmethod
     def read(
-        cls, described: dict[str, Any], tensors: dict[str, Tensor], sensitivities: dict[tuple[int, int], Tensor]
-    ) -> Predictor:
+        cls, described: dict[str, Any], tensors: dict[str, Tensor], sensitivities: dict[tuple[int, int], Tensor],
+        reach: int,
+    ) -> Predictor:  # fmt: skip
         """Read a predictor of a profile's file. `is_sound` checks its values and shapes.
 
         Args:
             described: The result of `described`.
             tensors: All tensors of the file.
             sensitivities: Of the profile, float32 [heads, dim, dim] for each (kind, layer).
+            reach: Of the profile's chain.
 
         Raises:
             LookupError, TypeError, ValueError: The file contradicts itself.
@@ -131,15 +133,14 @@ class Predictor:
                 raise ValueError("a predictor's groups have more layers than the model")
             layers = range(int(first), int(first) + int(count))
             parts = [sensitivities[int(kind), one] for one in layers]
-            matrices = tensors[f"{prefix}-synthesis-{index}"], tensors[f"{prefix}-prediction-{index}"]
-            if len({part.shape[1:] for part in parts}) != 1 or any(x.dtype != torch.float16 for x in matrices):
-                raise ValueError("a predictor's groups need layers of one head_dim, and float16 matrices")
-            synthesis, prediction = (x.float() for x in matrices)
-            found.append(Group(int(kind), int(first), int(count), torch.cat(parts), synthesis, prediction))
+            if len({part.shape[1:] for part in parts}) != 1:
+                raise ValueError("a predictor's groups need layers of one head_dim")
+            where = int(kind), int(first), int(count)
+            found.append(Group.read(where, torch.cat(parts), tensors, f"{prefix}-", index, reach > 0))
         return cls(
             layer, tensors[f"{prefix}-mean"], tensors[f"{prefix}-directions"], tuple(found),
             int(described["step_code"]), tensors[f"{prefix}-base_entries"], tensors[f"{prefix}-refine_entries"],
-            dict(described["about"]), tensors.get(f"{prefix}-points"),
+            dict(described["about"]), tensors.get(f"{prefix}-points"), reach,
         )  # fmt: skip
 
     def is_sound(self, shapes: Sequence[tuple[int, int, int, int]], levels: int) -> bool:
@@ -156,7 +157,10 @@ class Predictor:
         sound = sound and moderate(self.mean) and moderate(self.directions)
         if not sound:
             return False
-        found = covered(self.groups, shapes, self.rank)
+        if not chain.is_sound(self.groups, self.reach):
+            return False
+        read = chain.widths_read(self.groups, self.reach)
+        found = covered(self.groups, shapes, [self.rank + width for width in read])
         later = range(self.layer + 1, len(shapes))
         if found is None or sorted(found) != [(kind, layer) for kind in (0, 1) for layer in later]:
             return False

@@ -28,13 +28,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hf_cachegen.codec import points
+from hf_cachegen.codec import chain, points
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
 from hf_cachegen.errors import ProfileError
 
 PROFILE_VERSION = 1
+CHAINED_VERSION = 2
+"""Of profiles whose layers are chained (`codec.chain`). Earlier releases would leave the prediction out."""
 MAX_HEADER_BYTES = 1 << 25
 """Limit of a file's safetensors header: enough for some thousand layers."""
 LARGEST_SCALING = 1e3
@@ -113,6 +115,7 @@ class Profile:
         predictors: What predicts the caches from the first layers, by ascending layer.
         points: uint8 [levels, components]: how far decoded values are moved towards zero (`codec.points`); None in
             profiles of earlier releases.
+        reach: How many layers before it each layer is predicted from (`codec.chain`). 0: the bases are joint.
         place: The repository and commit (hf://...) that it was loaded from or pushed to, if any. Artifacts that are
             made with it name them. `dataclasses.replace` drops it.
         read: The hashes of the file that it was read from, if any. `dataclasses.replace` drops them.
@@ -128,6 +131,7 @@ class Profile:
     about: dict[str, Any]
     predictors: tuple[Predictor, ...] = ()
     points: Tensor | None = None
+    reach: int = 0
     place: str | None = field(init=False, default=None)
     read: FileHashes | None = field(init=False, default=None)
 
@@ -201,7 +205,7 @@ class Profile:
         return self.read or FileHashes.of(self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """Return the file. The basis is stored in float16; its numbers are of order 1."""
+        """Return the file. The basis is stored in float16, in a chain in 8 bits; its numbers are of order 1."""
         tensors = {
             "means": self.means, "inv_freq": self.rotary.inv_freq, "base_entries": self.base_entries,
             "refine_entries": self.refine_entries,
@@ -210,15 +214,17 @@ class Profile:
             tensors["points"] = self.points
         for index, group in enumerate(self.groups):
             tensors[f"sensitivity-{index}"] = group.sensitivity
-            tensors[f"synthesis-{index}"] = group.synthesis.half()
+            tensors |= group.tensors("", index)
         described = {
-            "version": PROFILE_VERSION,
+            "version": CHAINED_VERSION if self.reach else PROFILE_VERSION,
             "layers": [layer.to_dict() for layer in self.layers],
             "rotary": {"style": self.rotary.style, "scaling": self.rotary.scaling},
             "groups": [[group.kind, group.first, group.count] for group in self.groups],
             "step_code": self.step_code,
             "about": self.about,
         }
+        if self.reach:
+            described["chain"] = {"reach": self.reach}
         if self.predictors:  # profiles without them keep their bytes
             described["predictors"] = [one.described() for one in self.predictors]
             for one in self.predictors:
@@ -246,32 +252,36 @@ class Profile:
             header = json.loads(data[8 : 8 + length])
             described = json.loads(header["__metadata__"]["cachegen_profile"])
             tensors = load_tensors(data)
-            if any(x.dtype != torch.float16 for name, x in tensors.items() if name.startswith("synthesis-")):
-                raise ProfileError("its basis must be float16")
-            if described["version"] != PROFILE_VERSION:
-                raise ProfileError(f"expected version {PROFILE_VERSION}, got version {described['version']}")
+            if described["version"] not in (PROFILE_VERSION, CHAINED_VERSION):
+                raise ProfileError(
+                    f"expected version {PROFILE_VERSION} or {CHAINED_VERSION}, got version {described['version']}: "
+                    "install a later release to read it"
+                )
+            chained = described["version"] == CHAINED_VERSION
+            reach = int(described["chain"]["reach"]) if chained else 0
             groups = tuple(
-                Group(int(kind), int(first), int(count), tensors[f"sensitivity-{i}"], tensors[f"synthesis-{i}"].float())
+                Group.read((int(kind), int(first), int(count)), tensors[f"sensitivity-{i}"], tensors, "", i, chained)
                 for i, (kind, first, count) in enumerate(described["groups"])
             )
             rotary = Rotary(described["rotary"]["style"], tensors["inv_freq"], float(described["rotary"]["scaling"]))
             layers = tuple(LayerGeometry.from_dict(layer) for layer in described["layers"])
             profile = cls(
                 layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
-                tensors["refine_entries"], dict(described["about"]), points=tensors.get("points"),
+                tensors["refine_entries"], dict(described["about"]), (), tensors.get("points"), reach,
             )  # fmt: skip
-            profile._check()
+            profile._check(chained)
             profile.predictors = profile._predictors(described.get("predictors", []), tensors)
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"these bytes are not a profile: {error}") from error
         profile.read, profile.place = FileHashes.of(data), place
         return profile
 
-    def _check(self) -> None:
-        """Raise ProfileError unless shapes and dtypes fit each other."""
+    def _check(self, chained: bool) -> None:
+        """Raise ProfileError unless shapes and dtypes fit each other. chained: what its version says."""
         channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
-        pairs = covered(self.groups, channels) if sound else None
+        sound = sound and chained == (self.reach != 0) and chain.is_sound(self.groups, self.reach)
+        pairs = covered(self.groups, channels, chain.widths_read(self.groups, self.reach)) if sound else None
         sound = pairs is not None and sorted(pairs) == [(k, layer) for k in (0, 1) for layer in range(len(channels))]
         components = sum(len(group.synthesis) for group in self.groups) if sound else 0
         width = sum(h * d + vh * vd for h, d, vh, vd in channels)
@@ -287,7 +297,7 @@ class Profile:
         """Read the predictors that a file lists. Raises ProfileError, LookupError, TypeError, ValueError."""
         if not isinstance(listed, list) or len(listed) > MAX_PREDICTORS:
             raise ProfileError(f"expected a list of at most {MAX_PREDICTORS} predictors")
-        found = tuple(Predictor.read(one, tensors, self.sensitivities) for one in listed)
+        found = tuple(Predictor.read(one, tensors, self.sensitivities, self.reach) for one in listed)
         shapes = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         ascending = all(a.layer < b.layer for a, b in pairwise(found))
         if not ascending or not all(one.is_sound(shapes, self.levels) for one in found):

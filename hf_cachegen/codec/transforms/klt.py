@@ -16,7 +16,7 @@ their positions follow, u32 each: the coefficients of a sink are in units of a f
 
 Where the profile has reconstruction points (`codec.points`), decoded coefficients are moved towards zero, sinks
 excepted. Where it has a predictor (`codec.predictor`), the first layers are not coded, and the mean of the others
-depends on the token.
+depends on the token. In a chain (`codec.chain`) it depends on the base of the layers before.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ class Klt(Transform):
     def features(
         cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None
     ) -> tuple[str, ...]:
-        found = ("klt", *(["predict"] if config.predict_layers is not None else []))
+        found = ("klt", *(["klt-chain"] if profile is not None and profile.reach else []))
+        found += ("predict",) if config.predict_layers is not None else ()
         found += ("klt-step",) if config.step_offset else ()
         found += ("klt-points",) if _required(profile).at(config.predict_layers).points is not None else ()
         if len(side) == DIGEST_BYTES:
@@ -192,7 +193,24 @@ class Klt(Transform):
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """Return the coefficients to code: float32 [tokens, components], on the device of rows."""
-        return self._scaled(self.basis.coefficients(rows, span, self._scores(span)), span, FINER)
+
+        def base(y: Tensor) -> Tensor:
+            scaled, step = self._scaled(y.clone(), span, FINER), self.inner.steps[0].to(y.device)
+            return self._scaled(self._base(quantize.fine_symbols(scaled, step) * step, span), span, 1 / FINER)
+
+        return self._scaled(self.basis.coefficients(rows, span, self._scores(span), base), span, FINER)
+
+    def _base(self, y: Tensor, span: Span, level: int | None = None) -> Tensor:
+        """Return as the coarsest level decodes them the coefficients that `level` (None: the finest) has decoded."""
+        levels, found, ordinary = self.config.levels, y.clone(), span.ordinary(self.config)
+        step, level = self.inner.steps[0].to(y.device), levels if level is None else level
+        symbols = quantize.fine_symbols(y[ordinary], step * quantize.step_factor(level, levels))
+        found[ordinary] = quantize.split(symbols, level)[0] * (step * quantize.step_factor(1, levels))
+        return found
+
+    def _read(self, y: Tensor, span: Span, level: int) -> Tensor | None:
+        """Return what the predictions of a chain read: the decoded coefficients as the coarsest level decodes them."""
+        return self._scaled(self._base(y, span, level), span, 1 / FINER) if self.profile.reach else None
 
     def knowing(self, known: Known | None) -> Klt:
         if known is None or self.layer is None:
@@ -211,10 +229,11 @@ class Klt(Transform):
         return self.known.scores[span.first : span.first + span.tokens]
 
     def _restored(
-        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None
-    ) -> Tensor:
+        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Convert coefficients to rows. Layers that the loader has computed itself are copied."""
-        rows = self.basis.rows(y, span, dtype, idle, self._scores(span))
+        rows = self.basis.rows(y, span, dtype, idle, self._scores(span), base)
         if self.known is not None and self.known.keys:
             exact = gather(self.known.keys, self.known.values, span)
             rows[:, : exact.shape[1]] = exact
@@ -285,7 +304,8 @@ class Klt(Transform):
         whole = Span(first.first, last.first + last.tokens - first.first, first.total)
         y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
         check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
-        target.put(self._restored(self._settled(y, whole, level), whole, target.dtype), row)
+        base = self._read(y, whole, level)
+        target.put(self._restored(self._settled(y, whole, level), whole, target.dtype, base=base), row)
         return check
 
     def _decode(
@@ -293,16 +313,18 @@ class Klt(Transform):
     ) -> Tensor:
         y = torch.empty(span.tokens, self.entries.shape[1], device=device)
         self.inner.decode_into(parts, span, Target.matrix(y))
+        base = self._read(y, span, len(parts))
         self._settled(y, span, len(parts))
         if not transfer.is_host(device):  # to test which components are zero would wait for the device
-            return self._restored(y, span, dtype)
+            return self._restored(y, span, dtype, base=base)
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
-        return self._restored(y, span, dtype, ~coded.any(0))
+        return self._restored(y, span, dtype, ~coded.any(0), base)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)
-        found = [self._restored(self._settled(y, span, level), span) for level, y in enumerate(levels, 1)]
+        base = self._read(levels[0], span, 1)
+        found = [self._restored(self._settled(y, span, level), span, base=base) for level, y in enumerate(levels, 1)]
         if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
             exact = self.basis.slices[2 * self.learnt.layer + 1].stop
             for level in found:

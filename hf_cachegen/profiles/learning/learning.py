@@ -38,6 +38,7 @@ from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.models.stepping import StepSearch
 from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.learning.chaining import AcrossLayers, Chaining, reach_of, require_across
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal, unknown
 from hf_cachegen.profiles.learning.moments import Moments
@@ -78,6 +79,7 @@ def learn_profile(
     target_kl: float | Sequence[float] = DEFAULT_TARGETS,
     floor: float = 0.5,
     group_layers: int | None = None,
+    across_layers: AcrossLayers = "auto",
     undo_rotation: bool = True,
     predict_layers: Sequence[int] = (),
     predict_rank: int = DEFAULT_RANK,
@@ -100,6 +102,8 @@ def learn_profile(
             finest.
         floor: Lower bound on the sensitivity, as a fraction of the mean of each layer's K or V.
         group_layers: Number of layers that share a basis. Default: as many as have DEFAULT_GROUP_CHANNELS channels.
+        across_layers: "joint": adjacent layers share a basis. "chained": each layer has its own, and is predicted from
+            the layers before it; matrices have 8 bits a number. "auto": chained from CHAINED_CHANNELS channels on.
         undo_rotation: Rotate keys back to position zero, where the rotation is known.
         predict_layers: Values of `CacheGenConfig.predict_layers` to learn a predictor for: 0 predicts from a token's
             embedding, m from the hidden state after m layers. Each adds about as much to the file as the profile has.
@@ -132,12 +136,13 @@ def learn_profile(
         raise ConfigError(f"floor must be positive and below 100, got {floor}")
     if group_layers is not None and (not isinstance(group_layers, int) or group_layers < 1):
         raise ConfigError(f"group_layers must be an integer of at least 1, got {group_layers!r}")
+    require_across(across_layers, group_layers)
     predicting = _predicting(model, predict_layers, predict_rank)
     for index, sample in enumerate(samples):
         require_sample(index, sample)
     with evaluation_mode(model):
         return _Learning(model, samples, config, targets, seed, journal, progress).profile(
-            floor, group_layers, undo_rotation, predicting
+            floor, group_layers, across_layers, undo_rotation, predicting
         )
 
 
@@ -178,18 +183,21 @@ class _Learning:
         self.for_tables = self.training[:: max(1, len(self.training) // MAX_TABLE_SAMPLES)][:MAX_TABLE_SAMPLES]
         self.exact = Exact(model, [*self.held_out, *self.for_tables])
         self.fingerprint = Fingerprint.of(model, []).to_dict()
+        self.chaining: Chaining | None = None
 
     def profile(
-        self, floor: float, group_layers: int | None, undo_rotation: bool, predicting: dict[int, int]
-    ) -> Profile:
+        self, floor: float, group_layers: int | None, across_layers: AcrossLayers, undo_rotation: bool,
+        predicting: dict[int, int],
+    ) -> Profile:  # fmt: skip
+        reach = reach_of(self.exact, self.samples[0], across_layers, group_layers)
         options = {"floor": floor, "target_kl": list(self.targets), "seed": self.seed, "samples": len(self.samples)}
         key = self._key({
-            **options, "group_layers": group_layers, "undo_rotation": undo_rotation,
+            **options, "group_layers": group_layers, "reach": reach, "undo_rotation": undo_rotation,
             "predict": list(predicting.items()),
         })  # fmt: skip
         journal = Journal(self.path, key, progress=self.progress)
         rotary = find_rotary(self.model) if undo_rotation else NO_ROTATION
-        moments = Moments(self.exact, self.training, rotary, group_layers, self.seed, journal, list(predicting))
+        moments = Moments(self.exact, self.training, rotary, group_layers, self.seed, journal, list(predicting), reach)
         about = {
             "model": str(self.model.config.name_or_path),
             "fingerprint": self.fingerprint,
@@ -197,15 +205,19 @@ class _Learning:
             "group_layers": moments.group_layers,
             **options,
         }
-        groups = moments.groups(floor)
+        groups = self.groups = moments.groups(floor)
+        if moments.chain is not None:
+            self.chaining = Chaining(moments, moments.chain, groups, self.held_out, self.exact, journal)
         nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
         finer = nothing.expand(self.config.levels - 1, -1)
         blank = Profile(moments.layers, rotary, moments.means.float(), groups, 0, nothing, finer, about)
         # The target of the finest level almost always decides, so the others are measured at its step alone.
-        profile, measured = self._at_step(blank, self.targets[-1:], journal)
-        if any(row["kl"] > target for row, target in zip(measured[:-1], self.targets[:-1], strict=True)):
-            profile, measured = self._at_step(blank, self.targets, journal)
-        profile = replace(profile, about={**about, "measured": measured})
+        profile, measured = self._at_code(blank, self._step(blank, self.targets[-1:], journal), journal)
+        if self._beyond(measured[:-1]):
+            profile, measured = self._at_code(blank, self._step(blank, self.targets, journal), journal)
+        while self.chaining is not None and self._beyond(measured) and profile.step_code > 1:
+            profile, measured = self._at_code(blank, profile.step_code - 1, journal)  # it was searched without a chain
+        profile = replace(profile, about={**profile.about, "measured": measured})
         predictors = [self._predictor(profile, moments, sums, predicting[sums.layer], journal)
                       for sums in moments.features]  # fmt: skip
         return replace(profile, predictors=tuple(predictors))
@@ -218,8 +230,12 @@ class _Learning:
         for context, _ in journal.each(f"features {sums.layer}", self.held_out, held_out.sums):
             keys, values, _ = self.exact.prefill(context)
             held_out.add(context, moments.rows_of(keys, values))
-        found = regressed(sums, held_out, moments.targets(profile.groups, sums, held_out), rank)
-        predictor = blank_predictor(sums.layer, found, profile.step_code, profile.levels)
+        targets = moments.targets(self.groups, sums, held_out)
+        if self.chaining is None:
+            found = regressed(sums, held_out, targets, rank)
+        else:
+            found = self.chaining.regressed(sums, held_out, targets, rank, profile)
+        predictor = blank_predictor(sums.layer, found, profile.step_code, profile.levels, profile.reach)
         predictor = replace(predictor, **self._entries(replace(profile, predictors=(predictor,)), sums.layer, journal))
         measured = self._measured(replace(profile, predictors=(predictor,)), sums.layer)
         return replace(predictor, about={**predictor.about, "measured": measured})
@@ -227,12 +243,15 @@ class _Learning:
     def _measured(self, profile: Profile, layer: int | None) -> list[dict[str, float]]:
         return measure(self.model, profile, self.held_out, replace(self.config, predict_layers=layer), self.exact)
 
-    def _at_step(
-        self, blank: Profile, targets: tuple[float, ...], journal: Journal
-    ) -> tuple[Profile, list[dict[str, float]]]:
-        """Return the profile with the largest step within these targets of the finest levels, and what it measures."""
-        code = self._step(blank, (math.inf,) * (self.config.levels - len(targets)) + targets, journal)
+    def _beyond(self, measured: Sequence[dict[str, float]]) -> bool:
+        """Return whether a divergence is larger than its target."""
+        return any(row["kl"] > target for row, target in zip(measured, self.targets, strict=False))
+
+    def _at_code(self, blank: Profile, code: int, journal: Journal) -> tuple[Profile, list[dict[str, float]]]:
+        """Return the profile with this step, and what it measures."""
         profile = replace(blank, step_code=code)
+        if self.chaining is not None:
+            profile = self.chaining.applied(profile, self.config.levels)
         profile = replace(profile, **self._entries(profile, None, journal))
         return profile, self._measured(profile, None)
 
@@ -246,8 +265,9 @@ class _Learning:
         return found.hexdigest()
 
     def _step(self, profile: Profile, targets: Sequence[float], journal: Journal) -> int:
-        """Find the largest step code with which every level is within its target; infinite is none."""
+        """Find the largest step code with which the finest levels are within these targets, one for each."""
         levels = self.config.levels
+        targets = (math.inf,) * (levels - len(targets)) + tuple(targets)
         known = unknown(STEP_CODES, len(self.held_out), levels)
         done = journal.restore("step", {"divergence": known})
         counted = iter(shown(count(done), "step", None, done, bar=self.progress))

@@ -16,6 +16,7 @@ from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.recurrent import Checkpoint
+from hf_cachegen.profiles.learning.chain import ChainSums
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal
 from hf_cachegen.profiles.learning.predictor import FeatureSums, Target, targets_of
@@ -36,14 +37,18 @@ class Moments:
 
     def __init__(
         self, exact: Exact, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
-        journal: Journal, predict_layers: Sequence[int] = (),
+        journal: Journal, predict_layers: Sequence[int] = (), reach: int = 0,
     ):  # fmt: skip
         self.rotary = rotary
         keys, values, self.layers = exact.prefill(samples[0][0][:, :2])
         self.shapes = [[(x.shape[1], x.shape[3]) for x in side] for side in (keys, values)]
         widest = max(h * d for side in self.shapes for h, d in side)
-        self.group_layers = group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
+        self.group_layers = 1 if reach else group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
         self.ranges = [part for kind in (0, 1) for part in self._group(kind)]
+        if reach:
+            self.ranges.sort(key=lambda part: (part[1], part[0]))  # as a loader decodes them
+        self.reach = reach
+        self.chain = self.chain_sums() if reach else None
         self.count = torch.zeros(1, dtype=torch.int64)
         self.sums = [[_zeros(h * d) for h, d in side] for side in self.shapes]
         self.squares = [_zeros(self._width(part), self._width(part)) for part in self.ranges]
@@ -53,8 +58,8 @@ class Moments:
         for name, kind, layer in numbered:
             sums |= {f"sum-{name}": self.sums[kind][layer], f"fisher-{name}": self.fisher[kind][layer]}
         self.features = [self.features_of(exact.model, layer) for layer in predict_layers]
-        for features in self.features:
-            sums |= features.sums
+        for part in (*self.features, *([] if self.chain is None else [self.chain])):
+            sums |= part.sums
         for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
             # The draws of a sample do not depend on the samples before it.
             draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
@@ -63,6 +68,10 @@ class Moments:
     def features_of(self, model: PreTrainedModel, layer: int) -> FeatureSums:
         """Return empty sums of a predictor's features, for the ranges of layers of this object."""
         return FeatureSums(model, layer, [self._width(part) for part in self.ranges])
+
+    def chain_sums(self) -> ChainSums:
+        """Return empty sums for a chain over the ranges of this object."""
+        return ChainSums(self.ranges, [self._width(part) for part in self.ranges], self.reach)
 
     def rows_of(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
         """Return a context's rows, float32 [tokens, channels], of each range: keys with the rotation undone, values."""
@@ -93,6 +102,8 @@ class Moments:
         self.count += context.shape[1]
         for features in self.features:
             features.add(context, rows)
+        if self.chain is not None:
+            self.chain.add(rows)
         for square, part, (kind, first, count) in zip(self.squares, rows, self.ranges, strict=True):
             widths = [h * d for h, d in self.shapes[kind][first : first + count]]
             for layer, x in enumerate(part.split(widths, 1), first):

@@ -24,6 +24,7 @@ from torch import Tensor
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import Predictor, normalised
 from hf_cachegen.models.first_layers import first_layers
+from hf_cachegen.profiles.learning.chain import Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -178,11 +179,9 @@ def regressed(
         (mean, directions, groups, about).
     """
     mean = training.total / training.count
-    features, other = training.covariance(mean), held_out.covariance(mean)
+    features, best = training.covariance(mean), chosen(training, held_out, targets, rank)
     roots = [target.roots() for target in targets]
     cross = torch.cat([target.cross @ root for target, (root, _) in zip(targets, roots, strict=True)], 1)
-    unseen = torch.cat([target.held_out @ root for target, (root, _) in zip(targets, roots, strict=True)], 1)
-    best = min(regressions(features, cross, rank), key=lambda one: one.left(other, unseen))
     # Rounded as in the file, so that the residuals are those that will be coded.
     directions, inner = best.directions.float(), best.directions.mT @ features @ best.directions
     widths, groups = [len(target.mean) for target in targets], []
@@ -194,8 +193,35 @@ def regressed(
         synthesis = (basis.flip(1).mT @ inverse).half().float()
         rounded = (predicted @ inverse).half().float()
         groups.append(Group(target.kind, target.first, target.count, target.sensitivity, synthesis, rounded))
-    about = {"ridge": best.ridge, "rank": directions.shape[1], "samples": int(training.count)}
-    return mean.float(), directions, tuple(groups), about
+    return mean.float(), directions, tuple(groups), stated(best, training)
+
+
+def chosen(training: FeatureSums, held_out: FeatureSums, targets: Sequence[Target], rank: int) -> Regression:
+    """Return the map, of those of `regressions`, that leaves the least energy of the held-out samples."""
+    mean, roots = training.total / training.count, [target.roots()[0] for target in targets]
+    features, other = training.covariance(mean), held_out.covariance(mean)
+    cross = torch.cat([target.cross @ root for target, root in zip(targets, roots, strict=True)], 1)
+    unseen = torch.cat([target.held_out @ root for target, root in zip(targets, roots, strict=True)], 1)
+    return min(regressions(features, cross, rank), key=lambda one: one.left(other, unseen))
+
+
+def stated(best: Regression, training: FeatureSums) -> dict[str, Any]:
+    """Return what a profile states about a predictor with this map."""
+    return {"ridge": best.ridge, "rank": best.directions.shape[1], "samples": int(training.count)}
+
+
+def scores_of(
+    training: FeatureSums, held_out: FeatureSums, best: Regression, means: Sequence[Tensor]
+) -> Scores:
+    """Return what the scores of a map contribute to a chain. means: float64 [channels] of each group."""
+    shift, directions = training.total / training.count, best.directions.float().double()
+    features = training.covariance(shift)
+    ridge = best.ridge * features.diagonal().mean() * (directions.mT @ directions)
+    inner, cross = [], []
+    for sums in (training, held_out):
+        inner.append(directions.mT @ sums.covariance(shift) @ directions)
+        cross.append([directions.mT @ sums.products(index, shift, mean) for index, mean in enumerate(means)])
+    return Scores(training.layer, inner[0], ridge, cross[0], (inner[1], cross[1]))
 
 
 def targets_of(
@@ -230,9 +256,10 @@ def targets_of(
 
 
 def blank(
-    layer: int, found: tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]], step_code: int, levels: int
-) -> Predictor:
-    """Return a predictor without table entries from the result of `regressed`."""
+    layer: int, found: tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]], step_code: int, levels: int,
+    reach: int = 0,
+) -> Predictor:  # fmt: skip
+    """Return a predictor without table entries from the result of `regressed`. reach: of its chain."""
     mean, directions, groups, about = found
     nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
-    return Predictor(layer, mean, directions, groups, step_code, nothing, nothing.expand(levels - 1, -1), about)
+    return Predictor(layer, mean, directions, groups, step_code, nothing, nothing.expand(levels - 1, -1), about, reach)

@@ -1,0 +1,101 @@
+"""Chain: predict each layer from the layers before it, in place of a joint basis over many layers.
+
+A chained profile has a basis for each layer's K and V alone, in the order in which they are decoded: K of layer 0, its
+V, K of layer 1, ... What a basis codes is the difference to a linear prediction from the *summaries* of the K and V
+before it: of up to `reach` layers, and of its own layer's K where it is V. With c the coefficients of a layer as the
+coarsest level decodes them, r all that its prediction reads, U its basis, P its prediction and Q its summary matrix:
+
+    x' = mean + y U + r P           y: the coefficients as any level decodes them
+    summary = (c U + r P) Q^T       the leading coefficients of what the coarsest level decodes
+
+So a summary is the same at every level. Levels stay nested, and what a finer level adds is added. Where the profile
+predicts from a hidden state too (`codec.predictor`), r begins with its scores.
+
+Symbols do not depend on the summaries. A loader whose products are rounded in another way has values that differ by a
+rounding, which the layers after it read; `tests/test_chain.py` bounds how far that reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec.group import Group
+
+MAX_REACH = 16
+"""Largest number of layers before a layer that its prediction reads."""
+
+
+def sources(groups: Sequence[tuple[int, int, int]], index: int, reach: int) -> list[int]:
+    """Return the groups that the prediction of group `index` reads, of (kind, first layer, layers) in their order."""
+    layer = groups[index][1]
+    return [i for i in range(index) if groups[i][1] >= layer - reach] if reach else []
+
+
+def widths_read(groups: Sequence[Group], reach: int) -> list[int]:
+    """Return how many numbers of summaries each group's prediction reads."""
+    order = [(group.kind, group.first, group.count) for group in groups]
+    widths = [0 if group.summary is None else len(group.summary) for group in groups]
+    return [sum(widths[i] for i in sources(order, index, reach)) for index in range(len(groups))]
+
+
+def is_sound(groups: Sequence[Group], reach: int) -> bool:
+    """Return whether groups and a reach fit each other, of a file; `covered` checks the layers."""
+    if not reach:
+        return all(group.summary is None for group in groups)
+    widths = [0 if one.summary is None else one.summary.shape[1] for one in groups]
+    fits = all(width == one.synthesis.shape[1] for width, one in zip(widths, groups, strict=True))
+    return 0 < reach <= MAX_REACH and fits and in_order(groups)
+
+
+def in_order(groups: Sequence[Group]) -> bool:
+    """Return whether each group is one layer's K or V, in the order of a chain, with a summary."""
+    order = [(group.first, group.kind) for group in groups]
+    ascending = all(a < b for a, b in pairwise(order))
+    return ascending and all(group.count == 1 and group.summary is not None for group in groups)
+
+
+class Chain:
+    """What the predictions of a profile's groups read, on one device.
+
+    Args:
+        groups: Of a profile or predictor.
+        reach: Its reach. 0: predictions read the scores alone.
+        device: Of the products.
+    """
+
+    def __init__(self, groups: Sequence[Group], reach: int, device: torch.device):
+        self.reach = reach
+        order = [(group.kind, group.first, group.count) for group in groups]
+        self._sources = [sources(order, index, reach) for index in range(len(groups))]
+        self._maps: list[tuple[Tensor, Tensor | None]] = []
+        for group in groups if reach else ():
+            if group.summary is not None:
+                known = None if group.prediction is None else (group.prediction @ group.summary.mT).to(device)
+                self._maps.append(((group.synthesis @ group.summary.mT).to(device), known))
+
+    def read(self, index: int, scores: Tensor | None, summaries: Sequence[Tensor]) -> Tensor | None:
+        """Return what the prediction of group `index` reads, float32 [tokens, numbers]; None if that is nothing.
+
+        Args:
+            index: Of the group.
+            scores: float32 [tokens, rank], of a predictor.
+            summaries: Of the groups before it.
+        """
+        found = [*([] if scores is None else [scores]), *(summaries[i] for i in self._sources[index])]
+        return torch.cat(found, 1) if found else None
+
+    def summary(self, index: int, base: Tensor, read: Tensor | None) -> Tensor:
+        """Return the summary of group `index`.
+
+        Args:
+            index: Of the group.
+            base: Its coefficients as the coarsest level decodes them, float32 [tokens, components].
+            read: The result of `read`.
+        """
+        own, known = self._maps[index]
+        found = base @ own
+        return found if read is None or known is None else found.addmm_(read, known)

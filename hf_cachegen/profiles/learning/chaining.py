@@ -1,0 +1,97 @@
+"""The chain of one learning run: whether there is one, its groups for a step, and those of its predictors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.profile import Profile as CodecProfile
+from hf_cachegen.codec.quantize import step_factor, steps_of
+from hf_cachegen.errors import ConfigError
+from hf_cachegen.profiles.files import Profile
+from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, ChainSums, Scores, chained
+from hf_cachegen.profiles.learning.exact import Exact
+from hf_cachegen.profiles.learning.journal import Journal
+from hf_cachegen.profiles.learning.moments import Moments
+from hf_cachegen.profiles.learning.predictor import FeatureSums, Target, chosen, scores_of, stated
+from hf_cachegen.profiles.learning.running import Sample
+
+AcrossLayers = Literal["auto", "joint", "chained"]
+CHAINED_CHANNELS = 1024
+"""Width of a layer's K or V from which "auto" chains layers: a joint basis would have two layers at most."""
+
+
+def require_across(across_layers: AcrossLayers, group_layers: int | None) -> None:
+    """Raise ConfigError unless these options fit each other."""
+    choices = get_args(AcrossLayers)
+    if across_layers not in choices:
+        raise ConfigError(f"across_layers must be one of {', '.join(choices)}, got {across_layers!r}")
+    if across_layers == "chained" and group_layers is not None:
+        raise ConfigError(
+            f"across_layers='chained' gives each layer a basis of its own, got "
+            f"group_layers={group_layers}: leave it out"
+        )
+
+
+def reach_of(exact: Exact, sample: Sample, across_layers: AcrossLayers, group_layers: int | None) -> int:
+    """Return the reach of the model's chain; 0 without one. sample: any."""
+    if across_layers != "auto":
+        return DEFAULT_REACH if across_layers == "chained" else 0
+    layers = exact.prefill(sample[0][:, :2])[2]
+    widest = max(max(layer.k_channels, layer.v_channels) for layer in layers)
+    return DEFAULT_REACH if group_layers is None and widest >= CHAINED_CHANNELS else 0
+
+
+class Chaining:
+    """Learn the groups of a chain from the sums of a run.
+
+    Args:
+        moments: Sums of the training samples, with those of a chain.
+        sums: The same object's `chain`.
+        groups: Its groups, for the sensitivities.
+        held_out: The held-out samples.
+        exact: What the model computes.
+        journal: Of the run.
+    """
+
+    def __init__(
+        self, moments: Moments, sums: ChainSums, groups: Sequence[Group], held_out: Sequence[Sample], exact: Exact,
+        journal: Journal,
+    ):  # fmt: skip
+        self.sums, self.groups, self.held_out = sums, groups, moments.chain_sums()
+        for context, _ in journal.each("chain", held_out, self.held_out.sums):
+            keys, values, _ = exact.prefill(context)
+            self.held_out.add(moments.rows_of(keys, values))
+
+    def applied(self, profile: Profile, levels: int) -> Profile:
+        """Return the profile with the chain for its step, and no table entries. levels: of its artifacts.
+
+        The noise of the base follows from the step. The step itself depends little on the bases.
+        """
+        groups, about = self._groups(profile, levels)
+        nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
+        return replace(
+            profile, groups=groups, reach=self.sums.reach, about={**profile.about, "chain": about},
+            base_entries=nothing, refine_entries=nothing.expand(levels - 1, -1),
+        )  # fmt: skip
+
+    def regressed(
+        self, training: FeatureSums, held_out: FeatureSums, targets: Sequence[Target], rank: int, profile: CodecProfile
+    ) -> tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]]:
+        """Learn a predictor whose layers are chained: what `predictor.regressed` returns for joint bases."""
+        best = chosen(training, held_out, targets, rank)
+        scores = scores_of(training, held_out, best, self.sums.means())
+        groups, about = self._groups(profile, profile.levels, scores)
+        mean = (training.total / training.count).float()
+        return mean, best.directions.float(), groups, {**stated(best, training), "chain": about}
+
+    def _groups(
+        self, profile: CodecProfile, levels: int, scores: Scores | None = None
+    ) -> tuple[tuple[Group, ...], dict[str, Any]]:
+        step = float(steps_of(torch.tensor(profile.step_code, dtype=torch.uint8))) * step_factor(1, levels)
+        return chained(self.sums, self.held_out, self.groups, step**2 / 12, DEFAULT_WIDTH, scores)
