@@ -217,7 +217,7 @@ class Batches:
         return self._anchor_rows
 
     def _anchor_values(
-        self, memory: tuple[Tensor, Target, abi.Batch | None], jobs: Sequence[abi.Job], scales: Tensor,
+        self, memory: tuple[Tensor, Target, abi.Batch | None], jobs: ctypes.Array[abi.Job], scales: Tensor,
         reads: Sequence[_Read], checks: list[Check],
     ) -> Tensor:  # fmt: skip
         """Return the anchors of all chunks, float32 [anchors, channels], one chunk after the other."""
