@@ -44,6 +44,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 _settings = torch.backends.cuda.matmul
+_cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
 _NEW = hasattr(_settings, "fp32_precision")
 """Whether torch has the setting that replaces allow_tf32 and set_float32_matmul_precision.
 
@@ -69,7 +70,7 @@ def _get() -> _Values:
         old = torch.get_float32_matmul_precision()
     except RuntimeError:
         old = ""
-    new, cpu = (_settings.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) if _NEW else (None, None)
+    new, cpu = (_settings.fp32_precision, _cpu.fp32_precision) if _NEW else (None, None)
     return _Values(old, new, cpu, _settings.allow_bf16_reduced_precision_reduction)
 
 
@@ -77,7 +78,7 @@ def _set(values: _Values, of_user: _Values) -> None:
     if of_user.old not in ("", _EXACT.old):
         torch.set_float32_matmul_precision(values.old)
     if values.cpu is not None:
-        torch.backends.mkldnn.matmul.fp32_precision = values.cpu
+        _cpu.fp32_precision = values.cpu
     if values.new is not None:
         _settings.fp32_precision = values.new
     _settings.allow_bf16_reduced_precision_reduction = values.reduced
