@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import host_time
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.artifact.encoded import EncodedContext
 from hf_cachegen.codec import abi, native, transfer
@@ -256,3 +257,10 @@ def test_the_kernel_refuses_memory_that_is_not_aligned() -> None:
         for part, words in ((data[8:], 2048), (data, 3), (data, 0)):
             with pytest.raises(NativeError, match="BAD_ARGUMENT"):
                 native.call("cg_block_sums", part, len(part), keys, words, sums)
+
+
+def test_a_batch_takes_few_calls_of_the_host() -> None:
+    """The benchmark runs, and counts what a GPU would launch. Times depend on the machine, and are not tested."""
+    figures = host_time.measure("delta", 1)
+    assert list(figures) == ["level 1", "level 2", "level 3"]
+    assert all(0 < level["calls of a batch"] <= 8 for level in figures.values())

@@ -59,3 +59,20 @@ def test_the_last_thread_puts_them_back() -> None:
     leave.set()
     thread.join()
     assert reduced()
+
+
+@pytest.mark.parametrize("name", ["medium", "high", "highest"])
+def test_the_old_setting_can_be_read_meanwhile_and_comes_back(name: str) -> None:
+    """Torch refuses to read the old setting while the new one contradicts it, in every thread."""
+    if hasattr(SETTINGS, "fp32_precision"):
+        SETTINGS.fp32_precision = "ieee"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        known = SETTINGS.allow_tf32
+        with full_precision(CUDA):
+            assert not SETTINGS.allow_tf32
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert (torch.get_float32_matmul_precision(), SETTINGS.allow_tf32) == (name, known)
+    finally:
+        torch.set_float32_matmul_precision(before)

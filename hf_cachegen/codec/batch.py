@@ -71,9 +71,12 @@ class _Read(NamedTuple):
     def parts(self, job: abi.Job) -> list[Part]:
         """Return the sections, each with the job's streams that it becomes."""
         first, count = self.ordinary.start, self.ordinary.stop - self.ordinary.start
-        digits = [Part(job.digits[k], found, 1 + k, first) for k, found in enumerate(self.digits)]
-        ends = [Part(job.end_digits[k], found, 1 + k, 0, first, count) for k, found in enumerate(self.end_digits)]
-        return [Part(job.base, self.base), *digits, *ends]
+        parts = [Part(job.base, self.base)]
+        if count:
+            parts += [Part(job.digits[k], found, 1 + k, first) for k, found in enumerate(self.digits)]
+        if self.has_ends:
+            parts += [Part(job.end_digits[k], found, 1 + k, 0, first, count) for k, found in enumerate(self.end_digits)]
+        return parts
 
 
 def serves(codec: LossyCodec, level: int, target: Target) -> bool:
@@ -217,7 +220,7 @@ class Batches:
         return self._anchor_rows
 
     def _anchor_values(
-        self, memory: tuple[Tensor, Target, abi.Batch | None], jobs: Sequence[abi.Job], scales: Tensor,
+        self, memory: tuple[Tensor, Target, abi.Batch | None], jobs: ctypes.Array[abi.Job], scales: Tensor,
         reads: Sequence[_Read], checks: list[Check],
     ) -> Tensor:  # fmt: skip
         """Return the anchors of all chunks, float32 [anchors, channels], one chunk after the other."""

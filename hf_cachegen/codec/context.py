@@ -188,8 +188,10 @@ def decode_chunks(
     Returns:
         (keys, values): for each layer [batch, heads, tokens, dim], in the geometry's dtype.
     """
-    one = device is None or isinstance(device, (str, torch.device))
-    found = empty_kv(geometry, [device] * len(geometry.layers) if one else device)  # type: ignore[arg-type]
+    if device is None or isinstance(device, (str, torch.device)):
+        found = empty_kv(geometry, [device] * len(geometry.layers))
+    else:
+        found = empty_kv(geometry, device)
     chunks = enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress))
     if len({x.device for x in found}) == 1:
         codec.decode_many(((parts_of(index), span, span.first) for index, span in chunks), Target.layers(found))

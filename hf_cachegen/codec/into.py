@@ -134,7 +134,9 @@ class Sections:
         """Decode to indices, which other sections refine: uint8 [blocks, coded, 256], the layout of cg_output."""
         blocks = -(-self.columns // _BLOCK)
         found = torch.empty(blocks, self.coded, _BLOCK, dtype=torch.uint8, device=self.device)
-        places = _block_places(self.columns, self.coded, self.device).clone()
+        # On a GPU another stream could still be writing what is kept, so it is computed again.
+        make = _kept_block_places if transfer.is_host(self.device) else _block_places
+        places = make(self.columns, self.coded, self.device).clone()
         places[:, 0] += found.data_ptr()
         target = Target(places, torch.uint8, (found,))
         self._decode(section, self._output(target, self._plain, 0, self.coded, rows, coarser))
@@ -224,12 +226,14 @@ class Sections:
         self.launched()()
 
 
-@lru_cache(maxsize=4)  # all chunks of a context but the last have one shape
 def _block_places(columns: int, coded: int, device: torch.device) -> Tensor:
     """Return the addresses of a matrix in blocks, uint8 [blocks, coded, 256], that begins at address 0."""
     column = torch.arange(columns, device=device)
     address = column // _BLOCK * (coded * _BLOCK) + column % _BLOCK
     return torch.stack([address, torch.full_like(address, _BLOCK)], 1)
+
+
+_kept_block_places = lru_cache(maxsize=4)(_block_places)  # all chunks of a context but the last have one shape
 
 
 def _of(output: abi.Output, columns: Tensor) -> abi.Output:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _lock = threading.Lock()
 _users = 0
-_before: tuple[Any, Any] = (None, None)
+_before: _Values | None = None
 
 
 @contextmanager
@@ -32,31 +32,53 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with _lock:
         if _users == 0:
             _before = _get()
-            _set(_EXACT)
+            _set(_EXACT, _before)
         _users += 1
     try:
         yield
     finally:
         with _lock:
             _users -= 1
-            if _users == 0:
-                _set(_before)
+            if _users == 0 and _before is not None:
+                _set(_before, _before)
 
 
 _settings = torch.backends.cuda.matmul
+_cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
 _NEW = hasattr(_settings, "fp32_precision")
-"""Whether torch has the setting that replaces allow_tf32; they must not be mixed."""
-_EXACT: tuple[Any, Any] = ("ieee" if _NEW else False, False)
+"""Whether torch has the setting that replaces allow_tf32 and set_float32_matmul_precision.
+
+Torch keeps both. Where they disagree, reading the old one is an error, in any thread. So a user's old setting is
+changed by the old function, which sets both, and a user's new one by the new name.
+"""
 
 
-def _get() -> tuple[Any, Any]:
-    float32 = _settings.fp32_precision if _NEW else _settings.allow_tf32
-    return float32, _settings.allow_bf16_reduced_precision_reduction
+class _Values(NamedTuple):
+    """The settings. `old` is "" where the user has set the new ones alone. The old function sets `cpu` too."""
+
+    old: str
+    new: Any
+    cpu: Any
+    reduced: Any
 
 
-def _set(values: tuple[Any, Any]) -> None:
-    if _NEW:
-        _settings.fp32_precision = values[0]
-    else:
-        _settings.allow_tf32 = values[0]
-    _settings.allow_bf16_reduced_precision_reduction = values[1]
+_EXACT = _Values("highest", "ieee" if _NEW else None, None, False)
+
+
+def _get() -> _Values:
+    try:
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        old = ""
+    new, cpu = (_settings.fp32_precision, _cpu.fp32_precision) if _NEW else (None, None)
+    return _Values(old, new, cpu, _settings.allow_bf16_reduced_precision_reduction)
+
+
+def _set(values: _Values, of_user: _Values) -> None:
+    if of_user.old not in ("", _EXACT.old):
+        torch.set_float32_matmul_precision(values.old)
+    if values.cpu is not None:
+        _cpu.fp32_precision = values.cpu
+    if values.new is not None:
+        _settings.fp32_precision = values.new
+    _settings.allow_bf16_reduced_precision_reduction = values.reduced

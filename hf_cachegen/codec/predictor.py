@@ -23,6 +23,7 @@ from torch import Tensor
 from hf_cachegen.codec import chain, points
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.precision import full_precision
+from hf_cachegen.codec.transfer import send
 
 MAX_PREDICTORS = 16
 """Largest number of predictors of a profile."""
@@ -87,7 +88,7 @@ class Predictor:
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Return the scores, float32 [tokens, rank], of hidden states [tokens, features] of any float dtype."""
-        mean, directions = self.mean.to(hidden.device), self.directions.to(hidden.device)
+        mean, directions = send(self.mean, hidden.device), send(self.directions, hidden.device)
         with full_precision(hidden.device):
             return (normalised(hidden) - mean) @ directions
 

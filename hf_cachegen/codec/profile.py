@@ -32,6 +32,7 @@ from hf_cachegen.codec import chain, points
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
+from hf_cachegen.codec.transfer import send
 from hf_cachegen.errors import ProfileError
 
 PROFILE_VERSION = 1
@@ -65,7 +66,7 @@ class Rotary:
 
     def angles(self, positions: Tensor) -> Tensor:
         """Return cosines and sines at positions int64 [tokens]: float32 [2, tokens, 1, r/2]."""
-        angle = positions.to(torch.float64)[:, None, None] * self.inv_freq.to(positions.device)
+        angle = positions.to(torch.float64)[:, None, None] * send(self.inv_freq, positions.device)
         return torch.stack([angle.cos(), angle.sin()]).float()
 
     def turn(self, keys: Tensor, angles: Tensor, sign: int) -> Tensor:

@@ -53,14 +53,13 @@ class Cursor:
 
     def __init__(self, data: bytes | memoryview):
         self.data = memoryview(data)
-        self.at = 0
+        self.at, self._end = 0, len(self.data)
 
     def take(self, count: int) -> memoryview:
         """Return the next `count` bytes. Raises TruncatedError."""
-        if count > len(self.data) - self.at:
-            raise TruncatedError(
-                f"expected {count} bytes at byte {self.at} of a segment, which ends at byte {len(self.data)}"
-            )
+        if count > self._end - self.at:
+            found = f"at byte {self.at} of a segment, which ends at byte {self._end}"
+            raise TruncatedError(f"expected {count} bytes {found}")
         self.at += count
         return self.data[self.at - count : self.at]
 
