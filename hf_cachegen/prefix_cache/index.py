@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_cachegen.prefix_cache.keys import checkpoint_key
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks(
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, salt BLOB NOT NULL, depth INTEGER NOT NULL, nbytes INTEGER NOT NULL,
@@ -43,7 +45,7 @@ _KEYS_PER_QUERY = 500
 
 @dataclass(frozen=True)
 class Row:
-    """One block as the index knows it. Times are seconds since the epoch."""
+    """One block, or checkpoint, as the index knows it. Times are seconds since the epoch."""
 
     key: bytes
     parent: bytes
@@ -53,6 +55,16 @@ class Row:
     created: float
     used: float
     pinned: bool
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint of states at the end of its parent, instead of a block."""
+        return self.key == checkpoint_key(self.parent)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the prefix that it ends."""
+        return self.depth if self.is_checkpoint else self.depth + 1
 
 
 def _row(values: tuple[Any, ...]) -> Row:
