@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from torch import Tensor
 
-from hf_cachegen import PrefixCache
+from hf_cachegen import CacheGenCache, CacheGenConfig, PrefixCache, attach
+from hf_cachegen.errors import (
+    ArtifactError,
+    ConfigError,
+    CorruptError,
+    LimitError,
+    ManifestError,
+    UnsupportedModelError,
+    WrongModelError,
+)
 from hf_cachegen.generation import generate
+from hf_cachegen.models.continuation import continuation_of
+from hf_cachegen.prefix_cache.checkpoint import decode_checkpoint
+from hf_cachegen.prefix_cache.transfer import export_artifact, import_artifact
 from tests import state_models
 from tests.generation_support import MODES, fed, seeded
 from tests.prefix_cache_support import small
