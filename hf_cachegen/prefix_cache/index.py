@@ -39,6 +39,10 @@ BUSY_SECONDS = 30.0
 """How long a statement waits for another process's transaction, which takes milliseconds."""
 CHECKPOINT_PAGES = 64
 """Pages of 4 KiB after which SQLite moves its log into the database: keeps the log within 256 KiB, for the budget."""
+LOG_BYTES = 512 << 10
+"""Bytes that the log may have at any time. A transaction of ROWS_AT_ONCE rows writes up to about 50 pages to it."""
+ROWS_AT_ONCE = 8
+"""Rows that one transaction changes. Each takes a page of its own in three trees of a large index."""
 _KEYS_PER_QUERY = 500
 """Below the number of variables that any SQLite takes."""
 
@@ -140,8 +144,10 @@ class Index:
 
     def touch(self, keys: Sequence[bytes], now: float) -> None:
         """Note that these blocks, a whole chain, were used."""
-        with self.transaction() as connection:
-            connection.executemany("UPDATE blocks SET used = max(used, ?) WHERE key = ?", [(now, key) for key in keys])
+        for first in range(0, len(keys), ROWS_AT_ONCE):  # parents first: they are never older than their children
+            rows = [(now, key) for key in keys[first : first + ROWS_AT_ONCE]]
+            with self.transaction() as connection:
+                connection.executemany("UPDATE blocks SET used = max(used, ?) WHERE key = ?", rows)
 
     def add(self, row: Row, family: str, pending: Iterable[str] = ()) -> None:
         """Insert a block whose file is written, and forget the names in `pending`."""
@@ -274,6 +280,14 @@ class Index:
             with suppress(FileNotFoundError):
                 total += os.stat(f"{self.path}{suffix}").st_size
         return total
+
+    def most_bytes(self) -> int:
+        """Return the size that the index's files may have until a block is added: that of the log may vary."""
+        try:
+            log = os.stat(f"{self.path}-wal").st_size
+        except FileNotFoundError:
+            log = 0
+        return self.file_bytes() - log + max(log, LOG_BYTES)
 
     def _open(self) -> sqlite3.Connection:
         """Return this process's connection. A connection must not be used on the other side of a fork."""
