@@ -61,7 +61,8 @@ class PrefixCache(Storage):
         reuse: "auto" computes a prefix where that is measured to be faster than loading it; "always" loads it.
         state_every: of a model with recurrent states: tokens between two checkpoints of a long prompt, besides those at
             the end of the prompt and of the answer; whole blocks.
-        state_budget: most bytes of checkpoints that one call keeps; above it fewer, evenly chosen ones.
+        state_budget: most bytes of checkpoints that one call keeps; above it fewer, evenly chosen ones, but one of the
+            prompt and one of the answer.
         ttl: seconds after its last use at which a block is removed; None for never.
         queue_bytes: most bytes of keys and values that wait to be encoded.
         when_full: what a call does when they are more: "wait" for room, or "drop" its blocks.

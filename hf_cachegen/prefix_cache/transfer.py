@@ -114,10 +114,12 @@ def export_artifact(prefix_cache: PrefixCache, key: str, directory: str | os.Pat
         **fields["fingerprint"], "model_id": fields["model_id"], "commit": None, "tokenizer": None,
         "tokens": hash_tokens(ids), "transformers": fields["transformers"],
     })  # fmt: skip
-    encoder: Encoder | EncodedContext = encode_no_kv(whole)
+    source: Encoder | EncodedContext
     if whole.layers:
-        encoder = Encoder(tensors[::2], tensors[1::2], CacheGenConfig(lossless=True), layers=list(whole.layers))
-    write(encoder, directory, input_ids=ids, fingerprint=fingerprint.to_dict(), tensors=tensors_of_states)
+        source = Encoder(tensors[::2], tensors[1::2], CacheGenConfig(lossless=True), layers=list(whole.layers))
+    else:
+        source = encode_no_kv(whole)
+    write(source, directory, input_ids=ids, fingerprint=fingerprint.to_dict(), tensors=tensors_of_states)
     return len(ids)
 
 
