@@ -3,25 +3,32 @@
     python -m benchmarks.prefix_cache --model runs/smollm2-135m --text wikitext2_valid.txt --out runs/prefix_cache
 
 chat: a conversation that grows turn by turn. rag: a system prompt, then some of a few documents in changing order, then
-a question. agent: a task, then tool outputs, each answered by a short call. Every prompt is answered in four ways:
+a question. agent: a task, then tool outputs, each answered by a short call. Every prompt is answered in these ways:
 
 none: without a cache. memory: with the stock DynamicCache of the call before, as far as it is a prefix (what a single
 process can do). torch.save: the same, written after each call and read before the next. prefix cache: the prefix cache,
 opened again before each call, as after a restart; what it stores is stored before the clock of the next call starts.
 
-Times are from the call to the first logits. llama.cpp's slot files are not compared: its Python package comes as source
-alone, and building it takes longer than all that is measured here.
+llama.cpp: a server of llama.cpp, whose slot is saved and erased after each call and restored before the next; only with
+--llama and --llama-slots, the address of the server and the folder of its slot files. It is given the same token ids.
+Its answers may differ, since its kernels round otherwise. Any server will do that was started with one slot:
+
+    llama-server -m smollm2-135m-bf16.gguf --slot-save-path slots/ -np 1 -c 8192 -t 2 --port 8189
+
+Times are from the call to the first logits; of llama.cpp, from the restore to the end of the prompt.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import resource
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +141,37 @@ class Prefixes(Way):
         return new, first.seconds
 
 
+class Llama(Way):
+    """A slot file of llama.cpp, through its server."""
+
+    name = "llama.cpp"
+    address = ""
+    slots = Path()
+
+    def answer(self, ids: list[int]) -> tuple[list[int], float]:
+        begun, file = time.perf_counter(), self.folder.name
+        if (self.slots / file).is_file():
+            self._post("/slots/0?action=restore", {"filename": file})
+        restored = time.perf_counter() - begun
+        found = self._post("/completion", {
+            "prompt": ids, "n_predict": ANSWER_TOKENS, "ignore_eos": True, "cache_prompt": True, "id_slot": 0,
+            "temperature": 0, "return_tokens": True,
+        })  # fmt: skip
+        self.written += self._post("/slots/0?action=save", {"filename": file})["n_written"]
+        self._post("/slots/0?action=erase", {})
+        return found["tokens"], restored + found["timings"]["prompt_ms"] / 1000
+
+    def disk(self) -> int:
+        path = self.slots / self.folder.name
+        return path.stat().st_size if path.is_file() else 0
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=3600) as response:
+            return json.load(response)
+
+
 WAYS = (Way, Memory, Saved, Prefixes)
 
 
@@ -227,23 +265,37 @@ def table(found: dict[str, Any]) -> str:
 @click.option("--dtype", default="bfloat16", show_default=True, help="Dtype of the model.")
 @click.option("--turns", default=6, show_default=True, help="Prompts of each use.")
 @click.option("--steady-calls", default=20, show_default=True, help="Calls of the steady state.")
+@click.option("--llama", help="Address of a llama.cpp server to compare with, such as http://127.0.0.1:8189.")
+@click.option("--llama-slots", type=click.Path(path_type=Path), help="Folder of the slot files of that server.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
-def main(model: str, text: Path, dtype: str, turns: int, steady_calls: int, out: Path) -> None:
+def main(
+    model: str, text: Path, dtype: str, turns: int, steady_calls: int, llama: str | None, llama_slots: Path | None,
+    out: Path,
+) -> None:  # fmt: skip
     """Measure a prefix cache against the other ways."""
+    if (llama is None) != (llama_slots is None):
+        raise click.UsageError("--llama and --llama-slots belong together")
+    ways: tuple[type[Way], ...] = WAYS
+    if llama is not None and llama_slots is not None:
+        Llama.address, Llama.slots = llama.rstrip("/"), llama_slots
+        ways = (*WAYS, Llama)
+    machine = (
+        f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}, "
+        f"load average before the run {os.getloadavg()[0]:.1f}"
+    )
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     words = tokenizer(text.read_text(encoding="utf-8")[:60_000]).input_ids
     Way(loaded, Path()).answer(words[:600])  # a warm-up
     rows = []
     for use in USES:
-        for kind in WAYS:
+        for kind in ways:
             rows.append(measure(loaded, words, use, kind, turns))
             print(use, kind.name, [round(s, 2) for s in rows[-1]["first_seconds"]], flush=True)
-        same = [row["answers"] == rows[-len(WAYS)]["answers"] for row in rows[-len(WAYS) :]]
+        same = [row["answers"] == rows[-len(ways)]["answers"] for row in rows[-len(ways) :]]
         print(use, "same answers as without a cache:", same, flush=True)
     found = {
-        "model": Path(model).name, "dtype": dtype, "machine": f"{torch.get_num_threads()} threads of "
-        f"{platform.processor() or platform.machine()}", "turns": turns, "rows": rows,
+        "model": Path(model).name, "dtype": dtype, "machine": machine, "turns": turns, "rows": rows,
         "steady": steady(loaded, words, steady_calls),
     }  # fmt: skip
     for row in rows:

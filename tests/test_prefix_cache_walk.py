@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from hf_cachegen import PrefixCache
+from tests import state_models
 from tests.generation_support import ASSISTED, MODES, seeded
 from tests.prefix_cache_support import WIDTH, same_as_stock, small
 from tests.tiny_models import VOCABULARY, shared
@@ -28,7 +29,9 @@ class Walk:
     """Some chats that are changed at random and continued with a prefix cache."""
 
     def __init__(self, folder: Path, seed: int, name: str = "llama") -> None:
-        self.random, self.folder, self.model = random.Random(seed), folder, shared(name)
+        self.random, self.folder = random.Random(seed), folder
+        self.states = name in state_models.NAMES
+        self.model = state_models.shared(name) if self.states else shared(name)
         self.chats: list[list[int]] = [[3, 4, 5] * 6]
         self.prefix_cache = small(folder, max_bytes=BUDGET)
         self.restarts = 0
@@ -60,7 +63,7 @@ class Walk:
         chat = self.chats[number]
         mode = self.random.choice(MODE_NAMES)
         options = dict(MODES[mode])
-        if self.random.random() < 0.15:
+        if self.random.random() < 0.15 and not self.states:  # which no assistant can roll back
             options = dict(ASSISTED["prompt lookup"])
         found = same_as_stock(self.model, self.prefix_cache, torch.tensor([chat]), **options)
         self.chats[number] = found[0].tolist() + self.words(self.random.randrange(1, 12))
@@ -125,6 +128,15 @@ def test_a_walk_of_250_steps(seed: int, tmp_path: Path, own_cache: None) -> None
     assert found.hits > 80
     assert found.restarts > 5
     sqlite3.connect(tmp_path / "prefixes" / "index.sqlite").execute("PRAGMA integrity_check")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", [name for name in ("qwen3_next", "falcon_h1", "jamba") if state_models.known(name)])
+def test_a_walk_with_recurrent_states(name: str, tmp_path: Path, own_cache: None) -> None:
+    found = walk(tmp_path / "prefixes", 0, 60, name)
+    assert found.hits > 10
+    assert found.prefix_cache.verify().damaged == ()
 
 
 PROGRAM = """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_cachegen import CacheGenCache, CacheGenConfig, PrefixCache, attach, detach
+from hf_cachegen import CacheGenCache, CacheGenConfig, detach
 from hf_cachegen.artifact import STATES_FILE, Reader
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.tensors import NamedTensor
@@ -202,12 +202,6 @@ def test_assisted_decoding_is_refused() -> None:
     cache = CacheGenCache.from_context(model, CONTEXT)
     with pytest.raises(UnsupportedModelError, match="assisted decoding of a model with recurrent states"):
         ask(model, CONTEXT, cache=cache, assistant_model=state_models.make("qwen3_next", 1))
-
-
-def test_a_prefix_cache_is_refused(tmp_path: Path) -> None:
-    model = state_models.make("qwen3_next")
-    with pytest.raises(UnsupportedModelError, match=r"use CacheGenCache\.from_context"):
-        attach(model, prefix_cache=PrefixCache(tmp_path))
 
 
 def test_many_tokens_are_not_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,15 +44,16 @@ def prefix_cache_ls(folder: Path, as_json: bool, debug: bool) -> None:
     """List the prefixes in FOLDER, one line for the end of each chain, the least recently used first."""
     index = opened(folder).local.index
     rows, families = index.rows(), {salt: json.loads(text) for salt, text in index.families().items()}
-    parents, by_key = {row.parent for row in rows}, {row.key: row for row in rows}
+    parents, by_key = {row.parent for row in rows if not row.is_checkpoint}, {row.key: row for row in rows}
+    states = {row.parent: row.nbytes for row in rows if row.is_checkpoint}
     found: list[dict[str, Any]] = []
-    for row in (row for row in rows if row.key not in parents or row.pinned):
+    for row in (row for row in rows if not (row.is_checkpoint or row.key in parents) or row.pinned):
         nbytes, at = 0, row
         while at is not None:
-            nbytes += at.nbytes
+            nbytes += states.get(at.key, 0) + (0 if at.is_checkpoint else at.nbytes)
             at = by_key.get(at.parent)  # type: ignore[assignment]
         family = families[row.salt]
-        tokens = (row.depth + 1) * family["block_tokens"]
+        tokens = row.blocks * family["block_tokens"]
         found.append({"key": row.key.hex(), "tokens": tokens, "bytes": nbytes, "last_used": row.used,
                       "pinned": row.pinned, "model": family["model_id"]})  # fmt: skip
     if as_json:

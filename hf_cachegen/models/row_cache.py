@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.errors import TensorError
+from hf_cachegen.models.compat import EMPTY_LAYERS
 from hf_cachegen.models.kinds import layer_contents
 from hf_cachegen.models.recurrent import Checkpoint, put_states, states_of
 from hf_cachegen.models.requirements import layer_kinds
@@ -159,8 +160,8 @@ def row_of(cache: Cache, row: int, first: int, last: int) -> list[Tensor]:
     """
     found = []
     for index, layer in enumerate(cache.layers):
-        if not hasattr(layer, "keys"):
-            continue  # states alone, or nothing
+        if not holds_keys(layer):
+            continue
         if isinstance(layer, WholeSlidingLayer):
             pair = layer.whole()
         else:
@@ -172,10 +173,15 @@ def row_of(cache: Cache, row: int, first: int, last: int) -> list[Tensor]:
     return found
 
 
+def holds_keys(layer: Any) -> bool:
+    """Report whether a layer of a cache holds keys and values; some hold states alone, or nothing."""
+    return hasattr(layer, "keys") and not isinstance(layer, EMPTY_LAYERS)
+
+
 def cached_rows(cache: Cache) -> tuple[int, int]:
     """Return the number of rows and of positions that a cache holds; (0, 0) for an empty one, or one of states alone.
     """
-    layer = next((layer for layer in cache.layers if hasattr(layer, "keys")), None)
+    layer = next((layer for layer in cache.layers if holds_keys(layer)), None)
     if layer is None or not layer.is_initialized:
         return 0, 0
     return int(layer.keys.shape[0]), int(layer.get_seq_length())

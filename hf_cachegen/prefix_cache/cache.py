@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.prefix_cache.keys import chain
+from hf_cachegen.prefix_cache.keys import chain, checkpoint_key
 from hf_cachegen.prefix_cache.local import LocalTier
 from hf_cachegen.prefix_cache.protect import Protection
 from hf_cachegen.prefix_cache.remote import RemoteTier
@@ -61,7 +61,8 @@ class PrefixCache(Storage):
         reuse: "auto" computes a prefix where that is measured to be faster than loading it; "always" loads it.
         state_every: of a model with recurrent states: tokens between two checkpoints of a long prompt, besides those at
             the end of the prompt and of the answer; whole blocks.
-        state_budget: most bytes of checkpoints that one call keeps; above it fewer, evenly chosen ones.
+        state_budget: most bytes of checkpoints that one call keeps; above it fewer, evenly chosen ones, but one of the
+            prompt and one of the answer.
         ttl: seconds after its last use at which a block is removed; None for never.
         queue_bytes: most bytes of keys and values that wait to be encoded.
         when_full: what a call does when they are more: "wait" for room, or "drop" its blocks.
@@ -171,12 +172,16 @@ class PrefixCache(Storage):
         from hf_cachegen.prefix_cache.binding import bind
 
         self.flush()
-        salt = bind(self, model).family.salt
-        keys = chain(salt, one_row(input_ids)[0].tolist(), self.rules.block_tokens)
-        count = self.local.stored(keys)
-        if count:
-            self.local.index.pin(keys[count - 1], pinned)
-        return count * self.rules.block_tokens
+        binding, index = bind(self, model), self.local.index
+        keys = chain(binding.family.salt, one_row(input_ids)[0].tolist(), self.rules.block_tokens)
+        ends = list(keys[: self.local.stored(keys)])
+        if binding.continuation is not None:  # a prefix of such a model ends with a checkpoint
+            ends = [checkpoint_key(key) for key in ends]
+            held = index.present(ends)
+            ends = ends[: max((number for number, key in enumerate(ends, 1) if key in held), default=0)]
+        if ends:
+            index.pin(ends[-1], pinned)
+        return len(ends) * self.rules.block_tokens
 
 
 def _located(

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from hf_cachegen.models.call import GenerateCall
-from hf_cachegen.models.row_cache import cached_rows, dynamic_cache, static_cache
+from hf_cachegen.models.row_cache import cached_rows, dynamic_cache, holds_keys, static_cache
 from hf_cachegen.prefix_cache.advance import advance
 from hf_cachegen.prefix_cache.rows import common_end, prompt_rows
 
@@ -93,7 +93,7 @@ class PrefixCall:
         """Yield the text of every row of the cache that generating has left."""
         sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
         count, length = cached_rows(cache)
-        if not any(hasattr(layer, "keys") for layer in cache.layers):  # states alone, which count nothing
+        if not any(map(holds_keys, cache.layers)):  # states alone, which count nothing
             count, length = len(self.rows) * self.repeats, int(sequences.shape[1]) - 1
         repeats = count // len(self.rows)
         texts = None

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_cachegen.prefix_cache.keys import checkpoint_key
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks(
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, salt BLOB NOT NULL, depth INTEGER NOT NULL, nbytes INTEGER NOT NULL,
@@ -37,13 +39,17 @@ BUSY_SECONDS = 30.0
 """How long a statement waits for another process's transaction, which takes milliseconds."""
 CHECKPOINT_PAGES = 64
 """Pages of 4 KiB after which SQLite moves its log into the database: keeps the log within 256 KiB, for the budget."""
+LOG_BYTES = 512 << 10
+"""Bytes that the log may have at any time. A transaction of ROWS_AT_ONCE rows writes up to about 50 pages to it."""
+ROWS_AT_ONCE = 8
+"""Rows that one transaction changes. Each takes a page of its own in three trees of a large index."""
 _KEYS_PER_QUERY = 500
 """Below the number of variables that any SQLite takes."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One block as the index knows it. Times are seconds since the epoch."""
+    """One block, or checkpoint, as the index knows it. Times are seconds since the epoch."""
 
     key: bytes
     parent: bytes
@@ -53,6 +59,16 @@ class Row:
     created: float
     used: float
     pinned: bool
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint of states at the end of its parent, instead of a block."""
+        return self.key == checkpoint_key(self.parent)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the prefix that it ends."""
+        return self.depth if self.is_checkpoint else self.depth + 1
 
 
 def _row(values: tuple[Any, ...]) -> Row:
@@ -128,8 +144,10 @@ class Index:
 
     def touch(self, keys: Sequence[bytes], now: float) -> None:
         """Note that these blocks, a whole chain, were used."""
-        with self.transaction() as connection:
-            connection.executemany("UPDATE blocks SET used = max(used, ?) WHERE key = ?", [(now, key) for key in keys])
+        for first in range(0, len(keys), ROWS_AT_ONCE):  # parents first: they are never older than their children
+            rows = [(now, key) for key in keys[first : first + ROWS_AT_ONCE]]
+            with self.transaction() as connection:
+                connection.executemany("UPDATE blocks SET used = max(used, ?) WHERE key = ?", rows)
 
     def add(self, row: Row, family: str, pending: Iterable[str] = ()) -> None:
         """Insert a block whose file is written, and forget the names in `pending`."""
@@ -262,6 +280,14 @@ class Index:
             with suppress(FileNotFoundError):
                 total += os.stat(f"{self.path}{suffix}").st_size
         return total
+
+    def most_bytes(self) -> int:
+        """Return the size that the index's files may have until a block is added: that of the log may vary."""
+        try:
+            log = os.stat(f"{self.path}-wal").st_size
+        except FileNotFoundError:
+            log = 0
+        return self.file_bytes() - log + max(log, LOG_BYTES)
 
     def _open(self) -> sqlite3.Connection:
         """Return this process's connection. A connection must not be used on the other side of a fork."""

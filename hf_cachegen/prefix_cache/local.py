@@ -30,7 +30,7 @@ from pathlib import Path
 
 from hf_cachegen.errors import ArtifactError, ConfigError, PrefixCacheError
 from hf_cachegen.prefix_cache.block import Block, load
-from hf_cachegen.prefix_cache.index import Index, Row
+from hf_cachegen.prefix_cache.index import ROWS_AT_ONCE, Index, Row
 
 LOG = logging.getLogger("hf_cachegen.prefix_cache")
 INDEX_GROWTH = 64 << 10
@@ -221,8 +221,8 @@ class LocalTier:
             return True
         kept = set(keep)
         while True:
-            growth = INDEX_GROWTH if nbytes else 0
-            excess = self.index.nbytes() + nbytes + self.index.file_bytes() + growth - limit
+            index = self.index.most_bytes() + INDEX_GROWTH if nbytes else self.index.file_bytes()
+            excess = self.index.nbytes() + nbytes + index - limit
             if excess <= 0:
                 return True
             victims = []
@@ -248,9 +248,11 @@ class LocalTier:
             self._remove([row.key for row in rows])
 
     def _remove(self, keys: Sequence[bytes]) -> None:
-        names = [self._name(self._path(key)) for key in keys]
-        self.index.remove(keys, names)
-        self._clear_pending(names)
+        for first in range(0, len(keys), ROWS_AT_ONCE):
+            some = keys[first : first + ROWS_AT_ONCE]
+            names = [self._name(self._path(key)) for key in some]
+            self.index.remove(some, names)
+            self._clear_pending(names)
 
     def _clear_pending(self, names: Iterable[str]) -> None:
         gone = []

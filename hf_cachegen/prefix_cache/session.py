@@ -203,7 +203,7 @@ class Session:
             self.counters.add(unsupported=1)
             return None
         cache, states = found
-        watch = stateful.watch(cache) if call.call.mode in ONE_BY_ONE else None
+        watch = stateful.watch(cache, len(states)) if call.call.mode in ONE_BY_ONE else None
         keys = [(row, held.tokens) for row, held in enumerate(rows) if held.tokens]
         return Prefix(cache, [], 0, states, keys, watch, max(row.tokens for row in rows), time.perf_counter() - begun)
 

@@ -68,7 +68,7 @@ class Stateful:
     def __init__(self, model: PreTrainedModel, continuation: Continuation, rules: Rules) -> None:
         self.model, self.found, self.width = model, continuation, rules.block_tokens
         self.every = -(-rules.state_every // self.width)
-        self.most = max(1, rules.state_budget // max(1, continuation.state_bytes))
+        self.most = max(2, rules.state_budget // max(1, continuation.state_bytes))
         self.contents: list[LayerContent] = layer_contents(model.config)
         self.devices = layer_devices(model, len(self.contents))
 
@@ -87,8 +87,8 @@ class Stateful:
             # Only its first pass reads several tokens.
             return [last * self.width] if last and tokens - last * self.width <= MAX_REST else []
         blocks = [n for n in range(first // self.width + 1, last + 1) if n % self.every == 0 or n == last]
-        stride = -(-len(blocks) // self.most)
-        return [n * self.width for n in blocks[::-1][:: max(1, stride)][::-1]]
+        stride = max(1, -(-len(blocks) // (self.most - 1)))  # one is left for the answer
+        return [n * self.width for n in blocks[::-1][::stride][::-1]]
 
     @torch.no_grad()
     def begin(self, call: PrefixCall, rows: Sequence[Held], store: bool) -> tuple[Cache, list[Checkpoint]] | None:
@@ -160,9 +160,9 @@ class Stateful:
             return sorted({first, end, *stops, *range(first, end, chunk)})
         return [first, *range(max(first + 1, min([*stops, end]) if first == 0 else 0), end + 1)]
 
-    def watch(self, cache: Cache) -> Watch:
-        """Return what takes checkpoints of the answer."""
-        return Watch(cache, self.contents, self.width, self.every, self.most)
+    def watch(self, cache: Cache, taken: int) -> Watch:
+        """Return what takes checkpoints of the answer, after so many of the prompt."""
+        return Watch(cache, self.contents, self.width, self.every, max(1, self.most - taken))
 
 
 def unfit(call: PrefixCall) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import EncodedContext, encode_no_kv
+from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
@@ -14,10 +17,12 @@ from hf_cachegen.codec.rows import empty_kv
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, CorruptError, ManifestError
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
+from hf_cachegen.models.recurrent import Checkpoints
 from hf_cachegen.prefix_cache.block import Block
+from hf_cachegen.prefix_cache.checkpoint import decode_checkpoint, encode_checkpoint
 from hf_cachegen.prefix_cache.coding import Coding
 from hf_cachegen.prefix_cache.index import Row
-from hf_cachegen.prefix_cache.keys import chain, family_of
+from hf_cachegen.prefix_cache.keys import chain, checkpoint_key, family_of
 from hf_cachegen.stores import Access, open_store
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str], **access: Any) -> int:
     """Store the whole blocks of a lossless artifact, so that prompts find them.
+
+    Of a model with recurrent states its checkpoints at ends of blocks are stored too (`state_every=`).
 
     Args:
         prefix_cache: its config must be lossless too.
@@ -61,16 +68,21 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
         parent = chained[depth - 1] if depth else family.salt
         block = coding.encode(family, parent, depth, ids[first : first + width], k, v, artifact.geometry.layers)
         prefix_cache.store(chained[depth], partial(_same, block), 0, chained[:depth])
+    for checkpoint in Checkpoints.from_named(artifact.tensors(), len(ids)).all:
+        if checkpoint.tokens % width == 0:
+            before = chained[: checkpoint.tokens // width]
+            block = encode_checkpoint(family, before[-1], len(before), checkpoint)
+            prefix_cache.store(block.key, partial(_same, block), 0, before)
     prefix_cache.flush()
     return prefix_cache.local.stored(chained) * width
 
 
 def export_artifact(prefix_cache: PrefixCache, key: str, directory: str | os.PathLike[str]) -> int:
-    """Write a stored prefix as an artifact.
+    """Write a stored prefix as an artifact, with its checkpoint of recurrent states if its end has one.
 
     Args:
         prefix_cache: where it is stored.
-        key: of its last block, in hexadecimal; the beginning is enough if it is unique.
+        key: of its last block or checkpoint, in hexadecimal; the beginning is enough if it is unique.
         directory: the folder of the artifact.
 
     Returns:
@@ -81,7 +93,10 @@ def export_artifact(prefix_cache: PrefixCache, key: str, directory: str | os.Pat
         ConfigError: the key is not unique, or the prefix is lossy.
         ArtifactError: a block is damaged, or the folder holds an artifact.
     """
-    blocks = [_block(prefix_cache, row) for row in ancestry(prefix_cache, find_one(prefix_cache, key))]
+    rows = ancestry(prefix_cache, find_one(prefix_cache, key))
+    blocks = [_block(prefix_cache, row) for row in rows]
+    tensors_of_states = _states(prefix_cache, blocks, rows[-1])
+    blocks = [block for block in blocks if block.tokens]
     fields = blocks[-1].family.fields
     config = CacheGenConfig.from_dict(fields["codec"])
     if not config.lossless:
@@ -99,8 +114,12 @@ def export_artifact(prefix_cache: PrefixCache, key: str, directory: str | os.Pat
         **fields["fingerprint"], "model_id": fields["model_id"], "commit": None, "tokenizer": None,
         "tokens": hash_tokens(ids), "transformers": fields["transformers"],
     })  # fmt: skip
-    encoder = Encoder(tensors[::2], tensors[1::2], CacheGenConfig(lossless=True), layers=list(whole.layers))
-    write(encoder, directory, input_ids=ids, fingerprint=fingerprint.to_dict())
+    source: Encoder | EncodedContext
+    if whole.layers:
+        source = Encoder(tensors[::2], tensors[1::2], CacheGenConfig(lossless=True), layers=list(whole.layers))
+    else:
+        source = encode_no_kv(whole)
+    write(source, directory, input_ids=ids, fingerprint=fingerprint.to_dict(), tensors=tensors_of_states)
     return len(ids)
 
 
@@ -131,6 +150,17 @@ def ancestry(prefix_cache: PrefixCache, row: Row) -> list[Row]:
             raise ArtifactNotFoundError(f"the block before {rows[-1].key.hex()[:16]} is no longer stored")
         rows.append(before[0])
     return rows[::-1]
+
+
+def _states(prefix_cache: PrefixCache, blocks: Sequence[Block], end: Row) -> list[NamedTensor]:
+    """Return the tensors of the checkpoint at the end of a chain; none where it has none."""
+    last = blocks[-1]
+    if not end.is_checkpoint:
+        rows = prefix_cache.local.index.find(checkpoint_key(end.key).hex())
+        if not rows:
+            return []
+        last = _block(prefix_cache, rows[0])
+    return Checkpoints((decode_checkpoint(last, None, str(last.family.fields["model_id"])),)).named()
 
 
 def _same(block: Block) -> Block:
