@@ -38,7 +38,8 @@ WORST = 0.05
 """Share of the tokens that count as the worst."""
 CLOSE = 1.0
 """Nats between the two likeliest successors, below which a token counts as undecided."""
-Values = dict[str, list[float]]
+CHUNK_TOKENS = 512
+"""Tokens per chunk of an artifact, as in `python -m eval run`."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def table(rows: list[Measured]) -> str:
 @click.option("--model", "name", required=True, help="Folder or Hub id of the model.")
 @click.option("--dataset", required=True, help="Data set as for `python -m eval run`.")
 @click.option("--codec", "chosen", multiple=True, default=("artifact", "klt"), show_default=True, help="Codec.")
+@click.option("--level", "levels", multiple=True, type=int, help="Level of codecs that have several.  [default: all]")
 @click.option("--limit", default=12, show_default=True, help="Number of contexts.")
 @click.option("--seed", default=0, show_default=True, help="Random seed of generated data.")
 @click.option("--dtype", default="auto", show_default=True, help="Dtype of the model.")
@@ -168,15 +170,16 @@ def table(rows: list[Measured]) -> str:
 @click.option("--basis", type=click.Path(path_type=Path), help="Joint basis for kvtc and pca.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
 def main(
-    name: str, dataset: str, chosen: tuple[str, ...], limit: int, seed: int, dtype: str, device: str | None,
-    profile: str, basis: Path | None, out: Path,
+    name: str, dataset: str, chosen: tuple[str, ...], levels: tuple[int, ...], limit: int, seed: int, dtype: str,
+    device: str | None, profile: str, basis: Path | None, out: Path,
 ) -> None:  # fmt: skip
     """Split divergences by position, and count the answers that stay the same."""
     tokenizer = load_tokenizer(name)
     data = datasets.load(dataset, Request(tokenizer, limit, seed))
     found, joint = find_profile(profile, name), None if basis is None else Joint.load(basis)
     names, _ = codecs.choose(chosen, found, joint)
-    kit = codecs.Kit(load_model(name, dtype=dtype, device=device), tokenizer, found, 512, None, joint)
+    model = load_model(name, dtype=dtype, device=device)
+    kit = codecs.Kit(model, tokenizer, found, CHUNK_TOKENS, levels or None, joint)
     rows: list[Measured] = []
     for example in tqdm(data.examples, "contexts"):
         rows += measured(kit, data, example, names)
