@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import codecs, headline
+from eval import codecs, headline, sweeps
 from eval.dropping import WINDOW, kept
 from eval.positions import Measured, summary, table
 from eval.run_folder import RunFolder
+from hf_cachegen.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,3 +81,18 @@ def test_positions_are_measured_with_the_model(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [(row["codec"], row["level"]) for row in rows] == [("artifact", 1), ("klt", 1)]
     assert all(len(row["same"]) == 2 and len(row["own"]) == len(row["gap"]) for row in rows)
+
+
+def test_sweeps_add_up_measured_parts(tmp_path: Path) -> None:
+    rows = [{"way": "safetensors", "tokens": 1000, "bits": 16.0, "load": 0.25, "first": 0.5},
+            {"way": "prefill", "tokens": 1000, "bits": 0.0, "load": 0.0, "first": 2.0}]  # fmt: skip
+    (tmp_path / "measured.json").write_text(json.dumps({"rows": rows}))
+    found = sweeps.read(tmp_path / "measured.json", 1000)
+    exact = found[1000]["safetensors"]
+    assert sweeps.seconds(exact, 0.016) == pytest.approx(1.75)
+    assert sweeps.seconds(exact, 0.016, 4) == pytest.approx(7.0)
+    assert "| safetensors | 2.35 | " in sweeps.tables(found, 0.1)
+    assert "| prefill | **2** | " in sweeps.tables(found, 0.1)
+    (tmp_path / "measured.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a result"):
+        sweeps.read(tmp_path / "measured.json", 1000)
