@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import codecs, headline, sweeps
+from eval import calibration, codecs, headline, sweeps
 from eval.dropping import WINDOW, kept
 from eval.positions import Measured, summary, table
 from eval.run_folder import RunFolder
@@ -96,3 +96,10 @@ def test_sweeps_add_up_measured_parts(tmp_path: Path) -> None:
     (tmp_path / "measured.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a result"):
         sweeps.read(tmp_path / "measured.json", 1000)
+
+
+def test_bits_are_interpolated_between_levels() -> None:
+    points = [(0.5, 0.1), (1.0, 0.01), (2.0, 0.0001)]
+    assert calibration.at_target(points) == pytest.approx(1.0)
+    assert calibration.at_target([(0.5, 0.1), (1.0, 0.05), (2.0, 0.02)]) > 2.0
+    assert calibration.at_target([(0.5, 0.001), (1.0, 0.0001)]) < 0.5
