@@ -74,13 +74,19 @@ def test_positions_are_measured_with_the_model(tmp_path: Path) -> None:
     from eval.reference import MODEL_PATH
 
     done = CliRunner().invoke(positions.main, [
-        "--model", str(MODEL_PATH), "--dataset", "reference-lines:lines=10,questions=2", "--codec", "artifact",
-        "--codec", "klt", "--level", "1", "--limit", "1", "--device", "cpu", "--out", str(tmp_path / "found"),
+        "measure", "--model", str(MODEL_PATH), "--dataset", "reference-lines:lines=10,questions=2",
+        "--codec", "artifact", "--codec", "klt", "--level", "1", "--limit", "1", "--device", "cpu", "--out", str(tmp_path / "found"),
     ])  # fmt: skip
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [(row["codec"], row["level"]) for row in rows] == [("artifact", 1), ("klt", 1)]
     assert all(len(row["same"]) == 2 and len(row["own"]) == len(row["gap"]) for row in rows)
+    first = (tmp_path / "found.md").read_text().split("\n\n", 2)
+    found = [str(tmp_path / "found.json")] * 2
+    assert CliRunner().invoke(positions.main, ["pool", *found, "--out", str(tmp_path / "pooled")]).exit_code == 0
+    pooled = (tmp_path / "pooled.md").read_text().split("\n\n", 2)
+    assert pooled[1].startswith("found.json, found.json: 2 contexts")
+    assert pooled[2].splitlines()[:2] == first[2].splitlines()[:2]
 
 
 def test_sweeps_add_up_measured_parts(tmp_path: Path) -> None:
