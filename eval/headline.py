@@ -145,16 +145,17 @@ def main() -> None:
 
 @main.command()
 @click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
+@click.option("--samples", default=SAMPLES, show_default=True, help="Samples of each task for the profile.")
 @click.option("--only", help="Name of one case.  [default: all]")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/headline"), show_default=True,
               help="Folder of the profile and the basis.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "headline", show_default=True,
               help="Folder of runs and report.")  # fmt: skip
-def reference(limit: int, only: str | None, work: Path, out: Path) -> None:
+def reference(limit: int, samples: int, only: str | None, work: Path, out: Path) -> None:
     """Measure the reference model."""
     profile, basis = work / "cachegen_profile.safetensors", work / "basis.safetensors"
     if not profile.exists():
-        reference_profile.learn(SAMPLES, PREDICTORS, work)
+        reference_profile.learn(samples, PREDICTORS, work)
     if not basis.exists():
         tokenizer = load_tokenizer(str(MODEL_PATH))
         contexts = [

@@ -75,7 +75,8 @@ def test_positions_are_measured_with_the_model(tmp_path: Path) -> None:
 
     done = CliRunner().invoke(positions.main, [
         "measure", "--model", str(MODEL_PATH), "--dataset", "reference-lines:lines=10,questions=2",
-        "--codec", "artifact", "--codec", "klt", "--level", "1", "--limit", "1", "--device", "cpu", "--out", str(tmp_path / "found"),
+        "--codec", "artifact", "--codec", "klt", "--level", "1", "--limit", "1", "--device", "cpu",
+        "--out", str(tmp_path / "found"),
     ])  # fmt: skip
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
