@@ -15,14 +15,14 @@ alike. Beside it stand tasks that the model cannot do well, and texts on real we
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from eval import codecs, datasets
-from eval.baselines import joint
+from eval.baselines import CALIBRATED, joint
 from eval.datasets.request import Request
 from eval.models import load_model, load_tokenizer, token_ids
 from eval.reference import MODEL_PATH
@@ -145,16 +145,17 @@ def main() -> None:
 
 @main.command()
 @click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
+@click.option("--samples", default=SAMPLES, show_default=True, help="Samples of each task for the profile.")
 @click.option("--only", help="Name of one case.  [default: all]")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/headline"), show_default=True,
               help="Folder of the profile and the basis.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "headline", show_default=True,
               help="Folder of runs and report.")  # fmt: skip
-def reference(limit: int, only: str | None, work: Path, out: Path) -> None:
+def reference(limit: int, samples: int, only: str | None, work: Path, out: Path) -> None:
     """Measure the reference model."""
     profile, basis = work / "cachegen_profile.safetensors", work / "basis.safetensors"
     if not profile.exists():
-        reference_profile.learn(SAMPLES, PREDICTORS, work)
+        reference_profile.learn(samples, PREDICTORS, work)
     if not basis.exists():
         tokenizer = load_tokenizer(str(MODEL_PATH))
         contexts = [
@@ -172,7 +173,7 @@ def reference(limit: int, only: str | None, work: Path, out: Path) -> None:
 @main.command()
 @click.option("--model", required=True, help="Folder or Hub id of the model.")
 @click.option("--profile", required=True, help="Its profile, learnt from other text than --text.")
-@click.option("--basis", required=True, help="Its joint basis (python -m eval.baselines.joint).")
+@click.option("--basis", help="Its joint basis (python -m eval.baselines.joint).  [default: kvtc is left out]")
 @click.option("--text", required=True, help="Text file of the kind that the profile was learnt from.")
 @click.option("--conversations", default="", help='JSONL file with conversations in the field "prompt".')
 @click.option("--code", default="", help="Pattern of source files.")
@@ -181,12 +182,16 @@ def reference(limit: int, only: str | None, work: Path, out: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "headline-smollm2", show_default=True,
               help="Folder of runs and report.")  # fmt: skip
 def real(
-    model: str, profile: str, basis: str, text: str, conversations: str, code: str, limit: int, only: str | None,
+    model: str, profile: str, basis: str | None, text: str, conversations: str, code: str, limit: int, only: str | None,
     out: Path,
 ) -> None:  # fmt: skip
     """Measure real weights on text like the profile's, conversations and code."""
     common = {"model": model, "limit": limit, "profile": profile, "basis": basis}
-    cases = [case for case in real_cases(text, conversations, code) if only in (None, case.name)]
+    cases = [
+        replace(case, codecs=tuple(name for name in case.codecs if basis or name not in CALIBRATED))
+        for case in real_cases(text, conversations, code)
+        if only in (None, case.name)
+    ]
     measure(cases, out, f"{Path(model).name}, a real model", common)
 
 

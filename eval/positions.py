@@ -1,6 +1,7 @@
 """Where the divergence of a codec lies: in the question or in the answer, in all tokens or in few.
 
-    python -m eval.positions --model MODEL --dataset NAME --codec artifact --codec klt --limit 12 --out PATH
+    python -m eval.positions measure --model MODEL --dataset NAME --codec artifact --codec klt --limit 12 --out PATH
+    python -m eval.positions pool ONE.json OTHER.json --out PATH
 
 A mean divergence over the tokens after a context hides which of them it comes from. Two codecs of the same mean can
 keep answers differently well: an answer needs its own tokens alone. So this command splits the mean into the question
@@ -38,7 +39,8 @@ WORST = 0.05
 """Share of the tokens that count as the worst."""
 CLOSE = 1.0
 """Nats between the two likeliest successors, below which a token counts as undecided."""
-Values = dict[str, list[float]]
+CHUNK_TOKENS = 512
+"""Tokens per chunk of an artifact, as in `python -m eval run`."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,36 @@ def table(rows: list[Measured]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@click.command()
+@click.group()
+def main() -> None:
+    """Where the divergence of a codec lies."""
+
+
+@main.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the table, without suffix.")
+def pool(results: tuple[Path, ...], out: Path) -> None:
+    """Make one table of several results, of different contexts and the same codecs."""
+    rows = [Measured(**row) for path in results for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    names = ", ".join(path.name for path in results)
+    contexts = len(rows) // len({(row.codec, row.level) for row in rows})
+    _write(out, f"{names}: {contexts} contexts", rows)
+
+
+def _write(out: Path, about: str, rows: list[Measured]) -> None:
+    text = table(rows)
+    print(text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(
+        f"# Divergence by position\n\n{about}; brackets: 95 %, {intervals.METHOD}.\n\n{text}"
+    )
+
+
+@main.command()
 @click.option("--model", "name", required=True, help="Folder or Hub id of the model.")
 @click.option("--dataset", required=True, help="Data set as for `python -m eval run`.")
 @click.option("--codec", "chosen", multiple=True, default=("artifact", "klt"), show_default=True, help="Codec.")
+@click.option("--level", "levels", multiple=True, type=int, help="Level of codecs that have several.  [default: all]")
 @click.option("--limit", default=12, show_default=True, help="Number of contexts.")
 @click.option("--seed", default=0, show_default=True, help="Random seed of generated data.")
 @click.option("--dtype", default="auto", show_default=True, help="Dtype of the model.")
@@ -167,31 +195,28 @@ def table(rows: list[Measured]) -> str:
 @click.option("--profile", default="auto", show_default=True, metavar="auto|none|LOCATION", help="Profile for klt.")
 @click.option("--basis", type=click.Path(path_type=Path), help="Joint basis for kvtc and pca.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
-def main(
-    name: str, dataset: str, chosen: tuple[str, ...], limit: int, seed: int, dtype: str, device: str | None,
-    profile: str, basis: Path | None, out: Path,
+def measure(
+    name: str, dataset: str, chosen: tuple[str, ...], levels: tuple[int, ...], limit: int, seed: int, dtype: str,
+    device: str | None, profile: str, basis: Path | None, out: Path,
 ) -> None:  # fmt: skip
     """Split divergences by position, and count the answers that stay the same."""
     tokenizer = load_tokenizer(name)
     data = datasets.load(dataset, Request(tokenizer, limit, seed))
     found, joint = find_profile(profile, name), None if basis is None else Joint.load(basis)
     names, _ = codecs.choose(chosen, found, joint)
-    kit = codecs.Kit(load_model(name, dtype=dtype, device=device), tokenizer, found, 512, None, joint)
+    model = load_model(name, dtype=dtype, device=device)
+    kit = codecs.Kit(model, tokenizer, found, CHUNK_TOKENS, levels or None, joint)
     rows: list[Measured] = []
     for example in tqdm(data.examples, "contexts"):
         rows += measured(kit, data, example, names)
-    session = surroundings.session(1)
-    about = f"{name}, {data.name}, {len(data.examples)} contexts; brackets: 95 %, {intervals.METHOD}."
-    text = table(rows)
-    print(text)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(f"# Divergence by position\n\n{about}\n\n{text}")
-    record = {"dataset": {"name": data.name, "source": data.source}, "session": session, "rows": _plain(rows)}
+    _write(out, f"{name}, {data.name}, {len(data.examples)} contexts", rows)
+    record = {"dataset": {"name": data.name, "source": data.source}, "session": surroundings.session(1),
+              "rows": _plain(rows)}  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(record) + "\n")
 
 
 def _plain(rows: list[Measured]) -> list[dict[str, Any]]:
-    """Return the rows as plain values, floats with five digits."""
+    """Return the rows as plain values, floats with three digits."""
     return [
         {key: [_short(x) for x in value] if isinstance(value, list) else value for key, value in asdict(row).items()}
         for row in rows
@@ -199,7 +224,7 @@ def _plain(rows: list[Measured]) -> list[dict[str, Any]]:
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+    return float(f"{value:.3g}")
 
 
 if __name__ == "__main__":

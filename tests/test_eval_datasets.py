@@ -277,11 +277,57 @@ def test_jsonl_names_the_row_that_is_wrong(line: str, match: str, tmp_path: Path
         ("triviaqa:verified=1", "verified=1 needs path="),
         ("narrativeqa:of=title", "'text' or 'summary'"),
         ("wikitext:prefix=0", "at least 1"),
+        ("documents:path=x,suffix=0", "at least 1"),
+        ("documents:path=/no/such/file", "found none"),
+        ("key-values:pairs=2,questions=3", "one for each of the 2 pairs"),
+        ("needle", "needs path=FILE"),
     ],
 )
 def test_wrong_specifications_are_refused(spec: str, match: str, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=match):
         loaded(spec, tokenizer)
+
+
+def test_documents_are_files_or_fields_of_rows(tmp_path: Path, tokenizer: Any) -> None:
+    texts = ["the old kettle was calm in the garden " * 9, "short", "a brave lamp near the river " * 12]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    files = loaded(f"documents:path={tmp_path}/*.txt,prefix=20,suffix=8,title=Files", tokenizer)
+    rows = loaded(f"documents:path={tmp_path}/rows.jsonl,field=prompt,prefix=20,suffix=8", tokenizer)
+    assert files.name == "Files"
+    assert [example.id for example in files.examples] == ["0.txt", "2.txt"]
+    assert [example.context for example in files.examples] == [example.context for example in rows.examples]
+    for example, text in zip(files.examples, (texts[0], texts[2]), strict=True):
+        completion = example.questions[0].completion or ""
+        assert text.startswith(example.context + completion)
+        assert len(tokenizer(example.context + completion).input_ids) == 28
+    (tmp_path / "rows.jsonl").write_text('{"prompt": 3}\n')
+    with pytest.raises(ConfigError, match="expected a text in 'prompt'"):
+        loaded(f"documents:path={tmp_path}/rows.jsonl,field=prompt", tokenizer)
+
+
+def test_values_are_asked_for_by_their_keys(tokenizer: Any) -> None:
+    first, second = loaded("key-values:pairs=6,questions=2", tokenizer, limit=2).examples
+    assert first.context != second.context
+    record = json.loads(first.context.split("\n\n", 1)[1])
+    assert len(record) == 6
+    for question in first.questions:
+        assert record[question.text.split('"')[1]] == question.answers[0]
+        assert SCORERS["line"](question.completion or "", question.answers) == 1.0
+    assert loaded("key-values:pairs=6,questions=2", tokenizer, limit=2, seed=1).examples[0] != first
+
+
+def test_a_needle_lies_at_its_depth(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "hay.txt").write_text("The old kettle was calm in the garden. " * 60)
+    found = loaded(f"needle:path={tmp_path}/hay.txt,tokens=100,depths=3", tokenizer, limit=3).examples
+    depths = [example.context.index("The secret number") / len(example.context) for example in found]
+    assert depths[0] == 0
+    assert depths[1] == pytest.approx(0.45, abs=0.1)
+    assert depths[2] > 0.8
+    assert all(example.questions[0].answers[0] in example.context for example in found)
+    with pytest.raises(ConfigError, match="expected at least 100000 tokens"):
+        loaded(f"needle:path={tmp_path}/hay.txt,tokens=50000", tokenizer, limit=2)
 
 
 def test_a_folder_without_a_data_set_is_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -18,9 +18,10 @@ from eval import codecs, transformers_quantised
 from eval.baselines.joint import learn
 from eval.examples import Dataset
 from eval.models import load_model, load_tokenizer
-from eval.reference import MODEL_PATH, held_out_lines
+from eval.reference import CALIBRATION_SEED, MODEL_PATH, held_out_lines, sample
 from eval.run import Options, run, with_defaults
 from eval.run_folder import RunFolder
+from hf_cachegen import learn_profile
 from hf_cachegen.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +251,30 @@ def test_calibrated_baselines_run_with_a_basis(tmp_path: Path) -> None:
     assert found["variants"][2]["decode_seconds"] is None
     assert 0 < found["variants"][2]["kl"]["mean"] < 1
     assert len(RunFolder(tmp_path / "run").config()["asked"]["basis"]["sha256"]) == 64
+
+
+def test_klt_runs_with_a_prediction_where_the_profile_has_one(tmp_path: Path) -> None:
+    tokenizer, model = load_tokenizer(str(MODEL_PATH)), load_model(str(MODEL_PATH), dtype="float32", device="cpu")
+    samples = [sample(tokenizer, "lines", CALIBRATION_SEED + n, 140) for n in range(5)]
+    learn_profile(model, samples, predict_layers=(0,)).save(tmp_path / "profile.safetensors")
+    wanted = options(codecs=("klt", "predict0"), limit=1, profile=str(tmp_path / "profile.safetensors"))
+    plain, predicted = (
+        [v for v in run(wanted, tmp_path / "run")["variants"] if v["codec"] == name] for name in ("klt", "predict0")
+    )
+    assert [v["level"] for v in predicted] == [v["level"] for v in plain] == [3, 2, 1]
+    assert all(a["bytes"] < b["bytes"] for a, b in zip(predicted, plain, strict=True))
+    with pytest.raises(ConfigError, match=r"predict1: the profile has predictors for the layers \[0\]"):
+        run(options(codecs=("predict1",), limit=1, profile=wanted.profile), tmp_path / "other")
+
+
+def test_a_compressed_run_is_the_same_run(tmp_path: Path) -> None:
+    found = run(options(limit=1), tmp_path)
+    RunFolder(tmp_path).compress()
+    first = (tmp_path / "predictions.jsonl.gz").read_bytes()
+    assert not (tmp_path / "predictions.jsonl").exists()
+    assert run(options(limit=1), tmp_path) == found
+    RunFolder(tmp_path).compress()
+    assert (tmp_path / "predictions.jsonl.gz").read_bytes() == first
 
 
 def test_codecs_that_cannot_be_used_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

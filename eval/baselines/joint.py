@@ -113,11 +113,19 @@ def joined(side: Sequence[Tensor]) -> Tensor:
     return torch.cat([rows(x.cpu()) for x in side], 1)
 
 
-def rotated(keys: Tensor, inv_freq: Tensor, sign: int) -> Tensor:
-    """Rotate keys [1, heads, tokens, head_dim] by their positions (sign 1) or back to position zero (sign -1)."""
+def rotated(keys: Tensor, inv_freq: Tensor, sign: int, positions: Tensor | None = None) -> Tensor:
+    """Rotate keys by their positions (sign 1) or back to position zero (sign -1).
+
+    Args:
+        keys: [1, heads, tokens, head_dim].
+        inv_freq: float64 [head_dim / 2 or less]; empty where keys are not rotated.
+        sign: 1 or -1.
+        positions: [tokens]; None for 0, 1, ...
+    """
     if not len(inv_freq):
         return keys
-    angles = torch.arange(keys.shape[2], dtype=torch.float64)[:, None] * inv_freq
+    where = torch.arange(keys.shape[2]) if positions is None else positions
+    angles = where.double()[:, None] * inv_freq
     cos, sin = angles.cos().float(), sign * angles.sin().float()
     first, second, rest = keys.split([len(inv_freq), len(inv_freq), keys.shape[3] - 2 * len(inv_freq)], 3)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], 3)

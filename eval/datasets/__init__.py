@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from eval.datasets import documents, jsonl, longbench, longeval, narrativeqa, reference, triviaqa, wikitext
+from eval.datasets import documents, jsonl, longbench, longeval, narrativeqa, reference, retrieval, triviaqa, wikitext
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example
 from hf_cachegen.errors import ConfigError
@@ -30,6 +30,8 @@ LOADERS: dict[str, Loader] = {
     "narrativeqa": narrativeqa.narrativeqa,
     "wikitext": wikitext.wikitext,
     "documents": documents.documents,
+    "key-values": retrieval.key_values,
+    "needle": retrieval.needle,
     "jsonl": jsonl.jsonl,
 }
 
