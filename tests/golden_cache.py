@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.artifact.tensors import NamedTensor
+from hf_cachegen.codec import matrices
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import Known, Predictor
@@ -103,6 +104,29 @@ def golden_predicting() -> Profile:
         about={"rank": 2},
     )
     return replace(whole, predictors=(predictor,))
+
+
+def golden_chained() -> Profile:
+    """Return a profile of the golden cache with chained layers, summaries of three numbers, and the predictor's scores.
+
+    All numbers are multiples of 1/128, so that 8 bits hold them.
+    """
+    whole = golden_predicting()
+    diagonal = torch.eye(24) * 127 / 128
+    widths = {None: [0, 3, 6, 9], 0: [2, 5]}
+
+    def groups(layer: int | None) -> tuple[Group, ...]:
+        found = []
+        for index, read in enumerate(widths[layer]):
+            at, kind = index // 2 + (0 if layer is None else 1), index % 2
+            numbers = (torch.arange(read * 24).reshape(read, 24) * (5 + index) % 31 - 15) / 128
+            prediction = matrices.rounded(numbers, chained=True) if read else None
+            sensitivity = torch.eye(12).expand(2, 12, 12) * (1 + kind) * 127 / 128
+            found.append(Group(kind, at, 1, sensitivity, diagonal[:20], prediction, diagonal[5:8].flip(1).contiguous()))
+        return tuple(found)
+
+    predictor = replace(whole.predictors[0], groups=groups(0), reach=1)
+    return replace(whole, groups=groups(None), reach=1, predictors=(predictor,))
 
 
 def golden_known(name: str = "") -> Known:

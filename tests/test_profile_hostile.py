@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec.profile import MAX_HEADER_BYTES
 from hf_cachegen.errors import CacheGenError, ProfileError
-from tests.golden_cache import golden_known, golden_kv, golden_predicting, golden_profile
+from tests.golden_cache import golden_chained, golden_known, golden_kv, golden_predicting, golden_profile
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
 STRANGE = [
@@ -71,12 +71,14 @@ def change_tensor(tensors: dict[str, Tensor], draw: random.Random) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [golden_profile, golden_predicting], ids=["plain", "predicting"])
+@pytest.mark.parametrize(
+    "make", [golden_profile, golden_predicting, golden_chained], ids=["plain", "predicting", "chained"]
+)
 @pytest.mark.parametrize("seed", range(8))
 def test_any_change_is_refused_or_harmless(seed: int, make: Callable[[], Profile]) -> None:
     draw, good = random.Random(seed), parts(make().to_bytes())
     keys, values = golden_kv()
-    known = golden_known() if make is golden_predicting else None
+    known = None if make is golden_profile else golden_known()
     outcomes = {"refused": 0, "used": 0}
     for _ in range(60):
         described, tensors = copy.deepcopy(good)
@@ -192,5 +194,37 @@ def test_predictors_of_other_layers_are_refused(change: dict[str, Any]) -> None:
     described["predictors"][0] |= change
     layer = described["predictors"][0]["layer"]
     tensors |= {name.replace("predict-0", f"predict-{layer}"): x.clone() for name, x in tensors.items()}
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(whole(described, tensors))
+
+
+@pytest.mark.parametrize("change", [
+    {"version": 1}, {"version": 3}, {"chain": {}}, {"chain": None}, *({"chain": {"reach": n}} for n in (0, 17, -1, 2**70)),
+    {"groups": [[0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]]}, {"groups": [[0, 0, 2], [1, 0, 1], [0, 1, 1], [1, 1, 1]]},
+    {"groups": [[0, 0, 1], [1, 0, 1], [0, 1, 1], [0, 1, 1]]},
+], ids=str)  # fmt: skip
+def test_chains_of_another_order_or_reach_are_refused(change: dict[str, Any]) -> None:
+    described, tensors = parts(golden_chained().to_bytes())
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(whole(described | change, tensors))
+
+
+@pytest.mark.parametrize("name", [
+    "synthesis-0", "synthesis-0-scale", "summary-1", "summary-1-scale", "prediction-2", "prediction-2-scale",
+    "sensitivity-3", "sensitivity-3-scale", "predict-0-synthesis-1", "predict-0-summary-0",
+    "predict-0-prediction-1-scale",
+])  # fmt: skip
+def test_matrices_of_a_chain_in_other_shapes_and_dtypes_are_refused(name: str) -> None:
+    described, tensors = parts(golden_chained().to_bytes())
+    x = tensors.pop(name)
+    for changed in (None, x[:-1], x.float(), x.flatten()[0], x[None], x[:, :-1] if x.dim() > 1 else x[:0]):
+        with pytest.raises(ProfileError):
+            Profile.from_bytes(whole(described, tensors if changed is None else {**tensors, name: changed.clone()}))
+
+
+def test_a_chain_of_many_groups_costs_no_more_than_its_file() -> None:
+    described, tensors = parts(golden_chained().to_bytes())
+    described["layers"] = described["layers"][:1] * 1000
+    described["groups"] = [[kind, layer, 1] for layer in range(1000) for kind in (0, 1)]
     with pytest.raises(ProfileError):
         Profile.from_bytes(whole(described, tensors))

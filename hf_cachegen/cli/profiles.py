@@ -97,6 +97,7 @@ def learn(
         "components": sum(len(group.synthesis) for group in profile.groups),
         "channels": sum(group.synthesis.shape[1] for group in profile.groups),
         "rotation": profile.rotary.style,
+        "across_layers": "chained" if profile.reach else "joint",
         "levels": [{"level": level, **row} for level, row in enumerate(profile.about["measured"], 1)],
         "predictors": [
             {"layers": one.layer, "rank": one.rank, "ridge": one.about["ridge"], "levels": one.about["measured"]}
@@ -109,7 +110,7 @@ def learn(
         return
     click.echo(f"{path}: {size_text(found['bytes'])}, learnt from {len(samples)} samples in {found['seconds']:.1f} s")
     click.echo(f"  digest {profile.digest}")
-    click.echo(f"  {found['components']:,} components kept of {found['channels']:,}")
+    click.echo(f"  {found['components']:,} components kept of {found['channels']:,}, {found['across_layers']} layers")
     for row in found["levels"]:
         bits = row["bits_per_element"]
         click.echo(f"  level {row['level']}: KL {row['kl']:.6f} nats per token, {bits:.2f} bits per element")

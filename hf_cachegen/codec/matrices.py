@@ -36,6 +36,22 @@ def read(tensors: Mapping[str, Tensor], name: str, *, chained: bool) -> Tensor:
     return found.float()
 
 
+def written_heads(name: str, x: Tensor, *, chained: bool) -> dict[str, Tensor]:
+    """Return the tensors of a file that hold a matrix for each head, float32 [heads, dim, dim]; in a chain row by row.
+    """
+    return written(name, x.flatten(0, 1), chained=True) if chained else {name: x}
+
+
+def read_heads(tensors: Mapping[str, Tensor], name: str, *, chained: bool) -> Tensor:
+    """Return what `written_heads` gave. Raises LookupError, ValueError."""
+    if not chained:
+        return tensors[name]
+    rows = read(tensors, name, chained=True)
+    if not rows.shape[1] or len(rows) % rows.shape[1]:
+        raise ValueError(f"{name} must have the rows of square matrices")
+    return rows.reshape(-1, rows.shape[1], rows.shape[1])
+
+
 def rounded(x: Tensor, *, chained: bool) -> Tensor:
     """Round a matrix as in the file. Returns float32."""
     return unpacked(*packed(x.float())) if chained else x.half().float()

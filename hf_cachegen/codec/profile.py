@@ -31,6 +31,7 @@ from torch import Tensor
 from hf_cachegen.codec import chain, points
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.group import Group, covered, moderate
+from hf_cachegen.codec.matrices import read_heads, written_heads
 from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
 from hf_cachegen.codec.transfer import send
 from hf_cachegen.errors import ProfileError
@@ -214,7 +215,7 @@ class Profile:
         if self.points is not None:
             tensors["points"] = self.points
         for index, group in enumerate(self.groups):
-            tensors[f"sensitivity-{index}"] = group.sensitivity
+            tensors |= written_heads(f"sensitivity-{index}", group.sensitivity, chained=self.reach > 0)
             tensors |= group.tensors("", index)
         described = {
             "version": CHAINED_VERSION if self.reach else PROFILE_VERSION,
@@ -261,9 +262,12 @@ class Profile:
             chained = described["version"] == CHAINED_VERSION
             reach = int(described["chain"]["reach"]) if chained else 0
             groups = tuple(
-                Group.read((int(kind), int(first), int(count)), tensors[f"sensitivity-{i}"], tensors, "", i, chained)
+                Group.read(
+                    (int(kind), int(first), int(count)), read_heads(tensors, f"sensitivity-{i}", chained=chained),
+                    tensors, "", i, chained,
+                )
                 for i, (kind, first, count) in enumerate(described["groups"])
-            )
+            )  # fmt: skip
             rotary = Rotary(described["rotary"]["style"], tensors["inv_freq"], float(described["rotary"]["scaling"]))
             layers = tuple(LayerGeometry.from_dict(layer) for layer in described["layers"])
             profile = cls(
