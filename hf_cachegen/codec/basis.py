@@ -12,7 +12,7 @@ Implementation notes:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -86,6 +86,8 @@ _MATRICES: WeakKeyDictionary[Profile | Predictor, dict[tuple[torch.device, bool]
 """For each profile or predictor, and (device, whether in bfloat16): for each group a Narrow, or (prediction above
 synthesis, mean, rank). Each is made once.
 """
+_ENERGIES: WeakKeyDictionary[Profile | Predictor, Tensor] = WeakKeyDictionary()
+"""For each profile or predictor: `Basis.energies`."""
 
 
 @lru_cache(maxsize=1)
@@ -109,29 +111,50 @@ class Basis:
         self.geometry, self.profile = geometry, profile
         self.learnt = profile if learnt is None else learnt
         self.slices = slices_of(geometry)
+        self._components = sum(len(group.synthesis) for group in self.learnt.groups)
 
-    def coefficients(self, rows: Tensor, span: Span, scores: Tensor | None = None) -> Tensor:
-        """Convert rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows.
+    def coefficients(self, vectors: Sequence[Tensor], span: Span, scores: Tensor | None = None) -> Tensor:
+        """Convert the values of a chunk to coefficients float32 [tokens, components], on the device of layer 0's keys.
 
         Args:
-            rows: Of a chunk.
+            vectors: K and V of each layer in turn, [tokens, heads, dim] of any float dtype.
             span: The position of the chunk.
             scores: float32 [tokens, rank], of a predictor.
         """
-        rotary, found = self.profile.rotary, list[Tensor]()
-        angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
-        for group, _ in self._groups():
-            slices = self._slices(group)
-            x = torch.cat([rows[:, part] for part in slices], 1).float()
-            if group.kind == 0:
-                x = rotary.turn(x.reshape(len(x), -1, group.sensitivity.shape[1]), angles, -1).flatten(1)
-            mean, analysis, prediction = self._analyses(x.device)[len(found)]
+        rotary, device = self.profile.rotary, vectors[0].device
+        angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
+        found = torch.empty(span.tokens, self._components, device=device)
+        for (group, components), matrices in zip(self._groups(), self._analyses(device), strict=True):
+            heads = torch.empty(span.tokens, *group.sensitivity.shape[:2], device=device)
+            mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
+            for own, part in zip(mine, heads.split([x.shape[1] for x in mine], 1), strict=True):
+                part.copy_(own)
+            x = (rotary.turn(heads, angles, -1) if group.kind == 0 else heads).flatten(1)
+            mean, analysis, prediction = matrices
             x -= mean
-            with full_precision(x.device):
+            with full_precision(device):
                 if scores is not None:
-                    x.addmm_(scores.to(x.device), prediction, alpha=-1)
-                found.append(x @ analysis)
-        return torch.cat(found, 1)
+                    x.addmm_(scores.to(device), prediction, alpha=-1)
+                torch.mm(x, analysis, out=found[:, components])
+        return found
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Return the vectors of rows [tokens, channels], as `coefficients` takes them."""
+        shapes = [s for x in self.geometry.layers for s in ((x.heads, x.k_dim), (x.v_heads, x.v_dim))]
+        return [rows[:, part].unflatten(1, shape) for part, shape in zip(self.slices, shapes, strict=True)]
+
+    def energies(self) -> Tensor:
+        """Return the energy of each component in each vector, float64 [components, vectors], at coefficient 1."""
+        if self.learnt not in _ENERGIES:
+            found = torch.zeros(self._components, len(self.slices), dtype=torch.float64)
+            for group, components in self._groups():
+                scaling = self.profile.rotary.scaling if group.kind == 0 else 1.0
+                widths = [part.stop - part.start for part in self._slices(group)]
+                own = [part.square().sum(1) * scaling**2 for part in group.synthesis.split(widths, 1)]
+                first = 2 * group.first + group.kind
+                found[components, first : first + 2 * group.count : 2] = torch.stack(own, 1).double()
+            _ENERGIES[self.learnt] = found
+        return _ENERGIES[self.learnt]
 
     def rows(
         self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,

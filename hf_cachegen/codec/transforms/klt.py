@@ -20,8 +20,9 @@ depends on the token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.kept import Kept
 from hf_cachegen.codec.predictor import Known, Predictor
 from hf_cachegen.codec.profile import Profile, require_layers
 from hf_cachegen.codec.rows import ContextRows, gather
@@ -58,6 +60,7 @@ class Klt(Transform):
         entries: uint8 [parts, components]: the table entries of the base and of each refinement. None: the profile's.
         sinks: int64 [n], ascending: the positions of tokens with finer steps. None: there are none.
         known: What the context's prediction takes, where `config.predict_layers` is set. None: given later (`knowing`).
+        kept: The symbols of the context that it was fitted to, for `encode_chunk`.
 
     Raises:
         ProfileError: The profile is of another model, is damaged, or has no such predictor.
@@ -69,7 +72,7 @@ class Klt(Transform):
 
     def __init__(
         self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None,
-        sinks: Tensor | None = None, known: Known | None = None,
+        sinks: Tensor | None = None, known: Known | None = None, kept: Kept | None = None,
     ):  # fmt: skip
         require_layers(profile, geometry.layers)
         if geometry.batch != 1:
@@ -91,7 +94,7 @@ class Klt(Transform):
         channels = Channels(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
         self.inner = LossyCodec(channels, config, side)
         self.basis = basis.Basis(geometry, profile, learnt)
-        self.known = known
+        self.known, self._kept = known, kept
         if known is not None and isinstance(learnt, Predictor):
             expected = geometry.tokens, learnt.rank
             if known.layer != learnt.layer or tuple(known.scores.shape) != expected:
@@ -111,22 +114,50 @@ class Klt(Transform):
         """
         profile = _required(profile)
         codec = cls(context.geometry, config, profile, sinks=context.sinks, known=context.known)
-        counts = Counts(codec.entries.shape[1], config.levels)
-        for rows, span in context.chunks():
-            counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
+        kept = codec._keep(context)
         entries, saved = [], 0.0
-        books = repeated(codec.inner.values, codec.inner.digits)
-        for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
-            own = book.choose(histograms)[0]
-            # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
-            own = own.where((own > 0) | (given == 0), own.new_tensor(book.narrowest))
-            gain = book.bits(histograms, given) - book.bits(histograms, own) - ENTRY_BITS
-            entries.append(torch.where(gain > 0, own, given))
-            saved += float(gain.clamp_min(0).sum())
+        for given, (own, gain) in zip(codec.entries, codec._choices(context, kept), strict=True):
+            entries.append(torch.where(gain > ENTRY_BITS, own, given))
+            saved += float((gain - ENTRY_BITS).clamp_min(0).sum())
         bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
+        chosen = None
         if saved > bitmaps or len(codec.sinks):  # the sinks follow the bitmaps
-            codec = cls(context.geometry, config, profile, torch.stack(entries), context.sinks, context.known)
-        return Fitted(codec, None)
+            chosen = torch.stack(entries)
+        return Fitted(cls(context.geometry, config, profile, chosen, context.sinks, context.known, kept), None)
+
+    def _keep(self, context: ContextRows) -> Kept | None:
+        """Return the symbols of a context; None where it must be multiplied again for each use."""
+        if context.source is None:
+            return None
+        weights = torch.ones(self.geometry.tokens)
+        weights[self.sinks] = FINER**-2
+
+        def coefficients(span: Span) -> Tensor:
+            y = self.basis.coefficients(context.vectors(span), span, self._scores(span))
+            return self._scaled(y, span, FINER)
+
+        return Kept.of(self.inner, context.spans, coefficients, weights)
+
+    def _choices(self, context: ContextRows, kept: Kept | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the cheapest entries uint8 [components] of each part, and the bits float64 that they save."""
+        books = list(islice(repeated(self.inner.values, self.inner.digits), self.config.levels))
+        # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
+        narrow = torch.tensor([book.narrowest for book in books], dtype=torch.uint8)[:, None].expand_as(self.entries)
+        if kept is not None:
+            chosen = kept.choose(context.spans, self.inner, torch.stack([self.entries, narrow]))
+        else:
+            counts = Counts(self.entries.shape[1], self.config.levels)
+            for rows, span in context.chunks():
+                counts.add(self.inner.symbols(self.checked(rows, span))[0])
+            parts = list(zip(books, counts.parts, strict=True))
+            others = [
+                torch.stack([book.bits(found, own) for (book, found), own in zip(parts, entries, strict=True)])
+                for entries in (self.entries, narrow)
+            ]
+            chosen = *counts.choose(self.inner.values, self.inner.digits), torch.stack(others)
+        entries, bits, (before, zero) = chosen
+        stays = (entries == 0) & (self.entries > 0)
+        yield from zip(narrow.where(stays, entries), before - zero.where(stays, bits), strict=True)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
@@ -185,7 +216,7 @@ class Klt(Transform):
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """Return the coefficients to code: float32 [tokens, components], on the device of rows."""
-        return self._scaled(self.basis.coefficients(rows, span, self._scores(span)), span, FINER)
+        return self._scaled(self.basis.coefficients(self.basis.split(rows), span, self._scores(span)), span, FINER)
 
     def knowing(self, known: Known | None) -> Klt:
         if known is None or self.layer is None:
@@ -230,6 +261,14 @@ class Klt(Transform):
 
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return self.inner.encode(self.checked(rows, span), span)
+
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        return super().encode_chunk(context, span) if self._kept is None else self._kept.encode(span, self.inner)
+
+    def squares(self, context: ContextRows, span: Span) -> tuple[Tensor, Tensor]:
+        if self._kept is None or context.source is None:
+            return super().squares(context, span)
+        return self._kept.squares[span.first] @ self.basis.energies(), context.energy(span)
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._decode(parts, span, dtype, torch.device("cpu"))
