@@ -1,7 +1,7 @@
 """Convert the rows of a cache to coefficients in a profile's basis and back: one matrix product per group of layers.
 
 Implementation notes:
-1. The means are part of the product, so that it is rounded once.
+1. In bfloat16 the means are part of the product, so that it is rounded once. In float32 they are added layer by layer.
 2. Where rows are wanted in bfloat16 and the machine multiplies bfloat16 (AMX, AVX512-BF16), the product takes bfloat16
    and sums in float32. That is several times as fast as float32. The leading components of a group have coefficients
    that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
@@ -128,8 +128,9 @@ class Basis:
             heads = torch.empty(span.tokens, *group.sensitivity.shape[:2], device=device)
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
             for own, part in zip(mine, heads.split([x.shape[1] for x in mine], 1), strict=True):
-                part.copy_(own)
-            x = (rotary.turn(heads, angles, -1) if group.kind == 0 else heads).flatten(1)
+                # By layers, which stay in a core's cache.
+                part.copy_(rotary.turn(own.to(device).float(), angles, -1) if group.kind == 0 else own)
+            x = heads.flatten(1)
             mean, analysis, prediction = matrices
             x -= mean
             with full_precision(device):
@@ -156,24 +157,21 @@ class Basis:
             _ENERGIES[self.learnt] = found
         return _ENERGIES[self.learnt]
 
-    def rows(
-        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Convert coefficients float32 [tokens, components] to rows [tokens, channels] of `dtype`, on the device of y.
-
-        Channels that no group covers are undefined.
+    def restore(
+        self, y: Tensor, span: Span, vectors: Sequence[Tensor], idle: Tensor | None = None, scores: Tensor | None = None
+    ) -> None:
+        """Convert coefficients float32 [tokens, components] to values.
 
         Args:
             y: The coefficients.
             span: The position of the chunk.
-            dtype: Of the rows.
+            vectors: K and V of each layer in turn, [tokens, heads, dim] of one float dtype, which receive the values.
+                Those that no group covers are left as they are.
             idle: bool [components]: components that are likely to be zero in all tokens.
             scores: float32 [tokens, rank], of a predictor.
         """
-        device = y.device
+        device, dtype = y.device, vectors[0].dtype
         scores = y[:, :0] if scores is None else scores.to(device)
-        rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=device)
         narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
@@ -182,17 +180,25 @@ class Basis:
             part = part if idle is None else _shortened(part, idle[components])
             with full_precision(device):
                 if isinstance(matrix, Narrow):
-                    back = matrix.product(part, scores)
+                    back, mean = matrix.product(part, scores), None
                 else:
                     stacked, mean, rank = matrix
                     part = torch.cat([scores, part], 1) if rank else part
-                    back = torch.addmm(mean, part, stacked[: part.shape[1]])
-            if group.kind == 0:
-                heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
-                back = rotary.turn(heads, angles, 1).flatten(1)
-            slices = self._slices(group)
-            for where, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
-                rows[:, where] = channels
+                    back = part @ stacked[: part.shape[1]]
+            mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
+            heads = back.unflatten(1, group.sensitivity.shape[:2])
+            at = 0
+            for own in mine:  # a layer's values stay in a core's cache
+                which = slice(at, at := at + own.shape[1])
+                values = heads[:, which]
+                if mean is not None:
+                    values += mean.view(heads.shape[1:])[which]
+                own.copy_(rotary.turn(values.float(), angles, 1) if group.kind == 0 else values)
+
+    def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Convert coefficients to rows [tokens, channels] of `dtype`, as `restore` does without a predictor."""
+        rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=y.device)
+        self.restore(y, span, self.split(rows))
         return rows
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:

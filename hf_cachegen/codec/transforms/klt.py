@@ -36,7 +36,7 @@ from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.kept import Kept
 from hf_cachegen.codec.predictor import Known, Predictor
 from hf_cachegen.codec.profile import Profile, require_layers
-from hf_cachegen.codec.rows import ContextRows, gather
+from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.sinks import FINER
 from hf_cachegen.codec.tables import shipped_codebooks
@@ -234,15 +234,13 @@ class Klt(Transform):
             )
         return self.known.scores[span.first : span.first + span.tokens]
 
-    def _restored(
-        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None
-    ) -> Tensor:
-        """Convert coefficients to rows. Layers that the loader has computed itself are copied."""
-        rows = self.basis.rows(y, span, dtype, idle, self._scores(span))
+    def _restore(self, y: Tensor, span: Span, vectors: Sequence[Tensor], idle: Tensor | None = None) -> None:
+        """Convert coefficients to values. Layers that the loader has computed itself are copied."""
+        self.basis.restore(y, span, vectors, idle, self._scores(span))
         if self.known is not None and self.known.keys:
-            exact = gather(self.known.keys, self.known.values, span)
-            rows[:, : exact.shape[1]] = exact
-        return rows
+            pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
+            for own, exact in zip(vectors, pairs, strict=False):
+                own.copy_(exact[0, :, span.first : span.first + span.tokens].transpose(0, 1))
 
     def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
         """Multiply the coefficients of the chunk's sinks by `factor`, in place."""
@@ -270,25 +268,25 @@ class Klt(Transform):
             return super().squares(context, span)
         return self._kept.squares[span.first] @ self.basis.energies(), context.energy(span)
 
-    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._decode(parts, span, dtype, torch.device("cpu"))
-
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        target.put(self._decode(parts, span, target.dtype, target.device), row)
-
-    def _decode(
-        self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        y = torch.empty(span.tokens, self.entries.shape[1], device=device)
+        y = torch.empty(span.tokens, self.entries.shape[1], device=target.device)
         self.inner.decode_into(parts, span, Target.matrix(y))
         self._scaled(y, span, 1 / FINER)
         ordinary = span.ordinary(self.config)
         coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
-        return self._restored(y, span, dtype, ~coded.any(0))
+        self._restore(y, span, self._vectors(target, slice(row, row + span.tokens)), ~coded.any(0))
+
+    def _vectors(self, target: Target, tokens: slice) -> list[Tensor]:
+        """Return views [tokens, heads, dim] of the target's rows: K and V of each layer in turn."""
+        if target.kept[0].dim() == 2:
+            return self.basis.split(target.kept[0][tokens])
+        return [x[0, :, tokens].transpose(0, 1) for x in target.kept]
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)
-        found = [self._restored(self._scaled(level, span, 1 / FINER), span) for level in levels]
+        found = [torch.empty(len(rows), rows.shape[1]) for _ in levels]
+        for level, own in zip(levels, found, strict=True):
+            self._restore(self._scaled(level, span, 1 / FINER), span, self.basis.split(own))
         if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
             exact = self.basis.slices[2 * self.learnt.layer + 1].stop
             for level in found:
