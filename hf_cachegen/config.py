@@ -43,7 +43,8 @@ class CacheGenConfig:
         predict_layers: layers that a loader computes from the tokens, so that only the difference to a prediction is
             stored (klt; needs a profile with such a predictor, and the model to decode): 0 takes the embedding, where
             the profile has a predictor for it; None predicts nothing.
-        measure: decode while encoding, and write the relative error of each layer at each level into the report.
+        measure: measure the relative error of each layer at each level for the report. klt computes it from the
+            coefficients; the others decode while encoding.
         step_offset: quarter octaves that are added to the step of the profile (klt): 4 doubles it, -4 halves it.
         target_kl: divergence of the finest level from the exact cache, in nats per token. The largest step within it is
             found with the model, for each context (`CacheGenCache.from_context`). None keeps the given step.

@@ -84,6 +84,12 @@ CACHEGEN_HD void store_four(void* to, const uint32_t* words) {
 #endif
 }
 
+// Symbols, which are only read.
+struct Int16 {
+  using Stored = int16_t;
+  static CACHEGEN_HD float load(int16_t x) { return float(x); }
+};
+
 // To the nearest integer, ties to even, for |x| < 2^22. Others keep about their value, and no small integer.
 struct Rounded {
   float value;

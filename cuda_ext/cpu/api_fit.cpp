@@ -15,6 +15,12 @@ uint64_t cells(const cg_source& source, const cg_span* spans, uint64_t n_spans) 
   return tokens * source.columns;
 }
 
+uint64_t cost_of(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, uint32_t entry) {
+  uint64_t sum = 0;
+  for (uint32_t k = low; k <= high; k++) sum += uint64_t(counts[k]) * uint64_t(book.costs[k * book.entries + entry]);
+  return sum;
+}
+
 }  // namespace
 
 int32_t cg_peaks(const cg_source* source, const cg_span* spans, uint64_t n_spans, float* peaks, const cg_run* run) noexcept {
@@ -75,7 +81,7 @@ int32_t cg_spread(const cg_source* source, const cg_span* spans, uint64_t n_span
 
 int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_spans, uint32_t n_digits,
                   const cg_costs* values, const cg_costs* digits, uint8_t* entries, uint64_t* costs, uint32_t* refused,
-                  const cg_run* run) noexcept {
+                  const uint8_t* others, uint32_t n_others, uint64_t* other_costs, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
   if (backend == nullptr || !is_source(source, spans, n_spans) || !is_scaled(*source)) return CG_BAD_ARGUMENT;
   if (n_digits > CG_MAX_DIGITS || !is_book(values) || (n_digits > 0 && !is_book(digits)) || refused == nullptr)
@@ -83,7 +89,11 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
   *refused = 0;
   if (source->columns == 0) return CG_OK;
   if (entries == nullptr || costs == nullptr) return CG_BAD_ARGUMENT;
+  if (n_others > 0 && (others == nullptr || other_costs == nullptr)) return CG_BAD_ARGUMENT;
   const uint64_t tiles = (source->columns + kTileColumns - 1) / kTileColumns, n = source->columns;
+  const uint64_t parts = 1 + n_digits + (source->group_tokens > 0);
+  for (uint64_t i = 0; i < n_others * parts * n; i++)
+    if (others[i] >= (i / n % parts == 0 || i / n % parts > n_digits ? values : digits)->entries) return CG_BAD_ARGUMENT;
   const uint64_t all = cells(*source, spans, n_spans);
   const bool small = all / n < kSmallTokens;
   const SourcePasses& passes = backend->source(source->dtype);
@@ -105,6 +115,11 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
                                 uint32_t high) {
           const uint64_t at = part * n + first;
           passes.choose(book, counts, bins, low, high, uint32_t(width), small, entries + at, costs + at);
+          for (uint64_t k = 0; k < n_others; k++)
+            for (uint64_t j = 0; j < width; j++) {
+              const uint64_t other = k * parts * n + at + j;
+              other_costs[other] = cost_of(book, counts + j * bins, low, high, others[other]);
+            }
         };
         choose(0, *values, counter->base[0], kMaxSymbols, counter->low, counter->high);
         for (uint32_t k = 0; k < n_digits; k++)
@@ -114,4 +129,31 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
       });
   *refused = bad;
   return failed ? CG_FAILED : CG_OK;
+}
+
+int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights, const float* shifts,
+                int16_t* fine, double* squares, uint32_t* refused, const cg_run* run) noexcept {
+  const Backend* backend = backend_for(run);
+  if (backend == nullptr || span == nullptr || !is_source(source, span, 1) || !is_scaled(*source)) return CG_BAD_ARGUMENT;
+  if (source->group_tokens > 0 || n_digits > CG_MAX_DIGITS || refused == nullptr) return CG_BAD_ARGUMENT;
+  *refused = 0;
+  const uint64_t n = source->columns, tiles = (n + kTileColumns - 1) / kTileColumns;
+  if (span->tokens * n == 0) return CG_OK;
+  if (fine == nullptr) return CG_BAD_ARGUMENT;
+  const SourcePasses& passes = backend->source(source->dtype);
+  std::atomic<uint32_t> bad{0};
+  for_each(tiles, span->tokens * n, run->threads, [&](uint64_t tile) {
+    const uint64_t first = tile * kTileColumns, width = std::min<uint64_t>(kTileColumns, n - first);
+    Columns columns;
+    open_columns(*source, nullptr, first, width, &columns);
+    alignas(64) double own[(1 + CG_MAX_DIGITS) * kTileColumns] = {};
+    alignas(64) float moves[(1 + CG_MAX_DIGITS) * kTileColumns] = {};
+    for (uint32_t k = 0; k <= n_digits && shifts != nullptr; k++)
+      memcpy(moves + k * kTileColumns, shifts + k * n + first, width * sizeof *moves);
+    if (!passes.fine(columns, *span, n_digits, weights, moves, fine + first, own)) bad = 1;
+    for (uint32_t k = 0; k <= n_digits && squares != nullptr; k++)
+      for (uint64_t j = 0; j < width; j++) squares[k * n + first + j] = own[k * kTileColumns + j];
+  });
+  *refused = bad;
+  return CG_OK;
 }

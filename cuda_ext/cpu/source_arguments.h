@@ -6,7 +6,7 @@
 namespace cachegen {
 
 inline bool is_source(const cg_source* source, const cg_span* spans, uint64_t n_spans) {
-  if (source == nullptr || source->dtype > CG_FLOAT16 || source->blank > 1 || source->group_tokens == 1) return false;
+  if (source == nullptr || (source->dtype > CG_FLOAT16 && source->dtype != CG_INT16) || source->blank > 1 || source->group_tokens == 1) return false;
   if (source->columns > CG_MAX_COLUMNS || n_spans > CG_MAX_TOKENS || (n_spans > 0 && spans == nullptr)) return false;
   if (source->columns > 0 && source->places == nullptr) return false;
   if (source->group_tokens > 0 && source->columns > 0) {

@@ -20,6 +20,9 @@ typedef struct cg_span {
   uint64_t anchor;
 } cg_span;
 
+/* Of a source alone: integers of 16 bits, as cg_fine writes them. */
+#define CG_INT16 4
+
 typedef struct cg_source {
   const cg_place* places; /* [columns]; row r is the context's token r */
   uint64_t columns;
@@ -30,7 +33,7 @@ typedef struct cg_source {
   uint64_t n_vectors;
   const float* means; /* [columns] */
   const float* steps; /* [columns] */
-  uint32_t dtype;     /* of the values, of enum cg_dtype */
+  uint32_t dtype;     /* of the values, of enum cg_dtype, or CG_INT16 */
   uint32_t blank;     /* 1: the context's first token has the values of its second one */
 } cg_source;
 
@@ -54,10 +57,21 @@ typedef struct cg_costs {
 
 /* Counts the symbols of all spans and chooses the cheapest entry for every column, the first of equal ones. entries and
  * costs are [parts, columns]; the parts are the base, each digit, and with anchors these. *refused takes 1 if a value is
- * not finite or has a fine symbol beyond 2^30, else 0. */
+ * not finite or has a fine symbol beyond 2^30, else 0. other_costs [n_others, parts, columns] takes the costs of the entries
+ * `others` of that shape. */
 CG_API int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_spans, uint32_t n_digits,
                          const cg_costs* values, const cg_costs* digits, uint8_t* entries, uint64_t* costs,
-                         uint32_t* refused, const cg_run* run) CG_NOEXCEPT;
+                         uint32_t* refused, const uint8_t* others, uint32_t n_others, uint64_t* other_costs,
+                         const cg_run* run) CG_NOEXCEPT;
+
+/* Fine symbols of a span of a source without anchors: fine [tokens, columns]. squares [1 + n_digits, columns], which may be
+ * NULL, takes the sums of the squared errors of the values that each level decodes, the coarsest first; the rows that are
+ * not ordinary have the finest error at every level. weights [tokens], which may be NULL, multiply the squares. shifts
+ * [1 + n_digits, columns], which may be NULL, is how far each level's decoded values are moved towards zero. *refused
+ * takes 1 if a symbol is not within -32767..32767, else 0; the symbols then mean nothing. */
+CG_API int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights,
+                       const float* shifts, int16_t* fine, double* squares, uint32_t* refused,
+                       const cg_run* run) CG_NOEXCEPT;
 
 /* The tables of one part of a chunk. */
 typedef struct cg_part {

@@ -1,7 +1,7 @@
 """Convert the rows of a cache to coefficients in a profile's basis and back: one matrix product per group of layers.
 
 Implementation notes:
-1. The means are part of the product, so that it is rounded once.
+1. In bfloat16 the means are part of the product, so that it is rounded once. In float32 they are added layer by layer.
 2. Where rows are wanted in bfloat16 and the machine multiplies bfloat16 (AMX, AVX512-BF16), the product takes bfloat16
    and sums in float32. That is several times as fast as float32. The leading components of a group have coefficients
    that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
@@ -13,7 +13,7 @@ Implementation notes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -83,12 +83,12 @@ class Narrow(NamedTuple):
         return y @ self.matrix[: y.shape[1]]
 
 
-_CHAINS: WeakKeyDictionary[Profile | Predictor, dict[torch.device, Chain]] = WeakKeyDictionary()
-"""The chain of each profile or predictor on each device. Each is made once."""
 _RESIDENT: WeakKeyDictionary[Profile | Predictor, Resident] = WeakKeyDictionary()
-"""For each profile or predictor its matrices on every device, each made once: (mean, analysis, prediction) of each
-group, and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
+"""For each profile or predictor its matrices on every device, each made once: its chain; (mean, analysis, prediction) of
+each group; and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
 """
+_ENERGIES: WeakKeyDictionary[Profile | Predictor, Tensor] = WeakKeyDictionary()
+"""For each profile or predictor: `Basis.energies`."""
 
 
 @lru_cache(maxsize=1)
@@ -112,57 +112,77 @@ class Basis:
         self.geometry, self.profile = geometry, profile
         self.learnt = profile if learnt is None else learnt
         self.slices = slices_of(geometry)
+        self._components = sum(len(group.synthesis) for group in self.learnt.groups)
 
     def coefficients(
-        self, rows: Tensor, span: Span, scores: Tensor | None = None, base: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """Convert rows [tokens, channels] of any float dtype to float32 [tokens, components], on the device of rows.
+        self, vectors: Sequence[Tensor], span: Span, scores: Tensor | None = None,
+        base: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Convert the values of a chunk to coefficients float32 [tokens, components], on the device of layer 0's keys.
 
         Args:
-            rows: Of a chunk.
+            vectors: K and V of each layer in turn, [tokens, heads, dim] of any float dtype.
             span: The position of the chunk.
             scores: float32 [tokens, rank], of a predictor.
             base: Returns coefficients as the coarsest level decodes them; needed in a chain.
         """
-        rotary, found, summaries = self.profile.rotary, list[Tensor](), list[Tensor]()
-        chain, scores = self._chain(rows.device), None if scores is None else send(scores, rows.device)
-        angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=rows.device))
-        for group, _ in self._groups():
-            slices = self._slices(group)
-            x = torch.cat([rows[:, part] for part in slices], 1).float()
-            if group.kind == 0:
-                x = rotary.turn(x.reshape(len(x), -1, group.sensitivity.shape[1]), angles, -1).flatten(1)
-            index = len(found)
-            mean, analysis, prediction = self._analyses(x.device)[index]
+        rotary, device = self.profile.rotary, vectors[0].device
+        angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
+        found, summaries = torch.empty(span.tokens, self._components, device=device), list[Tensor]()
+        chain, scores = self._chain(device), None if scores is None else send(scores, device)
+        for index, (group, components) in enumerate(self._groups()):
+            heads = torch.empty(span.tokens, *group.sensitivity.shape[:2], device=device)
+            mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
+            for own, part in zip(mine, heads.split([x.shape[1] for x in mine], 1), strict=True):
+                # By layers, which stay in a core's cache.
+                part.copy_(rotary.turn(own.to(device).float(), angles, -1) if group.kind == 0 else own)
+            x = heads.flatten(1)
+            mean, analysis, prediction = self._analyses(device)[index]
             x -= mean
-            with full_precision(x.device):
+            with full_precision(device):
                 read = chain.read(index, scores, summaries)
                 if read is not None:
                     x.addmm_(read, prediction, alpha=-1)
-                found.append(x @ analysis)
+                torch.mm(x, analysis, out=found[:, components])
                 if chain.reach and base is not None:
-                    summaries.append(chain.summary(index, base(found[-1]), read))
-        return torch.cat(found, 1)
+                    summaries.append(chain.summary(index, base(found[:, components]), read))
+        return found
 
-    def rows(
-        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Return the vectors of rows [tokens, channels], as `coefficients` takes them."""
+        shapes = [s for x in self.geometry.layers for s in ((x.heads, x.k_dim), (x.v_heads, x.v_dim))]
+        return [rows[:, part].unflatten(1, shape) for part, shape in zip(self.slices, shapes, strict=True)]
+
+    def energies(self) -> Tensor:
+        """Return the energy of each component in each vector, float64 [components, vectors], at coefficient 1."""
+        if self.learnt not in _ENERGIES:
+            found = torch.zeros(self._components, len(self.slices), dtype=torch.float64)
+            for group, components in self._groups():
+                scaling = self.profile.rotary.scaling if group.kind == 0 else 1.0
+                widths = [part.stop - part.start for part in self._slices(group)]
+                own = [part.square().sum(1) * scaling**2 for part in group.synthesis.split(widths, 1)]
+                first = 2 * group.first + group.kind
+                found[components, first : first + 2 * group.count : 2] = torch.stack(own, 1).double()
+            _ENERGIES[self.learnt] = found
+        return _ENERGIES[self.learnt]
+
+    def restore(
+        self, y: Tensor, span: Span, vectors: Sequence[Tensor], idle: Tensor | None = None,
         scores: Tensor | None = None, base: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Convert coefficients float32 [tokens, components] to rows [tokens, channels] of `dtype`, on the device of y.
-
-        Channels that no group covers are undefined.
+    ) -> None:  # fmt: skip
+        """Convert coefficients float32 [tokens, components] to values.
 
         Args:
             y: The coefficients.
             span: The position of the chunk.
-            dtype: Of the rows.
+            vectors: K and V of each layer in turn, [tokens, heads, dim] of one float dtype, which receive the values.
+                Those that no group covers are left as they are.
             idle: bool [components]: components that are likely to be zero in all tokens.
             scores: float32 [tokens, rank], of a predictor.
             base: The coefficients as the coarsest level decodes them, for a chain. None: y.
         """
-        device = y.device
+        device, dtype = y.device, vectors[0].dtype
         reads = self._reads(y if base is None else base, scores)
-        rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=device)
         narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
@@ -172,17 +192,25 @@ class Basis:
             part = part if idle is None else _shortened(part, idle[components])
             with full_precision(device):
                 if isinstance(matrix, Narrow):
-                    back = matrix.product(part, read)
+                    back, mean = matrix.product(part, read), None
                 else:
                     stacked, mean, rank = matrix
                     part = torch.cat([read, part], 1) if rank else part
-                    back = torch.addmm(mean, part, stacked[: part.shape[1]])
-            if group.kind == 0:
-                heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
-                back = rotary.turn(heads, angles, 1).flatten(1)
-            slices = self._slices(group)
-            for where, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
-                rows[:, where] = channels
+                    back = part @ stacked[: part.shape[1]]
+            mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
+            heads = back.unflatten(1, group.sensitivity.shape[:2])
+            at = 0
+            for own in mine:  # a layer's values stay in a core's cache
+                which = slice(at, at := at + own.shape[1])
+                values = heads[:, which]
+                if mean is not None:
+                    values += mean.view(heads.shape[1:])[which]
+                own.copy_(rotary.turn(values.float(), angles, 1) if group.kind == 0 else values)
+
+    def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Convert coefficients to rows [tokens, channels] of `dtype`, as `restore` does without a predictor."""
+        rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=y.device)
+        self.restore(y, span, self.split(rows))
         return rows
 
     def _reads(self, base: Tensor, scores: Tensor | None) -> list[Tensor]:
@@ -211,10 +239,12 @@ class Basis:
         return torch.cat([self.profile.means[part] for part in self._slices(group)])
 
     def _chain(self, device: torch.device) -> Chain:
-        known = _CHAINS.setdefault(self.learnt, {})
-        if device not in known:
-            known[device] = Chain(self.learnt.groups, self.learnt.reach, device)
-        return known[device]
+        def make() -> tuple[Chain, list[tuple[Tensor, Tensor | None]]]:
+            chain = Chain(self.learnt.groups, self.learnt.reach, device)
+            return chain, chain.maps
+
+        found: Chain = _RESIDENT.setdefault(self.learnt, Resident()).get(device, "chain", make)[0]
+        return found
 
     def _analyses(self, device: torch.device) -> list[tuple[Tensor, ...]]:
         """Return (mean, analysis, prediction) of each group on a device. They are copied there once."""

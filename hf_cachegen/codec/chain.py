@@ -71,11 +71,11 @@ class Chain:
         self.reach = reach
         order = [(group.kind, group.first, group.count) for group in groups]
         self._sources = [sources(order, index, reach) for index in range(len(groups))]
-        self._maps: list[tuple[Tensor, Tensor | None]] = []
+        self.maps: list[tuple[Tensor, Tensor | None]] = []
         for group in groups if reach else ():
             if group.summary is not None:
                 known = None if group.prediction is None else (group.prediction @ group.summary.mT).to(device)
-                self._maps.append(((group.synthesis @ group.summary.mT).to(device), known))
+                self.maps.append(((group.synthesis @ group.summary.mT).to(device), known))
 
     def read(self, index: int, scores: Tensor | None, summaries: Sequence[Tensor]) -> Tensor | None:
         """Return what the prediction of group `index` reads, float32 [tokens, numbers]; None if that is nothing.
@@ -96,6 +96,6 @@ class Chain:
             base: Its coefficients as the coarsest level decodes them, float32 [tokens, components].
             read: The result of `read`.
         """
-        own, known = self._maps[index]
+        own, known = self.maps[index]
         found = base @ own
         return found if read is None or known is None else found.addmm_(read, known)

@@ -372,9 +372,12 @@ class LossyCodec:
         return rows
 
 
-def encode_from(source: Source, codec: LossyCodec, span: Span) -> list[bytes]:
-    """Encode a chunk of a source to the bytes of every part."""
-    base, anchors, *digits = source.encode(span, codec.config, (codec.means, codec.steps), codec.assignments)
+def encode_from(
+    source: Source, codec: LossyCodec, span: Span, scale: tuple[Tensor, Tensor] | None = None
+) -> list[bytes]:
+    """Encode a chunk of a source to the bytes of every part; scale: (means, steps) other than the codec's."""
+    scale = scale or (codec.means, codec.steps)
+    base, anchors, *digits = source.encode(span, codec.config, scale, codec.assignments)
     scales = []
     if source.group_tokens:
         first = source.anchors[span.first]

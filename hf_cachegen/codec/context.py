@@ -84,15 +84,9 @@ class Encoder:
             for part, data in enumerate(parts):
                 self._bytes[part] += len(data)
             if self.config.measure:
-                self._measure(self.rows.chunk(span).cpu(), span)
+                for total, own in zip((self._errors, self._energy), self.codec.squares(self.rows, span), strict=True):
+                    total += own
             yield parts
-
-    def _measure(self, rows: Tensor, span: Span) -> None:
-        exact, owner = rows.double(), self.rows.channels.vectors
-        self._energy.index_add_(0, owner, exact.square().nan_to_num().sum(0))
-        for level, decoded in enumerate(self.codec.approximations(rows, span)):
-            difference = decoded.to(rows.dtype).double().sub_(exact).nan_to_num_()
-            self._errors[level].index_add_(0, owner, difference.square_().sum(0))
 
     def report(self) -> dict[str, Any]:
         """Return the measured sizes and errors, complete once `chunks` is exhausted. Every list has one number per

@@ -206,7 +206,7 @@ def _chosen(source: Source, spans: Sequence[Span], codec: LossyCodec) -> tuple[S
     found = source.choose(spans, config, (codec.means, codec.steps), books, coded=_all_coded(len(codec.channels)))
     if found is None:
         return None
-    entries, bits = found
+    entries, bits, _ = found
     levels, none = config.levels, torch.zeros(len(codec.channels), dtype=torch.uint8)
     if source.group_tokens:
         bits[0] += bits[levels]

@@ -59,6 +59,18 @@ class ContextRows:
         """Return the rows [tokens, channels] of a chunk, on layer 0's device."""
         return gather(self.keys, self.values, span)
 
+    def vectors(self, span: Span) -> list[Tensor]:
+        """Return K and V of each layer in turn in a chunk of a batch of 1: views [tokens, heads, dim]."""
+        pairs = (x for pair in zip(self.keys, self.values, strict=True) for x in pair)
+        return [x[0, :, span.first : span.first + span.tokens].transpose(0, 1) for x in pairs]
+
+    def energy(self, span: Span) -> Tensor:
+        """Return the sum of the squared values of each vector in a chunk that `source` reads: float64 [vectors]."""
+        if self.source is None:
+            raise ValueError("no compiled code can read these tensors")
+        squares = self.source.squares([span])
+        return torch.zeros(2 * len(self.keys), dtype=torch.float64).index_add_(0, self.channels.vectors, squares)
+
     def only(self, chunks: Sequence[int]) -> ContextRows:
         """Return the same context with these chunks only. `sinks` and `first_token` still depend on the whole context.
         """

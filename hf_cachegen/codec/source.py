@@ -31,6 +31,8 @@ from hf_cachegen.codec.section import Assignment
 from hf_cachegen.codec.tables import COST_SCALE, Codebook
 from hf_cachegen.config import CacheGenConfig
 
+SOURCES = {**DTYPES, torch.int16: 4}
+"""The dtypes that the compiled passes read: CG_INT16 beside those of enum cg_dtype."""
 _TILE = 256
 _EXCEPTION = np.dtype([("position", "<u8"), ("index", "<i4"), ("stream", "<u4")])
 """struct cg_exception."""
@@ -96,7 +98,7 @@ class Source:
             vectors: int64 [channels], ascending: the vector of each channel.
         """
         on_cpu = target.device.type == "cpu" and all(x.device.type == "cpu" for x in target.kept)
-        if not on_cpu or target.dtype not in DTYPES or not len(vectors) or not native.offers("cg_code", target.device):
+        if not on_cpu or target.dtype not in SOURCES or not len(vectors) or not native.offers("cg_code", target.device):
             return None
         return cls(target, vectors.to(torch.int32), int(vectors[-1]) + 1)
 
@@ -118,7 +120,7 @@ class Source:
         scale = (None if x is None else x.data_ptr() for x in (means, steps))
         scales = self._wide_scales.data_ptr() if len(self._wide_scales) else None
         vectors = self.vectors.data_ptr() if self.group_tokens else None
-        places, dtype = self.target.places.data_ptr(), DTYPES[self.target.dtype]
+        places, dtype = self.target.places.data_ptr(), SOURCES[self.target.dtype]
         anchors = (self.group_tokens, vectors, scales, self.n_vectors)
         return abi.Source(places, len(self), *anchors, *scale, dtype, self.blank)
 
@@ -139,10 +141,16 @@ class Source:
         native.call("cg_spread", self._view(), self._spans(chunks, config), len(chunks), sums)
         return sums[0], sums[1]
 
+    def squares(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Return the sum of the squared values of each channel in these chunks: float64 [channels]."""
+        sums = torch.empty(2, 2, len(self), dtype=torch.float64)
+        native.call("cg_spread", replace(self, group_tokens=0)._view(), *self._plain(chunks), sums)
+        return sums[0, 1] + sums[1, 1]
+
     def choose(
         self, chunks: Sequence[Chunk], config: CacheGenConfig, scale: tuple[Tensor, Tensor],
-        books: tuple[Codebook, Codebook], *, coded: bool,
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        books: tuple[Codebook, Codebook], *, coded: bool, others: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
         """Count the symbols of these chunks and choose the cheapest tables, as `tables.Codebook.choose` does.
 
         Args:
@@ -151,18 +159,49 @@ class Source:
             scale: (means, steps), each float32 [channels].
             books: The codebooks of the base, and of the refinements.
             coded: Leave out the entry "always zero".
+            others: Entries, uint8 [n, parts, channels], whose bits are wanted, too.
 
         Returns:
-            The entries uint8 [parts, channels] and their bits float64 [parts, channels]. The parts are the base, the
-            refinements, and the anchors if there are any. None if a value is not finite or too large.
+            The entries uint8 [parts, channels], their bits float64 [parts, channels], and the bits of the others. The
+            parts are the base, the refinements, and the anchors if there are any. None if a value is not finite or too
+            large.
         """
         parts = config.levels + (self.group_tokens > 0)
+        others = torch.empty(0, parts, len(self), dtype=torch.uint8) if others is None else others.contiguous()
+        other_costs = torch.empty(others.shape, dtype=torch.int64)
         entries = torch.empty(parts, len(self), dtype=torch.uint8)
         costs, refused = torch.empty(parts, len(self), dtype=torch.int64), ctypes.c_uint32()
         views = [abi.Costs(book.compiled_cost.data_ptr(), book.compiled_cost.shape[1], int(coded)) for book in books]
-        arguments = (config.levels - 1, *views, entries, costs, ctypes.byref(refused))
+        arguments = (
+            config.levels - 1, *views, entries, costs, ctypes.byref(refused), others, len(others), other_costs
+        )  # fmt: skip
         native.call("cg_choose", self._view(*scale), self._spans(chunks, config), len(chunks), *arguments)
-        return None if refused.value else (entries, costs.double() / COST_SCALE)
+        if refused.value:
+            return None
+        return entries, costs.double() / COST_SCALE, other_costs.double() / COST_SCALE
+
+    def fine(
+        self, chunk: Chunk, config: CacheGenConfig, scale: tuple[Tensor, Tensor], weights: Tensor, to: Tensor,
+        shifts: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """Write the fine symbols of a chunk of values without anchors.
+
+        Args:
+            chunk: The chunk.
+            config: Its levels and protected tokens are used.
+            scale: (means, steps), each float32 [channels].
+            weights: float32 [tokens]: factors of the squared errors.
+            to: Receives the symbols: int16 [tokens, channels].
+            shifts: float32 [levels, channels]: how far decoded values are moved towards zero. None: not at all.
+
+        Returns:
+            The sums of the squared errors at each level, float64 [levels, channels]. None if a symbol does not fit.
+        """
+        squares, refused = torch.zeros(config.levels, len(self), dtype=torch.float64), ctypes.c_uint32()
+        moves = None if shifts is None else shifts.data_ptr()
+        arguments = (config.levels - 1, weights, moves, to, squares, ctypes.byref(refused))
+        native.call("cg_fine", self._view(*scale), self._spans([chunk], config), *arguments)
+        return None if refused.value else squares
 
     def encode(
         self, chunk: Chunk, config: CacheGenConfig, scale: tuple[Tensor, Tensor],

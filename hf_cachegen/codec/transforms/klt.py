@@ -23,19 +23,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, basis, points, quantize, transfer
+from hf_cachegen.codec import abi, basis, quantize, transfer
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.kept import Kept
 from hf_cachegen.codec.predictor import Known, Predictor
 from hf_cachegen.codec.profile import Profile, require_layers
-from hf_cachegen.codec.rows import ContextRows, gather
+from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.scaling import Scaling
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.sinks import FINER
 from hf_cachegen.codec.tables import shipped_codebooks
@@ -63,6 +66,7 @@ class Klt(Transform):
         entries: uint8 [parts, components]: the table entries of the base and of each refinement. None: the profile's.
         sinks: int64 [n], ascending: the positions of tokens with finer steps. None: there are none.
         known: What the context's prediction takes, where `config.predict_layers` is set. None: given later (`knowing`).
+        kept: The symbols of the context that it was fitted to, for `encode_chunk`.
 
     Raises:
         ProfileError: The profile is of another model, is damaged, or has no such predictor.
@@ -74,7 +78,7 @@ class Klt(Transform):
 
     def __init__(
         self, geometry: Geometry, config: CacheGenConfig, profile: Profile, entries: Tensor | None = None,
-        sinks: Tensor | None = None, known: Known | None = None,
+        sinks: Tensor | None = None, known: Known | None = None, kept: Kept | None = None,
     ):  # fmt: skip
         require_layers(profile, geometry.layers)
         if geometry.batch != 1:
@@ -96,8 +100,8 @@ class Klt(Transform):
         channels = Channels(torch.zeros(components, dtype=torch.int64), torch.zeros(components, dtype=torch.int64))
         self.inner = LossyCodec(channels, config, side)
         self.basis = basis.Basis(geometry, profile, learnt)
-        self.known = known
-        self._shifts: dict[tuple[int, torch.device], Tensor] = {}
+        self.known, self._kept = known, kept
+        self.scaling = Scaling(config, learnt, self.inner.steps, self.sinks)
         if known is not None and isinstance(learnt, Predictor):
             expected = geometry.tokens, learnt.rank
             if known.layer != learnt.layer or tuple(known.scores.shape) != expected:
@@ -117,22 +121,49 @@ class Klt(Transform):
         """
         profile = _required(profile)
         codec = cls(context.geometry, config, profile, sinks=context.sinks, known=context.known)
-        counts = Counts(codec.entries.shape[1], config.levels)
-        for rows, span in context.chunks():
-            counts.add(codec.inner.symbols(codec.checked(rows, span))[0])
+        kept = codec._keep(context)
         entries, saved = [], 0.0
-        books = repeated(codec.inner.values, codec.inner.digits)
-        for histograms, given, book in zip(counts.parts, codec.entries, books, strict=False):
-            own = book.choose(histograms)[0]
-            # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
-            own = own.where((own > 0) | (given == 0), own.new_tensor(book.narrowest))
-            gain = book.bits(histograms, given) - book.bits(histograms, own) - ENTRY_BITS
-            entries.append(torch.where(gain > 0, own, given))
-            saved += float(gain.clamp_min(0).sum())
+        for given, (own, gain) in zip(codec.entries, codec._choices(context, kept), strict=True):
+            entries.append(torch.where(gain > ENTRY_BITS, own, given))
+            saved += float((gain - ENTRY_BITS).clamp_min(0).sum())
         bitmaps = 8 * config.levels * -(-codec.entries.shape[1] // 8)
+        chosen = None
         if saved > bitmaps or len(codec.sinks):  # the sinks follow the bitmaps
-            codec = cls(context.geometry, config, profile, torch.stack(entries), context.sinks, context.known)
-        return Fitted(codec, None)
+            chosen = torch.stack(entries)
+        return Fitted(cls(context.geometry, config, profile, chosen, context.sinks, context.known, kept), None)
+
+    def _keep(self, context: ContextRows) -> Kept | None:
+        """Return the symbols of a context; None where it must be multiplied again for each use."""
+        if context.source is None:
+            return None
+        weights = torch.ones(self.geometry.tokens)
+        weights[self.sinks] = FINER**-2
+
+        def coefficients(span: Span) -> Tensor:
+            return self._coefficients(context.vectors(span), span)
+
+        return Kept.of(self.inner, context.spans, coefficients, weights, self.scaling.shifts())
+
+    def _choices(self, context: ContextRows, kept: Kept | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the cheapest entries uint8 [components] of each part, and the bits float64 that they save."""
+        books = list(islice(repeated(self.inner.values, self.inner.digits), self.config.levels))
+        # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
+        narrow = torch.tensor([book.narrowest for book in books], dtype=torch.uint8)[:, None].expand_as(self.entries)
+        if kept is not None:
+            chosen = kept.choose(context.spans, self.inner, torch.stack([self.entries, narrow]))
+        else:
+            counts = Counts(self.entries.shape[1], self.config.levels)
+            for rows, span in context.chunks():
+                counts.add(self.inner.symbols(self.checked(rows, span))[0])
+            parts = list(zip(books, counts.parts, strict=True))
+            others = [
+                torch.stack([book.bits(found, own) for (book, found), own in zip(parts, entries, strict=True)])
+                for entries in (self.entries, narrow)
+            ]
+            chosen = *counts.choose(self.inner.values, self.inner.digits), torch.stack(others)
+        entries, bits, (before, zero) = chosen
+        stays = (entries == 0) & (self.entries > 0)
+        yield from zip(narrow.where(stays, entries), before - zero.where(stays, bits), strict=True)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
@@ -193,24 +224,15 @@ class Klt(Transform):
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """Return the coefficients to code: float32 [tokens, components], on the device of rows."""
+        return self._coefficients(self.basis.split(rows), span)
+
+    def _coefficients(self, vectors: Sequence[Tensor], span: Span) -> Tensor:
+        """Return the coefficients to code of a chunk: K and V of each layer in turn, [tokens, heads, dim]."""
 
         def base(y: Tensor) -> Tensor:
-            scaled, step = self._scaled(y.clone(), span, FINER), self.inner.steps[0].to(y.device)
-            return self._scaled(self._base(quantize.fine_symbols(scaled, step) * step, span), span, 1 / FINER)
+            return self.scaling.base(y, span)
 
-        return self._scaled(self.basis.coefficients(rows, span, self._scores(span), base), span, FINER)
-
-    def _base(self, y: Tensor, span: Span, level: int | None = None) -> Tensor:
-        """Return as the coarsest level decodes them the coefficients that `level` (None: the finest) has decoded."""
-        levels, found, ordinary = self.config.levels, y.clone(), span.ordinary(self.config)
-        step, level = self.inner.steps[0].to(y.device), levels if level is None else level
-        symbols = quantize.fine_symbols(y[ordinary], step * quantize.step_factor(level, levels))
-        found[ordinary] = quantize.split(symbols, level)[0] * (step * quantize.step_factor(1, levels))
-        return found
-
-    def _read(self, y: Tensor, span: Span, level: int) -> Tensor | None:
-        """Return what the predictions of a chain read: the decoded coefficients as the coarsest level decodes them."""
-        return self._scaled(self._base(y, span, level), span, 1 / FINER) if self.profile.reach else None
+        return self.scaling.to_coder(self.basis.coefficients(vectors, span, self._scores(span), base), span)
 
     def knowing(self, known: Known | None) -> Klt:
         if known is None or self.layer is None:
@@ -228,46 +250,24 @@ class Klt(Transform):
             )
         return self.known.scores[span.first : span.first + span.tokens]
 
-    def _restored(
-        self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32, idle: Tensor | None = None,
-        base: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Convert coefficients to rows. Layers that the loader has computed itself are copied."""
-        rows = self.basis.rows(y, span, dtype, idle, self._scores(span), base)
+    def _restore(
+        self, y: Tensor, span: Span, level: int, vectors: Sequence[Tensor], idle: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """Convert decoded coefficients of a level to values. Layers that the loader has computed itself are copied.
+
+        Args:
+            y: float32 [tokens, components], which are changed.
+            span: The position of the chunk.
+            level: Of the coefficients.
+            vectors: Receive the values, as in `Basis.restore`.
+            idle: As there.
+        """
+        base = self.scaling.read(y, span, level)
+        self.basis.restore(self.scaling.to_basis(y, span, level), span, vectors, idle, self._scores(span), base)
         if self.known is not None and self.known.keys:
-            exact = gather(self.known.keys, self.known.values, span)
-            rows[:, : exact.shape[1]] = exact
-        return rows
-
-    def _sinks_of(self, span: Span) -> Tensor:
-        """Return the chunk's rows that are sinks, int64."""
-        return self.sinks[(self.sinks >= span.first) & (self.sinks < span.first + span.tokens)] - span.first
-
-    def _settled(self, y: Tensor, span: Span, level: int) -> Tensor:
-        """Convert decoded coefficients [tokens, components] of a level to their reconstruction points, in place."""
-        if self.learnt.points is not None:
-            sinks, ordinary = self._sinks_of(span).tolist(), span.ordinary(self.config)
-            a, b = ordinary.start, ordinary.stop
-            for first, last, at in ((0, a, self.config.levels), (a, b, level), (b, len(y), self.config.levels)):
-                if last > first:
-                    kept = [row - first for row in sinks if first <= row < last]
-                    points.moved(y[first:last], self._shift(at, y.device), kept)
-        return self._scaled(y, span, 1 / FINER)
-
-    def _shift(self, level: int, device: torch.device) -> Tensor:
-        """Return how far coefficients of a level are moved, float32 [components] on a device, made once."""
-        if self.learnt.points is not None and (level, device) not in self._shifts:
-            step = self.inner.steps * quantize.step_factor(level, self.config.levels)
-            found = step * points.shifts(self.learnt.points, level, self.config.step_offset)
-            self._shifts[level, device] = transfer.send(found, device)
-        return self._shifts[level, device]
-
-    def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
-        """Multiply the coefficients of the chunk's sinks by `factor`, in place."""
-        here = self._sinks_of(span)
-        if len(here):
-            y[transfer.send(here, y.device)] *= factor
-        return y
+            pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
+            for own, exact in zip(vectors, pairs, strict=False):
+                own.copy_(exact[0, :, span.first : span.first + span.tokens].transpose(0, 1))
 
     def checked(self, rows: Tensor, span: Span) -> Tensor:
         """Return `coefficients`. Raises TensorError where they cannot be coded."""
@@ -280,11 +280,24 @@ class Klt(Transform):
     def encode(self, rows: Tensor, span: Span) -> list[bytes]:
         return self.inner.encode(self.checked(rows, span), span)
 
-    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._decode(parts, span, dtype, torch.device("cpu"))
+    def encode_chunk(self, context: ContextRows, span: Span) -> list[bytes]:
+        return super().encode_chunk(context, span) if self._kept is None else self._kept.encode(span, self.inner)
+
+    def squares(self, context: ContextRows, span: Span) -> tuple[Tensor, Tensor]:
+        if self._kept is None or context.source is None:
+            return super().squares(context, span)
+        return self._kept.squares[span.first] @ self.basis.energies(), context.energy(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        target.put(self._decode(parts, span, target.dtype, target.device), row)
+        y = torch.empty(span.tokens, self.entries.shape[1], device=target.device)
+        self.inner.decode_into(parts, span, Target.matrix(y))
+        vectors = self._vectors(target, slice(row, row + span.tokens))
+        if not transfer.is_host(target.device):  # to test which components are zero would wait for the device
+            self._restore(y, span, len(parts), vectors)
+            return
+        ordinary = span.ordinary(self.config)
+        coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
+        self._restore(y, span, len(parts), vectors, ~coded.any(0))
 
     def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
         if transfer.is_host(target.device):
@@ -300,31 +313,23 @@ class Klt(Transform):
         them.
         """
         (parts, first, row), last = group[0], group[-1][1]
-        level = len(parts)
         whole = Span(first.first, last.first + last.tokens - first.first, first.total)
         y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
         check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
-        base = self._read(y, whole, level)
-        target.put(self._restored(self._settled(y, whole, level), whole, target.dtype, base=base), row)
+        self._restore(y, whole, len(parts), self._vectors(target, slice(row, row + whole.tokens)))
         return check
 
-    def _decode(
-        self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        y = torch.empty(span.tokens, self.entries.shape[1], device=device)
-        self.inner.decode_into(parts, span, Target.matrix(y))
-        base = self._read(y, span, len(parts))
-        self._settled(y, span, len(parts))
-        if not transfer.is_host(device):  # to test which components are zero would wait for the device
-            return self._restored(y, span, dtype, base=base)
-        ordinary = span.ordinary(self.config)
-        coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
-        return self._restored(y, span, dtype, ~coded.any(0), base)
+    def _vectors(self, target: Target, tokens: slice) -> list[Tensor]:
+        """Return views [tokens, heads, dim] of the target's rows: K and V of each layer in turn."""
+        if target.kept[0].dim() == 2:
+            return self.basis.split(target.kept[0][tokens])
+        return [x[0, :, tokens].transpose(0, 1) for x in target.kept]
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)
-        base = self._read(levels[0], span, 1)
-        found = [self._restored(self._settled(y, span, level), span, base=base) for level, y in enumerate(levels, 1)]
+        found = [torch.empty(len(rows), rows.shape[1]) for _ in levels]
+        for level, (y, own) in enumerate(zip(levels, found, strict=True), 1):
+            self._restore(y, span, level, self.basis.split(own))
         if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
             exact = self.basis.slices[2 * self.learnt.layer + 1].stop
             for level in found:

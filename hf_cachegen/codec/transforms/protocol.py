@@ -221,3 +221,23 @@ class Transform(ABC):
         """
         parts = self.encode(rows, span)
         return [self.decode(parts[:level], span) for level in range(1, len(parts) + 1)]
+
+    def squares(self, context: ContextRows, span: Span) -> tuple[Tensor, Tensor]:
+        """Return the squared errors of a chunk at level 1, 2, ..., and the squares of its values.
+
+        A transform should override it if it knows the errors without decoding.
+
+        Args:
+            context: The context that it was fitted to.
+            span: The position of the chunk.
+
+        Returns:
+            (float64 [levels, vectors], float64 [vectors]): sums over the values of K and V of each layer in turn.
+        """
+        rows, owner = context.chunk(span).cpu(), context.channels.vectors
+        exact, nothing = rows.double(), torch.zeros(2 * len(context.geometry.layers), dtype=torch.float64)
+        errors = []
+        for decoded in self.approximations(rows, span):
+            difference = decoded.to(rows.dtype).double().sub_(exact).nan_to_num_()
+            errors.append(nothing.index_add(0, owner, difference.square_().sum(0)))
+        return torch.stack(errors), nothing.index_add(0, owner, exact.square().nan_to_num().sum(0))
