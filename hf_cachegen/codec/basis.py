@@ -84,8 +84,8 @@ class Narrow(NamedTuple):
 
 
 _RESIDENT: WeakKeyDictionary[Profile | Predictor, Resident] = WeakKeyDictionary()
-"""For each profile or predictor its matrices on every device, each made once: its chain; (mean, analysis, prediction) of
-each group; and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
+"""For each profile or predictor its matrices on every device, each made once: its chain; (mean, analysis, prediction)
+of each group; and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
 """
 _ENERGIES: WeakKeyDictionary[Profile | Predictor, Tensor] = WeakKeyDictionary()
 """For each profile or predictor: `Basis.energies`."""

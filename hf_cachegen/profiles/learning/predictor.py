@@ -262,4 +262,5 @@ def blank(
     """Return a predictor without table entries from the result of `regressed`. reach: of its chain."""
     mean, directions, groups, about = found
     nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
-    return Predictor(layer, mean, directions, groups, step_code, nothing, nothing.expand(levels - 1, -1), about, reach)
+    finer = nothing.expand(levels - 1, -1)
+    return Predictor(layer, mean, directions, groups, step_code, nothing, finer, about, reach=reach)
