@@ -2,14 +2,22 @@
 
     python -m benchmarks.chain --model smollm2 --profile smollm2-profile --text train.txt --test test.txt \
         --out docs/results/chain_smollm2 --layers 0,2
+    python -m benchmarks.chain --out docs/results/chain --layers 0,1 --joint 6,2
     python -m benchmarks.chain --geometry
+
+    python -m benchmarks.chain --model smollm2 --profile smollm2-profile --text train.txt --test test.txt \
+        --out docs/results/chain_wide --wide 5 --joint 2
 
 All variants are learnt from the same sums over the same contexts, with the sensitivities and the step of a given joint
 profile: joint bases of some layers, and chains, without and with prediction from a hidden state (--layers). Table
 entries are those of the first contexts. Test contexts are coded at two steps and all levels. Bits count everything that
 is stored for a context; KL is in nats per token of the 128 tokens that follow. The given profile itself, learnt
-elsewhere, is measured too. `--geometry` prints the size and the multiply-adds for an 8B model (32 layers, 8 KV heads of
-128), without prediction from a hidden state.
+elsewhere, is measured too. Without --model the reference model is measured on its three tasks.
+
+`--wide` joins several layers of the model to one: layers l, l + n, l + 2n, ... of n wide ones, so that adjacent wide
+layers consist of adjacent layers. (An orthogonal mixture of their channels would change no basis, so none is made.)
+That is how bits at the width of a larger model are estimated, not measured. `--geometry` prints the size and the
+multiply-adds for an 8B model (32 layers, 8 KV heads of 128), without prediction from a hidden state.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.rate_distortion import bits_at
+from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec.chain import widths_read
 from hf_cachegen.codec.chunk import Span
@@ -54,6 +63,37 @@ TABLE_CONTEXTS = 4
 KV = tuple[list[Tensor], list[Tensor]]
 
 
+def joined(kv: KV, layers: int) -> KV:
+    """Return keys and values of so many wide layers; the layers themselves if they are as many."""
+    keys, values = ([torch.cat(side[at::layers], 1) for at in range(layers)] for side in kv)
+    return keys, values
+
+
+def parted(kv: KV, layers: int) -> KV:
+    """Return what `joined` took, of so many layers."""
+    found = []
+    for side in kv:
+        parts = [x.chunk(layers // len(side), 1) for x in side]
+        found.append([parts[at % len(side)][at // len(side)] for at in range(layers)])
+    return found[0], found[1]
+
+
+def widened(given: Profile, layers: int) -> Profile:
+    """Return a profile of so many wide layers, with their means and sensitivities."""
+    count, own = len(given.layers) // layers, given.sensitivities
+    narrow = given.layers[0]
+    wide = replace(narrow, heads=narrow.heads * count, v_heads=narrow.v_heads * count)
+    width = (narrow.k_channels, narrow.v_channels) * len(given.layers)
+    means = given.means.split(width)
+    order = [(at, kind) for at in range(layers) for kind in (0, 1)]
+    groups = tuple(
+        Group(kind, at, 1, torch.cat([own[kind, i] for i in range(at, len(given.layers), layers)]), torch.empty(0, 0))
+        for at, kind in order
+    )
+    parts = [means[2 * i + kind] for at, kind in order for i in range(at, len(given.layers), layers)]
+    return replace(given, layers=(wide,) * layers, means=torch.cat(parts), groups=groups, predictors=())
+
+
 class Learnt:
     """Sums over contexts, and the variants that are made of them."""
 
@@ -68,7 +108,7 @@ class Learnt:
         self.features = [[FeatureSums(model, layer, widths) for layer in layers] for _ in range(2)]
         self.kept: list[tuple[Tensor, KV]] = []
         for index, context in enumerate(contexts):
-            keys, values, _ = prefill(model, context)
+            keys, values = joined(prefill(model, context)[:2], len(given.layers))
             rows = [in_frame((keys, values)[kind][layer], kind, given.rotary).flatten(1) for kind, layer, _ in pairs]
             unseen = index % HELD_OUT_EVERY == 0
             self.sums[unseen].add(rows)
@@ -165,12 +205,13 @@ def curve(model: Any, profile: Profile, layer: int | None, tests: Sequence[Sampl
         )
         totals = torch.zeros(profile.levels, 2)
         for context, continuation in tests:
-            keys, values, _ = prefill(model, context)
-            exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
+            exact_kv = prefill(model, context)[:2]
+            keys, values = joined(exact_kv, len(profile.layers))
+            exact = continuation_logits(model, *exact_kv, continuation).log_softmax(-1)
             known = None if layer is None else known_of(model, context, profile, layer)
             encoded = encode_kv(keys, values, config, profile, known=known)
             for level in range(1, encoded.levels + 1):
-                decoded = decode_kv(encoded, level, known=known)
+                decoded = parted(decode_kv(encoded, level, known=known), len(exact_kv[0]))
                 lossy = continuation_logits(model, *decoded, continuation).log_softmax(-1)
                 kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
                 bits = 8 * encoded.nbytes_at(level) / encoded.geometry.elements
@@ -224,8 +265,8 @@ def table(curves: dict[str, Any], sizes: dict[str, Any], usual: str) -> str:
 
 
 @click.command()
-@click.option("--model", "path", type=click.Path(path_type=Path), help="Folder of the model.")
-@click.option("--profile", "given", type=click.Path(path_type=Path), help="A joint profile of the model.")
+@click.option("--model", "path", type=click.Path(path_type=Path), help="Folder of another model than the reference.")
+@click.option("--profile", "given", type=click.Path(path_type=Path), help="A joint profile, else in the folder.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to learn from.")
 @click.option("--test", type=click.Path(path_type=Path), help="Text to test on.")
 @click.option("--out", type=click.Path(path_type=Path), help="Path of the results, without suffix.")
@@ -236,26 +277,35 @@ def table(curves: dict[str, Any], sizes: dict[str, Any], usual: str) -> str:
 @click.option("--contexts", default=2, show_default=True, help="Test contexts.")
 @click.option("--tokens", default=768, show_default=True, help="Tokens of a context.")
 @click.option("--protect-last", default=64, show_default=True, help="Tokens at the end at the finest step.")
+@click.option("--wide", default=1, show_default=True, help="Layers that are joined to a wide one.")
 @click.option("--geometry", "sized", is_flag=True, help="Print the sizes for an 8B model, and measure nothing.")
 def main(
-    path: Path, given: Path, text: Path, test: Path, out: Path, layers: str, joint: str, widths: str, samples: int,
-    contexts: int, tokens: int, protect_last: int, sized: bool,
+    path: Path | None, given: Path | None, text: Path, test: Path, out: Path, layers: str, joint: str, widths: str,
+    samples: int, contexts: int, tokens: int, protect_last: int, wide: int, sized: bool,
 ) -> None:  # fmt: skip
     """Measure bits per element at equal divergence of joint bases and of chains."""
     if sized:
-        for width in (64, DEFAULT_WIDTH, 128):
+        for width in (64, 96, DEFAULT_WIDTH):
             for name, row in geometry(32, 1024, 128, width).items():
                 print(f"{name}: {row['megabytes']:.0f} MB, {row['multiply-adds']:.1f} M multiply-adds a token")
         return
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    profile = Profile.load(given)
+    folder = path or MODEL_PATH
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    tokenizer, profile = AutoTokenizer.from_pretrained(folder), Profile.load(given or folder)
+    if path is None:
+        training, tests = (
+            [sample(tokenizer, task, seed + n, tokens) for n in range(-(-count // len(TASKS))) for task in TASKS]
+            for seed, count in ((CALIBRATION_SEED, samples), (HELD_OUT_SEED, contexts))
+        )
+    else:
+        training, tests = cut(tokenizer, text, samples, tokens), cut(tokenizer, test, contexts, tokens)
+    if wide > 1:
+        profile = widened(profile, len(profile.layers) // wide)
     chosen_layers = [int(layer) for layer in layers.split(",") if layer]
     learnt = Learnt(
-        model, profile, [context for context, _ in cut(tokenizer, text, samples, tokens)], chosen_layers,
+        model, profile, [context for context, _ in training], chosen_layers,
         max([int(one) - 1 for one in joint.split(",")] + [DEFAULT_REACH]),
     )  # fmt: skip
-    tests = cut(tokenizer, test, contexts, tokens)
     variants: dict[str, tuple[Profile, int | None]] = {}
     for count in joint.split(","):
         variants[f"joint, {count} layers"] = learnt.joint(int(count)), None
@@ -263,7 +313,7 @@ def main(
         one = learnt.chain(int(width))
         for layer in (None, *chosen_layers):
             variants[f"chain of {width}" + ("" if layer is None else f", m = {layer}")] = one, layer
-    for layer in (None, *(one.layer for one in profile.predictors if one.layer in chosen_layers)):
+    for layer in () if wide > 1 else (None, *(one.layer for one in profile.predictors if one.layer in chosen_layers)):
         variants["the given profile" + ("" if layer is None else f", m = {layer}")] = profile, layer
     curves, sizes = {}, {}
     for name, (one, layer) in variants.items():
@@ -275,8 +325,8 @@ def main(
         print(name, curves[name], sizes[name], flush=True)
     usual = next(iter(variants))
     results = {
-        "of": {"model": path.name, "samples": samples, "contexts": contexts, "tokens": tokens,
-               "protect_last": protect_last, "reach": DEFAULT_REACH},
+        "of": {"model": folder.name, "samples": samples, "contexts": contexts, "tokens": tokens,
+               "protect_last": protect_last, "wide": wide, "reach": DEFAULT_REACH},
         "curves": curves, "sizes": sizes,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -199,8 +199,8 @@ def test_predictors_of_other_layers_are_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"version": 1}, {"version": 3}, {"chain": {}}, {"chain": None},
-    *({"chain": {"reach": n}} for n in (0, 17, -1, 2**70)),
+    {"version": 1}, {"version": 3}, {"chain": {}}, {"chain": None}, {"chain": {"reach": 0}}, {"chain": {"reach": 17}},
+    {"chain": {"reach": -1}}, {"chain": {"reach": 2**70}},
     {"groups": [[0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]]}, {"groups": [[0, 0, 2], [1, 0, 1], [0, 1, 1], [1, 1, 1]]},
     {"groups": [[0, 0, 1], [1, 0, 1], [0, 1, 1], [0, 1, 1]]},
 ], ids=str)  # fmt: skip

@@ -143,7 +143,8 @@ learning_options = _all(
                  help="Number of adjacent layers with a joint basis.  [default: chosen by their width]"),
     click.option("--across-layers", type=click.Choice(["auto", "joint", "chained"]), default="auto", show_default=True,
                  help="joint: adjacent layers share a basis. chained: each layer is predicted from those before it, "
-                 "which makes the profile of a wide model smaller. auto: chained from 1,024 channels a layer."),
+                 "which makes the profile of a wide model smaller. auto: chained for layers of 1,024 channels and "
+                 "more."),
     click.option("--undo-rotation/--no-undo-rotation", default=True, show_default=True,
                  help="Undo the rotary embedding of the keys before the transform, if its type is supported."),
     click.option("--predict-layers", type=click.IntRange(min=0), multiple=True,

@@ -52,7 +52,7 @@ class Group:
 
     def tensors(self, prefix: str, index: int) -> dict[str, Tensor]:
         """Return the tensors of a profile's file, by name, without the sensitivity. index: of the group in its list."""
-        found, chained = {}, self.summary is not None
+        found, chained = dict[str, Tensor](), self.summary is not None
         matrices = ("synthesis", self.synthesis), ("prediction", self.prediction), ("summary", self.summary)
         for name, matrix in matrices:
             if matrix is not None:

@@ -101,22 +101,37 @@ class Scores:
 
 
 class _Products:
-    """Mean products of groups in the metric of their sensitivity, and of their summaries."""
+    """Mean products of the summaries, and of a summary and a group in the metric of its sensitivity.
 
-    def __init__(self, sums: ChainSums, means: Sequence[Tensor], roots: Sequence[Tensor]):
-        self.sums, self.means, self.roots = sums, means, roots
+    Args:
+        sums: Of the layers.
+        means: float64 [channels] of each group.
+        roots: The square root of each group's sensitivity.
+        summaries: Q of each group, float64 [width, channels].
+    """
 
-    def __call__(self, j: int, i: int) -> Tensor:
-        return self.roots[j] @ self.sums.product(j, i, self.means) @ self.roots[i]
+    def __init__(
+        self, sums: ChainSums, means: Sequence[Tensor], roots: Sequence[Tensor], summaries: Sequence[Tensor]
+    ):
+        self.sums, self.means, self.roots, self.summaries = sums, means, roots, summaries
+        self._half: dict[tuple[int, int], Tensor] = {}
 
-    def read(self, summaries: Sequence[Tensor], which: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
+    def own(self, i: int) -> Tensor:
+        """Return S_ii."""
+        return self.roots[i] @ self.sums.product(i, i, self.means) @ self.roots[i]
+
+    def half(self, j: int, i: int) -> Tensor:
+        """Return the mean products of the summary of j and the channels of i."""
+        if (j, i) not in self._half:
+            self._half[j, i] = self.summaries[j] @ self.sums.product(j, i, self.means)
+        return self._half[j, i]
+
+    def read(self, which: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
         """Return E[r^T r] and E[r^T a_i] of the summaries of the groups `which`."""
-        count = sum(summaries[j].shape[1] for j in which)
-        inner = [[summaries[j].mT @ self(j, k) @ summaries[k] for k in which] for j in which]
-        cross = [summaries[j].mT @ self(j, i) for j in which]
         if not which:
             return self.roots[i].new_zeros(0, 0), self.roots[i].new_zeros(0, len(self.roots[i]))
-        return torch.cat([torch.cat(row, 1) for row in inner]).reshape(count, count), torch.cat(cross)
+        inner = [torch.cat([self.half(j, k) @ self.summaries[k].mT for k in which], 1) for j in which]
+        return torch.cat(inner), torch.cat([self.half(j, i) @ self.roots[i] for j in which])
 
 
 def chained(
@@ -133,18 +148,22 @@ def chained(
         width: Largest width of a summary.
         scores: Of a predictor.
     """
-    means, roots = training.means(), [_roots(group) for group in groups]
-    seen = _Products(training, means, [root for root, _ in roots])
-    unseen = _Products(held_out, means, seen.roots)
+    means, pairs = training.means(), [_roots(group) for group in groups]
+    roots = [root for root, _ in pairs]
     first = 0 if scores is None else scores.layer + 1
     mine = [index for index, (_, layer, _) in enumerate(training.order) if layer >= first]
     read = {i: [j for j in sources(training.order, i, training.reach) if j in mine] for i in mine}
     used = {j for which in read.values() for j in which}
-    summaries = [_summary(seen, i, width if i in used else 0) for i in range(len(groups))]
-    stored = [rounded(v.mT @ root, chained=True) for v, (root, _) in zip(summaries, roots, strict=True)]
-    summaries = [inverse @ x.double().mT for x, (_, inverse) in zip(stored, roots, strict=True)]
+    stored = [torch.zeros(0, len(root)) for root in roots]
+    seen = _Products(training, means, roots, stored)
+    for i in used:
+        _, vectors = torch.linalg.eigh(seen.own(i))
+        stored[i] = rounded(vectors[:, -width:].flip(1).mT @ roots[i], chained=True)
+    summaries = [x.double() for x in stored]
+    noisy = [x @ inverse @ inverse @ x.mT for x, (_, inverse) in zip(summaries, pairs, strict=True)]
+    seen, unseen = (_Products(sums, means, roots, summaries) for sums in (training, held_out))
     normal = {
-        i: (_normal(seen, summaries, read[i], i, scores), _normal(unseen, summaries, read[i], i, scores, unseen=True))
+        i: (_normal(seen, noisy, read[i], i, scores), _normal(unseen, noisy, read[i], i, scores, unseen=True))
         for i in mine
     }
     left = {}
@@ -158,11 +177,11 @@ def chained(
     best = min(RIDGES, key=left.__getitem__)
     found = []
     for i in mine:
-        root, inverse = roots[i]
+        root, inverse = pairs[i]
         prediction = rounded(_solved(normal[i][0], noise * best, scores) @ inverse, chained=True)
         maps, cross = prediction.double() @ root, normal[i][0].cross
         both, inner = maps.mT @ cross, normal[i][0].inner + noise * normal[i][0].noisy
-        _, basis = torch.linalg.eigh(seen(i, i) - both - both.mT + maps.mT @ inner @ maps)
+        _, basis = torch.linalg.eigh(seen.own(i) - both - both.mT + maps.mT @ inner @ maps)
         synthesis = rounded(basis.flip(1).mT @ inverse, chained=True)
         found.append(replace(
             groups[i], sensitivity=eight_bits(groups[i].sensitivity), synthesis=synthesis,
@@ -186,19 +205,19 @@ class _Normal:
 
 
 def _normal(
-    products: _Products, summaries: Sequence[Tensor], which: Sequence[int], i: int, scores: Scores | None,
+    products: _Products, noisy: Sequence[Tensor], which: Sequence[int], i: int, scores: Scores | None,
     *, unseen: bool = False,
 ) -> _Normal:  # fmt: skip
-    inner, cross = products.read(summaries, which, i)
-    noisy = torch.block_diag(*(summaries[j].mT @ summaries[j] for j in which)) if which else inner
+    inner, cross = products.read(which, i)
+    carried = torch.block_diag(*(noisy[j] for j in which)) if which else inner
     if scores is None:
-        return _Normal(inner, cross, noisy)
+        return _Normal(inner, cross, carried)
     own, others = scores.held_out if unseen else (scores.inner, scores.cross)
-    beside = [others[j] @ products.roots[j] @ summaries[j] for j in which]
+    beside = [others[j] @ products.summaries[j].mT for j in which]
     right = torch.cat(beside, 1) if which else own.new_zeros(len(own), 0)
     inner = torch.cat([torch.cat([own, right], 1), torch.cat([right.mT, inner], 1)])
-    noisy = torch.block_diag(torch.zeros_like(own), noisy)
-    return _Normal(inner, torch.cat([others[i] @ products.roots[i], cross]), noisy)
+    cross = torch.cat([others[i] @ products.roots[i], cross])
+    return _Normal(inner, cross, torch.block_diag(torch.zeros_like(own), carried))
 
 
 def _solved(normal: _Normal, ridge: float, scores: Scores | None) -> Tensor:
@@ -210,12 +229,6 @@ def _solved(normal: _Normal, ridge: float, scores: Scores | None) -> Tensor:
         rank = len(scores.inner)
         matrix[:rank, :rank] += scores.ridge
     return torch.linalg.solve(matrix, normal.cross)
-
-
-def _summary(products: _Products, i: int, width: int) -> Tensor:
-    """Return the directions V of a group's summary, float64 [channels, width]."""
-    _, vectors = torch.linalg.eigh(products(i, i))
-    return vectors[:, -width:].flip(1) if width else vectors[:, :0]
 
 
 def _roots(group: Group) -> tuple[Tensor, Tensor]:

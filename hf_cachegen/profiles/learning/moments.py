@@ -58,8 +58,9 @@ class Moments:
         for name, kind, layer in numbered:
             sums |= {f"sum-{name}": self.sums[kind][layer], f"fisher-{name}": self.fisher[kind][layer]}
         self.features = [self.features_of(exact.model, layer) for layer in predict_layers]
-        for part in (*self.features, *([] if self.chain is None else [self.chain])):
-            sums |= part.sums
+        for features in self.features:
+            sums |= features.sums
+        sums |= {} if self.chain is None else self.chain.sums
         for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
             # The draws of a sample do not depend on the samples before it.
             draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
