@@ -5,8 +5,9 @@
 
 A profile is learnt from the first half of a text, with a predictor for each of --layers. Contexts of the second half
 are coded at several steps and all levels: without prediction, and from the hidden state that enters each of these
-layers. Bits count everything that is stored for a context: files, headers and manifest. Divergence is KL in nats per
-token of the 128 tokens that follow. The loader's own computation (the first layers) is stated as a share of a prefill.
+layers. Bits count everything that is stored for a context: files, headers and manifest. The model computes in float32,
+the caches are bfloat16. Divergence is KL in nats per token of the 128 tokens that follow, against the float32 cache.
+The loader's own computation (the first layers) is stated as a share of a prefill.
 Decode times are of level 2, in bfloat16, the least of several runs; the ratio is to decoding without prediction.
 Results are means over the contexts, with 95 % intervals of the ratios from resampled contexts. Without --model the
 reference model is measured on its three tasks, at the divergence of the paper's released code on each.
@@ -35,12 +36,14 @@ from hf_cachegen.profiles.learning import Sample, continuation_logits, prefill
 
 CONTINUATION = 128
 """Tokens after a context whose divergence is measured."""
-STEP_CODES = (18, 12, 8, 4, 0, -4)
-"""Added to the profile's step code, a quarter of an octave each."""
+OFFSETS = "18,12,8,4,0,-4"
+"""Values of `step_offset`, a quarter of an octave each."""
 TARGETS = (0.06, 0.016, 0.004)
 """Divergences to compare at, nats per token, on a text."""
 RELEASED = {"lines": 0.0257, "topics": 0.0219, "stories": 0.019}
 """Divergence of the released code on the reference model's tasks (docs/rate_distortion.md)."""
+GAP = 50
+"""One part of so many between samples and tests is not used: a profile may be of the first half of the characters."""
 DRAWS = 2000
 """Resamplings of the contexts for an interval."""
 Curves = dict[str, dict[str, list[list[tuple[float, float]]]]]
@@ -50,11 +53,12 @@ Goal = dict[str, float]
 
 
 def pieces(tokenizer: Any, text: str, samples: int, tests: int, tokens: int) -> tuple[list[Sample], list[Sample]]:
-    """Cut contexts with continuations: samples from the first half of a text, tests from the second half."""
+    """Cut contexts with continuations: samples from the first half of a text, tests from the second half, with a gap.
+    """
     ids = tokenizer(text, return_tensors="pt").input_ids
     half, whole = ids.shape[1] // 2, tokens + CONTINUATION
     starts = torch.linspace(0, half - whole, samples).long().tolist()
-    others = torch.linspace(half, ids.shape[1] - whole, tests).long().tolist()
+    others = torch.linspace(half + ids.shape[1] // GAP, ids.shape[1] - whole, tests).long().tolist()
     cut = [(ids[:, at : at + tokens], ids[:, at + tokens : at + whole]) for at in starts + others]
     return cut[:samples], cut[samples:]
 
@@ -66,28 +70,22 @@ def name_of(layer: int | None) -> str:
 
 @torch.no_grad()
 def points(
-    model: Any, profile: Profile, test: Sample, layer: int | None, protect_last: int
+    model: Any, profile: Profile, test: Sample, config: CacheGenConfig, offsets: list[int], levels: int
 ) -> list[tuple[float, float]]:
-    """Return (bits per element, KL) of each step and level, for one context."""
+    """Return (bits per element, KL) of each step, at levels 1 to `levels`, for one context."""
     context, continuation = test
     keys, values, _ = prefill(model, context)
     exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
+    layer, found, half = config.predict_layers, list[tuple[float, float]](), [in_bfloat16(keys), in_bfloat16(values)]
     known = None if layer is None else known_of(model, context, profile, layer)
-    config = CacheGenConfig(transform="klt", measure=False, predict_layers=layer, protect_last=protect_last)
-    found = []
-    for more in STEP_CODES:
-        encoded = encode_kv(keys, values, config, at_step(profile, more), known=known)
-        for level in range(1, encoded.levels + 1):
-            lossy = continuation_logits(model, *decode_kv(encoded, level, known=known), continuation).log_softmax(-1)
+    for offset in offsets:
+        encoded = encode_kv(*half, replace(config, step_offset=offset), profile, known=known)
+        for level in range(1, levels + 1):
+            decoded = [[x.float() for x in side] for side in decode_kv(encoded, level, known=known)]
+            lossy = continuation_logits(model, *decoded, continuation).log_softmax(-1)
             kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
             found.append((8 * encoded.nbytes_at(level) / encoded.geometry.elements, kl))
     return found
-
-
-def at_step(profile: Profile, more: int) -> Profile:
-    """Return the profile and its predictors at another step; their tables are then each context's own."""
-    predictors = tuple(replace(one, step_code=one.step_code + more) for one in profile.predictors)
-    return replace(profile, step_code=profile.step_code + more, predictors=predictors)
 
 
 def bits_of(curve: dict[str, list[list[tuple[float, float]]]], goal: Goal, drawn: dict[str, list[int]]) -> float:
@@ -127,7 +125,7 @@ def compared(curves: Curves, goal: Goal) -> dict[str, Any]:
 def times(model: Any, profile: Profile, context: Tensor, layers: list[int | None], rounds: int) -> dict[str, Any]:
     """Return the least seconds to decode level 2 and to run the first layers, by variant, and those of a prefill."""
     keys, values, _ = prefill(model, context)
-    kv = [[x.bfloat16() for x in side] for side in (keys, values)]
+    kv = in_bfloat16(keys), in_bfloat16(values)
     coded = {}
     for layer in layers:
         known = None if layer is None else known_of(model, context, profile, layer)
@@ -143,6 +141,16 @@ def times(model: Any, profile: Profile, context: Tensor, layers: list[int | None
                 spent = seconds(lambda: known_of(model, context, profile, layer))  # noqa: B023
                 row["first layers"] = min(row["first layers"], spent)
     return found
+
+
+def in_bfloat16(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors in bfloat16."""
+    return [x.bfloat16() for x in tensors]
+
+
+def log(out: Path, curves: Curves) -> None:
+    """Write the curves measured up to now beside the results: a long run may be interrupted."""
+    out.with_suffix(".part.json").write_text(json.dumps(curves) + "\n")
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -183,13 +191,16 @@ def table(results: dict[str, Any]) -> str:
 @click.option("--samples", default=32, show_default=True, help="Samples (of each task) to learn the profile from.")
 @click.option("--contexts", default=4, show_default=True, help="Test contexts (of each task).")
 @click.option("--tokens", default=768, show_default=True, help="Tokens of a context.")
-@click.option("--protect-last", default=64, show_default=True, help="Tokens at the end at the finest step.")
+@click.option("--protect-last", default=CacheGenConfig.protect_last, show_default=True,
+              help="Tokens at the end at the finest step.")
+@click.option("--offsets", default=OFFSETS, show_default=True, help="Values of step_offset, separated by commas.")
+@click.option("--levels", default=3, show_default=True, help="Finest level that is measured.")
 @click.option("--rounds", default=5, show_default=True, help="Runs of each timed call.")
 @click.option("--quick", is_flag=True, help="Learn in bfloat16, several times as fast on some machines.")
 @click.option("--profile", "stored", type=click.Path(path_type=Path), help="Profile; learnt and written if new.")
 def main(
     path: Path | None, text: Path | None, out: Path, layers: str, rank: int, samples: int, contexts: int, tokens: int,
-    protect_last: int, rounds: int, quick: bool, stored: Path | None,
+    protect_last: int, offsets: str, levels: int, rounds: int, quick: bool, stored: Path | None,
 ) -> None:  # fmt: skip
     """Measure bits per element at equal divergence, and decode time, with and without prediction."""
     torch.manual_seed(0)
@@ -222,14 +233,17 @@ def main(
     curves: Curves = {name_of(layer): {task: [] for task in tests} for layer in variants}
     for task, test in tqdm([(task, test) for task, cut in tests.items() for test in cut], "contexts"):
         for layer in variants:
-            curves[name_of(layer)][task].append(points(model, profile, test, layer, protect_last))
+            config = CacheGenConfig(transform="klt", measure=False, predict_layers=layer, protect_last=protect_last)
+            steps = [int(offset) for offset in offsets.split(",")]
+            curves[name_of(layer)][task].append(points(model, profile, test, config, steps, levels))
+            log(out, curves)
     plain = replace(profile, predictors=())
     sizes = {"klt": len(plain.to_bytes())}
     for one in profile.predictors:
         sizes[name_of(one.layer)] = len(replace(plain, predictors=(one,)).to_bytes())
     results = {
         "of": {"model": (path or MODEL_PATH).name, "tests": list(tests), "samples": samples,
-               "contexts": contexts, "tokens": tokens, "rank": rank, "protect_last": protect_last},
+               "contexts": contexts, "tokens": tokens, "rank": rank, "protect_last": protect_last, "offsets": offsets},
         "bits": {name: compared(curves, goal) for name, goal in goals.items()},
         "times": times(model, profile, next(iter(tests.values()))[0][0], variants, rounds),
         "profile_bytes": sizes,
