@@ -61,7 +61,7 @@ class CacheGenConfig:
     chunk_tokens: int = 512
     group_tokens: int = 10
     protect_first: int = 4
-    protect_last: int = 64
+    protect_last: int = 16
     coder: CoderName = "rans"
     prob_bits: int = 11
     predict_layers: int | None = 0
