@@ -1,7 +1,7 @@
 """Time the whole way of a context: prefill, save, load, first token, beside what a user would do instead.
 
     python -m benchmarks.end_to_end --model runs/smollm2-135m --text wikitext2_valid.txt --profile PROFILE --out PATH
-    python -m benchmarks.end_to_end --model random-1b --tokens 4096 --out PATH
+    python -m benchmarks.end_to_end --model random-1b --tokens 1024 --tokens 4096 --out PATH
 
 "random-1b" is a Llama of 1.1 B parameters with random weights: its times are those of a real model, its bits are not.
 Ways to keep a context: this package's transforms, torch.save and safetensors of the exact tensors, Transformers'
@@ -9,13 +9,14 @@ QuantizedCache where its back-end is installed (pickled, since it has no format)
 length alone, the paper's arithmetic coder (torchac) on the symbols of delta. Save is from tensors to files, load from
 files to tensors in the layout of the model. Files are read from a warm page cache. The first token is that of a prompt
 of QUESTION more tokens, from the loaded tensors. Medians of --repeats, all in one process; the model's identity is
-known before the clock starts, as in a server.
+known before the clock starts, as in a server. A second table shows how the times grow with the length.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -209,6 +210,24 @@ def table(rows: list[Measured]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def growth(rows: list[Measured]) -> str:
+    """Format the exponents of the times over the length, from the shortest to the longest context, as Markdown.
+
+    An exponent of 1 is a time in proportion to the length; a fixed cost lowers it.
+    """
+    lines = ["| way | save | load | first token |", "|---|---:|---:|---:|"]
+    for name in dict.fromkeys(row.way for row in rows):
+        line = sorted((row for row in rows if row.way == name), key=lambda row: row.tokens)
+        short, long = line[0], line[-1]
+        if short.tokens == long.tokens:
+            continue  # one length alone
+        pairs = [(short.save, long.save), (short.load, long.load), (short.first, long.first)]
+        base = math.log(long.tokens / short.tokens)
+        cells = [f"{math.log(b / a) / base:.2f}" if a > 0 and b > 0 else "" for a, b in pairs]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(rows: list[Measured], out: Path) -> None:
     """Draw the time to the first token, and the time to save, over the length."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
@@ -272,12 +291,15 @@ def main(
     rows: list[Measured] = []
     for tokens in sorted(lengths):
         rows += measure(model, ids[:, : tokens + QUESTION], found, torchac and tokens == min(lengths), repeats)
-    print(table(rows))
+    tables = table(rows)
+    if len(set(lengths)) > 1:
+        tables += f"\n## Growth with the length\n\nTimes grow with the length to the power of:\n\n{growth(rows)}"
+    print(tables)
     out.parent.mkdir(parents=True, exist_ok=True)
     session = surroundings.session(1)
     held = str(model.dtype).removeprefix("torch.")
     about = f"{name} in {held}, {session['processor']}, {session['threads']} threads, medians of {repeats}."
-    out.with_suffix(".md").write_text(f"# End to end\n\n{about}\n\n{table(rows)}")
+    out.with_suffix(".md").write_text(f"# End to end\n\n{about}\n\n{tables}")
     out.with_suffix(".json").write_text(json.dumps({"session": session, "rows": [asdict(r) for r in rows]}, indent=1))
     if len(lengths) > 1:
         plot(rows, out)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from hf_cachegen import CacheGenCache, generate
 from hf_cachegen.errors import ConfigError, ManifestError, WrongWeightsError
-from hf_cachegen.models import probe
+from hf_cachegen.models import identity, probe
 from hf_cachegen.models.causality import TRIED_TOKENS
 from hf_cachegen.models.fingerprint import Fingerprint, _warn_once
 from tests import tiny_models
@@ -104,6 +104,19 @@ def test_a_change_after_loading_is_refused_by_generate(change: str, tmp_path: Pa
     CHANGES[change](model)
     with pytest.raises(WrongWeightsError, match="look for forward hooks"):
         generate(model, TOKENS, cache=cache, max_new_tokens=1)
+
+
+def test_a_model_is_looked_at_once_per_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, model = saved(tmp_path), tiny_models.make("llama")
+    CacheGenCache.from_pretrained(path, model)  # identified and probed
+    looks, before = [], identity.model_state
+    monkeypatch.setattr(identity, "model_state", lambda model: looks.append(1) or before(model))
+    for use in (CacheGenCache.from_pretrained, CacheGenCache.stream):
+        cache = use(path, model)
+        assert len(looks) == 1
+        looks.clear()
+    cache.check(model)
+    assert len(looks) == 1
 
 
 def test_a_stream_is_probed(tmp_path: Path) -> None:

@@ -94,15 +94,15 @@ class CachedContext:
         """Raise MismatchError unless this cache belongs to `model`."""
         if model.config.is_encoder_decoder:
             require_encoder_decoder(model)
-            self.fingerprint.check(model, tokenizer)
+            identity = self.fingerprint.check(model, tokenizer)
             require_decoder(model, self.kv.geometry, self.encoder)
         else:
             require_model(model)
-            self.fingerprint.check(model, tokenizer)
+            identity = self.fingerprint.check(model, tokenizer)
             require_geometry(model.config, self.kv.geometry)
             check_states(self.checkpoints, model)
         if self.verify != "weights":
-            self.fingerprint.check_probe(model, self.input_ids[0].tolist())
+            self.fingerprint.check_probe(model, self.input_ids[0].tolist(), identity)
 
     def parts(self) -> dict[str, Any]:
         """Return the arguments that create another object of the same context."""

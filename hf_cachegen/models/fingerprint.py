@@ -33,7 +33,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.models import probe
 from hf_cachegen.models.buffers import MAX_BUFFERS, wrong_buffers
-from hf_cachegen.models.identity import identify
+from hf_cachegen.models.identity import ModelIdentity, identify
 from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.media import Medium, media_from_list, outside
@@ -149,19 +149,23 @@ class Fingerprint:
             media=tuple(media),
         )
 
-    def check_probe(self, model: PreTrainedModel, input_ids: Sequence[int]) -> None:
+    def check_probe(
+        self, model: PreTrainedModel, input_ids: Sequence[int], identity: ModelIdentity | None = None
+    ) -> None:
         """Compare what `model` computes for the first tokens with the probe; nothing happens where it was compared and
-        the model has not changed, or there is none. Raises WrongWeightsError.
+        the model has not changed, or there is none. `identity`: of the model, if it was just found. Raises
+        WrongWeightsError.
         """
-        if self.probe is not None and self.probe not in (identity := identify(model)).probed:
+        identity = identity or identify(model)
+        if self.probe is not None and self.probe not in identity.probed:
             probe.check(model, outside(input_ids, self.media), self.probe, self.dtype)
             # The first forward pass may have changed how weights are stored.
             for known in (identity, identify(model)):
                 known.probed.add(self.probe)
 
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelIdentity:
         """Raises WrongModelError, WrongDtypeError, WrongWeightsError or WrongTokenizerError if the cache is not this
-        model's. The tokenizer is compared where both sides have one.
+        model's, else returns the identity of the model. The tokenizer is compared where both sides have one.
         """
         self.check_config(model)
         if (dtype := dtype_name(model.dtype)) != self.dtype:
@@ -169,18 +173,19 @@ class Fingerprint:
                 f"the cache was made in {self.dtype}, {self._name(model)} runs in {dtype}: load the model with "
                 f"dtype={self.dtype!r}, or make the cache again"
             )
-        self._check_weights(model)
+        identity = identify(model)
+        self._check_weights(model, identity)
         if tokenizer is not None and self.tokenizer is not None and _tokenizer(tokenizer) != self.tokenizer:
             raise WrongTokenizerError(
                 f"the cache was made with another tokenizer or chat template than {tokenizer.name_or_path!r}: its "
                 "tokens may not be those of the same text"
             )
+        return identity
 
-    def _check_weights(self, model: PreTrainedModel) -> None:
+    def _check_weights(self, model: PreTrainedModel, identity: ModelIdentity) -> None:
         if self.checksum is None:
             missing = (text for name, text in LATER_FIELDS.items() if getattr(self, name) is None)
             _warn_once(self.model_id, tuple(missing))
-        identity = identify(model)
         adapters = identity.adapter_names
         alike = self.adapters == adapters if self.adapter_checksums is None else (
             self.adapter_checksums == identity.adapters

@@ -113,18 +113,18 @@ def validate(
         raise ManifestError(
             f"{store}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
         )
-    devices, apart = None, model is not None and model.config.is_encoder_decoder
+    devices, identity, apart = None, None, model is not None and model.config.is_encoder_decoder
     if model is not None:
         (require_encoder_decoder if apart else require_model)(model)
         if verify == "all":
             forget(model)
-        fingerprint.check(model, tokenizer)
+        identity = fingerprint.check(model, tokenizer)
         if not apart:
             require_geometry(model.config, artifact.geometry)
         devices = layer_devices(model, len(artifact.geometry.layers)) if apart else kv_devices(model)
     input_ids = _tokens(artifact, fingerprint, likely)
     if model is not None and verify != "weights":
-        fingerprint.check_probe(model, input_ids[0].tolist())
+        fingerprint.check_probe(model, input_ids[0].tolist(), identity)
     tensors = artifact.tensors()
     checkpoints = Checkpoints.from_named(tensors, artifact.geometry.tokens)
     encoder = EncoderState.from_named(tensors, artifact.geometry)
