@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -186,6 +188,12 @@ def test_other_streams_wait_for_what_stays_on_a_device(monkeypatch: pytest.Monke
     assert first.waits == []
     assert [event.stream for event in second.waits] == [first]  # type: ignore[attr-defined]
     assert used == [second, second], "the two tensors, once"
+
+
+def test_copies_of_an_owner_make_their_own() -> None:
+    kept = transfer.Resident()
+    kept.get(CPU, "tables", lambda: torch.ones(1))
+    assert copy.deepcopy(kept)._kept == pickle.loads(pickle.dumps(kept))._kept == {}
 
 
 def test_a_failed_reader_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:

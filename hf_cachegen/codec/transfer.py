@@ -125,6 +125,9 @@ class Resident:
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Any, torch.cuda.Event | None, set[int]]] = {}
 
+    def __reduce__(self) -> tuple[type[Resident], tuple[()]]:
+        return Resident, ()  # a copy of its owner makes its own: events cannot be copied
+
     def get(self, device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for this device and key: a tensor, or a tuple or list of tensors and numbers."""
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
