@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -88,7 +90,8 @@ def test_lossless_chunks_are_decoded_on_the_device(dtype: torch.dtype, dim: int)
         found = decode_kv(context)
     assert same(found[0], keys)
     assert same(found[1], values)
-    copied = sum(size for name, size in notes if name == "send")
+    assert not any(name == "send" for name, _ in notes)
+    copied = sum(size for name, size in notes if name == "upload")
     coded, whole = sum(map(len, context.parts[0])), sum(x.nbytes for x in (*keys, *values))
     assert copied < 1.02 * coded < whole
     names = [name for name, _ in notes if name in ("cg_decode", "wait")]
@@ -185,6 +188,12 @@ def test_other_streams_wait_for_what_stays_on_a_device(monkeypatch: pytest.Monke
     assert first.waits == []
     assert [event.stream for event in second.waits] == [first]  # type: ignore[attr-defined]
     assert used == [second, second], "the two tensors, once"
+
+
+def test_copies_of_an_owner_make_their_own() -> None:
+    kept = transfer.Resident()
+    kept.get(CPU, "tables", lambda: torch.ones(1))
+    assert copy.deepcopy(kept)._kept == pickle.loads(pickle.dumps(kept))._kept == {}
 
 
 def test_a_failed_reader_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:

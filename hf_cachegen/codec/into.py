@@ -168,19 +168,18 @@ class Sections:
             return
         tables, ids, live, dead = section.columns.on(self.device)
         view = ops.Section(tables, ids, None, section.tokens, section.columns.tables_per_tile)
-        offsets = transfer.send(ops.offsets_of(section.tile_bytes, view.tiles, section.streams), self.device)
-        streams = transfer.send(section.streams, self.device)
+        found = ops.offsets_of(section.tile_bytes, view.tiles, section.streams)
+        parts = (section.streams, found, section.positions, section.indices)
+        streams, offsets, positions, indices = transfer.send_all(parts, self.device)
         statuses = torch.empty(view.tiles, dtype=torch.int32, device=self.device)
         buffers = (streams, streams.numel(), offsets, _of(output, live) if len(dead) else output, statuses)
         native.call("cg_decode_into", view.view, *buffers, device=self.device)
         if len(dead):
             native.call("cg_fill_into", section.tokens, len(dead), _of(output, dead), device=self.device)
         if len(section.positions):
-            positions, indices = (transfer.send(x, self.device) for x in (section.positions, section.indices))
             native.call("cg_patch_into", section.tokens, positions, indices, len(indices), output, device=self.device)
-            self._kept.append((positions, indices))
         self._statuses.append(statuses)
-        self._kept.append((view, streams, offsets, output))
+        self._kept.append((view, streams, offsets, positions, indices, output))
 
     def _output(
         self, target: Target, grid: Grid, row: int, tokens: int, rows: Rows, coarser: Sequence[Tensor]
@@ -253,8 +252,11 @@ def indices(section: Coded, device: torch.device) -> tuple[Tensor, transfer.Chec
     columns = section.columns
     tables, ids, live, dead = columns.on(device)
     view = ops.Section(tables, ids, None, section.tokens, columns.tables_per_tile)
-    offsets = transfer.send(ops.offsets_of(section.tile_bytes, view.tiles, section.streams), device)
-    streams = transfer.send(section.streams, device)
+    largest = columns.book.tables.frequencies.shape[1] - 1
+    given = section.indices.clamp(0, largest).to(torch.uint8)
+    where = ops.offsets_of(section.tile_bytes, view.tiles, section.streams)
+    sent = transfer.send_all((section.streams, where, section.positions, given), device)
+    streams, offsets, positions, given = sent
     found = torch.empty(section.tokens, columns.coded, dtype=torch.uint8, device=device)
     statuses = torch.empty(view.tiles, dtype=torch.int32, device=device)
     native.call("cg_decode", view.view, streams, streams.numel(), offsets, found, statuses, device=device)
@@ -262,9 +264,7 @@ def indices(section: Coded, device: torch.device) -> tuple[Tensor, transfer.Chec
         opened = found.new_full((section.tokens, len(columns)), columns.book.zero)
         found = opened.index_copy_(1, live.long(), found)
     if len(section.positions):
-        largest = columns.book.tables.frequencies.shape[1] - 1
-        given = section.indices.clamp(0, largest).to(torch.uint8)
-        found.view(-1).index_copy_(0, transfer.send(section.positions, device), transfer.send(given, device))
+        found.view(-1).index_copy_(0, positions, given)
     done = transfer.Download(statuses)
     return found, lambda: native.check_decoded(done.wait().tolist())
 

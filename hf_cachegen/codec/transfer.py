@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ALIGNMENT = 16
+"""Alignment of the tensors that are copied together, in bytes."""
 Check = Callable[[], None]
 """Waits for a launch, and raises TruncatedError or CorruptError if it met damaged bytes."""
 
@@ -45,6 +47,21 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device, non_blocking=True)
     host = pinned(tuple(tensor.shape), tensor.dtype, device)
     return upload(host.copy_(tensor), device)
+
+
+def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors [n] of the host to a device together, in one copy from pinned memory."""
+    if is_host(device):
+        return list(tensors)
+    starts, size = [], 0
+    for tensor in tensors:
+        starts.append(size)
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    host = pinned((size,), torch.uint8, device)
+    for start, tensor in zip(starts, tensors, strict=True):
+        host[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor)
+    memory = upload(host, device)
+    return [memory[a : a + x.nbytes].view(x.dtype) for a, x in zip(starts, tensors, strict=True)]
 
 
 class Download:
@@ -107,6 +124,9 @@ class Resident:
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Any, torch.cuda.Event | None, set[int]]] = {}
+
+    def __reduce__(self) -> tuple[type[Resident], tuple[()]]:
+        return Resident, ()  # a copy of its owner makes its own: events cannot be copied
 
     def get(self, device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for this device and key: a tensor, or a tuple or list of tensors and numbers."""
