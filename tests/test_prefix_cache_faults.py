@@ -125,7 +125,7 @@ def test_the_budget_is_never_exceeded(tmp_path: Path, budget: int) -> None:
 
 
 def test_what_was_not_used_goes_first_from_the_end_of_its_chain(tmp_path: Path) -> None:
-    tier = LocalTier(tmp_path, 1_400_000)
+    tier = LocalTier(tmp_path, 1_800_000)
     old, used = blocks(5, 1), blocks(5, 2)
     put_all(tier, old)
     put_all(tier, used)

@@ -225,7 +225,7 @@ def test_a_repository_on_the_hub_is_a_shared_tier(
         with pytest.raises(ConfigError, match="read-only"):
             small(tmp_path / "other", remote=location)
         assert small(tmp_path / "third", shared=[location]).tiers.remotes[0].writable is False
-        with pytest.raises(StoreError):
+        with pytest.raises(ArtifactNotFoundError):
             small(tmp_path / "none", shared=["hf://datasets/team/nothing"])
 
 

@@ -73,7 +73,8 @@ class PrefixCache(Storage):
     Raises:
         ConfigError: an option is out of its range.
         PrefixCacheError: the folder cannot be made or opened.
-        StoreError: a repository cannot be found.
+        ArtifactNotFoundError: a repository cannot be found.
+        StoreError: it cannot be asked.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ BUSY_SECONDS = 30.0
 """How long a statement waits for another process's transaction, which takes milliseconds."""
 CHECKPOINT_PAGES = 64
 """Pages of 4 KiB after which SQLite moves its log into the database: keeps the log within 256 KiB, for the budget."""
-LOG_BYTES = 512 << 10
-"""Bytes that the log may have at any time. A transaction of ROWS_AT_ONCE rows writes up to about 50 pages to it."""
+LOG_BYTES = 384 << 10
+"""Bytes that the log may have at any time: CHECKPOINT_PAGES and one transaction of ROWS_AT_ONCE rows, some 30 pages."""
 ROWS_AT_ONCE = 8
 """Rows that one transaction changes. Each takes a page of its own in three trees of a large index."""
 _KEYS_PER_QUERY = 500

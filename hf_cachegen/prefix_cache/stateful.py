@@ -109,7 +109,9 @@ class Stateful:
         cache = self._joined(call, rows, first)
         if not self.found.several and end:
             end = length - 1  # the stock generate would read the rest together
-        taken = self._read(call.call.ids, cache, first, end, stops, call.chunk)
+        behind = store and any(row.tokens < first for row in rows)
+        taken = [on_cpu(capture_states(cache, self.contents, first))] if behind else []
+        taken += self._read(call.call.ids, cache, first, end, stops, call.chunk)
         call.end = end
         static = call.call.settings.cache_implementation == "static"
         if call.repeats > 1 or static:
