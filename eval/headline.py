@@ -43,10 +43,9 @@ PUBLISHED = (
 )  # fmt: skip
 OWN = ("delta", "klt")
 QUOTED = (
-    ("exact", None), ("lossless", None), ("uniform-8", None), ("uniform-4", None), ("artifact", 3), ("artifact", 2),
-    ("artifact", 1), ("lmcache", 2), ("kivi-4", None), ("kivi-2", None), ("turboquant-4", None), ("turboquant-3", None),
-    ("turboquant-2", None), ("kvtc", 3), ("kvtc", 2), ("kvtc", 1), ("delta", 3), ("delta", 2), ("klt", 3), ("klt", 2),
-    ("klt", 1), ("predict0", 1), ("predict1", 1), ("predict2", 1),
+    ("exact", None), ("uniform-4", None), ("artifact", 3), ("artifact", 2), ("lmcache", 2), ("kivi-2", None),
+    ("turboquant-3", None), ("kvtc", 3), ("kvtc", 2), ("delta", 3), ("klt", 2), ("klt", 1), ("predict0", 1),
+    ("predict1", 1), ("predict2", 1),
 )  # fmt: skip
 """(codec, level) of the rows that documents show, where a run has them."""
 
