@@ -43,7 +43,7 @@ def load_context(
     artifact, devices = found.artifact.with_profile(taken), found.devices
     if device is None and devices is not None and len(set(devices)) == 1:
         device = devices[0]
-    known, layer = None, artifact.config.predict_layers
+    known, layer = None, artifact.config.predicted
     if layer is not None and taken is not None and model is not None:
         known = known_of(model, found.input_ids, taken, layer)
     keys, values = artifact.decode(level, device, known=known, progress=progress)

@@ -8,7 +8,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,7 +113,7 @@ class PrefixCache:
         if when_full not in ("wait", "drop"):
             raise ConfigError(f"when_full must be 'wait' or 'drop', got {when_full!r}")
         # A block is decoded without its model's first layers, so nothing is predicted.
-        self.config = replace(CacheGenConfig(lossless=True) if config is None else config, predict_layers=None)
+        self.config = (CacheGenConfig(lossless=True) if config is None else config).predicting(None)
         if self.config.target_kl is not None:
             raise ConfigError("the blocks of a prefix cache serve many contexts: pass steps or a profile, no target_kl")
         self.level, self.profile = level, profile
@@ -127,7 +126,7 @@ class PrefixCache:
         self.counters = Counters()
         self.tiers = Tiers(self.local, remotes, self.protection, self.counters)
         self.worker = Worker(parse_size(queue_bytes, "queue_bytes"), when_full)
-        self._bindings: dict[bytes, Any] = {}
+        self._bindings: dict[str, Any] = {}
         self._queued: set[bytes] = set()
 
     def __repr__(self) -> str:
@@ -167,11 +166,11 @@ class PrefixCache:
 
         bind(self, model)
 
-    def binding(self, salt: bytes, make: Callable[[], Any]) -> Any:
+    def binding(self, family: str, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for this family first."""
-        if salt not in self._bindings:
-            self._bindings[salt] = make()
-        return self._bindings[salt]
+        if family not in self._bindings:
+            self._bindings[family] = make()
+        return self._bindings[family]
 
     def store(self, key: bytes, encode: Callable[[], Block], nbytes: int, before: Sequence[bytes]) -> None:
         """Encode a block in the background, and write it to all tiers.

@@ -118,7 +118,7 @@ class Session:
         stored = [found.count for found in where]
         started, loaded = time.perf_counter(), [NOTHING] * len(chains)
         if any(stored) and self._pays(call, binding, where):
-            loader = Loader(own.tiers, binding.coding, self.model.config, dtype_name(self.model.dtype), call.devices,
+            loader = Loader(own.tiers, binding, self.model.config, dtype_name(self.model.dtype), call.devices,
                             self._keeper(chains))  # fmt: skip
             loaded, decoded = loader.rows(chains, where, partial(self._wait, call, binding))
             seconds = time.perf_counter() - started

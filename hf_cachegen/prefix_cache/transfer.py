@@ -37,7 +37,7 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
 
     Raises:
         ConfigError: the artifact or the prefix cache is lossy: answers would change without anybody's asking.
-        ManifestError: the artifact has no fingerprint or no tokens.
+        ManifestError: the artifact has no fingerprint, no checksums or no tokens.
         ArtifactError, StoreError: it cannot be read.
     """
     artifact = Artifact(open_store(location, Access(**access)))
@@ -49,6 +49,8 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
     if hash_tokens(ids) != fingerprint.tokens:
         raise CorruptError(f"{location}: the stored tokens are not those of the fingerprint")
+    if fingerprint.checksum is None:
+        raise ManifestError(f"{location} was made by an earlier release, which recorded no checksums: make it again")
     width = prefix_cache.block_tokens
     family = family_of(fingerprint.to_dict(), prefix_cache.config.to_dict(), prefix_cache.level, None, width)
     coding = Coding(prefix_cache.config, prefix_cache.level, None)
