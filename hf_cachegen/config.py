@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from hf_cachegen.errors import ConfigError
@@ -17,6 +18,8 @@ MIN_PROBE_PASSES = 128
 """Half of them draw continuations, and the rest has to try some steps."""
 MAX_CHUNK_TOKENS = 1 << 15
 """Largest chunk in tokens: keeps the counts of tokens and channels within the stream's 32-bit positions."""
+AUTO_LAYERS = "auto"
+"""`predict_layers` that is chosen for each context."""
 MAX_PREDICT_LAYERS = 1 << 12
 """Largest value of `predict_layers`, above the number of layers of any model."""
 
@@ -42,7 +45,11 @@ class CacheGenConfig:
         prob_bits: precision of the coder's probabilities, 10 to 12 bits.
         predict_layers: layers that a loader computes from the tokens, so that only the difference to a prediction is
             stored (klt; needs a profile with such a predictor, and the model to decode): 0 takes the embedding, where
-            the profile has a predictor for it; None predicts nothing.
+            the profile has a predictor for it; None predicts nothing; "auto" takes what the profile offers with the
+            earliest first token over a link of `bandwidth_gbps` (docs/predictor.md).
+        bandwidth_gbps: throughput in Gbit/s of the link that loaders will have, for predict_layers="auto".
+        prefill_tokens_per_second: the model's speed on a loader's machine, for predict_layers="auto". None: as measured
+            when the context is computed here.
         measure: measure the relative error of each layer at each level for the report. klt computes it from the
             coefficients; the others decode while encoding.
         step_offset: quarter octaves that are added to the step of the profile (klt): 4 doubles it, -4 halves it.
@@ -64,11 +71,13 @@ class CacheGenConfig:
     protect_last: int = 16
     coder: CoderName = "rans"
     prob_bits: int = 11
-    predict_layers: int | None = 0
+    predict_layers: int | Literal["auto"] | None = 0
     measure: bool = True
     step_offset: int = 0
     target_kl: float | None = None
     probe_passes: int = 256
+    bandwidth_gbps: float | None = None
+    prefill_tokens_per_second: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.transform, str) or self.transform not in _transform_names:
@@ -85,7 +94,8 @@ class CacheGenConfig:
         self._require_range("prob_bits", 10, 12)
         self._require_range("step_offset", -MAX_STEP_OFFSET, MAX_STEP_OFFSET)
         self._require_range("probe_passes", MIN_PROBE_PASSES, 1 << 20)
-        if self.predict_layers is not None:
+        self._require_link()
+        if self.predict_layers is not None and self.predict_layers != AUTO_LAYERS:
             self._require_range("predict_layers", 0, MAX_PREDICT_LAYERS)
         for name in ("lossless", "measure"):
             if not isinstance(getattr(self, name), bool):
@@ -99,6 +109,31 @@ class CacheGenConfig:
         if self.target_kl is not None and self.lossless:
             raise ConfigError("target_kl chooses a step, and lossless=True has none: leave out one of them")
 
+    def _require_link(self) -> None:
+        """Check what predict_layers="auto" needs."""
+        for name in ("bandwidth_gbps", "prefill_tokens_per_second"):
+            value = getattr(self, name)
+            if value is not None and not _is_speed(value):
+                raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")
+            if value is not None and self.predict_layers != AUTO_LAYERS:
+                raise ConfigError(f"{name} is for predict_layers='auto': set it, or leave out {name}")
+        if self.predict_layers == AUTO_LAYERS and self.bandwidth_gbps is None:
+            raise ConfigError("predict_layers='auto' needs bandwidth_gbps, the throughput of the link in Gbit/s")
+
+    @property
+    def predicted(self) -> int | None:
+        """`predict_layers` once it is chosen. Raises ConfigError for "auto"."""
+        if self.predict_layers == "auto":
+            raise ConfigError(
+                "predict_layers='auto' is chosen for a context while it is computed: pass this config to "
+                "CacheGenCache.from_context, or give a number of layers"
+            )
+        return self.predict_layers
+
+    def predicting(self, layer: int | None) -> CacheGenConfig:
+        """Return these options with this choice of `predict_layers`."""
+        return replace(self, predict_layers=layer, bandwidth_gbps=None, prefill_tokens_per_second=None)
+
     def _require_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -111,6 +146,8 @@ class CacheGenConfig:
         found = {**asdict(self), "steps": list(self.steps)}
         idle = ["step_offset"] * (self.step_offset == 0) + ["target_kl", "probe_passes"] * (self.target_kl is None)
         idle += ["predict_layers"] * (self.predict_layers is None)
+        idle += ["bandwidth_gbps"] * (self.bandwidth_gbps is None)
+        idle += ["prefill_tokens_per_second"] * (self.prefill_tokens_per_second is None)
         return {name: value for name, value in found.items() if name not in idle}
 
     @classmethod
@@ -120,7 +157,10 @@ class CacheGenConfig:
         if unknown:
             raise ConfigError(f"expected options out of {sorted(f.name for f in fields(cls))}, got {unknown}")
         listed = isinstance(values.get("steps"), list)
-        return cls(**{"predict_layers": None, **values, **({"steps": tuple(values["steps"])} if listed else {})})
+        found = cls(**{"predict_layers": None, **values, **({"steps": tuple(values["steps"])} if listed else {})})
+        if found.predict_layers == AUTO_LAYERS:
+            raise ConfigError("predict_layers must be a number or null in an artifact, got 'auto'")
+        return found
 
 
 def add_transform_name(name: str) -> None:
@@ -135,6 +175,10 @@ def remove_transform_name(name: str) -> None:
 
 def _is_step(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.001 <= value <= 100
+
+
+def _is_speed(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_target(value: Any) -> bool:

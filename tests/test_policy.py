@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -115,6 +115,36 @@ def test_the_paper_recomputes_all_where_that_fits_else_takes_the_finest_level_th
         assert costs.seconds(1, plan.text) == min(costs.seconds(1, 0), costs.seconds(1, costs.count))
 
 
+@given(outlooks(), st.floats(0, 20))
+def test_the_first_layers_of_a_prediction_overlap_transfers_and_text_needs_none(outlook: Outlook, first: float) -> None:
+    costs, without = Costs(replace(outlook, first_seconds=first)), Costs(outlook)
+    for level in range(1, costs.levels + 1):
+        assert costs.seconds(level, costs.count) == without.seconds(level, costs.count)
+        for text in range(costs.count):
+            assert max(first, without.seconds(level, text)) <= costs.seconds(level, text)
+            assert costs.seconds(level, text) <= first + without.seconds(level, text) + 1e-9
+    plan = Adaptive().plan(replace(outlook, first_seconds=first))
+    if cheapest(costs) <= outlook.seconds_left:
+        assert costs.seconds(plan.level, plan.text) <= outlook.seconds_left
+
+
+@pytest.mark.parametrize(
+    ("first", "recompute", "left", "level", "text"),
+    [
+        (0.0, 1.0, 2.0, 3, 0),
+        (1.8, 1.0, 2.0, 3, 0),  # they overlap the 1.8 s of transfers
+        (2.5, 0.5, 2.0, 3, 4),  # they are too slow, so all is recomputed
+        (2.5, 9.0, 2.0, 1, 0),  # nothing fits: the fastest way
+    ],
+)
+def test_levels_text_and_the_first_layers(first: float, recompute: float, left: float, level: int, text: int) -> None:
+    chunks = tuple(Missing((1e5, 2e5, 4.5e5), 0.01, recompute) for _ in range(4))
+    plan = Adaptive().plan(Outlook(left, 1e6, chunks, first))
+    assert (plan.level, plan.text) == (level, text)
+    paper = Paper().plan(Outlook(left, 1e6, chunks, first))
+    assert (paper.level, paper.text) == ((3, 0) if first < left and recompute > 0.5 else (1, 4 if recompute < 1 else 0))
+
+
 @given(outlooks(rate=False))
 def test_choices_before_the_first_sample(outlook: Outlook) -> None:
     """The aim is the middle level. Adaptive fetches the base first, and recomputes at the last moment, or if it is too
@@ -150,7 +180,7 @@ def test_unknown_policies_are_refused(policy: str, level: Any) -> None:
 
 @dataclass
 class World:
-    """A link of `rate(now)` bytes per second, one request at a time, and a model."""
+    """A link of `rate(now)` bytes per second, one request at a time, and a model whose first layers take `first`."""
 
     tokens: int
     sizes: tuple[int, ...]
@@ -159,6 +189,7 @@ class World:
     token_seconds: float
     decode_seconds: float
     run_bytes: int = 10**6
+    first: float = 0.0
 
     def recompute(self, chunk: Chunk) -> float:
         return self.token_seconds * chunk.tokens * (1 + chunk.first / 10_000)
@@ -169,13 +200,14 @@ class World:
         ]
         found = Schedule(chunks, policy, slo, refine, self.recompute)
         found.prepared()
+        found.first_seconds = self.first
         return found
 
     def run(self, schedule: Schedule) -> float:
         """Return the time at which the context is complete, in seconds."""
         now, rate = 0.0, None
         wire: tuple[float, list[tuple[int, int]], float] | None = None
-        work: tuple[float, Decode | Recompute, float] | None = None
+        work: tuple[float, Decode | Recompute | None, float] | None = None
         for _ in range(100_000):
             if wire is None and (run := schedule.next_run(now, rate, self.run_bytes)):
                 nbytes = sum(self.sizes[part] for _, part in run)
@@ -185,7 +217,9 @@ class World:
                 assert not isinstance(found, Stuck)
                 if isinstance(found, Finished):
                     return now
-                if isinstance(found, Decode):
+                if schedule.first_seconds and (isinstance(found, Decode) or schedule.wants_first_layers(now, rate)):
+                    work = now + self.first, None, now
+                elif isinstance(found, Decode):
                     work = now + self.decode_seconds, found, now
                 elif isinstance(found, Recompute):
                     work = now + self.recompute(schedule.chunks[found.chunk]), found, now
@@ -196,7 +230,9 @@ class World:
                     schedule.arrived(*part)
                 wire = None
             if work and work[0] <= now:
-                if isinstance(work[1], Decode):
+                if work[1] is None:
+                    schedule.first_seconds = 0.0
+                elif isinstance(work[1], Decode):
                     schedule.decoded(work[1].chunk, work[1].level, self.decode_seconds)
                 else:
                     schedule.recomputed(work[1].chunk)
@@ -336,3 +372,36 @@ def test_chunks_on_this_disk_need_no_throughput() -> None:
     plan = schedule.plan(0.0, None)
     assert plan is not None
     assert (plan.level, plan.sure, plan.text, plan.provisional) == (3, 3, 0, False)
+
+
+def test_a_stream_runs_the_first_layers_while_chunks_arrive() -> None:
+    """Set aside in full, their second would leave time for level 2 alone."""
+    world = World(512, (10**6, 10**6, 2 * 10**6), 4, lambda now: 1e7, 1.0, 0.01, first=1.0)
+    schedule = world.schedule(Adaptive(caution=1), 1.9)
+    assert world.run(schedule) <= 1.9
+    assert [chunk.level for chunk in schedule.chunks] == [3] * 4
+
+
+def test_first_layers_that_do_not_fit_are_not_run_where_text_does() -> None:
+    world = World(512, (10**6,), 4, lambda now: 1e5, 1e-4, 0.01, first=3.0)
+    schedule = world.schedule(Adaptive(), 1.0)
+    assert world.run(schedule) <= 1.0
+    assert all(chunk.text for chunk in schedule.chunks)
+    assert schedule.first_seconds == 3.0
+
+
+def test_a_link_that_dies_leaves_no_first_layers_to_run() -> None:
+    world = World(512, (10**6,), 4, lambda now: 1e6, 1e-4, 0.01, first=3.0)
+    schedule = world.schedule(Adaptive(), 1.0)
+    schedule.cut_off()
+    assert world.run(schedule) <= 1.0
+    assert schedule.first_seconds == 3.0
+
+
+def test_first_layers_that_took_the_time_of_the_deadline_end_in_the_coarsest_level() -> None:
+    """The first layers took longer than expected: what has arrived is decoded at once."""
+    world = World(512, (10**5, 10**6), 2, lambda now: 1e6, 9.0, 0.01, first=0.1)
+    schedule = world.schedule(Adaptive(), 1.0)
+    world.first = 1.5
+    assert world.run(schedule) <= 1.6
+    assert all(chunk.level >= 1 for chunk in schedule.chunks)

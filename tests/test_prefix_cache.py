@@ -15,6 +15,7 @@ import hf_cachegen
 from hf_cachegen import CacheGenConfig, PrefixCache
 from hf_cachegen.errors import ConfigError, LevelError, UnsupportedModelError
 from hf_cachegen.generation import attach, detach, generate
+from hf_cachegen.models.sampled_weights import _positions
 from tests import tiny_models
 from tests.generation_support import ASSISTED, MODES, each_model, fed, seeded
 from tests.prefix_cache_support import WIDTH, same_as_stock, small
@@ -325,3 +326,35 @@ def test_it_is_pickled_by_its_options(prefix_cache: PrefixCache) -> None:
     again = pickle.loads(pickle.dumps(prefix_cache))
     assert again.local.directory == prefix_cache.local.directory
     assert again.rules.block_tokens == WIDTH
+
+
+def _hooked(model: Any) -> None:
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, given, out: out * 1.5)
+
+
+def _scaled(model: Any) -> None:
+    """An edit of a weight that none of the values which earlier releases sampled shows."""
+    weight = model.model.layers[0].mlp.up_proj.weight
+    hidden = sorted(set(range(weight.numel())) - set(_positions(weight.numel()).tolist()))
+    with torch.no_grad():
+        weight.view(-1)[hidden] *= 1.5
+
+
+def _buffer(model: Any) -> None:
+    model.model.rotary_emb.inv_freq *= 1.5
+
+
+@pytest.mark.parametrize("change", [_hooked, _scaled, _buffer], ids=lambda change: change.__name__[1:])
+def test_a_changed_model_does_not_use_the_blocks_of_before(change: Any, tmp_path: Path) -> None:
+    prefix_cache, model, ids = small(tmp_path), make("llama"), tokens(40)
+    options = {"do_sample": False}
+    same_as_stock(model, prefix_cache, ids, **options)
+    prefix_cache.flush()
+    same_as_stock(model, prefix_cache, ids, **options)
+    assert prefix_cache.stats().hits == 1
+    change(model)
+    same_as_stock(model, prefix_cache, ids, **options)
+    prefix_cache.flush()
+    same_as_stock(model, prefix_cache, ids, **options)
+    assert prefix_cache.stats().hits == 2, "the changed model has blocks of its own"
+    assert prefix_cache.stats().blocks_damaged == (change is _hooked)

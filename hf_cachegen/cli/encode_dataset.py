@@ -126,8 +126,10 @@ class Encoding:
             fingerprint.pop(field, None)
         profile = self.profile.digest if self.profile is not None and self.config.transform in ("auto", "klt") else None
         # Earlier releases did not predict: without a predictor the name is theirs.
-        layer = None if profile is None or self.profile is None else self.profile.usable(self.config.predict_layers)
-        config = replace(self.config, predict_layers=layer).to_dict()
+        config = self.config.to_dict()
+        if self.config.predict_layers != "auto":
+            layer = None if profile is None or self.profile is None else self.profile.usable(self.config.predicted)
+            config = replace(self.config, predict_layers=layer).to_dict()
         determined_by = {"fingerprint": fingerprint, "config": config, "profile": profile}
         if self.keep_text:
             determined_by["text"] = hashlib.sha256(text.encode()).hexdigest()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from hf_cachegen.cli.models import DTYPES, find_profile
-from hf_cachegen.config import CacheGenConfig, CoderName, TransformName
+from hf_cachegen.config import AUTO_LAYERS, CacheGenConfig, CoderName, TransformName
 
 if TYPE_CHECKING:
     from hf_cachegen.profiles.files import Profile
@@ -37,17 +37,19 @@ def _encoder(flag: str, help_text: str, **attributes: Any) -> Callable[[Function
 
 
 class _LayersOrNone(click.ParamType):
-    """A number of layers, or none."""
+    """A number of layers, auto, or none."""
 
-    name = "layers|none"
+    name = "layers|auto|none"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value is None or value == "none":
             return None
+        if value == AUTO_LAYERS:
+            return value
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value} is neither a whole number nor none.", param, ctx)
+            self.fail(f"{value} is neither a whole number nor auto or none.", param, ctx)
 
 
 artifact_argument = click.argument("artifact")
@@ -122,8 +124,14 @@ encoder_options = _all(
     _encoder("--prob-bits", "Precision of the coder's probabilities, 10 to 12 bits.", type=int),
     _encoder(
         "--predict-layers", "Layers that a loader computes from the tokens, to store only the difference to a "
-        "prediction. 0: the embedding, if the profile has a predictor for it. none: no prediction.",
+        "prediction. 0: the embedding, if the profile has a predictor for it. none: no prediction. auto: the earliest "
+        "first token over a link of --bandwidth-gbps.",
         type=_LayersOrNone(),
+    ),
+    _encoder("--bandwidth-gbps", "Throughput of the loaders' link in Gbit/s, for --predict-layers auto.", type=float),
+    _encoder(
+        "--prefill-tokens-per-second", "Speed of the model on the loaders' machine, for --predict-layers auto.  "
+        "[default: measured here]", type=float,
     ),
     _encoder("--measure/--no-measure", "Record the relative error of each layer in the artifact."),
     _encoder("--step-offset", "Quarter octaves added to the step of the profile; 4 doubles it.", type=int),

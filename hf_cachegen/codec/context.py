@@ -112,7 +112,7 @@ class Encoder:
             "bits_per_element": [round(8 * size / elements, 4) for size in sizes],
             "layers": layers,
         }
-        kl = None if self.profile is None else self.profile.divergences_at(self.config.predict_layers)
+        kl = None if self.profile is None else self.profile.divergences_at(self.config.predicted)
         if kl is not None and not self.config.step_offset:  # another step than the profile's has other divergences
             found["profile_kl"] = kl
         if self._measured is not None:

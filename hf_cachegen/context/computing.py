@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from hf_cachegen.artifact import ContextText
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.predictor import Known
+from hf_cachegen.codec.predictor_choice import settled
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.context.cached import CachedContext, report_of
 from hf_cachegen.errors import ConfigError, UnsupportedModelError
@@ -95,6 +96,7 @@ def compute_context(
     budget = states.budget if checkpoints.all else None
     kl = None if checkpoints.bits is None else state_divergence(model, kv, ids, checkpoints)
     report = report_of(kv, checkpoints, prefill_seconds=seconds, state_budget=budget, state_kl=kl)
+    config = settled(config, found if media is None else None, kv.geometry, seconds)
     known = None if media is not None else _to_encode(model, ids, config, found)
     return CachedContext(
         kv, ids, fingerprint, report, config=config, profile=found, text=text, checkpoints=checkpoints, known=known
@@ -109,7 +111,7 @@ def _to_encode(
     They are computed together with the fingerprint, since the model may have changed when the context is saved.
     """
     config = config or CacheGenConfig()
-    layer = None if profile is None or config.lossless else profile.usable(config.predict_layers)
+    layer = None if profile is None or config.lossless else profile.usable(config.predicted)
     if profile is None or layer is None or config.transform not in ("auto", "klt"):
         return None
     return Known(layer, known_of(model, ids, profile, layer).scores)
@@ -127,6 +129,7 @@ def _encoded_context(
     identify(model)
     start = time.perf_counter()
     kv, state = encode(model, given, decoder_ids)
+    config = settled(config, None, kv.geometry, None)
     positions = kv.geometry.tokens
     # The positions of a sound have no tokens. Its digest identifies it.
     ids = given.value.cpu().long() if given.name == "input_ids" else torch.zeros(1, positions, dtype=torch.long)
@@ -201,6 +204,7 @@ def wrap_cache(
     if holds_states(model.config):
         checkpoints = Checkpoints((capture_states(cache, layer_contents(model.config), ids.shape[1]),))
         check_states(checkpoints, model)
+    config = settled(config, found if media is None else None, kv.geometry, None)
     probed, found_media = kv if verify != "weights" else None, () if media is None else media.media()
     fingerprint = Fingerprint.of(model, ids[0].tolist(), tokenizer, probed, media=found_media)
     return CachedContext(

@@ -12,7 +12,7 @@ from hf_cachegen.artifact import Store
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.artifact.encoded import EncodedContext, encode_no_kv
 from hf_cachegen.codec.context import Encoder
-from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.config import AUTO_LAYERS, CacheGenConfig
 from hf_cachegen.context.cached import CachedContext
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.models.inputs import Tokens, one_row
@@ -41,6 +41,7 @@ def aimed(
     Raises:
         ConfigError: No step meets the target; or there are continuations without a target.
     """
+    config = _as_chosen(context, config)
     if config is None or config.target_kl is None:
         if continuations:
             raise ConfigError("continuations are for CacheGenConfig(target_kl=...): set it, or leave them out")
@@ -60,6 +61,7 @@ def encoded(
     context: CachedContext, config: CacheGenConfig | None, model: PreTrainedModel | None, progress: bool
 ) -> Encoder | EncodedContext:
     """Return what `artifact.write` takes. Arguments and errors are those of `CacheGenCache.save_pretrained`."""
+    config = _as_chosen(context, config)
     if context.source is not None:
         return _copied(context, context.source, config)
     layers = context.kv.geometry.layers
@@ -73,6 +75,16 @@ def encoded(
         kv.keys, kv.values, config, context.profile, layers=layers, known=context.known, progress=progress,
         measured=measured,
     )  # fmt: skip
+
+
+def _as_chosen(context: CachedContext, config: CacheGenConfig | None) -> CacheGenConfig | None:
+    """Replace predict_layers="auto" by what was chosen for the context when it was computed."""
+    if config is None or config.predict_layers != AUTO_LAYERS:
+        return config
+    layer = None if context.known is None else context.known.layer
+    if context.source is not None and context.config is not None:
+        layer = context.config.predicted
+    return config.predicting(layer)
 
 
 def _copied(context: CachedContext, source: Store, config: CacheGenConfig | None) -> EncodedContext:

@@ -45,7 +45,7 @@ def load_context(
     placement: Placement = device
     if device is None and devices:
         placement = devices[0] if len(set(devices)) == 1 else devices
-    known, layer = None, artifact.config.predict_layers
+    known, layer = None, artifact.config.predicted
     if layer is not None and taken is not None and model is not None:
         known = known_of(model, found.input_ids, taken, layer)
     keys, values = artifact.decode(level, placement, known=known, progress=progress)

@@ -28,6 +28,7 @@ class ModelIdentity:
     adapter_names: those that are active, for messages.
 
     probed: the probes that the model was compared with in this state.
+    taken: its own probe of fixed tokens, once it was taken.
     """
 
     checksum: str
@@ -36,6 +37,7 @@ class ModelIdentity:
     adapter_names: tuple[str, ...]
     state: ModelState
     probed: set[str] = field(default_factory=set)
+    taken: list[str] = field(default_factory=list)
 
 
 class _Known:

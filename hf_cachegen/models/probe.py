@@ -108,18 +108,37 @@ def distance(recorded: str, keys: Sequence[Tensor], values: Sequence[Tensor]) ->
     if len(data) != 4 * now.numel():
         raise ManifestError(f"fingerprint: the probe has {len(data)} bytes, this model's has {4 * now.numel()}")
     then = torch.frombuffer(bytearray(data), dtype=torch.float32).view(now.shape)
-    apart = ((now - then).abs() / norms.clamp_min(torch.finfo(torch.float32).tiny)).sort(-1).values
-    apart = apart.nan_to_num(nan=torch.inf)[..., : max(1, int(KEPT_TOKENS * apart.shape[-1]))]
-    by_layer = apart.square().mean(-1).sqrt()
+    by_layer = _by_layer((now - then).abs() / norms.clamp_min(torch.finfo(torch.float32).tiny))
     place = int(by_layer.argmax())
     return Distance(float(by_layer.max()), place // 2, ("keys", "values")[place % 2])
 
 
-def check(model: PreTrainedModel, input_ids: Sequence[int], recorded: str, dtype: str) -> None:
-    """Run the first tokens again and compare. Raises WrongWeightsError, which says what was compared."""
+def apart(recorded: str, own: str) -> float:
+    """Compare two records of PROBE_TOKENS same tokens, without running a model.
+
+    A record has no norms, so the projections' own size stands for them. Raises ManifestError for a text that is none.
+    """
+    try:
+        data = [base64.b64decode(text, validate=True) for text in (recorded, own)]
+    except (ValueError, binascii.Error) as error:
+        raise ManifestError("the probe of a block is not base64") from error
+    if len(data[0]) != len(data[1]) or len(data[0]) % (4 * PROBE_TOKENS) or not data[0]:
+        raise ManifestError(f"the probe of a block has {len(data[0])} bytes, this model's has {len(data[1])}")
+    then, now = (torch.frombuffer(bytearray(part), dtype=torch.float32).view(-1, PROBE_TOKENS) for part in data)
+    norms = now.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(_by_layer((now - then).abs() / norms).max())
+
+
+def tolerance_of(dtype: str) -> float:
+    """Return the distance that rounding in a dtype allows."""
     if dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
         dtype = "float16"  # TF32 multiplies numbers of as many digits
-    tolerance = TOLERANCES.get(dtype, max(TOLERANCES.values()))
+    return TOLERANCES.get(dtype, max(TOLERANCES.values()))
+
+
+def check(model: PreTrainedModel, input_ids: Sequence[int], recorded: str, dtype: str) -> None:
+    """Run the first tokens again and compare. Raises WrongWeightsError, which says what was compared."""
+    tolerance = tolerance_of(dtype)
     found = distance(recorded, *run(model, input_ids))
     if not found.value <= tolerance:
         count = min(len(input_ids), PROBE_TOKENS)
@@ -144,6 +163,12 @@ def _projected(keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor
         norms.append(rows.norm(dim=1))
     shape = (len(keys), 2, -1)
     return torch.stack(projections).view(shape), torch.stack(norms).view(shape)
+
+
+def _by_layer(relative: Tensor) -> Tensor:
+    """Root mean square of the differences [..., tokens] of the nearest tokens."""
+    nearest = relative.nan_to_num(nan=torch.inf).sort(-1).values[..., : max(1, int(KEPT_TOKENS * relative.shape[-1]))]
+    return nearest.square().mean(-1).sqrt()
 
 
 @lru_cache(maxsize=16)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hf_cachegen.errors import UnsupportedModelError
+from hf_cachegen.errors import ManifestError, UnsupportedModelError, WrongWeightsError
+from hf_cachegen.models import probe
 from hf_cachegen.models.compat import unwrapped
 from hf_cachegen.models.continuation import Continuation, continuation_of
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.identity import identify
 from hf_cachegen.models.kinds import holds_states, is_plain, layer_contents
 from hf_cachegen.models.requirements import masks_windows, require_model
 from hf_cachegen.prefix_cache.coding import Coding
-from hf_cachegen.prefix_cache.keys import Family, family_of
+from hf_cachegen.prefix_cache.keys import PROBE, Family, family_of
 from hf_cachegen.prefix_cache.policy import LoadSpeed
 from hf_cachegen.profiles.finding import for_encoding
 from hf_cachegen.streaming.prefill_speed import PrefillSpeed, speed_of
@@ -71,7 +73,41 @@ def bind(prefix_cache: Storage, model: PreTrainedModel) -> Binding:
     profile = None if rules.config.lossless else for_encoding(rules.profile, model)
     fingerprint = Fingerprint.of(model, []).to_dict()
     digest = None if profile is None else profile.digest
-    family = family_of(fingerprint, rules.config.to_dict(), rules.level, digest, rules.block_tokens)
+    own = _own_probe(model)
+    family = family_of(fingerprint, rules.config.to_dict(), rules.level, digest, rules.block_tokens, own)
     coding = Coding(rules.config, rules.level, profile)
-    found: Binding = prefix_cache.binding(family.salt, lambda: Binding(family, coding, speed_of(model), continuation))
+    found: Binding = prefix_cache.binding(family.text, lambda: Binding(family, coding, speed_of(model), continuation))
     return found
+
+
+def _own_probe(model: PreTrainedModel) -> str:
+    """Take the probe of the first token ids of the vocabulary, once for each state of a model object."""
+    identity = identify(model)
+    if not identity.taken:
+        ids = [number % model.config.get_text_config(decoder=True).vocab_size for number in range(probe.PROBE_TOKENS)]
+        identity.taken.append(probe.record(*probe.run(model, ids)))
+    return identity.taken[0]
+
+
+def require_same_probe(family: Family, own: Family) -> None:
+    """Raise WrongWeightsError for a block whose model computed something else, though its weights are the same.
+
+    Args:
+        family: of the block.
+        own: of the model, with a probe.
+
+    Raises:
+        ManifestError: the probe of the block is none.
+    """
+    recorded, taken = family.fields.get(PROBE), own.fields[PROBE]
+    if recorded is None or recorded == taken:
+        return
+    if not isinstance(recorded, str):
+        raise ManifestError(f"expected a probe as text in a block, found {recorded!r:.40}")
+    found, allowed = probe.apart(recorded, taken), probe.tolerance_of(str(own.fields["fingerprint"]["dtype"]))
+    if not found <= allowed:
+        raise WrongWeightsError(
+            f"the model of a block had the same weights, but its keys and values for the first {probe.PROBE_TOKENS} "
+            f"token ids differ by {found:.2g} (relative; rounding allows {allowed:.2g}): it had other forward hooks, "
+            "attributes or code"
+        )

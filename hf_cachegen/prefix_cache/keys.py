@@ -21,11 +21,14 @@ KEY_BYTES = 32
 """Length of a key, a SHA-256."""
 _DOMAIN = b"hf_cachegen prefix cache 1\0"
 """Separates salts from every other use of SHA-256 in this package."""
-FINGERPRINT_FIELDS = ("config", "weights", "dtype", "adapters")
+FINGERPRINT_FIELDS = ("config", "weights", "dtype", "adapters", "checksum", "buffers", "adapter_checksums")
 """Fields of a fingerprint that determine a key or a value of the cache; the others are names for messages."""
 
 NAMES = ("model_id", "transformers")
 """Fields of a family for messages and exports alone: the same weights under another name are the same model."""
+PROBE = "probe"
+"""Field of a family: what its model computed for some fixed tokens (`models.probe`). It is compared within rounding, so
+it cannot be a part of the salt. Imported blocks have none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Family:
     @property
     def salt(self) -> bytes:
         """The key that first blocks are chained with. Names are not part of it."""
-        hashed = {name: value for name, value in self.fields.items() if name not in NAMES}
+        hashed = {name: value for name, value in self.fields.items() if name not in (*NAMES, PROBE)}
         text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(_DOMAIN + text.encode()).digest()
 
@@ -99,8 +102,9 @@ def chain(salt: bytes, tokens: Sequence[int], block_tokens: int) -> list[bytes]:
 
 
 def family_of(
-    fingerprint: Mapping[str, Any], config: Mapping[str, Any], level: int | None, profile: str | None, block_tokens: int
-) -> Family:
+    fingerprint: Mapping[str, Any], config: Mapping[str, Any], level: int | None, profile: str | None,
+    block_tokens: int, probe: str | None = None,
+) -> Family:  # fmt: skip
     """Return the family of blocks with these properties.
 
     Args:
@@ -109,9 +113,12 @@ def family_of(
         level: how many levels are stored; None for all.
         profile: what names the profile's content; None where none is used.
         block_tokens: tokens of a block.
+        probe: what the model computes for some fixed tokens; None where there is no model.
     """
-    fields = {name: fingerprint[name] for name in FINGERPRINT_FIELDS}
-    return Family({
-        "fingerprint": {**fields, "adapters": list(fields["adapters"])}, "codec": dict(config), "level": level,
+    kept = {name: fingerprint.get(name) for name in FINGERPRINT_FIELDS}
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+    found = {} if probe is None else {PROBE: probe}
+    return Family({**found,
+        "fingerprint": fields, "codec": dict(config), "level": level,
         "profile": profile, "block_tokens": block_tokens, **{name: fingerprint[name] for name in NAMES},
     })  # fmt: skip

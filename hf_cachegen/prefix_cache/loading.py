@@ -14,8 +14,8 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.rows import empty_kv
 from hf_cachegen.errors import ArtifactError, MismatchError, WrongDtypeError
 from hf_cachegen.models.requirements import require_geometry
+from hf_cachegen.prefix_cache.binding import Binding, require_same_probe
 from hf_cachegen.prefix_cache.block import Block
-from hf_cachegen.prefix_cache.coding import Coding
 from hf_cachegen.prefix_cache.levels import Time
 from hf_cachegen.prefix_cache.tiers import Found, Tiers
 
@@ -50,7 +50,7 @@ class Loader:
 
     Args:
         tiers: where blocks are.
-        coding: how they are encoded.
+        binding: whose they are, and how they are encoded.
         config: the configuration of the model, which every block must fit.
         dtype: name of the dtype that the model runs in.
         devices: the device of each layer.
@@ -62,10 +62,11 @@ class Loader:
     """
 
     def __init__(
-        self, tiers: Tiers, coding: Coding, config: PreTrainedConfig, dtype: str, devices: Sequence[torch.device],
+        self, tiers: Tiers, binding: Binding, config: PreTrainedConfig, dtype: str, devices: Sequence[torch.device],
         arrived: Callable[[Block, bytes], None],
     ) -> None:  # fmt: skip
-        self.tiers, self.coding, self.config, self.dtype = tiers, coding, config, dtype
+        self.tiers, self.family, self.coding = tiers, binding.family, binding.coding
+        self.config, self.dtype = config, dtype
         self.devices, self.arrived = list(devices), arrived
         self.coarse, self.decode_seconds = 0, 0.0
 
@@ -138,6 +139,7 @@ class Loader:
         if geometry.dtype != self.dtype:
             raise WrongDtypeError(f"a block holds {geometry.dtype}, the model runs in {self.dtype}")
         require_geometry(self.config, geometry)
+        require_same_probe(block.family, self.family)
         return geometry
 
     def _room(self, geometry: Geometry, blocks: int) -> list[Tensor]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from hf_cachegen.errors import ArtifactError, MismatchError
 from hf_cachegen.models.compat import unwrapped
 from hf_cachegen.models.recurrent import Checkpoint
+from hf_cachegen.prefix_cache.binding import require_same_probe
 from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.checkpoint import decode_checkpoint
-from hf_cachegen.prefix_cache.keys import checkpoint_key
+from hf_cachegen.prefix_cache.keys import Family, checkpoint_key
 from hf_cachegen.prefix_cache.levels import Time
 from hf_cachegen.prefix_cache.loading import Loaded
 from hf_cachegen.prefix_cache.stateful import Stateful
@@ -26,6 +27,7 @@ class Resuming:
     Args:
         tiers: where checkpoints are.
         model: the model.
+        family: what its blocks belong to.
         stateful: how it begins a call.
         tokens: length of the prompt.
 
@@ -34,8 +36,10 @@ class Resuming:
         arrived: checkpoints that came from elsewhere than the folder, with the bytes of their files.
     """
 
-    def __init__(self, tiers: Tiers, model: PreTrainedModel, stateful: Stateful, tokens: int) -> None:
-        self.tiers, self.stateful, self.tokens = tiers, stateful, tokens
+    def __init__(
+        self, tiers: Tiers, model: PreTrainedModel, family: Family, stateful: Stateful, tokens: int
+    ) -> None:
+        self.tiers, self.family, self.stateful, self.tokens = tiers, family, stateful, tokens
         self.model = type(unwrapped(model)).__name__
         self.found: dict[int, Checkpoint | None] = {}
         self.arrived: list[tuple[Block, bytes]] = []
@@ -72,6 +76,7 @@ class Resuming:
     def _decoded(self, key: bytes, where: Found, left: Time) -> Checkpoint | None:
         for block, data, foreign in self.tiers.read([key], where, left):
             try:
+                require_same_probe(block.family, self.family)
                 found = decode_checkpoint(block, self.stateful.found.shapes, self.model)
             except (ArtifactError, MismatchError) as error:
                 self.tiers.damaged(key, str(error), local=not foreign)

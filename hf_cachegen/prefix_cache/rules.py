@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_cachegen.config import CacheGenConfig
@@ -47,5 +47,5 @@ class Rules:
     def of(cls, *, config: CacheGenConfig | None, state_budget: int | str, **options: Any) -> Rules:
         """Return the rules of the arguments of a prefix cache."""
         # A block is decoded without its model's first layers, so nothing is predicted.
-        chosen = replace(CacheGenConfig(lossless=True) if config is None else config, predict_layers=None)
+        chosen = (CacheGenConfig(lossless=True) if config is None else config).predicting(None)
         return cls(config=chosen, state_budget=parse_size(state_budget, "state_budget"), **options)

@@ -151,13 +151,12 @@ class Session:
         local = [found.runs[0][1] if found.runs and found.runs[0][0] is None else 0 for found in where]
         if binding.continuation is not None:
             stateful = Stateful(self.model, binding.continuation, own.rules)
-            resuming = Resuming(own.tiers, self.model, stateful, call.length)
+            resuming = Resuming(own.tiers, self.model, binding.family, stateful, call.length)
             where = [resuming.cut(row, chains[row], found, left) for row, found in enumerate(where)]
         loaded, keep = [NOTHING] * len(chains), self._keeper(chains)
         stored, coarse = [found.count for found in where], 0
         if any(stored) and self._pays(call, binding, where):
-            loader = Loader(own.tiers, binding.coding, self.model.config, dtype_name(self.model.dtype), call.devices,
-                            keep)  # fmt: skip
+            loader = Loader(own.tiers, binding, self.model.config, dtype_name(self.model.dtype), call.devices, keep)
             loaded, decoded = loader.rows(chains, where, left)
             stored = [row.blocks for row in loaded]  # what could not be read is stored again
             if resuming is not None:

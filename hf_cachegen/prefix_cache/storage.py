@@ -43,14 +43,14 @@ class Storage:
         self.rules, self.local, self.protection, self.worker = rules, local, protection, worker
         self.counters = Counters()
         self.tiers = Tiers(local, remotes, protection, self.counters)
-        self._bindings: dict[bytes, Any] = {}
+        self._bindings: dict[str, Any] = {}
         self._queued: set[bytes] = set()
 
-    def binding(self, salt: bytes, make: Callable[[], Any]) -> Any:
+    def binding(self, family: str, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for this family first."""
-        if salt not in self._bindings:
-            self._bindings[salt] = make()
-        return self._bindings[salt]
+        if family not in self._bindings:
+            self._bindings[family] = make()
+        return self._bindings[family]
 
     def store(self, key: bytes, encode: Callable[[], Block], nbytes: int, before: Sequence[bytes]) -> None:
         """Encode a block in the background, and write it to all tiers.

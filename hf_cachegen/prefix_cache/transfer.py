@@ -44,7 +44,7 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
 
     Raises:
         ConfigError: the artifact or the prefix cache is lossy: answers would change without anybody's asking.
-        ManifestError: the artifact has no fingerprint or no tokens.
+        ManifestError: the artifact has no fingerprint, no checksums or no tokens.
         ArtifactError, StoreError: it cannot be read.
     """
     artifact = Artifact(open_store(location, Access(**access)))
@@ -56,6 +56,8 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
     fingerprint = Fingerprint.from_dict(artifact.fingerprint)
     if hash_tokens(ids) != fingerprint.tokens:
         raise CorruptError(f"{location}: the stored tokens are not those of the fingerprint")
+    if fingerprint.checksum is None:
+        raise ManifestError(f"{location} was made by an earlier release, which recorded no checksums: make it again")
     rules = prefix_cache.rules
     width = rules.block_tokens
     family = family_of(fingerprint.to_dict(), rules.config.to_dict(), rules.level, None, width)

@@ -71,6 +71,7 @@ class Loader:
             if isinstance(work, Stuck):
                 raise self.download.error or StoreError(f"chunk {work.chunk} cannot be had from any source")
             if isinstance(work, Decode):
+                self._predict(model, wanted=True)
                 self._decode(work)
             elif isinstance(work, Recompute):
                 self._recompute(model, work.chunk)
@@ -117,11 +118,11 @@ class Loader:
     def _set_deadline(self) -> None:
         artifact = self.download.artifact
         tokens = artifact.geometry.tokens
-        deadline = self.session.deadline(tokens, self._question_tokens)
-        if deadline is not None and self._codec is None and (first := artifact.config.predict_layers):
-            # The first layers still have to be run. Layer 0 alone (its projections) is not worth counting.
-            deadline -= (self.session.speed.seconds(0, tokens) or 0.0) * first / len(artifact.geometry.layers)
-        self._schedule.deadline = deadline
+        self._schedule.deadline = self.session.deadline(tokens, self._question_tokens)
+        # Layer 0 alone (its projections) is not worth counting.
+        layers = 0 if self._codec is not None else artifact.config.predicted or 0
+        whole = self.session.speed.seconds(0, tokens) or 0.0
+        self._schedule.first_seconds = whole * layers / len(artifact.geometry.layers)
 
     def _doubtful(self, tokens: int) -> bool:
         """Whether the model's speed may affect the plan, and can be measured with that many tokens at little cost."""
@@ -151,12 +152,16 @@ class Loader:
         session.events.deliver()
         return work
 
-    def _predict(self, model: PreTrainedModel) -> None:
+    def _predict(self, model: PreTrainedModel, *, wanted: bool = False) -> None:
         """Take the codec once it was fetched. Where it predicts, run the model's first layers for it, while chunks
-        arrive.
+        arrive; not while all chunks may have to be recomputed, unless a chunk is `wanted`.
         """
-        codec, layer = self.download.codec, self.download.artifact.config.predict_layers
+        codec, layer = self.download.codec, self.download.artifact.config.predicted
         if self._codec is None and codec is not None:
+            if layer and not wanted:
+                with self._changed:
+                    if not self._schedule.wants_first_layers(time.monotonic(), self.session.bandwidth.rate()):
+                        return
             if layer is not None and (profile := self.download.profile) is not None:
                 known = known_of(model, self._input_ids, profile, layer)
                 self.writer.adopt((known.scores, *known.keys, *known.values))

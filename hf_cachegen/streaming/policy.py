@@ -47,11 +47,14 @@ class Outlook:
         seconds_left: Until the context must be in place; inf without an SLO.
         bytes_per_second: The throughput of this stream. None: not measured yet; 0: no source is left.
         missing: The missing chunks, in the order of the context.
+        first_seconds: Time of running the model's first layers, which a predicted artifact still needs before its first
+            chunk is decoded. Transfers go on meanwhile, and recomputing needs none of it.
     """
 
     seconds_left: float
     bytes_per_second: float | None
     missing: tuple[Missing, ...]
+    first_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,13 @@ class Policy(Protocol):
 class Costs:
     """The seconds until all missing chunks are in place, for a level and a number of text chunks.
 
-    Transfers overlap the work of the calling thread (decoding, recomputing). The last chunk is decoded after it has
-    arrived.
+    Transfers overlap the work of the calling thread (the first layers of a prediction, decoding, recomputing). The last
+    chunk is decoded after it has arrived. Where all chunks are recomputed, nothing is predicted.
     """
 
     def __init__(self, outlook: Outlook) -> None:
         missing, rate = outlook.missing, outlook.bytes_per_second
-        self.count, self.levels = len(missing), len(missing[0].wire_bytes)
+        self.count, self.levels, self.first = len(missing), len(missing[0].wire_bytes), outlook.first_seconds
         self._rate = math.inf if rate is None else rate
         self._recompute = [0.0, *accumulate(chunk.recompute_seconds for chunk in missing)]
         self._decode = _sums_from([chunk.decode_seconds for chunk in missing])
@@ -120,7 +123,7 @@ class Costs:
 
     def seconds(self, level: int, text: int) -> float:
         """Return the seconds until all missing chunks are in place."""
-        work = self._recompute[text] + self._decode[text]
+        work = self._recompute[text] + self._decode[text] + (self.first if text < self.count else 0.0)
         return max(self.transfer(level, text) + self._last[text], work)
 
     def fewest_text(self, level: int, limit: float) -> int | None:
@@ -198,6 +201,8 @@ class Adaptive:
             return _whole(costs)
         middle = (costs.levels + 1) // 2
         whole = costs.recompute()
+        if self.text and 0 < whole <= left < costs.first:
+            return Plan(middle, 1, costs.count, whole, "no throughput yet; the first layers alone take too long", True)
         if self.text and whole < math.inf and (left <= 0 or whole <= left <= whole * HEDGE):
             why = "it is too late to wait" if left <= 0 else "recomputing all just fits, so it begins"
             return Plan(middle, 1, 1, whole, f"no throughput yet; {why}", True)
@@ -236,7 +241,7 @@ class Paper:
             middle = (costs.levels + 1) // 2
             return Plan(middle, middle, 0, math.nan, UNMEASURED, True)
         for level in range(costs.levels, 0, -1):
-            seconds = costs.transfer(level)
+            seconds = max(costs.transfer(level), costs.first)
             if seconds <= left and seconds < math.inf:
                 why = f"the finest whose {seconds:.2f} s of transfer fit the {left:.2f} s left"
                 return Plan(level, level, 0, costs.seconds(level, 0), why)

@@ -79,6 +79,8 @@ class Schedule:
         refine: As for `StreamOptions`.
         recompute_seconds: Seconds of recomputing a chunk after those before it; inf where that is not known.
         can_recompute: Whether the model can recompute a chunk at all.
+
+    `first_seconds` is the time that the first layers of a prediction still take before the first chunk is decoded.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Schedule:
         self.recompute_seconds, self.can_recompute = recompute_seconds, can_recompute
         self.levels = len(self.chunks[0].sizes)
         self.generating, self.decodable = False, False
+        self.first_seconds = 0.0
         self.decisions: list[tuple[Chunk, str]] = []
         self._decode_per_token = 0.0
         self._order = refinement_order(len(self.chunks))
@@ -173,6 +176,18 @@ class Schedule:
         """Return the expected time of decoding a chunk; 0 before the first was decoded."""
         return self._decode_per_token * chunk.tokens
 
+    def wants_first_layers(self, now: float, rate: float | None) -> bool:
+        """Return whether to run the first layers of a prediction now.
+
+        They are not run while all chunks are to be recomputed. Nor do they delay that, as long as the throughput is not
+        known and recomputing would not fit the time after them.
+        """
+        plan, missing = self.plan(now, rate), self._open()
+        if plan is None or plan.text == len(missing):
+            return False
+        whole, left = sum(map(self._recompute, missing)), self.left(now)
+        return not (plan.provisional and left < math.inf and left - self.first_seconds < whole <= left)
+
     def plan(self, now: float, rate: float | None) -> Plan | None:
         """Return the plan for the missing chunks that can be had; None where there is no such chunk."""
         version, at = self._planned
@@ -195,7 +210,7 @@ class Schedule:
         elif rate is None and not any(chunk.wire_bytes[-1] for chunk in missing):
             rate = math.inf  # all is on this disk
         left = self.left(now)
-        outlook = Outlook(left if left == math.inf else left - lost, rate, missing)
+        outlook = Outlook(left if left == math.inf else left - lost, rate, missing, self.first_seconds)
         plan = self.policy.plan(outlook)
         if not self.can_recompute:
             plan = replace(plan, text=0)
@@ -254,7 +269,7 @@ class Schedule:
 
     def _spare(self, now: float) -> float:
         """Seconds until the chunks at hand must be decoded as they are, to be in place at the deadline."""
-        return self.left(now) - sum(map(self.decode_seconds, self._at_hand()))
+        return self.left(now) - self.first_seconds - sum(map(self.decode_seconds, self._at_hand()))
 
     def _wait(self, now: float) -> Wait:
         spare = self._spare(now)
@@ -333,7 +348,7 @@ class Schedule:
         """Seconds left for more transfers, once the parts under way have arrived and are decoded."""
         nbytes = sum(chunk.wire[part] for chunk in self.chunks for part in chunk.asked)
         decode = sum(self.decode_seconds(chunk) for chunk in self.chunks if chunk.asked or chunk.have > chunk.level)
-        left = self._more(now)
+        left = self._more(now) - self.first_seconds
         return left - decode - (nbytes / rate if rate else 0.0)
 
     def _more(self, now: float) -> float:

@@ -51,7 +51,7 @@ def resolved(context: ContextRows, config: CacheGenConfig, profile: Profile | No
 
 def _predicted(context: ContextRows, config: CacheGenConfig, profile: Profile | None) -> int | None:
     """Return `predict_layers` as it is used: 0 becomes None where the transform, the profile or the caller lacks it."""
-    wanted = config.predict_layers
+    wanted = config.predicted
     able = not config.lossless and config.transform == Klt.name and profile is not None
     known = None if context.known is None else context.known.layer
     if wanted is None or (able and known == wanted):

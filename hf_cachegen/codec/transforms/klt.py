@@ -86,7 +86,7 @@ class Klt(Transform):
         if config.levels != profile.levels:
             raise ConfigError(f"the profile has {profile.levels} levels, config.levels is {config.levels}")
         values, digits = shipped_codebooks(config.prob_bits)
-        self.layer = profile.usable(config.predict_layers)
+        self.layer = profile.usable(config.predicted)
         learnt = self.learnt = profile.at(self.layer)
         if bool((learnt.entries[0] >= values.entries).any()) or bool((learnt.entries[1:] >= digits.entries).any()):
             raise ProfileError("a table entry of the profile is outside the codebook: the profile is damaged")
@@ -168,7 +168,7 @@ class Klt(Transform):
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
         profile = _required(profile)
-        profile.at(config.predict_layers)  # an artifact names the predictor that it was made with
+        profile.at(config.predicted)  # an artifact names the predictor that it was made with
         codec = cls(geometry, config, profile)
         if side[:DIGEST_BYTES] != codec.side_bytes():
             raise ProfileError("the side information needs another profile than the one given")
@@ -205,13 +205,13 @@ class Klt(Transform):
         found += ("klt-points",) if _required(profile).at(config.predict_layers).points is not None else ()
         if len(side) == DIGEST_BYTES:
             return found
-        learnt = _required(profile).at(config.predict_layers)
+        learnt = _required(profile).at(config.predicted)
         return (*found, "klt-tables", "sinks") if has_sinks(side, learnt) else (*found, "klt-tables")
 
     @classmethod
     def stepped(cls, config: CacheGenConfig, offset: int, profile: Profile | None) -> CacheGenConfig:
         found, profile = replace(config, step_offset=config.step_offset + offset), _required(profile)
-        step_code(found, profile.at(profile.usable(config.predict_layers)))
+        step_code(found, profile.at(profile.usable(config.predicted)))
         return found
 
     def side_bytes(self) -> bytes:

@@ -353,7 +353,7 @@ def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 def _codec(
     model: PreTrainedModel, profile: Profile, context: Tensor, keys: Sequence[Tensor], config: CacheGenConfig
 ) -> Klt:
-    dtype, layer = str(keys[0].dtype).removeprefix("torch."), profile.usable(config.predict_layers)
+    dtype, layer = str(keys[0].dtype).removeprefix("torch."), profile.usable(config.predicted)
     geometry = Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype)
     known = None if layer is None else known_of(model, context, profile, layer)
     return Klt(geometry, config, profile, sinks=find_sinks(keys), known=known)
