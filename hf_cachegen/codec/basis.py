@@ -12,8 +12,9 @@ Implementation notes:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -166,9 +167,7 @@ class Basis:
             if group.kind == 0:
                 heads = back.float().reshape(len(back), -1, group.sensitivity.shape[1])
                 back = rotary.turn(heads, angles, 1).flatten(1)
-            slices = self._slices(group)
-            for where, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
-                rows[:, where] = channels
+            _put(rows, self._slices(group), back)
         return rows
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:
@@ -213,6 +212,18 @@ class Basis:
 
 def _prediction(group: Group) -> Tensor:
     return group.synthesis[:0] if group.prediction is None else group.prediction
+
+
+def _put(rows: Tensor, slices: Sequence[slice], back: Tensor) -> None:
+    """Write adjacent channels to these slices of rows: with one operation where they are evenly spaced."""
+    width = slices[0].stop - slices[0].start
+    steps = {b.start - a.start for a, b in pairwise(slices)} or {width}
+    if len(steps) == 1 and all(s.stop - s.start == width for s in slices):
+        shape, start = (len(rows), len(slices), width), rows.storage_offset() + slices[0].start
+        rows.as_strided(shape, (rows.stride(0), steps.pop(), 1), start).copy_(back.view(shape))
+        return
+    for where, channels in zip(slices, back.split([s.stop - s.start for s in slices], 1), strict=True):
+        rows[:, where] = channels
 
 
 def _rounded(x: Tensor) -> Tensor:
