@@ -233,6 +233,8 @@ class Coded:
     @cached_property
     def wide(self) -> Wide:
         """The exceptions whose index is outside their tables."""
+        if not len(self.indices):
+            return NONE_WIDE
         which = (self.indices < 0) | (self.indices >= self.columns.book.tables.frequencies.shape[1])
         return Wide(self.positions[which], self.indices[which]) if bool(which.any()) else NONE_WIDE
 
