@@ -206,7 +206,7 @@ def test_damage_and_loss_at_a_location_end_the_levels_there(tmp_path: Path, team
     assert small(tmp_path / "last", shared=[team], config=IDENTITY).tiers.whole(rows[0].key) is not None
 
 
-@pytest.mark.parametrize("location", ["hf://datasets/team/prefixes/blocks", "hf://datasets/team/prefixes/blocks@main"])
+@pytest.mark.parametrize("location", ["hf://datasets/team/prefixes/blocks", "hf://datasets/team/prefixes@main/blocks"])
 def test_a_repository_on_the_hub_is_a_shared_tier(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.errors import TensorError
@@ -108,9 +108,9 @@ def static_cache(
 
 def state_cache(
     config: PreTrainedConfig, rows: Sequence[RowTensors], states: Checkpoint | None, length: int, repeats: int,
-    devices: Sequence[torch.device], capacity: int | None = None,
-) -> Cache:  # fmt: skip
-    """Return a stock cache of a model with recurrent states, whose rows all hold `length` tokens.
+    devices: Sequence[torch.device],
+) -> DynamicCache:  # fmt: skip
+    """Return a stock DynamicCache of a model with recurrent states, whose rows all hold `length` tokens.
 
     Args:
         config: the model's configuration.
@@ -119,14 +119,8 @@ def state_cache(
         length: filled positions of every row; 0 makes an empty cache.
         repeats: copies of each row.
         devices: the device of each layer of the model.
-        capacity: tokens that a StaticCache has room for; None for a DynamicCache.
     """
-    cache: Cache
-    if capacity is not None:
-        cache = StaticCache(config=config, max_cache_len=capacity)
-    else:
-        cache = DynamicCache(config=config)
-    part = 0
+    cache, part = DynamicCache(config=config), 0
     for index, (content, device) in enumerate(zip(layer_contents(config), devices, strict=True)):
         if type(cache.layers[index]) is DynamicSlidingWindowLayer:
             cache.layers[index] = WholeSlidingLayer(sliding_window=content.window or 1)
@@ -145,8 +139,6 @@ def state_cache(
 def _fill_layer(layer: Any, keys: Tensor, values: Tensor) -> None:
     if isinstance(layer, WholeSlidingLayer):
         layer.fill(keys, values)
-    elif isinstance(layer, StaticLayer):
-        layer.update(keys, values)
     else:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values

@@ -113,12 +113,10 @@ class Stateful:
         taken = [on_cpu(capture_states(cache, self.contents, first))] if behind else []
         taken += self._read(call.call.ids, cache, first, end, stops, call.chunk)
         call.end = end
-        static = call.call.settings.cache_implementation == "static"
-        if call.repeats > 1 or static:
+        if call.repeats > 1:
             parts = [row_of(cache, row, 0, end) if end else [] for row in range(len(rows))]
             states = capture_states(cache, self.contents, end) if end else None
-            capacity = call.call.longest if static else None
-            cache = state_cache(self.model.config, parts, states, end, call.repeats, self.devices, capacity)
+            cache = state_cache(self.model.config, parts, states, end, call.repeats, self.devices)
         return cache, taken
 
     def _joined(self, call: PrefixCall, rows: Sequence[Held], first: int) -> Cache:
@@ -173,6 +171,8 @@ def unfit(call: PrefixCall) -> str:
         return "a row of the prompt has masked tokens, which may change a state"
     if call.call.mode is GenerationMode.ASSISTED_GENERATION:
         return "assisted decoding rolls back what a state cannot"
+    if call.call.settings.cache_implementation == "static":
+        return "static caches of some releases of Transformers leave out its states"
     return ""
 
 
