@@ -139,8 +139,9 @@ def test_models_that_keep_their_states_elsewhere_are_refused(name: str) -> None:
         CacheGenCache.from_context(state_models.shared(name), CONTEXT)
 
 
-def test_a_static_cache_is_filled() -> None:
-    model = state_models.shared("qwen3_next")
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "jamba"])
+def test_a_static_cache_is_filled(name: str) -> None:
+    model = state_models.shared(name)
     cache = CacheGenCache.from_context(model, CONTEXT)
     options = {"cache_implementation": "static", "disable_compile": True}
     expected = ask(model, PROMPTS["grown"], **options)

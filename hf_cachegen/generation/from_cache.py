@@ -36,7 +36,14 @@ from hf_cachegen.generation.from_encoder import generate_from_encoder
 from hf_cachegen.generation.twin import rest_by_cache, rest_of_first, twin_of
 from hf_cachegen.models.call import GenerateCall
 from hf_cachegen.models.causality import hides_pads
-from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_argument, masks_by_token_types, unwrapped
+from hf_cachegen.models.compat import (
+    CACHE_ARGUMENT,
+    CACHE_NAMES,
+    CONTINUES_STATIC_STATES,
+    cache_argument,
+    masks_by_token_types,
+    unwrapped,
+)  # fmt: skip
 from hf_cachegen.models.continuation import continuation_of, read_singly
 from hf_cachegen.models.kinds import holds_states, is_plain, kv_layers, layer_contents
 from hf_cachegen.models.layers import build_by_config, build_dynamic, build_static
@@ -186,6 +193,7 @@ def _continue(model: PreTrainedModel, context: CachedContext, call: GenerateCall
     usable = usable and (not any(reuse.pads) or hides_pads(model))
     steps = states and not continuation_of(model).several
     usable = usable and not (steps and ids.shape[1] - reuse.length > MAX_STEPS)
+    usable = usable and not (states and settings.cache_implementation == "static" and not CONTINUES_STATIC_STATES)
     repeats = max(settings.num_beams, settings.num_return_sequences)
     rest = replace(covered, reuse=reuse).rest(repeats) if usable else {}
     if rest and settings.cache_implementation == "static" and masks_by_token_types(model):

@@ -34,6 +34,10 @@ ENCODER_HOOK = (
 """Name of the method with which `generate` runs the encoder of an encoder-decoder model."""
 EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 """The classes of cache layers that hold nothing."""
+CONTINUES_STATIC_STATES = Version("5.23") <= RELEASE
+"""Whether a static cache that holds recurrent states continues rightly. In 5.17 that of Falcon-H1 does not, with other
+tokens and no error; releases between are not known.
+"""
 HIDDEN_STATE_DRAFTS = ("use_mtp", "speculation_type")
 """Generation settings, not known to every release, that draft tokens from hidden states of the whole prompt."""
 
