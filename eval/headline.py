@@ -9,7 +9,8 @@ and writes a report. Everything is resumable: the same command continues after a
 finished run that documents show, from the committed metrics alone.
 
 The headline is a task that the reference model can do and that is not saturated: long records in which numbers may
-begin alike. Beside it stand tasks that the model cannot do well, and texts on real weights that the profile has not seen.
+begin alike. Beside it stand tasks that the model cannot do well, and texts on real weights that the profile
+has not seen.
 """
 
 from __future__ import annotations
