@@ -1,4 +1,4 @@
-"""The runs that README and the documents quote, each suite with one command.
+"""The runs of the headline tables, each suite with one command.
 
     python -m eval.headline reference
     python -m eval.headline real --model runs/smollm2-135m --profile runs/smollm2-profile --text second_half.txt ...
@@ -6,10 +6,11 @@
 
 A suite learns what it needs once (into `--work`), measures every case into a folder of runs, compresses the predictions
 and writes a report. Everything is resumable: the same command continues after a kill. `table` prints the rows of a
-finished suite that README shows, from the committed metrics alone.
+finished run that documents show, from the committed metrics alone.
 
-The headline is a task that the reference model can do and that is not saturated: records in which numbers may begin
-alike. Beside it stand tasks that the model cannot do well, and texts on real weights that the profile has not seen.
+The headline is a task that the reference model can do and that is not saturated: long records in which numbers may
+begin alike. Beside it stand tasks that the model cannot do well, and texts on real weights that the profile
+has not seen.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def reference_cases() -> tuple[Case, ...]:
     everything = (*PUBLISHED, *OWN, *(f"predict{layer}" for layer in PREDICTORS))
     few = ("uniform-4", "artifact", "kvtc", "klt", "predict0", "predict1")
     return (
-        Case("any-numbers", "reference-lines:any_numbers=1,questions=4", everything),
+        Case("any-numbers", "reference-lines:any_numbers=1,lines=180,questions=4", everything),
         Case("topics", "reference-topics", few),
         Case("stories", "reference-stories", few),
     )
@@ -139,7 +140,7 @@ def table(path: Path) -> Table:
 
 @click.group()
 def main() -> None:
-    """Measure the suites that README and the documents quote."""
+    """Measure the suites of the headline tables."""
 
 
 @main.command()

@@ -15,7 +15,7 @@ Means and intervals are over contexts (`eval.intervals`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import codecs, datasets, intervals, surroundings
+from eval import codecs, datasets, intervals, metrics, surroundings
 from eval.answers import answers, first_line
 from eval.baselines.joint import Joint
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example
 from eval.measure import continuation, encode
 from eval.models import find_profile, load_model, load_tokenizer, token_ids
+from eval.report.tables import percent
 from hf_cachegen import CacheGenCache
 
 WORST = 0.05
@@ -146,8 +147,7 @@ def table(rows: list[Measured]) -> str:
     ]
     for (codec, level), found in groups.items():
         s = summary(found)
-        sums = np.array([sum(row.same) for row in found], dtype=np.float64)
-        counts = np.array([len(row.same) for row in found], dtype=np.float64)
+        sums, counts = _numbers(found, sum), _numbers(found, len)
         ends = intervals.clipped(intervals.interval(sums, counts, share=True), 0.0, 1.0)
         shown = "" if ends is None else f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]"
         lines.append(
@@ -156,6 +156,27 @@ def table(rows: list[Measured]) -> str:
             f"{s['undecided']:.0%} of all | {100 * intervals.ratio(sums, counts):.0f}%{shown} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def short_table(path: Path) -> str:
+    """Return the table of committed results that README shows: bits, answers and divergence.
+
+    Args:
+        path: the JSON file.
+    """
+    groups: dict[tuple[str, int | None], list[Measured]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        groups.setdefault((row["codec"], row["level"]), []).append(Measured(**row))
+    lines = ["| technique | bits per element | same answers, 95 % | KL, nats per token |", "|---|---:|---:|---:|"]
+    for key, found in groups.items():
+        figures = summary(found)
+        same = percent(metrics.share(_numbers(found, sum), _numbers(found, len)))
+        lines.append(f"| {codecs.title(*key)} | {figures['bits']:.2f} | {same} | {figures['kl']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(rows: list[Measured], count: Callable[[list[int]], int]) -> intervals.Numbers:
+    return np.array([count(row.same) for row in rows], dtype=np.float64)
 
 
 @click.group()

@@ -161,7 +161,7 @@ def test_kvtc_allocates_bits_where_the_variance_is(joint: Joint) -> None:
     assert all(a.last == b.first for a, b in pairwise(groups))
     assert sum((g.last - g.first) * g.bits + 32 for g in groups) <= 16 * channels // 16
     assert groups[0].bits == 8  # 16 components have nearly all of the variance
-    assert kvtc.allocate(joint.keys, 0) == []
+    assert kvtc.allocate(joint.keys, 0) == ()
 
 
 def test_joint_pca_is_an_entropy_coded_grid(kv: tuple[list[Tensor], list[Tensor]], joint: Joint) -> None:

@@ -253,6 +253,7 @@ def test_calibrated_baselines_run_with_a_basis(tmp_path: Path) -> None:
     assert len(RunFolder(tmp_path / "run").config()["asked"]["basis"]["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_klt_runs_with_a_prediction_where_the_profile_has_one(tmp_path: Path) -> None:
     tokenizer, model = load_tokenizer(str(MODEL_PATH)), load_model(str(MODEL_PATH), dtype="float32", device="cpu")
     samples = [sample(tokenizer, "lines", CALIBRATION_SEED + n, 140) for n in range(5)]

@@ -35,9 +35,9 @@ FLAT = 0.2
 """A rotation is accepted if undoing it leaves less than this share of the spread of a repeated token's keys."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis:
-    """The components of one side.
+    """The components of one side; equal to itself alone, so that results can be kept for it.
 
     Attributes:
         mean: float32 [channels].

@@ -17,6 +17,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ def kvtc(keys: Sequence[Tensor], values: Sequence[Tensor], joint: Joint) -> Iter
         yield Stored(level, decoded[0], decoded[1], spent)
 
 
-def allocate(basis: Basis, budget: int) -> list[Group]:
+@lru_cache(maxsize=16)
+def allocate(basis: Basis, budget: int) -> tuple[Group, ...]:
     """Choose groups and their bits by dynamic programming over (components so far, bits spent).
 
     Args:
@@ -104,7 +106,7 @@ def allocate(basis: Basis, budget: int) -> list[Group]:
                 cost = size * bits + -(-SIDE_BITS // unit)
                 if cost > slots:
                     continue
-                error = float(_error(basis.sample[:, first * unit : end * unit], bits))
+                error = _error(basis, first * unit, end * unit, bits)
                 found = best[first, : slots + 1 - cost] + error
                 better = found < best[end, cost:]
                 best[end, cost:][better] = found[better]
@@ -118,13 +120,15 @@ def allocate(basis: Basis, budget: int) -> list[Group]:
         groups.append(Group(first * unit, at * unit, bits))
         left -= (at - first) * bits + -(-SIDE_BITS // unit)
         at = first
-    return groups[::-1]
+    return tuple(groups[::-1])
 
 
-def _error(x: Tensor, bits: int) -> Tensor:
-    """Return the squared error of quantising each row of [tokens, components]."""
+@lru_cache(maxsize=1 << 14)
+def _error(basis: Basis, first: int, last: int, bits: int) -> float:
+    """Return the squared error of quantising components first to last - 1 of each calibration token."""
+    x = basis.sample[:, first:last]
     symbols, scale, low = _quantised(x, bits)
-    return ((symbols * scale + low - x) ** 2).sum()
+    return float(((symbols * scale + low - x) ** 2).sum())
 
 
 def _quantised(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
