@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -51,3 +52,15 @@ def make_profile(entry: int = 60, **changes: object) -> Profile:
 def geometry(dtype: str = "float32") -> Geometry:
     """Return the geometry of a cache for `make_profile`."""
     return Geometry(LAYERS, tokens=TOKENS, batch=1, dtype=dtype)
+
+
+LEVELS = {None: [(0.1, 1.0), (0.01, 2.0), (0.001, 4.0)], 0: [(0.1, 0.9), (0.01, 1.8), (0.001, 3.6)],
+          2: [(0.1, 0.5), (0.01, 1.0), (0.001, 2.0)]}  # fmt: skip
+"""(KL, bits per element) of each level of a profile."""
+
+
+def stating(profile: Profile, levels: dict[Any, list[tuple[float, float]]]) -> Profile:
+    """The same profile with other measurements."""
+    rows = {m: [{"kl": kl, "bits_per_element": bits} for kl, bits in found] for m, found in levels.items()}
+    predictors = [replace(one, about={**one.about, "measured": rows[one.layer]}) for one in profile.predictors]
+    return replace(profile, about={**profile.about, "measured": rows[None]}, predictors=tuple(predictors))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,39 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cachegen.errors import ConfigError
-from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.policy import (
     TEXT,
     Adaptive,
     Costs,
     Fixed,
-    Missing,
     Outlook,
     Paper,
     policy_of,
     refinement_order,
 )
 from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Stuck, Wait
-
-seconds = st.floats(1e-3, 10.0)
-
-
-@st.composite
-def outlooks(draw: st.DrawFn, *, rate: bool = True, slo: bool = True) -> Outlook:
-    """Draw any state of a stream with 1 to 6 chunks missing and 1 to 3 levels."""
-    levels = draw(st.integers(1, 3))
-    chunks = []
-    for _ in range(draw(st.integers(1, 6))):
-        sizes = [draw(st.integers(0, 10**6)) for _ in range(levels)]
-        wire = tuple(float(sum(sizes[: level + 1])) for level in range(levels))
-        recompute = draw(st.one_of(seconds, st.just(math.inf)))
-        chunks.append(Missing(wire, draw(st.floats(0, 0.1)), recompute))
-    speed = draw(st.floats(1e3, 1e9)) if rate else None
-    return Outlook(draw(st.floats(-1, 100)) if slo else math.inf, speed, tuple(chunks))
-
-
-def cheapest(costs: Costs) -> float:
-    return min(costs.seconds(level, text) for level in range(1, costs.levels + 1) for text in range(costs.count + 1))
+from tests.policy_support import World, cheapest, outlooks, steady
 
 
 @given(outlooks())
@@ -115,36 +92,6 @@ def test_the_paper_recomputes_all_where_that_fits_else_takes_the_finest_level_th
         assert costs.seconds(1, plan.text) == min(costs.seconds(1, 0), costs.seconds(1, costs.count))
 
 
-@given(outlooks(), st.floats(0, 20))
-def test_the_first_layers_of_a_prediction_overlap_transfers_and_text_needs_none(outlook: Outlook, first: float) -> None:
-    costs, without = Costs(replace(outlook, first_seconds=first)), Costs(outlook)
-    for level in range(1, costs.levels + 1):
-        assert costs.seconds(level, costs.count) == without.seconds(level, costs.count)
-        for text in range(costs.count):
-            assert max(first, without.seconds(level, text)) <= costs.seconds(level, text)
-            assert costs.seconds(level, text) <= first + without.seconds(level, text) + 1e-9
-    plan = Adaptive().plan(replace(outlook, first_seconds=first))
-    if cheapest(costs) <= outlook.seconds_left:
-        assert costs.seconds(plan.level, plan.text) <= outlook.seconds_left
-
-
-@pytest.mark.parametrize(
-    ("first", "recompute", "left", "level", "text"),
-    [
-        (0.0, 1.0, 2.0, 3, 0),
-        (1.8, 1.0, 2.0, 3, 0),  # they overlap the 1.8 s of transfers
-        (2.5, 0.5, 2.0, 3, 4),  # they are too slow, so all is recomputed
-        (2.5, 9.0, 2.0, 1, 0),  # nothing fits: the fastest way
-    ],
-)
-def test_levels_text_and_the_first_layers(first: float, recompute: float, left: float, level: int, text: int) -> None:
-    chunks = tuple(Missing((1e5, 2e5, 4.5e5), 0.01, recompute) for _ in range(4))
-    plan = Adaptive().plan(Outlook(left, 1e6, chunks, first))
-    assert (plan.level, plan.text) == (level, text)
-    paper = Paper().plan(Outlook(left, 1e6, chunks, first))
-    assert (paper.level, paper.text) == ((3, 0) if first < left and recompute > 0.5 else (1, 4 if recompute < 1 else 0))
-
-
 @given(outlooks(rate=False))
 def test_choices_before_the_first_sample(outlook: Outlook) -> None:
     """The aim is the middle level. Adaptive fetches the base first, and recomputes at the last moment, or if it is too
@@ -176,89 +123,6 @@ def test_unknown_policies_are_refused(policy: str, level: Any) -> None:
 
 
 # Whole streams, in simulated time.
-
-
-@dataclass
-class World:
-    """A link of `rate(now)` bytes per second, one request at a time, and a model whose first layers take `first`."""
-
-    tokens: int
-    sizes: tuple[int, ...]
-    chunks: int
-    rate: Callable[[float], float]
-    token_seconds: float
-    decode_seconds: float
-    run_bytes: int = 10**6
-    first: float = 0.0
-
-    def recompute(self, chunk: Chunk) -> float:
-        return self.token_seconds * chunk.tokens * (1 + chunk.first / 10_000)
-
-    def schedule(self, policy: Any, slo: float | None, refine: Any = "before") -> Schedule:
-        chunks = [
-            Chunk(i, i * self.tokens, self.tokens, self.sizes, self.sizes, len(self.sizes)) for i in range(self.chunks)
-        ]
-        found = Schedule(chunks, policy, slo, refine, self.recompute)
-        found.prepared()
-        found.first_seconds = self.first
-        return found
-
-    def run(self, schedule: Schedule) -> float:
-        """Return the time at which the context is complete, in seconds."""
-        now, rate = 0.0, None
-        wire: tuple[float, list[tuple[int, int]], float] | None = None
-        work: tuple[float, Decode | Recompute | None, float] | None = None
-        for _ in range(100_000):
-            if wire is None and (run := schedule.next_run(now, rate, self.run_bytes)):
-                nbytes = sum(self.sizes[part] for _, part in run)
-                wire = now + self._transfer(now, nbytes), run, now
-            if work is None:
-                found = schedule.next_work(now, rate)
-                assert not isinstance(found, Stuck)
-                if isinstance(found, Finished):
-                    return now
-                if schedule.first_seconds and (isinstance(found, Decode) or schedule.wants_first_layers(now, rate)):
-                    work = now + self.first, None, now
-                elif isinstance(found, Decode):
-                    work = now + self.decode_seconds, found, now
-                elif isinstance(found, Recompute):
-                    work = now + self.recompute(schedule.chunks[found.chunk]), found, now
-            now = min(wire[0] if wire else math.inf, work[0] if work else math.inf, now + 0.2)
-            if wire and wire[0] <= now:
-                rate = sum(self.sizes[part] for _, part in wire[1]) / (wire[0] - wire[2])
-                for part in wire[1]:
-                    schedule.arrived(*part)
-                wire = None
-            if work and work[0] <= now:
-                if work[1] is None:
-                    schedule.first_seconds = 0.0
-                elif isinstance(work[1], Decode):
-                    schedule.decoded(work[1].chunk, work[1].level, self.decode_seconds)
-                else:
-                    schedule.recomputed(work[1].chunk)
-                work = None
-        raise AssertionError("the stream does not end")
-
-    def _transfer(self, now: float, nbytes: float) -> float:
-        """Return the seconds that a request takes from `now` on."""
-        start, step = now, 0.1
-        while nbytes > self.rate(now) * step:
-            nbytes -= self.rate(now) * step
-            now += step
-        return now - start + nbytes / self.rate(now)
-
-
-def steady(draw: st.DrawFn) -> World:
-    rate = 10 ** draw(st.floats(5.5, 8.5))
-    sizes = tuple(draw(st.integers(10_000, 2_000_000)) for _ in range(draw(st.integers(1, 3))))
-    return World(
-        draw(st.sampled_from([64, 512])),
-        sizes,
-        draw(st.integers(1, 8)),
-        lambda now: rate,
-        draw(st.floats(1e-5, 1e-2)),
-        draw(st.floats(1e-4, 0.02)),
-    )
 
 
 def coarsest(schedule: Schedule) -> float:
@@ -372,36 +236,3 @@ def test_chunks_on_this_disk_need_no_throughput() -> None:
     plan = schedule.plan(0.0, None)
     assert plan is not None
     assert (plan.level, plan.sure, plan.text, plan.provisional) == (3, 3, 0, False)
-
-
-def test_a_stream_runs_the_first_layers_while_chunks_arrive() -> None:
-    """Set aside in full, their second would leave time for level 2 alone."""
-    world = World(512, (10**6, 10**6, 2 * 10**6), 4, lambda now: 1e7, 1.0, 0.01, first=1.0)
-    schedule = world.schedule(Adaptive(caution=1), 1.9)
-    assert world.run(schedule) <= 1.9
-    assert [chunk.level for chunk in schedule.chunks] == [3] * 4
-
-
-def test_first_layers_that_do_not_fit_are_not_run_where_text_does() -> None:
-    world = World(512, (10**6,), 4, lambda now: 1e5, 1e-4, 0.01, first=3.0)
-    schedule = world.schedule(Adaptive(), 1.0)
-    assert world.run(schedule) <= 1.0
-    assert all(chunk.text for chunk in schedule.chunks)
-    assert schedule.first_seconds == 3.0
-
-
-def test_a_link_that_dies_leaves_no_first_layers_to_run() -> None:
-    world = World(512, (10**6,), 4, lambda now: 1e6, 1e-4, 0.01, first=3.0)
-    schedule = world.schedule(Adaptive(), 1.0)
-    schedule.cut_off()
-    assert world.run(schedule) <= 1.0
-    assert schedule.first_seconds == 3.0
-
-
-def test_first_layers_that_took_the_time_of_the_deadline_end_in_the_coarsest_level() -> None:
-    """The first layers took longer than expected: what has arrived is decoded at once."""
-    world = World(512, (10**5, 10**6), 2, lambda now: 1e6, 9.0, 0.01, first=0.1)
-    schedule = world.schedule(Adaptive(), 1.0)
-    world.first = 1.5
-    assert world.run(schedule) <= 1.6
-    assert all(chunk.level >= 1 for chunk in schedule.chunks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,17 +16,16 @@ from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.manifest import loads
 from hf_cachegen.codec import basis
 from hf_cachegen.codec.context import Encoder
-from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.predictor import Known
-from hf_cachegen.codec.predictor_choice import LEAST_BITS, bits_at, settled, ways
 from hf_cachegen.errors import ConfigError, ProfileError, TensorError, UnsupportedFormatError
 from hf_cachegen.models.first_layers import first_layers, known_of
 from hf_cachegen.profiles.learning import continuation_logits, divergence, prefill
 from hf_cachegen.stores import LocalStore
+from hf_cachegen.streaming import loader
 from hf_cachegen.streaming.loader import Loader
 from hf_cachegen.streaming.prefill_speed import PrefillSpeed
 from tests.golden_cache import golden_known, golden_kv, golden_predicting, golden_profile
-from tests.klt_support import samples
+from tests.klt_support import LEVELS, samples, stating
 from tests.tiny_models import SUPPORTED, make, shared, tokens
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
@@ -135,10 +133,10 @@ def test_streams_predict(profile: Profile, config: CacheGenConfig, tmp_path: Pat
         torch.testing.assert_close(mine, other)
 
 
-def test_a_stream_leaves_time_for_the_first_layers(
+def test_a_stream_knows_the_time_of_the_first_layers(
     profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids, left = tokens(70), []
+    ids, first = tokens(70), []
     config = replace(CONFIG, predict_layers=2)
     CacheGenCache.from_context(shared("llama"), ids, config, profile).save_pretrained(tmp_path)
     monkeypatch.setattr(PrefillSpeed, "seconds", lambda self, first, count: 0.1 * count)
@@ -147,11 +145,28 @@ def test_a_stream_leaves_time_for_the_first_layers(
 
     def watched(self: Loader) -> None:
         set_deadline(self)
-        left.append(self._schedule.deadline)
+        first.append(self._schedule.first_seconds)
 
     monkeypatch.setattr(Loader, "_set_deadline", watched)
     CacheGenCache.stream(tmp_path, shared("llama"), profile=profile, slo=60.0)
-    assert left[-1] - left[0] == pytest.approx(0.5 * 7.0)  # two of four layers over 70 tokens, until they were run
+    assert first[0] == pytest.approx(0.5 * 7.0)  # two of four layers over 70 tokens
+    assert first[-1] == 0.0  # they have run
+
+
+@pytest.mark.parametrize("slo", [0.001, 60.0])
+def test_a_stream_that_recomputes_all_runs_no_first_layers(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slo: float
+) -> None:
+    """Whatever the deadline: a decode that needs the first layers would run them."""
+    model, ids = shared("llama"), tokens(70)
+    CacheGenCache.from_context(model, ids, replace(CONFIG, predict_layers=2), profile).save_pretrained(tmp_path)
+    ran: list[int] = []
+    monkeypatch.setattr(loader, "known_of", lambda *given: ran.append(1))
+    streamed = CacheGenCache.stream(tmp_path, model, profile=profile, level="text", slo=slo)
+    assert ran == []
+    keys, _, _ = prefill(model, ids)
+    for mine, exact in zip(streamed.kv.keys, keys, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_the_default_predicts_where_the_profile_can(profile: Profile, tmp_path: Path) -> None:
@@ -293,68 +308,6 @@ def write_golden(directory: Path) -> None:
     write(source, directory, input_ids=list(range(50)), fingerprint={"model": "golden"})
 
 
-LEVELS = {None: [(0.1, 1.0), (0.01, 2.0), (0.001, 4.0)], 0: [(0.1, 0.9), (0.01, 1.8), (0.001, 3.6)],
-          2: [(0.1, 0.5), (0.01, 1.0), (0.001, 2.0)]}  # fmt: skip
-"""(KL, bits per element) of each level of a profile."""
-
-
-def stating(profile: Profile, levels: dict[Any, list[tuple[float, float]]]) -> Profile:
-    """The same profile with other measurements."""
-    rows = {m: [{"kl": kl, "bits_per_element": bits} for kl, bits in found] for m, found in levels.items()}
-    predictors = [replace(one, about={**one.about, "measured": rows[one.layer]}) for one in profile.predictors]
-    return replace(profile, about={**profile.about, "measured": rows[None]}, predictors=tuple(predictors))
-
-
-@pytest.mark.parametrize(
-    ("kl", "bits"), [(0.01, 2.0), (0.1, 1.0), (10**-1.5, 1.5), (10**-2.5, 3.0), (1e-4, 6.0), (10.0, LEAST_BITS)]
-)
-def test_bits_between_and_beyond_the_measured_levels(kl: float, bits: float) -> None:
-    assert bits_at(LEVELS[None], kl) == pytest.approx(bits)
-    assert bits_at([(0.02, 1.5)], kl) == 1.5
-
-
-@pytest.mark.parametrize(
-    ("gbps", "prefill", "layer"),
-    [
-        (1e-6, 0.01, 2),  # a slow link: the fewest bits
-        (1e3, 10.0, 0),  # a fast one: m = 2 would take 2 / 4 of the prefill
-        (1e-6, 1e9, 0),  # a model slower than the link
-    ],
-)
-def test_auto_is_the_earliest_first_token(profile: Profile, gbps: float, prefill: float, layer: int) -> None:
-    geometry = Geometry(profile.layers, 512, 1, "float32")
-    config = CacheGenConfig(predict_layers="auto", bandwidth_gbps=gbps)
-    found = settled(config, stating(profile, LEVELS), geometry, prefill)
-    assert found == CacheGenConfig(predict_layers=layer)
-    costs = ways(stating(profile, LEVELS), config, geometry, gbps * 1e9 / 8, prefill)
-    assert [way.layer for way in costs] == [None, 0, 2]
-    assert min(way.seconds for way in costs) == next(way.seconds for way in costs if way.layer == layer)
-    assert costs[2].first_seconds == pytest.approx(prefill * 2 / len(profile.layers))
-    speed = replace(config, prefill_tokens_per_second=512 / prefill)
-    assert settled(speed, stating(profile, LEVELS), geometry, None) == found
-
-
-def test_auto_compares_at_one_divergence(profile: Profile) -> None:
-    """Fewer bits at a larger divergence are no gain."""
-    geometry = Geometry(profile.layers, 512, 1, "float32")
-    config = CacheGenConfig(predict_layers="auto", bandwidth_gbps=1e-3)
-    worse = {None: LEVELS[None], 0: [(kl * 100, bits * 0.9) for kl, bits in LEVELS[None]], 2: LEVELS[None]}
-    found = settled(config, stating(profile, worse), geometry, 1.0)
-    assert found == CacheGenConfig(predict_layers=None)
-
-
-def test_auto_without_a_choice(profile: Profile) -> None:
-    geometry = Geometry(profile.layers, 512, 1, "float32")
-    config = CacheGenConfig(predict_layers="auto", bandwidth_gbps=1.0)
-    for options, given in (({}, None), ({}, replace(profile, predictors=())), ({"transform": "delta"}, profile)):
-        expected = CacheGenConfig(predict_layers=None, **options)
-        assert settled(replace(config, **options), given, geometry, None) == expected
-    with pytest.raises(ConfigError, match="needs prefill_tokens_per_second"):
-        settled(config, profile, geometry, None)
-    with pytest.raises(ProfileError, match="does not state the bits"):
-        settled(config, replace(profile, about={}), geometry, 1.0)
-
-
 def test_auto_from_a_context_to_an_artifact(profile: Profile, tmp_path: Path) -> None:
     model, context = shared("llama"), samples()[0][0]
     auto = replace(CONFIG, predict_layers="auto", bandwidth_gbps=1e-6, prefill_tokens_per_second=1e6)
@@ -370,18 +323,6 @@ def test_auto_from_a_context_to_an_artifact(profile: Profile, tmp_path: Path) ->
     keys, values, _ = prefill(model, context)
     with pytest.raises(ConfigError, match="predict_layers='auto' is chosen for a context"):
         encode_kv(keys, values, auto, profile)
-
-
-@pytest.mark.parametrize(
-    "options", [{"predict_layers": "auto"}, {"bandwidth_gbps": 1.0}, {"prefill_tokens_per_second": 5.0},
-                {"predict_layers": "auto", "bandwidth_gbps": 0.0}, {"predict_layers": "auto", "bandwidth_gbps": "1"},
-                {"predict_layers": "auto", "bandwidth_gbps": float("inf")}], ids=str,
-)  # fmt: skip
-def test_options_of_auto_are_checked(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"bandwidth_gbps|prefill_tokens_per_second"):
-        CacheGenConfig(**options)
-    with pytest.raises(ConfigError, match="in an artifact"):
-        CacheGenConfig.from_dict({"predict_layers": "auto", "bandwidth_gbps": 1.0})
 
 
 def test_profiles_without_predictors_keep_their_bytes() -> None:
