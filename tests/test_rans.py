@@ -100,6 +100,31 @@ def test_tables_of_three_symbols_among_others(channels: int, backend: str) -> No
         assert torch.equal(section.decode(streams, backend=backend), symbols)
 
 
+@pytest.mark.parametrize("prob_bits", [10, 11, 12])
+def test_tables_of_three_symbols_at_all_frequencies(prob_bits: int) -> None:
+    """Their encoder divides floats, which must be exact for every state and frequency; the scalar one does not."""
+    torch.manual_seed(prob_bits)
+    total = 1 << prob_bits
+    ends = torch.tensor([[1, 1], [1, total - 2], [total - 2, 1], [1, total // 2], [total // 3, total // 3]])
+    some = (torch.rand(79, 2) * (total - 2) / 2).long() + 1
+    pairs = torch.cat([ends, some])
+    tables = Tables(torch.cat([pairs, total - pairs.sum(1, keepdim=True)], 1), prob_bits)
+    ids = torch.randint(0, len(pairs), (512, 3), dtype=torch.uint8)
+    symbols, contexts = torch.randint(0, 3, (2, 1500, 512), dtype=torch.uint8)
+    known = rans.encode(symbols, tables, ids, contexts, backend="scalar")
+    for backend in (isa.name.lower() for isa in native.available_isas()):
+        assert rans.encode(symbols, tables, ids, contexts, backend=backend) == known
+        for wrong in (3, 4, 131, 255):
+            damaged = symbols.clone()
+            damaged[1499, 500] = wrong
+            with pytest.raises(TensorError, match="no frequency"):
+                rans.encode(damaged, tables, ids, contexts, backend=backend)
+    tables = Tables(torch.tensor([[total // 2, 0, total // 2]]).expand(3, 3), prob_bits)
+    for backend in (isa.name.lower() for isa in native.available_isas()):
+        with pytest.raises(TensorError, match="no frequency"):
+            rans.encode(torch.ones_like(symbols), tables, ids % 3, contexts, backend=backend)
+
+
 @pytest.mark.parametrize("channels", [1, 31, 32, 33, 64, 65, 255, 256, 257, 512, 530])
 def test_tile_edges(channels: int, backend: str) -> None:
     section = draw_section(channels, 5, channels, laplace_tables([0.5, 3.0], 11), 1)

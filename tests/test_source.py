@@ -184,7 +184,7 @@ def test_contradictory_arguments_are_refused(change: dict[str, int]) -> None:
     costs = abi.Costs(book.compiled_cost.data_ptr(), book.compiled_cost.shape[1], 0)
     entries, found, refused = torch.empty(16, dtype=torch.uint8), torch.empty(16, dtype=torch.int64), ctypes.c_uint32()
     with pytest.raises(NativeError, match="BAD_ARGUMENT"):
-        native.call("cg_choose", view, spans, 1, 0, costs, None, entries, found, ctypes.byref(refused))
+        native.call("cg_choose", view, spans, 1, 0, costs, None, entries, found, ctypes.byref(refused), None, 0, None)
 
 
 def test_spans_beyond_the_chunk_are_refused() -> None:

@@ -66,6 +66,12 @@ struct Avx2 {
   static CACHEGEN_HD Int is_zero(Int x) { return _mm256_cmpeq_epi32(x, _mm256_setzero_si256()); }
   static CACHEGEN_HD bool any(Int x) { return _mm256_testz_si256(x, x) == 0; }
 
+  // x / y, or one less: see Note 4 of vector_tiles.h.
+  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
+    const __m256 about = _mm256_div_ps(_mm256_cvtepi32_ps(x), _mm256_cvtepi32_ps(y));
+    return _mm256_cvttps_epi32(_mm256_mul_ps(about, _mm256_set1_ps(below)));
+  }
+
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {
     const Int even = _mm256_srli_epi64(_mm256_mul_epu32(a, b), 32);
     const Int odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));

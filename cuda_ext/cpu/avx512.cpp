@@ -47,6 +47,12 @@ struct Avx512 {
   static CACHEGEN_HD Int is_zero(Int x) { return _mm512_maskz_mov_epi32(_mm512_testn_epi32_mask(x, x), all(1)); }
   static CACHEGEN_HD bool any(Int x) { return _mm512_test_epi32_mask(x, x) != 0; }
 
+  // x / y, or one less: see Note 4 of vector_tiles.h.
+  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
+    const __m512 about = _mm512_div_ps(_mm512_cvtepi32_ps(x), _mm512_cvtepi32_ps(y));
+    return _mm512_cvttps_epi32(_mm512_mul_ps(about, _mm512_set1_ps(below)));
+  }
+
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {
     const Int even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
     const Int odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));

@@ -71,6 +71,12 @@ struct Neon {
   static CACHEGEN_HD bool any(Int x) { return vmaxvq_u32(x) != 0; }
   static CACHEGEN_HD uint32_t mask(Int condition) { return vaddvq_u32(both(condition, of(1, 2, 4, 8))); }
 
+  // x / y, or one less: see Note 4 of vector_tiles.h.
+  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
+    const float32x4_t about = vdivq_f32(vcvtq_f32_u32(x), vcvtq_f32_u32(y));
+    return vcvtq_u32_f32(vmulq_f32(about, vdupq_n_f32(below)));
+  }
+
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {
     const uint64x2_t low = vmull_u32(vget_low_u32(a), vget_low_u32(b)), high = vmull_high_u32(a, b);
     return vuzp2q_u32(vreinterpretq_u32_u64(low), vreinterpretq_u32_u64(high));

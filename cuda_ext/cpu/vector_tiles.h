@@ -5,6 +5,9 @@
 // 2. A lane's 8 symbols of a token are 8 adjacent bytes: two 32-bit halves, filled byte by byte as columns are decoded.
 // 3. The encoder's words of one step go to memory from the top down. A vector of them is stored whole, its valid words
 //    uppermost; what lies below is written over later, and the slot is large enough for it.
+// 4. Tables of three symbols alone are encoded without a gather: a frequency is the difference of two bounds, and the
+//    division by it is one of floats. A state is below its limit, so the quotient is below 2^21. Three roundings, of 2^-24
+//    each, and the factor 1 - 2^-22 leave less than one, and never too much: the remainder tells whether one is missing.
 #pragma once
 
 #include "tile_decoder.h"
@@ -173,6 +176,47 @@ uint8_t* encode_whole(const cg_section& section, const Tables& tables, const Til
   return V::any(bad) ? nullptr : write;
 }
 
+// The same with tables that Compared serves: see Note 4.
+template <class V>
+uint8_t* encode_ternary(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
+                        uint8_t* write, uint32_t* state) {
+  constexpr uint32_t kGroups = kLanes / V::kWidth;
+  constexpr float kBelow = 1 - 0x1p-22f;
+  using Int = typename V::Int;
+  Bases bases;
+  bases.fill(section, tile, [&](uint8_t id) { return Compared<V>::kept(tables, id); });
+  const uint32_t prob_bits = tables.prob_bits;
+  const Int byte = V::all(0xff), low_half = V::all(0xffff), total = V::all(1u << prob_bits), limit_bits = V::all(kStateBits - prob_bits);
+  const Int one = V::all(1), two = V::all(2), none = V::all(0), beyond = V::all(0x1fc), total_bits = V::all(prob_bits);
+  Int x[kGroups], bad = V::all(0);
+  for (uint32_t g = 0; g < kGroups; g++) x[g] = V::all(kMinState);
+  for (uint64_t t = section.tokens; t-- > 0;) {
+    const uint64_t row = t * section.columns + tile.first_column;
+    TokenBytes<V> in, contexts;
+    in.load(symbols + row);
+    contexts.load(section.contexts + row);
+#pragma GCC unroll 32
+    for (uint32_t step = 0; step < kPerLane * kGroups; step++) {
+      const uint32_t c = kPerLane - 1 - step / kGroups, g = kGroups - 1 - step % kGroups;
+      const Int symbol = V::both(V::right(in.half[c / 4][g], 8 * (c % 4)), byte);
+      const Int kept = base_of<V, kContexts>(bases, contexts, c, g);
+      const Int second = V::both(kept, low_half), third = V::right(kept, 16);
+      const auto past_first = V::at_least(symbol, one), past_second = V::at_least(symbol, two);
+      const Int start = V::choose(past_second, third, V::choose(past_first, second, none));
+      const Int end = V::choose(past_second, total, V::choose(past_first, third, second));
+      const Int frequency = V::subtract(end, start);
+      bad = V::either(bad, V::either(V::is_zero(frequency), V::both(V::add(symbol, one), beyond)));  // 3 or more
+      x[g] = V::give(x[g], V::left_by(frequency, limit_bits), write);
+      const Int quotient = V::quotient(x[g], frequency, kBelow);
+      const Int remainder = V::subtract(x[g], V::multiply(quotient, frequency));
+      const Int found = V::add(V::add(V::left_by(quotient, total_bits), remainder), start);
+      x[g] = V::add_where(V::at_least(remainder, frequency), found, V::subtract(total, frequency));
+    }
+  }
+  for (uint32_t g = 0; g < kGroups; g++) V::store(state + g * V::kWidth, x[g]);
+  return V::any(bad) ? nullptr : write;
+}
+
 template <class V>
 int32_t encode_tile(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
                     uint8_t* slot_end, uint64_t* stream_bytes) {
@@ -180,7 +224,10 @@ int32_t encode_tile(const cg_section& section, const Tables& tables, const Tile&
   *stream_bytes = 0;
   if (const int32_t status = check_tile(section, tables, tile)) return status;
   uint32_t state[kLanes];
-  const auto encode = section.ids_per_column == 1 ? encode_whole<V, 1> : encode_whole<V, kContexts>;
+  const bool ternary = section.ids_per_column == kContexts && Compared<V>::serves(tables, section, tile);
+  const auto encode = ternary                       ? encode_ternary<V>
+                      : section.ids_per_column == 1 ? encode_whole<V, 1>
+                                                    : encode_whole<V, kContexts>;
   uint8_t* write = encode(section, tables, tile, symbols, slot_end, state);
   if (write == nullptr) return CG_BAD_SYMBOL;
   for (uint32_t lane = kLanes; lane-- > 0;) store_state(write -= kStateBytes, state[lane]);
