@@ -76,13 +76,14 @@ def points(
     context, continuation = test
     keys, values, _ = prefill(model, context)
     exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
-    layer, found, half = config.predict_layers, list[tuple[float, float]](), [in_bfloat16(keys), in_bfloat16(values)]
+    layer, found = config.predict_layers, list[tuple[float, float]]()
     known = None if layer is None else known_of(model, context, profile, layer)
     for offset in offsets:
-        encoded = encode_kv(*half, replace(config, step_offset=offset), profile, known=known)
+        stepped = replace(config, step_offset=offset)
+        encoded = encode_kv(in_bfloat16(keys), in_bfloat16(values), stepped, profile, known=known)
         for level in range(1, levels + 1):
-            decoded = [[x.float() for x in side] for side in decode_kv(encoded, level, known=known)]
-            lossy = continuation_logits(model, *decoded, continuation).log_softmax(-1)
+            k, v = ([x.float() for x in side] for side in decode_kv(encoded, level, known=known))
+            lossy = continuation_logits(model, k, v, continuation).log_softmax(-1)
             kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
             found.append((8 * encoded.nbytes_at(level) / encoded.geometry.elements, kl))
     return found
