@@ -272,8 +272,10 @@ def table(curves: dict[str, Any], sizes: dict[str, Any], usual: str) -> str:
     for name, points in curves.items():
         cells = []
         for kl in GOALS:
-            bits, other = bits_at(points, kl), bits_at(curves[usual], kl)
-            cells.append(f"{bits:.3f} | {bits / other:.2f}")
+            least, other = min(points), bits_at(curves[usual], kl)
+            within = least[1] <= kl  # even the coarsest point: an upper bound
+            bits = least[0] if within else bits_at(points, kl)
+            cells.append(f"{'<= ' * within}{bits:.3f} | {bits / other:.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} | {sizes[name][0] / 1e6:.1f} | {sizes[name][1] / 1e6:.1f} |")
     return "\n".join(lines) + "\n"
 
