@@ -26,7 +26,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -195,8 +195,24 @@ def with_entries(profile: Profile, layer: int | None, entries: Tensor) -> Profil
     return replace(profile, predictors=tuple(changed))
 
 
+class Exact(NamedTuple):
+    """A test context: its tokens, the tokens that follow, its exact cache, and the exact log-probabilities."""
+
+    context: Tensor
+    continuation: Tensor
+    kv: KV
+    expected: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, test: Sample) -> Exact:
+        """Compute it."""
+        kv = prefill(model, test[0])[:2]
+        return cls(*test, kv, continuation_logits(model, *kv, test[1]).log_softmax(-1))
+
+
 @torch.no_grad()
-def curve(model: Any, profile: Profile, layer: int | None, tests: Sequence[Sample], last: int) -> list[list[float]]:
+def curve(model: Any, profile: Profile, layer: int | None, tests: Sequence[Exact], last: int) -> list[list[float]]:
     """Return the mean (bits per element, KL) of each step and level."""
     found = []
     for more in STEP_CODES:
@@ -204,16 +220,14 @@ def curve(model: Any, profile: Profile, layer: int | None, tests: Sequence[Sampl
             transform="klt", measure=False, predict_layers=layer, protect_last=last, step_offset=more
         )
         totals = torch.zeros(profile.levels, 2)
-        for context, continuation in tests:
-            exact_kv = prefill(model, context)[:2]
-            keys, values = joined(exact_kv, len(profile.layers))
-            exact = continuation_logits(model, *exact_kv, continuation).log_softmax(-1)
-            known = None if layer is None else known_of(model, context, profile, layer)
+        for test in tests:
+            keys, values = joined(test.kv, len(profile.layers))
+            known = None if layer is None else known_of(model, test.context, profile, layer)
             encoded = encode_kv(keys, values, config, profile, known=known)
             for level in range(1, encoded.levels + 1):
-                decoded = parted(decode_kv(encoded, level, known=known), len(exact_kv[0]))
-                lossy = continuation_logits(model, *decoded, continuation).log_softmax(-1)
-                kl = float((exact.exp() * (exact - lossy)).sum(-1).mean())
+                decoded = parted(decode_kv(encoded, level, known=known), len(test.kv[0]))
+                lossy = continuation_logits(model, *decoded, test.continuation).log_softmax(-1)
+                kl = float((test.expected.exp() * (test.expected - lossy)).sum(-1).mean())
                 bits = 8 * encoded.nbytes_at(level) / encoded.geometry.elements
                 totals[level - 1] += torch.tensor([bits, kl]) / len(tests)
         found += totals.tolist()
@@ -258,8 +272,10 @@ def table(curves: dict[str, Any], sizes: dict[str, Any], usual: str) -> str:
     for name, points in curves.items():
         cells = []
         for kl in GOALS:
-            bits, other = bits_at(points, kl), bits_at(curves[usual], kl)
-            cells.append(f"{bits:.3f} | {bits / other:.2f}")
+            least, other = min(points), bits_at(curves[usual], kl)
+            within = least[1] <= kl  # even the coarsest point: an upper bound
+            bits = least[0] if within else bits_at(points, kl)
+            cells.append(f"{'<= ' * within}{bits:.3f} | {bits / other:.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} | {sizes[name][0] / 1e6:.1f} | {sizes[name][1] / 1e6:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -306,6 +322,7 @@ def main(
         model, profile, [context for context, _ in training], chosen_layers,
         max([int(one) - 1 for one in joint.split(",")] + [DEFAULT_REACH]),
     )  # fmt: skip
+    exact = [Exact.of(model, test) for test in tests]
     variants: dict[str, tuple[Profile, int | None]] = {}
     for count in joint.split(","):
         variants[f"joint, {count} layers"] = learnt.joint(int(count)), None
@@ -317,7 +334,7 @@ def main(
         variants["the given profile" + ("" if layer is None else f", m = {layer}")] = profile, layer
     curves, sizes = {}, {}
     for name, (one, layer) in variants.items():
-        curves[name] = curve(model, one, layer, tests, protect_last)
+        curves[name] = curve(model, one, layer, exact, protect_last)
         alone = replace(one, predictors=tuple(p for p in one.predictors if p.layer == layer))
         at = one.at(layer)
         rank = at.rank if isinstance(at, Predictor) else 0
