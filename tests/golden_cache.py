@@ -80,11 +80,6 @@ def golden_profile() -> Profile:
     )
 
 
-def golden_points() -> Profile:
-    """Return the golden profile with reconstruction points."""
-    return replace(golden_profile(), points=(torch.arange(240).reshape(3, 80) % 250).to(torch.uint8))
-
-
 def golden_predicting() -> Profile:
     """Return the golden profile with a predictor from the first layer's input, of rank 2."""
     whole = golden_profile()

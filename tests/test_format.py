@@ -25,7 +25,7 @@ from hf_cachegen.errors import UnsupportedFormatError
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import open_with_profile
 from hf_cachegen.stores import LocalStore
-from tests.golden_cache import golden_kv, golden_layers, golden_points, golden_profile, golden_tensors
+from tests.golden_cache import golden_kv, golden_layers, golden_profile, golden_tensors
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -35,7 +35,6 @@ CASES = {
     "identity-sinks": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8),
     "indexed": CacheGenConfig(transform="identity", chunk_tokens=32, protect_last=8, levels=2),
     "klt": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
-    "klt-points": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-sinks": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
     "klt-step": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8, step_offset=-5),
     "klt-tables": CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8),
@@ -50,7 +49,6 @@ def digest(tensors: list[Tensor]) -> str:
 
 def write_golden(directory: Path, config: CacheGenConfig) -> None:
     profile = golden_profile() if config.transform == "klt" else None
-    profile = golden_points() if directory.name == "klt-points" else profile
     write(
         Encoder(*golden_kv(directory.name), config, profile, layers=golden_layers(directory.name)),
         directory,
@@ -94,7 +92,6 @@ def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None
 @pytest.mark.parametrize(("name", "features"), [
     ("identity", ()), ("identity-sinks", ("sinks",)), ("klt", ("klt",)), ("klt-tables", ("klt", "klt-tables")),
     ("klt-step", ("klt", "klt-step", "klt-tables")), ("klt-sinks", ("klt", "klt-tables", "sinks")),
-    ("klt-points", ("klt", "klt-points", "klt-tables")),
     ("states", ("states",)),
 ], ids=str)  # fmt: skip
 def test_additions_are_required_features(name: str, features: tuple[str, ...]) -> None:
@@ -159,7 +156,7 @@ if __name__ == "__main__":  # python tests/test_format.py: once for each format 
             continue
         write_golden(GOLDEN / case, config)
         if config.transform == "klt":
-            (golden_points() if case == "klt-points" else golden_profile()).save(GOLDEN / case)
+            golden_profile().save(GOLDEN / case)
         artifact = open_with_profile(LocalStore(GOLDEN / case))
         lines = [
             digest([x for side in artifact.decode(level) for x in side]) for level in range(1, artifact.levels + 1)

@@ -151,14 +151,14 @@ def test_bad_arguments_of_fine_symbols_are_refused() -> None:
     typed = abi.Source.from_buffer_copy(view)
     typed.dtype = 3
     for arguments in (
-        (grouped, spans, 2, None, None, fine, squares, out),
-        (unscaled, spans, 2, None, None, fine, squares, out),
-        (typed, spans, 2, None, None, fine, squares, out),
-        (view, None, 2, None, None, fine, squares, out),
-        (view, spans, 3, None, None, fine, squares, out),
-        (view, spans, 2, None, None, None, squares, out),
-        (view, spans, 2, None, None, fine, squares, None),
+        (grouped, spans, 2, None, fine, squares, out),
+        (unscaled, spans, 2, None, fine, squares, out),
+        (typed, spans, 2, None, fine, squares, out),
+        (view, None, 2, None, fine, squares, out),
+        (view, spans, 3, None, fine, squares, out),
+        (view, spans, 2, None, None, squares, out),
+        (view, spans, 2, None, fine, squares, None),
     ):
         with pytest.raises(NativeError, match="BAD_ARGUMENT"):
             native.call("cg_fine", *arguments, device=rows.device)
-    native.call("cg_fine", view, spans, 2, None, None, fine, None, out)
+    native.call("cg_fine", view, spans, 2, None, fine, None, out)

@@ -167,7 +167,7 @@ def test_an_artifact_needs_its_own_profile(model, profile: Profile, tmp_path: Pa
     profile.save(tmp_path / "a")  # it is found beside the artifact
     CacheGenCache.from_pretrained(tmp_path / "a", model).save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "base.safetensors").read_bytes() == (tmp_path / "a" / "base.safetensors").read_bytes()
-    assert Artifact(LocalStore(tmp_path / "a")).manifest.required == ("klt", "klt-points")
+    assert Artifact(LocalStore(tmp_path / "a")).manifest.required == ("klt",)
 
 
 def test_only_the_right_profile_is_taken_from_a_folder(model, profile: Profile, tmp_path: Path) -> None:

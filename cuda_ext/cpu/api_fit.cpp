@@ -131,8 +131,8 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
   return failed ? CG_FAILED : CG_OK;
 }
 
-int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights, const float* shifts,
-                int16_t* fine, double* squares, uint32_t* refused, const cg_run* run) noexcept {
+int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights, int16_t* fine,
+                double* squares, uint32_t* refused, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
   if (backend == nullptr || span == nullptr || !is_source(source, span, 1) || !is_scaled(*source)) return CG_BAD_ARGUMENT;
   if (source->group_tokens > 0 || n_digits > CG_MAX_DIGITS || refused == nullptr) return CG_BAD_ARGUMENT;
@@ -147,10 +147,7 @@ int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits,
     Columns columns;
     open_columns(*source, nullptr, first, width, &columns);
     alignas(64) double own[(1 + CG_MAX_DIGITS) * kTileColumns] = {};
-    alignas(64) float moves[(1 + CG_MAX_DIGITS) * kTileColumns] = {};
-    for (uint32_t k = 0; k <= n_digits && shifts != nullptr; k++)
-      memcpy(moves + k * kTileColumns, shifts + k * n + first, width * sizeof *moves);
-    if (!passes.fine(columns, *span, n_digits, weights, moves, fine + first, own)) bad = 1;
+    if (!passes.fine(columns, *span, n_digits, weights, fine + first, own)) bad = 1;
     for (uint32_t k = 0; k <= n_digits && squares != nullptr; k++)
       for (uint64_t j = 0; j < width; j++) squares[k * n + first + j] = own[k * kTileColumns + j];
   });

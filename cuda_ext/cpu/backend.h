@@ -59,9 +59,9 @@ struct SourcePasses {
   void (*spread)(const Columns& columns, const cg_span& span, double* sums);  // [4, 256]
   void (*count)(const Columns& columns, const cg_span& span, uint32_t n_digits, Counter* counter);
   bool (*symbols)(const CodeJob& job);  // false where a value has no symbol
-  // shifts, squares [1 + n_digits, 256]; false where a symbol is too large
-  bool (*fine)(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, const float* shifts,
-               int16_t* fine, double* squares);
+  // squares [1 + n_digits, 256]; false where a symbol is too large
+  bool (*fine)(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, int16_t* fine,
+               double* squares);
   void (*clear)(Counter* counter, bool all);
   // For `width` columns, whose counts are `stride` apart; small: sums are below 2^31.
   void (*choose)(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,

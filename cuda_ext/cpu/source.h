@@ -223,18 +223,11 @@ bool symbols_of(const CodeJob& job) {
 
 constexpr uint64_t kFloatRows = 64;
 
-inline float moved(float y, float shift) {
-  const float low = y > -shift ? y : -shift;
-  return y - (low < shift ? low : shift);
-}
-
-// shifts [1 + kDigits, kTileColumns]: how far decoded values are moved towards zero, at the coarsest level first.
 template <uint32_t kDigits>
-uint32_t fine_symbols(const Columns& columns, const float* __restrict y, float weight, const float* __restrict shifts,
-                      int16_t* __restrict fine, float* __restrict squares) {
+uint32_t fine_symbols(const Columns& columns, const float* __restrict y, float weight, int16_t* __restrict fine,
+                      float* __restrict squares) {
   const float *__restrict mean = columns.mean, *__restrict step = columns.step;
   float *__restrict second = squares + (kDigits > 0) * kTileColumns, *__restrict third = second + (kDigits > 1) * kTileColumns;
-  const float *__restrict shift2 = shifts + (kDigits > 0) * kTileColumns, *__restrict shift3 = shift2 + (kDigits > 1) * kTileColumns;
   constexpr int32_t kLargest = 32767;
   uint32_t outside = 0;
   for (uint32_t j = 0; j < columns.width; j++) {
@@ -243,8 +236,7 @@ uint32_t fine_symbols(const Columns& columns, const float* __restrict y, float w
     outside |= uint32_t(f.integer + kLargest) > uint32_t(2 * kLargest);
     fine[j] = int16_t(f.integer);
     const float coarser = Rounded(f.value * (1.0f / 3)).value, coarsest = Rounded(coarser * (1.0f / 3)).value;
-    const float one = d - moved(f.value * unit, shift3[j]), two = d - moved(coarser * (3 * unit), shift2[j]);
-    const float three = d - moved(coarsest * (9 * unit), shifts[j]);
+    const float one = d - f.value * unit, two = d - coarser * (3 * unit), three = d - coarsest * (9 * unit);
     if (kDigits == 2) squares[j] += weight * three * three;
     if (kDigits > 0) (kDigits == 1 ? squares : second)[j] += weight * two * two;
     third[j] += weight * one * one;
@@ -253,8 +245,8 @@ uint32_t fine_symbols(const Columns& columns, const float* __restrict y, float w
 }
 
 template <class T>
-bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, const float* shifts,
-             int16_t* fine, double* squares) {
+bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, int16_t* fine,
+             double* squares) {
   const auto levels = n_digits == 0 ? fine_symbols<0> : n_digits == 1 ? fine_symbols<1> : fine_symbols<2>;
   alignas(64) float own[(2 + CG_MAX_DIGITS) * kTileColumns] = {};
   float* finest = own + (1 + CG_MAX_DIGITS) * kTileColumns;
@@ -262,9 +254,7 @@ bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, con
   for_each_row<T>(columns, span, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* y) {
     const bool ordinary = i >= span.ordinary_first && i < span.ordinary_last;
     int16_t* row = fine + i * columns.source->columns;
-    const float weight = weights ? weights[i] : 1;
-    outside |= ordinary ? levels(columns, y, weight, shifts, row, own)
-                        : fine_symbols<0>(columns, y, weight, shifts + n_digits * kTileColumns, row, finest);
+    outside |= (ordinary ? levels : fine_symbols<0>)(columns, y, weights ? weights[i] : 1, row, ordinary ? own : finest);
     if (i % kFloatRows != kFloatRows - 1 && i + 1 < span.tokens) return;
     for (uint32_t k = 0; k <= n_digits; k++)
       for (uint32_t j = 0; j < columns.width; j++)

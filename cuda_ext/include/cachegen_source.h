@@ -66,12 +66,10 @@ CG_API int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t
 
 /* Fine symbols of a span of a source without anchors: fine [tokens, columns]. squares [1 + n_digits, columns], which may be
  * NULL, takes the sums of the squared errors of the values that each level decodes, the coarsest first; the rows that are
- * not ordinary have the finest error at every level. weights [tokens], which may be NULL, multiply the squares. shifts
- * [1 + n_digits, columns], which may be NULL, is how far each level's decoded values are moved towards zero. *refused
+ * not ordinary have the finest error at every level. weights [tokens], which may be NULL, multiply the squares. *refused
  * takes 1 if a symbol is not within -32767..32767, else 0; the symbols then mean nothing. */
-CG_API int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights,
-                       const float* shifts, int16_t* fine, double* squares, uint32_t* refused,
-                       const cg_run* run) CG_NOEXCEPT;
+CG_API int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights, int16_t* fine,
+                       double* squares, uint32_t* refused, const cg_run* run) CG_NOEXCEPT;
 
 /* The tables of one part of a chunk. */
 typedef struct cg_part {

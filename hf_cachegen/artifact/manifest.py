@@ -45,17 +45,14 @@ MEDIA_FEATURE = "media"
 INDEXED = "indexed"
 """The feature that a geometry with indexed layers requires."""
 FEATURES: frozenset[str] = frozenset(
-    {
-        "klt", "klt-chain", "klt-points", "klt-step", "klt-tables", MEDIA_FEATURE, "predict", "sinks", STATES, INDEXED
-    }
+    {"klt", "klt-chain", "klt-step", "klt-tables", MEDIA_FEATURE, "predict", "sinks", STATES, INDEXED}
 )
 """Features that a manifest may require. klt: coefficients in the basis of a profile, which `codec` names; klt-chain:
-each layer is predicted from the base of the layers before it; klt-points: decoded coefficients are moved to the
-profile's reconstruction points; klt-step: the step is not the profile's; klt-tables: the side information lists tables
-that differ from the profile's; predict: the loader computes the first layers and predicts the others from them; sinks:
-some tokens have finer steps than the rest; states: a file of named tensors beside the keys and values; media: the
-context holds pictures, videos or audio, which a prompt must share; indexed: values of some layers end with an index
-key.
+each layer is predicted from the base of the layers before it; klt-step: the step is not the profile's; klt-tables: the
+side information lists tables that differ from the profile's; predict: the loader computes the first layers and predicts
+the others from them; sinks: some tokens have finer steps than the rest; states: a file of named tensors beside the keys
+and values; media: the context holds pictures, videos or audio, which a prompt must share; indexed: values of some
+layers end with an index key.
 """
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}\.safetensors")

@@ -42,9 +42,8 @@ class Kept:
 
     @classmethod
     def of(
-        cls, codec: LossyCodec, spans: Sequence[Span], coefficients: Callable[[Span], Tensor], weights: Tensor,
-        shifts: Tensor | None = None,
-    ) -> Kept | None:  # fmt: skip
+        cls, codec: LossyCodec, spans: Sequence[Span], coefficients: Callable[[Span], Tensor], weights: Tensor
+    ) -> Kept | None:
         """Compute the coefficients of each chunk, and keep their symbols.
 
         Args:
@@ -52,7 +51,6 @@ class Kept:
             spans: The chunks.
             coefficients: Returns those of a chunk, float32 [tokens, components], on the CPU.
             weights: float32 [tokens of the context]: factors of the squared errors.
-            shifts: float32 [levels, components]: how far decoded coefficients are moved towards zero.
 
         Returns:
             The symbols. None where no compiled code can make them, they take too much memory, or one is too large.
@@ -71,7 +69,7 @@ class Kept:
             here = slice(span.first, span.first + span.tokens)
             if y is None:
                 return None
-            found = y.fine(span, codec.config, (codec.means, codec.steps), weights[here], fine[at], shifts)
+            found = y.fine(span, codec.config, (codec.means, codec.steps), weights[here], fine[at])
             if found is None:
                 return None
             squares[span.first] = found

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import chain, points
+from hf_cachegen.codec import chain
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.precision import full_precision
 from hf_cachegen.codec.transfer import send
@@ -61,7 +61,6 @@ class Predictor:
         base_entries: uint8 [components]: entries of the shipped codebook.
         refine_entries: uint8 [levels - 1, components]: entries of the shipped codebook.
         about: The ridge, and the divergence measured at each level.
-        points: uint8 [levels, components], or None: as in `Profile`.
         reach: Of the profile's chain (`codec.chain`); 0 without one.
     """
 
@@ -73,7 +72,6 @@ class Predictor:
     base_entries: Tensor
     refine_entries: Tensor
     about: dict[str, Any] = field(default_factory=dict)
-    points: Tensor | None = None
     reach: int = 0
 
     @property
@@ -99,8 +97,6 @@ class Predictor:
             f"{prefix}-mean": self.mean, f"{prefix}-directions": self.directions,
             f"{prefix}-base_entries": self.base_entries, f"{prefix}-refine_entries": self.refine_entries,
         }  # fmt: skip
-        if self.points is not None:
-            found[f"{prefix}-points"] = self.points
         for index, group in enumerate(self.groups):
             found |= group.tensors(f"{prefix}-", index)
         return found
@@ -141,7 +137,7 @@ class Predictor:
         return cls(
             layer, tensors[f"{prefix}-mean"], tensors[f"{prefix}-directions"], tuple(found),
             int(described["step_code"]), tensors[f"{prefix}-base_entries"], tensors[f"{prefix}-refine_entries"],
-            dict(described["about"]), tensors.get(f"{prefix}-points"), reach,
+            dict(described["about"]), reach,
         )  # fmt: skip
 
     def is_sound(self, shapes: Sequence[tuple[int, int, int, int]], levels: int) -> bool:
@@ -171,7 +167,6 @@ class Predictor:
             all(part.dtype == torch.uint8 for part in entries)
             and tuple(self.base_entries.shape) == (components,)
             and tuple(self.refine_entries.shape) == (levels - 1, components)
-            and points.are_sound(self.points, levels, components)
         )
 
 

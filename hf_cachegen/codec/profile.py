@@ -28,7 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hf_cachegen.codec import chain, points
+from hf_cachegen.codec import chain
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.matrices import read_heads, written_heads
@@ -115,8 +115,6 @@ class Profile:
         refine_entries: uint8 [levels - 1, components]: entries of the shipped codebook.
         about: The model (its fingerprint), the amount of text, and the divergence measured at each level.
         predictors: What predicts the caches from the first layers, by ascending layer.
-        points: uint8 [levels, components]: how far decoded values are moved towards zero (`codec.points`); None in
-            profiles of earlier releases.
         reach: How many layers before it each layer is predicted from (`codec.chain`). 0: the bases are joint.
         place: The repository and commit (hf://...) that it was loaded from or pushed to, if any. Artifacts that are
             made with it name them. `dataclasses.replace` drops it.
@@ -132,7 +130,6 @@ class Profile:
     refine_entries: Tensor
     about: dict[str, Any]
     predictors: tuple[Predictor, ...] = ()
-    points: Tensor | None = None
     reach: int = 0
     place: str | None = field(init=False, default=None)
     read: FileHashes | None = field(init=False, default=None)
@@ -212,8 +209,6 @@ class Profile:
             "means": self.means, "inv_freq": self.rotary.inv_freq, "base_entries": self.base_entries,
             "refine_entries": self.refine_entries,
         }  # fmt: skip
-        if self.points is not None:
-            tensors["points"] = self.points
         for index, group in enumerate(self.groups):
             tensors |= written_heads(f"sensitivity-{index}", group.sensitivity, chained=self.reach > 0)
             tensors |= group.tensors("", index)
@@ -272,7 +267,7 @@ class Profile:
             layers = tuple(LayerGeometry.from_dict(layer) for layer in described["layers"])
             profile = cls(
                 layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
-                tensors["refine_entries"], dict(described["about"]), (), tensors.get("points"), reach,
+                tensors["refine_entries"], dict(described["about"]), (), reach,
             )  # fmt: skip
             profile._check(chained)
             profile.predictors = profile._predictors(described.get("predictors", []), tensors)
@@ -294,8 +289,7 @@ class Profile:
         sound = sound and moderate(self.means)
         sound = sound and self.base_entries.dtype == self.refine_entries.dtype == torch.uint8
         sound = sound and tuple(self.base_entries.shape) == (components,) and self.refine_entries.dim() == 2
-        sound = sound and self.refine_entries.shape[1] == components and self.levels <= 3
-        if not sound or not points.are_sound(self.points, self.levels, components):
+        if not sound or self.refine_entries.shape[1] != components or self.levels > 3:
             raise ProfileError("this profile contradicts itself: the shapes of its tensors do not fit its layers")
 
     def _predictors(self, listed: Any, tensors: dict[str, Tensor]) -> tuple[Predictor, ...]:

@@ -181,9 +181,8 @@ class Source:
         return entries, costs.double() / COST_SCALE, other_costs.double() / COST_SCALE
 
     def fine(
-        self, chunk: Chunk, config: CacheGenConfig, scale: tuple[Tensor, Tensor], weights: Tensor, to: Tensor,
-        shifts: Tensor | None = None,
-    ) -> Tensor | None:  # fmt: skip
+        self, chunk: Chunk, config: CacheGenConfig, scale: tuple[Tensor, Tensor], weights: Tensor, to: Tensor
+    ) -> Tensor | None:
         """Write the fine symbols of a chunk of values without anchors.
 
         Args:
@@ -192,14 +191,12 @@ class Source:
             scale: (means, steps), each float32 [channels].
             weights: float32 [tokens]: factors of the squared errors.
             to: Receives the symbols: int16 [tokens, channels].
-            shifts: float32 [levels, channels]: how far decoded values are moved towards zero. None: not at all.
 
         Returns:
             The sums of the squared errors at each level, float64 [levels, channels]. None if a symbol does not fit.
         """
         squares, refused = torch.zeros(config.levels, len(self), dtype=torch.float64), ctypes.c_uint32()
-        moves = None if shifts is None else shifts.data_ptr()
-        arguments = (config.levels - 1, weights, moves, to, squares, ctypes.byref(refused))
+        arguments = (config.levels - 1, weights, to, squares, ctypes.byref(refused))
         native.call("cg_fine", self._view(*scale), self._spans([chunk], config), *arguments)
         return None if refused.value else squares
 

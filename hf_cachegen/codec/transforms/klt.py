@@ -14,8 +14,7 @@ entries that differ:
 with bit i % 8 (1, 2, 4, ...) of byte i / 8 set where component i has its own entry. In a context with sinks (`sinks`)
 their positions follow, u32 each: the coefficients of a sink are in units of a finer step.
 
-Where the profile has reconstruction points (`codec.points`), decoded coefficients are moved towards zero, sinks
-excepted. Where it has a predictor (`codec.predictor`), the first layers are not coded, and the mean of the others
+Where the profile has a predictor (`codec.predictor`), the first layers are not coded, and the mean of the others
 depends on the token. In a chain (`codec.chain`) it depends on the base of the layers before.
 """
 
@@ -142,7 +141,7 @@ class Klt(Transform):
         def coefficients(span: Span) -> Tensor:
             return self._coefficients(context.vectors(span), span)
 
-        return Kept.of(self.inner, context.spans, coefficients, weights, self.scaling.shifts())
+        return Kept.of(self.inner, context.spans, coefficients, weights)
 
     def _choices(self, context: ContextRows, kept: Kept | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the cheapest entries uint8 [components] of each part, and the bits float64 that they save."""
@@ -202,7 +201,6 @@ class Klt(Transform):
         found = ("klt", *(["klt-chain"] if profile is not None and profile.reach else []))
         found += ("predict",) if config.predict_layers is not None else ()
         found += ("klt-step",) if config.step_offset else ()
-        found += ("klt-points",) if _required(profile).at(config.predict_layers).points is not None else ()
         if len(side) == DIGEST_BYTES:
             return found
         learnt = _required(profile).at(config.predicted)
@@ -263,7 +261,7 @@ class Klt(Transform):
             idle: As there.
         """
         base = self.scaling.read(y, span, level)
-        self.basis.restore(self.scaling.to_basis(y, span, level), span, vectors, idle, self._scores(span), base)
+        self.basis.restore(self.scaling.to_basis(y, span), span, vectors, idle, self._scores(span), base)
         if self.known is not None and self.known.keys:
             pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
             for own, exact in zip(vectors, pairs, strict=False):
@@ -332,8 +330,8 @@ class Klt(Transform):
             self._restore(y, span, level, self.basis.split(own))
         if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
             exact = self.basis.slices[2 * self.learnt.layer + 1].stop
-            for level in found:
-                level[:, :exact] = rows[:, :exact]
+            for own in found:
+                own[:, :exact] = rows[:, :exact]
         return found
 
 

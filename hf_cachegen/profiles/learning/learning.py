@@ -21,7 +21,6 @@ from torch import Tensor
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.geometry import Geometry
-from hf_cachegen.codec.points import PointSums
 from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
 from hf_cachegen.codec.quantize import steps_of
 from hf_cachegen.codec.rows import empty_kv, gather, scatter
@@ -298,17 +297,12 @@ class _Learning:
         learnt, config = profile.at(layer), replace(self.config, predict_layers=layer)
         components = len(learnt.base_entries)
         counts, peaks = Counts(components, self.config.levels), torch.zeros(components)
-        moved = PointSums(self.config.levels, components)
-        sums = {f"part-{index}": part for index, part in enumerate(counts.parts)}
-        sums |= {"peaks": peaks, "excess": moved.excess, "coded": moved.count}
+        sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
         stage = f"tables at {learnt.step_code}" + ("" if layer is None else f", layer {layer}")
         for context, _ in journal.each(stage, self.for_tables, sums):
             rows, codec = _coded(self.exact, profile, context, config)
             y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
             counts.add(codec.inner.symbols(y)[0])
-            ordinary = torch.ones(len(y), dtype=torch.bool)
-            ordinary[codec.sinks] = False
-            moved.add(y[ordinary], codec.inner.steps)
             torch.maximum(peaks, y.abs().amax(0), out=peaks)
         values, digits = shipped_codebooks(self.config.prob_bits)
         entries, _ = counts.choose(values, digits)
@@ -322,10 +316,7 @@ class _Learning:
             groups.append(replace(group, synthesis=group.synthesis[mine]))
             at += len(mine)
         entries = entries[:, kept]
-        return {
-            "groups": tuple(groups), "base_entries": entries[0], "refine_entries": entries[1:],
-            "points": moved.points()[:, kept],
-        }  # fmt: skip
+        return {"groups": tuple(groups), "base_entries": entries[0], "refine_entries": entries[1:]}
 
 
 def _close_gaps(entries: Tensor, narrowest: int) -> None:
