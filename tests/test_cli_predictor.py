@@ -39,5 +39,5 @@ def test_encode_and_generate(model: Path, tmp_path: Path, given: object, layer: 
 
 
 def test_other_values_are_refused(model: Path, tmp_path: Path) -> None:
-    assert "neither a whole number nor none" in encode(model, tmp_path / "a", "--predict-layers", "x").output
+    assert "expected a whole number, auto or none, got 'x'" in encode(model, tmp_path / "a", "--predict-layers", "x").output
     assert encode(model, tmp_path / "a", "--predict-layers", 2).exit_code == 6

@@ -192,7 +192,8 @@ def test_the_learning_options_default_to_those_of_the_function() -> None:
     parameters = inspect.signature(learn_profile).parameters
     assert parameters["target_kl"].default == DEFAULT_TARGETS
     assert set(options) == {
-        "target_kl", "floor", "group_layers", "undo_rotation", "predict_layers", "predict_rank", "seed",
+        "target_kl", "floor", "group_layers", "across_layers", "undo_rotation", "predict_layers", "predict_rank",
+        "seed",
     }  # fmt: skip
     for name, option in options.items():
         # click has a mark of its own for "no default"

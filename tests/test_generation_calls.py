@@ -20,7 +20,7 @@ from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError, 
 from hf_cachegen.generation import attach, detach, generate
 from tests import tiny_models
 from tests.generation_support import CONTEXT, NEW_TOKENS, cached, each_model, fed, llama, prompt, same, seeded
-from tests.tiny_models import shared
+from tests.tiny_models import attributes, shared
 
 
 @pytest.fixture(name="cache")
@@ -112,7 +112,7 @@ def test_an_artifact_s_path_is_a_cache(name: str, cache: CacheGenCache, tmp_path
 @llama
 def test_attach_and_detach(name: str, cache: CacheGenCache) -> None:
     model = tiny_models.make(name)
-    before = dict(model.__dict__)
+    before = attributes(model)
     expected = seeded(model.generate, prompt(9), num_beams=2)
     assert attach(attach(model)) is model
     assert torch.equal(seeded(model.generate, prompt(9), cache=cache, num_beams=2), expected)
@@ -124,7 +124,7 @@ def test_attach_and_detach(name: str, cache: CacheGenCache) -> None:
         assert other.generate.model is other
         assert torch.equal(seeded(other.generate, prompt(9), cache=cache, num_beams=2), expected)
     assert detach(detach(model)) is model
-    assert model.__dict__ == before
+    assert attributes(model) == before
     assert torch.equal(seeded(model.generate, prompt(9), prompt_lookup_num_tokens=3), lookup)
 
 

@@ -110,7 +110,7 @@ def test_a_model_is_looked_at_once_per_use(tmp_path: Path, monkeypatch: pytest.M
     path, model = saved(tmp_path), tiny_models.make("llama")
     CacheGenCache.from_pretrained(path, model)  # identified and probed
     looks, before = [], identity.model_state
-    monkeypatch.setattr(identity, "model_state", lambda model: looks.append(1) or before(model))
+    monkeypatch.setattr(identity, "model_state", lambda *given: looks.append(1) or before(*given))
     for use in (CacheGenCache.from_pretrained, CacheGenCache.stream):
         cache = use(path, model)
         assert len(looks) == 1

@@ -11,6 +11,7 @@ import torch
 from hf_cachegen import CacheGenCache, CacheGenConfig
 from hf_cachegen.artifact import STATES_FILE
 from hf_cachegen.errors import ArtifactError, UnsupportedModelError
+from hf_cachegen.streaming import Fixed
 from tests import state_models
 from tests.small_artifact import contents
 
@@ -40,7 +41,7 @@ def test_a_stream_gives_the_tokens_of_the_stock_generate(saved: tuple[Any, Path]
 def test_refinements_reach_the_layers_with_keys(tmp_path: Path) -> None:
     model = state_models.shared("qwen3_next")
     CacheGenCache.from_context(model, CONTEXT, CacheGenConfig(chunk_tokens=16)).save_pretrained(tmp_path)
-    cache = CacheGenCache.stream(tmp_path, model, level=1, refine="while_generating")
+    cache = CacheGenCache.stream(tmp_path, model, policy=Fixed(1, refines=True), refine="while_generating")
     assert model.generate(PROMPT, cache=cache, **OPTIONS).shape == (1, PROMPT.shape[1] + 5)
     assert cache.refinement is not None
     cache.refinement.wait()

@@ -17,7 +17,7 @@ from hf_cachegen.errors import MismatchError, ReadOnlyCacheError, UnsupportedMod
 from hf_cachegen.models.compat import CACHE_ARGUMENT, CACHE_NAMES, cache_of
 from tests import tiny_models
 from tests.generation_support import ASSISTED, CONTEXT, MODES, batch, fed, prompt, seeded
-from tests.tiny_models import shared
+from tests.tiny_models import attributes, shared
 
 REFERENCE = Path(__file__).parent.parent / "eval/reference/model"
 LOSSLESS = CacheGenConfig(lossless=True)
@@ -48,15 +48,15 @@ each_way = pytest.mark.parametrize("how", ["from_context", "from_cache", "from_p
 @each_way
 def test_creating_a_cache_prepares_its_model(how: str, artifact: Path, own_cache: None) -> None:
     model = tiny_models.make("llama")
-    before = dict(model.__dict__)
+    before = attributes(model)
     expected = seeded(model.generate, prompt(9), do_sample=False)
     cache = made(how, model, artifact)
     with fed(model) as lengths:
         assert torch.equal(seeded(model.generate, prompt(9), cache=cache, do_sample=False), expected)
     assert lengths[0] == 9, "the context is not computed again"
-    assert detach(model).__dict__ == before
+    assert attributes(detach(model)) == before
     cache = made(how, model, artifact, attach=False)
-    assert model.__dict__ == before
+    assert attributes(model) == before
     with pytest.raises(ReadOnlyCacheError, match=r"hf_cachegen.attach\(model\)"):
         model.generate(prompt(9), **{CACHE_ARGUMENT: cache}, max_new_tokens=2)
 

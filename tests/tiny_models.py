@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from hf_cachegen.models.object_state import KNOWN
+
 VOCABULARY = 97
 WINDOW = 16
 _COMMON: dict[str, Any] = dict(
@@ -157,3 +159,8 @@ def drawn(build: Callable[[], Any], *kinds: type[torch.nn.Module]) -> Any:
                 module.weight.normal_(0, 0.3)
     torch.set_rng_state(state)
     return model
+
+
+def attributes(model: Any) -> dict[str, Any]:
+    """Return what a model object has, without what is known of it."""
+    return {name: value for name, value in vars(model).items() if name != KNOWN}

@@ -10,6 +10,10 @@
 
 #if CACHEGEN_X86
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own intrinsics, GCC bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #endif
 
 using namespace cachegen;

@@ -49,7 +49,7 @@ class _LayersOrNone(click.ParamType):
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value} is neither a whole number nor auto or none.", param, ctx)
+            self.fail(f"expected a whole number, auto or none, got {value!r}.", param, ctx)
 
 
 artifact_argument = click.argument("artifact")

@@ -122,7 +122,7 @@ class Loader:
         # Layer 0 alone (its projections) is not worth counting.
         layers = 0 if self._codec is not None else artifact.config.predicted or 0
         whole = self.session.speed.seconds(0, tokens) or 0.0
-        self._schedule.first_seconds = whole * layers / len(artifact.geometry.layers)
+        self._schedule.first_seconds = whole * layers / max(len(artifact.geometry.layers), 1)
 
     def _doubtful(self, tokens: int) -> bool:
         """Whether the model's speed may affect the plan, and can be measured with that many tokens at little cost."""

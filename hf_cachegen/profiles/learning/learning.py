@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
 from hf_cachegen.codec.quantize import steps_of
 from hf_cachegen.codec.rows import empty_kv, gather, scatter
@@ -175,7 +176,7 @@ class _Learning:
         seed: int, journal: str | os.PathLike[str] | None, progress: bool,
     ):  # fmt: skip
         self.model, self.config, self.targets, self.seed, self.progress = model, config, targets, seed, progress
-        self.samples, self.path = samples, journal
+        self.samples, self.path, self.groups = samples, journal, tuple[Group, ...]()
         indices = range(len(samples))[::HELD_OUT_EVERY][:MAX_HELD_OUT]
         self.held_out = [samples[index] for index in indices]
         self.training = [sample for index, sample in enumerate(samples) if index not in indices]
