@@ -32,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def encoded(transform: str, tokens: int = 700, **options: object) -> EncodedContext:
     keys, values = sample_kv(tokens=tokens, dim=64, **options)  # type: ignore[arg-type]
-    return encode_kv(keys, values, CacheGenConfig(transform=transform, chunk_tokens=64))  # type: ignore[arg-type]
+    return encode_kv(keys, values, CacheGenConfig(transform=transform, chunk_tokens=64, protect_last=64))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])

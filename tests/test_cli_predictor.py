@@ -39,5 +39,6 @@ def test_encode_and_generate(model: Path, tmp_path: Path, given: object, layer: 
 
 
 def test_other_values_are_refused(model: Path, tmp_path: Path) -> None:
-    assert "expected a whole number, auto or none, got 'x'" in encode(model, tmp_path / "a", "--predict-layers", "x").output
+    shown = encode(model, tmp_path / "a", "--predict-layers", "x").output
+    assert "expected a whole number, auto or none, got 'x'" in shown
     assert encode(model, tmp_path / "a", "--predict-layers", 2).exit_code == 6
