@@ -29,13 +29,15 @@ from hf_cachegen.profiles.learning import Sample, continuation_logits, prefill
 
 
 @torch.no_grad()
-def baselines(model: Any, test: Sample, joint: Joint) -> dict[str, list[tuple[float, float]]]:
+def baselines(model: Any, test: Sample, joint: Joint | None) -> dict[str, list[tuple[float, float]]]:
     """Return (bits per element, KL) of each level of each method, for one context."""
     context, continuation = test
     keys, values, _ = prefill(model, context)
     exact = continuation_logits(model, keys, values, continuation).log_softmax(-1)
     elements = sum(x.numel() for x in (*keys, *values))
-    methods = {"CacheGen as released": released.cachegen(keys, values, None), "KVTC": kvtc.kvtc(keys, values, joint)}
+    methods = {"CacheGen as released": released.cachegen(keys, values, None)}
+    if joint is not None:
+        methods["KVTC"] = kvtc.kvtc(keys, values, joint)
     found: dict[str, list[tuple[float, float]]] = {}
     for name, levels in methods.items():
         for stored in levels:
@@ -58,18 +60,18 @@ def read_off(contexts: list[list[tuple[float, float]]], kl: float) -> tuple[floa
 @click.command()
 @click.option("--model", "path", type=click.Path(path_type=Path), required=True, help="Folder of the model.")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="Text file of the results.")
-@click.option("--basis", type=click.Path(path_type=Path), required=True, help="The model's joint basis, for KVTC.")
+@click.option("--basis", type=click.Path(path_type=Path), help="The model's joint basis; without it KVTC is left out.")
 @click.option("--results", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
 @click.option("--contexts", default=3, show_default=True, help="First contexts of the results to measure.")
 @click.option("--divergence", default=0.016, show_default=True, help="Divergence to compare at, nats per token.")
-def main(path: Path, text: Path, basis: Path, results: Path, contexts: int, divergence: float) -> None:
+def main(path: Path, text: Path, basis: Path | None, results: Path, contexts: int, divergence: float) -> None:
     """Measure published methods beside the results of benchmarks.predictor."""
     stored = json.loads(results.with_suffix(".json").read_text())
     of, curves = stored["of"], {name: curve[text.stem] for name, curve in stored["curves"].items()}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(path)
     _, tests = pieces(tokenizer, text.read_text("utf-8"), 1, of["contexts"], of["tokens"])
-    joint, measured = Joint.load(basis), dict[str, list[list[tuple[float, float]]]]()
+    joint, measured = None if basis is None else Joint.load(basis), dict[str, list[list[tuple[float, float]]]]()
     for test in tests[:contexts]:
         for name, points in baselines(model, test, joint).items():
             measured.setdefault(name, []).append(points)
