@@ -13,9 +13,11 @@ from hf_cachegen import CacheGenConfig, Profile, encode_kv
 from hf_cachegen.artifact.encoded import EncodedContext
 from hf_cachegen.codec import abi, kept, native
 from hf_cachegen.codec.into import Target
-from hf_cachegen.codec.rows import spans_of
+from hf_cachegen.codec.kept import Kept
+from hf_cachegen.codec.rows import geometry_of, spans_of
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import shipped_codebooks
+from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.errors import NativeError, TensorError
 from tests.klt_support import CONFIG, TOKENS, make_profile
 
@@ -95,6 +97,13 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
     kv[0][2][0, 0, 99, 7] = value
     with pytest.raises(TensorError, match=r"layer 2.*not all finite"):
         encode_kv(*kv, CONFIG, make_profile(step_code=STEP))
+
+
+def test_chunks_apart_are_not_kept() -> None:
+    first, _, last = spans_of(30, 10)
+    kv = drawn()
+    codec = Klt(geometry_of(*kv, None), replace(CONFIG, transform="klt"), make_profile(step_code=STEP)).inner
+    assert Kept.of(codec, [first, last], lambda span: pytest.fail("computed"), torch.ones(30)) is None
 
 
 def test_fine_symbols_and_their_errors() -> None:

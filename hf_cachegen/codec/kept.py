@@ -53,10 +53,12 @@ class Kept:
             weights: float32 [tokens of the context]: factors of the squared errors.
 
         Returns:
-            The symbols. None where no compiled code can make them, they take too much memory, or one is too large.
+            The symbols. None where no compiled code can make them, chunks are missing between others, the symbols take
+            too much memory, or one is too large.
         """
         tokens, components = sum(span.tokens for span in spans), len(codec.channels)
-        if tokens * components * torch.int16.itemsize > MOST_BYTES:
+        adjacent = tokens == spans[-1].first + spans[-1].tokens - spans[0].first
+        if not adjacent or tokens * components * torch.int16.itemsize > MOST_BYTES:
             return None
         fine = torch.empty(tokens, components, dtype=torch.int16)
         source = Source.of(_from(fine, spans[0].first), codec.channels.vectors)
