@@ -24,6 +24,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.generation import generate
 from hf_cachegen.models.continuation import continuation_of
+from hf_cachegen.prefix_cache.binding import bind
 from hf_cachegen.prefix_cache.checkpoint import decode_checkpoint
 from hf_cachegen.prefix_cache.transfer import export_artifact, import_artifact
 from tests import state_models
@@ -60,6 +61,7 @@ def same(model: Any, cache: PrefixCache, ids: Tensor, **options: Any) -> Tensor:
 def computed(model: Any, cache: PrefixCache, ids: Tensor) -> int:
     """Tokens of the prompt that a call computes."""
     before = cache.stats().tokens_computed
+    bind(cache, model)  # the first time, this tries how the model continues
     with fed(model) as lengths:
         seeded(generate, model, ids, prefix_cache=cache, attention_mask=torch.ones_like(ids), **OPTIONS)
     cache.flush()
