@@ -39,6 +39,12 @@ MANY_TOKENS = 2048
 Contestants = dict[str, Callable[[], object]]
 
 
+def written(figures: dict[str, Any], out: Path) -> None:
+    """Write figures as JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def machine() -> dict[str, Any]:
     """Return the hardware and software of the figures."""
     info = Path("/proc/cpuinfo")
@@ -252,8 +258,7 @@ def main(rounds: int, hardware: str | None, out: Path | None) -> None:
             view.add_row(f"{group} {name}".strip(), json.dumps(value))
     Console(width=120).print(view)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        written(figures, out)
 
 
 if __name__ == "__main__":

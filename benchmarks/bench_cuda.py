@@ -22,7 +22,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.bench_codec import machine
+from benchmarks.bench_codec import machine, written
 from hf_cachegen import CacheGenConfig
 from hf_cachegen.codec import abi, native
 from hf_cachegen.codec.batch import Batches, serves
@@ -178,11 +178,9 @@ def main(device: str, tokens: int, layers: int, hardware: str | None, out: Path 
             "decode": decoding(made, layers, tokens, where),
             "encode, one chunk": encoding(made, where),
         }
-    text = json.dumps(figures, indent=1)
-    print(text)
+    print(json.dumps(figures, indent=1))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+        written(figures, out)
 
 
 if __name__ == "__main__":

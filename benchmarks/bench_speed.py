@@ -25,7 +25,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.bench_codec import machine
+from benchmarks.bench_codec import machine, written
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.codec.context import codec_of
 from hf_cachegen.codec.into import Target
@@ -156,8 +156,7 @@ def main(rounds: int, note: str | None, out: Path | None) -> None:
     }
     print(json.dumps(figures, indent=1))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        written(figures, out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.bench_codec import machine
+from benchmarks.bench_codec import machine, written
 from benchmarks.bench_cuda import CHUNK, DIM, HEADS, context
 from hf_cachegen.codec import abi, anchors, native, transfer, upload
 from hf_cachegen.codec.batch import Batches, serves
@@ -152,11 +152,9 @@ def main(layers: int, out: Path | None) -> None:
     }  # fmt: skip
     for transform in ("identity", "delta"):
         figures[transform] = measure(transform, layers)
-    text = json.dumps(figures, indent=1)
-    print(text)
+    print(json.dumps(figures, indent=1))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+        written(figures, out)
 
 
 if __name__ == "__main__":

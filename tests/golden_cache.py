@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
+from hf_cachegen.artifact import Artifact
+from hf_cachegen.artifact.manifest import PROFILE_FILE
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec import matrices
 from hf_cachegen.codec.geometry import LayerGeometry
@@ -128,3 +132,30 @@ def golden_known(name: str = "") -> Known:
     """Return what a loader of the golden cache would have computed, for `golden_predicting`."""
     keys, values = golden_kv(name)
     return Known(0, torch.arange(100).reshape(50, 2) % 17 / 8 - 1, tuple(keys[:1]), tuple(values[:1]))
+
+
+def digests(artifact: Artifact, known: Known | None = None) -> list[str]:
+    """Return the hash of the keys and values of each level."""
+    found = []
+    for level in range(1, artifact.levels + 1):
+        tensors = [x for side in artifact.decode(level, known=known) for x in side]
+        data = b"".join(t.contiguous().view(torch.int16).numpy().tobytes() for t in tensors)
+        found.append(xxhash.xxh3_128_hexdigest(data))
+    return found
+
+
+def recorded(golden: Path) -> list[str]:
+    """Return the digests that were stored beside a golden artifact."""
+    return golden.with_name(f"{golden.name}.digests").read_text().split()
+
+
+def record(golden: Path, artifact: Artifact, known: Known | None = None) -> None:
+    """Store the digests of a golden artifact beside it."""
+    golden.with_name(f"{golden.name}.digests").write_text("\n".join(digests(artifact, known)) + "\n")
+
+
+def require_same_files(made: Path, golden: Path) -> None:
+    """Compare the files of two artifacts, but for the manifest, which names its writer, and the profile."""
+    for file in sorted(golden.iterdir()):
+        if file.name not in ("cachegen.json", PROFILE_FILE):
+            assert (made / file.name).read_bytes() == file.read_bytes(), file.name

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 from safetensors.torch import load_file
-from torch import Tensor
 
 from hf_cachegen.artifact import FORMAT_VERSION, PROFILE_FILE, Limits
 from hf_cachegen.artifact.artifact import write
@@ -25,7 +23,16 @@ from hf_cachegen.errors import UnsupportedFormatError
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.finding import open_with_profile
 from hf_cachegen.stores import LocalStore
-from tests.golden_cache import golden_kv, golden_layers, golden_profile, golden_tensors
+from tests.golden_cache import (
+    digests,
+    golden_kv,
+    golden_layers,
+    golden_profile,
+    golden_tensors,
+    record,
+    recorded,
+    require_same_files,
+)
 
 GOLDEN = Path(__file__).with_name("golden") / "version-1"
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -41,10 +48,6 @@ CASES = {
     "lossless": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
     "states": CacheGenConfig(transform="identity", lossless=True, chunk_tokens=32),
 }
-
-
-def digest(tensors: list[Tensor]) -> str:
-    return xxhash.xxh3_128_hexdigest(b"".join(t.contiguous().view(torch.int16).numpy().tobytes() for t in tensors))
 
 
 def write_golden(directory: Path, config: CacheGenConfig) -> None:
@@ -63,11 +66,9 @@ def test_old_artifacts_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     """The digest of each level was stored beside the artifact when it was made, and so was klt's profile."""
     monkeypatch.setattr(basis, "multiplies_bfloat16", lambda: False)
     artifact = open_with_profile(LocalStore(GOLDEN / name))
-    expected = (GOLDEN / f"{name}.digests").read_text().split()
+    expected = recorded(GOLDEN / name)
     assert artifact.reader.verify() == artifact.nbytes_at()
-    for level, line in enumerate(expected, 1):
-        keys, values = artifact.decode(level)
-        assert digest([*keys, *values]) == line
+    assert digests(artifact) == expected
     assert len(expected) == artifact.levels
     assert artifact.input_ids == list(range(50))
 
@@ -75,9 +76,7 @@ def test_old_artifacts_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", [name for name in CASES if name != "klt"])
 def test_this_encoder_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
     write_golden(tmp_path / name, CASES[name])
-    for file in sorted((GOLDEN / name).iterdir()):
-        if file.name not in ("cachegen.json", PROFILE_FILE):  # the manifest names its writer, whose version changes
-            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+    require_same_files(tmp_path / name, GOLDEN / name)
 
 
 def test_klt_with_the_profiles_own_tables_is_written_to_the_same_bytes() -> None:
@@ -157,8 +156,4 @@ if __name__ == "__main__":  # python tests/test_format.py: once for each format 
         write_golden(GOLDEN / case, config)
         if config.transform == "klt":
             golden_profile().save(GOLDEN / case)
-        artifact = open_with_profile(LocalStore(GOLDEN / case))
-        lines = [
-            digest([x for side in artifact.decode(level) for x in side]) for level in range(1, artifact.levels + 1)
-        ]
-        (GOLDEN / f"{case}.digests").write_text("\n".join(lines) + "\n")
+        record(GOLDEN / case, open_with_profile(LocalStore(GOLDEN / case)))

@@ -136,10 +136,10 @@ def test_exact_caches_are_kept_within_a_limit(model, whole, limit, monkeypatch) 
     monkeypatch.setattr(exact, "MOST_KEPT_BYTES", limit // 2)
     assert learn_profile(model, samples(), config=CONFIG, seed=3).digest == found.digest
     if limit:
-        assert len(held) == 2 * (2 + 7)  # every sample is computed once, after two looks at the geometry
+        assert len(held) == 2 * (1 + 7)  # every sample is computed once, after two tokens that show the geometry
         assert most <= 2 + 2 + 2  # held out; for the tables; the new one and the previous one
     else:
-        assert len(held) > 2 * (2 + 7)
+        assert len(held) > 2 * (1 + 7)
         assert most <= 2  # the new one, and the previous one that a name still refers to
 
 

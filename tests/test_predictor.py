@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import xxhash
-from torch import Tensor
 
 from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
 from hf_cachegen.artifact import PROFILE_FILE
@@ -24,7 +22,16 @@ from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import loader
 from hf_cachegen.streaming.loader import Loader
 from hf_cachegen.streaming.prefill_speed import PrefillSpeed
-from tests.golden_cache import golden_known, golden_kv, golden_predicting, golden_profile
+from tests.golden_cache import (
+    digests,
+    golden_known,
+    golden_kv,
+    golden_predicting,
+    golden_profile,
+    record,
+    recorded,
+    require_same_files,
+)
 from tests.klt_support import LEVELS, samples, stating
 from tests.tiny_models import SUPPORTED, make, shared, tokens
 
@@ -285,22 +292,14 @@ def test_old_predicted_artifacts_are_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert profile.to_bytes() == golden_predicting().to_bytes() == (GOLDEN / PROFILE_FILE).read_bytes()
     artifact = Artifact(LocalStore(GOLDEN), profile)
     assert artifact.manifest.required == ("klt", "predict", "klt-tables")
-    expected = GOLDEN.with_name("klt-predict.digests").read_text().split()
-    for level, line in enumerate(expected, 1):
-        keys, values = artifact.decode(level, known=golden_known())
-        assert digest([*keys, *values]) == line
+    expected = recorded(GOLDEN)
+    assert digests(artifact, golden_known()) == expected
     assert len(expected) == artifact.levels
 
 
 def test_this_encoder_writes_the_same_predicted_bytes(tmp_path: Path) -> None:
     write_golden(tmp_path / "new")
-    for file in GOLDEN.iterdir():
-        if file.name not in ("cachegen.json", PROFILE_FILE):  # the manifest names its writer, whose version changes
-            assert (tmp_path / "new" / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-def digest(tensors: list[Tensor]) -> str:
-    return xxhash.xxh3_128_hexdigest(b"".join(t.contiguous().view(torch.int16).numpy().tobytes() for t in tensors))
+    require_same_files(tmp_path / "new", GOLDEN)
 
 
 def write_golden(directory: Path) -> None:
@@ -344,9 +343,4 @@ if __name__ == "__main__":  # python -m tests.test_predictor: once for each form
     write_golden(GOLDEN)
     golden_predicting().save(GOLDEN)
     basis.multiplies_bfloat16 = lambda: False  # type: ignore[assignment]
-    made = Artifact(LocalStore(GOLDEN), golden_predicting())
-    lines = [
-        digest([x for side in made.decode(level, known=golden_known()) for x in side])
-        for level in range(1, made.levels + 1)
-    ]
-    GOLDEN.with_name("klt-predict.digests").write_text("\n".join(lines) + "\n")
+    record(GOLDEN, Artifact(LocalStore(GOLDEN), golden_predicting()), golden_known())

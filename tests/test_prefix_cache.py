@@ -333,7 +333,7 @@ def _hooked(model: Any) -> None:
 
 
 def _scaled(model: Any) -> None:
-    """An edit of a weight that none of the values which earlier releases sampled shows."""
+    """Edit a weight everywhere but at the values that earlier releases sampled."""
     weight = model.model.layers[0].mlp.up_proj.weight
     hidden = sorted(set(range(weight.numel())) - set(_positions(weight.numel()).tolist()))
     with torch.no_grad():

@@ -71,11 +71,12 @@ class _Read(NamedTuple):
     def parts(self, job: abi.Job) -> list[Part]:
         """Return the sections, each with the job's streams that it becomes."""
         first, count = self.ordinary.start, self.ordinary.stop - self.ordinary.start
+        middle, ends = Rows(first), Rows(0, first, count)
         parts = [Part(job.base, self.base)]
         if count:
-            parts += [Part(job.digits[k], found, 1 + k, first) for k, found in enumerate(self.digits)]
+            parts += [Part(job.digits[k], found, 1 + k, middle) for k, found in enumerate(self.digits)]
         if self.has_ends:
-            parts += [Part(job.end_digits[k], found, 1 + k, 0, first, count) for k, found in enumerate(self.end_digits)]
+            parts += [Part(job.end_digits[k], found, 1 + k, ends) for k, found in enumerate(self.end_digits)]
         return parts
 
 

@@ -43,8 +43,10 @@ class Scaling:
         return self.to_basis(self._coarsest(quantize.fine_symbols(scaled, step) * step, span, self.config.levels), span)
 
     def read(self, y: Tensor, span: Span, level: int) -> Tensor | None:
-        """Return what the predictions of a chain read from decoded coefficients of a level; None without a chain."""
-        return self.to_basis(self._coarsest(y, span, level), span) if self.learnt.reach else None
+        """Return what the predictions of a chain read from decoded coefficients of a level; None for y itself."""
+        if not self.learnt.reach or level == 1:
+            return None
+        return self.to_basis(self._coarsest(y, span, level), span)
 
     def _coarsest(self, y: Tensor, span: Span, level: int) -> Tensor:
         """Return decoded coefficients of a level as the coarsest level decodes them."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, native, ops, transfer
+from hf_cachegen.codec.into import Rows
 from hf_cachegen.codec.section import Arrays, stream_of
 
 _WORD = 8
@@ -31,17 +32,13 @@ class Part(NamedTuple):
         to: Receives the addresses of its streams.
         found: Its bytes.
         number: 0 for the base, 1 or 2 for digits.
-        first: The coded row of its first token.
-        gap_at: From this token on, its tokens are `gap` rows further.
-        gap: See `gap_at`.
+        rows: The coded rows of its tokens.
     """
 
     to: abi.Streams
     found: Arrays
     number: int = 0
-    first: int = 0
-    gap_at: int = 0
-    gap: int = 0
+    rows: Rows = Rows()
 
 
 class Upload:
@@ -149,7 +146,7 @@ class Upload:
         tiles, jobs = self._tiles, len(self._jobs)
         if not self._patched:
             return np.empty(0, np.uint64), np.empty((0, tiles + 1), np.uint32), np.zeros(jobs, np.int64)
-        rows = [(k, p.number, p.first, p.gap_at, p.gap) for k, p in self._patched]
+        rows = [(k, p.number, *p.rows) for k, p in self._patched]
         lengths = [len(part.found.positions) for _, part in self._patched]
         job, number, first, gap_at, gap = np.repeat(np.array(rows, np.int64), lengths, axis=0).T
         positions = np.concatenate([part.found.positions for _, part in self._patched])

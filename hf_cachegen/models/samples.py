@@ -1,7 +1,7 @@
 """Samples of tensors: a few values of each, read before every reuse of a cache.
 
 Some writers go past the version counter of a tensor: `parameter.data`, through which PEFT merges adapters, and fused
-optimisers. The samples find these writes, unless they change none of the sampled values.
+optimisers. The samples find these writes if they change a sampled value.
 """
 
 from __future__ import annotations

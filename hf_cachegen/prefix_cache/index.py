@@ -114,14 +114,9 @@ class Index:
         """Return the sizes in bytes of the longest stored run at the beginning of `keys`."""
         sizes: dict[bytes, int] = {}
         with self._lock:
-            connection = self._open()
-            for first in range(0, len(keys), _KEYS_PER_QUERY):
-                asked = keys[first : first + _KEYS_PER_QUERY]
-                marks = ",".join("?" * len(asked))
-                query = f"SELECT key, nbytes FROM blocks WHERE key IN ({marks})"  # noqa: S608 - marks are "?" alone
-                found = connection.execute(query, asked).fetchall()
+            for asked, found in self._sizes(keys):
                 sizes.update(found)
-                if len(found) < len(asked):
+                if len(found) < asked:
                     break
         run = []
         for key in keys:
@@ -132,15 +127,17 @@ class Index:
 
     def present(self, keys: Sequence[bytes]) -> set[bytes]:
         """Return those of some keys that are stored, in any order."""
-        found: set[bytes] = set()
         with self._lock:
-            connection = self._open()
-            for first in range(0, len(keys), _KEYS_PER_QUERY):
-                asked = keys[first : first + _KEYS_PER_QUERY]
-                marks = ",".join("?" * len(asked))
-                query = f"SELECT key FROM blocks WHERE key IN ({marks})"  # noqa: S608 - marks are "?" alone
-                found.update(key for (key,) in connection.execute(query, asked))
-        return found
+            return {key for _, found in self._sizes(keys) for key, _ in found}
+
+    def _sizes(self, keys: Sequence[bytes]) -> Iterator[tuple[int, list[tuple[bytes, int]]]]:
+        """Iterate over queries for some keys: the number asked for, and the key and size of those that are stored."""
+        connection = self._open()
+        for first in range(0, len(keys), _KEYS_PER_QUERY):
+            asked = keys[first : first + _KEYS_PER_QUERY]
+            marks = ",".join("?" * len(asked))
+            query = f"SELECT key, nbytes FROM blocks WHERE key IN ({marks})"  # noqa: S608 - marks are "?" alone
+            yield len(asked), connection.execute(query, asked).fetchall()
 
     def touch(self, keys: Sequence[bytes], now: float) -> None:
         """Note that these blocks, a whole chain, were used."""

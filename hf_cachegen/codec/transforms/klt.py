@@ -250,7 +250,7 @@ class Klt(Transform):
 
     def _restore(
         self, y: Tensor, span: Span, level: int, vectors: Sequence[Tensor], idle: Tensor | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Convert decoded coefficients of a level to values. Layers that the loader has computed itself are copied.
 
         Args:

@@ -42,7 +42,7 @@ def reach_of(exact: Exact, sample: Sample, across_layers: AcrossLayers, group_la
     """Return the reach of the model's chain; 0 without one. sample: any."""
     if across_layers != "auto":
         return DEFAULT_REACH if across_layers == "chained" else 0
-    layers = exact.prefill(sample[0][:, :2])[2]
+    _, layers = exact.geometry(sample[0])
     widest = max(max(layer.k_channels, layer.v_channels) for layer in layers)
     return DEFAULT_REACH if group_layers is None and widest >= CHAINED_CHANNELS else 0
 

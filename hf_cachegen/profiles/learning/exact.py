@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MOST_KEPT_BYTES = 4 << 30
 """Limit of the kept tensors: 20 contexts of 1,024 tokens of an 8B model in bfloat16 take 2.7 GB."""
 KV = tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]
+Shapes = list[list[tuple[int, int]]]
 
 
 class Exact:
@@ -39,6 +40,14 @@ class Exact:
         self._contexts: dict[tuple[int, ...], KV] = {}
         self._states: dict[tuple[int, ...], Checkpoint | None] = {}
         self._distributions: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
+        self._geometry: tuple[Shapes, tuple[LayerGeometry, ...]] | None = None
+
+    def geometry(self, context: Tensor) -> tuple[Shapes, tuple[LayerGeometry, ...]]:
+        """Return (heads, dim) of each layer's K and of its V, and the layers, which two tokens of any context show."""
+        if self._geometry is None:
+            keys, values, layers = self.prefill(context[:, :2])
+            self._geometry = [[(x.shape[1], x.shape[3]) for x in side] for side in (keys, values)], layers
+        return self._geometry
 
     def prefill(self, context: Tensor) -> KV:
         """Return the exact (keys, values, layers) of a context [1, tokens]."""

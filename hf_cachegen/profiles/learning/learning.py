@@ -22,7 +22,7 @@ from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
-from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
+from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.quantize import steps_of
 from hf_cachegen.codec.rows import empty_kv, gather, scatter
 from hf_cachegen.codec.sinks import find_sinks
@@ -33,7 +33,7 @@ from hf_cachegen.errors import ConfigError, ProfileError
 from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.first_layers import known_of
-from hf_cachegen.models.requirements import layer_kinds, require_model
+from hf_cachegen.models.requirements import require_model
 from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.models.stepping import StepSearch
@@ -42,6 +42,7 @@ from hf_cachegen.profiles.learning.chaining import AcrossLayers, Chaining, reach
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal, unknown
 from hf_cachegen.profiles.learning.moments import Moments
+from hf_cachegen.profiles.learning.options import ranks_of, targets_of
 from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, FeatureSums, regressed
 from hf_cachegen.profiles.learning.predictor import blank as blank_predictor
 from hf_cachegen.profiles.learning.progress import shown
@@ -66,8 +67,7 @@ STEP_CODES = 256
 MAX_GAP = 32
 KEPT_PEAK = 0.25
 """A component is kept if a sample's coefficient reaches this fraction of the finest step. A symbol needs half a step,
-and
-contexts of another kind have larger coefficients.
+and contexts of another kind have larger coefficients.
 """
 
 
@@ -131,41 +131,19 @@ def learn_profile(
             f"learning a profile needs at least {HELD_OUT_EVERY} samples, got {len(samples)}: pass more text, or make "
             "shorter contexts of it"
         )
-    targets = _targets(target_kl, config.levels)
+    targets = targets_of(target_kl, config.levels)
     if not 0 < floor < 100:
         raise ConfigError(f"floor must be positive and below 100, got {floor}")
     if group_layers is not None and (not isinstance(group_layers, int) or group_layers < 1):
         raise ConfigError(f"group_layers must be an integer of at least 1, got {group_layers!r}")
     require_across(across_layers, group_layers)
-    predicting = _predicting(model, predict_layers, predict_rank)
+    predicting = ranks_of(model, predict_layers, predict_rank)
     for index, sample in enumerate(samples):
         require_sample(index, sample)
     with evaluation_mode(model):
         return _Learning(model, samples, config, targets, seed, journal, progress).profile(
             floor, group_layers, across_layers, undo_rotation, predicting
         )
-
-
-def _predicting(model: PreTrainedModel, layers: Sequence[int], rank: int) -> dict[int, int]:
-    """Return the rank of each predictor, by its layer. Raises ConfigError."""
-    last = len(layer_kinds(model.config)) - 2
-    wrong = [m for m in layers if not isinstance(m, int) or isinstance(m, bool) or not 0 <= m <= last]
-    if wrong or len(set(layers)) != len(layers) or len(layers) > MAX_PREDICTORS:
-        raise ConfigError(
-            f"predict_layers must be at most {MAX_PREDICTORS} different whole numbers from 0 to {last} for this model, "
-            f"got {list(layers)}"
-        )
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"predict_rank must be a whole number of at least 1, got {rank!r}")
-    return dict.fromkeys(sorted(layers), rank)
-
-
-def _targets(target_kl: float | Sequence[float], levels: int) -> tuple[float, ...]:
-    """Return one target per level, coarse to fine. Raises ConfigError."""
-    found = (target_kl,) if isinstance(target_kl, int | float) else tuple(target_kl)
-    if not found or not all(0 < target < 10 for target in found):
-        raise ConfigError(f"target_kl must be positive numbers below 10, got {target_kl}")
-    return (10.0,) * (levels - len(found)) + found[-levels:]
 
 
 class _Learning:

@@ -40,8 +40,7 @@ class Moments:
         journal: Journal, predict_layers: Sequence[int] = (), reach: int = 0,
     ):  # fmt: skip
         self.rotary = rotary
-        keys, values, self.layers = exact.prefill(samples[0][0][:, :2])
-        self.shapes = [[(x.shape[1], x.shape[3]) for x in side] for side in (keys, values)]
+        self.shapes, self.layers = exact.geometry(samples[0][0])
         widest = max(h * d for side in self.shapes for h, d in side)
         self.group_layers = 1 if reach else group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
         self.ranges = [part for kind in (0, 1) for part in self._group(kind)]
