@@ -1,8 +1,7 @@
 """Convert the rows of a chunk to nested symbols and streams, and back.
 
 A chunk is a matrix of rows [tokens, channels] with every channel of every layer's K and V. It becomes one *part* per
-level: part 0 is the base, parts 1.. are refinements. All chunks of an artifact share the side information (`Side`):
-steps, means and table entries, at most 6 bytes per channel with 3 levels.
+level: part 0 is the base, parts 1.. are refinements. All chunks of an artifact share the side information (`Side`).
 
 Order within the parts, for the tokens that are not anchors:
 
@@ -30,13 +29,14 @@ from hf_cachegen.codec import anchors as anchoring
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
-from hf_cachegen.codec.passes import Grid, Symbols, Wide
+from hf_cachegen.codec.passes import Grid, Symbols
 from hf_cachegen.codec.section import Assignment, Coded, Cursor
+from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
 from hf_cachegen.codec.transfer import Check, Checks, Resident, all_of
+from hf_cachegen.codec.wide import Wide, correct, split, within_bytes
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import CorruptError
 
 
 @dataclass(frozen=True)
@@ -80,53 +80,6 @@ class Channels:
 
     def __len__(self) -> int:
         return len(self.vectors)
-
-
-@dataclass(frozen=True)
-class Side:
-    """The side information of one artifact. Every tensor is [channels]; refine_entries is [levels - 1, channels].
-
-    Attributes:
-        step_codes: uint8: the finest steps (`quantize.steps_of`).
-        means: int16, in 1/16 of the coarsest step; zero where there are anchors.
-        anchor_entries: uint8 entries of the shipped codebook; zero where there are no anchors.
-        base_entries: uint8 entries of the shipped codebook.
-        refine_entries: uint8 entries of the shipped codebook.
-    """
-
-    step_codes: Tensor
-    means: Tensor
-    anchor_entries: Tensor
-    base_entries: Tensor
-    refine_entries: Tensor
-
-    @classmethod
-    def read(cls, cursor: Cursor, channels: int, config: CacheGenConfig, *, anchors: bool) -> Side:
-        """Read the bytes that `to_bytes` wrote. Raises TruncatedError or CorruptError for bytes that no encoder writes.
-        """
-        steps = cursor.tensor(channels, torch.uint8)
-        means, peaks = torch.zeros(channels, dtype=torch.int16), torch.zeros(channels, dtype=torch.uint8)
-        if anchors:
-            peaks = cursor.tensor(channels, torch.uint8)
-        else:
-            means = cursor.tensor(channels, torch.int16)
-        base = cursor.tensor(channels, torch.uint8)
-        refine = cursor.tensor(channels * (config.levels - 1), torch.uint8).reshape(config.levels - 1, channels)
-        cursor.finish()
-        values, digits = shipped_codebooks(config.prob_bits)
-        for entries, book in ((peaks, values), (base, values), (refine, digits)):
-            if bool((entries >= book.entries).any()):
-                raise CorruptError("a table entry of the side information is outside the codebook")
-        return cls(steps, means, peaks, base, refine)
-
-    def to_bytes(self, *, anchors: bool) -> bytes:
-        """Return the tensors one after the other.
-
-        With anchors, the entries of the anchors' tables are written instead of the means: the differences have no mean.
-        """
-        own = self.anchor_entries if anchors else self.means
-        parts = (self.step_codes, own, self.base_entries, self.refine_entries)
-        return b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
 
 class _Read(NamedTuple):
@@ -265,7 +218,8 @@ class LossyCodec:
     def _launch_alone(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
         """Decode a chunk that no batch takes, section by section, or stage by stage on the CPU."""
         read = self._read(parts, span)
-        if not len(read.base.wide.positions) and self.config.coder == "rans" and native.available(target.device):
+        direct = self._scales_alone(target) if len(read.base.wide.positions) else True
+        if direct and self.config.coder == "rans" and native.available(target.device):
             return self._write(read, span, target, row)
         target.put(self._rows(read, span, target.dtype), row)
         return all_of([])
@@ -295,8 +249,13 @@ class LossyCodec:
             level, device, lambda: (self.means, self.steps * quantize.step_factor(level, self.config.levels))
         )
 
+    def _scales_alone(self, target: Target) -> bool:
+        """Return whether each value of the target is symbol x step, so that the symbol follows from it."""
+        rows, plain = target.kept[0], not self.group_tokens and not bool(self.side.means.any())
+        return plain and rows.dim() == 2 and rows.dtype == torch.float32
+
     def _write(self, read: _Read, span: Span, target: Target, row: int) -> Check:
-        """Decode a chunk without wide symbols directly into the target. Return what waits for it."""
+        """Decode a chunk directly into the target. Return what waits for it."""
         device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config, self.group_tokens)
         sections = Sections(target, row, span.tokens, coded, len(self.channels))
         grid, finest = self.scale(1 + len(read.rest), device), self.scale(self.config.levels, device)
@@ -305,6 +264,8 @@ class LossyCodec:
             values = anchors.values(self.vectors(device))
             grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
+        wide = read.base.wide
+        read = read._replace(base=within_bytes(read.base)) if len(wide.positions) else read
         middle = Rows(ordinary.start, coded)
         ends = Rows(0, ordinary.start, ordinary.stop - ordinary.start)
         refined = read.rest or any(section.tokens for section in read.finest)
@@ -314,6 +275,11 @@ class LossyCodec:
             base = sections.index(read.base, Rows(0, coded), [])
             sections.refine(read.rest, middle, base, grid)
             sections.refine(read.finest, ends, base, finest)
+        if len(wide.positions):
+            columns, rows = len(self.channels), target.kept[0][row : row + span.tokens]
+            others, protected = split(wide, ordinary.start * columns, ordinary.stop * columns)
+            correct(rows, others, grid.steps, len(read.rest))
+            correct(rows, protected, finest.steps, self.config.levels - 1)
         return sections.launched()
 
     def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hf_cachegen.codec import anchors as anchoring
 from hf_cachegen.codec import passes, quantize
-from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.passes import Grid
 from hf_cachegen.codec.rans import TILE_COLUMNS
+from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX, Codebook
 from hf_cachegen.config import CacheGenConfig

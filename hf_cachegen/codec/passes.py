@@ -4,7 +4,7 @@ A chunk's rows are [tokens, channels]. With anchors, the first of every `group_t
 rows are *coded rows*, and "coded rows [first, last)" counts them alone.
 
 Symbols are bytes: an index is symbol + ZERO_INDEX, a digit's index is digit + 1. The few base symbols that no byte
-holds are stored beside their matrix, which has the nearest byte: `Wide`.
+holds are stored beside their matrix (`wide`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hf_cachegen.codec import abi, native, quantize
 from hf_cachegen.codec.anchors import Anchors
-from hf_cachegen.codec.tables import DIGIT_SYMBOLS, DIGIT_ZERO, VALUE_SYMBOLS, ZERO_INDEX
+from hf_cachegen.codec.tables import DIGIT_SYMBOLS, DIGIT_ZERO, ZERO_INDEX
+from hf_cachegen.codec.wide import NONE_WIDE, Wide, nearest
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """enum cg_dtype."""
@@ -56,16 +57,6 @@ class Grid(NamedTuple):
         """Return the positions of the coded rows in a chunk of `tokens` tokens: int64."""
         position = torch.arange(tokens)
         return position if self.anchors is None else position[position % self.group_tokens != 0]
-
-
-class Wide(NamedTuple):
-    """Indices beyond a byte: positions int64, ascending, position = row x channels + channel; indices int32."""
-
-    positions: Tensor
-    indices: Tensor
-
-
-NONE_WIDE = Wide(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32))
 
 
 class Symbols(NamedTuple):
@@ -133,7 +124,7 @@ def _exact(rows: Tensor, grid: Grid, levels: int, which: Tensor | slice) -> Symb
     fine = quantize.fine_symbols(_differences(rows, grid, which) - grid.means, grid.steps).cpu()
     symbols, digits = quantize.split(fine, levels)
     index = symbols + ZERO_INDEX
-    base = index.clamp(0, VALUE_SYMBOLS - 1).to(torch.uint8)
+    base = nearest(index).to(torch.uint8)
     row, channel = (base != index).nonzero(as_tuple=True)
     counted = torch.arange(len(grid.positions(len(rows))))[which]
     wide = Wide(counted[row] * rows.shape[1] + channel, index[row, channel])

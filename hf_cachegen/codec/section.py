@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import passes, rans
-from hf_cachegen.codec.passes import NONE_WIDE, Wide
 from hf_cachegen.codec.quantize import LARGEST_SYMBOL
 from hf_cachegen.codec.tables import ZERO_INDEX, Codebook
 from hf_cachegen.codec.transfer import Resident
+from hf_cachegen.codec.wide import NONE_WIDE, Wide
 from hf_cachegen.errors import CorruptError, TruncatedError
 
 MAX_RUNS = 16

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from hf_cachegen.codec import fit
-from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, basis, quantize, transfer
-from hf_cachegen.codec.chunk import Channels, LossyCodec, Side, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
@@ -39,6 +39,7 @@ from hf_cachegen.codec.profile import Profile, require_layers
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.scaling import Scaling
 from hf_cachegen.codec.section import Cursor
+from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.sinks import FINER
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
@@ -47,6 +48,8 @@ from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorEr
 
 Chunk = tuple[Sequence[bytes | memoryview], Span, int]
 """The parts of a chunk, its position, and the target's row of its first token."""
+HOST_CHUNKS = 4
+"""Most chunks that the CPU decodes with one matrix product. Each product begins with arranging the matrix."""
 OUTSTANDING = 2
 """Number of groups of chunks whose errors are not read yet, so that the host does not wait for the device."""
 DIGEST_BYTES = 16
@@ -287,35 +290,28 @@ class Klt(Transform):
         return self._kept.squares[span.first] @ self.basis.energies(), context.energy(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        y = torch.empty(span.tokens, self.entries.shape[1], device=target.device)
-        self.inner.decode_into(parts, span, Target.matrix(y))
-        vectors = self._vectors(target, slice(row, row + span.tokens))
-        if not transfer.is_host(target.device):  # to test which components are zero would wait for the device
-            self._restore(y, span, len(parts), vectors)
-            return
-        ordinary = span.ordinary(self.config)
-        coded = self.entries[: len(parts)] if ordinary == slice(0, span.tokens) else self.entries
-        self._restore(y, span, len(parts), vectors, ~coded.any(0))
+        self._launch([(parts, span, row)], target)()
 
     def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
-        if transfer.is_host(target.device):
-            super().decode_many(chunks, target)
-            return
         checks = transfer.Checks(OUTSTANDING)
-        for group in adjacent(chunks, abi.MAX_BATCH):
+        for group in adjacent(chunks, HOST_CHUNKS if transfer.is_host(target.device) else abi.MAX_BATCH):
             checks.add(self._launch(group, target))
         checks.finish()
 
     def _launch(self, group: Sequence[Chunk], target: Target) -> transfer.Check:
-        """Decode chunks that follow one another on a device, with one matrix product for all. Return what waits for
-        them.
-        """
+        """Decode chunks that follow one another, with one matrix product for all. Return what waits for them."""
         (parts, first, row), last = group[0], group[-1][1]
         whole = Span(first.first, last.first + last.tokens - first.first, first.total)
         y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
         check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
-        self._restore(y, whole, len(parts), self._vectors(target, slice(row, row + whole.tokens)))
+        idle = self._idle(whole, len(parts)) if transfer.is_host(target.device) else None
+        self._restore(y, whole, len(parts), self._vectors(target, slice(row, row + whole.tokens)), idle)
         return check
+
+    def _idle(self, span: Span, level: int) -> Tensor:
+        """Return which components no table of these tokens can express, bool [components]."""
+        protected = span.ordinary(self.config) != slice(0, span.tokens)
+        return ~(self.entries if protected else self.entries[:level]).any(0)
 
     def _vectors(self, target: Target, tokens: slice) -> list[Tensor]:
         """Return views [tokens, heads, dim] of the target's rows: K and V of each layer in turn."""
