@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import codecs, datasets, intervals, metrics, surroundings
+from eval import codecs, datasets, intervals, surroundings
 from eval.answers import answers, first_line
 from eval.baselines.joint import Joint
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example
 from eval.measure import continuation, encode
 from eval.models import find_profile, load_model, load_tokenizer, token_ids
-from eval.report.tables import percent
 from hf_cachegen import CacheGenCache
 
 WORST = 0.05
@@ -155,23 +154,6 @@ def table(rows: list[Measured]) -> str:
             f"{s['answer']:.4f} | {s['own']:.4f} | {s['median']:.5f} | {s['worst']:.0%} | KL {s['undecided kl']:.4f}, "
             f"{s['undecided']:.0%} of all | {100 * intervals.ratio(sums, counts):.0f}%{shown} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def short_table(path: Path) -> str:
-    """Return the table of committed results that README shows: bits, answers and divergence.
-
-    Args:
-        path: the JSON file.
-    """
-    groups: dict[tuple[str, int | None], list[Measured]] = {}
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        groups.setdefault((row["codec"], row["level"]), []).append(Measured(**row))
-    lines = ["| technique | bits per element | same answers, 95 % | KL, nats per token |", "|---|---:|---:|---:|"]
-    for key, found in groups.items():
-        figures = summary(found)
-        same = percent(metrics.share(_numbers(found, sum), _numbers(found, len)))
-        lines.append(f"| {codecs.title(*key)} | {figures['bits']:.2f} | {same} | {figures['kl']:.4f} |")
     return "\n".join(lines) + "\n"
 
 

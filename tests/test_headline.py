@@ -33,7 +33,7 @@ def test_committed_runs_hold_their_predictions() -> None:
 
 def test_readme_quotes_committed_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert positions.short_table(ROOT / "docs" / "results" / "positions" / "lines.json") in text
+    assert headline.table(ROOT / "docs" / "results" / "headline" / "runs" / "any-numbers").markdown() in text
 
 
 def test_a_divergence_is_split_by_position() -> None:
