@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from eval.codecs import NAMES
+from eval.command import run_command
 from eval.datasets import LOADERS
 from eval.models import DTYPES
-from hf_cachegen.errors import CacheGenError
 
 INTERRUPTED = 130
 TOO_LONG = ("skip", "middle", "error")
@@ -109,8 +109,4 @@ def report(runs: tuple[Path, ...], out: Path, title: str, adaptation: Path | Non
 
 
 if __name__ == "__main__":
-    try:
-        main(prog_name="python -m eval")
-    except CacheGenError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    run_command(main, "eval")

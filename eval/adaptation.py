@@ -28,6 +28,7 @@ import matplotlib
 from tqdm import tqdm
 
 from eval import traces
+from eval.command import run_command
 from eval.contestants import UNIFORM, Contestant, Setting, contestants_of
 from eval.simulation import Outcome, simulate
 from eval.traces import Link
@@ -272,4 +273,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.adaptation")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from eval import intervals, surroundings
+from eval.command import run_command
 from eval.divergence import kl, log_probabilities
 from eval.models import load_model, load_tokenizer
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, TASKS, sample
@@ -131,4 +132,4 @@ def main(name: str, text: Path | None, samples: tuple[int, ...], tests: int, tok
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.calibration")

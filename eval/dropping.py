@@ -33,6 +33,7 @@ from transformers import DynamicCache
 from eval import datasets, intervals, surroundings
 from eval.baselines.joint import find_rotation, rotated
 from eval.baselines.released import cachegen
+from eval.command import run_command
 from eval.datasets.request import Request
 from eval.divergence import kl
 from eval.examples import Example
@@ -187,4 +188,4 @@ def main(name: str, dataset: str, limit: int, dtype: str, profile: str, out: Pat
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.dropping")

@@ -24,6 +24,7 @@ import click
 
 from eval import codecs, datasets
 from eval.baselines import CALIBRATED, joint
+from eval.command import run_command
 from eval.datasets.request import Request
 from eval.models import load_model, load_tokenizer, token_ids
 from eval.reference import MODEL_PATH
@@ -203,4 +204,4 @@ def print_table(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.headline")

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval import datasets, intervals, surroundings
+from eval.command import run_command
 from eval.datasets.request import Request
 from eval.divergence import kl, log_probabilities
 from eval.examples import Example
@@ -211,4 +212,4 @@ def main(name: str, dataset: str, limit: int, dtype: str, device: str | None, ou
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.insights")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from eval import codecs, datasets, intervals, surroundings
 from eval.answers import answers, first_line
 from eval.baselines.joint import Joint
+from eval.command import run_command
 from eval.datasets.request import Request
 from eval.examples import Dataset, Example
 from eval.measure import continuation, encode
@@ -231,4 +232,4 @@ def _short(value: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.positions")

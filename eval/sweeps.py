@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from eval.command import run_command
 from hf_cachegen.errors import ConfigError
 
 BANDWIDTHS = (0.01, 0.1, 1.0, 3.0, 10.0)
@@ -115,4 +116,4 @@ def main(results: Path, per_token: int, gbps: float, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.sweeps")

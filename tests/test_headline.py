@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from eval import calibration, codecs, headline, positions, sweeps
+from eval.command import run_command
 from eval.dropping import WINDOW, kept
 from eval.positions import Measured, summary, table
 from eval.run_folder import RunFolder
@@ -34,6 +36,15 @@ def test_committed_runs_hold_their_predictions() -> None:
 def test_readme_quotes_committed_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert headline.table(ROOT / "docs" / "results" / "headline" / "runs" / "any-numbers").markdown() in text
+
+
+def test_an_error_of_a_command_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["headline", "table", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        run_command(headline.main, "eval.headline")
+    assert capsys.readouterr().err == f"error: {tmp_path} has no metrics.json: it is not a finished run\n"
 
 
 def test_a_divergence_is_split_by_position() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eval import datasets
 from eval.baselines.stored import rows, unrows
+from eval.command import run_command
 from eval.datasets.request import Request
 from eval.models import load_model, load_tokenizer, token_ids
 from hf_cachegen import CacheGenCache
@@ -202,4 +203,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.baselines.joint")

@@ -13,6 +13,7 @@ import click
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.command import run_command
 from eval.reference import CALIBRATION_SEED, MODEL_PATH, TASKS, sample
 from hf_cachegen import Profile, learn_profile
 
@@ -52,4 +53,4 @@ def main(samples: int, layers: tuple[int, ...], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.reference.profile")

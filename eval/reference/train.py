@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eval.command import run_command
 from eval.reference import corpus
 from eval.reference.words import ADJECTIVES, JOBS, NAMES, NOUNS, PLACES, TOPIC_FIELDS, VERBS
 
@@ -323,4 +324,4 @@ def main(out: Path, minutes: float, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval.reference.train")
