@@ -36,6 +36,8 @@ from eval.run_folder import ASKED, RunFolder
 
 RESULTS = Path("docs/results")
 CONTEXTS = 12
+TOKENS = 1024
+"""Tokens of a context of real weights."""
 BASIS_CONTEXTS, BASIS_SEED = 6, 1_000_000
 """Contexts of each task of the reference model that the joint basis is learnt from, and their seed."""
 SAMPLES, PREDICTORS = 40, (0, 1)
@@ -72,22 +74,24 @@ def reference_cases() -> tuple[Case, ...]:
     )
 
 
-def real_cases(text: str, conversations: str, code: str) -> tuple[Case, ...]:
+def real_cases(text: str, conversations: str, code: str, tokens: int = TOKENS) -> tuple[Case, ...]:
     """Return the runs of real weights, on a text of the kind of the profile's and on others.
 
     Args:
         text: a text file; the profile was learnt from other text of the same kind.
         conversations: JSONL file with conversations in the field "prompt"; empty to leave them out.
         code: pattern of source files; empty to leave them out.
+        tokens: tokens of a context; every technique is measured at the default length only.
     """
-    everything = (*PUBLISHED[1:], *OWN, "predict0", "predict2")
     few = ("uniform-4", "artifact", "kvtc", "klt", "predict0")
-    cases = [Case("text", f"wikitext:path={text},prefix=1024,suffix=128", everything)]
+    everything = (*PUBLISHED[1:], *OWN, "predict0", "predict2") if tokens == TOKENS else few
+    window, name = f"prefix={tokens},suffix=128", "" if tokens == TOKENS else f"-{tokens}"
+    cases = [Case(f"text{name}", f"wikitext:path={text},{window}", everything)]
     if conversations:
-        spec = f"documents:path={conversations},field=prompt,title=LongChat conversations"
-        cases.append(Case("conversations", spec, few))
+        spec = f"documents:path={conversations},field=prompt,title=LongChat conversations,{window}"
+        cases.append(Case(f"conversations{name}", spec, few))
     if code:
-        cases.append(Case("code", f"documents:path={code},title=Python code", few))
+        cases.append(Case(f"code{name}", f"documents:path={code},title=Python code,{window}", few))
     return tuple(cases)
 
 
@@ -178,19 +182,20 @@ def reference(limit: int, samples: int, only: str | None, work: Path, out: Path)
 @click.option("--text", required=True, help="Text file of the kind that the profile was learnt from.")
 @click.option("--conversations", default="", help='JSONL file with conversations in the field "prompt".')
 @click.option("--code", default="", help="Pattern of source files.")
+@click.option("--tokens", default=TOKENS, show_default=True, help="Tokens of a context.")
 @click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
 @click.option("--only", help="Name of one case.  [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "headline-smollm2", show_default=True,
               help="Folder of runs and report.")  # fmt: skip
 def real(
-    model: str, profile: str, basis: str | None, text: str, conversations: str, code: str, limit: int, only: str | None,
-    out: Path,
+    model: str, profile: str, basis: str | None, text: str, conversations: str, code: str, tokens: int, limit: int,
+    only: str | None, out: Path,
 ) -> None:  # fmt: skip
     """Measure real weights on text like the profile's, conversations and code."""
     common = {"model": model, "limit": limit, "profile": profile, "basis": basis}
     cases = [
         replace(case, codecs=tuple(name for name in case.codecs if basis or name not in CALIBRATED))
-        for case in real_cases(text, conversations, code)
+        for case in real_cases(text, conversations, code, tokens)
         if only in (None, case.name)
     ]
     measure(cases, out, f"{Path(model).name}, a real model", common)

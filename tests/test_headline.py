@@ -24,6 +24,9 @@ def test_a_suite_names_codecs_that_exist() -> None:
     assert {name for case in cases for name in case.codecs} <= set(codecs.NAMES)
     assert {name for name, _ in headline.QUOTED} <= set(codecs.NAMES)
     assert [case.name for case in headline.real_cases("a.txt", "", "")] == ["text"]
+    longer = headline.real_cases("a.txt", "b.jsonl", "c/*.py", 4096)
+    assert [case.name for case in longer] == ["text-4096", "conversations-4096", "code-4096"]
+    assert all("prefix=4096," in case.dataset for case in longer)
 
 
 def test_committed_runs_hold_their_predictions() -> None:
