@@ -74,7 +74,8 @@ class Narrow(NamedTuple):
         """
         extra, first = len(self.matrix) - self.components, MEAN_TERMS + self.rank
         leading = (extra - first) // 2
-        y = torch.ones(len(part), extra + part.shape[1], dtype=torch.bfloat16, device=part.device)
+        y = torch.empty(len(part), extra + part.shape[1], dtype=torch.bfloat16, device=part.device)
+        y[:, :MEAN_TERMS] = 1
         y[:, MEAN_TERMS:first] = scores
         y[:, extra:] = part
         rounded = y[:, extra : extra + leading]

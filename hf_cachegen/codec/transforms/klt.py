@@ -48,7 +48,7 @@ from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorEr
 
 Chunk = tuple[Sequence[bytes | memoryview], Span, int]
 """The parts of a chunk, its position, and the target's row of its first token."""
-HOST_CHUNKS = 4
+HOST_CHUNKS = 2
 """Most chunks that the CPU decodes with one matrix product. Each product begins with arranging the matrix."""
 OUTSTANDING = 2
 """Number of groups of chunks whose errors are not read yet, so that the host does not wait for the device."""
@@ -290,19 +290,28 @@ class Klt(Transform):
         return self._kept.squares[span.first] @ self.basis.energies(), context.energy(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        self._launch([(parts, span, row)], target)()
+        self.decode_many([(parts, span, row)], target)
 
     def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
-        checks = transfer.Checks(OUTSTANDING)
+        checks, y = transfer.Checks(OUTSTANDING), torch.empty(0, self.entries.shape[1], device=target.device)
         for group in adjacent(chunks, HOST_CHUNKS if transfer.is_host(target.device) else abi.MAX_BATCH):
-            checks.add(self._launch(group, target))
+            (_, first, _), (_, last, _) = group[0], group[-1]
+            whole = Span(first.first, last.first + last.tokens - first.first, first.total)
+            if len(y) < whole.tokens:  # new memory costs as much as decoding into it, so all groups share it
+                y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
+            checks.add(self._launch(group, whole, target, y[: whole.tokens]))
         checks.finish()
 
-    def _launch(self, group: Sequence[Chunk], target: Target) -> transfer.Check:
-        """Decode chunks that follow one another, with one matrix product for all. Return what waits for them."""
-        (parts, first, row), last = group[0], group[-1][1]
-        whole = Span(first.first, last.first + last.tokens - first.first, first.total)
-        y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
+    def _launch(self, group: Sequence[Chunk], whole: Span, target: Target, y: Tensor) -> transfer.Check:
+        """Decode chunks that follow one another, with one matrix product for all. Return what waits for them.
+
+        Args:
+            group: The chunks.
+            whole: Their position.
+            target: Receives the values.
+            y: Receives the coefficients, float32 [tokens, components].
+        """
+        parts, _, row = group[0]
         check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
         idle = self._idle(whole, len(parts)) if transfer.is_host(target.device) else None
         self._restore(y, whole, len(parts), self._vectors(target, slice(row, row + whole.tokens)), idle)
