@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,popcnt")
 #endif
 
+#include "heads.h"
 #include "into.h"
 #include "planes.h"
 #include "source.h"
@@ -121,7 +122,7 @@ struct Avx2 {
 }  // namespace
 
 const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    encode_tile<Avx2>, passes, contexts, clamp,
-                      count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes};
+                      count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen
 

@@ -12,6 +12,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "heads.h"
 #include "into.h"
 #include "planes.h"
 #include "source.h"
@@ -95,7 +96,7 @@ struct Avx512 {
 }  // namespace
 
 const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    encode_tile<Avx512>, passes, contexts, clamp,
-                        count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes};
+                        count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen
 

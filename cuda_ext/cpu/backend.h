@@ -91,6 +91,7 @@ struct Backend {
   void (*levels_contexts)(const uint8_t* base, const uint8_t* digits, uint64_t n, uint8_t* contexts);
   const SourcePasses& (*source)(uint32_t dtype);
   const PlanePasses& (*planes)(uint64_t value_bytes);
+  void (*heads)(const cg_heads& heads, uint64_t first, uint64_t last);  // tokens
 };
 
 constexpr uint32_t kMaxBatch = 2;

@@ -4,6 +4,7 @@
 #if CACHEGEN_NEON
 #include <arm_neon.h>
 
+#include "heads.h"
 #include "into.h"
 #include "planes.h"
 #include "source.h"
@@ -116,7 +117,7 @@ struct Neon {
 
 const Backend kNeon = {decode_tiles<Neon, 1>, 1,    encode_tile<Neon>, passes,       contexts,
                       clamp,                 count_digits, into, rows_into, run_contexts, levels_into,
-                      levels_contexts,       source_passes, plane_passes};
+                      levels_contexts,       source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen
 #endif

@@ -1,6 +1,7 @@
 // The baseline: any machine, tiles of any width, one symbol at a time.
 //
 // Note: encoding runs backwards (tokens, columns, lanes, the write position), so that the decoder reads forwards.
+#include "heads.h"
 #include "into.h"
 #include "planes.h"
 #include "source.h"
@@ -97,6 +98,6 @@ int32_t encode_scalar(const cg_section& section, const Tables& tables, const Til
 }
 
 const Backend kScalar = {decode_tiles, 1,    encode_scalar, passes,       contexts,     clamp,
-                        count_digits, into, rows_into,     run_contexts, levels_into, levels_contexts, source_passes, plane_passes};
+                        count_digits, into, rows_into,     run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen

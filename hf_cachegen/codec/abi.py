@@ -169,6 +169,27 @@ BASE_STREAM, ANCHOR_STREAM, DIGIT_STREAM, MAX_STREAMS = 0, 1, 2, 6
 """CG_BASE_STREAM, CG_ANCHOR_STREAM, CG_DIGIT_STREAM, CG_MAX_STREAMS."""
 
 
+class Heads(ctypes.Structure):
+    """struct cg_heads."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("row_stride", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint64),
+        ("means", ctypes.c_void_p),
+        ("angles", ctypes.c_void_p),
+        ("address", ctypes.c_uint64),
+        ("token_stride", ctypes.c_uint64),
+        ("head_stride", ctypes.c_uint64),
+        ("heads", ctypes.c_uint32),
+        ("dim", ctypes.c_uint32),
+        ("pairs", ctypes.c_uint32),
+        ("interleaved", ctypes.c_uint32),
+        ("from_dtype", ctypes.c_uint32),
+        ("to_dtype", ctypes.c_uint32),
+    ]
+
+
 class StreamsOut(ctypes.Structure):
     """struct cg_streams_out."""
 
@@ -219,6 +240,7 @@ CPU_PROTOTYPES = {
     "cg_decode_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),
     "cg_patch_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
     "cg_code": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER]),
+    "cg_write_heads": (_STATUS, [_POINTER, _U64, _POINTER]),
     "cg_gather": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }

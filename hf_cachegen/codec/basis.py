@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec import heads
 from hf_cachegen.codec.chain import Chain
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
@@ -132,12 +133,12 @@ class Basis:
         found, summaries = torch.empty(span.tokens, self._components, device=device), list[Tensor]()
         chain, scores = self._chain(device), None if scores is None else send(scores, device)
         for index, (group, components) in enumerate(self._groups()):
-            heads = torch.empty(span.tokens, *group.sensitivity.shape[:2], device=device)
+            x = torch.empty(span.tokens, *group.sensitivity.shape[:2], device=device)
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
-            for own, part in zip(mine, heads.split([x.shape[1] for x in mine], 1), strict=True):
+            for own, part in zip(mine, x.split([own.shape[1] for own in mine], 1), strict=True):
                 # By layers, which stay in a core's cache.
                 part.copy_(rotary.turn(own.to(device).float(), angles, -1) if group.kind == 0 else own)
-            x = heads.flatten(1)
+            x = x.flatten(1)
             mean, analysis, prediction = self._analyses(device)[index]
             x -= mean
             with full_precision(device):
@@ -199,14 +200,7 @@ class Basis:
                     part = torch.cat([read, part], 1) if rank else part
                     back = part @ stacked[: part.shape[1]]
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
-            heads = back.unflatten(1, group.sensitivity.shape[:2])
-            at = 0
-            for own in mine:  # a layer's values stay in a core's cache
-                which = slice(at, at := at + own.shape[1])
-                values = heads[:, which]
-                if mean is not None:
-                    values += mean.view(heads.shape[1:])[which]
-                own.copy_(rotary.turn(values.float(), angles, 1) if group.kind == 0 else values)
+            heads.write(back, mean, mine, rotary if group.kind == 0 else None, angles)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         """Convert coefficients to rows [tokens, channels] of `dtype`, as `restore` does without a predictor."""
