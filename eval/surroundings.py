@@ -24,7 +24,7 @@ def session(processes: int) -> dict[str, Any]:
     """Return the surroundings as plain values, without names of persons or machines."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "eval", *sys.argv[1:]],
+        "command": ["python", "-m", module(), *sys.argv[1:]],
         "processes": processes,
         "revision": revision(),
         "versions": {
@@ -38,6 +38,13 @@ def session(processes: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def module() -> str:
+    """Return what follows `python -m` in the command of this process; "eval" where none does."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec is not None else "eval"
+    return name if name.split(".")[0] == "eval" else "eval"
 
 
 def revision() -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
 
-from eval import calibration, codecs, headline, positions, sweeps
+from eval import calibration, codecs, headline, positions, surroundings, sweeps
 from eval.command import run_command
 from eval.dropping import WINDOW, kept
 from eval.positions import Measured, summary, table
@@ -48,6 +49,18 @@ def test_an_error_of_a_command_is_one_line(
     with pytest.raises(SystemExit, match="2"):
         run_command(headline.main, "eval.headline")
     assert capsys.readouterr().err == f"error: {tmp_path} has no metrics.json: it is not a finished run\n"
+
+
+@pytest.mark.parametrize(
+    ("running", "expected"),
+    [("eval.headline", "eval.headline"), ("eval.__main__", "eval"), ("pytest.__main__", "eval"), (None, "eval")],
+)
+def test_a_record_names_the_command_of_its_process(
+    running: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = None if running is None else ModuleSpec(running, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert surroundings.module() == expected
 
 
 def test_a_divergence_is_split_by_position() -> None:
