@@ -12,7 +12,7 @@ import torch
 from hf_cachegen import CacheGenConfig, Profile, learn_profile
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.models import stepping
-from hf_cachegen.profiles.learning import Sample, exact, journal, learning, progress
+from hf_cachegen.profiles.learning import Sample, exact, journal, learning, moments, progress
 from tests.tiny_models import VOCABULARY, make
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
@@ -39,6 +39,25 @@ def model() -> Any:
 def whole(model) -> Profile:
     """Learn in one run, without a file."""
     return learn_profile(model, samples(), config=CONFIG, seed=3)
+
+
+def test_sinks_do_not_shape_the_sensitivity_of_other_tokens(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = moments.gradients
+
+    def louder(*given: Any) -> Any:
+        for kind, layer, gradient in gradients(*given):
+            changed = gradient.clone()
+            changed[[0, 5]] *= 1000
+            yield kind, layer, changed
+
+    def learnt(*sinks: int) -> str:
+        monkeypatch.setattr(moments, "find_sinks", lambda _: torch.tensor(sinks))
+        return learn_profile(model, samples(), config=CONFIG, seed=3).digest
+
+    expected = learnt(0, 5)
+    monkeypatch.setattr(moments, "gradients", louder)
+    assert learnt(0, 5) == expected
+    assert learnt(0) != expected
 
 
 class Killed(BaseException):

@@ -41,7 +41,7 @@ from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.learning.chaining import AcrossLayers, Chaining, reach_of, require_across
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal, unknown
-from hf_cachegen.profiles.learning.moments import Moments
+from hf_cachegen.profiles.learning.moments import SUMS, Moments
 from hf_cachegen.profiles.learning.options import ranks_of, targets_of
 from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, FeatureSums, regressed
 from hf_cachegen.profiles.learning.predictor import blank as blank_predictor
@@ -235,7 +235,7 @@ class _Learning:
 
     def _key(self, options: dict[str, object]) -> str:
         """Hash everything that the result depends on."""
-        described = {"options": options, "config": self.config.to_dict(), "fingerprint": self.fingerprint}
+        described = {"sums": SUMS, "options": options, "config": self.config.to_dict(), "fingerprint": self.fingerprint}
         found = xxhash.xxh3_128(json.dumps(described, sort_keys=True).encode())
         for sample in self.samples:
             for ids in sample:
