@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from hf_cachegen import PrefixCache
 from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, PrefixCacheError, TruncatedError
 from hf_cachegen.prefix_cache import local as local_module
@@ -395,6 +396,9 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
         LocalTier(tmp_path / "file", None)
     with pytest.raises(ConfigError, match="at least"):
         LocalTier(tmp_path / "a", 10)
+    for none in ("", "a\0b", None):
+        with pytest.raises(ConfigError, match="expected a path"):
+            PrefixCache(none)  # type: ignore[arg-type]
 
 
 def test_the_worker_ends_when_idle_and_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
