@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from hf_cachegen.artifact.manifest import digest
-from hf_cachegen.errors import CorruptError, ManifestError
+from hf_cachegen.cli import main
+from hf_cachegen.errors import CorruptError, ManifestError, PrefixCacheError
 from hf_cachegen.prefix_cache.block import Block, dump, load
 from hf_cachegen.prefix_cache.keys import Family, block_key, checkpoint_key, pack_tokens
+from hf_cachegen.prefix_cache.local import LocalTier
 
 FAMILY = Family({"block_tokens": 4, "model_id": "tiny", "codec": {}, "level": None})
 TOKENS = (0, 1, 2, 3)
 FIRST = Block(block_key(FAMILY.salt, pack_tokens(TOKENS)), FAMILY.salt, 0, FAMILY, TOKENS, {}, {}, b"side", (b"x",))
+
+
+@pytest.mark.parametrize("change", [
+    "UPDATE blocks SET nbytes = 'x'", "UPDATE blocks SET key = 'k'", "UPDATE blocks SET used = 'x'",
+    "UPDATE state SET value = 'x' WHERE name = 'nbytes'", "DELETE FROM state",
+])  # fmt: skip
+def test_an_index_with_other_values_is_made_again(change: str, tmp_path: Path) -> None:
+    tier, data = LocalTier(tmp_path, None), dump(FIRST)
+    assert tier.put(FIRST, data, ())
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection:
+        connection.execute(change)
+        connection.commit()
+    with pytest.raises(PrefixCacheError, match="verify' makes it again"):
+        (tier.index.nbytes(), tier.index.rows())
+    assert tier.verify().blocks == 1
+    assert [row.nbytes for row in tier.index.rows()] == [tier.index.nbytes()] == [len(data)]
+
+
+@pytest.mark.parametrize("family", ["[", "{}", '{"block_tokens": "4", "model_id": "x"}', "[1]"])
+def test_ls_states_that_a_family_is_damaged(family: str, tmp_path: Path) -> None:
+    LocalTier(tmp_path, None).put(FIRST, dump(FIRST), ())
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection:
+        connection.execute("UPDATE families SET family = ?", (family,))
+        connection.commit()
+    result = CliRunner().invoke(main, ["prefix-cache", "ls", str(tmp_path)])
+    assert (result.exit_code, "the index is damaged" in result.output) == (3, True), result.output
 
 
 def test_a_header_that_lies_is_refused() -> None:
