@@ -13,11 +13,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hf_cachegen.artifact import ArtifactWriter, Reader, write_artifact
-from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError
+from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError, ConfigError
 from hf_cachegen.stores import LocalStore
 from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, read_all, write
 
@@ -70,6 +71,15 @@ def test_a_location_that_is_a_file_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ArtifactExistsError, match="must be a directory"):
             write(place, overwrite=True)
+
+
+@pytest.mark.parametrize("place", ["", "a\0b", None, b"bytes", "https://user:secret@host/x", "hf://user/x"], ids=repr)
+def test_what_is_no_folder_is_refused(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="expected a") as caught:
+        write(place)
+    assert "secret" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["cachegen.json", "base.safetensors"])

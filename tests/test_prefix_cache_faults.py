@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from hf_cachegen.errors import ConfigError, CorruptError, ManifestError, PrefixCacheError, TruncatedError
+from hf_cachegen import PrefixCache
+from hf_cachegen.errors import ConfigError, CorruptError, PrefixCacheError, TruncatedError
 from hf_cachegen.prefix_cache import local as local_module
 from hf_cachegen.prefix_cache import worker as worker_module
 from hf_cachegen.prefix_cache.block import Block, dump, load
@@ -351,25 +352,15 @@ def test_every_damage_of_a_file_is_found(damage: str) -> None:
         load(damaged, block.key)
 
 
-def test_a_header_that_lies_is_refused() -> None:
-    block, _ = blocks(1)[0]
-    for wrong in (
-        Block(block.key, block.parent, 0, FAMILY, (1, 2, 3, 4), {}, {}, b"", (b"x",)),
-        Block(block_key(b"p" * 32, pack_tokens(block.tokens)), b"p" * 32, 0, FAMILY, block.tokens, {}, {}, b"", (b"",)),
-        Block(block.key, block.parent, 1 << 30, FAMILY, block.tokens, {}, {}, b"", (b"x",)),
-        Block(block.key, block.parent, 0, FAMILY, block.tokens, {}, {}, b"", ()),
-        Block(block.key, block.parent, 0, Family({"block_tokens": "4"}), block.tokens, {}, {}, b"", (b"x",)),
-    ):
-        with pytest.raises((CorruptError, ManifestError)):
-            load(dump(wrong))
-
-
 def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(PrefixCacheError, match="cannot be opened"):
         LocalTier(tmp_path / "file", None)
     with pytest.raises(ConfigError, match="at least"):
         LocalTier(tmp_path / "a", 10)
+    for none in ("", "a\0b", None):
+        with pytest.raises(ConfigError, match="expected a path"):
+            PrefixCache(none)  # type: ignore[arg-type]
 
 
 def test_the_worker_ends_when_idle_and_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:

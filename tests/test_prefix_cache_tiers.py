@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hf_cachegen import CacheGenCache, CacheGenConfig, PrefixCache
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, PrefixCacheError, StoreError
 from hf_cachegen.generation import attach, generate
 from hf_cachegen.prefix_cache import PrefixCacheCollector, levels
+from hf_cachegen.prefix_cache.block import dump, load
+from hf_cachegen.prefix_cache.keys import Family
 from hf_cachegen.prefix_cache.remote import RemoteTier, name_of
 from hf_cachegen.prefix_cache.transfer import export_artifact, import_artifact
 from hf_cachegen.stores.objects import Objects
@@ -105,6 +108,20 @@ def test_a_damaged_or_hostile_block_of_a_location_is_computed(tmp_path: Path, te
     assert reader.stats().blocks_damaged == 1
     fill(reader)
     assert reader.stats().hits == 1, "computed and stored again"
+
+
+@pytest.mark.parametrize("lie", [{"depth": 7}, {"family": Family({"block_tokens": WIDTH, "model_id": "x"})}], ids=str)
+def test_a_block_that_lies_about_its_chain_is_computed(lie: dict[str, Any], tmp_path: Path, team: str) -> None:
+    fill(small(tmp_path / "first", remote=team))
+    memory = fsspec.filesystem("memory")
+    for name in memory.find("team/prefixes"):
+        block = load(memory.cat_file(name))
+        if block.depth == 1:
+            memory.pipe_file(name, dump(replace(block, **lie)))
+    reader = small(tmp_path / "reader", shared=[team])
+    fill(reader)
+    assert reader.stats().tokens_reused == WIDTH
+    assert reader.stats().blocks_damaged == 1
 
 
 def test_a_location_that_fails_costs_one_try(tmp_path: Path, team: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
 from hf_cachegen.codec.profile import MAX_HEADER_BYTES
-from hf_cachegen.errors import CacheGenError, ProfileError
+from hf_cachegen.errors import ArtifactExistsError, CacheGenError, ConfigError, ProfileError
 from tests.golden_cache import golden_chained, golden_known, golden_kv, golden_predicting, golden_profile
 
 CONFIG = CacheGenConfig(transform="klt", chunk_tokens=32, protect_last=8)
@@ -99,6 +100,17 @@ def test_any_change_is_refused_or_harmless(seed: int, make: Callable[[], Profile
         assert [x.shape for x in decoded[0]] == [x.shape for x in keys]
         outcomes["used"] += 1
     assert min(outcomes.values()) > 0, outcomes
+
+
+def test_a_profile_is_written_to_a_folder_alone(tmp_path: Path) -> None:
+    profile = golden_profile()
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "file" / "x.safetensors"):
+        with pytest.raises(ArtifactExistsError, match="must be a folder"):
+            profile.save(place)
+    for none in ("", "a\0b", None):
+        with pytest.raises(ConfigError, match="expected a path"):
+            profile.save(none)  # type: ignore[arg-type]
 
 
 def raw(header: dict[str, Any], body: bytes = b"") -> bytes:

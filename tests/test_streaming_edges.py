@@ -303,6 +303,12 @@ def test_a_fallback_has_the_access_of_the_first_location_but_no_credentials_for_
     assert (lone.host, lone.access.patience.timeout) == ("elsewhere", 1.0)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("slo", [0, -1, float("inf"), float("nan"), "1"], ids=repr)
+def test_an_slo_that_is_no_time_is_refused(slo: Any) -> None:
+    with pytest.raises(ConfigError, match="slo must be above 0 seconds and finite"):
+        StreamOptions(slo=slo)
+
+
 CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "without a cache": lambda url: {"slo": 5.0},
     "given twice": lambda url: {"cache": url, "slo": 5.0, "stream": {"slo": 1.0}},

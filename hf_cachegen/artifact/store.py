@@ -7,6 +7,7 @@ a default, so no caller asks for the class of a store.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,17 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from hf_cachegen.artifact.manifest import Segment
+from hf_cachegen.errors import ConfigError
+
+
+def local_path(location: str | os.PathLike[str]) -> Path:
+    """Return the path that `location` names, with "~" expanded. Raise ConfigError where it cannot be a path."""
+    if not isinstance(location, str | os.PathLike):
+        raise ConfigError(f"expected a path, a URL or a repository, got {type(location).__name__}")
+    name = os.fspath(location)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ConfigError(f"expected a path, a URL or a repository, got {name!r:.200}")
+    return Path(os.path.expanduser(name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,8 @@ from hf_cachegen.artifact.manifest import (
     loads,
     tile,
 )
-from hf_cachegen.errors import ArtifactError, ArtifactExistsError, TensorError
+from hf_cachegen.artifact.store import local_path
+from hf_cachegen.errors import ArtifactError, ArtifactExistsError, ConfigError, TensorError
 
 _COPY_BYTES = 1 << 20
 _PARTIAL = re.compile(r"\.(.+)\.partial")
@@ -68,13 +69,17 @@ class ArtifactWriter:
 
     Raises:
         ArtifactExistsError: The directory holds files of an artifact, or another writer is using it.
+        ConfigError: The directory is no path.
         OSError: The disk is full, or access is denied.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], *, overwrite: bool = False, limits: Limits = DEFAULT_LIMITS
     ) -> None:
-        self._path = Path(os.path.expanduser(directory))
+        self._path = local_path(directory)
+        if isinstance(directory, str) and "://" in directory:
+            scheme = directory.partition("://")[0]
+            raise ConfigError(f"expected a folder, got a URL ({scheme}://...): save into a folder, then push it")
         self._overwrite = overwrite
         self._limits = limits
         self._spools: dict[str, BinaryIO] = {}

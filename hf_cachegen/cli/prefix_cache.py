@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from hf_cachegen.artifact import strict_json
 from hf_cachegen.cli.options import output_options
 from hf_cachegen.cli.output import plain, print_json, size_text, step
 from hf_cachegen.errors import PrefixCacheError
@@ -37,13 +37,22 @@ def opened(folder: Path, key: str | None = None, **options: Any) -> PrefixCache:
     return PrefixCache(folder, None, key=key, **options)
 
 
+def _fields(text: object) -> dict[str, Any]:
+    """Return the fields of a family; none where the text is no such JSON."""
+    try:
+        fields = strict_json.loads(str(text).encode())
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
 @prefix_cache_commands.command("ls", short_help="List the stored prefixes.")
 @_folder
 @output_options
 def prefix_cache_ls(folder: Path, as_json: bool, debug: bool) -> None:
     """List the prefixes in FOLDER, one line for the end of each chain, the least recently used first."""
     index = opened(folder).local.index
-    rows, families = index.rows(), {salt: json.loads(text) for salt, text in index.families().items()}
+    rows, families = index.rows(), {salt: _fields(text) for salt, text in index.families().items()}
     parents, by_key = {row.parent for row in rows if not row.is_checkpoint}, {row.key: row for row in rows}
     states = {row.parent: row.nbytes for row in rows if row.is_checkpoint}
     found: list[dict[str, Any]] = []
@@ -52,7 +61,12 @@ def prefix_cache_ls(folder: Path, as_json: bool, debug: bool) -> None:
         while at is not None:
             nbytes += states.get(at.key, 0) + (0 if at.is_checkpoint else at.nbytes)
             at = by_key.get(at.parent)  # type: ignore[assignment]
-        family = families[row.salt]
+        family = families.get(row.salt)
+        if family is None or type(family.get("block_tokens")) is not int or type(family.get("model_id")) is not str:
+            raise PrefixCacheError(
+                f"expected the family of block {row.key.hex()[:16]} in the index of {folder}, found {family!r:.80}: "
+                "the index is damaged; remove the folder, and it is filled again"
+            )
         tokens = row.blocks * family["block_tokens"]
         found.append({"key": row.key.hex(), "tokens": tokens, "bytes": nbytes, "last_used": row.used,
                       "pinned": row.pinned, "model": family["model_id"]})  # fmt: skip

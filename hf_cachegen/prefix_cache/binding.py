@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hf_cachegen.errors import ManifestError, UnsupportedModelError, WrongWeightsError
+from hf_cachegen.errors import CorruptError, ManifestError, UnsupportedModelError, WrongWeightsError
 from hf_cachegen.models import probe
 from hf_cachegen.models.compat import unwrapped
 from hf_cachegen.models.continuation import Continuation, continuation_of
@@ -13,6 +13,7 @@ from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import identify
 from hf_cachegen.models.kinds import holds_states, is_plain, layer_contents
 from hf_cachegen.models.requirements import masks_windows, require_model
+from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.coding import Coding
 from hf_cachegen.prefix_cache.keys import PROBE, Family, family_of
 from hf_cachegen.prefix_cache.policy import LoadSpeed
@@ -89,17 +90,28 @@ def _own_probe(model: PreTrainedModel) -> str:
     return identity.taken[0]
 
 
-def require_same_probe(family: Family, own: Family) -> None:
-    """Raise WrongWeightsError for a block whose model computed something else, though its weights are the same.
+def require_member(block: Block, depth: int, own: Family) -> None:
+    """Raise an error for a block of another model or codec, or whose model computed something else.
+
+    The key of a first block proves its family and its number. That of a later one proves the parent and the tokens.
 
     Args:
-        family: of the block.
-        own: of the model, with a probe.
+        block: as its file was parsed.
+        depth: number of blocks before it.
+        own: family of the model, with a probe.
 
     Raises:
+        CorruptError: the block claims another number, or another family than the first block of its chain.
         ManifestError: the probe of the block is none.
+        WrongWeightsError: the probes differ, though the weights are the same.
     """
-    recorded, taken = family.fields.get(PROBE), own.fields[PROBE]
+    if block.depth != depth or block.family.salt != own.salt:
+        same = "the same" if block.family.salt == own.salt else "another"
+        raise CorruptError(
+            f"expected block {depth} of its chain, of the family of the first, found block {block.depth} of {same} "
+            "family"
+        )
+    recorded, taken = block.family.fields.get(PROBE), own.fields[PROBE]
     if recorded is None or recorded == taken:
         return
     if not isinstance(recorded, str):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_cachegen.artifact import strict_json
 from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import CorruptError, LimitError, ManifestError, TruncatedError
 from hf_cachegen.prefix_cache.keys import KEY_BYTES, Family, block_key, pack_tokens, unpack_tokens
@@ -155,9 +156,14 @@ def _proved(header: dict[str, Any], segments: dict[str, bytes], expected: bytes 
     if block_key(parent, tokens) != key:
         raise CorruptError(f"block {key.hex()[:16]} holds other tokens than its key says; it is recomputed")
     family = Family(header["family"])
-    width = family.fields.get("block_tokens")
+    width, name = family.fields.get("block_tokens"), family.fields.get("model_id")
+    if type(width) is not int or width < 1 or type(name) is not str:
+        raise ManifestError(
+            f"expected a number of block_tokens and a model_id in the family of block {key.hex()[:16]}, "
+            f"found {width!r:.40} and {name!r:.40}; the block is recomputed"
+        )
     # A child without tokens is a checkpoint of states (checkpoint.py); its key is no block's.
-    if tokens and (len(tokens) % 8 or type(width) is not int or len(tokens) != 8 * width):
+    if tokens and len(tokens) != 8 * width:
         raise ManifestError(f"expected {width!r:.40} tokens of 8 bytes, found {len(tokens)} bytes of them")
     depth = header["depth"]
     if not 0 <= depth < MAX_DEPTH or (depth == 0 and parent != family.salt):
@@ -197,8 +203,8 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
     if digest(text) != data[len(MAGIC) + 4 : _FIXED_BYTES].hex():
         raise CorruptError("the header of a block is not what was written")
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        header = strict_json.loads(text)
+    except ValueError as error:
         raise ManifestError(f"the header of a block is no JSON: {error}") from error
     kinds = {"key": str, "parent": str, "depth": int, "family": dict, "geometry": dict, "config": dict,
              "segments": list}  # fmt: skip

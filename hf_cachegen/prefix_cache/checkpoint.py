@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_cachegen.artifact import strict_json
 from hf_cachegen.artifact.entries import read_entries
 from hf_cachegen.artifact.tensors import EncodedTensor, decode_tensors, encode_tensors
 from hf_cachegen.errors import CorruptError, ManifestError
@@ -58,8 +59,8 @@ def decode_checkpoint(block: Block, expected: Shapes | None, model: str) -> Chec
     """
     tokens = block.depth * block.family.block_tokens
     try:
-        table: Any = json.loads(block.side)
-    except (ValueError, RecursionError) as error:
+        table: Any = strict_json.loads(block.side)
+    except ValueError as error:
         raise ManifestError(f"the table of a checkpoint's states is no JSON: {error}") from error
     if not isinstance(table, list) or len(table) != len(block.parts) or not all(isinstance(row, dict) for row in table):
         raise ManifestError(f"expected a table of {len(block.parts)} states in a checkpoint, found {str(table)[:80]!r}")

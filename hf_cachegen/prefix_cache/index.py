@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_cachegen.errors import PrefixCacheError
 from hf_cachegen.prefix_cache.keys import checkpoint_key
 
 SCHEMA = """
@@ -73,9 +74,13 @@ class Row:
 
 def _row(values: tuple[Any, ...]) -> Row:
     key, parent, salt, depth, nbytes, created, used, pinned = values
+    found = [type(value) for value in values]
+    if found != [bytes, bytes, bytes, int, int, float, float, int]:
+        raise PrefixCacheError(f"expected a row of {_COLUMNS} in the index, found {found}: {_DAMAGED}")
     return Row(key, parent, salt, depth, nbytes, created, used, bool(pinned))
 
 
+_DAMAGED = "it is damaged; 'hf-cachegen prefix-cache verify' makes it again"
 _COLUMNS = "key, parent, salt, depth, nbytes, created, used, pinned"
 
 
@@ -242,7 +247,10 @@ class Index:
     def nbytes(self) -> int:
         """Return the bytes of all blocks."""
         with self._lock:
-            return int(self._open().execute("SELECT value FROM state WHERE name = 'nbytes'").fetchone()[0])
+            found = self._open().execute("SELECT value FROM state WHERE name = 'nbytes'").fetchone()
+        if found is None or type(found[0]) is not int:
+            raise PrefixCacheError(f"expected the bytes of all blocks in the index, found {found!r:.80}: {_DAMAGED}")
+        return int(found[0])
 
     def count(self) -> int:
         """Return the number of blocks."""
@@ -252,7 +260,10 @@ class Index:
     def state(self, name: str) -> str:
         """Return a value that `set_state` stored."""
         with self._lock:
-            return str(self._open().execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()[0])
+            found = self._open().execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
+        if found is None:
+            raise PrefixCacheError(f"expected {name!r} in the index, found nothing: {_DAMAGED}")
+        return str(found[0])
 
     def set_state(self, name: str, value: str) -> None:
         """Store a value under a name."""

@@ -14,7 +14,7 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.rows import empty_kv
 from hf_cachegen.errors import ArtifactError, MismatchError, WrongDtypeError
 from hf_cachegen.models.requirements import require_geometry
-from hf_cachegen.prefix_cache.binding import Binding, require_same_probe
+from hf_cachegen.prefix_cache.binding import Binding, require_member
 from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.levels import Time
 from hf_cachegen.prefix_cache.tiers import Found, Tiers
@@ -112,7 +112,7 @@ class Loader:
         count = shared
         for block, data, foreign in self.tiers.read(keys[shared:], rest, left.after(shared)):
             try:
-                checked = self._checked(block)
+                checked = self._checked(block, count)
                 if geometry is None:
                     geometry = checked
                     tensors = self._room(geometry, len(keys))
@@ -134,12 +134,12 @@ class Loader:
             return Loaded(shared, source.tensors) if shared else NOTHING
         return Loaded(count, [tensor[:, :, : count * geometry.tokens] for tensor in tensors])
 
-    def _checked(self, block: Block) -> Geometry:
+    def _checked(self, block: Block, depth: int) -> Geometry:
         geometry = self.coding.geometry(block)
         if geometry.dtype != self.dtype:
             raise WrongDtypeError(f"a block holds {geometry.dtype}, the model runs in {self.dtype}")
         require_geometry(self.config, geometry)
-        require_same_probe(block.family, self.family)
+        require_member(block, depth, self.family)
         return geometry
 
     def _room(self, geometry: Geometry, blocks: int) -> list[Tensor]:

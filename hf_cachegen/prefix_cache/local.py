@@ -145,7 +145,13 @@ class LocalTier:
     def verify(self) -> Verified:
         """Read every block; remove damaged ones with what is chained with them, and files without a row."""
         damaged, blocks, nbytes = [], 0, 0
-        for row in sorted(self.index.rows(), key=lambda row: row.depth):
+        try:
+            self.index.nbytes()
+            rows = self.index.rows()
+        except (PrefixCacheError, sqlite3.DatabaseError):
+            self.rebuild()
+            rows = self.index.rows()
+        for row in sorted(rows, key=lambda row: row.depth):
             try:
                 data = self.get(row.key)
                 if not self.index.stored([row.key]):
@@ -313,7 +319,7 @@ class LocalTier:
         with self._thread_lock, self._locked():
             try:
                 self._recover()
-            except sqlite3.DatabaseError as error:
+            except (PrefixCacheError, sqlite3.DatabaseError) as error:
                 if isinstance(error, sqlite3.OperationalError):  # a full disk or a lock, not damage
                     raise
                 LOG.warning("the index in %s is damaged (%s): it is made again", self.directory, error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hf_cachegen.errors import ArtifactError, MismatchError
 from hf_cachegen.models.compat import unwrapped
 from hf_cachegen.models.recurrent import Checkpoint
-from hf_cachegen.prefix_cache.binding import require_same_probe
+from hf_cachegen.prefix_cache.binding import require_member
 from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.checkpoint import decode_checkpoint
 from hf_cachegen.prefix_cache.keys import Family, checkpoint_key
@@ -61,7 +61,7 @@ class Resuming:
                 break
             key = checkpoint_key(keys[blocks - 1])
             if key not in self._read:
-                self._read[key] = self._decoded(key, Found(((tier, 1),)), Time(left.after(blocks - 1).base))
+                self._read[key] = self._decoded(key, blocks, Found(((tier, 1),)), Time(left.after(blocks - 1).base))
             if (checkpoint := self._read[key]) is not None:
                 self.found[row] = checkpoint
                 return where.cut(blocks)
@@ -73,10 +73,10 @@ class Resuming:
             loaded = loaded.cut(self.cut(row, keys, where.cut(loaded.blocks), left).count)
         return loaded
 
-    def _decoded(self, key: bytes, where: Found, left: Time) -> Checkpoint | None:
+    def _decoded(self, key: bytes, blocks: int, where: Found, left: Time) -> Checkpoint | None:
         for block, data, foreign in self.tiers.read([key], where, left):
             try:
-                require_same_probe(block.family, self.family)
+                require_member(block, blocks, self.family)
                 found = decode_checkpoint(block, self.stateful.found.shapes, self.model)
             except (ArtifactError, MismatchError) as error:
                 self.tiers.damaged(key, str(error), local=not foreign)

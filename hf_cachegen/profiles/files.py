@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_cachegen.artifact import PROFILE_FILE, Limits
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.codec import profile as codec_profile
 from hf_cachegen.errors import ArtifactExistsError, ConfigError, ProfileError
 from hf_cachegen.stores import Access
@@ -151,11 +152,15 @@ def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = F
         The path of the file.
 
     Raises:
-        ArtifactExistsError: Another profile exists at this path.
+        ArtifactExistsError: Another profile exists at this path, or the folder is a file.
+        ConfigError: The path is none.
     """
-    target = Path(os.path.expanduser(path))
+    target = local_path(path)
     target = target if target.suffix == ".safetensors" else target / PROFILE_FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ArtifactExistsError(f"{target.parent} must be a folder, in which {target.name} is written") from error
     if target.exists() and not overwrite:
         if target.is_file() and target.stat().st_size == len(data) and target.read_bytes() == data:
             return target

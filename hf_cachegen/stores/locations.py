@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from hf_cachegen.artifact import MANIFEST_FILE, Limits, Store
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import ConfigError, OfflineError
 from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.cached import CachedStore
@@ -19,7 +20,6 @@ from hf_cachegen.stores.naming import (
     alternative,
     is_guess,
     is_repository,
-    local_path,
     named_both_ways,
     require_folder,
 )

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, ProfileError, StoreError
+from hf_cachegen.errors import ArtifactNotFoundError, ProfileError, StoreError
 
 HUB = "hf://"
 SUFFIXES = (".cachegen", ".sealed", ".safetensors", ".json", ".pt")
@@ -31,16 +31,6 @@ _REPO_ID = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})")
 _HUB_ID = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})")
 _SQUEEZED_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 """A URL that went through a path object, which turns "//" into "/"."""
-
-
-def local_path(location: str | os.PathLike[str]) -> Path:
-    """Return the path that `location` names, with "~" expanded. Raise ConfigError where it cannot be a path."""
-    if not isinstance(location, str | os.PathLike):
-        raise ConfigError(f"expected a path, a URL or a repository, got {type(location).__name__}")
-    name = os.fspath(location)
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ConfigError(f"expected a path, a URL or a repository, got {name!r:.200}")
-    return Path(os.path.expanduser(name))
 
 
 def is_repository(location: str | os.PathLike[str]) -> bool:

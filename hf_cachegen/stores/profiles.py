@@ -23,6 +23,7 @@ import xxhash
 
 from hf_cachegen.artifact import PROFILE_FILE, Limits, Segment, Store, without_signature
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     CacheGenError,
@@ -35,7 +36,7 @@ from hf_cachegen.errors import (
 )
 from hf_cachegen.stores.local import LocalStore
 from hf_cachegen.stores.locations import Access, hub_location, is_kept, open_store
-from hf_cachegen.stores.naming import alternative, is_repository, local_path, named_both_ways
+from hf_cachegen.stores.naming import alternative, is_repository, named_both_ways
 from hf_cachegen.stores.remote import RemoteStore, is_url
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.segment_cache import SegmentCache

@@ -25,10 +25,11 @@ from hf_cachegen.artifact import (
 )
 from hf_cachegen.artifact.manifest import is_own_file
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError, ProfileError
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.locations import Access, hub_location, open_store
-from hf_cachegen.stores.naming import is_repository, local_path, named_both_ways, require_folder
+from hf_cachegen.stores.naming import is_repository, named_both_ways, require_folder
 from hf_cachegen.stores.profiles import fetch_beside, is_kept_profile
 from hf_cachegen.stores.remote import is_url, open_files
 from hf_cachegen.stores.sealed import SUFFIX

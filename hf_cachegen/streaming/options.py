@@ -100,8 +100,8 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         policy_of(self.policy, self.level)
-        if self.slo is not None and not 0 < self.slo < math.inf:
-            raise ConfigError(f"slo must be above 0 seconds and finite, got {self.slo}")
+        if self.slo is not None and not (isinstance(self.slo, int | float) and 0 < self.slo < math.inf):
+            raise ConfigError(f"slo must be above 0 seconds and finite, got {self.slo!r:.40}")
         if self.refine not in get_args(Refine):
             raise ConfigError(f"refine must be one of {get_args(Refine)}, got {self.refine!r}")
         if self.prompt_tokens < 0:
