@@ -48,11 +48,11 @@ def test_values_are_those_of_torch(
     rows, means, found = drawn(dtype, to)
     expected = [x.clone() for x in found]
     turned = rotary(style, pairs) if style else None
-    angles = turned.angles(torch.arange(TOKENS) + 7) if turned else None
-    heads._write_by_torch(rows, means if mean else None, expected, turned, angles)
+    turn = (turned, turned.angles(torch.arange(TOKENS) + 7)) if turned else None
+    heads._write_by_torch(rows, means if mean else None, expected, turn)
     with monkeypatch.context() as patch:
         patch.setattr(heads, "_write_by_torch", lambda *_: pytest.fail("written by torch"))
-        heads.write(rows, means if mean else None, found, turned, angles)
+        heads.write(rows, means if mean else None, found, turn)
     for own, other in zip(found, expected, strict=True):
         assert torch.allclose(own.float(), other.float(), rtol=2 * torch.finfo(to).eps, atol=1e-6)
 

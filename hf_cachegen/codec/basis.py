@@ -200,7 +200,7 @@ class Basis:
                     part = torch.cat([read, part], 1) if rank else part
                     back = part @ stacked[: part.shape[1]]
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
-            heads.write(back, mean, mine, rotary if group.kind == 0 else None, angles)
+            heads.write(back, mean, mine, (rotary, angles) if group.kind == 0 else None)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         """Convert coefficients to rows [tokens, channels] of `dtype`, as `restore` does without a predictor."""

@@ -218,7 +218,7 @@ class LossyCodec:
     def _launch_alone(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
         """Decode a chunk that no batch takes, section by section, or stage by stage on the CPU."""
         read = self._read(parts, span)
-        direct = self._scales_alone(target) if len(read.base.wide.positions) else True
+        direct = not len(read.base.wide.positions) or self._scales_alone(target)
         if direct and self.config.coder == "rans" and native.available(target.device):
             return self._write(read, span, target, row)
         target.put(self._rows(read, span, target.dtype), row)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, native
@@ -15,32 +14,29 @@ WRITE = "cg_write_heads"
 
 
 def write(
-    rows: Tensor, mean: Tensor | None, targets: Sequence[Tensor], rotary: Rotary | None = None,
-    angles: Tensor | None = None,
-) -> None:  # fmt: skip
+    rows: Tensor, mean: Tensor | None, targets: Sequence[Tensor], turn: tuple[Rotary, Tensor] | None = None
+) -> None:
     """Write rows to the layers' tensors: in one compiled call on the CPU, in torch elsewhere.
 
     Args:
         rows: [tokens, channels], float32 or bfloat16, contiguous.
         mean: float32 [channels], which is added; None: nothing.
         targets: [tokens, heads, dim] of each layer in turn, of one float dtype, which receive the values.
-        rotary: How keys are rotated. None: they are not.
-        angles: Its `angles` of the tokens.
+        turn: How keys are rotated, and the rotation's `angles` of the tokens. None: they are not.
     """
-    turned = rotary if rotary is not None and rotary.style != "none" else None
+    turn = None if turn is None or turn[0].style == "none" else turn
     plain = targets[0].dtype in DTYPES and all(x.stride(-1) == 1 and x.device == rows.device for x in targets)
     if not plain or not native.offers(WRITE, rows.device):
-        _write_by_torch(rows, mean, targets, turned, angles)
+        _write_by_torch(rows, mean, targets, turn)
         return
-    if turned is not None and angles is not None:
-        angles = (angles * turned.scaling).contiguous()
+    angles = None if turn is None else turn[1] * turn[0].scaling
     jobs, at, tokens, size = (abi.Heads * len(targets))(), 0, len(rows), targets[0].element_size()
     for job, own in zip(jobs, targets, strict=True):
         _, job.heads, job.dim = own.shape
         job.rows, job.row_stride, job.tokens = rows.data_ptr() + at * rows.element_size(), rows.stride(0), tokens
         job.means = None if mean is None else mean.data_ptr() + at * mean.element_size()
-        if turned is not None and angles is not None:
-            job.angles, job.pairs, job.interleaved = angles.data_ptr(), angles.shape[-1], turned.style == "interleaved"
+        if turn is not None and angles is not None:
+            job.angles, job.pairs, job.interleaved = angles.data_ptr(), angles.shape[-1], turn[0].style == "interleaved"
         job.address, job.token_stride, job.head_stride = own.data_ptr(), own.stride(0) * size, own.stride(1) * size
         job.from_dtype, job.to_dtype = DTYPES[rows.dtype], DTYPES[own.dtype]
         at += job.heads * job.dim
@@ -48,7 +44,7 @@ def write(
 
 
 def _write_by_torch(
-    rows: Tensor, mean: Tensor | None, targets: Sequence[Tensor], rotary: Rotary | None, angles: Tensor | None
+    rows: Tensor, mean: Tensor | None, targets: Sequence[Tensor], turn: tuple[Rotary, Tensor] | None
 ) -> None:
     """Do the same in torch, layer by layer: a layer's values stay in a core's cache."""
     at = 0
@@ -56,6 +52,6 @@ def _write_by_torch(
         part = slice(at, at := at + own.shape[1] * own.shape[2])
         values = rows[:, part] if mean is None else rows[:, part] + mean[part]
         values = values.unflatten(1, own.shape[1:])
-        if rotary is not None and angles is not None:
-            values = rotary.turn(values.to(torch.float32), angles, 1)
+        if turn is not None:
+            values = turn[0].turn(values.float(), turn[1], 1)
         own.copy_(values)

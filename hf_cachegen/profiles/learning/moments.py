@@ -31,10 +31,8 @@ DEFAULT_GROUP_CHANNELS = 2048
 """
 LEAST_SENSITIVITY = 0.02
 """Lower bound on sensitivity, in units of the model's mean: the samples may not depend on a layer at all."""
-
-
 SUMS = 2
-"""Number of the meaning of the sums: a journal of another one is not resumed."""
+"""Version of what the sums mean. A journal of another version is not resumed."""
 
 
 class Moments:
