@@ -2,6 +2,7 @@
 
     python -m eval.headline reference
     python -m eval.headline real --model runs/smollm2-135m --profile runs/smollm2-profile --text second_half.txt ...
+    python -m eval.headline retrieval --model runs/smollm2-135m --profile runs/smollm2-profile --text second_half.txt
     python -m eval.headline table docs/results/headline/runs/any-numbers
 
 A suite learns what it needs once (into `--work`), measures every case into a folder of runs, compresses the predictions
@@ -93,6 +94,20 @@ def real_cases(text: str, conversations: str, code: str, tokens: int = TOKENS) -
     if code:
         cases.append(Case(f"code{name}", f"documents:path={code},title=Python code,{window}", few))
     return tuple(cases)
+
+
+def retrieval_cases(text: str, tokens: Sequence[int], pairs: Sequence[int]) -> tuple[Case, ...]:
+    """Return the runs of retrieval on real weights, at several lengths.
+
+    Args:
+        text: a text file that the needle is hidden in; the profile was learnt from other text.
+        tokens: tokens of the contexts around a needle.
+        pairs: pairs of keys and values in a context.
+    """
+    few = ("uniform-4", "kivi-2", "artifact", "kvtc", "klt", "predict0", "predict2")
+    needles = (Case(f"needle-{count}", f"needle:path={text},tokens={count}", few) for count in tokens)
+    values = (Case(f"key-values-{count}", f"key-values:pairs={count}", few) for count in pairs)
+    return (*needles, *values)
 
 
 def measure(cases: Sequence[Case], out: Path, title: str, common: dict[str, Any]) -> None:
@@ -192,13 +207,37 @@ def real(
     only: str | None, out: Path,
 ) -> None:  # fmt: skip
     """Measure real weights on text like the profile's, conversations and code."""
+    cases = [case for case in real_cases(text, conversations, code, tokens) if only in (None, case.name)]
+    measure_real(cases, model, profile, basis, limit, out)
+
+
+@main.command()
+@click.option("--model", required=True, help="Folder or Hub id of the model.")
+@click.option("--profile", required=True, help="Its profile, learnt from other text than --text.")
+@click.option("--basis", help="Its joint basis (python -m eval.baselines.joint).  [default: kvtc is left out]")
+@click.option("--text", required=True, help="Text file that the needles are hidden in.")
+@click.option("--tokens", default=(500, 1000), show_default=True, multiple=True, help="Tokens around a needle.")
+@click.option("--pairs", default=(10, 40), show_default=True, multiple=True, help="Pairs of keys and values.")
+@click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
+@click.option("--only", help="Name of one case.  [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "retrieval-smollm2", show_default=True,
+              help="Folder of runs and report.")  # fmt: skip
+def retrieval(
+    model: str, profile: str, basis: str | None, text: str, tokens: tuple[int, ...], pairs: tuple[int, ...],
+    limit: int, only: str | None, out: Path,
+) -> None:  # fmt: skip
+    """Measure retrieval on real weights: a needle in a text, and values by their keys."""
+    cases = [case for case in retrieval_cases(text, tokens, pairs) if only in (None, case.name)]
+    measure_real(cases, model, profile, basis, limit, out)
+
+
+def measure_real(cases: Sequence[Case], model: str, profile: str, basis: str | None, limit: int, out: Path) -> None:
+    """Measure cases on real weights. Without a basis the codecs that need one are left out."""
     common = {"model": model, "limit": limit, "profile": profile, "basis": basis}
-    cases = [
-        replace(case, codecs=tuple(name for name in case.codecs if basis or name not in CALIBRATED))
-        for case in real_cases(text, conversations, code, tokens)
-        if only in (None, case.name)
+    able = [
+        replace(case, codecs=tuple(name for name in case.codecs if basis or name not in CALIBRATED)) for case in cases
     ]
-    measure(cases, out, f"{Path(model).name}, a real model", common)
+    measure(able, out, f"{Path(model).name}, a real model", common)
 
 
 @main.command(name="table")

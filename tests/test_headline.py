@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_suite_names_codecs_that_exist() -> None:
-    cases = (*headline.reference_cases(), *headline.real_cases("a.txt", "b.jsonl", "c/*.py"))
+    found = headline.retrieval_cases("a.txt", (500, 2000), (10,))
+    assert [case.name for case in found] == ["needle-500", "needle-2000", "key-values-10"]
+    cases = (*headline.reference_cases(), *headline.real_cases("a.txt", "b.jsonl", "c/*.py"), *found)
     assert {name for case in cases for name in case.codecs} <= set(codecs.NAMES)
     assert {name for name, _ in headline.QUOTED} <= set(codecs.NAMES)
     assert [case.name for case in headline.real_cases("a.txt", "", "")] == ["text"]
@@ -31,7 +33,7 @@ def test_a_suite_names_codecs_that_exist() -> None:
 
 
 def test_committed_runs_hold_their_predictions() -> None:
-    for path in sorted((ROOT / "docs" / "results").glob("headline*/runs/*")):
+    for path in sorted((ROOT / "docs" / "results").glob("*/runs/*")):
         folder = RunFolder(path)
         assert folder.finished()
         assert len(folder.done()) == folder.metrics()["examples"] == folder.config()["asked"]["dataset"]["examples"]
