@@ -140,7 +140,8 @@ def learn_profile(
     predicting = ranks_of(model, predict_layers, predict_rank)
     for index, sample in enumerate(samples):
         require_sample(index, sample)
-    with evaluation_mode(model):
+    with torch.inference_mode(False), evaluation_mode(model):  # sensitivities are gradients
+        samples = [(context.clone(), continuation.clone()) for context, continuation in samples]
         return _Learning(model, samples, config, targets, seed, journal, progress).profile(
             floor, group_layers, across_layers, undo_rotation, predicting
         )
