@@ -27,6 +27,7 @@ from hf_cachegen.models.opening import check_states
 from hf_cachegen.models.recurrent import Checkpoints
 from hf_cachegen.models.requirements import (
     require_geometry,
+    require_instance,
     require_model,
 )
 from hf_cachegen.profiles.files import Profile
@@ -92,6 +93,7 @@ class CachedContext:
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raise MismatchError unless this cache belongs to `model`."""
+        require_instance(model)
         if model.config.is_encoder_decoder:
             require_encoder_decoder(model)
             identity = self.fingerprint.check(model, tokenizer)

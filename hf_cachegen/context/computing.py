@@ -37,6 +37,7 @@ from hf_cachegen.models.prefill import StateOptions, prefill
 from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.requirements import (
     positions_change,
+    require_instance,
     require_length,
     require_model,
 )
@@ -66,6 +67,7 @@ def compute_context(
     """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
     if prefill_chunk_tokens < 1:
         raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
+    require_instance(model)
     if model.config.is_encoder_decoder:
         return _encoded_context(model, input_ids, config, profile, tokenizer, text)
     require_model(model)

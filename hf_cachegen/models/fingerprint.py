@@ -37,7 +37,7 @@ from hf_cachegen.models.identity import ModelIdentity, identify
 from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.media import Medium, media_from_list, outside
-from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.requirements import positions_change, require_tokenizer
 from hf_cachegen.models.sampled_weights import sampled_weights
 
 if TYPE_CHECKING:
@@ -323,6 +323,7 @@ def _text(value: Any) -> str:
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the vocabulary, the special tokens, the chat template and how PROBE_TEXT is split."""
+    require_tokenizer(tokenizer)
     parts = [
         sorted(tokenizer.get_vocab().items()),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

@@ -23,7 +23,7 @@ from hf_cachegen.models.identity import Verify, forget
 from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.recurrent import Checkpoints
-from hf_cachegen.models.requirements import require_geometry, require_model
+from hf_cachegen.models.requirements import require_geometry, require_instance, require_model
 from hf_cachegen.models.running import kv_devices, layer_devices
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def validate(
         raise ManifestError(
             f"{store}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
         )
+    if model is not None:
+        require_instance(model)
     devices, identity, apart = None, None, model is not None and model.config.is_encoder_decoder
     if model is not None:
         (require_encoder_decoder if apart else require_model)(model)

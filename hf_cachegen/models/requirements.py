@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_cachegen.codec.geometry import Geometry, LayerKind
-from hf_cachegen.errors import UnsupportedModelError, WrongModelError
+from hf_cachegen.errors import ConfigError, UnsupportedModelError, WrongModelError
 from hf_cachegen.models.compat import takes_cache, text_decoder, unwrapped
 from hf_cachegen.models.kinds import holds_states, layer_contents
 
@@ -28,13 +28,33 @@ POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)
 """Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
 
 
+def require_instance(model: Any) -> None:
+    """Raise ConfigError for anything but a model of Transformers or a wrapper of one, such as a model's path."""
+    if not isinstance(unwrapped(model), nn.Module) or not hasattr(unwrapped(model), "config"):
+        raise ConfigError(
+            f"expected a model of Transformers, got {type(model).__name__}: load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise ConfigError for anything but a tokenizer, such as its path."""
+    if not callable(tokenizer):
+        raise ConfigError(
+            f"expected the tokenizer of the model, got {type(tokenizer).__name__}: load it with "
+            "AutoTokenizer.from_pretrained"
+        )
+
+
 def require_model(model: PreTrainedModel) -> None:
     """Raise an error for a model whose cache cannot be kept and cut to a prefix.
 
     Raises:
+        ConfigError: it is no model.
         UnsupportedModelError: the model keeps no such cache.
         UnsupportedLayerError: a layer of its cache is of another kind.
     """
+    require_instance(model)
     name = type(unwrapped(model)).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
