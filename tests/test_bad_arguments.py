@@ -11,16 +11,19 @@ import torch
 
 import hf_cachegen
 from hf_cachegen import CacheGenCache, PrefixCache, Profile, learn_profile
-from hf_cachegen.artifact.artifact import Artifact
+from hf_cachegen.artifact.artifact import Artifact, write
+from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ConfigError,
+    CorruptError,
     PrefixCacheError,
     ProfileError,
     StoreError,
     TensorError,
 )
 from hf_cachegen.models.convert import save_cache
+from hf_cachegen.models.fingerprint import hash_tokens
 from hf_cachegen.profiles.files import write_file
 from hf_cachegen.profiles.learning.journal import Journal
 from hf_cachegen.stores import Access, LocalStore, Patience, SegmentCache, open_store
@@ -91,6 +94,32 @@ def test_something_else_than_a_tokenizer(tokenizer: Any, folder: Path) -> None:
     for use in uses:
         with pytest.raises(ConfigError, match="expected the tokenizer of the model, got"):
             use()
+
+
+@pytest.mark.parametrize("verify", ["probe", "weights"])
+@pytest.mark.parametrize("wrong", [97, 10**6, 2**63 - 1])
+def test_tokens_beyond_the_vocabulary(wrong: int, verify: Any, tmp_path: Path) -> None:
+    """Looking one up would end the use of a GPU. An artifact can hold them with the right hash and probe."""
+    model, ids = shared("llama"), CONTEXT.clone()
+    ids[0, -1] = wrong
+    past = exact("llama").to_dynamic()
+    for use in (
+        lambda: CacheGenCache.from_context(model, ids),
+        lambda: CacheGenCache.from_cache(past, ids, model),
+        lambda: learn_profile(model, [(ids, CONTEXT[:, :8])] * 5),
+    ):
+        with pytest.raises(TensorError, match=f"expected token ids of 0 to 96, .* got {wrong}"):
+            use()
+    fingerprint = {**exact("llama").fingerprint.to_dict(), "tokens": hash_tokens(ids[0].tolist())}
+    kv = exact("llama").kv
+    write(encode_kv(kv.keys, kv.values), tmp_path, input_ids=ids[0].tolist(), fingerprint=fingerprint)
+    for load in (
+        lambda: CacheGenCache.from_pretrained(tmp_path, model, verify=verify),
+        lambda: CacheGenCache.stream(tmp_path, model, verify=verify, level="text"),
+        lambda: hf_cachegen.generate(model, PROMPT, cache=CacheGenCache.from_pretrained(tmp_path, verify=verify)),
+    ):
+        with pytest.raises(CorruptError, match="expected token ids of 0 to 96"):
+            load()
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -190,9 +219,9 @@ def test_what_no_path_can_be(name: Any, folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match="expected a path, a URL or a repository, got"):
             use()
-    for write in WRITES.values():
+    for save in WRITES.values():
         with pytest.raises(ConfigError, match="expected a path"):
-            write(name, folder)
+            save(name, folder)
 
 
 @pytest.mark.usefixtures("here")

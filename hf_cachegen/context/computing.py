@@ -40,6 +40,7 @@ from hf_cachegen.models.requirements import (
     require_instance,
     require_length,
     require_model,
+    require_vocabulary,
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
@@ -73,6 +74,8 @@ def compute_context(
     require_model(model)
     ids, media = context_inputs(model.config, input_ids)
     require_length(model, ids.shape[1])
+    if media is None:
+        require_vocabulary(model, ids)
     identify(model)
     require_inactive(model, ids[0].tolist())
     found = for_encoding(profile, model)
@@ -200,6 +203,8 @@ def wrap_cache(
         forget(model)
     found = for_encoding(profile, model)
     ids, media = context_inputs(model.config, input_ids)
+    if media is None:
+        require_vocabulary(model, ids)
     require_causal(model)
     kv = checked_kv(_captured(cache, model, ids), model, ids).clone()
     checkpoints = Checkpoints()
