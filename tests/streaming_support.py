@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_cachegen.artifact import Reader
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import StreamReport
+from tests import http_server as faults
 from tests.http_server import Fault, Request, Server
 from tests.small_artifact import contents
 from tests.tiny_models import shared, tokens
@@ -114,3 +120,70 @@ def threads_end(within: float = 10.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def damaged(server: Server, name: str, where: int) -> None:
+    """Flip a bit of the file itself, so that every server gives the same wrong byte."""
+    data = bytearray(server.files[name])
+    data[where] ^= 1
+    server.files[name] = bytes(data)
+
+
+def offset(folder: Path, file: str, name: str) -> int:
+    """Return the offset of a byte of that segment."""
+    return Reader(LocalStore(folder)).manifest.segment(file, name).offset + 3
+
+
+FAILURES: dict[str, Callable[[], Fault]] = {
+    "silence": lambda: faults.silent(3),
+    "stall in the body": lambda: faults.stall_in_body(3),
+    "lost connection": lambda: faults.reset_in_body,
+    "refused connection": lambda: faults.reset_at_once,
+    "cut short": lambda: faults.cut(0.3),
+    "server error": lambda: faults.status(500),
+    "no right": lambda: faults.status(403),
+    "gone": lambda: faults.status(404),
+    "ranges ignored": lambda: faults.with_other_length,
+    "wrong bytes": lambda: faults.flip,
+}
+
+
+@contextmanager
+def silent_side(server: Server) -> Iterator[None]:
+    """Answer requests for the head and the side information of the base only at the end."""
+    end = threading.Event()
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if "base" in request.path and int(request.headers["Range"].removeprefix("bytes=").split("-")[0]) < 1000:
+            end.wait(20)
+        request.answer(206, body, headers)
+
+    server.always = answer
+    start = time.monotonic()
+    try:
+        yield
+        assert time.monotonic() - start < 10
+    finally:
+        end.set()
+    assert threads_end()
+
+
+CHAOS = (
+    faults.status(500), faults.status(403), faults.flip, faults.reset_in_body, faults.reset_at_once, faults.cut(0.5),
+    faults.silent(0.4), faults.stall_in_body(0.4), faults.other_range, faults.ignore_range, faults.no_http,
+    faults.trickle(0.0005),
+)  # fmt: skip
+
+
+def fail_at_random(server: Server, seed: int) -> None:
+    """Damage every answer but the manifest, with a probability that the seed determines."""
+    draw = random.Random(seed)
+    share = draw.choice([0, 0.1, 0.3, 0.8])
+
+    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
+        if "cachegen.json" not in request.path and draw.random() < share:
+            draw.choice(CHAOS)(request, body, headers)
+        else:
+            request.answer(206, body, headers)
+
+    server.always = answer

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,22 @@ def test_contradictions_with_a_valid_checksum_are_refused(change: dict[str, Any]
     file.write_bytes(manifest.dumps(replace(found, codec=codec, geometry=geometry)))
     with pytest.raises(ArtifactError):
         decode(path)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 32])
+def test_tokens_that_only_a_geometry_states_take_no_memory(chunk_tokens: int, tmp_path: Path) -> None:
+    """A list of their chunks would take gigabytes, and half a minute."""
+    file = make(tmp_path / "a") / "cachegen.json"
+    found = manifest.loads(file.read_bytes())
+    codec = {**found.codec, "config": {**found.codec["config"], "chunk_tokens": chunk_tokens}}
+    file.write_bytes(manifest.dumps(replace(found, geometry={**found.geometry, "tokens": 1 << 24}, codec=codec)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ManifestError, match="chunk table"):
+            Artifact(LocalStore(tmp_path / "a"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 WIDE_LAYER = {"kind": "full", "heads": 1 << 14, "k_dim": 1 << 16, "v_heads": 1, "v_dim": 1, "window": None}

@@ -287,6 +287,16 @@ def test_a_missing_model_is_reported_before_its_profile(tmp_path: Path, encoded:
     assert "cannot load" in found["error"]["message"]
 
 
+@pytest.mark.parametrize("command", ["generate", "stream", "verify"])
+def test_another_model_is_reported_before_its_profile(tmp_path: Path, encoded: Path, command: str) -> None:
+    """Its profile is missing because the model is another one."""
+    other, prompt = save_model(tmp_path / "other", "qwen3"), [] if command == "verify" else ["--prompt", "w1"]
+    for options in ([], ["--profile", "none"]):
+        found = run_json(command, encoded, "--model", other, *prompt, *options, code=cli_errors.MISMATCH)["error"]
+        assert found["type"] == "WrongModelError"
+        assert str(other) in found["message"]
+
+
 def test_verify_with_a_profile_alone(encoded: Path, profile: Path, tmp_path: Path) -> None:
     digest = Profile.load(profile).digest
     assert run_json("verify", encoded, "--profile", profile)["profile"] == digest

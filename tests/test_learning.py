@@ -135,6 +135,13 @@ def test_nothing_is_written_without_a_journal(model, whole, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())  # the run is shorter than the time between two records
 
 
+def test_learning_within_inference_mode(model, whole) -> None:
+    """It needs gradients, also with samples that were made there."""
+    with torch.inference_mode():
+        found = learn_profile(model, samples(), config=CONFIG, seed=3)
+    assert found.to_bytes() == whole.to_bytes()
+
+
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["nothing", "all that is read again"])
 def test_exact_caches_are_kept_within_a_limit(model, whole, limit, monkeypatch) -> None:
     held: list[weakref.ref[torch.Tensor]] = []

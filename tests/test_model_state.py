@@ -11,6 +11,7 @@ import transformers as hf
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import UnsupportedModelError
+from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.state import fresh_state
 from tests import tiny_models
 from tests.generation_support import CONTEXT, fed, prompt, seeded
@@ -76,6 +77,19 @@ def test_position_offsets_of_an_earlier_picture_are_reset() -> None:
     with fresh_state(model):
         assert model.model.rope_deltas is None
     assert model.model.rope_deltas is left_behind
+
+
+def test_the_last_of_several_threads_restores_training_mode() -> None:
+    """The first that leaves would turn on dropout in the passes of the others."""
+    model = tiny_models.make("gpt2").train()
+    model.transformer.drop.eval()
+    first, second = evaluation_mode(model), evaluation_mode(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert [module for module in model.modules() if not module.training] == [model.transformer.drop]
 
 
 def test_a_prompt_that_leaves_the_context_is_logged(caplog: pytest.LogCaptureFixture) -> None:

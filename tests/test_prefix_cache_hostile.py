@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.cli import main
-from hf_cachegen.errors import CorruptError, ManifestError, PrefixCacheError
-from hf_cachegen.prefix_cache.block import Block, dump, load
+from hf_cachegen.errors import CorruptError, LimitError, ManifestError, PrefixCacheError
+from hf_cachegen.prefix_cache.block import Block, dump, load, load_beginning, part_ends
 from hf_cachegen.prefix_cache.keys import Family, block_key, checkpoint_key, pack_tokens
 from hf_cachegen.prefix_cache.local import LocalTier
 
@@ -47,6 +47,17 @@ def test_ls_states_that_a_family_is_damaged(family: str, tmp_path: Path) -> None
         connection.commit()
     result = CliRunner().invoke(main, ["prefix-cache", "ls", str(tmp_path)])
     assert (result.exit_code, "the index is damaged" in result.output) == (3, True), result.output
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(TOKENS, 4), (TOKENS, 20_000), ((), 4097), ((), 20_000)])
+def test_a_header_of_many_empty_parts_is_refused(tokens: tuple[int, ...], parts: int) -> None:
+    """Its parts have no bytes, so the length of the file does not bound them."""
+    key = FIRST.key if tokens else checkpoint_key(FAMILY.salt)
+    data = dump(replace(FIRST, key=key, tokens=tokens, parts=(b"",) * parts))
+    for read in (load, lambda x: load_beginning(x, key), lambda x: part_ends(x, lambda *_: b"")):
+        with pytest.raises(LimitError, match="limit is"):
+            read(data)
+    assert len(load(dump(replace(FIRST, parts=(b"",) * 3))).parts) == 3
 
 
 def test_a_header_that_lies_is_refused() -> None:

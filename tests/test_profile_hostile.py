@@ -7,6 +7,7 @@ import json
 import random
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,89 @@ def test_many_groups_that_each_claim_all_layers() -> None:
 
 def test_predictors_that_each_claim_all_layers() -> None:
     described, tensors = parts(golden_predicting().to_bytes())
-    described["predictors"][0]["groups"] = [[0, 0, 2]] * 2000
     for name in ("synthesis", "prediction"):
-        tensors |= {f"predict-0-{name}-{index}": torch.zeros(0).half() for index in range(2000)}
-    with pytest.raises(ProfileError, match="more layers than the model"):
-        Profile.from_bytes(whole(described, tensors))
+        tensors |= {f"predict-0-{name}-{index}": torch.zeros(0).half() for index in range(4)}
+    for count, reason in ((4, "more layers than the model"), (2000, "a list of at most 4 values")):
+        described["predictors"][0]["groups"] = [[0, 0, 2]] * count
+        with pytest.raises(ProfileError, match=reason):
+            Profile.from_bytes(whole(described, tensors))
+
+
+def test_a_file_of_many_empty_tensors_is_refused() -> None:
+    """Before they are made: they take no bytes of the file but their names."""
+    described, tensors = parts(golden_profile().to_bytes())
+    data = whole(described, tensors | {f"nothing-{index}": torch.zeros(0) for index in range(90_000)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProfileError, match="expected at most 20 tensors"):
+            Profile.from_bytes(data)
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+
+
+LOOSE: dict[str, Callable[[str], str]] = {
+    "NaN": lambda text: text.replace('"about": {', '"about": {"kl": NaN, '),
+    "Infinity": lambda text: text.replace('"about": {', '"about": {"kl": -Infinity, '),
+    "a number beyond a double": lambda text: text.replace('"about": {', '"about": {"kl": 1e999, '),
+    "a long integer": lambda text: text.replace('"about": {', f'"about": {{"count": {"9" * 30}, '),
+    "the same key twice": lambda text: text.replace('"about": {', '"version": 1, "about": {'),
+    "the same key twice inside": lambda text: text.replace('"about": {', '"about": {"a": 1, "a": 2, '),
+    "trailing data": lambda text: f"{text} {{}}",
+    "trailing text": lambda text: f"{text}x",
+    "deep nesting": lambda text: text.replace('"about": {', f'"about": {{"a": {"[" * 40}{"]" * 40}, '),
+    "half a surrogate": lambda text: text.replace('"about": {', '"about": {"model": "\\ud800", '),
+    "a version that is true": lambda text: text.replace('"version": 1', '"version": true'),
+    "a version that is a float": lambda text: text.replace('"version": 1', '"version": 1.0'),
+    "a step that is a text": lambda text: text.replace('"step_code": 148', '"step_code": "148"'),
+    "a step that is a float": lambda text: text.replace('"step_code": 148', '"step_code": 148.5'),
+    "a scaling that is true": lambda text: text.replace('"scaling": 1.0', '"scaling": true'),
+    "groups of floats": lambda text: text.replace("[[0, 0, ", "[[0.0, 0, "),
+}
+
+
+def described_as(text: str) -> bytes:
+    data = golden_profile().to_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"]["cachegen_profile"] = text
+    changed = json.dumps(header).encode()
+    changed += b" " * (-len(changed) % 8)
+    return len(changed).to_bytes(8, "little") + changed + data[end:]
+
+
+@pytest.mark.parametrize("change", LOOSE)
+def test_loose_json_is_refused(change: str) -> None:
+    """Two readers could read two profiles from it."""
+    text = json.dumps(parts(golden_profile().to_bytes())[0], sort_keys=True)
+    assert Profile.from_bytes(described_as(text)).levels == 3
+    assert LOOSE[change](text) != text
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(described_as(LOOSE[change](text)))
+
+
+@pytest.mark.parametrize("change", [
+    (b'"dtype":', b'"dtype":"U8","dtype":'), (b'{"__metadata__":', b'{"means":NaN,"__metadata__":'), (b"}   ", b"}{} "),
+], ids=str)  # fmt: skip
+def test_a_loose_header_is_refused(change: tuple[bytes, bytes]) -> None:
+    data = golden_profile().to_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].rstrip() + b"   "
+    changed = header.replace(*change, 1)
+    assert changed != header
+    changed += b" " * (-len(changed) % 8)
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(len(changed).to_bytes(8, "little") + changed + data[end:])
+    utf16 = data[8:end].decode().encode("utf-16")
+    with pytest.raises(ProfileError):
+        Profile.from_bytes(len(utf16).to_bytes(8, "little") + utf16 + data[end:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**30, "\ud800", object()], ids=ascii)
+def test_what_could_not_be_read_again_is_not_written(value: Any, tmp_path: Path) -> None:
+    profile = replace(golden_profile(), about={"kl": value})
+    with pytest.raises(ProfileError, match="cannot be written"):
+        profile.save(tmp_path)
 
 
 @pytest.mark.parametrize("listed", [{}, "x", None, [0] * 17, [None], [{}]], ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,10 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.errors import ArtifactError, StoreError
 from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.streaming import StreamReport
-from tests import http_server as faults
-from tests.http_server import Request, Server, running
-from tests.streaming_support import at_level, same_kv, serve, threads_end, write
+from tests.http_server import Server, running
+from tests.streaming_support import at_level, fail_at_random, same_kv, serve, threads_end, write
 from tests.tiny_models import shared
 
-FAULTS = (
-    faults.status(500), faults.status(403), faults.flip, faults.reset_in_body, faults.reset_at_once, faults.cut(0.5),
-    faults.silent(0.4), faults.stall_in_body(0.4), faults.other_range, faults.ignore_range, faults.no_http,
-    faults.trickle(0.0005),
-)  # fmt: skip
 WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"level": 2},
@@ -40,20 +33,6 @@ LIMIT_SECONDS = 60.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("llama", tmp_path_factory.mktemp("artifacts") / "artifact")
-
-
-def fail_at_random(server: Server, seed: int) -> None:
-    """Damage every answer but the manifest, with a probability that the seed determines."""
-    draw = random.Random(seed)
-    share = draw.choice([0, 0.1, 0.3, 0.8])
-
-    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
-        if "cachegen.json" not in request.path and draw.random() < share:
-            draw.choice(FAULTS)(request, body, headers)
-        else:
-            request.answer(206, body, headers)
-
-    server.always = answer
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_cachegen.artifact import Reader
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.cache import CacheGenCache
@@ -31,37 +28,25 @@ from hf_cachegen.streaming import Adaptive, Event, SourceFailed, measure
 from hf_cachegen.streaming.failover import ROUNDS
 from hf_cachegen.streaming.sources import Source
 from tests import http_server as faults
-from tests.http_server import Fault, Request, Server
-from tests.streaming_support import CHUNKS, CONFIG, at_level, only, report, same_kv, serve, stream, threads_end
+from tests.http_server import Request, Server
+from tests.streaming_support import (
+    CHUNKS,
+    CONFIG,
+    FAILURES,
+    at_level,
+    damaged,
+    offset,
+    only,
+    report,
+    same_kv,
+    serve,
+    silent_side,
+    stream,
+    threads_end,
+)
 from tests.tiny_models import shared, tokens
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-def damaged(server: Server, name: str, where: int) -> None:
-    """Flip a bit of the file itself, so that every server gives the same wrong byte."""
-    data = bytearray(server.files[name])
-    data[where] ^= 1
-    server.files[name] = bytes(data)
-
-
-def offset(folder: Path, file: str, name: str) -> int:
-    """Return the offset of a byte of that segment."""
-    return Reader(LocalStore(folder)).manifest.segment(file, name).offset + 3
-
-
-FAILURES: dict[str, Callable[[], Fault]] = {
-    "silence": lambda: faults.silent(3),
-    "stall in the body": lambda: faults.stall_in_body(3),
-    "lost connection": lambda: faults.reset_in_body,
-    "refused connection": lambda: faults.reset_at_once,
-    "cut short": lambda: faults.cut(0.3),
-    "server error": lambda: faults.status(500),
-    "no right": lambda: faults.status(403),
-    "gone": lambda: faults.status(404),
-    "ranges ignored": lambda: faults.with_other_length,
-    "wrong bytes": lambda: faults.flip,
-}
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -158,26 +143,6 @@ def test_a_segment_with_the_right_checksum_that_cannot_be_decoded_is_recomputed(
     cache = stream(serve(server, folder))
     assert [chunk.level for chunk in report(cache).chunks][:3] == [3, None, 3]
     assert "cannot be decoded" in report(cache).chunks[1].faults[0]
-
-
-@contextmanager
-def silent_side(server: Server) -> Iterator[None]:
-    """Answer requests for the head and the side information of the base only at the end."""
-    end = threading.Event()
-
-    def answer(request: Request, body: bytes, headers: dict[str, str]) -> None:
-        if "base" in request.path and int(request.headers["Range"].removeprefix("bytes=").split("-")[0]) < 1000:
-            end.wait(20)
-        request.answer(206, body, headers)
-
-    server.always = answer
-    start = time.monotonic()
-    try:
-        yield
-        assert time.monotonic() - start < 10
-    finally:
-        end.set()
-    assert threads_end()
 
 
 def test_silence_instead_of_side_information_delays_no_stream(server: Server, folder: Path) -> None:

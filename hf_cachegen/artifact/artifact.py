@@ -116,8 +116,10 @@ class Artifact:
         self.config = _config(manifest.codec)
         self.fingerprint = manifest.fingerprint
         self.report = manifest.report
-        expected = [(span.first, span.tokens) for span in spans_of(self.geometry.tokens, self.config.chunk_tokens)]
-        if expected != list(manifest.chunks):
+        tokens, chunk_tokens = self.geometry.tokens, self.config.chunk_tokens
+        # The counts first: a small manifest can state tokens of which a list of chunks would take all memory.
+        sound = tokens == manifest.tokens and -(-tokens // chunk_tokens) == len(manifest.chunks)
+        if not sound or [(span.first, span.tokens) for span in spans_of(tokens, chunk_tokens)] != list(manifest.chunks):
             raise ManifestError("the chunk table does not match the geometry's tokens and the codec's chunk_tokens")
         transform = transform_of(self.config)
         if manifest.levels != transform.levels(self.config):

@@ -26,7 +26,8 @@ from typing import Any
 
 import xxhash
 
-from hf_cachegen.artifact import checks, header, strict_json
+from hf_cachegen import strict_json
+from hf_cachegen.artifact import checks, header
 from hf_cachegen.artifact.checks import MANIFEST_FILE
 from hf_cachegen.artifact.entries import NAME, STATES, STATES_FILE, TensorEntry, read_entries
 from hf_cachegen.errors import LevelError, LimitError, ManifestError, UnsupportedFormatError

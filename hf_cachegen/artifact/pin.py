@@ -85,6 +85,6 @@ class Pin:
             if not path.is_file() or size > limits.max_profile_bytes or self.nbytes not in (None, size):
                 return None
             data = path.read_bytes()
-        except OSError:
+        except (OSError, ValueError):  # a path that cannot be one
             return None
         return data if self.fits(data) else None

@@ -13,19 +13,49 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
+from urllib.parse import urlsplit
 
 from hf_cachegen.artifact.manifest import Segment
 from hf_cachegen.errors import ConfigError
 
+MAX_NAME_BYTES = 255
+"""Longest name of a file or folder that file systems allow."""
+MAX_PATH_BYTES = 4000
+"""Longest path of a folder: the system allows 4,095 bytes, and files in it have names."""
 
-def local_path(location: str | os.PathLike[str]) -> Path:
-    """Return the path that `location` names, with "~" expanded. Raise ConfigError where it cannot be a path."""
+
+def location_name(location: str | os.PathLike[str]) -> str:
+    """Return the text of a path, a URL or a repository. Raise ConfigError where it is none of them."""
     if not isinstance(location, str | os.PathLike):
         raise ConfigError(f"expected a path, a URL or a repository, got {type(location).__name__}")
     name = os.fspath(location)
     if not isinstance(name, str) or not name or "\0" in name:
         raise ConfigError(f"expected a path, a URL or a repository, got {name!r:.200}")
-    return Path(os.path.expanduser(name))
+    try:
+        os.fsencode(name)
+        if "://" in name:
+            urlsplit(name)
+    except ValueError as error:  # a UnicodeError too
+        raise ConfigError(f"expected a path, a URL or a repository, got {name!a:.200}: {error}") from error
+    return name
+
+
+def local_path(location: str | os.PathLike[str]) -> Path:
+    """Return the path that `location` names, with "~" expanded. Raise ConfigError where it cannot be a path."""
+    return Path(os.path.expanduser(location_name(location)))
+
+
+def output_path(location: str | os.PathLike[str]) -> Path:
+    """Return the path to write to. Raise ConfigError where `location` cannot be one, or is longer than paths can be."""
+    path = local_path(location)
+    name = max(path.parts, key=lambda part: len(os.fsencode(part)), default="")
+    longest, whole = len(os.fsencode(name)), len(os.fsencode(path))
+    if longest > MAX_NAME_BYTES or whole > MAX_PATH_BYTES:
+        raise ConfigError(
+            f"expected a path of at most {MAX_PATH_BYTES} bytes, with names of at most {MAX_NAME_BYTES}, got {whole} "
+            f"bytes with a name of {longest}: {name[:40]!r}..."
+        )
+    return path
 
 
 @dataclass(frozen=True, eq=False)

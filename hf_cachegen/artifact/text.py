@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_cachegen.artifact import strict_json
+from hf_cachegen import strict_json
 from hf_cachegen.artifact.manifest import TEXT_FILE
 from hf_cachegen.artifact.reader import Reader
 from hf_cachegen.errors import ConfigError, CorruptError, LimitError

@@ -46,7 +46,7 @@ from hf_cachegen.artifact.manifest import (
     loads,
     tile,
 )
-from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import ArtifactError, ArtifactExistsError, ConfigError, TensorError
 
 _COPY_BYTES = 1 << 20
@@ -76,7 +76,7 @@ class ArtifactWriter:
     def __init__(
         self, directory: str | os.PathLike[str], *, overwrite: bool = False, limits: Limits = DEFAULT_LIMITS
     ) -> None:
-        self._path = local_path(directory)
+        self._path = output_path(directory)
         if isinstance(directory, str) and "://" in directory:
             scheme = directory.partition("://")[0]
             raise ConfigError(f"expected a folder, got a URL ({scheme}://...): save into a folder, then push it")

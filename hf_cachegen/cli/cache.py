@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from hf_cachegen.cli.options import output_options
+from hf_cachegen.cli.options import OUTPUT_PATH, output_options
 from hf_cachegen.cli.output import plain, print_json, size_text
 from hf_cachegen.stores import SegmentCache
 
@@ -23,7 +23,7 @@ def cache() -> None:
 
 
 _cache_dir = click.option(
-    "--cache-dir", type=click.Path(path_type=Path), help="Folder of the cache.  [default: the one that loading uses]"
+    "--cache-dir", type=OUTPUT_PATH, help="Folder of the cache.  [default: the one that loading uses]"
 )
 
 

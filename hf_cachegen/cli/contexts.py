@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from hf_cachegen.artifact import MANIFEST_FILE, ContextText, Reader
 from hf_cachegen.cli.models import load_for, load_model
 from hf_cachegen.cli.options import (
+    OUTPUT_PATH,
     answer_options,
     artifact_argument,
     decoding_profile_option,
@@ -51,7 +52,7 @@ WITHOUT_PROFILE = (
 @click.option("--continuation", "continuations", multiple=True, type=click.File("r", encoding="utf-8"),
               help="Text file that is likely to follow the context, for --target-kl; repeatable.")
 @source_model_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
+@click.option("--out", required=True, type=OUTPUT_PATH, help="Output folder.")
 @overwrite_option("Replace an existing artifact.")
 @model_options
 @dtype_option

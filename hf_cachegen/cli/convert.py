@@ -10,7 +10,7 @@ import click
 
 from hf_cachegen.artifact import Reader
 from hf_cachegen.cli.models import load_model
-from hf_cachegen.cli.options import dtype_option, model_options, output_options, overwrite_option
+from hf_cachegen.cli.options import OUTPUT_PATH, dtype_option, model_options, output_options, overwrite_option
 from hf_cachegen.cli.output import bars, print_json, size_text, step
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.stores import LocalStore, open_store
@@ -18,7 +18,7 @@ from hf_cachegen.stores import LocalStore, open_store
 
 @click.command("convert", short_help="Convert caches of other programs to artifacts and back.")
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT_PATH)
 @click.option(
     "--to", "form", type=click.Choice(["artifact", "legacy", "dynamic"]), default="artifact", show_default=True,
     help="Output format. legacy: a tuple of (key, value) pairs, dynamic: a DynamicCache, both for torch.load.",

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from hf_cachegen.artifact import MANIFEST_FILE, Reader
 from hf_cachegen.cli.models import load_model, token_ids
 from hf_cachegen.cli.options import (
+    OUTPUT_FOLDER,
     dtype_option,
     encoder_options,
     encoder_settings,
@@ -81,12 +82,12 @@ class TextDataset:
             raise MissingExtraError(MISSING_EXTRA) from error
         disable_progress_bars()
         path = Path(os.path.expanduser(self.location))
-        if path.is_file() and path.suffix.lower() not in READERS:
+        if os.path.isfile(path) and path.suffix.lower() not in READERS:
             raise ConfigError(f"{path}: expected a file of type {', '.join(READERS)}")
-        if not path.exists() and (path.suffix.lower() in READERS or not is_hub_id(self.location)):
+        if not os.path.exists(path) and (path.suffix.lower() in READERS or not is_hub_id(self.location)):
             raise ConfigError(f"expected a data set; there is no file or folder {os.path.abspath(path)}")
         try:
-            if path.is_file():
+            if os.path.isfile(path):
                 reader = READERS[path.suffix.lower()]
                 options = {"sample_by": "document"} if reader == "text" else {}
                 found = load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
@@ -163,7 +164,7 @@ class Encoding:
 @source_model_option
 @click.option("--revision", help="Branch, tag or commit of the model.")
 @click.option("--device", help="Device: cpu, cuda:0, ...  [default: a GPU per process if available, else cpu]")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Output folder.")
+@click.option("--out", required=True, type=OUTPUT_FOLDER, help="Output folder.")
 @text_option
 @dtype_option
 @encoding_profile_option

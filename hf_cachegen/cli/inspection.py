@@ -10,6 +10,7 @@ from rich.console import Console
 from hf_cachegen.artifact import Reader
 from hf_cachegen.cli.models import load_for, required_profile
 from hf_cachegen.cli.options import (
+    OUTPUT_PATH,
     artifact_argument,
     decoding_profile_option,
     key_option,
@@ -26,7 +27,7 @@ from hf_cachegen.stores import Access, open_store
 
 @click.command("inspect", short_help="Show the contents of an artifact.")
 @artifact_argument
-@click.option("--plot", "target", type=click.Path(path_type=Path),
+@click.option("--plot", "target", type=OUTPUT_PATH,
               help="Output file for a plot of bits and errors by layer (.png, .pdf or .svg).")  # fmt: skip
 @key_option
 @output_options

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_cachegen.artifact import Reader
+from hf_cachegen.artifact import Manifest, Reader
 from hf_cachegen.cli.output import step
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.errors import ProfileError
 from hf_cachegen.stores import Access, open_store
 from hf_cachegen.stores.naming import is_hub_id
 
@@ -99,14 +100,30 @@ def load_for(
     Raises:
         click.BadParameter: the model cannot be loaded, or the device does not exist.
         ArtifactError, StoreError: the artifact cannot be read.
+        WrongModelError: the artifact is of a model with another configuration.
         ProfileError: the profile is missing, or is a different one.
     """
-    dtype = Geometry.from_dict(Reader(open_store(artifact, access)).manifest.geometry).dtype
-    target = _device(device)
+    manifest = Reader(open_store(artifact, access)).manifest
+    dtype, target = Geometry.from_dict(manifest.geometry).dtype, _device(device)
     tokenizer = _load_tokenizer(name, revision)
-    required = required_profile(artifact, profile, name, access)
+    try:
+        required = required_profile(artifact, profile, name, access)
+    except ProfileError:
+        _require_configured(manifest, name, revision)  # another model has another profile
+        raise
     with step("loading the model", as_json):
         return _load_weights(name, revision, dtype, target), tokenizer, required
+
+
+def _require_configured(manifest: Manifest, name: str, revision: str | None) -> None:
+    from transformers import AutoConfig
+
+    from hf_cachegen.models.fingerprint import Fingerprint
+
+    if manifest.fingerprint is not None:
+        with _loading(name) as found:
+            config = AutoConfig.from_pretrained(found, revision=revision)
+        Fingerprint.from_dict(manifest.fingerprint).check_saved_config(config)
 
 
 def token_ids(tokenizer: Any, text: str, *, start: bool) -> list[int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from hf_cachegen.artifact.store import local_path, output_path
 from hf_cachegen.cli.models import DTYPES, find_profile
 from hf_cachegen.config import AUTO_LAYERS, CacheGenConfig, CoderName, TransformName
 
@@ -52,6 +54,31 @@ class _LayersOrNone(click.ParamType):
             self.fail(f"expected a whole number, auto or none, got {value!r}.", param, ctx)
 
 
+class _LocalPath(click.ParamType):
+    """A path of this machine, with "~" expanded. Raises ConfigError for text that cannot be one."""
+
+    name = "path"
+
+    def __init__(self, parse: Callable[[str], Path] = local_path) -> None:
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return self._parse(value)
+
+
+class _OutputFolder(_LocalPath):
+    """A folder to write, or one that does not exist yet."""
+
+    name = "directory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = super().convert(value, param, ctx)
+        if path.is_file():
+            self.fail(f"expected a folder, {value!r} is a file.", param, ctx)
+        return path
+
+
+LOCAL_PATH, OUTPUT_PATH, OUTPUT_FOLDER = _LocalPath(), _LocalPath(output_path), _OutputFolder(output_path)
 artifact_argument = click.argument("artifact")
 location_argument = click.argument("location")
 source_model_option = click.option("--model", required=True, help="Folder or Hub id of a causal language model.")

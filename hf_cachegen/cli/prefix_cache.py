@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from hf_cachegen.artifact import strict_json
-from hf_cachegen.cli.options import output_options
+from hf_cachegen import strict_json
+from hf_cachegen.cli.options import LOCAL_PATH, OUTPUT_PATH, output_options
 from hf_cachegen.cli.output import plain, print_json, size_text, step
 from hf_cachegen.errors import PrefixCacheError
 from hf_cachegen.prefix_cache.cache import PrefixCache
@@ -26,13 +27,13 @@ def prefix_cache_commands() -> None:
     """Look at a prefix cache, or change what it keeps. FOLDER is the folder that hf_cachegen.PrefixCache was given."""
 
 
-_folder = click.argument("folder", type=click.Path(path_type=Path))
+_folder = click.argument("folder", type=LOCAL_PATH)
 _key_file = click.option("--key", "key_file", help="File of 32 bytes that opens sealed blocks.")
 
 
 def opened(folder: Path, key: str | None = None, **options: Any) -> PrefixCache:
     """Return the prefix cache in a folder, without a budget. Raises PrefixCacheError where there is none."""
-    if not (folder / "index.sqlite").is_file():
+    if not os.path.isfile(folder / "index.sqlite"):
         raise PrefixCacheError(f"there is no prefix cache in {folder}: expected a folder with an index.sqlite")
     return PrefixCache(folder, None, key=key, **options)
 
@@ -183,7 +184,7 @@ def prefix_cache_import(
 @prefix_cache_commands.command("export", short_help="Write a prefix as an artifact.")
 @_folder
 @click.argument("key")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT_PATH)
 @_key_file
 @output_options
 def prefix_cache_export(

@@ -14,6 +14,8 @@ import click
 from hf_cachegen.artifact import Limits
 from hf_cachegen.cli.models import load_model
 from hf_cachegen.cli.options import (
+    LOCAL_PATH,
+    OUTPUT_PATH,
     access_options,
     learning_dtype_option,
     learning_options,
@@ -42,7 +44,7 @@ from hf_cachegen.stores.profiles import REPO_TYPE, fetch
     "--samples-jsonl", "rows", type=click.File("r", encoding="utf-8"),
     help='File with a sample in each line: {"context": ..., "continuation": ...}.',
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="Output folder or file.  [default: the model's folder]")
+@click.option("--out", type=OUTPUT_PATH, help="Output folder or file.  [default: the model's folder]")
 @overwrite_option("Replace an existing profile, and discard the progress of an interrupted run.")
 @click.option("--context-tokens", type=click.IntRange(min=2), default=1024, show_default=True,
               help="Length of the contexts that a text is cut into, in tokens.")  # fmt: skip
@@ -125,7 +127,7 @@ def _output_file(model: str, out: Path | None, overwrite: bool) -> Path:
     from hf_cachegen.profiles.files import PROFILE_FILE
 
     model = os.path.expanduser(model)
-    if out is None and not Path(model).is_dir():
+    if out is None and not os.path.isdir(model):
         raise click.UsageError(
             f"expected --out, since the model {model!r} is not a local folder", click.get_current_context()
         )
@@ -139,7 +141,7 @@ def _output_file(model: str, out: Path | None, overwrite: bool) -> Path:
 
 
 @click.command("push-profile", short_help="Push the profile of a model to the Hub.")
-@click.argument("profile", type=click.Path(path_type=Path))
+@click.argument("profile", type=LOCAL_PATH)
 @click.argument("repo_id", required=False)
 @click.option("--revision", help="Branch of the repository.  [default: main]")
 @pushing_options("Upload a profile", "Make the repository public.")
@@ -175,7 +177,7 @@ def push_profile(
 
 @click.command("pull-profile", short_help="Copy a profile into a folder.")
 @location_argument
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT_PATH)
 @click.option("--digest", help="Digest of the profile, if the repository has several.")
 @overwrite_option("Replace a different existing profile.")
 @access_options(REPO_TYPE)

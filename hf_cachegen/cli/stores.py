@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from hf_cachegen.artifact import PROFILE_FILE, Pin, Reader
 from hf_cachegen.cli.options import (
+    LOCAL_PATH,
+    OUTPUT_PATH,
     access_options,
     key_option,
     location_argument,
@@ -28,7 +31,7 @@ _access_options = access_options("dataset")
 
 
 @click.command("push", short_help="Push an artifact to the Hub.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=LOCAL_PATH)
 @click.argument("repo_id")
 @_access_options
 @click.option("--description", default="", help="Description of the context, for the card.")
@@ -44,7 +47,7 @@ def push(
 
     A missing repository is created, private by default. The access token is that of "hf auth login" or HF_TOKEN.
     """
-    sealed = folder.is_dir() and sealed_names(folder)
+    sealed = os.path.isdir(folder) and sealed_names(folder)
     profile_file = None if sealed else _profile_of(folder, Reader(LocalStore(folder)), profile)
     from hf_cachegen.stores.publishing import publish_artifact
 
@@ -87,7 +90,7 @@ def _profile_of(folder: Path, reader: Reader, choice: str) -> bytes | None:
 
 
 @click.command("sign", short_help="Sign an artifact.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=LOCAL_PATH)
 @click.option("--key", required=True, help="PEM file of an Ed25519 private key, without a password.")
 @output_options
 def sign(folder: Path, key: str, as_json: bool, debug: bool) -> None:
@@ -106,8 +109,8 @@ def sign(folder: Path, key: str, as_json: bool, debug: bool) -> None:
 
 
 @click.command("seal", short_help="Encrypt an artifact.")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("folder", type=LOCAL_PATH)
+@click.argument("out", type=OUTPUT_PATH)
 @click.option("--key", required=True, help="File of 32 random bytes; without it, the sealed artifact cannot be read.")
 @output_options
 def seal(folder: Path, out: Path, key: str, as_json: bool, debug: bool) -> None:
@@ -127,7 +130,7 @@ def seal(folder: Path, out: Path, key: str, as_json: bool, debug: bool) -> None:
 
 @click.command("pull", short_help="Copy an artifact into a folder.")
 @location_argument
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUTPUT_PATH)
 @_access_options
 @overwrite_option("Replace an existing artifact.")
 @key_option

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import chain
+from hf_cachegen.codec.described import mapping, whole
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.precision import full_precision
 from hf_cachegen.codec.transfer import send
@@ -122,22 +123,21 @@ class Predictor:
         Raises:
             LookupError, TypeError, ValueError: The file contradicts itself.
         """
-        layer, found, claimed = int(described["layer"]), list[Group](), 0
+        layer, found, claimed = whole(described["layer"]), list[Group](), 0
         prefix = f"predict-{layer}"
         for index, (kind, first, count) in enumerate(described["groups"]):
-            claimed += abs(int(count))
+            claimed += abs(whole(count))
             if claimed > len(sensitivities):  # else a small file could claim all layers many times
                 raise ValueError("a predictor's groups have more layers than the model")
-            layers = range(int(first), int(first) + int(count))
-            parts = [sensitivities[int(kind), one] for one in layers]
+            layers = range(whole(first), first + count)
+            parts = [sensitivities[whole(kind), one] for one in layers]
             if len({part.shape[1:] for part in parts}) != 1:
                 raise ValueError("a predictor's groups need layers of one head_dim")
-            where = int(kind), int(first), int(count)
-            found.append(Group.read(where, torch.cat(parts), tensors, f"{prefix}-", index, reach > 0))
+            found.append(Group.read((kind, first, count), torch.cat(parts), tensors, f"{prefix}-", index, reach > 0))
         return cls(
             layer, tensors[f"{prefix}-mean"], tensors[f"{prefix}-directions"], tuple(found),
-            int(described["step_code"]), tensors[f"{prefix}-base_entries"], tensors[f"{prefix}-refine_entries"],
-            dict(described["about"]), reach,
+            whole(described["step_code"]), tensors[f"{prefix}-base_entries"], tensors[f"{prefix}-refine_entries"],
+            mapping(described["about"]), reach,
         )  # fmt: skip
 
     def is_sound(self, shapes: Sequence[tuple[int, int, int, int]], levels: int) -> bool:

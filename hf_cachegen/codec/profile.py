@@ -28,8 +28,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hf_cachegen import strict_json
 from hf_cachegen.codec import chain
-from hf_cachegen.codec.geometry import LayerGeometry
+from hf_cachegen.codec.described import mapping, members, number, whole
+from hf_cachegen.codec.geometry import MAX_LAYERS, LayerGeometry
 from hf_cachegen.codec.group import Group, covered, moderate
 from hf_cachegen.codec.matrices import read_heads, written_heads
 from hf_cachegen.codec.predictor import MAX_PREDICTORS, Predictor
@@ -41,6 +43,8 @@ CHAINED_VERSION = 2
 """Of profiles whose layers are chained (`codec.chain`). Earlier releases would leave the prediction out."""
 MAX_HEADER_BYTES = 1 << 25
 """Limit of a file's safetensors header: enough for some thousand layers."""
+PART_TENSORS, GROUP_TENSORS = 4, 8
+"""Most tensors that a profile or a predictor has itself, and for each of its groups."""
 LARGEST_SCALING = 1e3
 RotaryStyle = Literal["none", "half", "interleaved"]
 P = TypeVar("P", bound="Profile")
@@ -228,7 +232,7 @@ class Profile:
                 tensors |= one.tensors()
         return save_tensors(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
-            {"cachegen_profile": json.dumps(described, sort_keys=True)},
+            {"cachegen_profile": _written(described)},
         )
 
     @classmethod
@@ -246,32 +250,36 @@ class Profile:
             length = int.from_bytes(data[:8], "little")
             if length > MAX_HEADER_BYTES:
                 raise ProfileError(f"its header may have at most {MAX_HEADER_BYTES} bytes, got {length}")
-            header = json.loads(data[8 : 8 + length])
-            described = json.loads(header["__metadata__"]["cachegen_profile"])
-            tensors = load_tensors(data)
-            if described["version"] not in (PROFILE_VERSION, CHAINED_VERSION):
+            header = strict_json.loads(data[8 : 8 + length])
+            described = strict_json.loads(header["__metadata__"]["cachegen_profile"].encode())
+            version = whole(described["version"])
+            if version not in (PROFILE_VERSION, CHAINED_VERSION):
                 raise ProfileError(
-                    f"expected version {PROFILE_VERSION} or {CHAINED_VERSION}, got version {described['version']}: "
-                    "install a later release to read it"
+                    f"expected version {PROFILE_VERSION} or {CHAINED_VERSION}, got version {version}: install a later "
+                    "release to read it"
                 )
-            chained = described["version"] == CHAINED_VERSION
-            reach = int(described["chain"]["reach"]) if chained else 0
+            chained = version == CHAINED_VERSION
+            reach = whole(described["chain"]["reach"]) if chained else 0
+            layers = tuple(LayerGeometry.from_dict(layer) for layer in members(described["layers"], MAX_LAYERS))
+            listed = members(described["groups"], 2 * len(layers))
+            predictors = members(described.get("predictors", []), MAX_PREDICTORS)
+            _require_count(header, [listed, *(members(one["groups"], 2 * len(layers)) for one in predictors)])
+            tensors = load_tensors(data)
             groups = tuple(
                 Group.read(
-                    (int(kind), int(first), int(count)), read_heads(tensors, f"sensitivity-{i}", chained=chained),
+                    (whole(kind), whole(first), whole(count)), read_heads(tensors, f"sensitivity-{i}", chained=chained),
                     tensors, "", i, chained,
                 )
-                for i, (kind, first, count) in enumerate(described["groups"])
+                for i, (kind, first, count) in enumerate(listed)
             )  # fmt: skip
-            rotary = Rotary(described["rotary"]["style"], tensors["inv_freq"], float(described["rotary"]["scaling"]))
-            layers = tuple(LayerGeometry.from_dict(layer) for layer in described["layers"])
+            rotary = Rotary(described["rotary"]["style"], tensors["inv_freq"], number(described["rotary"]["scaling"]))
             profile = cls(
-                layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
-                tensors["refine_entries"], dict(described["about"]), (), reach,
+                layers, rotary, tensors["means"], groups, whole(described["step_code"]), tensors["base_entries"],
+                tensors["refine_entries"], mapping(described["about"]), (), reach,
             )  # fmt: skip
             profile._check(chained)
-            profile.predictors = profile._predictors(described.get("predictors", []), tensors)
-        except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            profile.predictors = profile._predictors(predictors, tensors)
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ProfileError(f"these bytes are not a profile: {error}") from error
         profile.read, profile.place = FileHashes.of(data), place
         return profile
@@ -292,10 +300,8 @@ class Profile:
         if not sound or self.refine_entries.shape[1] != components or self.levels > 3:
             raise ProfileError("this profile contradicts itself: the shapes of its tensors do not fit its layers")
 
-    def _predictors(self, listed: Any, tensors: dict[str, Tensor]) -> tuple[Predictor, ...]:
+    def _predictors(self, listed: Sequence[Any], tensors: dict[str, Tensor]) -> tuple[Predictor, ...]:
         """Read the predictors that a file lists. Raises ProfileError, LookupError, TypeError, ValueError."""
-        if not isinstance(listed, list) or len(listed) > MAX_PREDICTORS:
-            raise ProfileError(f"expected a list of at most {MAX_PREDICTORS} predictors")
         found = tuple(Predictor.read(one, tensors, self.sensitivities, self.reach) for one in listed)
         shapes = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         ascending = all(a.layer < b.layer for a, b in pairwise(found))
@@ -310,6 +316,23 @@ class Profile:
         fits = fits and rotary.inv_freq.dtype == torch.float64 and moderate(rotary.inv_freq)
         known = rotary.style in ("none", "half", "interleaved")
         return known and fits and 1 / LARGEST_SCALING <= rotary.scaling <= LARGEST_SCALING
+
+
+def _written(described: dict[str, Any]) -> str:
+    """Return the description as JSON that `from_bytes` reads. Raises ProfileError for `about` that it would not."""
+    try:
+        text = json.dumps(described, sort_keys=True, allow_nan=False)
+        strict_json.loads(text.encode())
+    except (TypeError, ValueError) as error:
+        raise ProfileError(f"this profile cannot be written: its description is not strict JSON: {error}") from error
+    return text
+
+
+def _require_count(header: dict[str, Any], listed: Sequence[Sequence[Any]]) -> None:
+    """Raise ProfileError for a file with more tensors than groups could have. `listed`: the groups of each part."""
+    most = sum(PART_TENSORS + GROUP_TENSORS * len(groups) for groups in listed)
+    if len(header) > 1 + most:
+        raise ProfileError(f"expected at most {most} tensors, as its groups have, the file has {len(header) - 1}")
 
 
 def require_layers(profile: Profile, layers: Sequence[LayerGeometry]) -> None:

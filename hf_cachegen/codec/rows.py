@@ -147,9 +147,10 @@ def empty_kv(geometry: Geometry, devices: Sequence[torch.device | str | None]) -
         devices: The device of each layer.
     """
     dtype, found = getattr(torch, geometry.dtype), []
-    for layer, device in zip(geometry.layers, devices, strict=True):
-        for heads, dim in ((layer.heads, layer.k_dim), (layer.v_heads, layer.v_dim)):
-            found.append(torch.empty(geometry.batch, heads, geometry.tokens, dim, dtype=dtype, device=device))
+    with torch.inference_mode(False):  # else a thread that refines them could not write into them
+        for layer, device in zip(geometry.layers, devices, strict=True):
+            for heads, dim in ((layer.heads, layer.k_dim), (layer.v_heads, layer.v_dim)):
+                found.append(torch.empty(geometry.batch, heads, geometry.tokens, dim, dtype=dtype, device=device))
     return found
 
 

@@ -23,10 +23,11 @@ from hf_cachegen.models.encoder_decoder import (
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors
-from hf_cachegen.models.opening import check_states
+from hf_cachegen.models.opening import check_states, check_tokens
 from hf_cachegen.models.recurrent import Checkpoints
 from hf_cachegen.models.requirements import (
     require_geometry,
+    require_instance,
     require_model,
 )
 from hf_cachegen.profiles.files import Profile
@@ -92,6 +93,7 @@ class CachedContext:
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raise MismatchError unless this cache belongs to `model`."""
+        require_instance(model)
         if model.config.is_encoder_decoder:
             require_encoder_decoder(model)
             identity = self.fingerprint.check(model, tokenizer)
@@ -100,6 +102,7 @@ class CachedContext:
             require_model(model)
             identity = self.fingerprint.check(model, tokenizer)
             require_geometry(model.config, self.kv.geometry)
+            check_tokens(self.fingerprint, model, self.input_ids)
             check_states(self.checkpoints, model)
         if self.verify != "weights":
             self.fingerprint.check_probe(model, self.input_ids[0].tolist(), identity)

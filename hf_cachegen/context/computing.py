@@ -37,8 +37,10 @@ from hf_cachegen.models.prefill import StateOptions, prefill
 from hf_cachegen.models.recurrent import Checkpoints, capture_states
 from hf_cachegen.models.requirements import (
     positions_change,
+    require_instance,
     require_length,
     require_model,
+    require_vocabulary,
 )
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
@@ -66,11 +68,14 @@ def compute_context(
     """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
     if prefill_chunk_tokens < 1:
         raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
+    require_instance(model)
     if model.config.is_encoder_decoder:
         return _encoded_context(model, input_ids, config, profile, tokenizer, text)
     require_model(model)
     ids, media = context_inputs(model.config, input_ids)
     require_length(model, ids.shape[1])
+    if media is None:
+        require_vocabulary(model, ids)
     identify(model)
     require_inactive(model, ids[0].tolist())
     found = for_encoding(profile, model)
@@ -198,6 +203,8 @@ def wrap_cache(
         forget(model)
     found = for_encoding(profile, model)
     ids, media = context_inputs(model.config, input_ids)
+    if media is None:
+        require_vocabulary(model, ids)
     require_causal(model)
     kv = checked_kv(_captured(cache, model, ids), model, ids).clone()
     checkpoints = Checkpoints()

@@ -17,6 +17,7 @@ from hf_cachegen.context.cached import CachedContext
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.models.inputs import Tokens, one_row
 from hf_cachegen.models.kinds import is_plain
+from hf_cachegen.models.requirements import require_vocabulary
 from hf_cachegen.models.target import meet_target
 from hf_cachegen.profiles.finding import profile_of
 
@@ -52,6 +53,8 @@ def aimed(
             "steps= or step_offset= instead"
         )
     ids = [one_row(found) for found in continuations]
+    for found in ids:
+        require_vocabulary(model, found)
     last = int(context.input_ids[0, -1])
     chosen = meet_target(model, context.kv, last, config, context.profile, ids, context.known)
     return CachedContext(**{**context.parts(), "config": chosen.config, "measured": chosen.measured})

@@ -17,6 +17,7 @@ from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.models.opening import open_manifest, validate
+from hf_cachegen.models.requirements import require_instance
 from hf_cachegen.profiles.finding import ProfileLike, model_folder, profile_of
 from hf_cachegen.stores import Access, open_store
 from hf_cachegen.streaming import StreamOptions, stream_context
@@ -67,6 +68,7 @@ def load_context(
 
 def stream_to_context(path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> CachedContext:
     """Load an artifact under a deadline. Arguments and errors are those of `CacheGenCache.stream`."""
+    require_instance(model)
     chosen = StreamOptions.from_keywords(options)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from hf_cachegen.context import CachedContext
 from hf_cachegen.errors import UnsupportedModelError
 from hf_cachegen.models.compat import CACHE_NAMES, unwrapped
+from hf_cachegen.models.requirements import require_instance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +69,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         The same model.
     """
+    require_instance(model)
     for part in (model, unwrapped(model)):
         attached = part.__dict__.get("generate")
         if isinstance(attached, Attached):

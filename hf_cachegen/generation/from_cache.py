@@ -51,7 +51,7 @@ from hf_cachegen.models.media import MEDIA_INPUTS
 from hf_cachegen.models.media_prompt import cover, positions
 from hf_cachegen.models.prefix import Reuse
 from hf_cachegen.models.recurrent import shorten
-from hf_cachegen.models.requirements import masks_windows, positions_change
+from hf_cachegen.models.requirements import masks_windows, positions_change, require_instance
 from hf_cachegen.models.running import kv_devices, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.streaming import Refine, SwapIn
@@ -109,6 +109,7 @@ def generate(
     """
     if on_mismatch not in ("recompute", "error"):
         raise ConfigError(f"on_mismatch must be 'recompute' or 'error', got {on_mismatch!r}")
+    require_instance(model)
     streamed = stream_options(slo, refine, stream or {})
     given, foreign = _cache_given(cache, kwargs)
     stock = stock_generate(model)
@@ -292,8 +293,10 @@ def attach(model: PreTrainedModel, *, prefix_cache: Prefixes | None = None) -> P
         The same model.
 
     Raises:
+        ConfigError: it is no model.
         UnsupportedModelError: prefixes of this model cannot be reused.
     """
+    require_instance(model)
     if prefix_cache is not None:
         prefix_cache.check(model)
     for part in {id(part): part for part in (unwrapped(model), model)}.values():
@@ -312,13 +315,19 @@ def _cache_given(cache: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any
         The context, its location or None; and the arguments of the stock generate for any other cache.
 
     Raises:
-        ConfigError: a cached context is given beside another cache.
+        ConfigError: a cached context is given beside another cache, or something else as a cache.
     """
     given = {name: kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None}
     if cache is not None:
         given["cache"] = cache
     ours = {name: value for name, value in given.items() if isinstance(value, CachedContext | str | os.PathLike)}
     if not ours:
+        for value in given.values():
+            if not isinstance(value, Cache | tuple) and not hasattr(value, "get_seq_length"):
+                raise ConfigError(
+                    f"expected a cache, or the path, URL or repository of an artifact as cache=, got "
+                    f"{type(value).__name__}"
+                )
         return None, {CACHE_ARGUMENT if name == "cache" else name: value for name, value in given.items()}
     if len(given) > 1:
         raise ConfigError(f"the cache is given twice, as {sorted(given)}: pass cache= alone")

@@ -19,7 +19,7 @@ from hf_cachegen.context import CachedContext, load_context
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.generation.from_cache import generate, stream_for, stream_options
 from hf_cachegen.models.media_prompt import cover
-from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.requirements import positions_change, require_instance
 from hf_cachegen.models.text import one_prompt, prompt_ids
 from hf_cachegen.streaming import Refine
 
@@ -106,6 +106,7 @@ def generate_text(
     """
     if taken := sorted({"input_ids", "inputs", "inputs_embeds", "attention_mask", "tokenizer"} & options.keys()):
         raise ConfigError(f"generate_text takes the prompt as text= or messages=, got {taken} too: leave them out")
+    require_instance(model)
     prompt = ContextText(text, messages, dict(template or {}))
     inputs = one_prompt(tokenizer, prompt_ids(tokenizer, prompt, answer=True), model.device)
     ids = inputs["input_ids"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_cachegen.artifact.store import local_path, output_path
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.errors import (
     ArtifactExistsError,
@@ -49,15 +50,18 @@ def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]
         (keys, values) of the layers, each [rows, heads, tokens, dim] as in the file, on the CPU.
 
     Raises:
+        ConfigError: `path` is no path.
         ArtifactNotFoundError: the file does not exist.
         CorruptError: the file is damaged, or torch cannot read it without running code.
         TensorError, UnsupportedLayerError: the file does not hold such a cache.
     """
     try:
         with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(local_path(path), map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ArtifactNotFoundError(f"expected a file that torch.save wrote; there is no file {path}") from error
+    except ConfigError:
+        raise
     except Exception as error:  # a damaged or hostile file can make torch raise any error
         raise CorruptError(
             f"{path}: expected a file of tensors or a DynamicCache; it holds something else, or is damaged: "
@@ -91,13 +95,15 @@ def save_cache(
         overwrite: replace the file if it exists.
 
     Raises:
-        ConfigError: `form` is unknown.
+        ConfigError: `form` is unknown, or `path` is no path.
         ArtifactExistsError: `path` exists, and `overwrite` is false.
         UnsupportedLayerError: a DynamicCache cannot hold the layers without the model's configuration.
         ArtifactError, ProfileError, NativeError: the artifact cannot be decoded.
     """
     if form not in get_args(CacheFormat):
         raise ConfigError(f"form must be one of {get_args(CacheFormat)}, got {form!r}")
+    path = output_path(path)
+    partial = output_path(f"{path}.partial")
     if os.path.lexists(path) and not overwrite:
         raise ArtifactExistsError(f"{path} already exists; choose another file, or pass overwrite=True to replace it")
     windows = sorted({layer.kind for layer in artifact.geometry.layers} - {"full", "mla"})
@@ -109,7 +115,6 @@ def save_cache(
         value = DynamicCache()
         for index, (key, tensor) in enumerate(pairs):
             value.update(key, tensor, index)
-    partial = f"{os.fspath(path)}.partial"
     try:
         torch.save(value, partial)
         os.replace(partial, path)

@@ -37,11 +37,11 @@ from hf_cachegen.models.identity import ModelIdentity, identify
 from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.media import Medium, media_from_list, outside
-from hf_cachegen.models.requirements import positions_change
+from hf_cachegen.models.requirements import positions_change, require_tokenizer
 from hf_cachegen.models.sampled_weights import sampled_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VOLATILE = frozenset(
     [
@@ -135,7 +135,7 @@ class Fingerprint:
         return cls(
             model_id=str(getattr(model.config, "_name_or_path", "")),
             commit=getattr(model.config, "_commit_hash", None),
-            config=_config(model),
+            config=_config(model.config),
             weights=sampled_weights(model),
             dtype=dtype_name(model.dtype),
             adapters=identity.adapter_names,
@@ -209,20 +209,27 @@ class Fingerprint:
 
     def check_config(self, model: PreTrainedModel) -> None:
         """Raises WrongModelError if the model is configured otherwise."""
-        expected, got = self.config, _config(model)
+        # Another release writes other defaults into a configuration; what both have must agree.
+        self._compare(model.config, self._name(model), shared=self.transformers != transformers.__version__)
+
+    def check_saved_config(self, config: PreTrainedConfig) -> None:
+        """Raises WrongModelError if a model with this configuration is another one. What both have must agree: making
+        the model may complete it.
+        """
+        name = getattr(config, "_name_or_path", "") or "unnamed"
+        self._compare(config, f"the model of type {config.model_type} ({name})", shared=True)
+
+    def _compare(self, config: PreTrainedConfig, what: str, *, shared: bool) -> None:
+        expected, got = self.config, _config(config)
         if expected == got:
             return
-        names = set(expected) | set(got)
-        if self.transformers != transformers.__version__:
-            # Another release writes other defaults into a configuration; what both have must agree.
-            names = set(expected) & set(got)
+        names = set(expected) & set(got) if shared else set(expected) | set(got)
         wrong = sorted(name for name in names if expected.get(name) != got.get(name))
         if wrong:
             shown = "; ".join(f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in wrong[:4])
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise WrongModelError(
-                f"the cache was made by {self.model_id or 'a model'!r}; {self._name(model)} is configured otherwise: "
-                f"{shown}{more}"
+                f"the cache was made by {self.model_id or 'a model'!r}; {what} is configured otherwise: {shown}{more}"
             )
 
     @staticmethod
@@ -304,8 +311,8 @@ def hash_tokens(input_ids: Sequence[int]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(input_ids)}q", *input_ids)).hexdigest()
 
 
-def _config(model: PreTrainedModel) -> dict[str, str]:
-    return {name: _text(value) for name, value in _stable(model.config.to_dict()).items()}
+def _config(config: PreTrainedConfig) -> dict[str, str]:
+    return {name: _text(value) for name, value in _stable(config.to_dict()).items()}
 
 
 def _stable(value: Any) -> Any:
@@ -323,6 +330,7 @@ def _text(value: Any) -> str:
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the vocabulary, the special tokens, the chat template and how PROBE_TEXT is split."""
+    require_tokenizer(tokenizer)
     parts = [
         sorted(tokenizer.get_vocab().items()),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

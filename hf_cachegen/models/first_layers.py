@@ -7,7 +7,8 @@ module of that layer: for m = 0 the embeddings, after any scaling and with any l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,11 +76,13 @@ def first_layers(model: PreTrainedModel, input_ids: Tensor, layer: int) -> First
     Raises:
         UnsupportedModelError: The model has no such layer, or its layers do not use the cache one after the other.
     """
-    return _parts(model, input_ids, layer, None)
+    return _parts(model, input_ids, layer)
 
 
 @torch.no_grad()
-def known_of(model: PreTrainedModel, input_ids: Tensor, profile: Profile, layer: int) -> Known:
+def known_of(
+    model: PreTrainedModel, input_ids: Tensor, profile: Profile, layer: int, go_on: Callable[[], None] | None = None
+) -> Known:
     """Compute what a loader of a predicted cache knows of its context.
 
     Args:
@@ -87,16 +90,20 @@ def known_of(model: PreTrainedModel, input_ids: Tensor, profile: Profile, layer:
         input_ids: The context, int64 [1, tokens].
         profile: Of the model.
         layer: `predict_layers` of the cache's configuration.
+        go_on: Called before each forward pass, of RUN_TOKENS tokens where the model allows. May raise to end the run.
 
     Raises:
         UnsupportedModelError: The model's layers cannot be run apart.
         ProfileError: The profile has no such predictor, or is of a model with other features.
     """
-    found = _parts(model, input_ids, layer, profile.predictor(layer))
+    found = _parts(model, input_ids, layer, profile.predictor(layer), go_on)
     return Known(layer, found.hidden, found.keys, found.values)
 
 
-def _parts(model: PreTrainedModel, input_ids: Tensor, layer: int, predictor: Predictor | None) -> FirstLayers:
+def _parts(
+    model: PreTrainedModel, input_ids: Tensor, layer: int, predictor: Predictor | None = None,
+    go_on: Callable[[], None] | None = None,
+) -> FirstLayers:  # fmt: skip
     """Return what the first layers give; with a predictor its scores instead of the hidden states, which are wider."""
     base = unwrapped(model)
     count = len(layer_kinds(base.config))
@@ -106,6 +113,8 @@ def _parts(model: PreTrainedModel, input_ids: Tensor, layer: int, predictor: Pre
     with evaluation_mode(base), fresh_state(base), _watched(base, count, layer) as entered:
         for ids in input_ids.to(device).split(input_ids.shape[1] if whole else RUN_TOKENS, dim=1):
             entered.clear()
+            if go_on is not None:
+                go_on()
             with suppress(_Reached):
                 run(base, ids, cache, last_logits_only=True)
             if not entered or len(cache.layers) != layer + 1:
@@ -125,14 +134,19 @@ def _parts(model: PreTrainedModel, input_ids: Tensor, layer: int, predictor: Pre
 
 @contextmanager
 def _watched(model: nn.Module, count: int, layer: int) -> Iterator[list[Tensor]]:
-    """Collect the hidden states [1, tokens, features] that enter a decoder layer while the block runs.
+    """Collect the hidden states [1, tokens, features] that enter a decoder layer while the block runs, in this thread.
+
+    Other threads may run the same model meanwhile, over other contexts.
 
     A model of several towers may have several lists of `count` modules. The one that the forward pass enters last,
     before the cache stops it, is the decoder.
     """
     entered: list[Tensor] = []
+    mine = threading.get_ident()
 
     def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != mine:
+            return
         state = args[0] if args else kwargs.get("hidden_states")
         if isinstance(state, Tensor) and state.dim() == 3:
             entered.append(state.detach())

@@ -23,7 +23,13 @@ from hf_cachegen.models.identity import Verify, forget
 from hf_cachegen.models.kinds import holds_states
 from hf_cachegen.models.layers import KVTensors, dtype_name
 from hf_cachegen.models.recurrent import Checkpoints
-from hf_cachegen.models.requirements import require_geometry, require_model
+from hf_cachegen.models.requirements import (
+    require_geometry,
+    require_instance,
+    require_length,
+    require_model,
+    require_vocabulary,
+)
 from hf_cachegen.models.running import kv_devices, layer_devices
 
 if TYPE_CHECKING:
@@ -113,6 +119,8 @@ def validate(
         raise ManifestError(
             f"{store}: the geometry is of {artifact.geometry.dtype}, the fingerprint of {fingerprint.dtype:.40}"
         )
+    if model is not None:
+        require_instance(model)
     devices, identity, apart = None, None, model is not None and model.config.is_encoder_decoder
     if model is not None:
         (require_encoder_decoder if apart else require_model)(model)
@@ -123,6 +131,8 @@ def validate(
             require_geometry(model.config, artifact.geometry)
         devices = layer_devices(model, len(artifact.geometry.layers)) if apart else kv_devices(model)
     input_ids = _tokens(artifact, fingerprint, likely)
+    if model is not None and not apart:
+        check_tokens(fingerprint, model, input_ids)
     if model is not None and verify != "weights":
         fingerprint.check_probe(model, input_ids[0].tolist(), identity)
     tensors = artifact.tensors()
@@ -143,6 +153,17 @@ def _tokens(artifact: Artifact, fingerprint: Fingerprint, likely: Sequence[int])
         if hash_tokens(ids) != fingerprint.tokens:
             raise CorruptError(f"{artifact.store}: the stored tokens are not those of the fingerprint; fetch it again")
     return torch.tensor([ids])
+
+
+def check_tokens(fingerprint: Fingerprint, model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Raise CorruptError or UnsupportedModelError unless a model of this fingerprint can read these tokens."""
+    if fingerprint.media:  # what stands for them need not be in the vocabulary
+        return
+    require_length(model, input_ids.shape[1])
+    try:
+        require_vocabulary(model, input_ids)
+    except TensorError as error:
+        raise CorruptError(f"the tokens of this context contradict its fingerprint: {error}") from error
 
 
 def check_states(checkpoints: Checkpoints, model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_cachegen.codec.geometry import Geometry, LayerKind
-from hf_cachegen.errors import UnsupportedModelError, WrongModelError
+from hf_cachegen.errors import ConfigError, TensorError, UnsupportedModelError, WrongModelError
 from hf_cachegen.models.compat import takes_cache, text_decoder, unwrapped
 from hf_cachegen.models.kinds import holds_states, layer_contents
 
@@ -28,13 +28,33 @@ POSITION_TABLE = re.compile(r"^wpe$|^(?!.*rel).*(pos(ition)?s?_|_pos(ition)?s?$)
 """Names of the embeddings of absolute positions: wpe, embed_positions, position_embeddings, positions_embed."""
 
 
+def require_instance(model: Any) -> None:
+    """Raise ConfigError for anything but a model of Transformers or a wrapper of one, such as a model's path."""
+    if not isinstance(unwrapped(model), nn.Module) or not hasattr(unwrapped(model), "config"):
+        raise ConfigError(
+            f"expected a model of Transformers, got {type(model).__name__}: load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise ConfigError for anything but a tokenizer, such as its path."""
+    if not callable(tokenizer):
+        raise ConfigError(
+            f"expected the tokenizer of the model, got {type(tokenizer).__name__}: load it with "
+            "AutoTokenizer.from_pretrained"
+        )
+
+
 def require_model(model: PreTrainedModel) -> None:
     """Raise an error for a model whose cache cannot be kept and cut to a prefix.
 
     Raises:
+        ConfigError: it is no model.
         UnsupportedModelError: the model keeps no such cache.
         UnsupportedLayerError: a layer of its cache is of another kind.
     """
+    require_instance(model)
     name = type(unwrapped(model)).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -74,6 +94,23 @@ def position_limit(model: PreTrainedModel) -> int | None:
         if isinstance(table := module._buffers.get("embed_positions"), Tensor):
             limits.append(len(table))
     return min(limits, default=None)
+
+
+def require_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise TensorError unless `model` has an embedding for each of these token ids, int64 of any shape.
+
+    A look-up beyond the table ends a process's use of its GPU.
+    """
+    embedding = unwrapped(model).get_input_embeddings()
+    sizes = getattr(model.config.get_text_config(), "vocab_size", None), getattr(embedding, "num_embeddings", None)
+    count = max((size for size in sizes if type(size) is int), default=None)
+    if count is None or not ids.numel():
+        return
+    least, largest = int(ids.min()), int(ids.max())
+    if least < 0 or largest >= count:
+        wrong = least if least < 0 else largest
+        name = type(unwrapped(model)).__name__
+        raise TensorError(f"expected token ids of 0 to {count - 1}, as {name} has, got {wrong}")
 
 
 def require_length(model: PreTrainedModel, tokens: int) -> None:

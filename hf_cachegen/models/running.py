@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,18 +17,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_lock = threading.Lock()
+_evaluating: dict[nn.Module, int] = {}
+"""Modules that were in training mode, and the number of blocks that hold each of them in evaluation mode."""
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode (no dropout) for the block, and restore its mode afterwards."""
-    # Set the flags alone: an overridden train() may do more, such as merging an adapter.
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
+    """Put every module into evaluation mode (no dropout) for the block, and restore its mode afterwards.
+
+    Threads that share a model may run such blocks at the same time: the last one restores.
+    """
+    with _lock:
+        held = [module for module in model.modules() if module.training or module in _evaluating]
+        for module in held:
+            _evaluating[module] = _evaluating.get(module, 0) + 1
+            # Set the flags alone: an overridden train() may do more, such as merging an adapter.
             module.training = False
+    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            for module in held:
+                _evaluating[module] -= 1
+                if not _evaluating[module]:
+                    del _evaluating[module]
+                    module.training = True
 
 
 def layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:

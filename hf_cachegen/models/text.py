@@ -13,6 +13,7 @@ import torch
 
 from hf_cachegen.artifact import ContextText
 from hf_cachegen.errors import ConfigError
+from hf_cachegen.models.requirements import require_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +32,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: ContextText, *, answer:
         it puts after a text (EOS). A chat has those of its template alone.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or the template refuses the messages.
+        ConfigError: it is no tokenizer, it has no chat template, or the template refuses the messages.
     """
+    require_tokenizer(tokenizer)
     return plain_ids(tokenizer, text.text) if text.text is not None else _chat_ids(tokenizer, text, answer)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_cachegen.artifact import strict_json
+from hf_cachegen import strict_json
 from hf_cachegen.artifact.manifest import digest
 from hf_cachegen.errors import CorruptError, LimitError, ManifestError, TruncatedError
 from hf_cachegen.prefix_cache.keys import KEY_BYTES, Family, block_key, pack_tokens, unpack_tokens
@@ -32,8 +32,12 @@ SIGNATURE_MAGIC = b"cgsign01"
 SIGNATURE_BYTES = len(SIGNATURE_MAGIC) + 64
 _DIGEST_BYTES = 16
 _FIXED_BYTES = len(MAGIC) + 4 + _DIGEST_BYTES
-MAX_HEADER_BYTES = 4 << 20
+MAX_HEADER_BYTES = 1 << 20
 """Bounds what is parsed before anything is proved; a header has a few kilobytes."""
+MAX_PARTS = 3
+"""Of a block: one for each level (`CacheGenConfig`)."""
+MAX_STATES = 4096
+"""Parts of a checkpoint: one for each state of a layer."""
 MAX_DEPTH = 1 << 24
 
 
@@ -217,9 +221,13 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
 def _rows(header: dict[str, Any]) -> list[Sequence[Any]]:
     """Return (name, length, checksum) of every segment."""
     rows = header["segments"]
+    if len(rows) > 2 + MAX_STATES:
+        raise LimitError(f"a block has {len(rows)} segments, the limit is {2 + MAX_STATES}")
     for row in rows:
         if not isinstance(row, list) or [type(value) for value in row] != [str, int, str] or row[1] < 0:
             raise ManifestError(f"expected a segment [name, length, checksum], found {row!r:.80}")
+    if len(rows) > 2 + MAX_PARTS and any(row[0] == "tokens" and row[1] for row in rows):
+        raise LimitError(f"a block of tokens has {len(rows) - 2} parts, the limit is {MAX_PARTS}")
     return rows
 
 

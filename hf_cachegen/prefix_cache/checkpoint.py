@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_cachegen.artifact import strict_json
+from hf_cachegen import strict_json
 from hf_cachegen.artifact.entries import read_entries
 from hf_cachegen.artifact.tensors import EncodedTensor, decode_tensors, encode_tensors
 from hf_cachegen.errors import CorruptError, ManifestError

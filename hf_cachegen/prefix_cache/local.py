@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import ArtifactError, ConfigError, PrefixCacheError
 from hf_cachegen.prefix_cache.block import Block, load
 from hf_cachegen.prefix_cache.index import ROWS_AT_ONCE, Index, Row
@@ -62,7 +63,7 @@ class LocalTier:
         parse: parses and proves the bytes of the file of a key.
 
     Raises:
-        ConfigError: the budget is below MIN_BYTES, or the ttl is not positive.
+        ConfigError: the directory is no path, the budget is below MIN_BYTES, or the ttl is not positive.
         PrefixCacheError: the directory cannot be made or its index cannot be opened.
     """
 
@@ -73,7 +74,7 @@ class LocalTier:
             raise ConfigError(f"max_bytes must be at least {MIN_BYTES} bytes, got {max_bytes}")
         if ttl is not None and not ttl > 0:
             raise ConfigError(f"ttl must be a number of seconds above 0, got {ttl!r}")
-        self.directory = Path(os.path.abspath(os.path.expanduser(directory)))
+        self.directory = Path(os.path.abspath(local_path(directory)))
         self.max_bytes, self.ttl, self._parse = max_bytes, ttl, parse
         self.index = Index(self.directory / "index.sqlite")
         self._thread_lock = threading.RLock()

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_cachegen.artifact import PROFILE_FILE, Limits
 from hf_cachegen.artifact.pin import Pin
-from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.store import local_path, output_path
 from hf_cachegen.codec import profile as codec_profile
 from hf_cachegen.errors import ArtifactExistsError, ConfigError, ProfileError
 from hf_cachegen.stores import Access
@@ -63,8 +63,8 @@ class Profile(codec_profile.Profile):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Load a file, or the one in a folder. Raises ProfileError, LimitError."""
-        return cls.from_bytes(fetch(Path(path), Access(), Limits())[0])
+        """Load a file, or the one in a folder. Raises ConfigError, ProfileError, LimitError."""
+        return cls.from_bytes(fetch(local_path(path), Access(), Limits())[0])
 
     @classmethod
     def from_pretrained(
@@ -155,7 +155,7 @@ def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = F
         ArtifactExistsError: Another profile exists at this path, or the folder is a file.
         ConfigError: The path is none.
     """
-    target = local_path(path)
+    target = output_path(path)
     target = target if target.suffix == ".safetensors" else target / PROFILE_FILE
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def find(profile: ProfileLike, model: str) -> Profile | None:
     if profile != AUTO:
         return _named(profile, Access())
     model = os.path.expanduser(model)
-    if model and Path(model, PROFILE_FILE).is_file():
+    if model and os.path.isfile(os.path.join(model, PROFILE_FILE)):
         return Profile.load(model)
     # The path of a folder that was moved since the model was loaded is not an id on the Hub.
     return _on_hub(tuple(repositories(model))) if is_repository(model) else None

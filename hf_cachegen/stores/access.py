@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from hf_cachegen.errors import ConfigError
 
 if TYPE_CHECKING:
     from hf_cachegen.stores.retry import Patience
@@ -30,6 +33,9 @@ class Access:
         patience: time limits and number of attempts.
         public_key: accept only files that are signed with its private half (`hf_cachegen.stores.signed`).
         key: secret key of a sealed artifact (`hf_cachegen.stores.sealed`). The local cache keeps it sealed.
+
+    Raises:
+        ConfigError: revision or subfolder is no text.
     """
 
     revision: str | None = None
@@ -44,3 +50,13 @@ class Access:
     patience: Patience | None = None
     public_key: KeyLike | None = None
     key: Secret | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("revision", "subfolder"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and _is_text(value)):
+                raise ConfigError(f"{name} must be a text without control characters, got {value!a:.200}")
+
+
+def _is_text(value: str) -> bool:
+    return re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value) is None

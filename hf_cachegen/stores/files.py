@@ -45,6 +45,7 @@ class FilesystemFiles(Store):
     Raises:
         MissingExtraError: the filesystem's package is not installed.
         ConfigError: the scheme is unknown, or an option is.
+        StoreError: the filesystem cannot be reached.
         ArtifactNotFoundError: when read: there is no such file.
         StoreError: when read: the filesystem fails.
     """
@@ -67,6 +68,8 @@ class FilesystemFiles(Store):
             raise MissingExtraError(f"{self.location}: {error}") from error
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{self.location}: {error}") from error
+        except Exception as error:  # some filesystems connect here, and each raises its own kinds
+            raise StoreError(f"{self.location}: {type(error).__name__}: {error}") from error
         self._one_at_a_time = threading.Lock()
         self._seen: dict[str, tuple[int, str]] = {}
 

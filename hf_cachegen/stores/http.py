@@ -27,7 +27,9 @@ from urllib.parse import urlsplit, urlunsplit
 from hf_cachegen.artifact import Store
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
+    CacheGenError,
     ChangedError,
+    ConfigError,
     RangeError,
     StoreAccessError,
     StoreError,
@@ -51,6 +53,8 @@ compares the size with the manifest, whose sizes are within the limits. It then 
 _PIECE_BYTES = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _PASSING = frozenset([408, 425, 429, 500, 502, 503, 504])
 """Statuses of failures that may pass, so that another attempt is made."""
 
@@ -72,6 +76,7 @@ class HttpFiles(Store):
             the request.
 
     Raises:
+        ConfigError: a header cannot be sent.
         ArtifactNotFoundError: when read: there is no such file.
         StoreError: when read: the server cannot be reached, refuses, or fails in every attempt.
     """
@@ -85,7 +90,7 @@ class HttpFiles(Store):
     ) -> None:
         self.url_of = url_of
         self.patience = patience or Patience()
-        self._headers = dict(headers or {})
+        self._headers = _checked(headers or {})
         self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(POOL), HTTPSHandler(POOL))
         self._seen: dict[str, tuple[int, str]] = {}
         self._progress = progress
@@ -177,6 +182,10 @@ class HttpFiles(Store):
             if isinstance(error, StoreError):
                 raise
             raise _broken(location, error) from error
+        except ValueError as error:
+            if isinstance(error, CacheGenError):
+                raise
+            raise StoreError(f"{location}: the server's answer cannot be understood: {error!a:.200}") from error
 
     def _check(
         self, name: str, location: str, response: Any, offset: int, length: int, whole: bool
@@ -266,6 +275,17 @@ class HttpFiles(Store):
         return StoreError(text)
 
 
+def _checked(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers. Raise ConfigError, without their values, which may be secret, where one cannot be sent."""
+    if not isinstance(headers, Mapping):
+        raise ConfigError(f"expected headers as a mapping of names to values, got {type(headers).__name__}")
+    for name, value in headers.items():
+        sendable = isinstance(name, str) and _HEADER_NAME.fullmatch(name) is not None and isinstance(value, str)
+        if not sendable or not _HEADER_VALUE.fullmatch(value):
+            raise ConfigError(f"the header {name!a:.80} cannot be sent: expected a name and a text of one line")
+    return dict(headers)
+
+
 class _RangeIgnored(Exception):
     """The server sent a whole file, of the right length, for a part of it."""
 
@@ -279,7 +299,16 @@ def _is_empty(error: urllib.error.HTTPError) -> bool:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follow redirects between http and https alone, never from https to http; send no tokens to another host."""
 
-    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
+    def http_error_302(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage
+    ) -> Any:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError:  # the new URL is malformed
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
@@ -322,5 +351,5 @@ def _retry_after(headers: Message) -> float | None:
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

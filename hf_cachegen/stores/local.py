@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 
 from hf_cachegen.artifact import Segment, Store
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedError
 
 
@@ -26,13 +27,14 @@ class LocalStore(Store):
         within: refuse links that lead out of this directory; None to follow every link.
 
     Raises:
+        ConfigError: the directory is no path.
         ArtifactNotFoundError: when read: there is no such file.
         CorruptError: when read: a link leads out of `within`, or the file is not a regular one.
         OSError: when read: another failure, such as a missing permission.
     """
 
     def __init__(self, directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> None:
-        self.directory = Path(os.path.abspath(os.path.expanduser(directory)))
+        self.directory = Path(os.path.abspath(local_path(directory)))
         self._root = None if within is None else os.path.realpath(within)
 
     def __str__(self) -> str:
@@ -77,7 +79,7 @@ class LocalStore(Store):
             # O_NONBLOCK: opening a pipe must not wait for its writer. O_NOFOLLOW: every link is resolved already.
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 raise ArtifactNotFoundError(self._missing(name)) from error
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise CorruptError(f"{self.directory / name} is not a regular file") from error
@@ -88,10 +90,11 @@ class LocalStore(Store):
         return file
 
     def _missing(self, name: str) -> str:
-        if not self.directory.is_dir():
-            what = "is a file; name the folder that holds the artifact" if self.directory.exists() else "is not there"
+        if not os.path.isdir(self.directory):
+            there = os.path.exists(self.directory)
+            what = "is a file; name the folder that holds the artifact" if there else "is not there"
             return f"there is no {name} in {self.directory}, which {what}"
-        if (self.directory / name).is_symlink():
+        if os.path.islink(self.directory / name):
             target = os.readlink(self.directory / name)
             return f"there is no {name} in {self.directory}: it is a link to {target}, which is not there"
         return f"there is no {name} in {self.directory}"

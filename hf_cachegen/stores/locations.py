@@ -125,7 +125,9 @@ def _open(location: str | os.PathLike[str], access: Access, meter: Meter | None)
                 f"{name} is for locations on the network; {os.fspath(location)!r} is a local folder"
                 f"{alternative(location, access.repo_type)}"
             )
-    path = local_path(location) / (access.subfolder or "")
+    path = local_path(location)
+    if access.subfolder:
+        path = local_path(os.path.join(path, access.subfolder))
     require_folder(path, location, access.repo_type)
     return LocalStore(path)
 

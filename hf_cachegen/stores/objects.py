@@ -11,11 +11,12 @@ from typing import Any
 import fsspec
 
 from hf_cachegen.artifact import Store
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, StoreError
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.locations import Access, hub_location
 from hf_cachegen.stores.naming import is_repository
-from hf_cachegen.stores.remote import is_url, open_files
+from hf_cachegen.stores.remote import is_url, lower_scheme, open_files
 from hf_cachegen.stores.retry import Patience
 
 _READ_ONLY = ("http://", "https://", "hf://")
@@ -57,8 +58,10 @@ class Objects:
             self.location, self.writable = str(found), False
             return
         url = str(location)
-        if not is_url(url):
-            url = "file://" + os.path.abspath(os.path.expanduser(url))
+        if is_url(url):
+            url = lower_scheme(url)
+        else:
+            url = "file://" + os.path.abspath(local_path(url))
         self.files = open_files(url, headers=headers, storage_options=storage_options, patience=patience)
         self.location, self.writable = shown(url), not url.startswith(_READ_ONLY)
         if self.writable:

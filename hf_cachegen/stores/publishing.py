@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hf_cachegen.artifact import Reader
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.stores.card import card, profile_card, sealed_card
 from hf_cachegen.stores.hub import DEFAULT_REVISION, HubLocation, Token
 from hf_cachegen.stores.local import LocalStore
@@ -59,8 +59,8 @@ def publish_artifact(
         ArtifactError: the artifact is damaged.
         StoreError: the Hub could not be reached, or refused.
     """
-    directory = Path(folder)
-    if directory.is_dir() and sealed_names(directory):
+    directory = local_path(folder)
+    if os.path.isdir(directory) and sealed_names(directory):
         nbytes = sum(path.stat().st_size for path in directory.glob(f"*{SUFFIX}"))
         text = sealed_card(nbytes, repo_id, subfolder=subfolder, description=description)
     else:

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from hf_cachegen.artifact import Range, Segment, Store
 from hf_cachegen.artifact.manifest import digest
+from hf_cachegen.artifact.store import location_name
 from hf_cachegen.errors import ConfigError, CorruptError, TruncatedError
 from hf_cachegen.stores.files import FilesystemFiles
 from hf_cachegen.stores.http import HttpFiles, shown
@@ -22,6 +23,8 @@ AHEAD_BYTES = 256 << 20
 """Largest number of bytes that wait for their reader."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)", re.IGNORECASE)
+_RESERVED = "%/:=&?~#+!$,;'@()*[]"
+"""Characters of a URL's path and query that mean themselves. Others are sent as their UTF-8 bytes in hex."""
 
 
 class RemoteStore(Store):
@@ -143,8 +146,16 @@ class RemoteStore(Store):
 
 
 def is_url(location: str) -> bool:
-    """Report whether this is a URL rather than a folder or a repository."""
-    return _SCHEME.match(location) is not None
+    """Report whether this is a URL rather than a folder or a repository. Raise ConfigError for a malformed one."""
+    return _SCHEME.match(location_name(location)) is not None
+
+
+def lower_scheme(url: str) -> str:
+    """Return a URL with its scheme in lower case, in which it is compared. Raise ConfigError where it has none."""
+    scheme = _SCHEME.match(url)
+    if scheme is None:
+        raise ConfigError(f"expected a URL with a scheme, such as https://... or s3://..., got {url!r:.200}")
+    return scheme[0].lower() + url[scheme.end() :]
 
 
 def open_files(
@@ -168,10 +179,7 @@ def open_files(
         ConfigError: the URL is not valid, or an option is for another scheme.
         MissingExtraError: the package of the filesystem is not installed.
     """
-    scheme = _SCHEME.match(url)
-    if scheme is None:
-        raise ConfigError(f"expected a URL with a scheme, such as https://... or s3://..., got {url!r:.200}")
-    url = scheme[0].lower() + url[scheme.end() :]
+    url = lower_scheme(url)
     if not url.startswith(("http://", "https://")):
         if headers:
             raise ConfigError(f"headers are for http(s) URLs; pass storage_options for {shown(url)}")
@@ -181,10 +189,24 @@ def open_files(
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise ConfigError(f"expected a URL without credentials ({shown(url)}): pass them as headers")
-    folder = parts.path.rstrip("/")
+    folder, query, host = quote(parts.path.rstrip("/"), _RESERVED), quote(parts.query, _RESERVED), _host(url)
     return HttpFiles(
-        lambda name: urlunsplit((parts.scheme, parts.netloc, f"{folder}/{quote(name)}", parts.query, "")),
+        lambda name: urlunsplit((parts.scheme, host, f"{folder}/{quote(name)}", query, "")),
         headers,
         patience,
         progress,
     )
+
+
+def _host(url: str) -> str:
+    """Return the host and port of a URL as they are sent. Raise ConfigError where they are not valid."""
+    parts = urlsplit(url)
+    try:
+        name, port = parts.hostname or "", parts.port
+        if not name or re.search(r"[^\w.:%-]", name):
+            raise ValueError("it has no valid host")
+        name = name if ":" in name else name.encode("idna").decode("ascii")
+    except ValueError as error:  # a UnicodeError too
+        raise ConfigError(f"expected a URL with a host, got {shown(url)!a:.200}: {error}") from error
+    name = f"[{name}]" if ":" in name else name
+    return name if port is None else f"{name}:{port}"

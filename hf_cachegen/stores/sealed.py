@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
+from hf_cachegen.artifact.store import local_path, output_path
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -255,7 +256,7 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
     """
     secret = _secret(key)
     _cryptography()
-    store, target = LocalStore(directory), Path(os.path.expanduser(out))
+    store, target = LocalStore(directory), output_path(out)
     reader = Reader(store)
     reader.verify()
     names = [*sorted(set(reader.sizes) - {MANIFEST_FILE}), MANIFEST_FILE]
@@ -342,7 +343,7 @@ def _cipher(key: bytes, header: bytes, name: str) -> Any:
 def _secret(key: Secret) -> bytes:
     if not isinstance(key, bytes):
         try:
-            key = Path(os.path.expanduser(key)).read_bytes()
+            key = local_path(key).read_bytes()
         except OSError as error:
             raise ConfigError(f"expected a key file at {os.fspath(key)!r}: {error.strerror}") from error
     if len(key) != KEY_BYTES:

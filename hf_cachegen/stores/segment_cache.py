@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_cachegen.artifact.manifest import digest
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import ConfigError
 
 DIRECTORY_VARIABLE = "HF_CACHEGEN_CACHE"
@@ -64,11 +65,11 @@ class SegmentCache:
             removed first. The limit may be exceeded by a sixteenth between two prunings.
 
     Raises:
-        ConfigError: the limit is negative, or not a number.
+        ConfigError: the directory is no path, or the limit is negative or not a number.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
-        self.directory = Path(os.path.abspath(default_directory() if directory is None else directory))
+        self.directory = Path(os.path.abspath(output_path(default_directory() if directory is None else directory)))
         self.limit = _default_limit() if limit is None else limit
         if self.limit < 0:
             raise ConfigError(f"the limit of the cache must not be negative, got {self.limit}")

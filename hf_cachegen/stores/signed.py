@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Store
+from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
 from hf_cachegen.stores.local import LocalStore
 
@@ -193,7 +194,7 @@ def _cryptography() -> tuple[Any, Any]:
 
 def _pem(path: str | os.PathLike[str]) -> bytes:
     try:
-        return Path(os.path.expanduser(path)).read_bytes()
+        return local_path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"expected a key file at {os.fspath(path)}: {error.strerror}") from error
 

@@ -25,7 +25,7 @@ from hf_cachegen.artifact import (
 )
 from hf_cachegen.artifact.manifest import is_own_file
 from hf_cachegen.artifact.pin import Pin
-from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.store import local_path, location_name
 from hf_cachegen.errors import ArtifactNotFoundError, CacheGenError, ConfigError, OfflineError, ProfileError
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.locations import Access, hub_location, open_store
@@ -87,7 +87,7 @@ def find(location: str, access: Access | None = None) -> list[Found]:
         ArtifactNotFoundError: there is no such folder or repository.
         StoreError: the location cannot be reached.
     """
-    access = access or Access()
+    access, location = access or Access(), location_name(location)
     if location.startswith("hf://"):
         from hf_cachegen.stores import hub
 
@@ -176,7 +176,7 @@ def pull(
         ArtifactError: the artifact is missing, damaged or above the limits, or `directory` holds one.
         StoreError: the location cannot be read.
     """
-    directory = os.path.expanduser(directory)
+    directory = local_path(directory)
     reader = Reader(open_store(location, access, limits), limits or Limits())
     manifest = reader.manifest
     segments = manifest.segments

@@ -133,14 +133,20 @@ class Loader:
         cheap = expected <= PROBE * (session.options.slo or 0.0)
         return cheap and (plan is None or plan.sure < self._schedule.levels)
 
-    def _next_work(self, *, patient: bool = True) -> Work:
-        session, fetcher = self.session, self.download.fetcher
+    def _watch(self) -> None:
+        """Raise what ends the stream, and leave a silent source."""
+        cancel, fetcher = self.session.options.cancel, self.download.fetcher
         with self._changed:
             if fetcher.crash is not None:
                 raise fetcher.crash
-            if session.options.cancel is not None and session.options.cancel.is_set():
+            if cancel is not None and cancel.is_set():
                 raise StreamCancelledError("the stream was cancelled")
             fetcher.watch()
+
+    def _next_work(self, *, patient: bool = True) -> Work:
+        session = self.session
+        with self._changed:
+            self._watch()
             work = self._schedule.next_work(time.monotonic(), session.bandwidth.rate())
             if isinstance(work, Wait) and patient:
                 self._changed.wait(work.seconds)
@@ -163,7 +169,7 @@ class Loader:
                     if not self._schedule.wants_first_layers(time.monotonic(), self.session.bandwidth.rate()):
                         return
             if layer is not None and (profile := self.download.profile) is not None:
-                known = known_of(model, self._input_ids, profile, layer)
+                known = known_of(model, self._input_ids, profile, layer, self._watch)
                 self.writer.adopt((known.scores, *known.keys, *known.values))
                 codec = codec.knowing(known)
             self._codec = codec

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from hf_cachegen.artifact.store import location_name
 from hf_cachegen.stores import Access, Patience
 from hf_cachegen.streaming.options import Fallback, PathLike, StreamOptions
 
@@ -37,6 +38,7 @@ class Location:
 
 def locations_of(path: PathLike, options: StreamOptions) -> list[Location]:
     """Return the first location and its fallbacks, in the order in which they are asked."""
+    location_name(path)  # raises for what is none
     patience = Patience(ATTEMPTS, options.stall, backoff=BACKOFF_SECONDS, max_wait=options.stall)
     access = replace(options.access, patience=options.access.patience or patience)
     common = {field.name: getattr(access, field.name) for field in fields(Access)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from hf_cachegen.artifact import Limits
-from hf_cachegen.errors import ConfigError
+from hf_cachegen.errors import ConfigError, TensorError
 from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.prefix import require_prompts
 from hf_cachegen.profiles.finding import ProfileLike
@@ -104,14 +104,24 @@ class StreamOptions:
             raise ConfigError(f"slo must be above 0 seconds and finite, got {self.slo!r:.40}")
         if self.refine not in get_args(Refine):
             raise ConfigError(f"refine must be one of {get_args(Refine)}, got {self.refine!r}")
-        if self.prompt_tokens < 0:
-            raise ConfigError(f"prompt_tokens must not be negative, got {self.prompt_tokens}")
-        if self.stall_seconds is not None and not 0 < self.stall_seconds < math.inf:
-            raise ConfigError(f"stall_seconds must be above 0 and finite, got {self.stall_seconds}")
-        if self.connections < 1:
-            raise ConfigError(f"connections must be at least 1, got {self.connections}")
+        if not (isinstance(self.prompt_tokens, int) and self.prompt_tokens >= 0):
+            raise ConfigError(f"prompt_tokens must be an integer of at least 0, got {self.prompt_tokens!r:.40}")
+        stall = self.stall_seconds
+        if stall is not None and not (isinstance(stall, int | float) and 0 < stall < math.inf):
+            raise ConfigError(f"stall_seconds must be above 0 and finite, got {stall!r:.40}")
+        if not (isinstance(self.connections, int) and self.connections >= 1):
+            raise ConfigError(f"connections must be an integer of at least 1, got {self.connections!r:.40}")
+        if self.link is not None and not isinstance(self.link, Link):
+            raise ConfigError(f"link must be a hf_cachegen.streaming.Link, got {type(self.link).__name__}")
+        if self.cancel is not None and not hasattr(self.cancel, "is_set"):
+            raise ConfigError(f"cancel must be a threading.Event, got {type(self.cancel).__name__}")
+        if self.on_event is not None and not callable(self.on_event):
+            raise ConfigError(f"on_event must be a function of an event, got {type(self.on_event).__name__}")
         if self.prompt is not None:
-            require_prompts(*self.prompt)
+            pair = self.prompt
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
+                raise TensorError(f"prompt must be (input_ids, attention_mask), got {type(pair).__name__}")
+            require_prompts(*pair)
         found = self.fallback
         if isinstance(found, str) or not isinstance(found, Sequence) or not all(map(_is_fallback, found)):
             raise ConfigError(

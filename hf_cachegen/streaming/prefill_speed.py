@@ -30,6 +30,7 @@ import torch
 
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.layers import dtype_name
+from hf_cachegen.models.requirements import require_instance
 from hf_cachegen.models.running import evaluation_mode, layer_devices
 from hf_cachegen.models.state import fresh_state
 from hf_cachegen.stores.segment_cache import default_directory
@@ -155,6 +156,7 @@ def measure(model: PreTrainedModel) -> PrefillSpeed:
     Returns:
         The speed of the model on its device.
     """
+    require_instance(model)
     speed = speed_of(model)
     for tokens in PROBES:
         probe(model, speed, tokens)

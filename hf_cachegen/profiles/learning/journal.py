@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.profiles.learning.progress import shown
 
@@ -40,11 +41,12 @@ class Journal:
         progress: Draw a progress bar per stage. The log has the progress in any case (`progress.py`).
 
     Raises:
-        ConfigError: The file is of another run, or of another kind.
+        ConfigError: The path is none, or the file is of another run or of another kind.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, key: str, *, progress: bool = False):
-        self.path, self.key, self.progress = None if path is None else Path(path), key, progress
+        self.path, self.key, self.progress = None if path is None else output_path(path), key, progress
+        self._partial = None if path is None else output_path(f"{self.path}.partial")
         self._done: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
         self._wait, self._last = SECONDS_BETWEEN, time.monotonic()
@@ -91,14 +93,13 @@ class Journal:
         """Record `sums` of the first `done` items, and write the file when it is time."""
         self._done[stage] = done
         self._sums.update((f"{stage}.{name}", x) for name, x in sums.items())
-        if self.path is not None and time.monotonic() - self._last >= self._wait:
+        if self.path is not None and self._partial is not None and time.monotonic() - self._last >= self._wait:
             start = time.monotonic()
-            self._write(self.path)
+            self._write(self.path, self._partial)
             self._last = time.monotonic()
             self._wait = max(SECONDS_BETWEEN, SHARE_OF_TIME * (self._last - start))
 
-    def _write(self, path: Path) -> None:
-        partial = path.with_name(path.name + ".partial")
+    def _write(self, path: Path, partial: Path) -> None:
         about = {"cachegen_learning": json.dumps({"key": self.key, "done": self._done})}
         save_file({name: x.contiguous() for name, x in self._sums.items()}, partial, about)
         os.replace(partial, path)

@@ -33,7 +33,7 @@ from hf_cachegen.errors import ConfigError, ProfileError
 from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.fingerprint import Fingerprint
 from hf_cachegen.models.first_layers import known_of
-from hf_cachegen.models.requirements import require_model
+from hf_cachegen.models.requirements import require_model, require_vocabulary
 from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.models.stepping import StepSearch
@@ -140,7 +140,10 @@ def learn_profile(
     predicting = ranks_of(model, predict_layers, predict_rank)
     for index, sample in enumerate(samples):
         require_sample(index, sample)
-    with evaluation_mode(model):
+        for ids in sample:
+            require_vocabulary(model, ids)
+    with torch.inference_mode(False), evaluation_mode(model):  # sensitivities are gradients
+        samples = [(context.clone(), continuation.clone()) for context, continuation in samples]
         return _Learning(model, samples, config, targets, seed, journal, progress).profile(
             floor, group_layers, across_layers, undo_rotation, predicting
         )
