@@ -18,7 +18,7 @@ from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.rows import gather
-from hf_cachegen.codec.spread import decode_apart, decoder_of, put_pieces
+from hf_cachegen.codec.spread import decoder_of, launch_apart, put_pieces
 from hf_cachegen.codec.transforms.klt import adjacent
 from hf_cachegen.errors import CorruptError, NativeError, TruncatedError
 from hf_cachegen.models import checksum
@@ -120,11 +120,14 @@ def test_layers_on_several_devices_get_pieces_of_one_decoding() -> None:
     parts, span = next(made.chunks()), made.rows.spans[0]
     pairs = [x for pair in zip(keys, values, strict=True) for x in pair]
     found = [torch.zeros_like(x, device=META if i in (2, 3) else CPU) for i, x in enumerate(pairs)]
-    pieces = decode_apart(made.codec, parts, span, found)
+    (pieces,), check = launch_apart(made.codec, [(parts, span)], found)
+    check()
     assert [piece.device for piece in pieces] == [x.device for x in found]
     put_pieces(pieces, found, span.first)
     whole = [torch.zeros_like(x) for x in pairs]
-    put_pieces(decode_apart(made.codec, parts, span, whole), whole, span.first)
+    (pieces,), check = launch_apart(made.codec, [(parts, span)], whole)
+    check()
+    put_pieces(pieces, whole, span.first)
     assert all(same([x], [y]) for x, y in zip(found, whole, strict=True) if x.device == CPU)
     assert same([gather(whole[::2], whole[1::2], span)], [made.codec.decode(parts, span, torch.bfloat16)])
 

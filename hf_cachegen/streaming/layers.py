@@ -20,7 +20,7 @@ from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.rows import empty_kv
-from hf_cachegen.codec.spread import decode_apart, decoder_of, put_pieces
+from hf_cachegen.codec.spread import decoder_of, launch_apart, put_pieces
 from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.models.layers import KVTensors
 
@@ -68,7 +68,9 @@ class LayerWriter:
         Raises what the codec does. No lock need be held.
         """
         with self._aside():
-            return decode_apart(codec, parts, span, self._tensors)
+            (pieces,), check = launch_apart(codec, [(parts, span)], self._tensors)
+            check()
+        return pieces
 
     def put(self, pieces: Sequence[Tensor], span: Span) -> None:
         """Copy a decoded chunk into the tensors. Only copies on the tensors' own devices are launched."""
