@@ -234,8 +234,11 @@ def test_refinements_are_decoded_there(transform: str, elsewhere: str) -> None:
     writer = LayerWriter(made.geometry, [first, second, second])
     for level in (1, 3):
         for parts, span in zip(made.chunks(), made.rows.spans, strict=True):
-            pieces = writer.rows(made.codec, parts[:level], span)
+            launch = writer.rows(made.codec, [(parts[:level], span)])
+            launch.check()
+            (pieces,) = launch.pieces
             assert pieces[0].is_cuda
+            assert launch.timer.seconds() > 0
             writer.put(pieces, span)
     found, expected = writer.kv(), decode_kv(encode_kv(keys, values, made.config), 3)
     for x, y in zip((*found.keys, *found.values), (*expected[0], *expected[1]), strict=True):

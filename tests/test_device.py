@@ -145,7 +145,9 @@ def test_nothing_is_pinned_or_sent_where_readers_wait() -> None:
     parts, span = next(made.chunks()), made.rows.spans[0]
     writer = LayerWriter(replace(made.geometry, tokens=100), [CPU] * len(keys))
     with separate_device() as notes:
-        pieces = writer.rows(made.codec, parts, span)
+        launch = writer.rows(made.codec, [(parts, span)])
+        launch.check()
+        (pieces,) = launch.pieces
         before = len(notes)
         writer.put(pieces, span)
         assert before == len(notes) > 0
@@ -204,11 +206,12 @@ def test_a_failed_reader_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> N
     made = Encoder(keys, values, CacheGenConfig(transform="identity", chunk_tokens=64))
     writer = LayerWriter(made.geometry, [CPU] * len(keys))
     own, reader = Stream(1), Stream(2)
-    writer._streams = {CUDA: own}  # type: ignore[dict-item]
+    changed = Event()
+    writer._streams, writer._changed = {CUDA: own}, {CUDA: changed}  # type: ignore[dict-item]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: reader)
     with pytest.raises(ValueError, match="reader"), writer.reading():
         raise ValueError("the reader failed")
-    assert (own.waits, reader.waits) == ([reader], [own])
+    assert (own.waits, reader.waits) == ([reader], [changed])
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -8,7 +8,8 @@ import pytest
 
 from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.policy import Adaptive, Outlook, Plan
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Wait
+from hf_cachegen.streaming.schedule import Schedule
+from hf_cachegen.streaming.work import Decode, Finished, Recompute, Wait
 
 RECOMPUTE = 0.064
 """Time of recomputing any chunk, in seconds."""

@@ -24,8 +24,8 @@ from hf_cachegen.streaming.layers import LayerWriter
 from hf_cachegen.streaming.prefill_speed import PROBES, probe
 from hf_cachegen.streaming.recompute import recompute
 from hf_cachegen.streaming.report import StreamReport
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Stuck, Wait, Work
 from hf_cachegen.streaming.summary import summarise
+from hf_cachegen.streaming.work import Decode, Finished, Recompute, Settle, Stuck, Wait, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +59,7 @@ class Loader:
         session = self.session
         probes = [] if session.options.slo is None or session.speed.known else list(PROBES[:-1])
         while True:
+            self.decoding.settle(wait=False)
             self._predict(model)
             due = bool(probes) and self._doubtful(probes[0])
             work = self._next_work(patient=not due)
@@ -69,10 +70,13 @@ class Loader:
             if isinstance(work, Decode):
                 self._predict(model, wanted=True)
                 if self._codec is not None:
-                    self.decoding.decode(self._codec, work)
+                    self.decoding.start(self._codec, work)
+            elif isinstance(work, Settle):
+                self.decoding.settle()
             elif isinstance(work, Recompute):
                 self._recompute(model, work.chunk)
             elif due:
+                self.decoding.settle()  # the device is the model's too
                 probe(model, session.speed, probes.pop(0))
                 self._set_deadline()
         kv = self.writer.kv()
@@ -84,9 +88,12 @@ class Loader:
         """Refine chunks until all are at their finest level, or until `close`."""
         self._schedule.generating = True
         while not self.decoding.stopped:
+            self.decoding.settle(wait=False)
             work = self._next_work()
             if isinstance(work, Decode) and self._codec is not None:
-                self.decoding.decode(self._codec, work)
+                self.decoding.start(self._codec, work)
+            elif isinstance(work, Settle):
+                self.decoding.settle()
             elif not isinstance(work, Wait):
                 break
 
