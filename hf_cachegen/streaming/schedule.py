@@ -239,11 +239,10 @@ class Schedule:
             return self._wait(now)
         if not self.generating and (not self.refines or self.left(now) <= 0 or self._enough()):
             return self._mended(now) or Finished()
-        refining = any(chunk.level for chunk in self._launched())
-        if not refining and (finer := self._finer(now)):
+        if not any(chunk.level for chunk in self._launched()) and (finer := self._finer(now)):
             return finer
         arriving = any(chunk.asked for chunk in self.chunks) or self._refinement(now, rate, 0)
-        waiting = self._wait(now) if arriving or refining else Finished()
+        waiting = self._wait(now) if arriving else Finished()
         return waiting if self.generating else self._mended(now) or waiting
 
     def _coarse(self, now: float, rate: float | None) -> Decode | None:
