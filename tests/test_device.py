@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -212,6 +213,24 @@ def test_a_failed_reader_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match="reader"), writer.reading():
         raise ValueError("the reader failed")
     assert (own.waits, reader.waits) == ([reader], [changed])
+
+
+def test_readers_wait_for_changes_not_for_decoding_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = sample_kv(tokens=100, dim=64)
+    made = Encoder(keys, values, CacheGenConfig(transform="identity", chunk_tokens=64))
+    chunk = next(made.chunks()), made.rows.spans[0]
+    writer = LayerWriter(made.geometry, [CPU] * len(keys))
+    own, changes = Stream(1), list[Stream]()
+    changed = Event()
+    monkeypatch.setattr(changed, "record", changes.append)
+    writer._streams, writer._changed = {CUDA: own}, {CUDA: changed}  # type: ignore[dict-item]
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    pieces = writer.rows(made.codec, [chunk]).pieces[0]
+    assert changes == []
+    writer.put(pieces, chunk[1])
+    assert changes == [own]
+    writer.decode(made.codec, [chunk])
+    assert changes == [own, own]
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -24,7 +24,7 @@ from hf_cachegen.streaming.schedule import Part
 from hf_cachegen.streaming.sources import Source
 from tests.lockstep import needs_compiler
 from tests.separate_device import Note, separate_device
-from tests.streaming_support import at_level, same_kv
+from tests.streaming_support import at_level, same_kv, threads_end
 from tests.tiny_models import shared, tokens
 
 pytestmark = [
@@ -228,6 +228,28 @@ def test_a_generation_sees_sound_values_alone(
     prompt = torch.cat([CONTEXT, tokens(5, seed=9)], 1)
     found = generate(shared(MODEL), prompt, cache=folder, refine="while_generating", max_new_tokens=8, do_sample=False)
     assert found.shape == (1, prompt.shape[1] + 8)
+
+
+def test_a_refinement_that_is_cancelled_while_the_device_works_changes_nothing(
+    folder: Path, device: list[Note], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched, go_on, rows = threading.Event(), threading.Event(), LayerWriter.rows
+
+    def then_wait(*arguments: Any) -> Any:
+        launch = rows(*arguments)
+        launched.set()
+        go_on.wait(30)
+        return launch
+
+    monkeypatch.setattr(LayerWriter, "rows", then_wait)
+    cache = CacheGenCache.stream(folder, shared(MODEL), refine="while_generating")
+    assert cache.refinement is not None
+    assert launched.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+    cache.refinement.cancel()
+    assert threads_end()
+    assert same_kv(cache, at_level(folder, 1))
+    assert [chunk.level for chunk in report(cache).chunks] == [1] * CHUNKS
 
 
 def test_launches_beside_the_tensors_are_bounded(folder: Path, device: list[Note]) -> None:

@@ -66,6 +66,10 @@ class Decoding:
         while self._open and (wait or self._open[0].launch.timer.done):
             self._finish(self._open.popleft())
 
+    def drop(self) -> None:
+        """Forget the launches that are not checked. Their chunks stay at their levels."""
+        self._open.clear()
+
     def _launch(self, codec: Transform, works: Sequence[Decode]) -> None:
         with self._changed:
             if self.stopped:  # another thread has closed the stream, and dropped the parts

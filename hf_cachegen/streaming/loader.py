@@ -87,15 +87,18 @@ class Loader:
     def refine(self) -> None:
         """Refine chunks until all are at their finest level, or until `close`."""
         self._schedule.generating = True
-        while not self.decoding.stopped:
-            self.decoding.settle(wait=False)
-            work = self._next_work()
-            if isinstance(work, Decode) and self._codec is not None:
-                self.decoding.start(self._codec, work)
-            elif isinstance(work, Settle):
-                self.decoding.settle()
-            elif not isinstance(work, Wait):
-                break
+        try:
+            while not self.decoding.stopped:
+                self.decoding.settle(wait=False)
+                work = self._next_work()
+                if isinstance(work, Decode) and self._codec is not None:
+                    self.decoding.start(self._codec, work)
+                elif isinstance(work, Settle):
+                    self.decoding.settle()
+                elif not isinstance(work, Wait):
+                    break
+        finally:
+            self.decoding.drop()
 
     def close(self, wait: float = 0.0) -> None:
         """End all threads of the stream, and wait for them up to `wait` seconds."""
