@@ -8,11 +8,14 @@ from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.streaming import StreamReport
+from hf_cachegen.streaming.download import Download
+from hf_cachegen.streaming.schedule import Part
 from tests.http_server import Fault, Request, Server
 from tests.small_artifact import contents
 from tests.tiny_models import shared, tokens
@@ -67,6 +70,20 @@ def stream(location: Any, **options: Any) -> CacheGenCache:
 def report(cache: CacheGenCache) -> StreamReport:
     assert isinstance(cache.report, StreamReport)
     return cache.report
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, *parts: Part) -> None:
+    """Change parts after their checksum was verified."""
+    arrived = Download.arrived
+
+    def damaged(download: Download, part: Part, data: bytes, *rest: Any) -> None:
+        if part in parts:
+            changed = bytearray(data)
+            changed[-9] ^= 64
+            data = bytes(changed)
+        arrived(download, part, data, *rest)
+
+    monkeypatch.setattr(Download, "arrived", damaged)
 
 
 def only(files: str, fault: Fault) -> Fault:

@@ -16,15 +16,13 @@ from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.batch import OUTSTANDING
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError, TruncatedError
-from hf_cachegen.streaming import ChunkFetched, ChunkReady, Event, StreamReport
+from hf_cachegen.streaming import ChunkFetched, ChunkReady, Event
 from hf_cachegen.streaming import loader as loading
-from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.layers import APART_BYTES, LayerWriter
-from hf_cachegen.streaming.schedule import Part
 from hf_cachegen.streaming.sources import Source
 from tests.lockstep import needs_compiler
 from tests.separate_device import Note, separate_device
-from tests.streaming_support import at_level, same_kv, threads_end
+from tests.streaming_support import at_level, damage, report, same_kv, threads_end
 from tests.tiny_models import shared, tokens
 
 pytestmark = [
@@ -59,11 +57,6 @@ def order(notes: list[Note]) -> str:
     return "".join({"upload": "u", "wait": "w"}.get(name, "") for name, _ in notes)
 
 
-def report(cache: CacheGenCache) -> StreamReport:
-    assert isinstance(cache.report, StreamReport)
-    return cache.report
-
-
 class AtHand:
     """Lets no chunk be decoded before all of them have arrived up to a level: for `on_event`."""
 
@@ -78,20 +71,6 @@ class AtHand:
         self._left -= isinstance(event, ChunkFetched)
         if self._left == 0:
             self._arrived.set()
-
-
-def damage(monkeypatch: pytest.MonkeyPatch, *parts: Part) -> None:
-    """Change these parts behind their checksum."""
-    arrived = Download.arrived
-
-    def damaged(download: Download, part: Part, data: bytes, *rest: Any) -> None:
-        if part in parts:
-            changed = bytearray(data)
-            changed[-9] ^= 64
-            data = bytes(changed)
-        arrived(download, part, data, *rest)
-
-    monkeypatch.setattr(Download, "arrived", damaged)
 
 
 @pytest.mark.parametrize("level", [1, 3])
