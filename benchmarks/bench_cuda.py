@@ -97,7 +97,7 @@ def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> d
     for level in (1, codec.config.levels):
         coded: list[bytes] = parts[:level]
         figures: dict[str, float] = {}
-        many = partial(lambda coded: codec.decode_many(((coded, span, row) for row in rows), target), coded)
+        many = partial(lambda coded: codec.launch(((coded, span, row) for row in rows), target)(), coded)
         one = partial(codec.decode_into, coded, span, target, 0)
         figures["whole, GB/s"] = total / seconds(many, device) / 1e9
         if device.type == "cuda":  # what the bus allows

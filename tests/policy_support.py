@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.policy import Costs, Missing, Outlook
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Stuck
+from hf_cachegen.streaming.schedule import Schedule
+from hf_cachegen.streaming.work import Decode, Finished, Recompute, Stuck
 
 seconds = st.floats(1e-3, 10.0)
 

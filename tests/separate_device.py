@@ -19,8 +19,11 @@ Note = tuple[str, int]
 
 
 @contextmanager
-def separate_device() -> Iterator[list[Note]]:
-    """Note the copies to and from the device, the waits for it and the library's calls in this context, in order."""
+def separate_device(*, busy: bool = False) -> Iterator[list[Note]]:
+    """Note the copies to and from the device, the waits for it and the library's calls in this context, in order.
+
+    busy: No launch is done before the host waits for it.
+    """
     notes: list[Note] = []
     call = native.call
 
@@ -56,6 +59,7 @@ def separate_device() -> Iterator[list[Note]]:
         stack.enter_context(mock.patch.object(transfer, "is_host", return_value=False))
         stack.enter_context(mock.patch.object(native, "call", counted))
         stack.enter_context(mock.patch.object(basis, "send", send))
+        stack.enter_context(mock.patch.object(transfer.Timer, "done", not busy))
         for name, value in patched.items():
             stack.enter_context(mock.patch.object(transfer, name, value))
         yield notes

@@ -11,6 +11,7 @@ from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hf_cachegen.artifact import Reader
@@ -18,6 +19,8 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.stores import LocalStore
 from hf_cachegen.streaming import StreamReport
+from hf_cachegen.streaming.download import Download
+from hf_cachegen.streaming.schedule import Part
 from tests import http_server as faults
 from tests.http_server import Fault, Request, Server
 from tests.small_artifact import contents
@@ -73,6 +76,20 @@ def stream(location: Any, **options: Any) -> CacheGenCache:
 def report(cache: CacheGenCache) -> StreamReport:
     assert isinstance(cache.report, StreamReport)
     return cache.report
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, *parts: Part) -> None:
+    """Change parts after their checksum was verified."""
+    arrived = Download.arrived
+
+    def damaged(download: Download, part: Part, data: bytes, *rest: Any) -> None:
+        if part in parts:
+            changed = bytearray(data)
+            changed[-9] ^= 64
+            data = bytes(changed)
+        arrived(download, part, data, *rest)
+
+    monkeypatch.setattr(Download, "arrived", damaged)
 
 
 def only(files: str, fault: Fault) -> Fault:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
+import hf_cachegen
 from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.codec import native, passes, rans
 from hf_cachegen.codec.chunk import Span
@@ -24,6 +28,7 @@ from hf_cachegen.models import checksum
 from hf_cachegen.streaming.layers import LayerWriter
 from tests.coder_support import draw_section, laplace_tables
 from tests.kv_samples import sample_kv
+from tests.streaming_support import damage, report, same_kv
 
 READY = torch.cuda.is_available() and native.available("cuda")
 if not READY and os.environ.get("FAIL_WITHOUT_CUDA") == "1":
@@ -33,6 +38,11 @@ if not READY and os.environ.get("FAIL_WITHOUT_CUDA") == "1":
     )
 pytestmark = pytest.mark.skipif(not READY, reason="NO GPU HERE: nothing of the CUDA back-end ran on a device")
 TABLES = laplace_tables([0.3, 0.7, 2.0, 9.0], 11)
+
+
+def reference() -> Any:
+    """Return the reference model, bf16, on the CPU."""
+    return AutoModelForCausalLM.from_pretrained("eval/reference/model", dtype=torch.bfloat16)
 
 
 @settings(max_examples=40, deadline=None)
@@ -163,10 +173,7 @@ def test_klt_products_are_precise_whatever_is_allowed(careless: bool) -> None:
 
 @pytest.mark.parametrize("level", [1, 3])
 def test_klt_decodes_there_to_a_rounding_of_here(level: int) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained("eval/reference/model", dtype=torch.bfloat16)
-    cache = CacheGenCache.from_context(model, torch.randint(5, 200, (1, 700)))
+    cache = CacheGenCache.from_context(reference(), torch.randint(5, 200, (1, 700)))
     profile = cache.profile
     assert profile is not None
     encoded = encode_kv(cache.kv.keys, cache.kv.values, CacheGenConfig(transform="klt"), profile)
@@ -234,12 +241,41 @@ def test_refinements_are_decoded_there(transform: str, elsewhere: str) -> None:
     writer = LayerWriter(made.geometry, [first, second, second])
     for level in (1, 3):
         for parts, span in zip(made.chunks(), made.rows.spans, strict=True):
-            pieces = writer.rows(made.codec, parts[:level], span)
+            launch = writer.rows(made.codec, [(parts[:level], span)])
+            launch.check()
+            (pieces,) = launch.pieces
             assert pieces[0].is_cuda
+            assert launch.timer.seconds() > 0
             writer.put(pieces, span)
     found, expected = writer.kv(), decode_kv(encode_kv(keys, values, made.config), 3)
     for x, y in zip((*found.keys, *found.values), (*expected[0], *expected[1]), strict=True):
         assert torch.equal(x.cpu(), y)
+
+
+@pytest.mark.parametrize("transform", ["identity", "delta"])
+def test_streams_give_the_values_of_loads(
+    transform: Any, tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of refinements that arrive while a model generates. A damaged chunk is found among others."""
+    model, ids = reference().cuda(), torch.randint(5, 200, (1, 700), device="cuda")
+    config = CacheGenConfig(transform=transform, chunk_tokens=64)
+    CacheGenCache.from_context(model, ids, config, profile=None).save_pretrained(tmp_path / "artifact")
+    loaded = {level: CacheGenCache.from_pretrained(tmp_path / "artifact", model=model, level=level) for level in (1, 3)}
+    for level, expected in loaded.items():
+        found = CacheGenCache.stream(tmp_path / "artifact", model, level=level)
+        assert same_kv(found, expected)
+        assert all(chunk.decode_seconds for chunk in report(found).chunks)
+    found = CacheGenCache.stream(tmp_path / "artifact", model, refine="while_generating")
+    answer = hf_cachegen.generate(model, ids, cache=found, min_new_tokens=8, max_new_tokens=8, do_sample=False)
+    assert answer.shape == (1, 708)
+    assert found.refinement is not None
+    assert found.refinement.wait(30)
+    assert same_kv(found, loaded[3])
+    damage(monkeypatch, (4, 0))
+    found = CacheGenCache.stream(tmp_path / "artifact", model, level=1)
+    assert [chunk.index for chunk in report(found).chunks if chunk.level is None] == [4]
+    assert same_kv(found, loaded[1], slice(0, 256))
+    assert same_kv(found, loaded[1], slice(320, None))
 
 
 @pytest.mark.parametrize("nbytes", [1, 17, 16384, 1_000_003])
@@ -260,12 +296,7 @@ def test_the_tensors_device_is_used_not_the_current_one() -> None:
 
 
 def test_a_cache_loads_onto_the_models_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from transformers import AutoModelForCausalLM
-
-    import hf_cachegen
-
-    path = "eval/reference/model"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = reference()
     ids = torch.randint(5, 200, (1, 700))
     place = tmp_path_factory.mktemp("cache")
     CacheGenCache.from_context(model, ids, CacheGenConfig(transform="identity"), profile=None).save_pretrained(place)

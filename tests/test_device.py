@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.rows import gather
-from hf_cachegen.codec.spread import decode_apart, decoder_of, put_pieces
+from hf_cachegen.codec.spread import decoder_of, launch_apart, put_pieces
 from hf_cachegen.codec.transforms.klt import adjacent
 from hf_cachegen.errors import CorruptError, NativeError, TruncatedError
 from hf_cachegen.models import checksum
@@ -120,11 +121,14 @@ def test_layers_on_several_devices_get_pieces_of_one_decoding() -> None:
     parts, span = next(made.chunks()), made.rows.spans[0]
     pairs = [x for pair in zip(keys, values, strict=True) for x in pair]
     found = [torch.zeros_like(x, device=META if i in (2, 3) else CPU) for i, x in enumerate(pairs)]
-    pieces = decode_apart(made.codec, parts, span, found)
+    (pieces,), check = launch_apart(made.codec, [(parts, span)], found)
+    check()
     assert [piece.device for piece in pieces] == [x.device for x in found]
     put_pieces(pieces, found, span.first)
     whole = [torch.zeros_like(x) for x in pairs]
-    put_pieces(decode_apart(made.codec, parts, span, whole), whole, span.first)
+    (pieces,), check = launch_apart(made.codec, [(parts, span)], whole)
+    check()
+    put_pieces(pieces, whole, span.first)
     assert all(same([x], [y]) for x, y in zip(found, whole, strict=True) if x.device == CPU)
     assert same([gather(whole[::2], whole[1::2], span)], [made.codec.decode(parts, span, torch.bfloat16)])
 
@@ -142,7 +146,9 @@ def test_nothing_is_pinned_or_sent_where_readers_wait() -> None:
     parts, span = next(made.chunks()), made.rows.spans[0]
     writer = LayerWriter(replace(made.geometry, tokens=100), [CPU] * len(keys))
     with separate_device() as notes:
-        pieces = writer.rows(made.codec, parts, span)
+        launch = writer.rows(made.codec, [(parts, span)])
+        launch.check()
+        (pieces,) = launch.pieces
         before = len(notes)
         writer.put(pieces, span)
         assert before == len(notes) > 0
@@ -201,11 +207,30 @@ def test_a_failed_reader_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> N
     made = Encoder(keys, values, CacheGenConfig(transform="identity", chunk_tokens=64))
     writer = LayerWriter(made.geometry, [CPU] * len(keys))
     own, reader = Stream(1), Stream(2)
-    writer._streams = {CUDA: own}  # type: ignore[dict-item]
+    changed = Event()
+    writer._streams, writer._changed = {CUDA: own}, {CUDA: changed}  # type: ignore[dict-item]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: reader)
     with pytest.raises(ValueError, match="reader"), writer.reading():
         raise ValueError("the reader failed")
-    assert (own.waits, reader.waits) == ([reader], [own])
+    assert (own.waits, reader.waits) == ([reader], [changed])
+
+
+def test_readers_wait_for_changes_not_for_decoding_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = sample_kv(tokens=100, dim=64)
+    made = Encoder(keys, values, CacheGenConfig(transform="identity", chunk_tokens=64))
+    chunk = next(made.chunks()), made.rows.spans[0]
+    writer = LayerWriter(made.geometry, [CPU] * len(keys))
+    own, changes = Stream(1), list[Stream]()
+    changed = Event()
+    monkeypatch.setattr(changed, "record", changes.append)
+    writer._streams, writer._changed = {CUDA: own}, {CUDA: changed}  # type: ignore[dict-item]
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    pieces = writer.rows(made.codec, [chunk]).pieces[0]
+    assert changes == []
+    writer.put(pieces, chunk[1])
+    assert changes == [own]
+    writer.decode(made.codec, [chunk])
+    assert changes == [own, own]
 
 
 @pytest.mark.parametrize("threads", [1, 4])

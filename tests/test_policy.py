@@ -20,7 +20,8 @@ from hf_cachegen.streaming.policy import (
     policy_of,
     refinement_order,
 )
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Stuck, Wait
+from hf_cachegen.streaming.schedule import Schedule
+from hf_cachegen.streaming.work import Decode, Finished, Recompute, Stuck, Wait
 from tests.policy_support import World, cheapest, outlooks, steady
 
 

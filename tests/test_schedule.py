@@ -8,7 +8,8 @@ import pytest
 
 from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.policy import Adaptive, Outlook, Plan
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Wait
+from hf_cachegen.streaming.schedule import POLL_SECONDS, Schedule
+from hf_cachegen.streaming.work import Decode, Finished, Recompute, Settle, Wait
 
 RECOMPUTE = 0.064
 """Time of recomputing any chunk, in seconds."""
@@ -120,3 +121,97 @@ def test_a_wait_ends_when_the_bases_at_hand_must_be_decoded() -> None:
     assert isinstance(early, Wait)
     assert early.seconds == pytest.approx(0.06), "until the deadline, without the decoding"
     assert schedule.next_work(0.965, 1e6) == Decode(0, 1)
+
+
+class Bases:
+    """The bases first, then the finest level."""
+
+    smoothing, refines = 0.0, True
+
+    def plan(self, outlook: Outlook) -> Plan:
+        return Plan(3, 1, 0, 0.0, "bases first")
+
+
+def at_hand(chunks: int, parts: int) -> Schedule:
+    """Return a schedule in which these parts of all chunks have arrived, one second before the deadline."""
+    schedule = made(chunks, 3, Bases(), 1.0)
+    schedule.prepared()
+    for chunk in range(chunks):
+        for part in range(parts):
+            schedule.arrived(chunk, part)
+    return schedule
+
+
+def test_chunks_at_hand_are_launched_together_at_one_level() -> None:
+    schedule = at_hand(5, 1)
+    for part in (1, 2):
+        schedule.arrived(2, part)
+    assert schedule.launch(Decode(4, 1), 0, 1e6, 8) == [Decode(4, 1), Decode(3, 1)]
+    assert schedule.next_work(0, 1e6) == Decode(2, 3)
+    assert schedule.launch(Decode(2, 3), 0, 1e6, 8) == [Decode(2, 3)]
+    assert schedule.launch(Decode(1, 1), 0, 1e6, 1) == [Decode(1, 1)]
+    assert schedule.next_work(0, 1e6) == Decode(0, 1)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_nothing_is_recomputed_or_finished_while_chunks_are_being_decoded(damaged: bool) -> None:
+    schedule = at_hand(3, 3)
+    schedule.unobtainable(1, 0)
+    assert schedule.launch(Decode(2, 3), 0, 1e6, 8) == [Decode(2, 3), Decode(0, 3)]
+    assert schedule.next_work(0, 1e6) == Settle()
+    assert schedule.decisions == [], "recomputing is decided on later"
+    schedule.decoded(2, 3, 1e-3)
+    if damaged:
+        schedule.damaged(0, 1)
+        assert schedule.next_work(0, 1e6) == Recompute(0)
+        schedule.recomputed(0)
+    else:
+        schedule.decoded(0, 3, 1e-3)
+    assert schedule.next_work(0, 1e6) == Recompute(1)
+    schedule.recomputed(1)
+    assert schedule.next_work(0, 1e6) == Finished()
+
+
+@pytest.mark.parametrize("generating", [False, True])
+def test_refinements_are_launched_when_those_before_them_are_in_place(generating: bool) -> None:
+    schedule = at_hand(2, 1)
+    schedule.generating = generating
+    for index in (1, 0):
+        schedule.launch(Decode(index, 1), 0, 1e6, 1)
+    for index in (1, 0):
+        schedule.arrived(index, 1)
+        schedule.decoded(index, 1, 1e-3)
+    assert schedule.launch(Decode(1, 2), 0, 1e6, 1) == [Decode(1, 2)]
+    schedule.chunks[0].asked.add(2)
+    waiting = schedule.next_work(0, 1e6)
+    assert isinstance(waiting, Wait)
+    assert waiting.seconds <= POLL_SECONDS
+    for index in range(2):
+        schedule.unobtainable(index, 2)
+    schedule.returned([(0, 2)])
+    assert schedule.next_work(0, 1e6) == Settle(), "nothing more arrives"
+    schedule.decoded(1, 2, 1e-3)
+    assert schedule.next_work(0, 1e6) == Decode(0, 2)
+
+
+def test_a_stream_does_not_end_while_the_last_refinement_is_being_decoded() -> None:
+    schedule = at_hand(1, 1)
+    schedule.decoded(0, 1, 1e-3)
+    schedule.arrived(0, 1)
+    schedule.launch(Decode(0, 2), 0, 1e6, 8)
+    assert schedule.next_work(1.1, 1e6) == Settle(), "the deadline has passed"
+    schedule.decoded(0, 2, 1e-3)
+    assert schedule.next_work(1.1, 1e6) == Finished()
+
+
+def test_chunks_that_are_being_decoded_take_time() -> None:
+    """A wait ends as early as if they were not launched yet."""
+    schedule = at_hand(6, 0)
+    schedule.arrived(5, 0)
+    schedule.decoded(5, 1, 0.1)
+    for index in (4, 3):
+        schedule.arrived(index, 0)
+        schedule.launch(Decode(index, 1), 0, 1e6, 1)
+    waiting = schedule.next_work(0.7995, 1e6)
+    assert isinstance(waiting, Wait)
+    assert waiting.seconds == pytest.approx(1e-3), "of 0.2005 s left, 0.2 s go to the two chunks"

@@ -132,14 +132,15 @@ def test_a_refinement_that_is_damaged_everywhere_is_left_out(
 def test_a_segment_with_the_right_checksum_that_cannot_be_decoded_is_recomputed(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = LossyCodec.decode_into
+    launch = LossyCodec.launch
 
-    def failing(self: Any, parts: Any, span: Any, *target: Any) -> None:
-        if span.first == 16:
+    def failing(self: Any, chunks: Any, target: Any) -> Any:
+        chunks = list(chunks)
+        if any(span.first == 16 for _, span, _ in chunks):
             raise CorruptError("the coder's own check failed")
-        decode(self, parts, span, *target)
+        return launch(self, chunks, target)
 
-    monkeypatch.setattr(LossyCodec, "decode_into", failing)
+    monkeypatch.setattr(LossyCodec, "launch", failing)
     cache = stream(serve(server, folder))
     assert [chunk.level for chunk in report(cache).chunks][:3] == [3, None, 3]
     assert "cannot be decoded" in report(cache).chunks[1].faults[0]
@@ -263,14 +264,15 @@ def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Pat
 def test_a_refinement_that_cannot_be_decoded_leaves_the_coarser_level(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = LossyCodec.decode_into
+    launch = LossyCodec.launch
 
-    def failing(self: Any, parts: Any, span: Any, *target: Any) -> None:
-        decode(self, parts, span, *target)
-        if span.first == 16 and len(parts) > 1:
+    def failing(self: Any, chunks: Any, target: Any) -> Any:
+        check = launch(self, chunks := list(chunks), target)
+        if any(span.first == 16 and len(parts) > 1 for parts, span, _ in chunks):
             raise CorruptError("the coder's own check failed")
+        return check
 
-    monkeypatch.setattr(LossyCodec, "decode_into", failing)
+    monkeypatch.setattr(LossyCodec, "launch", failing)
     url = serve(server, folder)
     cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
     assert cache.refinement is not None

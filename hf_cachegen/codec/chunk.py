@@ -193,16 +193,9 @@ class LossyCodec:
         """
         self.launch([(parts, span, row)], target)()
 
-    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
-        """Decode each (parts, span, row) as `decode_into` does: all at one level, in batches where the device can.
-
-        Raises:
-            TruncatedError, CorruptError: The bytes are damaged.
-        """
-        self.launch(chunks, target)()
-
     def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
-        """Start `decode_many` on the target's device. Return what waits for the last of it.
+        """Start decoding each (parts, span, row) as `decode_into` does: all at one level, in batches where the target's
+        device can. Return what waits for the last of it.
 
         Raises:
             TruncatedError, CorruptError: The bytes are damaged; the result raises these too.

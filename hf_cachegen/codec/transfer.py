@@ -11,6 +11,7 @@ Notes:
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -81,6 +82,41 @@ class Download:
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+
+class Timer:
+    """The time from its construction to `stop`, on the current stream of a device; on the host, if the host computes.
+
+    A device's time excludes what it had to do before, and work that is launched after `stop`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._began, self._seconds = device, time.perf_counter(), 0.0
+        self._events: list[torch.cuda.Event] = []
+        self._record()
+
+    def stop(self) -> None:
+        """End the measurement behind all work that has been launched."""
+        self._seconds = time.perf_counter() - self._began
+        self._record()
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has done the work. Nothing waits."""
+        return not self._events or self._events[-1].query()
+
+    def seconds(self) -> float:
+        """Wait until the work is done, and return its time."""
+        if not self._events:
+            return self._seconds
+        first, last = self._events
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    def _record(self) -> None:
+        if self._device.type == "cuda":
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record(torch.cuda.current_stream(self._device))
 
 
 def all_of(checks: Sequence[Check]) -> Check:

@@ -21,10 +21,11 @@ from hf_cachegen.streaming.policy import Adaptive, Fixed, Missing, Outlook, Pape
 from hf_cachegen.streaming.prefill_speed import measure
 from hf_cachegen.streaming.refine import Refinement, SwapIn
 from hf_cachegen.streaming.report import ChunkReport, StreamReport
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Schedule, Wait
+from hf_cachegen.streaming.schedule import Schedule
 from hf_cachegen.streaming.session import RESERVE
 from hf_cachegen.streaming.stream import stream_context
 from hf_cachegen.streaming.window import request_bytes
+from hf_cachegen.streaming.work import Decode, Finished, Recompute, Wait
 
 __all__ = [
     "CONNECTIONS",

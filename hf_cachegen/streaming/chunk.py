@@ -17,6 +17,7 @@ class Chunk:
         wire: Those of them that are not on this disk.
         best: The number of parts that can be had.
         level: The level in place; 0 where it was not decoded.
+        decoding: The level that is being decoded; 0 where none is.
         first_level: The level before any refinement.
         text: Whether it was recomputed.
         arrived: Parts that have arrived.
@@ -32,6 +33,7 @@ class Chunk:
     wire: tuple[int, ...]
     best: int
     level: int = 0
+    decoding: int = 0
     first_level: int = 0
     text: bool = False
     arrived: set[int] = field(default_factory=set)
@@ -41,8 +43,8 @@ class Chunk:
 
     @property
     def ready(self) -> bool:
-        """Whether its keys and values are in place, at any level."""
-        return self.level > 0 or self.text
+        """Whether its keys and values are in place at any level, or are being decoded."""
+        return self.level > 0 or self.decoding > 0 or self.text
 
     @property
     def have(self) -> int:

@@ -29,9 +29,10 @@ from hf_cachegen.profiles.files import Profile
 from hf_cachegen.streaming.bandwidth import Bandwidth
 from hf_cachegen.streaming.failover import Action, Failover
 from hf_cachegen.streaming.meter import GivenUp, give_up_when
-from hf_cachegen.streaming.schedule import WAKE_SECONDS, Part, Schedule
+from hf_cachegen.streaming.schedule import Part, Schedule
 from hf_cachegen.streaming.sources import Source
 from hf_cachegen.streaming.window import request_bytes
+from hf_cachegen.streaming.work import WAKE_SECONDS
 
 EXIT_SECONDS = 1.0
 """How long the interpreter's exit waits for decoders that are being made."""

@@ -5,24 +5,49 @@ where there is one, and copied over the coarser values when it is whole: a faile
 reader must not wait for a decoder.
 
 On CUDA devices all of this happens on streams of their own, one per device. So neither the decoder nor the model waits
-for the other.
+for the other. Nor does the host wait: a `Launch` says later whether its chunks were sound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec import abi, transfer
+from hf_cachegen.codec.batch import OUTSTANDING
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.rows import empty_kv
-from hf_cachegen.codec.spread import decode_apart, decoder_of, put_pieces
+from hf_cachegen.codec.spread import decoder_of, launch_apart, put_pieces
+from hf_cachegen.codec.transfer import Check, Timer, all_of
 from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.models.layers import KVTensors
+
+APART_BYTES = 256 << 20
+"""Size of the chunks that one launch decodes beside the tensors, in bytes; a larger chunk is decoded alone."""
+Coded = tuple[Sequence[bytes], Span]
+"""The parts of a chunk at one level, and its position."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The decoding of some chunks, which a device may not have done yet.
+
+    Args:
+        check: Waits until they are known to be sound. Raises what the codec does.
+        timer: The time that the decoder's device takes.
+        pieces: Where they are decoded beside the tensors: for each chunk a piece [1, heads, tokens, dim] for each
+            tensor, on its device.
+    """
+
+    check: Check
+    timer: Timer
+    pieces: Sequence[Sequence[Tensor]] = ()
 
 
 class LayerWriter:
@@ -31,6 +56,9 @@ class LayerWriter:
     Args:
         geometry: Of the context.
         devices: The device of each layer.
+
+    Attributes:
+        ahead: Most launches that stay unchecked while others follow. Where the host decodes there is none.
     """
 
     def __init__(self, geometry: Geometry, devices: Sequence[torch.device]) -> None:
@@ -39,9 +67,13 @@ class LayerWriter:
         self.keys, self.values = self._tensors[::2], self._tensors[1::2]
         self._target = Target.layers(self._tensors) if len(set(devices)) == 1 else None
         cuda = dict.fromkeys(device for device in devices if device.type == "cuda")
+        self._decoder = decoder_of(devices)
+        self.ahead = 0 if transfer.is_host(self._decoder) else OUTSTANDING
         # The decoder's device comes last, so that its stream is the innermost context.
-        order = sorted(cuda, key=lambda device: device == decoder_of(devices))
+        order = sorted(cuda, key=lambda device: device == self._decoder)
         self._streams = {device: torch.cuda.Stream(device) for device in order}
+        self._changed = {device: torch.cuda.Event() for device in order}
+        """The last change of the tensors on each device. Decoding beside them may follow it on the same stream."""
         self.adopt(self._tensors)
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
@@ -52,33 +84,57 @@ class LayerWriter:
             if x.is_cuda and x.device in self._streams:  # when x is freed, the allocator must wait for that stream
                 x.record_stream(self._streams[x.device])
 
-    def decode(self, codec: Transform, parts: Sequence[bytes], span: Span) -> None:
-        """Decode a chunk into the tensors. Raises what the codec does; then the chunk's values mean nothing."""
+    def together(self, tokens: int, *, apart: bool) -> int:
+        """Return how many chunks of that many tokens one launch may decode. apart: beside the tensors."""
+        if not self.ahead:
+            return 1
+        if not apart and self._target is not None:
+            return abi.MAX_BATCH
+        nbytes = self.geometry.nbytes * tokens // self.geometry.tokens
+        return min(max(APART_BYTES // max(nbytes, 1), 1), abi.MAX_BATCH)
+
+    def decode(self, codec: Transform, chunks: Sequence[Coded]) -> Launch:
+        """Start decoding chunks of one level into the tensors. After an error their values are undefined.
+
+        Raises:
+            ArtifactError, NativeError: The bytes are damaged; the check of the result raises these too.
+        """
         if not self._tensors:  # a model whose layers hold states alone
-            return
+            return Launch(all_of([]), Timer(self._decoder))
         if self._target is None:
-            self.put(self.rows(codec, parts, span), span)
-            return
+            launch = self.rows(codec, chunks)
+            for pieces, (_, span) in zip(launch.pieces, chunks, strict=True):
+                self.put(pieces, span)
+            return replace(launch, pieces=())
         with self._aside():
-            codec.decode_into(parts, span, self._target, span.first)
+            timer = Timer(self._decoder)
+            check = codec.launch([(parts, span, span.first) for parts, span in chunks], self._target)
+            timer.stop()
+        self._note()
+        return Launch(check, timer)
 
-    def rows(self, codec: Transform, parts: Sequence[bytes], span: Span) -> list[Tensor]:
-        """Decode a chunk beside the tensors, for `put`: a piece [1, heads, tokens, dim] for each, on its device.
+    def rows(self, codec: Transform, chunks: Sequence[Coded]) -> Launch:
+        """Start decoding chunks of one level beside the tensors, for `put`. No lock need be held.
 
-        Raises what the codec does. No lock need be held.
+        Raises:
+            ArtifactError, NativeError: The bytes are damaged; the check of the result raises these too.
         """
         with self._aside():
-            return decode_apart(codec, parts, span, self._tensors)
+            timer = Timer(self._decoder)
+            pieces, check = launch_apart(codec, chunks, self._tensors)
+            timer.stop()
+        return Launch(check, timer, pieces)
 
     def put(self, pieces: Sequence[Tensor], span: Span) -> None:
         """Copy a decoded chunk into the tensors. Only copies on the tensors' own devices are launched."""
         with self._aside():
             put_pieces(pieces, self._tensors, span.first)
+        self._note()
 
     def settle(self) -> None:
-        """Order all decoding and copying so far before whatever the calling thread does next."""
-        for device, stream in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
+        """Order all changes of the tensors so far before whatever the calling thread does next."""
+        for device, event in self._changed.items():
+            torch.cuda.current_stream(device).wait_event(event)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -97,6 +153,11 @@ class LayerWriter:
         """Return all tensors."""
         self.settle()
         return KVTensors(tuple(self.keys), tuple(self.values), self.geometry)
+
+    def _note(self) -> None:
+        """Record that the tensors have changed."""
+        for device, stream in self._streams.items():
+            self._changed[device].record(stream)
 
     def _aside(self) -> AbstractContextManager[object]:
         """Launch on the streams of this writer inside this context."""

@@ -1,4 +1,4 @@
-"""The thread that decodes and recomputes chunks while others fetch (`download`).
+"""The thread that decodes (`decoding`) and recomputes chunks while others fetch (`download`).
 
 Memory: the context's tensors, a chunk being decoded, the requests under way (at most 8 MiB a connection), and the coded
 bytes of chunks that are not decoded yet or may still be refined.
@@ -7,7 +7,6 @@ bytes of chunks that are not decoded yet or may still be refined.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -15,17 +14,18 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec.transforms import Transform
-from hf_cachegen.errors import ArtifactError, NativeError, StoreError, StreamCancelledError
+from hf_cachegen.errors import StoreError, StreamCancelledError
 from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.layers import KVTensors
+from hf_cachegen.streaming.decoding import Decoding
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ChunkChosen, ChunkReady
 from hf_cachegen.streaming.layers import LayerWriter
 from hf_cachegen.streaming.prefill_speed import PROBES, probe
 from hf_cachegen.streaming.recompute import recompute
 from hf_cachegen.streaming.report import StreamReport
-from hf_cachegen.streaming.schedule import Decode, Finished, Recompute, Stuck, Wait, Work
 from hf_cachegen.streaming.summary import summarise
+from hf_cachegen.streaming.work import Decode, Finished, Recompute, Settle, Stuck, Wait, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,15 +42,11 @@ class Loader:
         writer: The context's tensors.
         input_ids: The context, int64 [1, tokens].
         question_tokens: Number of tokens that follow the context.
-
-    `lock` is held while keys and values change. `changes` lists the chunks that were decoded, in order.
     """
 
     def __init__(self, download: Download, writer: LayerWriter, input_ids: Tensor, question_tokens: int) -> None:
         self.session, self.download, self.writer = download.session, download, writer
-        self.lock = threading.Lock()
-        self.changes: list[int] = []
-        self.stopped = False
+        self.decoding = Decoding(download, writer)
         self._codec: Transform | None = None
         self._input_ids, self._question_tokens = input_ids, question_tokens
         self._schedule, self._changed = download.schedule, download.changed
@@ -63,6 +59,7 @@ class Loader:
         session = self.session
         probes = [] if session.options.slo is None or session.speed.known else list(PROBES[:-1])
         while True:
+            self.decoding.settle(wait=False)
             self._predict(model)
             due = bool(probes) and self._doubtful(probes[0])
             work = self._next_work(patient=not due)
@@ -72,10 +69,14 @@ class Loader:
                 raise self.download.error or StoreError(f"chunk {work.chunk} cannot be had from any source")
             if isinstance(work, Decode):
                 self._predict(model, wanted=True)
-                self._decode(work)
+                if self._codec is not None:
+                    self.decoding.start(self._codec, work)
+            elif isinstance(work, Settle):
+                self.decoding.settle()
             elif isinstance(work, Recompute):
                 self._recompute(model, work.chunk)
             elif due:
+                self.decoding.settle()  # the device is the model's too
                 probe(model, session.speed, probes.pop(0))
                 self._set_deadline()
         kv = self.writer.kv()
@@ -86,16 +87,22 @@ class Loader:
     def refine(self) -> None:
         """Refine chunks until all are at their finest level, or until `close`."""
         self._schedule.generating = True
-        while not self.stopped:
-            work = self._next_work()
-            if isinstance(work, Decode):
-                self._decode(work)
-            elif not isinstance(work, Wait):
-                break
+        try:
+            while not self.decoding.stopped:
+                self.decoding.settle(wait=False)
+                work = self._next_work()
+                if isinstance(work, Decode) and self._codec is not None:
+                    self.decoding.start(self._codec, work)
+                elif isinstance(work, Settle):
+                    self.decoding.settle()
+                elif not isinstance(work, Wait):
+                    break
+        finally:
+            self.decoding.drop()
 
     def close(self, wait: float = 0.0) -> None:
         """End all threads of the stream, and wait for them up to `wait` seconds."""
-        self.stopped = True
+        self.decoding.stopped = True
         self.download.close(wait)
 
     @property
@@ -174,44 +181,6 @@ class Loader:
                 codec = codec.knowing(known)
             self._codec = codec
             self._set_deadline()
-
-    def _decode(self, work: Decode) -> None:
-        download, span, start = self.download, self.download.spans[work.chunk], time.perf_counter()
-        with self._changed:
-            codec = self._codec
-            if self.stopped or codec is None:  # another thread has closed the stream, and dropped the parts
-                return
-            parts = download.parts(work.chunk, work.level)
-        pieces: list[Tensor] | None = None
-        refined = self._schedule.chunks[work.chunk].level > 0
-        try:
-            if refined:
-                pieces = self.writer.rows(codec, parts, span)
-            else:
-                self.writer.decode(codec, parts, span)
-        except (ArtifactError, NativeError) as error:
-            self._cannot_decode(work, error)
-            return
-        with self.lock:
-            if self.stopped:  # readers do not take the lock any more
-                return
-            if pieces is not None:
-                self.writer.put(pieces, span)
-            self.changes.append(work.chunk)
-        seconds = time.perf_counter() - start
-        with self._changed:
-            self._schedule.decoded(work.chunk, work.level, seconds)
-            self.session.tally.decoded(work.chunk, seconds)
-            chunk = self._schedule.chunks[work.chunk]
-            if not self._schedule.refines or chunk.level >= chunk.best:
-                download.drop(work.chunk)
-        self.session.events.add(ChunkReady, work.chunk, work.level, seconds, refined)
-
-    def _cannot_decode(self, work: Decode, error: Exception) -> None:
-        with self._changed:
-            self.download.error = error
-            self.session.tally.fault(work.chunk, f"level {work.level} cannot be decoded: {error}")
-            self._schedule.unobtainable(work.chunk, work.level - 1)
 
     def _recompute(self, model: PreTrainedModel, index: int) -> None:
         span, writer = self.download.spans[index], self.writer

@@ -140,8 +140,8 @@ class Refinement:
 
     def snapshot(self) -> tuple[KVTensors, int]:
         """Return keys and values that do not change any more, and the number of changes that they include."""
-        with self._loader.lock, self._loader.writer.reading():
-            return (self._kv if self.done else self._kv.clone()), len(self._loader.changes)
+        with self._loader.decoding.lock, self._loader.writer.reading():
+            return (self._kv if self.done else self._kv.clone()), len(self._loader.decoding.changes)
 
     def first_token(self, rows: int, read: int, seconds: float) -> None:
         """Record that a generation has its first token. The first such time is the stream's TTFT.
@@ -174,8 +174,8 @@ class Refinement:
         Returns:
             The number of changes that it includes now.
         """
-        with self._loader.lock, self._loader.writer.reading():
-            changes = self._loader.changes
+        with self._loader.decoding.lock, self._loader.writer.reading():
+            changes = self._loader.decoding.changes
             for chunk in sorted(set(changes[seen:])):
                 span = self._loader.download.spans[chunk]
                 sides = zip(self._kv.geometry.layers, self._kv.keys, self._kv.values, strict=True)

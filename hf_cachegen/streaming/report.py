@@ -24,7 +24,7 @@ class ChunkReport:
         nbytes: Coded bytes that were used.
         wire_bytes: Those of them that did not come from this disk.
         transfer_seconds: From the first request for it to its last byte.
-        decode_seconds: Time of decoding it.
+        decode_seconds: Time of decoding it, on the decoder's device; a launch's time is shared by its chunks' tokens.
         recompute_seconds: Time of recomputing it.
         prefill_seconds: What recomputing it would take, by the measured speed of the model.
         bytes_per_second: The throughput estimate when its level was chosen.

@@ -11,62 +11,31 @@ recomputed, if that fits.
 Until the side information and the profile have arrived nothing can be decoded, and it is not known when they will
 arrive. So the schedule plans as it does before the first sample of the throughput: bases are fetched, and recomputing
 begins where it would be too late afterwards.
+
+A device decodes while the thread goes on, so a chunk is *being decoded* between `launch` and `decoded` or `damaged`.
+For the plan it counts as in place, and its decoding as work that is still to be done. No chunk is recomputed, and the
+context is not complete, before all of them are in place (`Settle`). Refinements are launched when those before them are
+in place: a reader, which waits for the last copy, then does not wait for decoding behind which that copy was queued.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from hf_cachegen.streaming.chunk import Chunk
 from hf_cachegen.streaming.options import Refine
 from hf_cachegen.streaming.policy import Missing, Outlook, Plan, Policy, refinement_order
+from hf_cachegen.streaming.work import WAKE_SECONDS, Decode, Finished, Recompute, Settle, Stuck, Wait, Work
 
 PLAN_SECONDS = 0.05
 """A plan is at most this old."""
-WAKE_SECONDS = 0.1
-"""A wait is at most this long, since time alone can change a plan."""
 LEAST_WAIT = 1e-3
+POLL_SECONDS = 2e-3
+"""A wait is at most this long while chunks are being decoded, so that they are soon known to be in place."""
 Part = tuple[int, int]
 """(chunk, part): part 0 is the base, the others refinements."""
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Decode a chunk from its first `level` parts."""
-
-    chunk: int
-    level: int
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """Run the model over a chunk's tokens; all chunks before it are in place."""
-
-    chunk: int
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Wait until a part arrives, at most `seconds`, which do not pass the deadline."""
-
-    seconds: float = field(default=WAKE_SECONDS, compare=False)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All chunks are in place, at the best level that they will have."""
-
-
-@dataclass(frozen=True)
-class Stuck:
-    """Nothing more will arrive, and the first missing chunk cannot be recomputed."""
-
-    chunk: int
-
-
-Work = Decode | Recompute | Wait | Finished | Stuck
 
 
 class Schedule:
@@ -143,11 +112,29 @@ class Schedule:
             chunk.best = chunk.first_lacking(part) if self.decodable or part else 0
         self._version += 1
 
+    def launch(self, work: Decode, now: float, rate: float | None, most: int) -> list[Decode]:
+        """Return `work` with up to `most - 1` others that are next at the same level. All are being decoded now."""
+        finer, found = self.chunks[work.chunk].level > 0, list[Decode]()
+        following: Decode | None = work
+        while following is not None and following.level == work.level:
+            self.chunks[following.chunk].decoding = following.level
+            self._version += 1
+            found.append(following)
+            if len(found) == most:
+                break
+            following = self._finer(now) if finer else self._coarse(now, rate)
+        return found
+
+    def damaged(self, chunk: int, level: int) -> None:
+        """A chunk cannot be decoded at a level."""
+        self.chunks[chunk].decoding = 0
+        self.unobtainable(chunk, level - 1)
+
     def decoded(self, chunk: int, level: int, seconds: float) -> None:
         """A chunk was decoded at a level. seconds: the time that it took."""
         found = self.chunks[chunk]
         found.first_level = found.first_level or level
-        found.level = level
+        found.level, found.decoding = level, 0
         self._decode_per_token = seconds / found.tokens
         self._version += 1
 
@@ -209,7 +196,7 @@ class Schedule:
             rate = None
         elif rate is None and not any(chunk.wire_bytes[-1] for chunk in missing):
             rate = math.inf  # all is on this disk
-        left = self.left(now)
+        left = self.left(now) - self._launched_seconds()
         outlook = Outlook(left if left == math.inf else left - lost, rate, missing, self.first_seconds)
         plan = self.policy.plan(outlook)
         if not self.can_recompute:
@@ -234,34 +221,54 @@ class Schedule:
 
     def next_work(self, now: float, rate: float | None) -> Work:
         """Return the next step of the thread that decodes."""
+        work = self._coarse(now, rate) or self._next(now, rate)
+        if isinstance(work, (Recompute, Finished, Stuck)) and self._launched():
+            return Settle()
+        if isinstance(work, Recompute):
+            self._decide(self.chunks[work.chunk], "text", work.why, rate)
+        return work
+
+    def _next(self, now: float, rate: float | None) -> Work:
+        """Return the next step where no missing chunk is to be decoded now."""
+        plan, first = self.plan(now, rate), next((chunk for chunk in self.chunks if not chunk.ready), None)
+        if first is not None:
+            if not first.best:
+                return Recompute(first.index, "no source has it") if self.can_recompute else Stuck(first.index)
+            if plan and plan.text and self.can_recompute:
+                return Recompute(first.index, plan.why)
+            return self._wait(now)
+        if not self.generating and (not self.refines or self.left(now) <= 0 or self._enough()):
+            return self._mended(now) or Finished()
+        if not any(chunk.level for chunk in self._launched()) and (finer := self._finer(now)):
+            return finer
+        arriving = any(chunk.asked for chunk in self.chunks) or self._refinement(now, rate, 0)
+        waiting = self._wait(now) if arriving else Finished()
+        return waiting if self.generating else self._mended(now) or waiting
+
+    def _coarse(self, now: float, rate: float | None) -> Decode | None:
+        """Return the next missing chunk to decode."""
         plan = self.plan(now, rate)
         for chunk in reversed(self._at_hand()):
             if plan and (chunk.have >= min(plan.sure, chunk.best) or (self.refines and self._spare(now) <= 0)):
                 return Decode(chunk.index, chunk.have)
-        first = next((chunk for chunk in self.chunks if not chunk.ready), None)
-        if first is not None:
-            if not first.best:
-                self._decide(first, "text", "no source has it", rate)
-                return Recompute(first.index) if self.can_recompute else Stuck(first.index)
-            if plan and plan.text and self.can_recompute:
-                self._decide(first, "text", plan.why, rate)
-                return Recompute(first.index)
-            return self._wait(now)
-        finer = self._finer(now, rate)
-        if isinstance(finer, Decode) or self.generating:
-            return finer
-        return self._mended(now, rate) or finer
+        return None
 
-    def _finer(self, now: float, rate: float | None) -> Work:
-        """The next step once all chunks are in place."""
-        if not self.generating and (not self.refines or self.left(now) <= 0 or self._enough()):
-            return Finished()
+    def _finer(self, now: float) -> Decode | None:
+        """Return the next chunk in place to decode at a finer level."""
         for index in self._order:
             chunk = self.chunks[index]
-            if chunk.level < chunk.have and not chunk.text and self.decode_seconds(chunk) <= self._more(now):
+            wanted = chunk.level < chunk.have and not chunk.text and not chunk.decoding
+            if wanted and self.decode_seconds(chunk) <= self._more(now):
                 return Decode(index, chunk.have)
-        under_way = any(chunk.asked for chunk in self.chunks)
-        return self._wait(now) if under_way or self._refinement(now, rate, 0) else Finished()
+        return None
+
+    def _launched(self) -> list[Chunk]:
+        """Chunks that are being decoded."""
+        return [chunk for chunk in self.chunks if chunk.decoding]
+
+    def _launched_seconds(self) -> float:
+        """Most seconds until these are in place."""
+        return sum(map(self.decode_seconds, self._launched()))
 
     def _at_hand(self) -> list[Chunk]:
         """Missing chunks that could be decoded, at some level."""
@@ -269,21 +276,21 @@ class Schedule:
 
     def _spare(self, now: float) -> float:
         """Seconds until the chunks at hand must be decoded as they are, to be in place at the deadline."""
-        return self.left(now) - self.first_seconds - sum(map(self.decode_seconds, self._at_hand()))
+        work = sum(map(self.decode_seconds, self._at_hand())) + self._launched_seconds()
+        return self.left(now) - self.first_seconds - work
 
     def _wait(self, now: float) -> Wait:
-        spare = self._spare(now)
-        return Wait(min(max(spare, LEAST_WAIT), WAKE_SECONDS)) if spare > 0 else Wait()
+        spare, most = self._spare(now), POLL_SECONDS if self._launched() else WAKE_SECONDS
+        return Wait(min(max(spare, LEAST_WAIT), most)) if spare > 0 else Wait(most)
 
-    def _mended(self, now: float, rate: float | None) -> Work | None:
+    def _mended(self, now: float) -> Recompute | None:
         """Recompute a chunk that stays coarser than planned, because no source has its finer parts."""
         if not self.can_recompute or self._enough():
             return None
         for chunk in self.chunks:
             lacking = not chunk.text and chunk.level >= chunk.best and chunk.best < self._aim
             if lacking and self.recompute_seconds(chunk) <= self.left(now):
-                self._decide(chunk, "text", f"no source has it finer than level {chunk.best}", rate)
-                return Recompute(chunk.index)
+                return Recompute(chunk.index, f"no source has it finer than level {chunk.best}")
         return None
 
     def _enough(self) -> bool:

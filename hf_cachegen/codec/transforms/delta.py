@@ -17,6 +17,7 @@ from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.side import Side
+from hf_cachegen.codec.transfer import Check
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 
@@ -70,8 +71,8 @@ class Delta(Transform):
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.inner.decode_into(parts, span, target, row)
 
-    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
-        self.inner.decode_many(chunks, target)
+    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
+        return self.inner.launch(chunks, target)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         return self.inner.approximations(rows, span)

@@ -23,6 +23,7 @@ from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.side import Side
+from hf_cachegen.codec.transfer import Check
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 
@@ -90,11 +91,9 @@ class Identity(Transform):
         return super().encode_chunk(context, span) if self.inner.source is None else self.inner.encode_own(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        self.inner.decode_into(parts, span, target, row)
-        if span.first == 0:
-            self._put_first(target, row)
+        self.launch([(parts, span, row)], target)()
 
-    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
         starts: list[int] = []
 
         def watched() -> Iterator[tuple[Sequence[bytes | memoryview], Span, int]]:
@@ -103,13 +102,11 @@ class Identity(Transform):
                     starts.append(row)
                 yield parts, span, row
 
-        self.inner.decode_many(watched(), target)
+        check = self.inner.launch(watched(), target)
         for row in starts:
-            self._put_first(target, row)
-
-    def _put_first(self, target: Target, row: int) -> None:
-        if self.first is not None:
-            target.put(self.first[None].to(target.device), row)
+            if self.first is not None:
+                target.put(self.first[None], row)
+        return check
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         found = self.inner.approximations(self._coded(rows, span), span)

@@ -290,19 +290,19 @@ class Klt(Transform):
         return self._kept.squares[span.first] @ self.basis.energies(), context.energy(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        self.decode_many([(parts, span, row)], target)
+        self.launch([(parts, span, row)], target)()
 
-    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+    def launch(self, chunks: Iterable[Chunk], target: Target) -> transfer.Check:
         checks, y = transfer.Checks(OUTSTANDING), torch.empty(0, self.entries.shape[1], device=target.device)
         for group in adjacent(chunks, HOST_CHUNKS if transfer.is_host(target.device) else abi.MAX_BATCH):
             (_, first, _), (_, last, _) = group[0], group[-1]
             whole = Span(first.first, last.first + last.tokens - first.first, first.total)
             if len(y) < whole.tokens:  # new memory costs as much as decoding into it, so all groups share it
                 y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
-            checks.add(self._launch(group, whole, target, y[: whole.tokens]))
-        checks.finish()
+            checks.add(self._launch_group(group, whole, target, y[: whole.tokens]))
+        return checks.finish
 
-    def _launch(self, group: Sequence[Chunk], whole: Span, target: Target, y: Tensor) -> transfer.Check:
+    def _launch_group(self, group: Sequence[Chunk], whole: Span, target: Target, y: Tensor) -> transfer.Check:
         """Decode chunks that follow one another, with one matrix product for all. Return what waits for them.
 
         Args:

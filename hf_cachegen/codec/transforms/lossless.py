@@ -147,15 +147,15 @@ class Lossless(Transform):
         return [b"".join(source.encode_planes(span, self.assignment))]
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        self._launch(parts, span, target, row)()
+        self._launch_one(parts, span, target, row)()
 
-    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
         checks = Checks(OUTSTANDING)
         for parts, span, row in chunks:
-            checks.add(self._launch(parts, span, target, row))
-        checks.finish()
+            checks.add(self._launch_one(parts, span, target, row))
+        return checks.finish
 
-    def _launch(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
+    def _launch_one(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
         """Decode a chunk on the target's device. Return what waits for it."""
         cursor, device = Cursor(parts[0]), target.device
         coded = section.read_narrow(cursor, span.tokens, self.assignment)

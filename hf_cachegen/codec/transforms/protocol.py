@@ -25,6 +25,7 @@ from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
+from hf_cachegen.codec.transfer import Check, all_of
 from hf_cachegen.config import CacheGenConfig
 
 
@@ -188,20 +189,32 @@ class Transform(ABC):
             CorruptError, TruncatedError: The bytes are damaged.
         """
 
-    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
-        """Decode each (parts, span, row) as `decode_into` does.
+    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
+        """Start decoding each (parts, span, row) as `decode_into` does, on the target's device.
 
-        A transform should override it if it can decode several chunks together.
+        A transform should override it if it can decode several chunks together, or without waiting for the device.
 
         Args:
             chunks: All of one level.
-            target: Receives the rows.
+            target: Receives the rows. Work that is launched on the same stream later finds them.
+
+        Returns:
+            What waits until all chunks are known to be sound.
+
+        Raises:
+            CorruptError, TruncatedError: The bytes are damaged; the result raises these too.
+        """
+        for parts, span, row in chunks:
+            self.decode_into(parts, span, target, row)
+        return all_of([])
+
+    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+        """Decode each (parts, span, row) as `decode_into` does, in the way of `launch`.
 
         Raises:
             CorruptError, TruncatedError: The bytes are damaged.
         """
-        for parts, span, row in chunks:
-            self.decode_into(parts, span, target, row)
+        self.launch(chunks, target)()
 
     def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode a chunk at level len(parts) into new rows [tokens, channels] of this dtype, on the CPU.
