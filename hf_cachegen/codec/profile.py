@@ -38,6 +38,9 @@ from hf_cachegen.errors import ProfileError
 
 PROFILE_VERSION = 1
 CHAINED_VERSION = 2
+CHAINED_GROUPS_VERSION = 3
+"""A chain of groups of several layers; CHAINED_VERSION has groups of one."""
+VERSIONS = (PROFILE_VERSION, CHAINED_VERSION, CHAINED_GROUPS_VERSION)
 """Of profiles whose layers are chained (`codec.chain`). Earlier releases would leave the prediction out."""
 MAX_HEADER_BYTES = 1 << 25
 """Limit of a file's safetensors header: enough for some thousand layers."""
@@ -203,6 +206,13 @@ class Profile:
         """Hashes of the file that it was read from, else of the bytes that `to_bytes` returns."""
         return self.read or FileHashes.of(self.to_bytes())
 
+    @property
+    def version(self) -> int:
+        """The version of its file."""
+        if not self.reach:
+            return PROFILE_VERSION
+        return CHAINED_VERSION if all(group.count == 1 for group in self.groups) else CHAINED_GROUPS_VERSION
+
     def to_bytes(self) -> bytes:
         """Return the file. The basis is stored in float16, in a chain in 8 bits; its numbers are of order 1."""
         tensors = {
@@ -213,7 +223,7 @@ class Profile:
             tensors |= written_heads(f"sensitivity-{index}", group.sensitivity, chained=self.reach > 0)
             tensors |= group.tensors("", index)
         described = {
-            "version": CHAINED_VERSION if self.reach else PROFILE_VERSION,
+            "version": self.version,
             "layers": [layer.to_dict() for layer in self.layers],
             "rotary": {"style": self.rotary.style, "scaling": self.rotary.scaling},
             "groups": [[group.kind, group.first, group.count] for group in self.groups],
@@ -249,12 +259,12 @@ class Profile:
             header = json.loads(data[8 : 8 + length])
             described = json.loads(header["__metadata__"]["cachegen_profile"])
             tensors = load_tensors(data)
-            if described["version"] not in (PROFILE_VERSION, CHAINED_VERSION):
+            if described["version"] not in VERSIONS:
                 raise ProfileError(
-                    f"expected version {PROFILE_VERSION} or {CHAINED_VERSION}, got version {described['version']}: "
+                    f"expected a version from {VERSIONS[0]} to {VERSIONS[-1]}, got version {described['version']}: "
                     "install a later release to read it"
                 )
-            chained = described["version"] == CHAINED_VERSION
+            chained = described["version"] != PROFILE_VERSION
             reach = int(described["chain"]["reach"]) if chained else 0
             groups = tuple(
                 Group.read(
@@ -269,18 +279,18 @@ class Profile:
                 layers, rotary, tensors["means"], groups, int(described["step_code"]), tensors["base_entries"],
                 tensors["refine_entries"], dict(described["about"]), (), reach,
             )  # fmt: skip
-            profile._check(chained)
+            profile._check(described["version"])
             profile.predictors = profile._predictors(described.get("predictors", []), tensors)
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ProfileError(f"these bytes are not a profile: {error}") from error
         profile.read, profile.place = FileHashes.of(data), place
         return profile
 
-    def _check(self, chained: bool) -> None:
-        """Raise ProfileError unless shapes and dtypes fit each other. chained: what its version says."""
+    def _check(self, version: int) -> None:
+        """Raise ProfileError unless shapes and dtypes fit each other, and the version that the file states."""
         channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
-        sound = sound and chained == (self.reach != 0) and chain.is_sound(self.groups, self.reach)
+        sound = sound and version == self.version and chain.is_sound(self.groups, self.reach)
         pairs = covered(self.groups, channels, chain.widths_read(self.groups, self.reach)) if sound else None
         sound = pairs is not None and sorted(pairs) == [(k, layer) for k in (0, 1) for layer in range(len(channels))]
         components = sum(len(group.synthesis) for group in self.groups) if sound else 0
