@@ -45,9 +45,9 @@ def grouping(
     """Return the largest number of layers of a group, and the reach of the chain, 0 without one. sample: any."""
     _, layers = exact.geometry(sample[0])
     widest = max(max(layer.k_channels, layer.v_channels) for layer in layers)
-    wide = widest >= CHAINED_CHANNELS
-    chained = wide and group_layers is None if across_layers == "auto" else across_layers == "chained"
-    count = group_layers or (1 if chained and wide else max(1, DEFAULT_GROUP_CHANNELS // widest))
+    chained = group_layers is None if across_layers == "auto" else across_layers == "chained"
+    alone = chained and widest >= CHAINED_CHANNELS
+    count = group_layers or (1 if alone else max(1, DEFAULT_GROUP_CHANNELS // widest))
     return count, min(max(DEFAULT_REACH, count), MAX_REACH) if chained else 0
 
 

@@ -101,10 +101,10 @@ def learn_profile(
             the largest with which all hold. Fewer numbers than levels apply to the finest levels, one number to the
             finest.
         floor: Lower bound on the sensitivity, as a fraction of the mean of each layer's K or V.
-        group_layers: Number of layers that share a basis. Default: as many as have DEFAULT_GROUP_CHANNELS channels.
-        across_layers: "joint": adjacent layers share a basis. "chained": each such group is predicted from those before
-            it; a group is one layer from CHAINED_CHANNELS channels on, and matrices have 8 bits a number. "auto":
-            chained from CHAINED_CHANNELS channels on.
+        group_layers: Number of layers that share a basis. Default: as many as have DEFAULT_GROUP_CHANNELS channels, and
+            in a chain one layer from CHAINED_CHANNELS channels on.
+        across_layers: "joint": each group of layers is coded by itself. "chained": it is predicted from the groups
+            before it, and matrices have 8 bits a number. "auto": chained, unless `group_layers` is given.
         undo_rotation: Rotate keys back to position zero, where the rotation is known.
         predict_layers: Values of `CacheGenConfig.predict_layers` to learn a predictor for: 0 predicts from a token's
             embedding, m from the hidden state after m layers. Each adds about as much to the file as the profile has.
