@@ -161,9 +161,13 @@ class Learnt:
                   for k in (0, 1)]  # fmt: skip
         squares = [training.products[i, i].double() / training.count for i in range(len(self.groups))]
         for seen, unseen in zip(*self.features, strict=True):
-            best = chosen(seen, unseen, targets_of(self.groups, shapes, means, squares, seen, unseen), 256)
-            scores = scores_of(seen, unseen, best, means)
-            groups, about = chained(training, held_out, self.groups, self.noise, width, scores)
+            targets = targets_of(self.groups, shapes, means, squares, seen, unseen)
+            best = chosen(seen, unseen, targets, 256)
+            order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
+            mine = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
+            sums = [whole.after(order, widths) for whole in (training, held_out)]
+            scores = scores_of(seen, unseen, best, targets)
+            groups, about = chained(*sums, mine, self.noise, width, scores)
             mean = (seen.total / seen.count).float()
             found = mean, best.directions.float(), groups, {**stated(best, seen), "chain": about}
             predictor = blank(seen.layer, found, profile.step_code, profile.levels, DEFAULT_REACH)

@@ -14,7 +14,7 @@ from hf_cachegen.artifact import PROFILE_FILE
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.manifest import loads
 from hf_cachegen.codec import basis, matrices
-from hf_cachegen.codec.chain import Chain, sources
+from hf_cachegen.codec.chain import MAX_REACH, Chain, sources
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import Geometry
@@ -23,6 +23,7 @@ from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.errors import ConfigError, ProfileError, UnsupportedFormatError
 from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.profiles.learning import chaining, continuation_logits, prefill
+from hf_cachegen.profiles.learning.chain import ChainSums
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.stores import LocalStore
 from tests.golden_cache import (
@@ -42,11 +43,12 @@ PLAIN = replace(CONFIG, predict_layers=None)
 GOLDEN = Path(__file__).with_name("golden") / "version-1" / "klt-chain"
 
 
-@pytest.fixture(scope="module")
-def profile() -> Profile:
+@pytest.fixture(scope="module", params=[1, 2], ids=["layers", "groups"])
+def profile(request: pytest.FixtureRequest) -> Profile:
     return learn_profile(
-        shared("llama"), samples(20), config=CONFIG, predict_layers=[0], target_kl=0.01, across_layers="chained"
-    )
+        shared("llama"), samples(20), config=CONFIG, predict_layers=[0], target_kl=0.01, across_layers="chained",
+        group_layers=request.param,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,10 @@ def kv() -> tuple[list[Tensor], list[Tensor]]:
 
 
 def test_a_chain_saves_bits_and_adds_up_with_the_hidden_state(profile: Profile) -> None:
-    alone = learn_profile(shared("llama"), samples(20), config=CONFIG, target_kl=0.01, group_layers=1)
+    layers = max(group.count for group in profile.groups)
+    alone = learn_profile(
+        shared("llama"), samples(20), config=CONFIG, target_kl=0.01, across_layers="joint", group_layers=layers
+    )
     rows = [one.about["measured"] for one in (alone, profile, profile.predictors[0])]
     for apart, chained, both in zip(*rows, strict=True):
         step = 2 ** ((profile.step_code - alone.step_code) / 4)
@@ -71,7 +76,10 @@ def test_the_file_states_the_chain(profile: Profile) -> None:
     assert read.to_bytes() == profile.to_bytes()
     assert (read.reach, read.predictors[0].reach) == (3, 3)
     assert read.about["chain"]["reach"] == 3
-    assert [(g.kind, g.first, g.count) for g in read.groups[:3]] == [(0, 0, 1), (1, 0, 1), (0, 1, 1)]
+    layers = read.groups[0].count
+    assert (layers, read.version) in ((1, 2), (2, 3))
+    assert [(g.kind, g.first) for g in read.groups[:3]] == [(0, 0), (1, 0), (0, layers)]
+    assert [(g.kind, g.first) for g in read.predictors[0].groups[:2]] == [(0, 1), (1, 1)]
     for mine, other in zip(profile.groups, read.groups, strict=True):
         for name in ("sensitivity", "synthesis", "summary"):
             assert torch.equal(getattr(mine, name), getattr(other, name))
@@ -236,22 +244,38 @@ def test_matrices_in_8_bits_keep_their_bytes() -> None:
     assert bool((error <= x.abs().amax(1) / 127 * 0.6).all())
 
 
-@pytest.mark.parametrize(
-    "options", [{"across_layers": "apart"}, {"across_layers": "chained", "group_layers": 2}], ids=str
-)
-def test_wrong_options_are_refused(options: dict[str, object]) -> None:
+def test_wrong_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="across_layers"):
-        learn_profile(shared("llama"), samples(), config=CONFIG, **options)  # type: ignore[arg-type]
+        learn_profile(shared("llama"), samples(), config=CONFIG, across_layers="apart")  # type: ignore[arg-type]
 
 
-def test_wide_layers_are_chained_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_layers_have_bases_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, sample = Exact(make("llama")), samples(1)[0]
-    assert chaining.reach_of(exact, sample, "auto", None) == 0
-    monkeypatch.setattr(chaining, "CHAINED_CHANNELS", 16)
-    assert chaining.reach_of(exact, sample, "auto", None) == 3
-    assert chaining.reach_of(exact, sample, "auto", 2) == 0
-    assert chaining.reach_of(exact, sample, "joint", None) == 0
+    _, layers = exact.geometry(sample[0])
+    width = max(layer.k_channels for layer in layers)
+    joint = chaining.DEFAULT_GROUP_CHANNELS // width
+    assert chaining.grouping(exact, sample, "auto", None) == (joint, MAX_REACH)
+    assert chaining.grouping(exact, sample, "auto", 2) == (2, 0)
+    assert chaining.grouping(exact, sample, "chained", 5) == (5, 5)
+    assert chaining.grouping(exact, sample, "joint", None) == (joint, 0)
+    monkeypatch.setattr(chaining, "CHAINED_CHANNELS", width)
+    assert chaining.grouping(exact, sample, "auto", None) == (1, 3)
+    assert chaining.grouping(exact, sample, "joint", None) == (joint, 0)
 
+
+def test_sums_of_the_last_layers_of_groups() -> None:
+    """Learnt from a chain's sums or from rows of these layers alone, the sums of a predictor's chain are the same."""
+    generator = torch.Generator().manual_seed(0)
+    order, widths = [(0, 0, 2), (1, 0, 2), (0, 2, 2), (1, 2, 2)], [8, 4, 8, 4]
+    rows = [torch.randn(30, width, generator=generator) for width in widths]
+    later, kept = [(0, 1, 1), (1, 1, 1), (0, 2, 2), (1, 2, 2)], [4, 2, 8, 4]
+    whole, alone = ChainSums(order, widths, 3), ChainSums(later, kept, 3)
+    whole.add(rows)
+    alone.add([x[:, -width:] for x, width in zip(rows, kept, strict=True)])
+    found = whole.after(later, kept)
+    assert found.products.keys() == alone.products.keys()
+    for name, x in alone.sums.items():
+        torch.testing.assert_close(found.sums[name], x)
 
 def test_old_chained_artifacts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest of each level was stored when the artifact was made. Its manifest requires the feature."""

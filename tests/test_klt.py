@@ -89,7 +89,9 @@ def test_rotations_invert(style) -> None:
 
 
 def test_coefficients_invert(model, profile: Profile) -> None:
-    whole = learn_profile(model, samples(), config=replace(CONFIG, levels=1), target_kl=1e-4)  # every component is kept
+    whole = learn_profile(
+        model, samples(), config=replace(CONFIG, levels=1), target_kl=1e-4, across_layers="joint"
+    )  # every component is kept
     keys, values, layers = prefill(model, samples()[0][0])
     codec = Klt(Geometry(layers, tokens=60, batch=1, dtype="float32"), replace(CONFIG, levels=1), whole)
     pairs = (x for pair in zip(keys, values, strict=True) for x in pair)
@@ -167,7 +169,7 @@ def test_an_artifact_needs_its_own_profile(model, profile: Profile, tmp_path: Pa
     profile.save(tmp_path / "a")  # it is found beside the artifact
     CacheGenCache.from_pretrained(tmp_path / "a", model).save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "base.safetensors").read_bytes() == (tmp_path / "a" / "base.safetensors").read_bytes()
-    assert Artifact(LocalStore(tmp_path / "a")).manifest.required == ("klt",)
+    assert Artifact(LocalStore(tmp_path / "a")).manifest.required == ("klt", "klt-chain")
 
 
 def test_only_the_right_profile_is_taken_from_a_folder(model, profile: Profile, tmp_path: Path) -> None:

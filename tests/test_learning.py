@@ -216,7 +216,7 @@ def test_progress_is_logged_at_a_limited_rate(model, monkeypatch, caplog) -> Non
     caplog.set_level("INFO", "hf_cachegen.profiles.learning")
     learn_profile(model, samples(), config=CONFIG)
     found = [record.message for record in caplog.records]
-    assert [text.split(":")[0].split()[0] for text in found[:5]] == ["learn", "learn", "step", "tables", "tables"]
+    assert [text.split(":")[0].split()[0] for text in found[:5]] == ["learn", "learn", "chain", "chain", "step"]
     assert found[1].startswith("learn: 5 of 5 samples, ")
     caplog.clear()
     monkeypatch.setattr(progress, "SECONDS_BETWEEN", 0.0)

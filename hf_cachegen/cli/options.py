@@ -177,9 +177,9 @@ learning_options = _all(
     click.option("--group-layers", type=click.IntRange(min=1),
                  help="Number of adjacent layers with a joint basis.  [default: chosen by their width]"),
     click.option("--across-layers", type=click.Choice(["auto", "joint", "chained"]), default="auto", show_default=True,
-                 help="joint: adjacent layers share a basis. chained: each layer is predicted from those before it, "
-                 "which makes the profile of a wide model smaller. auto: chained for layers of 1,024 channels and "
-                 "more."),
+                 help="joint: each group of layers is coded by itself. chained: it is predicted from the groups before "
+                 "it, which saves bits, and a group of wide layers is one layer. auto: chained, unless --group-layers "
+                 "is given."),
     click.option("--undo-rotation/--no-undo-rotation", default=True, show_default=True,
                  help="Undo the rotary embedding of the keys before the transform, if its type is supported."),
     click.option("--predict-layers", type=click.IntRange(min=0), multiple=True,

@@ -1,9 +1,10 @@
-"""Chain: predict each layer from the layers before it, in place of a joint basis over many layers.
+"""Chain: predict each group of layers from the groups before it.
 
-A chained profile has a basis for each layer's K and V alone, in the order in which they are decoded: K of layer 0, its
-V, K of layer 1, ... What a basis codes is the difference to a linear prediction from the *summaries* of the K and V
-before it: of up to `reach` layers, and of its own layer's K where it is V. With c the coefficients of a layer as the
-coarsest level decodes them, r all that its prediction reads, U its basis, P its prediction and Q its summary matrix:
+The groups of a chained profile are in the order in which they are decoded: K of the first layers, their V, K of the
+next layers, ... A group is one layer, where layers are wide, or adjacent layers with a joint basis. What a basis codes
+is the difference to a linear prediction from the *summaries* of the groups before it: of those that begin at most
+`reach` layers before, and of its own layers' K where it is V. With c the coefficients of a group as the coarsest level
+decodes them, r all that its prediction reads, U its basis, P its prediction and Q its summary matrix:
 
     x' = mean + y U + r P           y: the coefficients as any level decodes them
     summary = (c U + r P) Q^T       the leading coefficients of what the coarsest level decodes
@@ -26,7 +27,7 @@ from torch import Tensor
 from hf_cachegen.codec.group import Group
 
 MAX_REACH = 16
-"""Largest number of layers before a layer that its prediction reads."""
+"""Largest number of layers between the beginning of a group and of one that its prediction reads."""
 
 
 def sources(groups: Sequence[tuple[int, int, int]], index: int, reach: int) -> list[int]:
@@ -52,10 +53,10 @@ def is_sound(groups: Sequence[Group], reach: int) -> bool:
 
 
 def in_order(groups: Sequence[Group]) -> bool:
-    """Return whether each group is one layer's K or V, in the order of a chain, with a summary."""
+    """Return whether the groups are in the order of a chain, each with a summary."""
     order = [(group.first, group.kind) for group in groups]
     ascending = all(a < b for a, b in pairwise(order))
-    return ascending and all(group.count == 1 and group.summary is not None for group in groups)
+    return ascending and all(group.summary is not None for group in groups)
 
 
 class Chain:

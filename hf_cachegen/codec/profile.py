@@ -41,6 +41,9 @@ from hf_cachegen.errors import ProfileError
 PROFILE_VERSION = 1
 CHAINED_VERSION = 2
 """Of profiles whose layers are chained (`codec.chain`). Earlier releases would leave the prediction out."""
+CHAINED_GROUPS_VERSION = 3
+"""Of profiles in whose chain a group has several layers."""
+VERSIONS = (PROFILE_VERSION, CHAINED_VERSION, CHAINED_GROUPS_VERSION)
 MAX_HEADER_BYTES = 1 << 25
 """Limit of a file's safetensors header: enough for some thousand layers."""
 PART_TENSORS, GROUP_TENSORS = 4, 8
@@ -119,7 +122,8 @@ class Profile:
         refine_entries: uint8 [levels - 1, components]: entries of the shipped codebook.
         about: The model (its fingerprint), the amount of text, and the divergence measured at each level.
         predictors: What predicts the caches from the first layers, by ascending layer.
-        reach: How many layers before it each layer is predicted from (`codec.chain`). 0: the bases are joint.
+        reach: How many layers before it the groups begin that a group is predicted from (`codec.chain`). 0: there is no
+            chain.
         place: The repository and commit (hf://...) that it was loaded from or pushed to, if any. Artifacts that are
             made with it name them. `dataclasses.replace` drops it.
         read: The hashes of the file that it was read from, if any. `dataclasses.replace` drops them.
@@ -207,6 +211,13 @@ class Profile:
         """Hashes of the file that it was read from, else of the bytes that `to_bytes` returns."""
         return self.read or FileHashes.of(self.to_bytes())
 
+    @property
+    def version(self) -> int:
+        """The version of its file."""
+        if not self.reach:
+            return PROFILE_VERSION
+        return CHAINED_VERSION if all(group.count == 1 for group in self.groups) else CHAINED_GROUPS_VERSION
+
     def to_bytes(self) -> bytes:
         """Return the file. The basis is stored in float16, in a chain in 8 bits; its numbers are of order 1."""
         tensors = {
@@ -217,7 +228,7 @@ class Profile:
             tensors |= written_heads(f"sensitivity-{index}", group.sensitivity, chained=self.reach > 0)
             tensors |= group.tensors("", index)
         described = {
-            "version": CHAINED_VERSION if self.reach else PROFILE_VERSION,
+            "version": self.version,
             "layers": [layer.to_dict() for layer in self.layers],
             "rotary": {"style": self.rotary.style, "scaling": self.rotary.scaling},
             "groups": [[group.kind, group.first, group.count] for group in self.groups],
@@ -253,12 +264,12 @@ class Profile:
             header = strict_json.loads(data[8 : 8 + length])
             described = strict_json.loads(header["__metadata__"]["cachegen_profile"].encode())
             version = whole(described["version"])
-            if version not in (PROFILE_VERSION, CHAINED_VERSION):
+            if version not in VERSIONS:
                 raise ProfileError(
-                    f"expected version {PROFILE_VERSION} or {CHAINED_VERSION}, got version {version}: install a later "
+                    f"expected a version from {VERSIONS[0]} to {VERSIONS[-1]}, got version {version}: install a later "
                     "release to read it"
                 )
-            chained = version == CHAINED_VERSION
+            chained = version != PROFILE_VERSION
             reach = whole(described["chain"]["reach"]) if chained else 0
             layers = tuple(LayerGeometry.from_dict(layer) for layer in members(described["layers"], MAX_LAYERS))
             listed = members(described["groups"], 2 * len(layers))
@@ -277,18 +288,18 @@ class Profile:
                 layers, rotary, tensors["means"], groups, whole(described["step_code"]), tensors["base_entries"],
                 tensors["refine_entries"], mapping(described["about"]), (), reach,
             )  # fmt: skip
-            profile._check(chained)
+            profile._check(version)
             profile.predictors = profile._predictors(predictors, tensors)
         except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ProfileError(f"these bytes are not a profile: {error}") from error
         profile.read, profile.place = FileHashes.of(data), place
         return profile
 
-    def _check(self, chained: bool) -> None:
-        """Raise ProfileError unless shapes and dtypes fit each other. chained: what its version says."""
+    def _check(self, version: int) -> None:
+        """Raise ProfileError unless shapes and dtypes fit each other, and the version that the file states."""
         channels = [(layer.heads, layer.k_dim, layer.v_heads, layer.v_dim) for layer in self.layers]
         sound = bool(channels) and 0 <= self.step_code < 256 and self._rotary_is_sound()
-        sound = sound and chained == (self.reach != 0) and chain.is_sound(self.groups, self.reach)
+        sound = sound and version == self.version and chain.is_sound(self.groups, self.reach)
         pairs = covered(self.groups, channels, chain.widths_read(self.groups, self.reach)) if sound else None
         sound = pairs is not None and sorted(pairs) == [(k, layer) for k in (0, 1) for layer in range(len(channels))]
         components = sum(len(group.synthesis) for group in self.groups) if sound else 0

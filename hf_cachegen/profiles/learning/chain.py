@@ -1,11 +1,12 @@
-"""Learn a chained profile: maps from the summaries of the layers before to each layer, and bases of what is left.
+"""Learn a chained profile: maps from the summaries of the groups before to each group, and bases of what is left.
 
-All in the space where an error of any coefficient costs the same divergence. a_i are the K or V of one layer there,
-S_ij their mean products, of layers at most `reach` apart: sums of the same pass over the samples as the profile's.
+All in the space where an error of any coefficient costs the same divergence. a_i are the K or V of one group there,
+S_ij their mean products, of groups at most `reach` layers apart: sums of the same pass over the samples as the
+profile's.
 
 1. The summary of i is a_i V_i, with V_i the leading eigenvectors of S_ii. A summary that nothing reads is empty.
    (Directions chosen by what they explain of the layers after, a regression of low rank, took 3 % more bits.)
-2. What i reads is r + e: the summaries r of the exact layers, and the error e of the base, of variance
+2. What i reads is r + e: the summaries r of the exact groups, and the error e of the base, of variance
    n = step^2 / 12 in every direction. So the map with the least error is a ridge regression whose ridge is n at
    least: W = (E[r^T r] + ridge)^-1 E[r^T a_i]. The ridge is the multiple of n that leaves the least energy on held-out
    samples. So the maps know of the noise without a second pass over the samples.
@@ -28,17 +29,19 @@ from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.matrices import rounded
 
 DEFAULT_REACH = 3
-"""Number of layers before a layer that its prediction reads."""
+"""Number of layers before a layer that its prediction reads, where groups have fewer."""
 DEFAULT_WIDTH = 128
 """Largest number of leading coefficients that summarise a layer's K, or V. At 1,024 channels decoding then takes no
 more multiply-adds than joint bases of two layers.
 """
+JOINT_WIDTH = 256
+"""The same of a group of several layers."""
 RIDGES = (1.0, 3.0, 10.0, 30.0)
 """Ridges to choose from, in units of the noise of the base."""
 
 
 class ChainSums:
-    """Sums over samples of the products of layers at most `reach` apart.
+    """Sums over samples of the products of groups at most `reach` layers apart.
 
     Args:
         order: (kind, first layer, layers) of each group, in the order of the chain.
@@ -50,9 +53,10 @@ class ChainSums:
         self.order, self.reach = order, reach
         self.count = torch.zeros(1, dtype=torch.int64)
         self.rows = [torch.zeros(width, dtype=torch.float64) for width in widths]
+        ends = [(kind, first + count - 1, 1) for kind, first, count in order]  # where `after` may cut them
         self.products = {
             (j, i): torch.zeros(widths[j], widths[i])  # the largest sums of all, so float32
-            for i in range(len(order)) for j in [*sources(order, i, reach), i]
+            for i, group in enumerate(order) for j in [*sources([*ends[:i], group], i, reach), i]
         }  # fmt: skip
 
     @property
@@ -68,6 +72,22 @@ class ChainSums:
             total += part.sum(0, dtype=torch.float64).cpu()
         for (j, i), product in self.products.items():
             product += (rows[j].mT @ rows[i].to(rows[j].device)).cpu()
+
+    def after(self, order: Sequence[tuple[int, int, int]], widths: Sequence[int]) -> ChainSums:
+        """Return the sums of these groups, of which each is the last layers of one of this chain's.
+
+        Args:
+            order: (kind, first layer, layers) of each.
+            widths: Channels of each.
+        """
+        ends = {(kind, first + count): index for index, (kind, first, count) in enumerate(self.order)}
+        whole = [ends[kind, first + count] for kind, first, count in order]
+        found = ChainSums(order, widths, self.reach)
+        found.count = self.count
+        parts = [slice(len(self.rows[index]) - width, None) for index, width in zip(whole, widths, strict=True)]
+        found.rows = [self.rows[index][part] for index, part in zip(whole, parts, strict=True)]
+        found.products = {(j, i): self.products[whole[j], whole[i]][parts[j], parts[i]] for j, i in found.products}
+        return found
 
     def means(self) -> list[Tensor]:
         """Return the mean of each group, float64 [channels]."""
@@ -86,14 +106,12 @@ class Scores:
     """What a predictor's scores contribute.
 
     Attributes:
-        layer: m. The chain begins after it.
         inner: Mean product of the scores, float64 [rank, rank].
         ridge: What the ridge of the predictor adds to it, float64 [rank, rank].
         cross: Mean product of the scores and each group's channels, float64 [rank, channels].
         held_out: `inner` and `cross` of the held-out samples.
     """
 
-    layer: int
     inner: Tensor
     ridge: Tensor
     cross: list[Tensor]
@@ -150,10 +168,8 @@ def chained(
     """
     means, pairs = training.means(), [_roots(group) for group in groups]
     roots = [root for root, _ in pairs]
-    first = 0 if scores is None else scores.layer + 1
-    mine = [index for index, (_, layer, _) in enumerate(training.order) if layer >= first]
-    read = {i: [j for j in sources(training.order, i, training.reach) if j in mine] for i in mine}
-    used = {j for which in read.values() for j in which}
+    read = [sources(training.order, i, training.reach) for i in range(len(groups))]
+    used = {j for which in read for j in which}
     stored = [torch.zeros(0, len(root)) for root in roots]
     seen = _Products(training, means, roots, stored)
     for i in used:
@@ -162,25 +178,23 @@ def chained(
     summaries = [x.double() for x in stored]
     noisy = [x @ inverse @ inverse @ x.mT for x, (_, inverse) in zip(summaries, pairs, strict=True)]
     seen, unseen = (_Products(sums, means, roots, summaries) for sums in (training, held_out))
-    normal = {
-        i: (_normal(seen, noisy, read[i], i, scores), _normal(unseen, noisy, read[i], i, scores, unseen=True))
-        for i in mine
-    }
+    normal = [
+        (_normal(seen, noisy, which, i, scores), _normal(unseen, noisy, which, i, scores, unseen=True))
+        for i, which in enumerate(read)
+    ]
     left = {}
     for ridge in RIDGES:
         left[ridge] = 0.0
-        for i in mine:
-            maps = _solved(normal[i][0], noise * ridge, scores)
-            other = normal[i][1]
+        for own, other in normal:
+            maps = _solved(own, noise * ridge, scores)
             energy = maps * ((other.inner + noise * other.noisy) @ maps) - 2 * maps * other.cross
             left[ridge] += float(energy.sum())
     best = min(RIDGES, key=left.__getitem__)
     found = []
-    for i in mine:
-        root, inverse = pairs[i]
-        prediction = rounded(_solved(normal[i][0], noise * best, scores) @ inverse, chained=True)
-        maps, cross = prediction.double() @ root, normal[i][0].cross
-        both, inner = maps.mT @ cross, normal[i][0].inner + noise * normal[i][0].noisy
+    for i, ((root, inverse), (own, _)) in enumerate(zip(pairs, normal, strict=True)):
+        prediction = rounded(_solved(own, noise * best, scores) @ inverse, chained=True)
+        maps = prediction.double() @ root
+        both, inner = maps.mT @ own.cross, own.inner + noise * own.noisy
         _, basis = torch.linalg.eigh(seen.own(i) - both - both.mT + maps.mT @ inner @ maps)
         synthesis = rounded(basis.flip(1).mT @ inverse, chained=True)
         found.append(replace(

@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.chain import MAX_REACH
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.profile import Profile as CodecProfile
 from hf_cachegen.codec.quantize import step_factor, steps_of
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.profiles.files import Profile
-from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, ChainSums, Scores, chained
+from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, JOINT_WIDTH, ChainSums, chained
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal
 from hf_cachegen.profiles.learning.moments import Moments
@@ -22,29 +23,32 @@ from hf_cachegen.profiles.learning.predictor import FeatureSums, Target, chosen,
 from hf_cachegen.profiles.learning.running import Sample
 
 AcrossLayers = Literal["auto", "joint", "chained"]
+DEFAULT_GROUP_CHANNELS = 2048
+"""Layers share a basis while they have at most this many channels together: the product and the profile grow with it.
+"""
 CHAINED_CHANNELS = 1024
-"""Width of a layer's K or V from which "auto" chains layers: a joint basis would have two layers at most."""
+"""Width of a layer's K or V from which each layer of a chain has a basis of its own: a joint basis would have two
+layers at most.
+"""
 
 
-def require_across(across_layers: AcrossLayers, group_layers: int | None) -> None:
-    """Raise ConfigError unless these options fit each other."""
+def require_across(across_layers: AcrossLayers) -> None:
+    """Raise ConfigError for a choice that does not exist."""
     choices = get_args(AcrossLayers)
     if across_layers not in choices:
         raise ConfigError(f"across_layers must be one of {', '.join(choices)}, got {across_layers!r}")
-    if across_layers == "chained" and group_layers is not None:
-        raise ConfigError(
-            f"across_layers='chained' gives each layer a basis of its own, got "
-            f"group_layers={group_layers}: leave it out"
-        )
 
 
-def reach_of(exact: Exact, sample: Sample, across_layers: AcrossLayers, group_layers: int | None) -> int:
-    """Return the reach of the model's chain; 0 without one. sample: any."""
-    if across_layers != "auto":
-        return DEFAULT_REACH if across_layers == "chained" else 0
+def grouping(
+    exact: Exact, sample: Sample, across_layers: AcrossLayers, group_layers: int | None
+) -> tuple[int, int]:
+    """Return the largest number of layers of a group, and the reach of the chain, 0 without one. sample: any."""
     _, layers = exact.geometry(sample[0])
     widest = max(max(layer.k_channels, layer.v_channels) for layer in layers)
-    return DEFAULT_REACH if group_layers is None and widest >= CHAINED_CHANNELS else 0
+    chained = group_layers is None if across_layers == "auto" else across_layers == "chained"
+    alone = chained and widest >= CHAINED_CHANNELS
+    count = group_layers or (1 if alone else max(1, DEFAULT_GROUP_CHANNELS // widest))
+    return count, min(max(DEFAULT_REACH, count), MAX_REACH) if chained else 0
 
 
 class Chaining:
@@ -64,6 +68,7 @@ class Chaining:
         journal: Journal,
     ):  # fmt: skip
         self.sums, self.groups, self.held_out = sums, groups, moments.chain_sums()
+        self.width = DEFAULT_WIDTH if moments.group_layers == 1 else JOINT_WIDTH
         for context, _ in journal.each("chain", held_out, self.held_out.sums):
             keys, values, _ = exact.prefill(context)
             self.held_out.add(moments.rows_of(keys, values))
@@ -73,7 +78,7 @@ class Chaining:
 
         The noise of the base follows from the step. The step itself depends little on the bases.
         """
-        groups, about = self._groups(profile, levels)
+        groups, about = chained(self.sums, self.held_out, self.groups, _noise(profile, levels), self.width)
         nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
         return replace(
             profile, groups=groups, reach=self.sums.reach, about={**profile.about, "chain": about},
@@ -85,13 +90,16 @@ class Chaining:
     ) -> tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]]:
         """Learn a predictor whose layers are chained: what `predictor.regressed` returns for joint bases."""
         best = chosen(training, held_out, targets, rank)
-        scores = scores_of(training, held_out, best, self.sums.means())
-        groups, about = self._groups(profile, profile.levels, scores)
+        order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
+        sums = [whole.after(order, widths) for whole in (self.sums, self.held_out)]
+        groups = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
+        scores = scores_of(training, held_out, best, targets)
+        found, about = chained(*sums, groups, _noise(profile, profile.levels), self.width, scores)
         mean = (training.total / training.count).float()
-        return mean, best.directions.float(), groups, {**stated(best, training), "chain": about}
+        return mean, best.directions.float(), found, {**stated(best, training), "chain": about}
 
-    def _groups(
-        self, profile: CodecProfile, levels: int, scores: Scores | None = None
-    ) -> tuple[tuple[Group, ...], dict[str, Any]]:
-        step = float(steps_of(torch.tensor(profile.step_code, dtype=torch.uint8))) * step_factor(1, levels)
-        return chained(self.sums, self.held_out, self.groups, step**2 / 12, DEFAULT_WIDTH, scores)
+
+def _noise(profile: CodecProfile, levels: int) -> float:
+    """Return the variance of the base's error in each coefficient."""
+    step = float(steps_of(torch.tensor(profile.step_code, dtype=torch.uint8))) * step_factor(1, levels)
+    return step**2 / 12

@@ -38,7 +38,7 @@ from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.models.stepping import StepSearch
 from hf_cachegen.profiles.files import Profile
-from hf_cachegen.profiles.learning.chaining import AcrossLayers, Chaining, reach_of, require_across
+from hf_cachegen.profiles.learning.chaining import AcrossLayers, Chaining, grouping, require_across
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal, unknown
 from hf_cachegen.profiles.learning.moments import SUMS, Moments
@@ -101,9 +101,10 @@ def learn_profile(
             the largest with which all hold. Fewer numbers than levels apply to the finest levels, one number to the
             finest.
         floor: Lower bound on the sensitivity, as a fraction of the mean of each layer's K or V.
-        group_layers: Number of layers that share a basis. Default: as many as have DEFAULT_GROUP_CHANNELS channels.
-        across_layers: "joint": adjacent layers share a basis. "chained": each layer has its own, and is predicted from
-            the layers before it; matrices have 8 bits a number. "auto": chained from CHAINED_CHANNELS channels on.
+        group_layers: Number of layers that share a basis. Default: as many as have DEFAULT_GROUP_CHANNELS channels, and
+            in a chain one layer from CHAINED_CHANNELS channels on.
+        across_layers: "joint": each group of layers is coded by itself. "chained": it is predicted from the groups
+            before it, and matrices have 8 bits a number. "auto": chained, unless `group_layers` is given.
         undo_rotation: Rotate keys back to position zero, where the rotation is known.
         predict_layers: Values of `CacheGenConfig.predict_layers` to learn a predictor for: 0 predicts from a token's
             embedding, m from the hidden state after m layers. Each adds about as much to the file as the profile has.
@@ -136,7 +137,7 @@ def learn_profile(
         raise ConfigError(f"floor must be positive and below 100, got {floor}")
     if group_layers is not None and (not isinstance(group_layers, int) or group_layers < 1):
         raise ConfigError(f"group_layers must be an integer of at least 1, got {group_layers!r}")
-    require_across(across_layers, group_layers)
+    require_across(across_layers)
     predicting = ranks_of(model, predict_layers, predict_rank)
     for index, sample in enumerate(samples):
         require_sample(index, sample)
@@ -170,7 +171,7 @@ class _Learning:
         self, floor: float, group_layers: int | None, across_layers: AcrossLayers, undo_rotation: bool,
         predicting: dict[int, int],
     ) -> Profile:  # fmt: skip
-        reach = reach_of(self.exact, self.samples[0], across_layers, group_layers)
+        group_layers, reach = grouping(self.exact, self.samples[0], across_layers, group_layers)
         options = {"floor": floor, "target_kl": list(self.targets), "seed": self.seed, "samples": len(self.samples)}
         key = self._key({
             **options, "group_layers": group_layers, "reach": reach, "undo_rotation": undo_rotation,

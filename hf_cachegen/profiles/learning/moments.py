@@ -26,9 +26,6 @@ from hf_cachegen.profiles.learning.running import Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEFAULT_GROUP_CHANNELS = 2048
-"""Layers share a basis while they have at most this many channels together: the product and the profile grow with it.
-"""
 LEAST_SENSITIVITY = 0.02
 """Lower bound on sensitivity, in units of the model's mean: the samples may not depend on a layer at all."""
 SUMS = 2
@@ -43,13 +40,12 @@ class Moments:
     """
 
     def __init__(
-        self, exact: Exact, samples: Sequence[Sample], rotary: Rotary, group_layers: int | None, seed: int,
+        self, exact: Exact, samples: Sequence[Sample], rotary: Rotary, group_layers: int, seed: int,
         journal: Journal, predict_layers: Sequence[int] = (), reach: int = 0,
     ):  # fmt: skip
         self.rotary = rotary
         self.shapes, self.layers = exact.geometry(samples[0][0])
-        widest = max(h * d for side in self.shapes for h, d in side)
-        self.group_layers = 1 if reach else group_layers or max(1, DEFAULT_GROUP_CHANNELS // widest)
+        self.group_layers = group_layers
         self.ranges = [part for kind in (0, 1) for part in self._group(kind)]
         if reach:
             self.ranges.sort(key=lambda part: (part[1], part[0]))  # as a loader decodes them

@@ -210,18 +210,14 @@ def stated(best: Regression, training: FeatureSums) -> dict[str, Any]:
     return {"ridge": best.ridge, "rank": best.directions.shape[1], "samples": int(training.count)}
 
 
-def scores_of(
-    training: FeatureSums, held_out: FeatureSums, best: Regression, means: Sequence[Tensor]
-) -> Scores:
-    """Return what the scores of a map contribute to a chain. means: float64 [channels] of each group."""
+def scores_of(training: FeatureSums, held_out: FeatureSums, best: Regression, targets: Sequence[Target]) -> Scores:
+    """Return what the scores of a map contribute to a chain over these targets."""
     shift, directions = training.total / training.count, best.directions.float().double()
     features = training.covariance(shift)
     ridge = best.ridge * features.diagonal().mean() * (directions.mT @ directions)
-    inner, cross = [], []
-    for sums in (training, held_out):
-        inner.append(directions.mT @ sums.covariance(shift) @ directions)
-        cross.append([directions.mT @ sums.products(index, shift, mean) for index, mean in enumerate(means)])
-    return Scores(training.layer, inner[0], ridge, cross[0], (inner[1], cross[1]))
+    inner, other = (directions.mT @ sums.covariance(shift) @ directions for sums in (training, held_out))
+    cross = [directions.mT @ target.cross for target in targets]
+    return Scores(inner, ridge, cross, (other, [directions.mT @ target.held_out for target in targets]))
 
 
 def targets_of(
