@@ -165,7 +165,7 @@ class Learnt:
             best = chosen(seen, unseen, targets, 256)
             order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
             mine = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
-            sums = [whole.after(order, widths) for whole in (training, held_out)]
+            sums = training.after(order, widths), held_out.after(order, widths)
             scores = scores_of(seen, unseen, best, targets)
             groups, about = chained(*sums, mine, self.noise, width, scores)
             mean = (seen.total / seen.count).float()

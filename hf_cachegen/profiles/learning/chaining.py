@@ -91,7 +91,7 @@ class Chaining:
         """Learn a predictor whose layers are chained: what `predictor.regressed` returns for joint bases."""
         best = chosen(training, held_out, targets, rank)
         order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
-        sums = [whole.after(order, widths) for whole in (self.sums, self.held_out)]
+        sums = self.sums.after(order, widths), self.held_out.after(order, widths)
         groups = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
         scores = scores_of(training, held_out, best, targets)
         found, about = chained(*sums, groups, _noise(profile, profile.levels), self.width, scores)
