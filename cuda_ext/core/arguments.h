@@ -76,10 +76,10 @@ inline bool are_streams_of(const cg_streams& streams, uint64_t tokens) {
 }
 
 inline bool is_batch(const cg_batch* batch) {
-  if (batch == nullptr || batch->columns > CG_MAX_COLUMNS || batch->columns % kTileColumns != 0) return false;
+  if (batch == nullptr || batch->columns > CG_MAX_COLUMNS) return false;
   if (batch->group_tokens == 1 || batch->dtype > CG_FLOAT16) return false;
   if (batch->n_digits > CG_MAX_DIGITS || batch->n_end_digits > CG_MAX_DIGITS) return false;
-  if (batch->tables_per_tile == 0 || batch->tables_per_tile > kTileColumns) return false;
+  if (batch->tables_per_tile > kTileColumns) return false;
   if (batch->columns == 0) return true;
   for (uint32_t k = 0; k < batch->n_digits || k < batch->n_end_digits; k++)
     if (batch->digit_ids[k] == nullptr) return false;

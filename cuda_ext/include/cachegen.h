@@ -219,7 +219,7 @@ typedef struct cg_streams {
 /* What the chunks of a batch share. All columns are coded in every section. Coded rows [first, last) of a chunk have
  * n_digits digits, at `steps`; the rows before and after, its ends, have n_end_digits digits at `end_steps`. */
 typedef struct cg_batch { /* [host] */
-  uint64_t columns;        /* of a chunk, a multiple of 256 */
+  uint64_t columns;        /* of a chunk */
   uint64_t group_tokens;   /* 0, or 2 and above, as in cg_chunk */
   const uint8_t* base_ids; /* [columns] */
   const uint8_t* digit_ids[2]; /* [columns, 3] each */
@@ -230,9 +230,9 @@ typedef struct cg_batch { /* [host] */
   const float* means;     /* [columns] */
   const float* steps;     /* [columns] */
   const float* end_steps; /* [columns] */
-  const cg_place* places; /* [columns / 8]: of the first of every 8 columns, which lie one after the other; addresses and
-                           * strides are multiples of 16 */
-  uint32_t tables_per_tile; /* at most so many different base tables in any tile: 1 and above */
+  const cg_place* places; /* [ceil(columns / 8)]: of the first of every 8 columns, which lie one after the other; addresses
+                           * and strides are multiples of 16 */
+  uint32_t tables_per_tile; /* at most so many different base tables in any tile; 0: they are not copied to shared memory */
   uint32_t n_digits;
   uint32_t n_end_digits;
   uint32_t dtype; /* of the values, of enum cg_dtype */

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, basis, quantize, transfer
+from hf_cachegen.codec.batch import Launches
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
@@ -50,8 +51,6 @@ Chunk = tuple[Sequence[bytes | memoryview], Span, int]
 """The parts of a chunk, its position, and the target's row of its first token."""
 HOST_CHUNKS = 2
 """Most chunks that the CPU decodes with one matrix product. Each product begins with arranging the matrix."""
-OUTSTANDING = 2
-"""Number of groups of chunks whose errors are not read yet, so that the host does not wait for the device."""
 DIGEST_BYTES = 16
 STEP_CODES = 256
 ENTRY_BITS = 8
@@ -293,29 +292,26 @@ class Klt(Transform):
         self.decode_many([(parts, span, row)], target)
 
     def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
-        checks, y = transfer.Checks(OUTSTANDING), torch.empty(0, self.entries.shape[1], device=target.device)
-        for group in adjacent(chunks, HOST_CHUNKS if transfer.is_host(target.device) else abi.MAX_BATCH):
-            (_, first, _), (_, last, _) = group[0], group[-1]
+        host, components, launches = transfer.is_host(target.device), self.entries.shape[1], None
+        y = Target.memory(0, components, target.device)
+        for group in adjacent(chunks, HOST_CHUNKS if host else abi.MAX_BATCH):
+            (parts, first, row), (_, last, _) = group[0], group[-1]
             whole = Span(first.first, last.first + last.tokens - first.first, first.total)
-            if len(y) < whole.tokens:  # new memory costs as much as decoding into it, so all groups share it
-                y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
-            checks.add(self._launch(group, whole, target, y[: whole.tokens]))
-        checks.finish()
-
-    def _launch(self, group: Sequence[Chunk], whole: Span, target: Target, y: Tensor) -> transfer.Check:
-        """Decode chunks that follow one another, with one matrix product for all. Return what waits for them.
-
-        Args:
-            group: The chunks.
-            whole: Their position.
-            target: Receives the values.
-            y: Receives the coefficients, float32 [tokens, components].
-        """
-        parts, _, row = group[0]
-        check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
-        idle = self._idle(whole, len(parts)) if transfer.is_host(target.device) else None
-        self._restore(y, whole, len(parts), self._vectors(target, slice(row, row + whole.tokens)), idle)
-        return check
+            if launches is None or len(y) < whole.tokens:
+                # New memory costs as much as decoding into it, so all groups share it.
+                y = Target.memory(whole.tokens, components, target.device)
+                if launches is not None:
+                    launches.finish()
+                launches = Launches(self.inner, Target.matrix(y))
+            for own, span, at in group:
+                launches.add(own, span, at - row)
+            launches.flush()
+            # One matrix product for all chunks of the group.
+            idle = self._idle(whole, len(parts)) if host else None
+            vectors = self._vectors(target, slice(row, row + whole.tokens))
+            self._restore(y[: whole.tokens], whole, len(parts), vectors, idle)
+        if launches is not None:
+            launches.finish()
 
     def _idle(self, span: Span, level: int) -> Tensor:
         """Return which components no table of these tokens can express, bool [components]."""
