@@ -107,7 +107,7 @@ def measure(transform: str, layers: int) -> dict[str, Any]:
     rows = range(0, CHUNK * CHUNKS, CHUNK)
     for level in range(1, codec.config.levels + 1):
         coded: list[bytes] = parts[:level]
-        assert serves(codec, level, target)
+        assert serves(codec, target)
         with stand() as device:
             decode(codec, level, target, coded, rows)  # copies the tables
             work = [decode(codec, level, target, coded, rows) for _ in range(ROUNDS)]

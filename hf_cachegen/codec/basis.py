@@ -277,17 +277,18 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def _shortened(part: Tensor, idle: Tensor) -> Tensor:
-    """Drop the trailing components if all of them are idle and zero.
+    """Drop the trailing components that are idle and zero.
 
-    Return all components where there is little to drop, or where an idle one is not zero (an exception). Components are
-    ordered by their spread, so the idle ones are mostly the last.
+    Return all components where there is little to drop. Components are ordered by their spread, so the idle ones are
+    mostly the last.
     """
-    live = (~idle).nonzero().flatten()
+    most, live = (1 - WORTH_LEAVING_OUT) * len(idle), (~idle).nonzero().flatten()
     count = max(int(live[-1]) + 1 if len(live) else 1, LEADING)
-    if count > (1 - WORTH_LEAVING_OUT) * len(idle):
+    if count > most:
         return part
-    least, most = part[:, count:].aminmax()
-    return part[:, :count] if float(least) == 0 == float(most) else part
+    found = (part[:, count:] != 0).any(0).nonzero().flatten()
+    count += int(found[-1]) + 1 if len(found) else 0
+    return part[:, :count] if count <= most else part
 
 
 def slices_of(geometry: Geometry) -> list[slice]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -149,7 +150,7 @@ class Klt(Transform):
         """Yield the cheapest entries uint8 [components] of each part, and the bits float64 that they save."""
         books = list(islice(repeated(self.inner.values, self.inner.digits), self.config.levels))
         # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
-        narrow = torch.tensor([book.narrowest for book in books], dtype=torch.uint8)[:, None].expand_as(self.entries)
+        narrow = self._narrowest.expand_as(self.entries)
         if kept is not None:
             chosen = kept.choose(context.spans, self.inner, torch.stack([self.entries, narrow]))
         else:
@@ -313,10 +314,21 @@ class Klt(Transform):
         if launches is not None:
             launches.finish()
 
+    @cached_property
+    def _quiet(self) -> Tensor:
+        """Whether a part's table codes a component that is almost always zero, bool [parts, components]."""
+        return (self.entries == 0) | (self.entries == self._narrowest)
+
+    @cached_property
+    def _narrowest(self) -> Tensor:
+        """The narrowest entry of each part, uint8 [parts, 1]."""
+        books = islice(repeated(self.inner.values, self.inner.digits), self.config.levels)
+        return torch.tensor([[book.narrowest] for book in books], dtype=torch.uint8)
+
     def _idle(self, span: Span, level: int) -> Tensor:
-        """Return which components no table of these tokens can express, bool [components]."""
+        """Return which components are zero by all, or almost all, tables of these tokens, bool [components]."""
         protected = span.ordinary(self.config) != slice(0, span.tokens)
-        return ~(self.entries if protected else self.entries[:level]).any(0)
+        return self._quiet[: self.config.levels if protected else level].all(0)
 
     def _vectors(self, target: Target, tokens: slice) -> list[Tensor]:
         """Return views [tokens, heads, dim] of the target's rows: K and V of each layer in turn."""

@@ -19,11 +19,12 @@ import xxhash
 from torch import Tensor
 
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.fit import Counts, repeated
+from hf_cachegen.codec.fit import Counts
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.quantize import steps_of
+from hf_cachegen.codec.rans import TILE_COLUMNS
 from hf_cachegen.codec.rows import empty_kv, gather, scatter
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.tables import shipped_codebooks
@@ -64,7 +65,6 @@ MAX_HELD_OUT = 8
 """
 MAX_TABLE_SAMPLES = 16
 STEP_CODES = 256
-MAX_GAP = 32
 KEPT_PEAK = 0.25
 """A component is kept if a sample's coefficient reaches this fraction of the finest step. A symbol needs half a step,
 and contexts of another kind have larger coefficients.
@@ -271,7 +271,9 @@ class _Learning:
     def _entries(self, profile: Profile, layer: int | None, journal: Journal) -> dict[str, Any]:
         """Return the groups of the profile, or of its predictor, and their entries, by the names of the fields.
 
-        Each coefficient gets its cheapest tables. Components that stay near zero are left out.
+        Each coefficient gets its cheapest tables. Components that stay near zero are left out of the groups. All others
+        are coded in every part: base and digits of a tile are decoded together, and a component that is always zero
+        costs about a thousandth of a bit per token.
         """
         learnt, config = profile.at(layer), replace(self.config, predict_layers=layer)
         components = len(learnt.base_entries)
@@ -284,29 +286,17 @@ class _Learning:
             counts.add(codec.inner.symbols(y)[0])
             torch.maximum(peaks, y.abs().amax(0), out=peaks)
         values, digits = shipped_codebooks(self.config.prob_bits)
-        entries, _ = counts.choose(values, digits)
-        for row, book in zip(entries, repeated(values, digits), strict=False):
-            _close_gaps(row, book.narrowest)
+        entries, _ = counts.choose(values, digits, coded=True)
+        widths = [len(group.synthesis) for group in learnt.groups]
         kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(learnt.step_code, dtype=torch.uint8)))
-        groups, at = [], 0
-        for group in learnt.groups:
-            mine = kept[at : at + len(group.synthesis)]
-            mine[0] = True  # a group needs at least one component
-            groups.append(replace(group, synthesis=group.synthesis[mine]))
-            at += len(mine)
+        kept[torch.tensor([0, *widths[:-1]]).cumsum(0)] = True  # a group needs at least one component
+        whole = -(-int(kept.sum()) // TILE_COLUMNS) * TILE_COLUMNS
+        if whole <= components:  # a last tile that is not whole takes as long
+            kept[peaks.masked_fill(kept, torch.inf).topk(whole).indices] = True
+        pairs = zip(learnt.groups, kept.split(widths), strict=True)
+        groups = [replace(group, synthesis=group.synthesis[mine]) for group, mine in pairs]
         entries = entries[:, kept]
         return {"groups": tuple(groups), "base_entries": entries[0], "refine_entries": entries[1:]}
-
-
-def _close_gaps(entries: Tensor, narrowest: int) -> None:
-    """Give a table to components that are always zero but lie between others that are not, in place.
-
-    They cost almost nothing, and adjacent coded components decode faster. entries: uint8 [components].
-    """
-    live = entries.nonzero().flatten()
-    for before, after in zip(live.tolist(), live[1:].tolist(), strict=False):
-        if after - before <= MAX_GAP:
-            entries[before + 1 : after] = narrowest
 
 
 def _coded(exact: Exact, profile: Profile, context: Tensor, config: CacheGenConfig) -> tuple[Tensor, Klt]:
