@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hf_cachegen.codec import batch, native
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.side import Side
+from hf_cachegen.codec.wide import Wide
 from hf_cachegen.errors import CorruptError, TruncatedError
 from tests.klt_support import COMPONENTS, CONFIG, make_profile
 from tests.lockstep import in_lockstep, needs_compiler
@@ -163,7 +165,14 @@ def test_klt_decodes_in_batches(library: str, level: int, calls: list[str]) -> N
     assert len(coder) <= 12
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: data[:-9] + b"\xff" + data[-8:], lambda _: b""])
+DAMAGE = {
+    "cut": lambda data: data[:-2],
+    "changed": lambda data: data[:-9] + bytes([data[-9] ^ 64]) + data[-8:],
+    "empty": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damage_has_the_errors_of_the_sections(damage: Callable[[bytes], bytes]) -> None:
     context = context_of(300)
     for part in range(3):
@@ -183,6 +192,11 @@ def test_wide_symbols_of_a_batch_are_corrected_together(monkeypatch: pytest.Monk
     coder, found = codec(COMPONENTS), list[int]()
     parts = parts_of(coder, wide=True)
     real = LossyCodec.correct
-    monkeypatch.setattr(LossyCodec, "correct", lambda self, chunks, *a: (found.append(len(chunks)), real(self, chunks, *a)))
+
+    def correct(self: LossyCodec, chunks: list[tuple[Wide, slice, int]], *arguments: Any) -> None:
+        found.append(len(chunks))
+        real(self, chunks, *arguments)
+
+    monkeypatch.setattr(LossyCodec, "correct", correct)
     decoded(coder, parts, 2)
     assert found == [3]

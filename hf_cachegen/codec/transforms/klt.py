@@ -43,7 +43,7 @@ from hf_cachegen.codec.scaling import Scaling
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.sinks import FINER
-from hf_cachegen.codec.tables import shipped_codebooks
+from hf_cachegen.codec.tables import Codebook, shipped_codebooks
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
@@ -148,24 +148,16 @@ class Klt(Transform):
 
     def _choices(self, context: ContextRows, kept: Kept | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the cheapest entries uint8 [components] of each part, and the bits float64 that they save."""
-        books = list(islice(repeated(self.inner.values, self.inner.digits), self.config.levels))
-        # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
-        narrow = self._narrowest.expand_as(self.entries)
         if kept is not None:
-            chosen = kept.choose(context.spans, self.inner, torch.stack([self.entries, narrow]))
+            entries, bits, before = kept.choose(context.spans, self.inner, self.entries[None])
         else:
             counts = Counts(self.entries.shape[1], self.config.levels)
             for rows, span in context.chunks():
                 counts.add(self.inner.symbols(self.checked(rows, span))[0])
-            parts = list(zip(books, counts.parts, strict=True))
-            others = [
-                torch.stack([book.bits(found, own) for (book, found), own in zip(parts, entries, strict=True)])
-                for entries in (self.entries, narrow)
-            ]
-            chosen = *counts.choose(self.inner.values, self.inner.digits), torch.stack(others)
-        entries, bits, (before, zero) = chosen
-        stays = (entries == 0) & (self.entries > 0)
-        yield from zip(narrow.where(stays, entries), before - zero.where(stays, bits), strict=True)
+            entries, bits = counts.choose(self.inner.values, self.inner.digits)
+            parts = zip(self._books, counts.parts, self.entries, strict=True)
+            before = torch.stack([book.bits(found, own) for book, found, own in parts])[None]
+        yield from zip(entries, before[0] - bits, strict=True)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
@@ -268,7 +260,8 @@ class Klt(Transform):
         if self.known is not None and self.known.keys:
             pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
             for own, exact in zip(vectors, pairs, strict=False):
-                own.copy_(exact[0, :, span.first : span.first + span.tokens].transpose(0, 1))
+                part = exact[0, :, span.first : span.first + span.tokens].transpose(0, 1)
+                own.copy_(transfer.send(part, own.device))
 
     def checked(self, rows: Tensor, span: Span) -> Tensor:
         """Return `coefficients`. Raises TensorError where they cannot be coded."""
@@ -317,13 +310,13 @@ class Klt(Transform):
     @cached_property
     def _quiet(self) -> Tensor:
         """Whether a part's table codes a component that is almost always zero, bool [parts, components]."""
-        return (self.entries == 0) | (self.entries == self._narrowest)
+        narrowest = torch.tensor([[book.narrowest] for book in self._books], dtype=torch.uint8)
+        return (self.entries == 0) | (self.entries == narrowest)
 
-    @cached_property
-    def _narrowest(self) -> Tensor:
-        """The narrowest entry of each part, uint8 [parts, 1]."""
-        books = islice(repeated(self.inner.values, self.inner.digits), self.config.levels)
-        return torch.tensor([[book.narrowest] for book in books], dtype=torch.uint8)
+    @property
+    def _books(self) -> list[Codebook]:
+        """The codebook of each part."""
+        return list(islice(repeated(self.inner.values, self.inner.digits), self.config.levels))
 
     def _idle(self, span: Span, level: int) -> Tensor:
         """Return which components are zero by all, or almost all, tables of these tokens, bool [components]."""

@@ -271,9 +271,7 @@ class _Learning:
     def _entries(self, profile: Profile, layer: int | None, journal: Journal) -> dict[str, Any]:
         """Return the groups of the profile, or of its predictor, and their entries, by the names of the fields.
 
-        Each coefficient gets its cheapest tables. Components that stay near zero are left out of the groups. All others
-        are coded in every part: base and digits of a tile are decoded together, and a component that is always zero
-        costs about a thousandth of a bit per token.
+        Each coefficient gets its cheapest tables. Components that stay near zero are left out.
         """
         learnt, config = profile.at(layer), replace(self.config, predict_layers=layer)
         components = len(learnt.base_entries)
@@ -286,7 +284,7 @@ class _Learning:
             counts.add(codec.inner.symbols(y)[0])
             torch.maximum(peaks, y.abs().amax(0), out=peaks)
         values, digits = shipped_codebooks(self.config.prob_bits)
-        entries, _ = counts.choose(values, digits, coded=True)
+        entries, _ = counts.choose(values, digits)
         widths = [len(group.synthesis) for group in learnt.groups]
         kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(learnt.step_code, dtype=torch.uint8)))
         kept[torch.tensor([0, *widths[:-1]]).cumsum(0)] = True  # a group needs at least one component
