@@ -78,7 +78,7 @@ class Stand:
     def call(self, name: str, *arguments: Any, **options: Any) -> None:
         """Call a function of the library, unless a device would run it."""
         self.calls[name] += 1
-        if name != abi.BATCH:
+        if name not in (abi.BATCH, heads.WRITE):
             self._call(name, *arguments, **options)
 
 
@@ -156,27 +156,21 @@ def products(layers: int) -> dict[str, Any]:
     vectors = [torch.empty(tokens, 1, WIDTH, dtype=torch.bfloat16) for _ in order]
     y, span, found = torch.randn(tokens, entries.shape[1]), Span(0, tokens, 2 * tokens), {}
     for level in (1, 3):
-        seconds, calls = [], Counter[str]()
-        with ExitStack() as patches:
-            patches.enter_context(mock.patch.object(heads.native, "offers", heads_on_a_device))
-            patches.enter_context(mock.patch.object(basis, "multiplies_bfloat16", return_value=True))
+        seconds = []
+        with stand() as device, mock.patch.object(basis, "multiplies_bfloat16", return_value=True):
             for _ in range(ROUNDS):
                 start = time.thread_time()
                 codec._restore(y, span, level, vectors)
                 seconds.append(time.thread_time() - start)
-            with Operations(calls):
+            device.calls.clear()
+            with Operations(device.calls):
                 codec._restore(y, span, level, vectors)
-        own, count = 1e6 * min(seconds) / abi.MAX_BATCH, calls.total()
+        own, calls = 1e6 * min(seconds) / abi.MAX_BATCH, device.calls.total()
         found[f"level {level}"] = {
-            "work, us": round(own, 1), "calls of a batch": count,
-            "with launches, us": round(own + LAUNCH * count / abi.MAX_BATCH, 1),
+            "work, us": round(own, 1), "calls of a batch": calls,
+            "with launches, us": round(own + LAUNCH * calls / abi.MAX_BATCH, 1),
         }  # fmt: skip
     return found
-
-
-def heads_on_a_device(name: str, device: torch.device) -> bool:
-    """Return whether CUDA's library has a function."""
-    return name not in abi.CPU_PROTOTYPES
 
 
 def measure(transform: str, layers: int) -> dict[str, Any]:

@@ -101,6 +101,14 @@ inline bool is_job(const cg_batch& batch, const cg_job& job) {
   return sound;
 }
 
+inline bool is_heads(const cg_heads& heads) {
+  if (heads.tokens > CG_MAX_TOKENS || uint64_t(heads.heads) * heads.dim > CG_MAX_COLUMNS) return false;
+  if (heads.tokens == 0 || heads.heads == 0 || heads.dim == 0) return true;
+  if ((heads.from_dtype != CG_FLOAT32 && heads.from_dtype != CG_BFLOAT16) || heads.to_dtype > CG_FLOAT16) return false;
+  if (heads.pairs > heads.dim / 2 || (heads.pairs > 0 && heads.angles == nullptr)) return false;
+  return heads.rows != nullptr && heads.address != 0;
+}
+
 // Whether so many tiles lie one after the other within the streams; offsets are the host's.
 inline bool are_offsets(const uint64_t* offsets, uint64_t tiles, uint64_t streams_bytes) {
   for (uint64_t i = 0; i < tiles; i++)
