@@ -22,8 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import islice
 
 import numpy as np
 import torch
@@ -43,7 +41,7 @@ from hf_cachegen.codec.scaling import Scaling
 from hf_cachegen.codec.section import Cursor
 from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.sinks import FINER
-from hf_cachegen.codec.tables import Codebook, shipped_codebooks
+from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
@@ -155,7 +153,8 @@ class Klt(Transform):
             for rows, span in context.chunks():
                 counts.add(self.inner.symbols(self.checked(rows, span))[0])
             entries, bits = counts.choose(self.inner.values, self.inner.digits)
-            parts = zip(self._books, counts.parts, self.entries, strict=True)
+            books = repeated(self.inner.values, self.inner.digits)
+            parts = zip(books, counts.parts, self.entries, strict=False)
             before = torch.stack([book.bits(found, own) for book, found, own in parts])[None]
         yield from zip(entries, before[0] - bits, strict=True)
 
@@ -243,9 +242,7 @@ class Klt(Transform):
             )
         return self.known.scores[span.first : span.first + span.tokens]
 
-    def _restore(
-        self, y: Tensor, span: Span, level: int, vectors: Sequence[Tensor], idle: Tensor | None = None
-    ) -> None:
+    def _restore(self, y: Tensor, span: Span, level: int, vectors: Sequence[Tensor]) -> None:
         """Convert decoded coefficients of a level to values. Layers that the loader has computed itself are copied.
 
         Args:
@@ -253,10 +250,9 @@ class Klt(Transform):
             span: The position of the chunk.
             level: Of the coefficients.
             vectors: Receive the values, as in `Basis.restore`.
-            idle: As there.
         """
         base = self.scaling.read(y, span, level)
-        self.basis.restore(self.scaling.to_basis(y, span), span, vectors, idle, self._scores(span), base)
+        self.basis.restore(self.scaling.to_basis(y, span), span, vectors, self._scores(span), base)
         if self.known is not None and self.known.keys:
             pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
             for own, exact in zip(vectors, pairs, strict=False):
@@ -286,9 +282,9 @@ class Klt(Transform):
         self.decode_many([(parts, span, row)], target)
 
     def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
-        host, components, launches = transfer.is_host(target.device), self.entries.shape[1], None
+        components, launches = self.entries.shape[1], None
         y = Target.memory(0, components, target.device)
-        for group in adjacent(chunks, HOST_CHUNKS if host else abi.MAX_BATCH):
+        for group in adjacent(chunks, HOST_CHUNKS if transfer.is_host(target.device) else abi.MAX_BATCH):
             (parts, first, row), (_, last, _) = group[0], group[-1]
             whole = Span(first.first, last.first + last.tokens - first.first, first.total)
             if launches is None or len(y) < whole.tokens:
@@ -301,27 +297,10 @@ class Klt(Transform):
                 launches.add(own, span, at - row)
             launches.flush()
             # One matrix product for all chunks of the group.
-            idle = self._idle(whole, len(parts)) if host else None
             vectors = self._vectors(target, slice(row, row + whole.tokens))
-            self._restore(y[: whole.tokens], whole, len(parts), vectors, idle)
+            self._restore(y[: whole.tokens], whole, len(parts), vectors)
         if launches is not None:
             launches.finish()
-
-    @cached_property
-    def _quiet(self) -> Tensor:
-        """Whether a part's table codes a component that is almost always zero, bool [parts, components]."""
-        narrowest = torch.tensor([[book.narrowest] for book in self._books], dtype=torch.uint8)
-        return (self.entries == 0) | (self.entries == narrowest)
-
-    @property
-    def _books(self) -> list[Codebook]:
-        """The codebook of each part."""
-        return list(islice(repeated(self.inner.values, self.inner.digits), self.config.levels))
-
-    def _idle(self, span: Span, level: int) -> Tensor:
-        """Return which components are zero by all, or almost all, tables of these tokens, bool [components]."""
-        protected = span.ordinary(self.config) != slice(0, span.tokens)
-        return self._quiet[: self.config.levels if protected else level].all(0)
 
     def _vectors(self, target: Target, tokens: slice) -> list[Tensor]:
         """Return views [tokens, heads, dim] of the target's rows: K and V of each layer in turn."""
