@@ -24,7 +24,6 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.quantize import steps_of
-from hf_cachegen.codec.rans import TILE_COLUMNS
 from hf_cachegen.codec.rows import empty_kv, gather, scatter
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.tables import shipped_codebooks
@@ -288,9 +287,6 @@ class _Learning:
         widths = [len(group.synthesis) for group in learnt.groups]
         kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(learnt.step_code, dtype=torch.uint8)))
         kept[torch.tensor([0, *widths[:-1]]).cumsum(0)] = True  # a group needs at least one component
-        whole = -(-int(kept.sum()) // TILE_COLUMNS) * TILE_COLUMNS
-        if whole <= components:  # a last tile that is not whole takes as long
-            kept[peaks.masked_fill(kept, torch.inf).topk(whole).indices] = True
         pairs = zip(learnt.groups, kept.split(widths), strict=True)
         groups = [replace(group, synthesis=group.synthesis[mine]) for group, mine in pairs]
         entries = entries[:, kept]
