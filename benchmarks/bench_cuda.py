@@ -106,7 +106,7 @@ def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> d
             figures["copy of the coded bytes, GB/s of values"] = total / seconds(copied, device) / 1e9
         figures["one chunk, us"] = 1e6 * seconds(one, device)
         figures["coded bytes of a chunk"] = sum(map(len, coded))
-        if serves(codec, level, target):
+        if serves(codec, target):
             figures["host, us a chunk"] = 1e6 * host_seconds(codec, level, target, coded, rows) / len(rows)
         if device.type == "cuda":
             figures["kernels, GB/s"] = total / kernel_seconds(many, device) / 1e9

@@ -8,6 +8,10 @@ chunk, the best of several rounds, without the copy of the coded bytes into pinn
 thread: the machine's memory bounds it, and large batches are copied by several threads. "calls" counts torch's
 operations, copies and the library's functions of a batch. On a GPU each takes a few microseconds more to launch: "with
 launches" adds LAUNCH for each of them. What is done once for a context is left out.
+
+For klt this is the work from coded bytes to coefficients. "klt, products" is what follows: the matrix products of a
+batch with a profile whose layers are chained, and the copies to the layers. Its matrices are small here, since only the
+calls are counted and timed.
 """
 
 from __future__ import annotations
@@ -28,12 +32,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bench_codec import machine, written
 from benchmarks.bench_cuda import CHUNK, DIM, HEADS, context
-from hf_cachegen.codec import abi, anchors, native, transfer, upload
+from hf_cachegen import CacheGenConfig, Profile
+from hf_cachegen.codec import abi, anchors, basis, heads, native, transfer, upload
 from hf_cachegen.codec.batch import Batches, serves
-from hf_cachegen.codec.chunk import LossyCodec, Span
+from hf_cachegen.codec.chain import sources
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
+from hf_cachegen.codec.fit import Counts
+from hf_cachegen.codec.geometry import Geometry, LayerGeometry
+from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.profile import Rotary
+from hf_cachegen.codec.side import Side
+from hf_cachegen.codec.transforms.klt import Klt
 
 ROUNDS, CHUNKS = 25, 32
+WIDTH, REACH = 16, 4
+"""Channels of a layer, and the reach of the chain, of klt's products."""
 LAUNCH = 5.0
 """Microseconds that torch takes to launch an operation on a GPU."""
 COPIES, ANCHOR_CALLS = 2, 3
@@ -64,7 +78,7 @@ class Stand:
     def call(self, name: str, *arguments: Any, **options: Any) -> None:
         """Call a function of the library, unless a device would run it."""
         self.calls[name] += 1
-        if name != abi.BATCH:
+        if name not in (abi.BATCH, heads.WRITE):
             self._call(name, *arguments, **options)
 
 
@@ -98,34 +112,92 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def coded(transform: str, layers: int) -> tuple[LossyCodec, list[bytes], Target]:
+    """Return a codec, the parts of a chunk, and a target. All layers share memory, for nothing is written."""
+    if transform != "klt":
+        made = context(layers, transform)
+        pair = [torch.empty(1, HEADS, CHUNK * CHUNKS, DIM, dtype=torch.bfloat16) for _ in range(2)]
+        return made.codec.inner, next(made.chunks()), Target.layers(pair * layers)  # type: ignore[attr-defined]
+    width, config = HEADS * DIM, CacheGenConfig(protect_first=0, protect_last=0)
+    nothing = torch.zeros(2 * layers * width, dtype=torch.uint8)
+    channels, entries = Channels(nothing.long(), nothing.long()), nothing.expand(config.levels, -1)
+
+    def codec() -> LossyCodec:
+        side = Side(nothing + 160, nothing.to(torch.int16), nothing, entries[0], entries[1:])
+        return LossyCodec(channels, config, side)
+
+    y = torch.randn(CHUNK, len(nothing)) * torch.logspace(2, -2, width).repeat(2 * layers)
+    counts, first = Counts(len(nothing), config.levels), codec()
+    counts.add(first.symbols(y)[0])
+    entries, _ = counts.choose(first.values, first.digits)
+    own, memory = codec(), Target.memory(1, len(nothing), torch.device("cpu"))
+    return own, own.encode(y, Span(0, CHUNK, CHUNK)), Target.matrix(memory)
+
+
+def products(layers: int) -> dict[str, Any]:
+    """Return the microseconds of a chunk, by level, for what follows klt's coder."""
+    shape = LayerGeometry("full", 1, WIDTH, 1, WIDTH)
+    order = [(kind, layer, 1) for layer in range(layers) for kind in (0, 1)]
+    groups = [
+        Group(kind, layer, 1, torch.eye(WIDTH)[None], torch.randn(WIDTH, WIDTH),
+              torch.randn(WIDTH * len(read), WIDTH) if (read := sources(order, index, REACH)) else None,
+              torch.randn(WIDTH, WIDTH))
+        for index, (kind, layer, _) in enumerate(order)
+    ]  # fmt: skip
+    entries = torch.full((3, 2 * layers * WIDTH), 60, dtype=torch.uint8)
+    rotary = Rotary("half", 1e-4 ** (torch.arange(WIDTH // 2, dtype=torch.float64) / (WIDTH // 2)))
+    profile = Profile(
+        (shape,) * layers, rotary, torch.zeros(2 * layers * WIDTH), tuple(groups), 160, entries[0], entries[1:], {},
+        reach=REACH,
+    )  # fmt: skip
+    tokens = abi.MAX_BATCH
+    geometry = Geometry(profile.layers, 2 * tokens, 1, "bfloat16")
+    codec = Klt(geometry, CacheGenConfig(transform="klt", protect_first=0, protect_last=0), profile)
+    vectors = [torch.empty(tokens, 1, WIDTH, dtype=torch.bfloat16) for _ in order]
+    y, span, found = torch.randn(tokens, entries.shape[1]), Span(0, tokens, 2 * tokens), {}
+    for level in (1, 3):
+        seconds = []
+        with stand() as device, mock.patch.object(basis, "multiplies_bfloat16", return_value=True):
+            for _ in range(ROUNDS):
+                start = time.thread_time()
+                codec._restore(y, span, level, vectors)
+                seconds.append(time.thread_time() - start)
+            device.calls.clear()
+            with Operations(device.calls):
+                codec._restore(y, span, level, vectors)
+        own, calls = 1e6 * min(seconds) / abi.MAX_BATCH, device.calls.total()
+        found[f"level {level}"] = {
+            "work, us": round(own, 1), "calls of a batch": calls,
+            "with launches, us": round(own + LAUNCH * calls / abi.MAX_BATCH, 1),
+        }  # fmt: skip
+    return found
+
+
 def measure(transform: str, layers: int) -> dict[str, Any]:
     """Return the microseconds of a chunk, by level."""
-    made = context(layers, transform)
-    codec, parts = made.codec.inner, next(made.chunks())  # type: ignore[attr-defined]
-    pair = [torch.empty(1, HEADS, CHUNK * CHUNKS, DIM, dtype=torch.bfloat16) for _ in range(2)]
-    target, found = Target.layers(pair * layers), {}  # all layers share memory: nothing is written
-    rows = range(0, CHUNK * CHUNKS, CHUNK)
+    codec, parts, target = coded(transform, layers)
+    found, rows = {}, range(0, CHUNK * CHUNKS, CHUNK)
     for level in range(1, codec.config.levels + 1):
-        coded: list[bytes] = parts[:level]
-        assert serves(codec, level, target)
+        own_parts = parts[:level]
+        assert serves(codec, target)
         with stand() as device:
-            decode(codec, level, target, coded, rows)  # copies the tables
-            work = [decode(codec, level, target, coded, rows) for _ in range(ROUNDS)]
+            decode(codec, level, target, own_parts, rows)  # copies the tables
+            work = [decode(codec, level, target, own_parts, rows) for _ in range(ROUNDS)]
             device.copies = True
-            decode(codec, level, target, coded, rows)
+            decode(codec, level, target, own_parts, rows)
             device.copied = 0.0
-            decode(codec, level, target, coded, rows)
+            decode(codec, level, target, own_parts, rows)
             batches, device.copies, device.calls = Batches(codec, level, target), False, Counter()
             with Operations(device.calls):
                 for row in [*rows][: abi.MAX_BATCH]:
-                    batches.add(coded, Span(0, CHUNK, CHUNK), row)
+                    batches.add(own_parts, Span(0, CHUNK, CHUNK), row)
             batches.finish()
         calls = device.calls.total() + COPIES + (ANCHOR_CALLS if transform == "delta" else 0)
         own, copied = 1e6 * min(work) / len(rows), 1e6 * device.copied / len(rows)
         found[f"level {level}"] = {
-            "coded bytes": sum(map(len, coded)), "work, us": round(own, 1), "calls of a batch": calls,
+            "coded bytes": sum(map(len, own_parts)), "work, us": round(own, 1), "calls of a batch": calls,
             "with launches, us": round(own + LAUNCH * calls / abi.MAX_BATCH, 1), "copy, us": round(copied, 1),
-            "copy, GB/s": round(sum(map(len, coded)) / copied / 1e3, 1),
+            "copy, GB/s": round(sum(map(len, own_parts)) / copied / 1e3, 1),
         }  # fmt: skip
     return found
 
@@ -150,8 +222,9 @@ def main(layers: int, out: Path | None) -> None:
         "date": time.strftime("%Y-%m-%d"), "machine": machine(),
         "geometry": f"{layers} layers, {HEADS} KV heads, {DIM} channels, chunks of {CHUNK} tokens",
     }  # fmt: skip
-    for transform in ("identity", "delta"):
+    for transform in ("identity", "delta", "klt"):
         figures[transform] = measure(transform, layers)
+    figures["klt, products"] = products(layers)
     print(json.dumps(figures, indent=1))
     if out:
         written(figures, out)

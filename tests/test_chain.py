@@ -13,11 +13,12 @@ from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, decode_kv, encod
 from hf_cachegen.artifact import PROFILE_FILE
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.manifest import loads
-from hf_cachegen.codec import basis, matrices
+from hf_cachegen.codec import basis, batch, matrices
 from hf_cachegen.codec.chain import MAX_REACH, Chain, sources
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.rows import gather
 from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.errors import ConfigError, ProfileError, UnsupportedFormatError
@@ -134,6 +135,21 @@ def coded(
     )  # fmt: skip
     span = Span(0, count, count)
     return codec, gather(*kv, span), span
+
+
+@pytest.mark.parametrize("layer", [None, 0])
+def test_batches_give_the_values_of_the_sections(
+    profile: Profile, kv: tuple[list[Tensor], list[Tensor]], layer: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learnt profiles have a table for every component, with a predictor or without."""
+    codec, rows, span = coded(profile, kv, replace(CONFIG, predict_layers=layer))
+    parts = codec.encode(rows, span)
+    assert bool((codec.entries > 0).all())
+    assert batch.serves(codec.inner, Target.matrix(Target.memory(1, codec.entries.shape[1], rows.device)))
+    found = [codec.decode(parts[:level], span) for level in (1, 2, 3)]
+    monkeypatch.setattr(batch, "serves", lambda *_: False)
+    for level, together in enumerate(found, 1):
+        assert torch.equal(codec.decode(parts[:level], span), together)
 
 
 @pytest.mark.parametrize("offset", [0, 5])

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_cachegen.codec import abi, heads, native
 from hf_cachegen.codec.profile import Rotary, RotaryStyle
 from hf_cachegen.errors import NativeError
+from tests.lockstep import in_lockstep, needs_compiler
 
 TOKENS, HEADS, DIM = 133, 3, 20
 ISAS = [isa for isa in native.Isa if isa]
@@ -55,6 +56,27 @@ def test_values_are_those_of_torch(
         heads.write(rows, means if mean else None, found, turn)
     for own, other in zip(found, expected, strict=True):
         assert torch.allclose(own.float(), other.float(), rtol=2 * torch.finfo(to).eps, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [True, False], ids=["means", "no means"])
+@pytest.mark.parametrize(("style", "pairs"), [("half", 10), ("half", 7), ("interleaved", 7), (None, 0)])
+def test_the_kernel_writes_the_same_values(
+    style: RotaryStyle | None, pairs: int, mean: bool, dtype: torch.dtype, to: torch.dtype
+) -> None:
+    rows, means, found = drawn(dtype, to)
+    expected = [x.clone() for x in found]
+    rows, layers = rows.repeat(1, 9), 9
+    turned = rotary(style, pairs) if style else None
+    turn = (turned, turned.angles(torch.arange(TOKENS) + 7)) if turned else None
+    heads.write(rows, means.repeat(layers) if mean else None, expected * layers, turn)
+    with in_lockstep():
+        assert native.offers(heads.WRITE, rows.device)
+        heads.write(rows, means.repeat(layers) if mean else None, found * layers, turn)
+    assert all(torch.equal(own, other) for own, other in zip(found, expected, strict=True))
 
 
 def test_a_dtype_that_the_library_lacks_is_written_by_torch() -> None:

@@ -134,15 +134,15 @@ def test_costs_of_other_entries() -> None:
     source, books = Source.of(Target.matrix(rows), torch.zeros(40, dtype=torch.int64)), shipped_codebooks(11)
     assert source is not None
     scale, config = (torch.zeros(40), torch.ones(40)), CacheGenConfig()
-    first = source.choose([span], config, scale, books, coded=False)
+    first = source.choose([span], config, scale, books)
     assert first is not None
     entries, bits, _ = first
-    again = source.choose([span], config, scale, books, coded=False, others=torch.stack([entries, entries.flip(1)]))
+    again = source.choose([span], config, scale, books, torch.stack([entries, entries.flip(1)]))
     assert again is not None
     assert torch.equal(again[2][0], bits)
     assert bool((again[2][1] >= bits).all())
     with pytest.raises(NativeError, match="BAD_ARGUMENT"):
-        source.choose([span], config, scale, books, coded=False, others=torch.full_like(entries, 255)[None])
+        source.choose([span], config, scale, books, torch.full_like(entries, 255)[None])
 
 
 def test_bad_arguments_of_fine_symbols_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The klt transform on contexts unlike the profile's samples: own tables, idle components, both matrix products."""
+"""The klt transform on contexts unlike the profile's samples: own tables, components of zeros, both matrix products."""
 
 from __future__ import annotations
 
@@ -91,35 +91,36 @@ def test_invalid_side_information_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32 product", "bfloat16 product"])
-def test_idle_components_with_an_exception_are_decoded(
+def test_tokens_are_multiplied_by_the_components_that_they_need(
     dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three quarters of a group's components have the table "always zero", which one chunk contradicts."""
+    """Half of the tokens are zero beyond a quarter of a group's components; then one of these has an exception."""
     monkeypatch.setattr(basis, "multiplies_bfloat16", lambda: narrow)
     monkeypatch.setattr(basis, "LEADING", 5)
-    entries = torch.full((3, COMPONENTS), 60, dtype=torch.uint8)
-    entries[:, torch.arange(COMPONENTS) % 48 >= 12] = 0
-    codec = Klt(geometry(str(dtype)[6:]), CONFIG, make_profile(), entries)
-    multiplied: list[list[int]] = []
-    shortened = basis._shortened
+    monkeypatch.setattr(basis, "ARRANGING", 0)
+    monkeypatch.setattr(basis, "ARRANGING_AMX", 0)
+    codec = Klt(geometry(str(dtype)[6:]), CONFIG, make_profile())
+    multiplied: list[tuple[int, int]] = []
+    product = basis._product
 
-    def watched(part: Tensor, idle: Tensor) -> Tensor:
-        found = shortened(part, idle)
-        if not multiplied or len(multiplied[-1]) == 2:
-            multiplied.append([])
-        multiplied[-1].append(found.shape[1])
-        return found
+    def watched(matrix: object, part: Tensor, read: Tensor) -> Tensor:
+        multiplied.append((len(part), part.shape[1]))
+        return product(matrix, part, read)
 
-    monkeypatch.setattr(basis, "_shortened", watched)
+    monkeypatch.setattr(basis, "_product", watched)
     span = Span(32, 32, TOKENS)
-    y = codec.inner.steps * torch.randint(-4, 5, (32, COMPONENTS), generator=torch.Generator().manual_seed(2))
-    y[:, entries[0] == 0] = 0
+    y = codec.inner.steps * torch.randint(1, 5, (32, COMPONENTS), generator=torch.Generator().manual_seed(2))
+    y[::2, torch.arange(COMPONENTS) % 48 >= 12] = 0
     for exception in (False, True):
-        y[5, 40] = 20 * codec.inner.steps[1] if exception else 0
+        y[4, 40] = 20 * codec.inner.steps[1] if exception else 0
+        with monkeypatch.context() as patch:
+            patch.setattr(basis, "PIECES", (1,))
+            plain = codec.basis.rows(y, span)
         parts = codec.inner.encode(y, span)
-        plain = codec.basis.rows(codec.inner.decode(parts, span), span)
+        multiplied.clear()
         torch.testing.assert_close(codec.decode(parts, span, dtype).float(), plain, rtol=0.02, atol=0.02)
-        assert multiplied.pop() == [12 + 36 * exception, 12]
+        found = [(4, 16)] * 3 + [(4, 48)] * 5 if exception else [(16, 16), (16, 48)]
+        assert multiplied == [*found, (16, 16), (16, 48)]
 
 
 def test_the_two_products_differ_by_a_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,10 +76,10 @@ inline bool are_streams_of(const cg_streams& streams, uint64_t tokens) {
 }
 
 inline bool is_batch(const cg_batch* batch) {
-  if (batch == nullptr || batch->columns > CG_MAX_COLUMNS || batch->columns % kTileColumns != 0) return false;
+  if (batch == nullptr || batch->columns > CG_MAX_COLUMNS) return false;
   if (batch->group_tokens == 1 || batch->dtype > CG_FLOAT16) return false;
   if (batch->n_digits > CG_MAX_DIGITS || batch->n_end_digits > CG_MAX_DIGITS) return false;
-  if (batch->tables_per_tile == 0 || batch->tables_per_tile > kTileColumns) return false;
+  if (batch->tables_per_tile > kTileColumns) return false;
   if (batch->columns == 0) return true;
   for (uint32_t k = 0; k < batch->n_digits || k < batch->n_end_digits; k++)
     if (batch->digit_ids[k] == nullptr) return false;
@@ -99,6 +99,14 @@ inline bool is_job(const cg_batch& batch, const cg_job& job) {
   for (uint32_t k = 0; k < batch.n_end_digits; k++)
     sound = sound && are_streams_of(job.end_digits[k], rows - (job.last - job.first));
   return sound;
+}
+
+inline bool is_heads(const cg_heads& heads) {
+  if (heads.tokens > CG_MAX_TOKENS || uint64_t(heads.heads) * heads.dim > CG_MAX_COLUMNS) return false;
+  if (heads.tokens == 0 || heads.heads == 0 || heads.dim == 0) return true;
+  if ((heads.from_dtype != CG_FLOAT32 && heads.from_dtype != CG_BFLOAT16) || heads.to_dtype > CG_FLOAT16) return false;
+  if (heads.pairs > heads.dim / 2 || (heads.pairs > 0 && heads.angles == nullptr)) return false;
+  return heads.rows != nullptr && heads.address != 0;
 }
 
 // Whether so many tiles lie one after the other within the streams; offsets are the host's.

@@ -71,6 +71,14 @@ CACHEGEN_HD float dequantise(int32_t symbol, float step, float mean, bool anchor
   return anchored ? y + anchor : y;
 }
 
+// A pair of channels of a key that is turned by an angle.
+struct Turned {
+  float first, second;
+};
+CACHEGEN_HD Turned turned(float a, float b, float cosine, float sine) {
+  return {a * cosine - b * sine, b * cosine + a * sine};
+}
+
 // The coded row of a section's token t.
 CACHEGEN_HD uint64_t row_of_token(const cg_output& output, uint64_t t) {
   return output.first + t + (t >= output.gap_at ? output.gap : 0);

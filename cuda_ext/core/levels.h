@@ -5,7 +5,8 @@
 // back. While the digits of a token are decoded, so is the base of the next.
 //
 // Note [Fast and slow tokens]: a fast token has the 256 words that a token can take left in every stream, and no patch;
-// nothing is tested within it. All others are slow: those near the end of a stream, the last, and those with a patch.
+// nothing is tested within it. All others are slow: those near the end of a stream, the last, those with a patch, and those
+// of a narrow tile, in which some lanes have no c-th column.
 #pragma once
 
 #include "chunk.h"
@@ -24,14 +25,16 @@ CACHEGEN_DEVICE void store_eight(uint8_t* to, const float* values) {
   CACHEGEN_UNROLL for (uint32_t i = 0; i < kWords; i += 4) store_four(to + i * sizeof(uint32_t), words + i);
 }
 
-template <class T>
+// kAny: the tile may be narrow, tables may be looked up in global memory, and some rows may have end digits; else all tiles
+// are whole, tables are staged, and all rows have the digits of decode().
+template <class T, bool kAny>
 class ChunkTile {
   struct Lane {
-    uint32_t kept[kMaxPerLane];    // where its base tables lie: see staged_at
+    uint32_t kept[kMaxPerLane];    // where its base tables lie: see staged_at, or the first slot of those in global memory
     uint32_t pairs;                // and its digit tables
     uint32_t index[kMaxPerLane];   // base indices of the token to come
     float step[kMaxPerLane], mean[kMaxPerLane], anchor[kMaxPerLane];
-    uint8_t* to;                   // of the next row
+    uint8_t* to;                   // of the next row, of a whole tile
     uint64_t stride;
   };
   struct Values {
@@ -41,17 +44,16 @@ class ChunkTile {
  public:
   CACHEGEN_DEVICE ChunkTile(const Warp& warp, const cg_batch& batch, const cg_job& job, const TileTables& tables,
                               uint64_t tile)
-      : warp_(warp), batch_(batch), job_(job), tables_(tables), tile_(tile) {}
+      : warp_(warp), batch_(batch), job_(job), tables_(tables), tile_(tile), width_(tile_at(tile, batch.columns).width) {}
 
-  // kEnds: some rows may have end digits; else all have kDigits.
-  template <uint32_t kDigits, bool kEnds>
+  template <uint32_t kDigits>
   CACHEGEN_DEVICE int32_t decode() {
     const uint32_t rows = uint32_t(coded_rows(chunk_of(batch_, job_)));
     if (rows > 0) {
-      if (const int32_t status = open_chain(warp_, job_.base, tile_, rows, &base_)) return status;
+      if (const int32_t status = open_chain(warp_, job_.base, tile_, lanes(), rows, &base_)) return status;
     }
     open_lanes();
-    if constexpr (!kEnds) {
+    if constexpr (!kAny) {
       Chain digits[kDigits > 0 ? kDigits : 1];
       if (rows > 0) {
         if (const int32_t status = open_digits<kDigits>(job_.digits, rows, digits)) return status;
@@ -88,24 +90,36 @@ class ChunkTile {
   }
 
  private:
-  CACHEGEN_DEVICE uint64_t first_column(uint32_t lane) const { return tile_ * kTileColumns + lane * kMaxPerLane; }
+  CACHEGEN_DEVICE uint32_t per_lane() const { return kAny ? (width_ + kLanes - 1) / kLanes : kMaxPerLane; }
+  CACHEGEN_DEVICE uint32_t lanes() const { return kAny ? (width_ + per_lane() - 1) / per_lane() : kLanes; }
+  CACHEGEN_DEVICE uint64_t first_column(uint32_t lane) const { return tile_ * kTileColumns + lane * per_lane(); }
+  CACHEGEN_DEVICE bool is_narrow() const { return kAny && width_ < kTileColumns; }
+  CACHEGEN_DEVICE bool is_staged() const { return !kAny || batch_.tables_per_tile > 0; }
+  CACHEGEN_DEVICE bool has(uint32_t lane, uint32_t c) const {
+    return !kAny || (c < per_lane() && lane * per_lane() + c < width_);
+  }
 
   CACHEGEN_DEVICE void open_lanes() {
     warp_.each([&](uint32_t lane) {
       Lane& own = lanes_[lane];
       const uint64_t column = first_column(lane);
-      const cg_place* place = batch_.places + column / kMaxPerLane;
-      own.stride = CACHEGEN_LOAD(&place->stride);
-      own.to = reinterpret_cast<uint8_t*>(uintptr_t(CACHEGEN_LOAD(&place->address) + job_.row * own.stride));
+      if (!is_narrow()) {
+        const cg_place* place = batch_.places + column / kMaxPerLane;
+        own.stride = CACHEGEN_LOAD(&place->stride);
+        own.to = reinterpret_cast<uint8_t*>(uintptr_t(CACHEGEN_LOAD(&place->address) + job_.row * own.stride));
+      }
       own.pairs = staged_at(tables_.pairs, lane);
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
-        const uint32_t rank = rank_of(tables_.used, CACHEGEN_LOAD(batch_.base_ids + column + c));
-        own.kept[c] = staged_at(tables_.slots, rank * kBatchSlots);
-        own.mean[c] = CACHEGEN_LOAD(batch_.means + column + c);
         own.anchor[c] = 0;
+        if (kAny) own.kept[c] = 0, own.index[c] = kZeroIndex, own.mean[c] = own.step[c] = 0;
+        if (!has(lane, c)) continue;
+        const uint32_t id = CACHEGEN_LOAD(batch_.base_ids + column + c);
+        own.kept[c] = is_staged() ? staged_at(tables_.slots, rank_of(tables_.used, id) * kBatchSlots) : id * kBatchSlots;
+        own.mean[c] = CACHEGEN_LOAD(batch_.means + column + c);
       }
     });
     anchor_ = 0;
+    row_ = 0;
     left_ = batch_.group_tokens > 0 ? 0 : kNever;
     patch_ = last_patch_ = 0;
     next_patch_ = kNoPatch;
@@ -120,7 +134,7 @@ class ChunkTile {
   template <uint32_t kDigits>
   CACHEGEN_DEVICE int32_t open_digits(const cg_streams* streams, uint64_t tokens, Chain* chains) {
     CACHEGEN_UNROLL for (uint32_t k = 0; k != kDigits; k++)
-      if (const int32_t status = open_chain(warp_, streams[k], tile_, tokens, chains + k)) return status;
+      if (const int32_t status = open_chain(warp_, streams[k], tile_, lanes(), tokens, chains + k)) return status;
     return CG_OK;
   }
   template <uint32_t kDigits>
@@ -133,8 +147,8 @@ class ChunkTile {
   // The same for a number of digits that only the batch knows.
   CACHEGEN_DEVICE int32_t open_some(uint32_t n, const cg_streams* streams, uint64_t tokens, Chain* chains) {
     if (n > 0)
-      if (const int32_t status = open_chain(warp_, streams[0], tile_, tokens, chains)) return status;
-    return n > 1 ? open_chain(warp_, streams[1], tile_, tokens, chains + 1) : CG_OK;
+      if (const int32_t status = open_chain(warp_, streams[0], tile_, lanes(), tokens, chains)) return status;
+    return n > 1 ? open_chain(warp_, streams[1], tile_, lanes(), tokens, chains + 1) : CG_OK;
   }
   CACHEGEN_DEVICE int32_t close_some(uint32_t n, const Chain* chains) const {
     if (n > 0)
@@ -153,12 +167,12 @@ class ChunkTile {
     if (first >= last) return;
     warp_.each([&](uint32_t lane) {
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++)
-        lanes_[lane].step[c] = CACHEGEN_LOAD(steps + first_column(lane) + c);
+        if (has(lane, c)) lanes_[lane].step[c] = CACHEGEN_LOAD(steps + first_column(lane) + c);
     });
     slow_base(first);
     for (uint32_t t = first; t < last; t++) {
       open_row();
-      bool fast = base_.has_token() && t + 1 < last && t + 1 < next_patch_;
+      bool fast = !is_narrow() && base_.has_token() && t + 1 < last && t + 1 < next_patch_;
       CACHEGEN_UNROLL for (uint32_t k = 0; k != kDigits; k++) fast = fast && digits[k].has_token();
       if (fast) {
         CACHEGEN_UNROLL for (uint32_t k = 0; k != kDigits; k++) prefetch(digits[k]);
@@ -184,10 +198,13 @@ class ChunkTile {
 
   template <bool kSlow>
   CACHEGEN_DEVICE void base_step(uint32_t c) {
-    step_chain<kSlow>(warp_, base_, [&](uint32_t lane) {
+    step_chain<kSlow>(warp_, base_, [&](uint32_t lane) { return has(lane, c); }, [&](uint32_t lane) {
       Lane& own = lanes_[lane];
       uint32_t& x = base_.x[lane];
-      const SlotEntry entry = load_staged(tables_.slots, own.kept[c] + (x % kBatchSlots) * uint32_t(sizeof(SlotEntry)));
+      const uint32_t slot = x % kBatchSlots;
+      const SlotEntry entry = is_staged()
+                                  ? load_staged(tables_.slots, own.kept[c] + slot * uint32_t(sizeof(SlotEntry)))
+                                  : CACHEGEN_LOAD(slots_in(batch_.base_tables) + own.kept[c] + slot);
       own.index[c] = entry & 0xff;
       x = take(x, entry, CG_BATCH_PROB_BITS);
     });
@@ -197,7 +214,7 @@ class ChunkTile {
   template <bool kSlow>
   CACHEGEN_DEVICE void digit_step(Chain& chain, uint32_t k, uint32_t c, Warp::PerLane<uint32_t>& sign,
                                   Warp::PerLane<uint32_t>& index) {
-    step_chain<kSlow>(warp_, chain, [&](uint32_t lane) {
+    step_chain<kSlow>(warp_, chain, [&](uint32_t lane) { return has(lane, c); }, [&](uint32_t lane) {
       uint32_t& x = chain.x[lane];
       const uint32_t at = (k * kMaxPerLane + c) * kContexts * kLanes + sign[lane] * kLanes;
       const uint32_t pair = load_staged(tables_.pairs, lanes_[lane].pairs + at * uint32_t(sizeof(uint32_t)));
@@ -247,7 +264,7 @@ class ChunkTile {
   template <uint32_t kDigits>
   CACHEGEN_DEVICE void slow_token(Chain* digits, uint32_t t) {
     CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
-      Warp::PerLane<uint32_t> sign, one, two;
+      Warp::PerLane<uint32_t> sign, one = {}, two = {};
       if constexpr (kDigits > 0) {
         warp_.each([&](uint32_t lane) { sign[lane] = sign_of_base(lanes_[lane].index[c]); });
         digit_step<true>(digits[0], 0, c, sign, one);
@@ -293,10 +310,10 @@ class ChunkTile {
       const uint64_t found = CACHEGEN_LOAD(job_.patches + i);
       if (found >> 32 != t) return;
       const uint32_t column = uint32_t(found >> 16) & 0xff;
-      if ((uint32_t(found >> 8) & 0xff) != section || column % kMaxPerLane != c) continue;
+      if ((uint32_t(found >> 8) & 0xff) != section || column % per_lane() != c) continue;
       const uint32_t wanted = section == 0 ? uint32_t(found) & 0xff : (uint32_t(found) & 0xff) % kDigitSymbols;
       warp_.each([&](uint32_t lane) {
-        if (lane == column / kMaxPerLane) index[lane] = wanted;
+        if (lane == column / per_lane()) index[lane] = wanted;
       });
     }
   }
@@ -324,6 +341,7 @@ class ChunkTile {
       Lane& own = lanes_[lane];
       const float* from = job_.anchors + uint64_t(anchor_) * batch_.columns + first_column(lane);
       CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+        if (!has(lane, c)) continue;
         own.anchor[c] = CACHEGEN_LOAD(from + c);
         out_[lane].of[c] = own.anchor[c];
       }
@@ -337,9 +355,20 @@ class ChunkTile {
   }
   CACHEGEN_DEVICE void write() {
     warp_.each([&](uint32_t lane) {
-      store_eight<T>(lanes_[lane].to, out_[lane].of);
-      lanes_[lane].to += lanes_[lane].stride;
+      if (!is_narrow()) {
+        store_eight<T>(lanes_[lane].to, out_[lane].of);
+        lanes_[lane].to += lanes_[lane].stride;
+        return;
+      }
+      CACHEGEN_UNROLL for (uint32_t c = 0; c < kMaxPerLane; c++) {
+        if (!has(lane, c)) continue;
+        const uint64_t column = unknown(first_column(lane) + c);  // places would be kept in registers
+        const cg_place* place = batch_.places + column / kMaxPerLane;
+        const uint64_t within = column % kMaxPerLane * sizeof(typename T::Stored);
+        store_one<T>(CACHEGEN_LOAD(&place->address) + (job_.row + row_) * CACHEGEN_LOAD(&place->stride) + within, out_[lane].of[c]);
+      }
     });
+    row_++;
   }
 
   static constexpr uint32_t kNoPatch = ~0u, kNever = ~0u, kDigitSymbols = 3;
@@ -348,9 +377,11 @@ class ChunkTile {
   const cg_job& job_;
   const TileTables& tables_;
   const uint64_t tile_;
+  const uint32_t width_;
   Chain base_;
   Warp::PerLane<Lane> lanes_;
   Warp::PerLane<Values> out_;
+  uint32_t row_;   // of the chunk, to be written next
   uint32_t left_;  // coded rows before the next anchor
   uint32_t anchor_, patch_, last_patch_, next_patch_;
 };

@@ -38,8 +38,10 @@ CACHEGEN_DEVICE bool open_batch_tables(const void* memory, uint64_t bytes, Table
   return open_tables(memory, bytes, tables) && tables->prob_bits == CG_BATCH_PROB_BITS;
 }
 
-// Stages what the tile's warps look up. The same value of cg_status for every thread of the block.
+// Stages what the tile's warps look up: base tables only where batch.tables_per_tile says how many. The same value of
+// cg_status for every thread of the block.
 CACHEGEN_DEVICE int32_t stage_tile(const Crew& crew, const cg_batch& batch, uint64_t tile, const TileTables& to) {
+  const Tile shape = tile_at(tile, batch.columns);
   Tables base = {}, digits = {};
   if (!open_batch_tables(batch.base_tables, batch.base_tables_bytes, &base)) return CG_BAD_TABLES;
   const uint32_t n_digits = batch.n_digits > batch.n_end_digits ? batch.n_digits : batch.n_end_digits;
@@ -48,8 +50,8 @@ CACHEGEN_DEVICE int32_t stage_tile(const Crew& crew, const cg_batch& batch, uint
   crew.meet();
 
   bool bad_id = false, bad_digits = false;
-  const uint8_t* ids = batch.base_ids + tile * kTileColumns;
-  for (uint32_t i = crew.index; i < kTileColumns; i += crew.count) {
+  const uint8_t* ids = batch.base_ids + shape.first_column;
+  for (uint32_t i = crew.index; i < shape.width; i += crew.count) {
     const uint32_t id = CACHEGEN_LOAD(ids + i);
     if (id < base.n_tables)
       crew.set_bit(to.used + id / 32, id % 32);
@@ -58,9 +60,10 @@ CACHEGEN_DEVICE int32_t stage_tile(const Crew& crew, const cg_batch& batch, uint
   }
   for (uint32_t i = crew.index; i < n_digits * kPairs; i += crew.count) {
     const uint32_t lane = i % kLanes, sign = i / kLanes % kContexts, c = i / (kLanes * kContexts) % kMaxPerLane;
-    const uint64_t column = tile * kTileColumns + lane * kMaxPerLane + c;
+    const uint32_t column = lane * shape.per_lane + c;
+    if (c >= shape.per_lane || column >= shape.width) continue;
     const uint32_t context = sign == 1 ? 0 : sign == 2 ? 1 : 2;
-    const uint32_t id = CACHEGEN_LOAD(batch.digit_ids[i / kPairs] + column * kContexts + context);
+    const uint32_t id = CACHEGEN_LOAD(batch.digit_ids[i / kPairs] + (shape.first_column + column) * kContexts + context);
     if (id >= digits.n_tables) {
       bad_id = true;
       continue;
@@ -75,7 +78,7 @@ CACHEGEN_DEVICE int32_t stage_tile(const Crew& crew, const cg_batch& batch, uint
   if (crew.any(bad_digits)) return CG_BAD_TABLES;
 
   uint32_t place = 0;
-  for (uint32_t id = 0; id < base.n_tables; id++) {
+  for (uint32_t id = 0; id < base.n_tables && batch.tables_per_tile > 0; id++) {
     if ((to.used[id / 32] >> id % 32 & 1) == 0) continue;
     if (place == batch.tables_per_tile) return CG_BAD_ARGUMENT;
     crew.copy(to.slots + place++ * kBatchSlots, base.slots_of(id), kBatchSlots);
@@ -94,19 +97,21 @@ struct Chain {
   CACHEGEN_DEVICE const uint8_t* word(uint32_t i) const { return words + uint64_t(i) * kWordBytes; }
 };
 
-CACHEGEN_DEVICE int32_t open_chain(const Warp& warp, const cg_streams& streams, uint64_t tile, uint64_t tokens, Chain* chain) {
+CACHEGEN_DEVICE int32_t open_chain(const Warp& warp, const cg_streams& streams, uint64_t tile, uint32_t lanes, uint64_t tokens,
+                                   Chain* chain) {
   const uint64_t first = CACHEGEN_LOAD(streams.offsets + tile), last = CACHEGEN_LOAD(streams.offsets + tile + 1);
   if (first > last || last > streams.bytes) return CG_BAD_ARGUMENT;
   const uint64_t bytes = last - first;
   if (first % kWordBytes != 0) return CG_CORRUPT;
-  if (bytes < kLanes * kStateBytes) return CG_TRUNCATED;
+  const uint32_t head = lanes * kStateBytes;
+  if (bytes < head) return CG_TRUNCATED;
   if (bytes % kWordBytes != 0 || bytes > slot_bytes(tokens)) return CG_CORRUPT;
   const uint8_t* data = streams.data + first;
-  chain->words = data + kLanes * kStateBytes;
+  chain->words = data + head;
   chain->at = 0;
-  chain->size = uint32_t(bytes - kLanes * kStateBytes) / kWordBytes;
+  chain->size = uint32_t(bytes - head) / kWordBytes;
   const uint32_t astray = warp.ballot([&](uint32_t lane) {
-    const uint32_t x = load_state(data + lane * kStateBytes);
+    const uint32_t x = lane < lanes ? load_state(data + lane * kStateBytes) : kMinState;
     chain->x[lane] = x;
     return x < kMinState || x >= kMaxState;
   });
@@ -119,12 +124,13 @@ CACHEGEN_DEVICE int32_t close_chain(const Warp& warp, const Chain& chain) {
   return unfinished || chain.at != chain.size ? CG_CORRUPT : CG_OK;
 }
 
-// One step of a chain: f(lane) takes a symbol; the lanes whose state has fallen then take a word each, in their order. A
-// fast step loads a word for every lane, which is there.
-template <bool kSlow, class F>
-CACHEGEN_DEVICE void step_chain(const Warp& warp, Chain& chain, const F& f) {
+// One step of a chain: f(lane) takes a symbol; the lanes whose state has fallen then take a word each, in their order. Of a
+// slow step only lanes with has(lane) take part. A fast step loads a word for every lane, which is there.
+template <bool kSlow, class Has, class F>
+CACHEGEN_DEVICE void step_chain(const Warp& warp, Chain& chain, const Has& has, const F& f) {
   Warp::PerLane<bool> low;
   const uint32_t votes = warp.ballot([&](uint32_t lane) {
+    if (kSlow && !has(lane)) return low[lane] = false;
     f(lane);
     return low[lane] = chain.x[lane] < kMinState;
   });

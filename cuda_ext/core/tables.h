@@ -44,13 +44,18 @@ CACHEGEN_HD uint64_t tables_bytes(uint32_t n_tables, uint32_t prob_bits) {
   return symbols_offset(n_tables, prob_bits) + uint64_t(n_tables) * kMaxSymbols * sizeof(SymbolEntry);
 }
 
+// The slot entries of tables in memory that holds some.
+CACHEGEN_HD const SlotEntry* slots_in(const void* memory) {
+  return reinterpret_cast<const SlotEntry*>(static_cast<const uint8_t*>(memory) + sizeof(TablesHeader));
+}
+
 // False for memory that holds no tables.
 CACHEGEN_HD bool open_tables(const void* memory, uint64_t bytes, Tables* tables) {
   if (memory == nullptr || uintptr_t(memory) % kTablesAlignment != 0 || bytes < sizeof(TablesHeader)) return false;
   const TablesHeader& header = *static_cast<const TablesHeader*>(memory);
   if (header.magic != kTablesMagic || tables_bytes(header.n_tables, header.prob_bits) != bytes) return false;
   const uint8_t* base = static_cast<const uint8_t*>(memory);
-  *tables = {header.n_tables, header.prob_bits, reinterpret_cast<const SlotEntry*>(base + sizeof(TablesHeader)),
+  *tables = {header.n_tables, header.prob_bits, slots_in(memory),
              reinterpret_cast<const SymbolEntry*>(base + symbols_offset(header.n_tables, header.prob_bits))};
   return true;
 }

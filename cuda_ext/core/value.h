@@ -84,6 +84,20 @@ CACHEGEN_HD void store_four(void* to, const uint32_t* words) {
 #endif
 }
 
+// A value to such an address, aligned to its size.
+template <class T>
+CACHEGEN_HD void store_one(uint64_t address, float x) {
+  const typename T::Stored value = T::store(x);
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof value == sizeof(uint32_t))
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(bits_of(value)) : "memory");
+  else
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"(value) : "memory");
+#else
+  memcpy(reinterpret_cast<void*>(uintptr_t(address)), &value, sizeof value);
+#endif
+}
+
 // Symbols, which are only read.
 struct Int16 {
   using Stored = int16_t;

@@ -129,6 +129,14 @@ struct Crew {
 
 #endif
 
+// x, of which the compiler knows nothing: what follows from it is computed where it is used, not once ahead of a loop.
+CACHEGEN_DEVICE uint64_t unknown(uint64_t x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 // Where a word of a block's shared memory lies, and the word at such an address. On a device that is its 32-bit address, hidden
 // from the compiler, which would else compute it again for every word.
 CACHEGEN_DEVICE uint32_t staged_at(const uint32_t* words, uint32_t i) {

@@ -61,7 +61,9 @@ void decode(const Work& work, const cg_streams& streams, const uint8_t* ids, uin
     int32_t* status = work.job->tile_status + work.tile + i;
     if (*status) continue;
     const uint64_t first = streams.offsets[work.tile + i], last = streams.offsets[work.tile + i + 1];
-    jobs[count++] = {tile_at(i, kStride), first % kWordBytes != 0, streams.data + first, streams.data + last, status};
+    Tile tile = tile_at(work.tile + i, work.batch->columns);
+    tile.first_column = i * kTileColumns;  // of the symbols
+    jobs[count++] = {tile, first % kWordBytes != 0, streams.data + first, streams.data + last, status};
   }
   if (count > 0) work.backend->decode_tiles(section, tables, jobs, count, symbols);
 }
@@ -147,7 +149,7 @@ bool are_within(const cg_streams& streams, uint64_t tiles, uint64_t tokens) {
 
 // What is_job leaves to a device: offsets, of streams and of patches.
 bool has_offsets(const cg_batch& batch, const cg_job& job) {
-  const uint64_t rows = coded_rows(chunk_of(batch, job)), tiles = batch.columns / kTileColumns, ordinary = job.last - job.first;
+  const uint64_t rows = coded_rows(chunk_of(batch, job)), tiles = tile_count(1, batch.columns), ordinary = job.last - job.first;
   if (job.n_patches > 0 && job.patches == nullptr) return false;
   for (uint64_t i = 0; i < tiles && job.n_patches > 0; i++)
     if (job.patch_offsets[i] > job.patch_offsets[i + 1] || job.patch_offsets[i + 1] > job.n_patches) return false;
@@ -163,7 +165,7 @@ int32_t cg_decode_chunks(const cg_batch* batch, const cg_job* jobs, uint32_t n_j
   const Backend* backend = backend_for(run);
   if (backend == nullptr || !is_batch(batch) || n_jobs > CG_MAX_BATCH || (n_jobs > 0 && jobs == nullptr))
     return CG_BAD_ARGUMENT;
-  const uint64_t tiles = batch->columns / kTileColumns, pairs = (tiles + backend->batch - 1) / backend->batch;
+  const uint64_t tiles = tile_count(1, batch->columns), pairs = (tiles + backend->batch - 1) / backend->batch;
   uint64_t tokens = 0;
   if (tiles == 0) return CG_OK;
   for (uint32_t i = 0; i < n_jobs; i++) {

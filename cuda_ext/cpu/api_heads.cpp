@@ -1,4 +1,5 @@
 // Writes rows of a matrix product to the layers' keys and values.
+#include "../core/arguments.h"
 #include "backend.h"
 #include "threads.h"
 
@@ -7,14 +8,6 @@ using namespace cachegen;
 namespace {
 
 constexpr uint64_t kTokens = 128;  // that a thread writes at a time
-
-bool is_heads(const cg_heads& heads) {
-  if (heads.tokens > CG_MAX_TOKENS || uint64_t(heads.heads) * heads.dim > CG_MAX_COLUMNS) return false;
-  if (heads.tokens == 0 || heads.heads == 0 || heads.dim == 0) return true;
-  if ((heads.from_dtype != CG_FLOAT32 && heads.from_dtype != CG_BFLOAT16) || heads.to_dtype > CG_FLOAT16) return false;
-  if (heads.pairs > heads.dim / 2 || (heads.pairs > 0 && heads.angles == nullptr)) return false;
-  return heads.rows != nullptr && heads.address != 0;
-}
 
 }  // namespace
 

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "../core/value.h"
+#include "../core/chunk.h"
 #include "backend.h"
 
 namespace cachegen {
@@ -22,8 +22,9 @@ void turn_pairs(const typename From::Stored* __restrict first, const typename Fr
     const uint32_t at = kStep * i;
     const float a = From::load(first[at]) + (kMeans ? first_mean[at] : 0.0f);
     const float b = From::load(second[at]) + (kMeans ? second_mean[at] : 0.0f);
-    first_to[at] = To::store(a * cosines[i] - b * sines[i]);
-    second_to[at] = To::store(b * cosines[i] + a * sines[i]);
+    const Turned found = turned(a, b, cosines[i], sines[i]);
+    first_to[at] = To::store(found.first);
+    second_to[at] = To::store(found.second);
   }
 }
 

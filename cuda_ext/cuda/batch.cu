@@ -17,14 +17,14 @@ struct Jobs {
 };
 
 // What a warp makes of its job once the block has staged the tile's tables.
-template <class T, uint32_t kDigits, bool kEnds>
+template <class T, uint32_t kDigits, bool kAny>
 CACHEGEN_DEVICE void decode_job(int32_t staged, const cg_batch& batch, const cg_job& job, const TileTables& tables,
                                 uint64_t tile) {
   const Warp warp;
   int32_t status = staged;
   if (status == CG_OK) {
-    ChunkTile<T> decoder(warp, batch, job, tables, tile);
-    status = decoder.template decode<kDigits, kEnds>();
+    ChunkTile<T, kAny> decoder(warp, batch, job, tables, tile);
+    status = decoder.template decode<kDigits>();
   }
   warp.once([&] { job.tile_status[tile] = status; });
 }
@@ -38,29 +38,29 @@ constexpr uint32_t kBaseBlocks = 2;
 #else
 constexpr uint32_t kBaseBlocks = 3;
 #endif
-template <uint32_t kDigits, bool kEnds>
-constexpr uint32_t kBlocks = kDigits == 0 && !kEnds ? kBaseBlocks : 2;
+template <uint32_t kDigits, bool kAny>
+constexpr uint32_t kBlocks = kAny ? 1 : kDigits == 0 ? kBaseBlocks : 2;
 
-template <class T, uint32_t kDigits, bool kEnds>
-__global__ void __launch_bounds__(CG_MAX_BATCH* kLanes, kBlocks<kDigits, kEnds>)
+template <class T, uint32_t kDigits, bool kAny>
+__global__ void __launch_bounds__(CG_MAX_BATCH* kLanes, kBlocks<kDigits, kAny>)
     chunks_kernel(const __grid_constant__ cg_batch batch, const __grid_constant__ Jobs jobs) {
   extern __shared__ uint4 memory[];
   __shared__ uint32_t used[kMaxTables / 32];
   uint32_t* pairs = reinterpret_cast<uint32_t*>(memory);
   const TileTables tables = {pairs + CG_MAX_DIGITS * kPairs, pairs, used};
   const int32_t staged = stage_tile(Crew(), batch, blockIdx.x, tables);
-  decode_job<T, kDigits, kEnds>(staged, batch, jobs.of[threadIdx.x / kLanes], tables, blockIdx.x);
+  decode_job<T, kDigits, kAny>(staged, batch, jobs.of[threadIdx.x / kLanes], tables, blockIdx.x);
 }
 
-template <class T, uint32_t kDigits, bool kEnds>
+template <class T, uint32_t kDigits, bool kAny>
 int32_t launch(const cg_batch& batch, const Jobs& jobs, uint32_t n_jobs, const cg_run* run) {
-  const auto kernel = chunks_kernel<T, kDigits, kEnds>;
+  const auto kernel = chunks_kernel<T, kDigits, kAny>;
   const int bytes = int(batch_shared_bytes(batch));
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) {
     cudaGetLastError();
     return CG_FAILED;
   }
-  kernel<<<uint32_t(batch.columns / kTileColumns), n_jobs * kLanes, size_t(bytes), stream_of(run)>>>(batch, jobs);
+  kernel<<<uint32_t(tile_count(1, batch.columns)), n_jobs * kLanes, size_t(bytes), stream_of(run)>>>(batch, jobs);
   return launched();
 }
 
@@ -68,14 +68,14 @@ __global__ void empty_kernel() {}
 
 #else
 
-template <class T, uint32_t kDigits, bool kEnds>
+template <class T, uint32_t kDigits, bool kAny>
 int32_t launch(const cg_batch& batch, const Jobs& jobs, uint32_t n_jobs, const cg_run*) {
   std::vector<uint32_t> memory(batch_shared_bytes(batch) / sizeof(uint32_t));
   uint32_t used[kMaxTables / 32], *pairs = memory.data();
   const TileTables tables = {pairs + CG_MAX_DIGITS * kPairs, pairs, used};
-  for (uint64_t tile = 0; tile < batch.columns / kTileColumns; tile++) {
+  for (uint64_t tile = 0; tile < tile_count(1, batch.columns); tile++) {
     const int32_t staged = stage_tile(Crew(), batch, tile, tables);
-    for (uint32_t i = 0; i < n_jobs; i++) decode_job<T, kDigits, kEnds>(staged, batch, jobs.of[i], tables, tile);
+    for (uint32_t i = 0; i < n_jobs; i++) decode_job<T, kDigits, kAny>(staged, batch, jobs.of[i], tables, tile);
   }
   return CG_OK;
 }
@@ -83,8 +83,8 @@ int32_t launch(const cg_batch& batch, const Jobs& jobs, uint32_t n_jobs, const c
 #endif
 
 template <class T>
-int32_t decode_chunks(const cg_batch& batch, const Jobs& jobs, uint32_t n_jobs, bool ends, const cg_run* run) {
-  if (ends) return launch<T, 0, true>(batch, jobs, n_jobs, run);
+int32_t decode_chunks(const cg_batch& batch, const Jobs& jobs, uint32_t n_jobs, bool any, const cg_run* run) {
+  if (any) return launch<T, 0, true>(batch, jobs, n_jobs, run);
   switch (batch.n_digits) {
     case 0: return launch<T, 0, false>(batch, jobs, n_jobs, run);
     case 1: return launch<T, 1, false>(batch, jobs, n_jobs, run);
@@ -121,16 +121,16 @@ int32_t cg_probe(char* reason, uint64_t bytes, uint64_t* shared_bytes) noexcept 
 int32_t cg_decode_chunks(const cg_batch* batch, const cg_job* jobs, uint32_t n_jobs, const cg_run* run) noexcept {
   if (run == nullptr || !is_batch(batch) || (n_jobs > 0 && jobs == nullptr) || n_jobs > CG_MAX_BATCH) return CG_BAD_ARGUMENT;
   Jobs copied = {};
-  bool ends = false;
+  bool any = batch->columns % kTileColumns != 0 || batch->tables_per_tile == 0;
   for (uint32_t i = 0; i < n_jobs; i++) {
     if (!is_job(*batch, jobs[i])) return CG_BAD_ARGUMENT;
     copied.of[i] = jobs[i];
-    ends |= jobs[i].first > 0 || jobs[i].last < coded_rows(chunk_of(*batch, jobs[i]));
+    any |= jobs[i].first > 0 || jobs[i].last < coded_rows(chunk_of(*batch, jobs[i]));
   }
   if (batch->columns == 0 || n_jobs == 0) return CG_OK;
   switch (batch->dtype) {
-    case CG_FLOAT32: return decode_chunks<Float32>(*batch, copied, n_jobs, ends, run);
-    case CG_BFLOAT16: return decode_chunks<Bfloat16>(*batch, copied, n_jobs, ends, run);
-    default: return decode_chunks<Float16>(*batch, copied, n_jobs, ends, run);
+    case CG_FLOAT32: return decode_chunks<Float32>(*batch, copied, n_jobs, any, run);
+    case CG_BFLOAT16: return decode_chunks<Bfloat16>(*batch, copied, n_jobs, any, run);
+    default: return decode_chunks<Float16>(*batch, copied, n_jobs, any, run);
   }
 }

@@ -219,7 +219,7 @@ typedef struct cg_streams {
 /* What the chunks of a batch share. All columns are coded in every section. Coded rows [first, last) of a chunk have
  * n_digits digits, at `steps`; the rows before and after, its ends, have n_end_digits digits at `end_steps`. */
 typedef struct cg_batch { /* [host] */
-  uint64_t columns;        /* of a chunk, a multiple of 256 */
+  uint64_t columns;        /* of a chunk */
   uint64_t group_tokens;   /* 0, or 2 and above, as in cg_chunk */
   const uint8_t* base_ids; /* [columns] */
   const uint8_t* digit_ids[2]; /* [columns, 3] each */
@@ -230,9 +230,9 @@ typedef struct cg_batch { /* [host] */
   const float* means;     /* [columns] */
   const float* steps;     /* [columns] */
   const float* end_steps; /* [columns] */
-  const cg_place* places; /* [columns / 8]: of the first of every 8 columns, which lie one after the other; addresses and
-                           * strides are multiples of 16 */
-  uint32_t tables_per_tile; /* at most so many different base tables in any tile: 1 and above */
+  const cg_place* places; /* [ceil(columns / 8)]: of the first of every 8 columns, which lie one after the other; addresses
+                           * and strides are multiples of 16 */
+  uint32_t tables_per_tile; /* at most so many different base tables in any tile; 0: they are not copied to shared memory */
   uint32_t n_digits;
   uint32_t n_end_digits;
   uint32_t dtype; /* of the values, of enum cg_dtype */
@@ -311,6 +311,27 @@ CG_API int32_t cg_gather(const cg_piece* pieces, uint64_t count, uint8_t* to, ui
  * bytes and block_words even, on the CPU data need not be aligned. */
 CG_API int32_t cg_block_sums(const uint8_t* data, uint64_t bytes, const uint64_t* keys, uint64_t block_words,
                              uint64_t* sums, const cg_run* run) CG_NOEXCEPT;
+
+/* Rows of a matrix product, and the keys or values of a layer that they become. Addresses are multiples of the values' size. */
+typedef struct cg_heads {
+  const void* rows;      /* [tokens, heads * dim], row_stride values from token to token */
+  uint64_t row_stride;
+  uint64_t tokens;
+  const float* means;    /* [heads * dim], which are added; NULL: none */
+  const float* angles;   /* cosines, then sines [tokens, pairs]: pairs of channels are turned by them; NULL for 0 pairs */
+  uint64_t address;      /* of the first value; strides in bytes */
+  uint64_t token_stride;
+  uint64_t head_stride;
+  uint32_t heads;
+  uint32_t dim;
+  uint32_t pairs;
+  uint32_t interleaved;  /* pair i is (2i, 2i + 1); 0: (i, i + pairs) */
+  uint32_t from_dtype;   /* of rows: CG_FLOAT32 or CG_BFLOAT16 */
+  uint32_t to_dtype;
+} cg_heads;
+
+/* heads [count] [host] */
+CG_API int32_t cg_write_heads(const cg_heads* heads, uint64_t count, const cg_run* run) CG_NOEXCEPT;
 
 #ifdef __cplusplus
 }

@@ -137,26 +137,6 @@ CG_API int32_t cg_decode_planes(const cg_section* section, const uint8_t* stream
 CG_API int32_t cg_patch_planes(const uint64_t* positions, const int32_t* indices, uint64_t count, const cg_output* output,
                                const cg_run* run) CG_NOEXCEPT;
 
-/* Rows of a matrix product, and the keys or values of a layer that they become. */
-typedef struct cg_heads {
-  const void* rows;      /* [tokens, heads * dim], row_stride values from token to token */
-  uint64_t row_stride;
-  uint64_t tokens;
-  const float* means;    /* [heads * dim], which are added; NULL: none */
-  const float* angles;   /* cosines, then sines [tokens, pairs]: pairs of channels are turned by them; NULL for 0 pairs */
-  uint64_t address;      /* of the first value; strides in bytes */
-  uint64_t token_stride;
-  uint64_t head_stride;
-  uint32_t heads;
-  uint32_t dim;
-  uint32_t pairs;
-  uint32_t interleaved;  /* pair i is (2i, 2i + 1); 0: (i, i + pairs) */
-  uint32_t from_dtype;   /* of rows: CG_FLOAT32 or CG_BFLOAT16 */
-  uint32_t to_dtype;
-} cg_heads;
-
-CG_API int32_t cg_write_heads(const cg_heads* heads, uint64_t count, const cg_run* run) CG_NOEXCEPT;
-
 #ifdef __cplusplus
 }
 #endif

@@ -244,6 +244,6 @@ CPU_PROTOTYPES = {
     "cg_gather": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }
-"""Functions that a library may lack: the CUDA library has cg_block_sums alone of them."""
+"""Functions that a library may lack: the CUDA library has cg_write_heads and cg_block_sums alone of them."""
 BATCH = "cg_decode_chunks"
 """A function that a library may lack: chunks are then decoded section by section."""

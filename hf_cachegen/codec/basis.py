@@ -6,7 +6,8 @@ Implementation notes:
    and sums in float32. That is several times as fast as float32. The leading components of a group have coefficients
    that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
    between machines by about a rounding of the cache's own dtype. Symbols never differ.
-3. The last components are left out of the product if they are all zero in a chunk at its level.
+3. Tokens whose last components are all zero, as most are at a coarse level, are multiplied by fewer rows of the matrix
+   (on the CPU). Components are ordered by their spread, so the last ones are zero most often.
 4. A prediction adds rows to the same product: the numbers that it reads take part like coefficients.
 5. In a chain (`codec.chain`) all summaries are computed first, from the coefficients of the base: small products.
 """
@@ -18,10 +19,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import heads
+from hf_cachegen.codec import heads, transfer
 from hf_cachegen.codec.chain import Chain
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
@@ -36,8 +38,12 @@ MEAN_TERMS = 3
 LEADING = 64
 """Number of components with twice the digits. With 0 the finest level's divergence is a fifth higher (reference model).
 """
-WORTH_LEAVING_OUT = 0.25
-"""Share of idle components above which testing them for zero costs less than multiplying them."""
+PIECES = (1, 2, 4, 8)
+"""Numbers of pieces that the tokens of a product are cut into, of which the cheapest is taken."""
+ARRANGING, ARRANGING_AMX = 64, 512
+"""The time that a product takes before it begins, to arrange its matrix, in tokens that are multiplied by it. AMX
+multiplies bfloat16 faster than it arranges.
+"""
 
 
 class Narrow(NamedTuple):
@@ -85,6 +91,8 @@ class Narrow(NamedTuple):
         return y @ self.matrix[: y.shape[1]]
 
 
+_OCTET = 8
+"""Bytes that are tested together for zero."""
 _RESIDENT: WeakKeyDictionary[Profile | Predictor, Resident] = WeakKeyDictionary()
 """For each profile or predictor its matrices on every device, each made once: its chain; (mean, analysis, prediction)
 of each group; and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
@@ -94,11 +102,15 @@ _ENERGIES: WeakKeyDictionary[Profile | Predictor, Tensor] = WeakKeyDictionary()
 
 
 @lru_cache(maxsize=1)
+def _capabilities() -> dict[str, Any]:
+    """Return what this CPU can do; nothing from the supported releases of torch that do not report it."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
+
+
 def multiplies_bfloat16() -> bool:
     """Return whether this CPU has instructions for bfloat16 products. Without them these are slower than float32's."""
-    # Some supported releases of torch do not report them.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return bool(_capabilities().get("amx_bf16") or _capabilities().get("avx512_bf16"))
 
 
 class Basis:
@@ -169,8 +181,8 @@ class Basis:
         return _ENERGIES[self.learnt]
 
     def restore(
-        self, y: Tensor, span: Span, vectors: Sequence[Tensor], idle: Tensor | None = None,
-        scores: Tensor | None = None, base: Tensor | None = None,
+        self, y: Tensor, span: Span, vectors: Sequence[Tensor], scores: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Convert coefficients float32 [tokens, components] to values.
 
@@ -179,7 +191,6 @@ class Basis:
             span: The position of the chunk.
             vectors: K and V of each layer in turn, [tokens, heads, dim] of one float dtype, which receive the values.
                 Those that no group covers are left as they are.
-            idle: bool [components]: components that are likely to be zero in all tokens.
             scores: float32 [tokens, rank], of a predictor.
             base: The coefficients as the coarsest level decodes them, for a chain. None: y.
         """
@@ -189,16 +200,17 @@ class Basis:
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
         matrices = self._matrices(device, narrow)
+        arranging = ARRANGING_AMX if narrow and _capabilities().get("amx_bf16") else ARRANGING
         for (group, components), matrix, read in zip(self._groups(), matrices, reads, strict=True):
-            part = y[:, components]
-            part = part if idle is None else _shortened(part, idle[components])
+            part, mean = y[:, components], None if isinstance(matrix, Narrow) else matrix[1]
+            pieces = _pieces(part, arranging) if transfer.is_host(device) else [(None, part.shape[1])]
             with full_precision(device):
-                if isinstance(matrix, Narrow):
-                    back, mean = matrix.product(part, read), None
+                if len(pieces) == 1:
+                    back = _product(matrix, part[:, : pieces[0][1]], read)
                 else:
-                    stacked, mean, rank = matrix
-                    part = torch.cat([read, part], 1) if rank else part
-                    back = part @ stacked[: part.shape[1]]
+                    back = torch.empty(len(part), group.synthesis.shape[1], dtype=dtype if narrow else torch.float32)
+                    for tokens, width in pieces:
+                        back[tokens] = _product(matrix, part[tokens, :width], read[tokens])
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
             heads.write(back, mean, mine, (rotary, angles) if group.kind == 0 else None)
 
@@ -276,18 +288,37 @@ def _rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def _shortened(part: Tensor, idle: Tensor) -> Tensor:
-    """Drop the trailing components if all of them are idle and zero.
+def _product(matrix: Any, part: Tensor, read: Tensor) -> Tensor:
+    """Multiply part [tokens, components], all or the leading ones, by a matrix of `Basis._matrices`."""
+    if isinstance(matrix, Narrow):
+        return matrix.product(part, read)
+    stacked, _, rank = matrix
+    part = torch.cat([read, part], 1) if rank else part
+    return part @ stacked[: part.shape[1]]
 
-    Return all components where there is little to drop, or where an idle one is not zero (an exception). Components are
-    ordered by their spread, so the idle ones are mostly the last.
+
+def _pieces(part: Tensor, arranging: int) -> list[tuple[Tensor, int]]:
+    """Cut the tokens of a product into pieces by the number of leading components beyond which all are zero.
+
+    Args:
+        part: The coefficients, float32 [tokens, components].
+        arranging: The time to arrange the matrix of a piece, in tokens.
+
+    Returns:
+        Of each piece the tokens, int64 [n], and the number of components that they need.
     """
-    live = (~idle).nonzero().flatten()
-    count = max(int(live[-1]) + 1 if len(live) else 1, LEADING)
-    if count > (1 - WORTH_LEAVING_OUT) * len(idle):
-        return part
-    least, most = part[:, count:].aminmax()
-    return part[:, :count] if float(least) == 0 == float(most) else part
+    count, octets = part.shape[1], -(-part.shape[1] // _OCTET)
+    used = torch.zeros(len(part), octets * _OCTET, dtype=torch.bool)
+    np.not_equal(part.numpy(), 0, out=used.numpy()[:, :count])  # torch takes four times as long
+    last = (used.view(torch.int64) != 0) * torch.arange(1, octets + 1, dtype=torch.int16)
+    needed, order = (last.amax(1) * _OCTET).clamp(min(LEADING, count), count).sort()
+
+    def cut(pieces: int) -> list[tuple[Tensor, int]]:
+        widths = [int(part[-1]) for part in needed.tensor_split(pieces)]
+        return list(zip(order.tensor_split(pieces), widths, strict=True))
+
+    possible = [cut(pieces) for pieces in PIECES if pieces <= len(part)]
+    return min(possible, key=lambda found: sum((len(tokens) + arranging) * width for tokens, width in found))
 
 
 def slices_of(geometry: Geometry) -> list[slice]:

@@ -5,8 +5,8 @@ digits of a tile, and the warps of a block share tables. The coded bytes of a ba
 pinned memory, and the statuses of its tiles are read two batches later. Nothing waits before. On the CPU the tiles of
 all chunks of a batch are the work of one parallel loop.
 
-`serves` and `Batches.add` return whether a batch can take a chunk: all channels are coded, in whole tiles, and the rows
-of the target are aligned. Other chunks are decoded section by section (`into.Sections`), to the same values.
+`serves` and `Batches.add` return whether a batch can take a chunk: all channels are coded, and the rows of the target
+are aligned. Other chunks are decoded section by section (`into.Sections`), to the same values.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hf_cachegen.codec.passes import DTYPES
 from hf_cachegen.codec.section import Arrays, Assignment, Cursor
 from hf_cachegen.codec.transfer import Check, Checks, all_of
 from hf_cachegen.codec.upload import Part, Upload
+from hf_cachegen.codec.wide import NONE_WIDE, Wide
 
 if TYPE_CHECKING:
     from hf_cachegen.codec.chunk import LossyCodec, Span
@@ -52,6 +53,7 @@ class _Read(NamedTuple):
         base: The base of all coded tokens.
         digits: One section per refinement.
         end_digits: One section per refinement.
+        wide: The base symbols that no byte holds. `base` has the nearest ones.
     """
 
     tokens: int
@@ -63,6 +65,7 @@ class _Read(NamedTuple):
     base: Arrays
     digits: list[Arrays]
     end_digits: list[Arrays]
+    wide: Wide
 
     @property
     def has_ends(self) -> bool:
@@ -80,25 +83,23 @@ class _Read(NamedTuple):
         return parts
 
 
-def serves(codec: LossyCodec, level: int, target: Target) -> bool:
+def serves(codec: LossyCodec, target: Target) -> bool:
     """Return whether chunks of this codec can be decoded in batches into this target."""
-    config, channels = codec.config, len(codec.channels)
-    whole = channels > 0 and channels % ops.TILE_COLUMNS == 0 and config.prob_bits == abi.BATCH_PROB_BITS
-    if config.coder != "rans" or not whole or target.dtype not in DTYPES or config.levels > 3:
+    config, (_, base, refinements) = codec.config, codec.assignments
+    if config.coder != "rans" or config.prob_bits != abi.BATCH_PROB_BITS or config.levels > 3:
         return False
-    if not (shared := native.batch_shared_bytes(target.device)):
+    if not len(base) or any(len(part.dead) for part in (base, *refinements)):
         return False
-    _, base, refinements = codec.assignments
-    if any(len(part.dead) for part in refinements) or target.vectors is None:
-        return False
-    return _fits(base, shared)
+    return target.dtype in DTYPES and target.vectors is not None and native.batch_shared_bytes(target.device) > 0
 
 
-def _fits(assignment: Assignment, shared: int) -> bool:
-    """Return whether all channels are coded, and the tables of a tile fit in a block's shared memory."""
-    if shared == UNLIMITED:
-        return not len(assignment.dead)
-    return not len(assignment.dead) and PAIR_BYTES + assignment.tables_per_tile * TABLE_BYTES <= shared
+def _tables_per_tile(assignment: Assignment, device: torch.device) -> int:
+    """Return how many tables a block has to copy to its shared memory; 0 where they do not fit there."""
+    shared = native.batch_shared_bytes(device)
+    if shared == UNLIMITED:  # counting takes milliseconds
+        return 0
+    most = assignment.tables_per_tile
+    return most if PAIR_BYTES + most * TABLE_BYTES <= shared else 0
 
 
 class Batches:
@@ -136,10 +137,10 @@ class Batches:
         self._launch()
         self._checks.finish()
 
-    def launch(self) -> Check:
-        """Decode the remaining chunks without waiting. Return what waits for all, and raises as `finish` does."""
+    def flush(self) -> None:
+        """Launch the remaining chunks. Raises TruncatedError or CorruptError for damaged bytes of chunks before them.
+        """
         self._launch()
-        return self._checks.finish
 
     def _read(self, parts: Sequence[bytes | memoryview], span: Span, row: int) -> _Read | None:
         config, (anchors, values, refinements) = self._codec.config, self._codec.assignments
@@ -158,9 +159,14 @@ class Batches:
             cursor = Cursor(bytes_)
             digits.append(section.read_narrow_arrays(cursor, count, part))
             cursor.finish()
-        if span.tokens > abi.MAX_BATCH_TOKENS or base.is_wide(values):
+        wide = NONE_WIDE
+        if base.is_wide(values):
+            if not self._codec.scales_alone(self._target):
+                return None
+            wide, base = section.in_tensors(base, coded, values).wide, base.within_bytes()
+        if span.tokens > abi.MAX_BATCH_TOKENS:
             return None
-        return _Read(span.tokens, row, coded, ordinary, scales, peaks, base, digits, ends)
+        return _Read(span.tokens, row, coded, ordinary, scales, peaks, base, digits, ends, wide)
 
     def _launch(self) -> None:
         if not self._reads:
@@ -182,11 +188,12 @@ class Batches:
                 if together:
                     upload.add(peak, [Part(peak.base, read.peaks)])
         memory, scales = upload.send()
-        statuses = torch.zeros(2, n, len(self._codec.channels) // ops.TILE_COLUMNS, dtype=torch.int32, device=device)
+        tiles = ops.tile_count(1, len(self._codec.channels))
+        statuses = torch.zeros(2, n, tiles, dtype=torch.int32, device=device)
         checks: list[Check] = []
         for k, part in enumerate((peaks, jobs)):
             for i, job in enumerate(part):
-                job.tile_status = statuses.data_ptr() + 4 * statuses.shape[2] * (k * n + i)
+                job.tile_status = statuses.data_ptr() + 4 * tiles * (k * n + i)
         values = None
         if anchors is not None:
             values = self._anchor_values(anchors, peaks, scales, reads, checks)
@@ -197,6 +204,9 @@ class Batches:
         without = sum(not read.has_ends for read in reads)
         self._call(self._values(False), jobs, 0, without)
         self._call(self._values(True), jobs, without, n)
+        wide = [(read.wide, read.ordinary, read.row) for read in reads if len(read.wide.positions)]
+        if wide:
+            self._codec.correct(wide, self._level, self._target.kept[0])
         self._checks.add(all_of([*checks, _Statuses(statuses, memory, values).check]))
 
     def _anchors_of(self, reads: Sequence[_Read]) -> tuple[Tensor, Target, abi.Batch | None] | None:
@@ -211,9 +221,9 @@ class Batches:
             return None
         if self._anchor_rows is None or len(self._anchor_rows[0]) < needed:
             rows = max(needed, abi.MAX_BATCH * max(read.tokens - read.coded for read in reads))
-            found = torch.empty(rows, len(codec.channels), device=device)
+            found = Target.memory(rows, len(codec.channels), device)
             assignment, target, unit, shared = codec.assignments[0], Target.matrix(found), codec.unit(device), None
-            if _fits(assignment, native.batch_shared_bytes(device)):
+            if not len(assignment.dead):
                 shared = _shared(assignment, [], target)
                 shared.means, shared.steps = unit.means.data_ptr(), unit.steps.data_ptr()
                 shared.end_steps = shared.steps
@@ -261,13 +271,49 @@ class Batches:
             native.call(abi.BATCH, shared, address, last - first, device=self._target.device)
 
 
+class Launches:
+    """Decode chunks of one level into a target without waiting for its device: in batches, and others one by one.
+
+    Args:
+        codec: Of the chunks.
+        target: Receives the rows.
+    """
+
+    def __init__(self, codec: LossyCodec, target: Target):
+        self._codec, self._target = codec, target
+        self._batches: Batches | None = None
+        self._alone = Checks(OUTSTANDING * abi.MAX_BATCH)
+        self._served = serves(codec, target)
+
+    def add(self, parts: Sequence[bytes | memoryview], span: Span, row: int) -> None:
+        """Take a chunk, which is written from row `row` on.
+
+        Raises:
+            TruncatedError, CorruptError: The bytes of this chunk, or of one before it, are damaged.
+        """
+        if self._served and self._batches is None:
+            self._batches = Batches(self._codec, len(parts), self._target)
+        if self._batches is None or not self._batches.add(parts, span, row):
+            self._alone.add(self._codec.launch_alone(parts, span, self._target, row))
+
+    def flush(self) -> None:
+        """Launch what was added. Raises TruncatedError or CorruptError for damaged bytes of chunks before it."""
+        if self._batches is not None:
+            self._batches.flush()
+
+    def finish(self) -> None:
+        """Launch what was added, and wait for all. Raises TruncatedError or CorruptError for damaged bytes."""
+        if self._batches is not None:
+            self._batches.finish()
+        self._alone.finish()
+
+
 def _shared(base: Assignment, refinements: Sequence[Assignment], target: Target) -> abi.Batch:
     """Return what the chunks of a batch share, without their scale."""
     tables, ids, *_ = base.on(target.device)
     found = abi.Batch(columns=len(base), base_ids=ids.data_ptr(), dtype=DTYPES[target.dtype])
     found.base_tables, found.base_tables_bytes = tables.data_ptr(), tables.numel()
-    unlimited = native.batch_shared_bytes(target.device) == UNLIMITED
-    found.tables_per_tile = ops.TILE_COLUMNS if unlimited else base.tables_per_tile  # counting them takes milliseconds
+    found.tables_per_tile = _tables_per_tile(base, target.device)
     if target.vectors is not None:  # `serves` has tested it
         found.places = target.vectors.data_ptr()
     for k, part in enumerate(refinements):

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, batch, into, native, passes, quantize, section, transfer
 from hf_cachegen.codec import anchors as anchoring
+from hf_cachegen.codec import batch, into, native, passes, quantize, section, transfer
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
@@ -34,7 +34,7 @@ from hf_cachegen.codec.section import Assignment, Coded, Cursor
 from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
-from hf_cachegen.codec.transfer import Check, Checks, Resident, all_of
+from hf_cachegen.codec.transfer import Check, Resident, all_of
 from hf_cachegen.codec.wide import Wide, correct, split, within_bytes
 from hf_cachegen.config import CacheGenConfig
 
@@ -200,18 +200,20 @@ class LossyCodec:
         Raises:
             TruncatedError, CorruptError: The bytes are damaged; the result raises these too.
         """
-        batches, checks = None, Checks(batch.OUTSTANDING * abi.MAX_BATCH)
+        launches = batch.Launches(self, target)
         for parts, span, row in chunks:
-            if batches is None and batch.serves(self, len(parts), target):
-                batches = batch.Batches(self, len(parts), target)
-            if batches is None or not batches.add(parts, span, row):
-                checks.add(self._launch_alone(parts, span, target, row))
-        return checks.finish if batches is None else all_of([batches.launch(), checks.finish])
+            launches.add(parts, span, row)
+        launches.flush()
+        return launches.finish
 
-    def _launch_alone(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
-        """Decode a chunk that no batch takes, section by section, or stage by stage on the CPU."""
+    def launch_alone(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
+        """Start decoding a chunk that no batch takes, section by section, or decode it stage by stage on the CPU.
+
+        Raises:
+            TruncatedError, CorruptError: The bytes are damaged; the result raises these too.
+        """
         read = self._read(parts, span)
-        direct = not len(read.base.wide.positions) or self._scales_alone(target)
+        direct = not len(read.base.wide.positions) or self.scales_alone(target)
         if direct and self.config.coder == "rans" and native.available(target.device):
             return self._write(read, span, target, row)
         target.put(self._rows(read, span, target.dtype), row)
@@ -242,7 +244,7 @@ class LossyCodec:
             level, device, lambda: (self.means, self.steps * quantize.step_factor(level, self.config.levels))
         )
 
-    def _scales_alone(self, target: Target) -> bool:
+    def scales_alone(self, target: Target) -> bool:
         """Return whether each value of the target is symbol x step, so that the symbol follows from it."""
         rows, plain = target.kept[0], not self.group_tokens and not bool(self.side.means.any())
         return plain and rows.dim() == 2 and rows.dtype == torch.float32
@@ -268,12 +270,27 @@ class LossyCodec:
             base = sections.index(read.base, Rows(0, coded), [])
             sections.refine(read.rest, middle, base, grid)
             sections.refine(read.finest, ends, base, finest)
-        if len(wide.positions):
-            columns, rows = len(self.channels), target.kept[0][row : row + span.tokens]
-            others, protected = split(wide, ordinary.start * columns, ordinary.stop * columns)
-            correct(rows, others, grid.steps, len(read.rest))
-            correct(rows, protected, finest.steps, self.config.levels - 1)
+        self.correct([(wide, ordinary, row)], 1 + len(read.rest), target.kept[0])
         return sections.launched()
+
+    def correct(self, chunks: Iterable[tuple[Wide, slice, int]], level: int, rows: Tensor) -> None:
+        """Replace the values of wide symbols in rows of a target for which `scales_alone` holds.
+
+        Args:
+            chunks: Of each chunk the wide symbols, the tokens that are not protected, and the row of its first token.
+            level: Of the tokens that are not protected.
+            rows: float32 [tokens, channels], decoded with the nearest symbols that a byte holds.
+        """
+        columns, parts = rows.shape[1], (list[Wide](), list[Wide]())
+        for wide, ordinary, row in chunks:
+            if len(wide.positions):
+                found = split(wide, ordinary.start * columns, ordinary.stop * columns)
+                for part, own in zip(parts, found, strict=True):
+                    part.append(Wide(own.positions + row * columns, own.indices))
+        for part, at in zip(parts, (level, self.config.levels), strict=True):
+            if any(len(wide.positions) for wide in part):
+                positions, indices = (torch.cat(x) for x in zip(*part, strict=True))
+                correct(rows, Wide(positions, indices), self.scale(at, rows.device).steps, at - 1)
 
     def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:
         """Decode stage by stage on the CPU. Takes any chunk and any coder."""

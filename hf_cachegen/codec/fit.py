@@ -19,7 +19,6 @@ from hf_cachegen.codec import anchors as anchoring
 from hf_cachegen.codec import passes, quantize
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.passes import Grid
-from hf_cachegen.codec.rans import TILE_COLUMNS
 from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_CONTEXTS, DIGIT_SYMBOLS, VALUE_SYMBOLS, ZERO_INDEX, Codebook
@@ -181,16 +180,18 @@ class Counts:
         """The histograms of the base and of each refinement, each int32 [channels, contexts x symbols], on the CPU."""
         return [self.base.cpu(), *self.digits.cpu()]
 
-    def choose(self, values: Codebook, digits: Codebook, *, coded: bool = False) -> tuple[Tensor, Tensor]:
+    def choose(self, values: Codebook, digits: Codebook) -> tuple[Tensor, Tensor]:
         """Choose the cheapest tables: entries uint8 [levels, channels], and their bits float64 [levels, channels].
+
+        Channels of zeros are coded, too: one that is left out shifts all channels behind it, so that base and digits
+        could not be decoded together. It costs about a thousandth of a bit per token.
 
         Args:
             values: The codebook of the base.
             digits: The codebook of the refinements.
-            coded: Leave out the entry "always zero".
         """
         books = repeated(values, digits)
-        chosen = [book.choose(part, coded=coded) for part, book in zip(self.parts, books, strict=False)]
+        chosen = [book.choose(part, coded=True) for part, book in zip(self.parts, books, strict=False)]
         return torch.stack([entries for entries, _ in chosen]), torch.stack([bits for _, bits in chosen])
 
 
@@ -204,7 +205,7 @@ def repeated(values: Codebook, digits: Codebook) -> Iterator[Codebook]:
 def _chosen(source: Source, spans: Sequence[Span], codec: LossyCodec) -> tuple[Side, Tensor] | None:
     """Return `_with_entries` of a source; None where a value must be refused, which that function does."""
     books, config = (codec.values, codec.digits), codec.config
-    found = source.choose(spans, config, (codec.means, codec.steps), books, coded=_all_coded(len(codec.channels)))
+    found = source.choose(spans, config, (codec.means, codec.steps), books)
     if found is None:
         return None
     entries, bits, _ = found
@@ -214,15 +215,6 @@ def _chosen(source: Source, spans: Sequence[Span], codec: LossyCodec) -> tuple[S
     anchor_entries = entries[levels] if source.group_tokens else none
     side = Side(codec.side.step_codes, codec.side.means, anchor_entries, entries[0], entries[1:levels])
     return side, bits[:levels]
-
-
-def _all_coded(channels: int) -> bool:
-    """Return whether channels of zeros are coded, too.
-
-    A channel that is left out shifts all channels behind it. A GPU then cannot decode base and digits together. So all
-    are coded where they fill whole tiles; a channel of zeros costs about a thousandth of a bit per token.
-    """
-    return channels % TILE_COLUMNS == 0
 
 
 def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
@@ -235,8 +227,7 @@ def _with_entries(chunks: Chunks, codec: LossyCodec) -> tuple[Side, Tensor]:
         if found is not None:
             passes.count(anchors, (found.symbols + ZERO_INDEX).to(torch.uint8))
         counts.add(symbols)
-    coded = _all_coded(channels)
-    anchor_entries, anchor_bits = codec.values.choose(anchors, coded=coded)
-    entries, bits = counts.choose(codec.values, codec.digits, coded=coded)
+    anchor_entries, anchor_bits = codec.values.choose(anchors, coded=True)
+    entries, bits = counts.choose(codec.values, codec.digits)
     bits[0] += anchor_bits
     return Side(codec.side.step_codes, codec.side.means, anchor_entries, entries[0], entries[1:]), bits

@@ -16,7 +16,7 @@ WRITE = "cg_write_heads"
 def write(
     rows: Tensor, mean: Tensor | None, targets: Sequence[Tensor], turn: tuple[Rotary, Tensor] | None = None
 ) -> None:
-    """Write rows to the layers' tensors: in one compiled call on the CPU, in torch elsewhere.
+    """Write rows to the layers' tensors: in one compiled call, or in torch where the library cannot.
 
     Args:
         rows: [tokens, channels], float32 or bfloat16, contiguous.

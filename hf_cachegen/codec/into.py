@@ -52,14 +52,15 @@ class Target:
 
     @cached_property
     def vectors(self) -> Tensor | None:
-        """The addresses of every 8th channel, int64 [channels / 8, 2]; None if 8 values are not one store.
+        """The addresses of every 8th channel, int64 [ceil(channels / 8), 2]; None if 8 values are not one store.
 
         They are one store if the channels between follow one another and all addresses are multiples of 16 bytes.
         """
         width, align = abi.VECTOR_COLUMNS, abi.BATCH_ALIGNMENT
         for x in self.kept:
             outer = [stride * x.element_size() % align for stride in x.stride()[:-1]]
-            if x.shape[-1] % width or x.stride(-1) != 1 or x.data_ptr() % align or any(outer):
+            cut = x.dim() > 2 and x.shape[-1] % width  # the last channels of a matrix may be fewer
+            if cut or x.stride(-1) != 1 or x.data_ptr() % align or any(outer):
                 return None
         return self.places[::width].contiguous()
 
@@ -78,6 +79,12 @@ class Target:
                 offsets[shape] = np.stack([element, np.full_like(element, x.stride(2) * x.element_size())], 1)
             found.append(offsets[shape] + (x.data_ptr(), 0))
         return cls(torch.from_numpy(np.concatenate(found)).to(tensors[0].device), tensors[0].dtype, tuple(tensors))
+
+    @staticmethod
+    def memory(tokens: int, channels: int, device: torch.device) -> Tensor:
+        """Allocate float32 [tokens, channels] that has `vectors`: every row begins at a multiple of 16 bytes."""
+        width = -(-channels // abi.VECTOR_COLUMNS) * abi.VECTOR_COLUMNS
+        return torch.empty(tokens, width, device=device)[:, :channels]
 
     @classmethod
     def matrix(cls, rows: Tensor) -> Target:

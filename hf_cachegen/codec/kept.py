@@ -86,7 +86,7 @@ class Kept:
             others: uint8 [n, levels, components].
         """
         books = (codec.values, codec.digits)
-        found = self.source.choose(spans, codec.config, _unit(codec), books, coded=False, others=others)
+        found = self.source.choose(spans, codec.config, _unit(codec), books, others)
         if found is None:
             raise TensorError("a symbol that was kept is too large for its tables")
         return found

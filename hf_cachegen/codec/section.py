@@ -27,7 +27,7 @@ from hf_cachegen.codec import passes, rans
 from hf_cachegen.codec.quantize import LARGEST_SYMBOL
 from hf_cachegen.codec.tables import ZERO_INDEX, Codebook
 from hf_cachegen.codec.transfer import Resident
-from hf_cachegen.codec.wide import NONE_WIDE, Wide
+from hf_cachegen.codec.wide import NONE_WIDE, Wide, nearest
 from hf_cachegen.errors import CorruptError, TruncatedError
 
 MAX_RUNS = 16
@@ -275,6 +275,10 @@ class Arrays(NamedTuple):
             return False
         symbols = assignment.book.tables.frequencies.shape[1]
         return bool(((self.indices < 0) | (self.indices >= symbols)).any())
+
+    def within_bytes(self) -> Arrays:
+        """Return the section with the nearest indices that a byte holds."""
+        return self._replace(indices=nearest(torch.from_numpy(self.indices)).numpy())
 
 
 _NO_POSITIONS, _NO_INDICES = np.empty(0, np.int64), np.empty(0, np.int32)

@@ -149,16 +149,15 @@ class Source:
 
     def choose(
         self, chunks: Sequence[Chunk], config: CacheGenConfig, scale: tuple[Tensor, Tensor],
-        books: tuple[Codebook, Codebook], *, coded: bool, others: Tensor | None = None,
+        books: tuple[Codebook, Codebook], others: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-        """Count the symbols of these chunks and choose the cheapest tables, as `tables.Codebook.choose` does.
+        """Count the symbols of these chunks and choose the cheapest tables, as `fit.Counts.choose` does.
 
         Args:
             chunks: The chunks.
             config: Its levels and protected tokens are used.
             scale: (means, steps), each float32 [channels].
             books: The codebooks of the base, and of the refinements.
-            coded: Leave out the entry "always zero".
             others: Entries, uint8 [n, parts, channels], whose bits are wanted, too.
 
         Returns:
@@ -171,7 +170,7 @@ class Source:
         other_costs = torch.empty(others.shape, dtype=torch.int64)
         entries = torch.empty(parts, len(self), dtype=torch.uint8)
         costs, refused = torch.empty(parts, len(self), dtype=torch.int64), ctypes.c_uint32()
-        views = [abi.Costs(book.compiled_cost.data_ptr(), book.compiled_cost.shape[1], int(coded)) for book in books]
+        views = [abi.Costs(book.compiled_cost.data_ptr(), book.compiled_cost.shape[1], 1) for book in books]
         arguments = (
             config.levels - 1, *views, entries, costs, ctypes.byref(refused), others, len(others), other_costs
         )  # fmt: skip

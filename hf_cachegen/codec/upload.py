@@ -46,11 +46,11 @@ class Upload:
 
     Args:
         device: Of the target.
-        channels: Of a chunk, in whole tiles.
+        channels: Of a chunk.
     """
 
     def __init__(self, device: torch.device, channels: int):
-        self._device, self._tiles = device, channels // ops.TILE_COLUMNS
+        self._device, self._channels, self._tiles = device, channels, ops.tile_count(1, channels)
         self._jobs: list[abi.Job] = []
         self._parts: list[Part] = []
         self._patched: list[tuple[int, Part]] = []
@@ -151,7 +151,7 @@ class Upload:
         job, number, first, gap_at, gap = np.repeat(np.array(rows, np.int64), lengths, axis=0).T
         positions = np.concatenate([part.found.positions for _, part in self._patched])
         indices = np.concatenate([part.found.indices for _, part in self._patched])
-        token, channel = np.divmod(positions, tiles * ops.TILE_COLUMNS)
+        token, channel = np.divmod(positions, self._channels)
         row = token + first + (token >= gap_at) * gap
         of_tile = job * tiles + channel // ops.TILE_COLUMNS
         order = np.argsort(of_tile << 32 | row, kind="stable")

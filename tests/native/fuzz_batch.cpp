@@ -19,9 +19,10 @@ struct Section {
 };
 
 struct Shared {
-  uint64_t columns = 256 * (1 + below(2)), group = below(2) ? 2 + below(5) : 0;
+  uint64_t columns = below(2) ? 256 * (1 + below(2)) : 1 + below(600), group = below(2) ? 2 + below(5) : 0;
   uint32_t dtype = uint32_t(below(3)), n_digits = uint32_t(below(3)), n_end_digits = uint32_t(below(3));
   uint32_t n_base_tables = 1 + uint32_t(below(6)), n_digit_tables = 3 + uint32_t(below(7)), n_symbols = 2 + uint32_t(below(255));
+  uint32_t tables_per_tile = below(3) ? n_base_tables : 0;
   uint64_t bytes = dtype == CG_FLOAT32 ? 4 : 2, head_dim = 8u << below(6), row = below(4), most_tokens = 1 + below(60);
   std::vector<uint16_t> base_rows = random_tables(n_base_tables, n_symbols, kBits);
   std::vector<uint16_t> digit_rows = random_tables(n_digit_tables, 3, kBits);
@@ -29,6 +30,10 @@ struct Shared {
   std::unique_ptr<Buffer<uint8_t>> digit_tables = built(digit_rows, n_digit_tables, 3, kBits);
   Bytes ids[3];
   std::vector<float> means, steps, end_steps;
+
+  uint64_t tiles() const { return (columns + 255) / 256; }
+  uint64_t aligned() const { return (columns + CG_VECTOR_COLUMNS - 1) / CG_VECTOR_COLUMNS * CG_VECTOR_COLUMNS; }
+  uint64_t dim() const { return std::min(head_dim, aligned()); }
 
   Shared() {
     for (uint64_t i = 0; i < columns; i++) {
@@ -96,10 +101,10 @@ struct Chunk {
         }
       }
     std::stable_sort(found.begin(), found.end(), [](const Patch& a, const Patch& b) { return a.tile < b.tile; });
-    patch_offsets.assign(s.columns / 256 + 1, 0);
+    patch_offsets.assign(s.tiles() + 1, 0);
     for (const Patch& patch : found) {
       patches.push_back(patch.word);
-      for (uint64_t tile = patch.tile; tile < s.columns / 256; tile++) patch_offsets[tile + 1]++;
+      for (uint64_t tile = patch.tile; tile < s.tiles(); tile++) patch_offsets[tile + 1]++;
     }
     for (uint32_t i = 0; i < kSections; i++) {
       Section& section = sections[i];
@@ -126,12 +131,12 @@ struct Chunk {
 };
 
 struct Tensor {  // [heads, rows, head_dim], aligned to 16 bytes: every chunk has rows of its own
-  Tensor(const Shared& s, uint64_t chunks) : rows(s.row + chunks * s.most_tokens), memory(s.columns * rows * s.bytes + 16, 0xab) {}
+  Tensor(const Shared& s, uint64_t chunks) : rows(s.row + chunks * s.most_tokens), memory((s.columns + s.dim() - 1) / s.dim() * s.dim() * rows * s.bytes + 16, 0xab) {}
   uint64_t rows;
   Bytes memory;
 
   cg_place place(const Shared& s, uint64_t column) const {
-    const uint64_t dim = std::min(s.head_dim, s.columns), at = (uint64_t(uintptr_t(memory.data())) + 15) / 16 * 16;
+    const uint64_t dim = s.dim(), at = (uint64_t(uintptr_t(memory.data())) + 15) / 16 * 16;
     return {at + (column / dim * rows * dim + column % dim) * s.bytes, dim * s.bytes};
   }
   uint8_t* value(const Shared& s, uint64_t row, uint64_t column) const {
@@ -177,7 +182,7 @@ Statuses decode(const Shared& s, const std::vector<Chunk>& chunks, const Tensor&
   std::vector<cg_place> places;
   for (uint64_t j = 0; j < s.columns; j += CG_VECTOR_COLUMNS) places.push_back(tensor.place(s, j));
   const auto at = exact(places);
-  Statuses statuses(chunks.size(), std::vector<int32_t>(s.columns / 256, -1));
+  Statuses statuses(chunks.size(), std::vector<int32_t>(s.tiles(), -1));
   std::vector<cg_job> jobs;
   for (size_t i = 0; i < chunks.size(); i++) {
     const Chunk& c = chunks[i];
@@ -192,7 +197,7 @@ Statuses decode(const Shared& s, const std::vector<Chunk>& chunks, const Tensor&
   const cg_batch batch = {s.columns, s.group, base_ids->get(), {one->get(), two->get()},
                           s.base_tables->get(), s.base_tables->size, s.digit_tables->get(), s.digit_tables->size,
                           means->get(), steps->get(), end_steps->get(), at->get(),
-                          s.n_base_tables, s.n_digits, s.n_end_digits, s.dtype};
+                          s.tables_per_tile, s.n_digits, s.n_end_digits, s.dtype};
   if (cg_decode_chunks(&batch, jobs.data(), uint32_t(jobs.size()), &kRuns[0])) fail("decode_chunks");
   return statuses;
 }
@@ -210,7 +215,7 @@ void check(const Shared& s, const std::vector<Chunk>& chunks, const Tensor& tens
       }
   }
   for (uint64_t row = 0; row < tensor.rows; row++)
-    for (uint64_t j = 0; j < s.columns; j++)
+    for (uint64_t j = 0; j < s.aligned(); j++)
       if (std::memcmp(wanted.value(s, row, j), tensor.value(s, row, j), s.bytes)) fail("a value differs");
 }
 
@@ -241,15 +246,15 @@ int main(int argc, char** argv) {
     statuses = decode(s, chunks, again);
     const uint32_t k = Chunk::digit_of(which);
     const bool used = !section.rows.empty() && k <= (which > 2 ? s.n_end_digits : which > 0 ? s.n_digits : 0);
-    for (uint64_t tile = 0; used && tile < s.columns / 256; tile++) {
+    for (uint64_t tile = 0; used && tile < s.tiles(); tile++) {
       const uint64_t first = section.offsets[tile], last = section.offsets[tile + 1], size = section.streams.size();
       int32_t wanted = CG_BAD_ARGUMENT;
       if (first <= last && last <= size) {  // as cg_decode finds it, of this tile alone
         cg_section view = hurt.view_of(s, which);
-        std::vector<uint64_t> offsets(s.columns / 256 + 1, first);
+        std::vector<uint64_t> offsets(s.tiles() + 1, first);
         for (uint64_t later = tile + 1; later < offsets.size(); later++) offsets[later] = last;
         Buffer<uint8_t> symbols(view.tokens * view.columns);
-        std::vector<int32_t> found(s.columns / 256, -1);
+        std::vector<int32_t> found(s.tiles(), -1);
         if (cg_decode(&view, section.data->get(), size, offsets.data(), symbols.get(), found.data(), &kRuns[0])) fail("decode");
         wanted = found[tile];
       }

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, basis, quantize, transfer
+from hf_cachegen.codec.batch import Launches
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
@@ -50,8 +50,6 @@ Chunk = tuple[Sequence[bytes | memoryview], Span, int]
 """The parts of a chunk, its position, and the target's row of its first token."""
 HOST_CHUNKS = 2
 """Most chunks that the CPU decodes with one matrix product. Each product begins with arranging the matrix."""
-OUTSTANDING = 2
-"""Number of groups of chunks whose errors are not read yet, so that the host does not wait for the device."""
 DIGEST_BYTES = 16
 STEP_CODES = 256
 ENTRY_BITS = 8
@@ -148,24 +146,17 @@ class Klt(Transform):
 
     def _choices(self, context: ContextRows, kept: Kept | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the cheapest entries uint8 [components] of each part, and the bits float64 that they save."""
-        books = list(islice(repeated(self.inner.values, self.inner.digits), self.config.levels))
-        # A component that is zero in this context alone stays coded: adjacent coded components decode faster.
-        narrow = torch.tensor([book.narrowest for book in books], dtype=torch.uint8)[:, None].expand_as(self.entries)
         if kept is not None:
-            chosen = kept.choose(context.spans, self.inner, torch.stack([self.entries, narrow]))
+            entries, bits, before = kept.choose(context.spans, self.inner, self.entries[None])
         else:
             counts = Counts(self.entries.shape[1], self.config.levels)
             for rows, span in context.chunks():
                 counts.add(self.inner.symbols(self.checked(rows, span))[0])
-            parts = list(zip(books, counts.parts, strict=True))
-            others = [
-                torch.stack([book.bits(found, own) for (book, found), own in zip(parts, entries, strict=True)])
-                for entries in (self.entries, narrow)
-            ]
-            chosen = *counts.choose(self.inner.values, self.inner.digits), torch.stack(others)
-        entries, bits, (before, zero) = chosen
-        stays = (entries == 0) & (self.entries > 0)
-        yield from zip(narrow.where(stays, entries), before - zero.where(stays, bits), strict=True)
+            entries, bits = counts.choose(self.inner.values, self.inner.digits)
+            books = repeated(self.inner.values, self.inner.digits)
+            parts = zip(books, counts.parts, self.entries, strict=False)
+            before = torch.stack([book.bits(found, own) for book, found, own in parts])[None]
+        yield from zip(entries, before[0] - bits, strict=True)
 
     @classmethod
     def from_side(cls, side: bytes, geometry: Geometry, config: CacheGenConfig, profile: Profile | None) -> Klt:
@@ -251,9 +242,7 @@ class Klt(Transform):
             )
         return self.known.scores[span.first : span.first + span.tokens]
 
-    def _restore(
-        self, y: Tensor, span: Span, level: int, vectors: Sequence[Tensor], idle: Tensor | None = None
-    ) -> None:
+    def _restore(self, y: Tensor, span: Span, level: int, vectors: Sequence[Tensor]) -> None:
         """Convert decoded coefficients of a level to values. Layers that the loader has computed itself are copied.
 
         Args:
@@ -261,14 +250,14 @@ class Klt(Transform):
             span: The position of the chunk.
             level: Of the coefficients.
             vectors: Receive the values, as in `Basis.restore`.
-            idle: As there.
         """
         base = self.scaling.read(y, span, level)
-        self.basis.restore(self.scaling.to_basis(y, span), span, vectors, idle, self._scores(span), base)
+        self.basis.restore(self.scaling.to_basis(y, span), span, vectors, self._scores(span), base)
         if self.known is not None and self.known.keys:
             pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
             for own, exact in zip(vectors, pairs, strict=False):
-                own.copy_(exact[0, :, span.first : span.first + span.tokens].transpose(0, 1))
+                part = exact[0, :, span.first : span.first + span.tokens].transpose(0, 1)
+                own.copy_(transfer.send(part, own.device))
 
     def checked(self, rows: Tensor, span: Span) -> Tensor:
         """Return `coefficients`. Raises TensorError where they cannot be coded."""
@@ -293,34 +282,24 @@ class Klt(Transform):
         self.launch([(parts, span, row)], target)()
 
     def launch(self, chunks: Iterable[Chunk], target: Target) -> transfer.Check:
-        checks, y = transfer.Checks(OUTSTANDING), torch.empty(0, self.entries.shape[1], device=target.device)
+        components, launches = self.entries.shape[1], None
+        y = Target.memory(0, components, target.device)
         for group in adjacent(chunks, HOST_CHUNKS if transfer.is_host(target.device) else abi.MAX_BATCH):
-            (_, first, _), (_, last, _) = group[0], group[-1]
+            (parts, first, row), (_, last, _) = group[0], group[-1]
             whole = Span(first.first, last.first + last.tokens - first.first, first.total)
-            if len(y) < whole.tokens:  # new memory costs as much as decoding into it, so all groups share it
-                y = torch.empty(whole.tokens, self.entries.shape[1], device=target.device)
-            checks.add(self._launch_group(group, whole, target, y[: whole.tokens]))
-        return checks.finish
-
-    def _launch_group(self, group: Sequence[Chunk], whole: Span, target: Target, y: Tensor) -> transfer.Check:
-        """Decode chunks that follow one another, with one matrix product for all. Return what waits for them.
-
-        Args:
-            group: The chunks.
-            whole: Their position.
-            target: Receives the values.
-            y: Receives the coefficients, float32 [tokens, components].
-        """
-        parts, _, row = group[0]
-        check = self.inner.launch(((parts, span, at - row) for parts, span, at in group), Target.matrix(y))
-        idle = self._idle(whole, len(parts)) if transfer.is_host(target.device) else None
-        self._restore(y, whole, len(parts), self._vectors(target, slice(row, row + whole.tokens)), idle)
-        return check
-
-    def _idle(self, span: Span, level: int) -> Tensor:
-        """Return which components no table of these tokens can express, bool [components]."""
-        protected = span.ordinary(self.config) != slice(0, span.tokens)
-        return ~(self.entries if protected else self.entries[:level]).any(0)
+            if launches is None or len(y) < whole.tokens:
+                # New memory costs as much as decoding into it, so all groups share it.
+                y = Target.memory(whole.tokens, components, target.device)
+                if launches is not None:
+                    launches.finish()
+                launches = Launches(self.inner, Target.matrix(y))
+            for own, span, at in group:
+                launches.add(own, span, at - row)
+            launches.flush()
+            # One matrix product for all chunks of the group.
+            vectors = self._vectors(target, slice(row, row + whole.tokens))
+            self._restore(y[: whole.tokens], whole, len(parts), vectors)
+        return transfer.all_of([]) if launches is None else launches.finish
 
     def _vectors(self, target: Target, tokens: slice) -> list[Tensor]:
         """Return views [tokens, heads, dim] of the target's rows: K and V of each layer in turn."""

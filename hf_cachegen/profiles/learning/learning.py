@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from hf_cachegen.codec.chunk import Span
-from hf_cachegen.codec.fit import Counts, repeated
+from hf_cachegen.codec.fit import Counts
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import Predictor
@@ -64,7 +64,6 @@ MAX_HELD_OUT = 8
 """
 MAX_TABLE_SAMPLES = 16
 STEP_CODES = 256
-MAX_GAP = 32
 KEPT_PEAK = 0.25
 """A component is kept if a sample's coefficient reaches this fraction of the finest step. A symbol needs half a step,
 and contexts of another kind have larger coefficients.
@@ -289,28 +288,13 @@ class _Learning:
             torch.maximum(peaks, y.abs().amax(0), out=peaks)
         values, digits = shipped_codebooks(self.config.prob_bits)
         entries, _ = counts.choose(values, digits)
-        for row, book in zip(entries, repeated(values, digits), strict=False):
-            _close_gaps(row, book.narrowest)
+        widths = [len(group.synthesis) for group in learnt.groups]
         kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(learnt.step_code, dtype=torch.uint8)))
-        groups, at = [], 0
-        for group in learnt.groups:
-            mine = kept[at : at + len(group.synthesis)]
-            mine[0] = True  # a group needs at least one component
-            groups.append(replace(group, synthesis=group.synthesis[mine]))
-            at += len(mine)
+        kept[torch.tensor([0, *widths[:-1]]).cumsum(0)] = True  # a group needs at least one component
+        pairs = zip(learnt.groups, kept.split(widths), strict=True)
+        groups = [replace(group, synthesis=group.synthesis[mine]) for group, mine in pairs]
         entries = entries[:, kept]
         return {"groups": tuple(groups), "base_entries": entries[0], "refine_entries": entries[1:]}
-
-
-def _close_gaps(entries: Tensor, narrowest: int) -> None:
-    """Give a table to components that are always zero but lie between others that are not, in place.
-
-    They cost almost nothing, and adjacent coded components decode faster. entries: uint8 [components].
-    """
-    live = entries.nonzero().flatten()
-    for before, after in zip(live.tolist(), live[1:].tolist(), strict=False):
-        if after - before <= MAX_GAP:
-            entries[before + 1 : after] = narrowest
 
 
 def _coded(exact: Exact, profile: Profile, context: Tensor, config: CacheGenConfig) -> tuple[Tensor, Klt]:
