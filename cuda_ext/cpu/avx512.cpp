@@ -16,6 +16,7 @@
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "vector_encode.h"
 #include "vector_tiles.h"
 
 namespace cachegen {
@@ -31,6 +32,7 @@ struct Avx512 {
   static CACHEGEN_HD Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static CACHEGEN_HD Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static CACHEGEN_HD Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  static CACHEGEN_HD Int smaller(Int a, Int b) { return _mm512_min_epu32(a, b); }
   static CACHEGEN_HD Int both(Int a, Int b) { return _mm512_and_si512(a, b); }
   static CACHEGEN_HD Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
   static CACHEGEN_HD Int left(Int x, uint32_t bits) { return _mm512_slli_epi32(x, bits); }
@@ -67,6 +69,13 @@ struct Avx512 {
     low = _mm512_permutex2var_epi32(a, even, b);
     high = _mm512_permutex2var_epi32(a, add(even, all(1)), b);
   }
+  // The same, the last lane first.
+  static CACHEGEN_HD void load_halves_back(const uint8_t* p, Int& low, Int& high) {
+    const Int a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
+    const Int even = _mm512_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    low = _mm512_permutex2var_epi32(a, even, b);
+    high = _mm512_permutex2var_epi32(a, add(even, all(1)), b);
+  }
   static CACHEGEN_HD void store_halves(uint8_t* p, Int low, Int high) {
     const Int first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     _mm512_storeu_si512(p, _mm512_permutex2var_epi32(low, first, high));
@@ -81,21 +90,18 @@ struct Avx512 {
     return _mm512_mask_or_epi32(x, low, left(x, kWordBits), _mm512_maskz_expand_epi32(low, words));
   }
 
-  // States from `limit` on give a word, in lane order, to the memory below `write`.
-  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& write) {
+  // States from `limit` on give a word, in the order of the vector, to `at`.
+  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& at) {
     const __mmask16 full = _mm512_cmpge_epu32_mask(x, limit);
-    const uint32_t count = unsigned(__builtin_popcount(full));
-    const Int lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Int uppermost = _mm512_permutexvar_epi32(add(lanes, all(count)), _mm512_maskz_compress_epi32(full, x));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(write - kWidth * kWordBytes), _mm512_cvtepi32_epi16(uppermost));
-    write -= kWordBytes * count;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x)));
+    at += kWordBytes * unsigned(__builtin_popcount(full));
     return _mm512_mask_srli_epi32(x, full, x, kWordBits);
   }
 };
 
 }  // namespace
 
-const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    encode_tile<Avx512>, passes, contexts, clamp,
+const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    open_chain<Avx512>, encode_rows<Avx512>, store_stream, passes, contexts, clamp,
                         count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen
