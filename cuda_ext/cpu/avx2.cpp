@@ -69,10 +69,10 @@ struct Avx2 {
   static CACHEGEN_HD Int is_zero(Int x) { return _mm256_cmpeq_epi32(x, _mm256_setzero_si256()); }
   static CACHEGEN_HD bool any(Int x) { return _mm256_testz_si256(x, x) == 0; }
 
-  // x / y, or one less: see Note 4 of vector_tiles.h.
-  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
+  // x / y, or one less, for x < 2^31 and x / y < 2^21: see kBelow.
+  static CACHEGEN_HD Int quotient(Int x, Int y) {
     const __m256 about = _mm256_div_ps(_mm256_cvtepi32_ps(x), _mm256_cvtepi32_ps(y));
-    return _mm256_cvttps_epi32(_mm256_mul_ps(about, _mm256_set1_ps(below)));
+    return _mm256_cvttps_epi32(_mm256_mul_ps(about, _mm256_set1_ps(kBelow)));
   }
 
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {

@@ -15,6 +15,9 @@ constexpr uint32_t kNearSymbols = 16;                 // around zero, whose freq
 constexpr uint32_t kMaxChains = 1 + CG_MAX_DIGITS;    // that are encoded together
 constexpr uint32_t kSpareBytes = 64;                  // behind the words, which a vector of them may reach
 
+// A quotient of floats below 2^21 becomes too small by less than one: three roundings, of 2^-24 each, and this factor.
+constexpr float kBelow = 1 - 0x1p-22f;
+
 struct alignas(64) EncodeChain {
   // Set before open_chain: the tile's table ids, [width, n_ids], and memory of chain_bytes().
   Tables tables;
@@ -33,8 +36,9 @@ struct alignas(64) EncodeChain {
   uint32_t turn;  // lane i's state is state[i ^ turn]
   alignas(64) uint32_t state[kLanes];
   const SymbolEntry* rows[kTileColumns * kContexts];
-  // By symbol: start, and frequency << 16. By context, of ternary tables: start of the second symbol, and of the third << 16.
-  alignas(64) uint32_t kept[kPerLane][kNearSymbols][kLanes];
+  // Of each column of a lane. By symbol: start, and frequency << 16. By context, of ternary tables: start of the second symbol,
+  // and of the third << 16.
+  alignas(64) uint32_t kept[kPerLane * kNearSymbols][kLanes];
 
   uint64_t bytes() const { return tile.head_bytes() + uint64_t(at - words); }
 };

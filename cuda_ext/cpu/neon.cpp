@@ -72,10 +72,10 @@ struct Neon {
   static CACHEGEN_HD bool any(Int x) { return vmaxvq_u32(x) != 0; }
   static CACHEGEN_HD uint32_t mask(Int condition) { return vaddvq_u32(both(condition, of(1, 2, 4, 8))); }
 
-  // x / y, or one less: see Note 4 of vector_tiles.h.
-  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
+  // x / y, or one less, for x < 2^31 and x / y < 2^21: see kBelow.
+  static CACHEGEN_HD Int quotient(Int x, Int y) {
     const float32x4_t about = vdivq_f32(vcvtq_f32_u32(x), vcvtq_f32_u32(y));
-    return vcvtq_u32_f32(vmulq_f32(about, vdupq_n_f32(below)));
+    return vcvtq_u32_f32(vmulq_f32(about, vdupq_n_f32(kBelow)));
   }
 
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {

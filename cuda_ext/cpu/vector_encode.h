@@ -43,10 +43,9 @@ struct States {
 
   // put() for a vector: see Note 3.
   CACHEGEN_HD void put(uint32_t g, Int start, Int frequency) {
-    constexpr float kBelow = 1 - 0x1p-22f;
     least = V::smaller(least, frequency);
     const Int given = V::give(x[g], V::left_by(frequency, limit_bits), at);
-    const Int quotient = V::quotient(given, frequency, kBelow);
+    const Int quotient = V::quotient(given, frequency);
     const Int remainder = V::subtract(given, V::multiply(quotient, frequency));
     const Int found = V::add(V::add(V::left_by(quotient, total_bits), remainder), start);
     x[g] = V::add_where(V::at_least(remainder, frequency), found, V::subtract(total, frequency));
@@ -86,7 +85,7 @@ struct Near {
                           select<kLow - 1>(of, g, bytes, bit));
   }
   CACHEGEN_HD void step(uint32_t c, uint32_t g) {
-    const Int found = select<kBits>(chain.kept[c], g, symbols.half[c / 4][g], 8 * (c % 4));
+    const Int found = select<kBits>(chain.kept + (c << kBits), g, symbols.half[c / 4][g], 8 * (c % 4));
     states.put(g, V::both(found, V::all(0xffff)), V::right(found, 16));
   }
 };
@@ -105,9 +104,10 @@ struct Ternary {
   }
   CACHEGEN_HD void step(uint32_t c, uint32_t g) {
     const uint32_t bit = 8 * (c % 4), at = g * V::kWidth;
+    const auto* kept = chain.kept + c * kContexts;
     const Int context = contexts.half[c / 4][g], symbol = symbols.half[c / 4][g];
-    const Int positive = V::where_bit(context, bit, V::load(chain.kept[c][1] + at), V::load(chain.kept[c][0] + at));
-    const Int bounds = V::where_bit(context, bit + 1, V::load(chain.kept[c][2] + at), positive);
+    const Int positive = V::where_bit(context, bit, V::load(kept[1] + at), V::load(kept[0] + at));
+    const Int bounds = V::where_bit(context, bit + 1, V::load(kept[2] + at), positive);
     const Int second = V::both(bounds, V::all(0xffff)), third = V::right(bounds, 16);
     const Int start = V::where_bit(symbol, bit + 1, third, V::where_bit(symbol, bit, second, V::all(0)));
     const Int end = V::where_bit(symbol, bit + 1, states.total, V::where_bit(symbol, bit, third, second));
@@ -205,7 +205,7 @@ void keep_near(EncodeChain& chain, uint32_t symbols) {
       const uint32_t symbol = uint32_t(kZeroIndex) - symbols / 2 + i;
       const uint32_t frequency = row[symbol].limit >> (kStateBits - chain.tables.prob_bits);
       const uint32_t start = row[symbol].bias - (frequency == 1 ? total - 1 : 0);
-      chain.kept[column % kPerLane][symbol % symbols][lane] = start | frequency << 16;
+      chain.kept[column % kPerLane * symbols + symbol % symbols][lane] = start | frequency << 16;
     }
   }
 }
@@ -249,7 +249,7 @@ void open_chain(EncodeChain* chain) {
   chain->ternary = chain->n_ids == kContexts && Compared<V>::serves(chain->tables, chain->ids, kTileColumns * kContexts);
   for (uint32_t i = 0; i < kTileColumns * kContexts && chain->ternary; i++) {
     const uint32_t column = i / kContexts, lane = column / kPerLane ^ chain->turn;
-    chain->kept[column % kPerLane][i % kContexts][lane] = Compared<V>::kept(chain->tables, chain->ids[i]);
+    chain->kept[column % kPerLane * kContexts + i % kContexts][lane] = Compared<V>::kept(chain->tables, chain->ids[i]);
   }
 }
 
