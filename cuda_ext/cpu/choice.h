@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#include <limits>
+
 #include "../core/chunk.h"
 #include "counter.h"
 
@@ -127,8 +129,9 @@ void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
   counter->rows = 0;
 }
 
-constexpr uint32_t kTogether = 32;  // entries whose sums stay in registers
-constexpr uint32_t kGroup = 8;      // columns that share the costs which are in the nearest cache
+constexpr uint32_t kTogether = 32;    // entries whose sums stay in registers
+constexpr uint32_t kPair = 2;         // columns that share the costs which are loaded
+constexpr uint32_t kNarrow = 16;      // symbols of which a list is not worth making
 
 struct Seen {
   uint32_t symbol, count;
@@ -136,71 +139,107 @@ struct Seen {
 
 // Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory.
 template <class Sum>
-void add_costs(const cg_costs& book, const Seen* seen, uint32_t count, uint32_t first, Sum* sums) {
+struct Sums {
   typedef int32_t Costs __attribute__((vector_size(kTogether / 2 * sizeof(int32_t)), aligned(4)));
-  typedef Sum Sums __attribute__((vector_size(kTogether / 2 * sizeof(Sum)), aligned(sizeof(Sum))));
-  Sums low = {}, high = {};
-  for (uint32_t i = 0; i < count; i++) {
-    const auto* cost = reinterpret_cast<const Costs*>(book.costs + seen[i].symbol * book.entries + first);
-    const Sum times = Sum(seen[i].count);
-    low += __builtin_convertvector(cost[0], Sums) * times;
-    high += __builtin_convertvector(cost[1], Sums) * times;
-  }
-  memcpy(sums, &low, sizeof low);
-  memcpy(sums + kTogether / 2, &high, sizeof high);
-}
+  typedef Sum Half __attribute__((vector_size(kTogether / 2 * sizeof(Sum))));
+  Half half[2] = {};
 
-// The cheapest entry of each of up to kGroup columns, whose counts are `stride` apart, and its cost.
+  CACHEGEN_HD void add(const Half* cost, uint32_t count) {
+    half[0] += cost[0] * Sum(count);
+    half[1] += cost[1] * Sum(count);
+  }
+  static CACHEGEN_HD void load(const int32_t* costs, Half* cost) {
+    const auto* from = reinterpret_cast<const Costs*>(costs);
+    cost[0] = __builtin_convertvector(from[0], Half);
+    cost[1] = __builtin_convertvector(from[1], Half);
+  }
+};
+
+// The cheapest of the entries so far, lane by lane.
 template <class Sum>
-void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
-              uint8_t* entries, uint64_t* costs) {
-  Sum sums[kGroup][kMaxTables];
-  uint32_t seen[kGroup];
-  Seen list[kGroup][kMaxSymbols];
-  for (uint32_t j = 0; j < width; j++) {
-    seen[j] = 0;
-    if (book.entries <= kTogether) {  // listing costs more than adding zeros
-      for (uint32_t k = low; k <= high; k++) list[j][seen[j]++] = {k, counts[j * stride + k]};
-      continue;
+struct Cheapest {
+  typename Sums<Sum>::Half least, entry;
+
+  CACHEGEN_HD Cheapest() {
+    for (uint32_t i = 0; i < kTogether / 2; i++) least[i] = std::numeric_limits<Sum>::max(), entry[i] = 0;
+  }
+  CACHEGEN_HD void see(const typename Sums<Sum>::Half& sums, uint32_t first) {
+    const auto less = sums < least;
+    least = less ? sums : least;
+    entry = less ? decltype(entry){} + Sum(first) : entry;
+  }
+  void store(uint8_t* found, uint64_t* cost) const {
+    Sum best = least[0], which = entry[0];
+    for (uint32_t i = 1; i < kTogether / 2; i++) {
+      const Sum own = entry[i] + Sum(i);
+      if (least[i] > best || (least[i] == best && own > which)) continue;
+      best = least[i];
+      which = own;
     }
+    *found = uint8_t(which);
+    *cost = uint64_t(best);
+  }
+};
+
+// The cheapest entry of each of kPair columns, whose counts are counts[j], and its cost; of equal ones, the first.
+template <class Sum>
+void cheapest(const cg_costs& book, const uint32_t* const* counts, uint32_t low, uint32_t high, uint8_t* entries,
+              uint64_t* costs) {
+  using All = Sums<Sum>;
+  Seen list[kPair][kMaxSymbols];
+  uint32_t seen[kPair] = {};
+  const bool listed = high - low >= kNarrow && book.entries > kTogether;
+  for (uint32_t j = 0; j < kPair && listed; j++)
     for (uint32_t k = low; k <= high; k++) {
-      const uint32_t count = counts[j * stride + k];
-      list[j][seen[j]] = {k, count};
-      seen[j] += count > 0;
+      list[j][seen[j]] = {k, counts[j][k]};
+      seen[j] += counts[j][k] > 0;
     }
-  }
+  Cheapest<Sum> best[kPair];
   for (uint32_t first = 0; first < book.entries; first += kTogether) {
-    const uint32_t n = book.entries - first < kTogether ? book.entries - first : kTogether;
-    for (uint32_t j = 0; j < width; j++) {
-      if (n == kTogether) {
-        add_costs(book, list[j], seen[j], first, sums[j] + first);
-        continue;
-      }
-      for (uint32_t e = first; e < book.entries; e++) {
-        sums[j][e] = 0;
-        for (uint32_t i = 0; i < seen[j]; i++)
-          sums[j][e] += Sum(list[j][i].count) * book.costs[list[j][i].symbol * book.entries + e];
+    All sums[kPair];
+    typename All::Half cost[2];
+    if (book.entries - first < kTogether) {
+      for (uint32_t j = 0; j < kPair; j++)
+        for (uint32_t e = 0; e < kTogether; e++) {
+          Sum sum = 0;
+          for (uint32_t k = low; k <= high && first + e < book.entries; k++)
+            sum += Sum(counts[j][k]) * book.costs[k * book.entries + first + e];
+          sums[j].half[e / (kTogether / 2)][e % (kTogether / 2)] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
+        }
+    } else if (listed) {
+      for (uint32_t j = 0; j < kPair; j++)
+        for (uint32_t i = 0; i < seen[j]; i++) {
+          All::load(book.costs + list[j][i].symbol * book.entries + first, cost);
+          sums[j].add(cost, list[j][i].count);
+        }
+    } else {
+      for (uint32_t k = low; k <= high; k++) {
+        All::load(book.costs + k * book.entries + first, cost);
+#pragma GCC unroll 2
+        for (uint32_t j = 0; j < kPair; j++) sums[j].add(cost, counts[j][k]);
       }
     }
+    for (uint32_t e = first; e < book.first && e < first + kTogether; e++)  // these are not chosen
+      for (All& own : sums) own.half[(e - first) / (kTogether / 2)][e % (kTogether / 2)] = std::numeric_limits<Sum>::max();
+#pragma GCC unroll 2
+    for (uint32_t j = 0; j < kPair; j++)
+      for (uint32_t i = 0; i < 2; i++) best[j].see(sums[j].half[i], first + i * kTogether / 2);
   }
-  for (uint32_t j = 0; j < width; j++) {
-    Sum least = sums[j][book.first];
-    for (uint32_t e = book.first; e < book.entries; e++) least = sums[j][e] < least ? sums[j][e] : least;
-    int32_t found = kMaxTables;
-    for (uint32_t e = book.first; e < book.entries; e++) {
-      const int32_t own = sums[j][e] == least ? int32_t(e) : int32_t(kMaxTables);
-      found = own < found ? own : found;
-    }
-    entries[j] = uint8_t(found);
-    costs[j] = uint64_t(least);
-  }
+  for (uint32_t j = 0; j < kPair; j++) best[j].store(entries + j, costs + j);
 }
 
 void choose(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
             bool small, uint8_t* entries, uint64_t* costs) {
-  for (uint32_t j = 0; j < width; j += kGroup) {
-    const uint32_t n = width - j < kGroup ? width - j : kGroup;
-    (small ? cheapest<int32_t> : cheapest<int64_t>)(book, counts + j * stride, stride, low, high, n, entries + j, costs + j);
+  for (uint32_t j = 0; j < width; j += kPair) {
+    const uint32_t* own[kPair];
+    uint8_t found[kPair];
+    uint64_t cost[kPair];
+    for (uint32_t i = 0; i < kPair; i++) own[i] = counts + (j + i < width ? j + i : j) * stride;
+    (small ? cheapest<int32_t> : cheapest<int64_t>)(book, own, low, high, found, cost);
+    for (uint32_t i = 0; i < kPair && j + i < width; i++) {
+      entries[j + i] = found[i];
+      costs[j + i] = cost[i];
+    }
   }
 }
 
