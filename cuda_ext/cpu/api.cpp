@@ -38,7 +38,7 @@ int32_t encode_tile(const Backend& backend, const cg_section& section, const Tab
   chain->contexts = section.ids_per_column > 1 ? section.contexts + tile.first_column : nullptr;
   chain->stride = section.columns;
   backend.open_chain(chain);
-  if (chain->status == CG_OK) backend.encode_rows(&chain, 1, section.tokens);
+  if (chain->status == CG_OK) backend.encode_rows(chain, section.tokens);
   if (chain->status) return chain->status;
   *stream_bytes = chain->bytes();
   backend.store_stream(*chain, slot_end - *stream_bytes);

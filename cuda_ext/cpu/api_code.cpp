@@ -105,20 +105,17 @@ void close_chain(Chunk& chunk, const Piece& piece, const EncodeChain& chain, uin
 // Codes rows [first, last) of the block, whose digits are those of streams CG_DIGIT_STREAM + 2 k + protect.
 void code_rows(Chunk& chunk, Scratch& scratch, uint32_t coded, uint32_t protect, uint64_t first, uint64_t last) {
   if (first >= last) return;
-  EncodeChain* chains[kMaxChains];
-  uint32_t count = 0;
-  const auto add = [&](uint32_t stream, const uint8_t* symbols, const uint8_t* contexts) {
+  const auto encode = [&](uint32_t stream, const uint8_t* symbols, const uint8_t* contexts) {
     EncodeChain* chain = &scratch.chains[stream];
     if (chain->status == CG_BAD_TABLE_ID) return;
-    chains[count++] = chain;
     chain->symbols = symbols;
     chain->contexts = contexts;
+    chunk.backend->encode_rows(chain, last - first);
   };
-  if (coded >> CG_BASE_STREAM & 1) add(CG_BASE_STREAM, scratch.block.base[first], nullptr);
+  if (coded >> CG_BASE_STREAM & 1) encode(CG_BASE_STREAM, scratch.block.base[first], nullptr);
   for (uint32_t k = 0; k < chunk.n_digits; k++)
     if (coded >> (CG_DIGIT_STREAM + k) & 1)
-      add(CG_DIGIT_STREAM + 2 * k + protect, scratch.block.digits[k][first], scratch.block.contexts[k][first]);
-  if (count > 0) chunk.backend->encode_rows(chains, count, last - first);
+      encode(CG_DIGIT_STREAM + 2 * k + protect, scratch.block.digits[k][first], scratch.block.contexts[k][first]);
 }
 
 void code_piece(Chunk& chunk, const Piece& piece, Scratch& scratch) {
@@ -151,7 +148,7 @@ void code_piece(Chunk& chunk, const Piece& piece, Scratch& scratch) {
   EncodeChain* chain = &scratch.chains[CG_ANCHOR_STREAM];
   if (is_coded(CG_ANCHOR_STREAM) && chain->status == CG_OK) {
     chain->symbols = scratch.anchors.get();
-    chunk.backend->encode_rows(&chain, 1, anchors);
+    chunk.backend->encode_rows(chain, anchors);
   }
   for (uint32_t stream = 0; stream < CG_MAX_STREAMS; stream++)
     if (is_coded(stream)) close_chain(chunk, piece, scratch.chains[stream], stream);

@@ -15,7 +15,6 @@ using namespace cachegen;
 namespace {
 
 constexpr uint32_t kMaxPlanes = 4;
-constexpr uint64_t kPlanesTogether = 2;
 
 // Bytes of one tile of channels: [planes][tokens, 256].
 struct Planes {
@@ -181,15 +180,9 @@ int32_t cg_code_planes(const cg_source* source, const cg_span* span, const cg_pa
           }
         }
       }
-      EncodeChain* chains[kMaxChains];
-      for (uint64_t p = 0, count; p < planes; p += kPlanesTogether) {
-        count = 0;
-        for (uint64_t i = p; i < planes && i < p + kPlanesTogether; i++) {
-          if (own.chains[i].status == CG_BAD_TABLE_ID) continue;
-          own.chains[i].symbols = own.bytes[i][0];
-          chains[count++] = &own.chains[i];
-        }
-        if (count > 0) backend->encode_rows(chains, uint32_t(count), last - from);
+      for (uint64_t p = 0; p < planes; p++) {
+        own.chains[p].symbols = own.bytes[p][0];
+        if (own.chains[p].status != CG_BAD_TABLE_ID) backend->encode_rows(&own.chains[p], last - from);
       }
     }
     for (uint64_t p = 0; p < planes; p++) {

@@ -75,9 +75,9 @@ struct Backend {
   void (*decode_tiles)(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
                        uint8_t* symbols);
   uint32_t batch;
-  // Encoding, of chains that have the same columns: base and digits, or planes; see encode_chain.h.
+  // Encoding: see encode_chain.h.
   void (*open_chain)(EncodeChain* chain);
-  void (*encode_rows)(EncodeChain* const* chains, uint32_t count, uint64_t rows);
+  void (*encode_rows)(EncodeChain* chain, uint64_t rows);
   void (*store_stream)(const EncodeChain& chain, uint8_t* to);  // chain.bytes()
   const RowPasses& (*passes)(const cg_chunk& chunk);
   void (*contexts)(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count, uint8_t* contexts);

@@ -144,88 +144,98 @@ struct Sums {
   typedef Sum Half __attribute__((vector_size(kTogether / 2 * sizeof(Sum))));
   Half half[2] = {};
 
-  CACHEGEN_HD void add(const Half* cost, uint32_t count) {
-    half[0] += cost[0] * Sum(count);
-    half[1] += cost[1] * Sum(count);
-  }
-  static CACHEGEN_HD void load(const int32_t* costs, Half* cost) {
+  CACHEGEN_HD void add(const int32_t* costs, uint32_t count) {
     const auto* from = reinterpret_cast<const Costs*>(costs);
-    cost[0] = __builtin_convertvector(from[0], Half);
-    cost[1] = __builtin_convertvector(from[1], Half);
+    half[0] += __builtin_convertvector(from[0], Half) * Sum(count);
+    half[1] += __builtin_convertvector(from[1], Half) * Sum(count);
   }
 };
 
-// The cheapest of the entries so far, lane by lane.
+// The cheapest of the entries so far from book.first on, lane by lane.
 template <class Sum>
 struct Cheapest {
-  typename Sums<Sum>::Half least, entry;
+  using Half = typename Sums<Sum>::Half;
+  Half least, entry, lane, allowed;
 
-  CACHEGEN_HD Cheapest() {
-    for (uint32_t i = 0; i < kTogether / 2; i++) least[i] = std::numeric_limits<Sum>::max(), entry[i] = 0;
+  explicit CACHEGEN_HD Cheapest(const cg_costs& book) {
+    least = Half{} + std::numeric_limits<Sum>::max();
+    entry = Half{};
+    allowed = Half{} + Sum(book.first);
+    for (uint32_t i = 0; i < kTogether / 2; i++) lane[i] = Sum(i);
   }
-  CACHEGEN_HD void see(const typename Sums<Sum>::Half& sums, uint32_t first) {
-    const auto less = sums < least;
-    least = less ? sums : least;
-    entry = less ? decltype(entry){} + Sum(first) : entry;
+  CACHEGEN_HD void see(const Sums<Sum>& sums, uint32_t first) {
+    for (uint32_t i = 0; i < 2; i++) {
+      const Half number = lane + Sum(first + i * kTogether / 2);
+      const auto less = (sums.half[i] < least) & (number >= allowed);
+      least = less ? sums.half[i] : least;
+      entry = less ? number : entry;
+    }
   }
   void store(uint8_t* found, uint64_t* cost) const {
-    Sum best = least[0], which = entry[0];
-    for (uint32_t i = 1; i < kTogether / 2; i++) {
-      const Sum own = entry[i] + Sum(i);
-      if (least[i] > best || (least[i] == best && own > which)) continue;
-      best = least[i];
-      which = own;
+    static_assert(kMaxTables == 1 << 8, "an entry is the lowest byte of a key");
+    uint64_t best = UINT64_MAX;
+    for (uint32_t i = 0; i < kTogether / 2; i++) {
+      const uint64_t key = uint64_t(least[i]) << 8 | uint64_t(entry[i]);
+      best = key < best ? key : best;
     }
-    *found = uint8_t(which);
-    *cost = uint64_t(best);
+    *found = uint8_t(best);
+    *cost = best >> 8;
   }
 };
+
+// kBlocks times kTogether entries, for a column's listed symbols.
+template <uint32_t kBlocks, class Sum>
+void see_listed(const cg_costs& book, const Seen* list, uint32_t seen, uint32_t first, Cheapest<Sum>* best) {
+  Sums<Sum> sums[kBlocks];
+  for (uint32_t i = 0; i < seen; i++)
+#pragma GCC unroll 2
+    for (uint32_t b = 0; b < kBlocks; b++)
+      sums[b].add(book.costs + list[i].symbol * book.entries + first + b * kTogether, list[i].count);
+  for (uint32_t b = 0; b < kBlocks; b++) best->see(sums[b], first + b * kTogether);
+}
+
+// The last entries, fewer than kTogether.
+template <class Sum>
+void see_rest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, uint32_t first, Cheapest<Sum>* best) {
+  Sums<Sum> sums;
+  for (uint32_t e = 0; e < kTogether; e++) {
+    Sum sum = 0;
+    for (uint32_t k = low; k <= high && first + e < book.entries; k++)
+      sum += Sum(counts[k]) * book.costs[k * book.entries + first + e];
+    sums.half[e / (kTogether / 2)][e % (kTogether / 2)] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
+  }
+  best->see(sums, first);
+}
 
 // The cheapest entry of each of kPair columns, whose counts are counts[j], and its cost; of equal ones, the first.
 template <class Sum>
 void cheapest(const cg_costs& book, const uint32_t* const* counts, uint32_t low, uint32_t high, uint8_t* entries,
               uint64_t* costs) {
-  using All = Sums<Sum>;
-  Seen list[kPair][kMaxSymbols];
-  uint32_t seen[kPair] = {};
   const bool listed = high - low >= kNarrow && book.entries > kTogether;
-  for (uint32_t j = 0; j < kPair && listed; j++)
+  Cheapest<Sum> best[kPair] = {Cheapest<Sum>(book), Cheapest<Sum>(book)};
+  uint32_t first = 0;
+  for (uint32_t j = 0; j < kPair && listed; j++) {
+    Seen list[kMaxSymbols];
+    uint32_t seen = 0;
     for (uint32_t k = low; k <= high; k++) {
-      list[j][seen[j]] = {k, counts[j][k]};
-      seen[j] += counts[j][k] > 0;
+      list[seen] = {k, counts[j][k]};
+      seen += counts[j][k] > 0;
     }
-  Cheapest<Sum> best[kPair];
-  for (uint32_t first = 0; first < book.entries; first += kTogether) {
-    All sums[kPair];
-    typename All::Half cost[2];
-    if (book.entries - first < kTogether) {
-      for (uint32_t j = 0; j < kPair; j++)
-        for (uint32_t e = 0; e < kTogether; e++) {
-          Sum sum = 0;
-          for (uint32_t k = low; k <= high && first + e < book.entries; k++)
-            sum += Sum(counts[j][k]) * book.costs[k * book.entries + first + e];
-          sums[j].half[e / (kTogether / 2)][e % (kTogether / 2)] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
-        }
-    } else if (listed) {
-      for (uint32_t j = 0; j < kPair; j++)
-        for (uint32_t i = 0; i < seen[j]; i++) {
-          All::load(book.costs + list[j][i].symbol * book.entries + first, cost);
-          sums[j].add(cost, list[j][i].count);
-        }
-    } else {
-      for (uint32_t k = low; k <= high; k++) {
-        All::load(book.costs + k * book.entries + first, cost);
-#pragma GCC unroll 2
-        for (uint32_t j = 0; j < kPair; j++) sums[j].add(cost, counts[j][k]);
-      }
-    }
-    for (uint32_t e = first; e < book.first && e < first + kTogether; e++)  // these are not chosen
-      for (All& own : sums) own.half[(e - first) / (kTogether / 2)][e % (kTogether / 2)] = std::numeric_limits<Sum>::max();
-#pragma GCC unroll 2
-    for (uint32_t j = 0; j < kPair; j++)
-      for (uint32_t i = 0; i < 2; i++) best[j].see(sums[j].half[i], first + i * kTogether / 2);
+    for (first = 0; book.entries - first >= 2 * kTogether; first += 2 * kTogether)
+      see_listed<2>(book, list, seen, first, &best[j]);
+    for (; book.entries - first >= kTogether; first += kTogether) see_listed<1>(book, list, seen, first, &best[j]);
   }
-  for (uint32_t j = 0; j < kPair; j++) best[j].store(entries + j, costs + j);
+  for (; book.entries - first >= kTogether; first += kTogether) {
+    Sums<Sum> sums[kPair];
+    for (uint32_t k = low; k <= high; k++)
+#pragma GCC unroll 2
+      for (uint32_t j = 0; j < kPair; j++) sums[j].add(book.costs + k * book.entries + first, counts[j][k]);
+    for (uint32_t j = 0; j < kPair; j++) best[j].see(sums[j], first);
+  }
+  for (uint32_t j = 0; j < kPair; j++) {
+    if (first < book.entries) see_rest(book, counts[j], low, high, first, &best[j]);
+    best[j].store(entries + j, costs + j);
+  }
 }
 
 void choose(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,

@@ -12,7 +12,6 @@ namespace cachegen {
 
 constexpr uint32_t kPerLane = kTileColumns / kLanes;  // of a whole tile
 constexpr uint32_t kNearSymbols = 16;                 // around zero, whose frequencies every lane keeps
-constexpr uint32_t kMaxChains = 1 + CG_MAX_DIGITS;    // that are encoded together
 constexpr uint32_t kSpareBytes = 64;                  // behind the words, which a vector of them may reach
 
 // A quotient of floats below 2^21 becomes too small by less than one: three roundings, of 2^-24 each, and this factor.
@@ -48,7 +47,7 @@ inline uint64_t chain_bytes(uint64_t rows) { return slot_bytes(rows) + kSpareByt
 
 // Any tile, one symbol at a time; the vector back-ends leave narrow tiles to these.
 void open_scalar(EncodeChain* chain);
-void encode_rows_scalar(EncodeChain* const* chains, uint32_t count, uint64_t rows);
+void encode_rows_scalar(EncodeChain* chain, uint64_t rows);
 
 namespace {
 

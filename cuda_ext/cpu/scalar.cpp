@@ -89,9 +89,8 @@ void open_scalar(EncodeChain* chain) {
   for (uint32_t i = 0; i < chain->tile.width * chain->n_ids && chain->status == CG_OK; i++) chain->rows[i] = chain->tables.symbols_of(chain->ids[i]);
 }
 
-void encode_rows_scalar(EncodeChain* const* chains, uint32_t count, uint64_t rows) {
-  for (uint32_t i = 0; i < count; i++)
-    (chains[i]->n_ids == 1 ? encode_tokens<1> : encode_tokens<kContexts>)(*chains[i], rows);
+void encode_rows_scalar(EncodeChain* chain, uint64_t rows) {
+  (chain->n_ids == 1 ? encode_tokens<1> : encode_tokens<kContexts>)(*chain, rows);
 }
 
 const Backend kScalar = {decode_tiles, 1,    open_scalar, encode_rows_scalar, store_stream, passes,       contexts,     clamp,

@@ -2,12 +2,10 @@
 //
 // Notes:
 // 1. Rows are encoded backwards, so vectors hold lanes in reverse order: then the words of a step go to memory as they are.
-// 2. A state depends on the last one for longer than a core needs to issue that. So chains that have the same columns, base
-//    and digits or two planes, run side by side.
-// 3. The division by a frequency is one of floats. A state is below its limit, so the quotient is below 2^21. Three
+// 2. The division by a frequency is one of floats. A state is below its limit, so the quotient is below 2^21. Three
 //    roundings, of 2^-24 each, and the factor 1 - 2^-22 leave less than one, and never too much: the remainder tells whether
 //    one is missing.
-// 4. Zen 4 takes longer for a gather than for as many loads. Frequencies of symbols near zero are in every lane's memory,
+// 3. Zen 4 takes longer for a gather than for as many loads. Frequencies of symbols near zero are in every lane's memory,
 //    from which each bit of a symbol selects half. Others are copied by scalar code.
 #pragma once
 
@@ -41,7 +39,7 @@ struct States {
     if (V::any(V::is_zero(least))) chain.status = CG_BAD_SYMBOL;
   }
 
-  // put() for a vector: see Note 3.
+  // put() for a vector: see Note 2.
   CACHEGEN_HD void put(uint32_t g, Int start, Int frequency) {
     least = V::smaller(least, frequency);
     const Int given = V::give(x[g], V::left_by(frequency, limit_bits), at);
@@ -63,7 +61,7 @@ struct BytesBack {
   }
 };
 
-// Encoders of a chain: load() a row, then step() through its columns and groups of lanes.
+// Encoders: load() a row, then step() through its columns and groups of lanes.
 
 // Symbols of which the lowest kBits bits tell one from the other.
 template <class V, uint32_t kBits>
@@ -144,27 +142,18 @@ struct Far {
   }
 };
 
-// The steps of a row from kStep on: columns and groups of lanes backwards. Recursion, for compilers leave the loop one.
-template <class V, uint32_t kStep, class... Encoders>
-CACHEGEN_HD void steps(Encoders&... encoders) {
-  constexpr uint32_t kGroups = kLanes / V::kWidth, kSteps = kPerLane * kGroups;
-  if constexpr (kStep < kSteps) {
-    (encoders.step(kPerLane - 1 - kStep / kGroups, kGroups - 1 - kStep % kGroups), ...);
-    steps<V, kStep + 1>(encoders...);
-  }
-}
-
-template <class V, class... Encoders>
-void encode_together(uint64_t rows, Encoders... encoders) {
+template <class V, class Encoder>
+void encode_with(EncodeChain& chain, uint64_t rows) {
+  constexpr uint32_t kGroups = kLanes / V::kWidth;
+  Encoder encoder(chain);
   for (uint64_t t = rows; t-- > 0;) {
-    (encoders.load(t), ...);
-    steps<V, 0>(encoders...);
+    encoder.load(t);
+#pragma GCC unroll 32
+    for (uint32_t step = 0; step < kPerLane * kGroups; step++)
+      encoder.step(kPerLane - 1 - step / kGroups, kGroups - 1 - step % kGroups);
   }
-  (encoders.states.keep(const_cast<EncodeChain&>(encoders.chain)), ...);
+  encoder.states.keep(chain);
 }
-
-// How a chain's next rows are encoded.
-enum class Way { few, near, far, ternary, far_contexts };
 
 struct Range {
   uint8_t low, high;
@@ -194,8 +183,7 @@ inline bool is_near(const Range& range, uint32_t symbols) {
 }
 
 // Fills `kept` for the symbols around zero.
-template <class V>
-void keep_near(EncodeChain& chain, uint32_t symbols) {
+inline void keep_near(EncodeChain& chain, uint32_t symbols) {
   if (chain.near == symbols) return;
   chain.near = symbols;
   for (uint32_t column = 0; column < kTileColumns; column++) {
@@ -207,37 +195,6 @@ void keep_near(EncodeChain& chain, uint32_t symbols) {
       const uint32_t start = row[symbol].bias - (frequency == 1 ? total - 1 : 0);
       chain.kept[column % kPerLane * symbols + symbol % symbols][lane] = start | frequency << 16;
     }
-  }
-}
-
-template <class V>
-Way way_of(EncodeChain& chain, uint64_t rows) {
-  const Range range = range_of(chain, rows);
-  if (chain.n_ids == kContexts) return chain.ternary && range.high < 3 ? Way::ternary : Way::far_contexts;
-  if (!is_near(range, kNearSymbols)) return Way::far;
-  const bool few = is_near(range, kFewSymbols) && chain.near != kNearSymbols;
-  keep_near<V>(chain, few ? kFewSymbols : kNearSymbols);
-  return few ? Way::few : Way::near;
-}
-
-template <class V>
-void encode_alone(EncodeChain& chain, Way way, uint64_t rows) {
-  switch (way) {
-    case Way::few: return encode_together<V>(rows, Near<V, 3>(chain));
-    case Way::near: return encode_together<V>(rows, Near<V, 4>(chain));
-    case Way::far: return encode_together<V>(rows, Far<V, 1>(chain));
-    case Way::ternary: return encode_together<V>(rows, Ternary<V>(chain));
-    default: return encode_together<V>(rows, Far<V, kContexts>(chain));
-  }
-}
-
-// A base and its digits.
-template <class V, class... Digits>
-void encode_levels(EncodeChain& base, Way way, uint64_t rows, Digits... digits) {
-  switch (way) {
-    case Way::few: return encode_together<V>(rows, Near<V, 3>(base), digits...);
-    case Way::near: return encode_together<V>(rows, Near<V, 4>(base), digits...);
-    default: return encode_together<V>(rows, Far<V, 1>(base), digits...);
   }
 }
 
@@ -254,20 +211,16 @@ void open_chain(EncodeChain* chain) {
 }
 
 template <class V>
-void encode_rows(EncodeChain* const* chains, uint32_t count, uint64_t rows) {
-  if (chains[0]->tile.width != kTileColumns) return encode_rows_scalar(chains, count, rows);
-  Way ways[kMaxChains];
-  for (uint32_t i = 0; i < count; i++) ways[i] = way_of<V>(*chains[i], rows);
-  const bool based = chains[0]->n_ids == 1, one = count > 1 && ways[1] == Way::ternary, two = count > 2 && ways[2] == Way::ternary;
-  if (based && count == 3 && one && two) {
-    encode_levels<V>(*chains[0], ways[0], rows, Ternary<V>(*chains[1]), Ternary<V>(*chains[2]));
-  } else if (based && count == 2 && one) {
-    encode_levels<V>(*chains[0], ways[0], rows, Ternary<V>(*chains[1]));
-  } else if (count == 2 && ways[0] == Way::far && ways[1] == Way::far) {
-    encode_together<V>(rows, Far<V, 1>(*chains[0]), Far<V, 1>(*chains[1]));
-  } else {
-    for (uint32_t i = 0; i < count; i++) encode_alone<V>(*chains[i], ways[i], rows);
-  }
+void encode_rows(EncodeChain* chain, uint64_t rows) {
+  if (chain->tile.width != kTileColumns) return encode_rows_scalar(chain, rows);
+  const Range range = range_of(*chain, rows);
+  if (chain->n_ids == kContexts)
+    return chain->ternary && range.high < 3 ? encode_with<V, Ternary<V>>(*chain, rows)
+                                            : encode_with<V, Far<V, kContexts>>(*chain, rows);
+  if (!is_near(range, kNearSymbols)) return encode_with<V, Far<V, 1>>(*chain, rows);
+  const bool few = is_near(range, kFewSymbols) && chain->near != kNearSymbols;
+  keep_near(*chain, few ? kFewSymbols : kNearSymbols);
+  few ? encode_with<V, Near<V, 3>>(*chain, rows) : encode_with<V, Near<V, 4>>(*chain, rows);
 }
 
 }  // namespace
