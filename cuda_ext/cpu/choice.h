@@ -137,44 +137,59 @@ struct Seen {
   uint32_t symbol, count;
 };
 
-// Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory.
+#if defined(__AVX512F__)
+constexpr uint32_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr uint32_t kVectorBytes = 32;
+#else
+constexpr uint32_t kVectorBytes = 16;
+#endif
+
+// Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory; those that are wider than the
+// machine's are ten times as slow.
 template <class Sum>
 struct Sums {
-  typedef int32_t Costs __attribute__((vector_size(kTogether / 2 * sizeof(int32_t)), aligned(4)));
-  typedef Sum Half __attribute__((vector_size(kTogether / 2 * sizeof(Sum))));
-  Half half[2] = {};
+  static constexpr uint32_t kWidth = kVectorBytes / sizeof(Sum), kParts = kTogether / kWidth;
+  typedef int32_t Costs __attribute__((vector_size(kWidth * sizeof(int32_t))));
+  typedef Sum Part __attribute__((vector_size(kVectorBytes)));
+  Part part[kParts] = {};
 
   CACHEGEN_HD void add(const int32_t* costs, uint32_t count) {
-    const auto* from = reinterpret_cast<const Costs*>(costs);
-    half[0] += __builtin_convertvector(from[0], Half) * Sum(count);
-    half[1] += __builtin_convertvector(from[1], Half) * Sum(count);
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < kParts; i++) {
+      Costs some;
+      memcpy(&some, costs + i * kWidth, sizeof some);
+      part[i] += __builtin_convertvector(some, Part) * Sum(count);
+    }
   }
 };
 
 // The cheapest of the entries so far from book.first on, lane by lane.
 template <class Sum>
 struct Cheapest {
-  using Half = typename Sums<Sum>::Half;
-  Half least, entry, lane, allowed;
+  using Part = typename Sums<Sum>::Part;
+  static constexpr uint32_t kWidth = Sums<Sum>::kWidth, kParts = Sums<Sum>::kParts;
+  Part least, entry, lane, allowed;
 
   explicit CACHEGEN_HD Cheapest(const cg_costs& book) {
-    least = Half{} + std::numeric_limits<Sum>::max();
-    entry = Half{};
-    allowed = Half{} + Sum(book.first);
-    for (uint32_t i = 0; i < kTogether / 2; i++) lane[i] = Sum(i);
+    least = Part{} + std::numeric_limits<Sum>::max();
+    entry = Part{};
+    allowed = Part{} + Sum(book.first);
+    for (uint32_t i = 0; i < kWidth; i++) lane[i] = Sum(i);
   }
   CACHEGEN_HD void see(const Sums<Sum>& sums, uint32_t first) {
-    for (uint32_t i = 0; i < 2; i++) {
-      const Half number = lane + Sum(first + i * kTogether / 2);
-      const auto less = (sums.half[i] < least) & (number >= allowed);
-      least = less ? sums.half[i] : least;
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < kParts; i++) {
+      const Part number = lane + Sum(first + i * kWidth);
+      const auto less = (sums.part[i] < least) & (number >= allowed);
+      least = less ? sums.part[i] : least;
       entry = less ? number : entry;
     }
   }
   void store(uint8_t* found, uint64_t* cost) const {
     static_assert(kMaxTables == 1 << 8, "an entry is the lowest byte of a key");
     uint64_t best = UINT64_MAX;
-    for (uint32_t i = 0; i < kTogether / 2; i++) {
+    for (uint32_t i = 0; i < kWidth; i++) {
       const uint64_t key = uint64_t(least[i]) << 8 | uint64_t(entry[i]);
       best = key < best ? key : best;
     }
@@ -202,7 +217,7 @@ void see_rest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32
     Sum sum = 0;
     for (uint32_t k = low; k <= high && first + e < book.entries; k++)
       sum += Sum(counts[k]) * book.costs[k * book.entries + first + e];
-    sums.half[e / (kTogether / 2)][e % (kTogether / 2)] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
+    sums.part[e / Sums<Sum>::kWidth][e % Sums<Sum>::kWidth] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
   }
   best->see(sums, first);
 }
