@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,popcnt")
 #endif
 
+#define CACHEGEN_VECTOR_BYTES 32
 #include "heads.h"
 #include "into.h"
 #include "planes.h"

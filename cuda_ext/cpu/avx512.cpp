@@ -12,6 +12,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#define CACHEGEN_VECTOR_BYTES 64
 #include "heads.h"
 #include "into.h"
 #include "planes.h"

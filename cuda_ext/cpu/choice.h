@@ -137,13 +137,11 @@ struct Seen {
   uint32_t symbol, count;
 };
 
-#if defined(__AVX512F__)
-constexpr uint32_t kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr uint32_t kVectorBytes = 32;
-#else
-constexpr uint32_t kVectorBytes = 16;
+// Set before the inclusion: compilers do not say which instruction set a pragma chose.
+#if !defined(CACHEGEN_VECTOR_BYTES)
+#define CACHEGEN_VECTOR_BYTES 16
 #endif
+constexpr uint32_t kVectorBytes = CACHEGEN_VECTOR_BYTES;
 
 // Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory; those that are wider than the
 // machine's are ten times as slow.
