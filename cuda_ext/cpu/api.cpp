@@ -4,6 +4,8 @@
 #include "../core/arguments.h"
 #include "../core/build.h"
 #include "backend.h"
+#include "check_tile.h"
+#include "encode_chain.h"
 #include "threads.h"
 
 using namespace cachegen;
@@ -13,6 +15,34 @@ namespace {
 int32_t open_section(const cg_section* section, const void* symbols, Tables* tables) {
   if (!is_section_of(section, symbols)) return CG_BAD_ARGUMENT;
   return open_tables(section->tables, section->tables_bytes, tables) ? CG_OK : CG_BAD_TABLES;
+}
+
+// A thread's memory.
+struct Encoding {
+  EncodeChain chain;
+  std::unique_ptr<uint8_t[]> words;
+};
+
+int32_t encode_tile(const Backend& backend, const cg_section& section, const Tables& tables, const Tile& tile,
+                    const uint8_t* symbols, Encoding* memory, uint8_t* slot_end, uint64_t* stream_bytes) {
+  *stream_bytes = 0;
+  if (memory == nullptr || !memory->words) return CG_FAILED;
+  if (const int32_t status = check_tile(section, tables, tile)) return status;
+  EncodeChain* chain = &memory->chain;
+  chain->tables = tables;
+  chain->ids = section.table_ids + tile.first_column * section.ids_per_column;
+  chain->n_ids = uint32_t(section.ids_per_column);
+  chain->tile = tile;
+  chain->words = memory->words.get();
+  chain->symbols = symbols + tile.first_column;
+  chain->contexts = section.ids_per_column > 1 ? section.contexts + tile.first_column : nullptr;
+  chain->stride = section.columns;
+  backend.open_chain(chain);
+  if (chain->status == CG_OK) backend.encode_rows(chain, section.tokens);
+  if (chain->status) return chain->status;
+  *stream_bytes = chain->bytes();
+  backend.store_stream(*chain, slot_end - *stream_bytes);
+  return CG_OK;
 }
 
 }  // namespace
@@ -36,10 +66,13 @@ int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint8_t* sl
   if (tiles == 0) return CG_OK;
   if (slots == nullptr || tile_bytes == nullptr || tile_status == nullptr) return CG_BAD_ARGUMENT;
   if (slots_bytes % stride != 0 || slots_bytes / stride != tiles) return CG_BAD_ARGUMENT;
-  for_each(tiles, section->tokens * section->columns, run->threads, [&](uint64_t i) {
-    const Tile tile = tile_at(i, section->columns);
-    tile_status[i] = backend->encode_tile(*section, tables, tile, symbols, slots + (i + 1) * stride, &tile_bytes[i]);
-  });
+  for_each_with<Encoding>(
+      tiles, section->tokens * section->columns, run->threads,
+      [&](Encoding* memory) { memory->words.reset(new (std::nothrow) uint8_t[chain_bytes(section->tokens)]); },
+      [&](uint64_t i, Encoding* memory) {
+        tile_status[i] = encode_tile(*backend, *section, tables, tile_at(i, section->columns), symbols, memory,
+                                     slots + (i + 1) * stride, &tile_bytes[i]);
+      });
   return CG_OK;
 }
 

@@ -1,11 +1,12 @@
-// The C ABI of coding a chunk from a source: tiles of columns are quantised into memory that stays in a core's cache, and
-// coded from there.
+// The C ABI of coding a chunk from a source. Some tokens of a tile of columns at a time, from the last on, are quantised into
+// memory that stays in a core's nearest cache, and coded from there.
 #include <string.h>
 
 #include <mutex>
 #include <vector>
 
 #include "../core/tables.h"
+#include "encode_chain.h"
 #include "source_arguments.h"
 #include "threads.h"
 
@@ -47,22 +48,17 @@ void report(void* to, const cg_exception& exception) {
 
 // A thread's memory.
 struct Scratch {
-  std::unique_ptr<uint8_t[]> memory;
-  uint8_t *anchors, *base, *digits, *contexts, *slot_end;
+  std::unique_ptr<uint8_t[]> anchors, words;
+  SymbolBlock block;
+  EncodeChain chains[CG_MAX_STREAMS];
   Columns columns;
   Bounds bounds[kMaxParts];
-  uint8_t ids[kTileColumns * kContexts];
 
   void open(const Chunk& chunk) {
-    const uint64_t anchored = anchor_rows(*chunk.source, *chunk.span) * kTileColumns;
-    const uint64_t cells = coded_rows(*chunk.source, *chunk.span) * kTileColumns;
-    const uint64_t slot = slot_bytes(chunk.span->tokens), digits_bytes = chunk.n_digits * cells;
-    memory.reset(new (std::nothrow) uint8_t[anchored + cells + 2 * digits_bytes + slot]);
-    anchors = memory.get();
-    base = anchors + anchored;
-    digits = base + cells;
-    contexts = digits + digits_bytes;
-    slot_end = contexts + digits_bytes + slot;
+    const uint64_t tokens = chunk.span->tokens, streams = CG_DIGIT_STREAM + 2 * chunk.n_digits;
+    anchors.reset(new (std::nothrow) uint8_t[anchor_rows(*chunk.source, *chunk.span) * kTileColumns]);
+    words.reset(new (std::nothrow) uint8_t[streams * chain_bytes(tokens)]);
+    for (uint64_t i = 0; i < streams; i++) chains[i].words = words.get() + i * chain_bytes(tokens);
   }
 };
 
@@ -76,22 +72,25 @@ void open_bounds(const Chunk& chunk, uint32_t part, const Columns& columns, Boun
     }
 }
 
-// Codes `rows` rows of a part's matrix as a tile of a stream.
-void code(Chunk& chunk, const Piece& piece, Scratch& scratch, uint32_t part, uint32_t stream, const uint8_t* symbols,
-          const uint8_t* contexts, uint64_t rows) {
-  if (rows == 0) return;
-  const cg_part& own = chunk.parts[part];
-  const uint32_t n_ids = chunk.contexts(part);
-  cg_section section = {};
-  section.tokens = rows;
-  section.columns = kTileColumns;
-  section.ids_per_column = n_ids;
-  section.table_ids = own.table_ids + piece.first * n_ids;
-  section.contexts = contexts;
-  uint64_t bytes = 0;
-  const uint64_t at = stream * chunk.tiles + piece.tile;
-  chunk.out->statuses[at] = chunk.backend->encode_tile(section, chunk.tables[part], tile_at(0, piece.width), symbols,
-                                                       scratch.slot_end, &bytes);
+// The part of a stream.
+uint32_t part_of(uint32_t stream) { return stream < CG_DIGIT_STREAM ? stream : CG_DIGIT_STREAM + (stream - CG_DIGIT_STREAM) / 2; }
+
+EncodeChain* open_chain(const Chunk& chunk, const Piece& piece, Scratch& scratch, uint32_t stream) {
+  const uint32_t part = part_of(stream);
+  EncodeChain* chain = &scratch.chains[stream];
+  chain->tables = chunk.tables[part];
+  chain->n_ids = chunk.contexts(part);
+  chain->ids = chunk.parts[part].table_ids + piece.first * chain->n_ids;
+  chain->tile = tile_at(0, piece.width);
+  chain->stride = kTileColumns;
+  chunk.backend->open_chain(chain);
+  return chain;
+}
+
+// Writes a stream behind the others.
+void close_chain(Chunk& chunk, const Piece& piece, const EncodeChain& chain, uint32_t stream) {
+  const uint64_t at = stream * chunk.tiles + piece.tile, bytes = chain.status ? 0 : chain.bytes();
+  chunk.out->statuses[at] = chain.status;
   uint64_t offset;
   {
     const std::lock_guard<std::mutex> lock(chunk.guard);
@@ -100,29 +99,59 @@ void code(Chunk& chunk, const Piece& piece, Scratch& scratch, uint32_t part, uin
   }
   chunk.out->offsets[at] = offset;
   chunk.out->bytes[at] = bytes;
-  if (offset + bytes <= chunk.out->memory_bytes) memcpy(chunk.out->memory + offset, scratch.slot_end - bytes, bytes);
+  if (bytes > 0 && offset + bytes <= chunk.out->memory_bytes) chunk.backend->store_stream(chain, chunk.out->memory + offset);
+}
+
+// Codes rows [first, last) of the block, whose digits are those of streams CG_DIGIT_STREAM + 2 k + protect.
+void code_rows(Chunk& chunk, Scratch& scratch, uint32_t coded, uint32_t protect, uint64_t first, uint64_t last) {
+  if (first >= last) return;
+  const auto encode = [&](uint32_t stream, const uint8_t* symbols, const uint8_t* contexts) {
+    EncodeChain* chain = &scratch.chains[stream];
+    if (chain->status == CG_BAD_TABLE_ID) return;
+    chain->symbols = symbols;
+    chain->contexts = contexts;
+    chunk.backend->encode_rows(chain, last - first);
+  };
+  if (coded >> CG_BASE_STREAM & 1) encode(CG_BASE_STREAM, scratch.block.base[first], nullptr);
+  for (uint32_t k = 0; k < chunk.n_digits; k++)
+    if (coded >> (CG_DIGIT_STREAM + k) & 1)
+      encode(CG_DIGIT_STREAM + 2 * k + protect, scratch.block.digits[k][first], scratch.block.contexts[k][first]);
 }
 
 void code_piece(Chunk& chunk, const Piece& piece, Scratch& scratch) {
+  const cg_source& source = *chunk.source;
   const cg_span& span = *chunk.span;
-  open_columns(*chunk.source, piece.list, piece.first, piece.width, &scratch.columns);
+  open_columns(source, piece.list, piece.first, piece.width, &scratch.columns);
   for (uint32_t part = 0; part < kMaxParts; part++)
     if (piece.reported >> part & 1) open_bounds(chunk, part, scratch.columns, &scratch.bounds[part]);
-  const uint64_t rows = coded_rows(*chunk.source, span), ordinary = span.ordinary_last - span.ordinary_first;
-  const CodeJob job = {&scratch.columns, &span, chunk.n_digits, piece.reported, rows, scratch.anchors, scratch.base,
-                       scratch.digits, scratch.contexts, scratch.bounds, report, &chunk};
-  const bool sound = chunk.backend->source(chunk.source->dtype).symbols(job);
-  if (piece.coded >> CG_BASE_STREAM & 1) code(chunk, piece, scratch, 0, CG_BASE_STREAM, scratch.base, nullptr, rows);
-  if (piece.coded >> CG_ANCHOR_STREAM & 1)
-    code(chunk, piece, scratch, 1, CG_ANCHOR_STREAM, scratch.anchors, nullptr, anchor_rows(*chunk.source, span));
-  for (uint32_t k = 0; k < chunk.n_digits; k++) {
-    if ((piece.coded >> (CG_DIGIT_STREAM + k) & 1) == 0) continue;
-    const uint32_t stream = CG_DIGIT_STREAM + 2 * k;
-    const uint8_t *digits = scratch.digits + k * rows * kTileColumns, *contexts = scratch.contexts + k * rows * kTileColumns;
-    code(chunk, piece, scratch, CG_DIGIT_STREAM + k, stream, digits, contexts, ordinary);
-    code(chunk, piece, scratch, CG_DIGIT_STREAM + k, stream + 1, digits + ordinary * kTileColumns,
-         contexts + ordinary * kTileColumns, rows - ordinary);
+  const uint64_t a = span.ordinary_first, b = span.ordinary_last, anchors = anchor_rows(source, span), rows = span.tokens - anchors;
+  const uint64_t rows_of[] = {rows, anchors, b - a, rows - (b - a)};  // of a stream, those of digits being alike
+  const auto is_coded = [&](uint32_t stream) {
+    return (piece.coded >> part_of(stream) & 1) && rows_of[stream < CG_DIGIT_STREAM ? stream : CG_DIGIT_STREAM + stream % 2] > 0;
+  };
+  for (uint32_t stream = 0; stream < CG_MAX_STREAMS; stream++)
+    if (is_coded(stream)) open_chain(chunk, piece, scratch, stream);
+
+  const CodeJob job = {&scratch.columns,      &span,          chunk.n_digits, piece.reported, &scratch.block,
+                       scratch.anchors.get(), scratch.bounds, report,         &chunk};
+  const uint64_t group = source.group_tokens;  // a block of whole groups reads no anchor twice
+  const uint64_t tokens = group == 0 || group > kBlockTokens ? kBlockTokens : kBlockTokens / group * group;
+  bool sound = true;
+  for (uint64_t last = span.tokens, first; last > 0; last = first) {
+    first = (last - 1) / tokens * tokens;
+    sound = chunk.backend->source(source.dtype).symbols(job, first, last) && sound;
+    const uint64_t from = coded_before(source, first), to = coded_before(source, last);
+    code_rows(chunk, scratch, piece.coded, 1, std::max(from, b) - from, std::max(to, b) - from);
+    code_rows(chunk, scratch, piece.coded, 0, std::max(from, a) - from, std::max(std::min(to, b), from) - from);
+    code_rows(chunk, scratch, piece.coded, 1, 0, std::min(to, a) - std::min(from, a));
   }
+  EncodeChain* chain = &scratch.chains[CG_ANCHOR_STREAM];
+  if (is_coded(CG_ANCHOR_STREAM) && chain->status == CG_OK) {
+    chain->symbols = scratch.anchors.get();
+    chunk.backend->encode_rows(chain, anchors);
+  }
+  for (uint32_t stream = 0; stream < CG_MAX_STREAMS; stream++)
+    if (is_coded(stream)) close_chain(chunk, piece, scratch.chains[stream], stream);
   if (!sound) chunk.out->statuses[piece.tile] = CG_BAD_SYMBOL;
 }
 
@@ -193,7 +222,7 @@ int32_t cg_code(const cg_source* source, const cg_span* span, uint32_t n_digits,
     for_each_with<Scratch>(
         pieces.size(), span->tokens * source->columns, run->threads, [&](Scratch* scratch) { scratch->open(chunk); },
         [&](uint64_t i, Scratch* scratch) {
-          if (scratch == nullptr || !scratch->memory)
+          if (scratch == nullptr || !scratch->anchors || !scratch->words)
             failed = true;
           else
             code_piece(chunk, pieces[i], *scratch);

@@ -6,6 +6,7 @@
 #include "../core/arguments.h"
 #include "../core/tables.h"
 #include "counter.h"
+#include "encode_chain.h"
 #include "source_arguments.h"
 #include "threads.h"
 
@@ -18,16 +19,27 @@ constexpr uint32_t kMaxPlanes = 4;
 // Bytes of one tile of channels: [planes][tokens, 256].
 struct Planes {
   std::unique_ptr<uint8_t[]> memory;
-  uint8_t *bytes, *slot_end;
+  uint8_t* bytes;
   Columns columns;
   uint8_t ids[kMaxPlanes * kTileColumns];
   uint32_t counts[kMaxPlanes][kTileColumns][kMaxSymbols];
 
-  void open(uint64_t tokens, uint64_t planes, bool coding) {
-    const uint64_t cells = planes * tokens * kTileColumns, slot = coding ? slot_bytes(tokens) : 0;
-    memory.reset(new (std::nothrow) uint8_t[cells + slot]);
+  void open(uint64_t tokens, uint64_t planes) {
+    memory.reset(new (std::nothrow) uint8_t[planes * tokens * kTileColumns]);
     bytes = memory.get();
-    slot_end = bytes + cells + slot;
+  }
+};
+
+// The same of some tokens, and what they are coded to.
+struct Coding {
+  std::unique_ptr<uint8_t[]> memory;
+  uint8_t bytes[kMaxPlanes][kBlockTokens][kTileColumns];
+  Columns columns;
+  EncodeChain chains[kMaxPlanes];
+
+  void open(uint64_t tokens, uint64_t planes) {
+    memory.reset(new (std::nothrow) uint8_t[planes * chain_bytes(tokens)]);
+    for (uint64_t p = 0; p < planes; p++) chains[p].words = memory.get() + p * chain_bytes(tokens);
   }
 };
 
@@ -39,10 +51,9 @@ uint64_t longest(const cg_span* spans, uint64_t n) {
 
 bool is_whole(const cg_source& source) { return source.columns % kTileColumns == 0 && source.group_tokens == 0; }
 
-void split(const Backend& backend, const cg_source& source, const cg_span& span, Planes* to) {
-  const uint64_t plane = span.tokens * kTileColumns;
-  for (uint32_t r = 0; r < to->columns.n_runs; r++)
-    backend.planes(value_bytes(source.dtype)).split(to->columns.runs[r], span.first, span.tokens, to->bytes, kTileColumns, plane);
+void split(const Backend& backend, const Columns& columns, uint64_t first, uint64_t tokens, uint8_t* bytes, uint64_t plane) {
+  for (uint32_t r = 0; r < columns.n_runs; r++)
+    backend.planes(value_bytes(columns.source->dtype)).split(columns.runs[r], first, tokens, bytes, kTileColumns, plane);
 }
 
 void count(const uint8_t* bytes, uint64_t tokens, uint32_t (*counts)[kMaxSymbols]) {
@@ -54,13 +65,12 @@ void count(const uint8_t* bytes, uint64_t tokens, uint32_t (*counts)[kMaxSymbols
     }
 }
 
-template <class Work>
-bool for_each_tile(const cg_source& source, uint64_t tokens, uint64_t symbols, uint32_t threads, bool coding, const Work& work) {
+template <class Memory, class Work>
+bool for_each_tile(const cg_source& source, uint64_t tokens, uint64_t symbols, uint32_t threads, const Work& work) {
   std::atomic<bool> failed{false};
-  for_each_with<Planes>(
-      source.columns / kTileColumns, symbols, threads,
-      [&](Planes* memory) { memory->open(tokens, value_bytes(source.dtype), coding); },
-      [&](uint64_t tile, Planes* memory) {
+  for_each_with<Memory>(
+      source.columns / kTileColumns, symbols, threads, [&](Memory* memory) { memory->open(tokens, value_bytes(source.dtype)); },
+      [&](uint64_t tile, Memory* memory) {
         if (memory == nullptr || !memory->memory) {
           failed = true;
           return;
@@ -100,11 +110,11 @@ int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t
   const uint64_t planes = value_bytes(source->dtype), n = source->columns;
   uint64_t tokens = 0;
   for (uint64_t i = 0; i < n_spans; i++) tokens += spans[i].tokens;
-  const bool done = for_each_tile(*source, longest(spans, n_spans), tokens * n * planes, run->threads, false,
+  const bool done = for_each_tile<Planes>(*source, longest(spans, n_spans), tokens * n * planes, run->threads,
                                   [&](uint64_t tile, Planes& own) {
     memset(own.counts, 0, planes * sizeof own.counts[0]);
     for (uint64_t s = 0; s < n_spans; s++) {
-      split(*backend, *source, spans[s], &own);
+      split(*backend, own.columns, spans[s].first, spans[s].tokens, own.bytes, spans[s].tokens * kTileColumns);
       for (uint64_t p = 0; p < planes; p++)
         count(own.bytes + p * spans[s].tokens * kTileColumns, spans[s].tokens, own.counts[p]);
     }
@@ -139,43 +149,55 @@ int32_t cg_code_planes(const cg_source* source, const cg_span* span, const cg_pa
   Tables tables;
   if (!open_tables(part->tables, part->tables_bytes, &tables)) return CG_BAD_TABLES;
   std::mutex guard;  // of used and n_exceptions
-  const bool done = for_each_tile(*source, span->tokens, span->tokens * n * planes, run->threads, true,
-                                  [&](uint64_t tile, Planes& own) {
-    split(*backend, *source, *span, &own);
+  const bool done = for_each_tile<Coding>(*source, span->tokens, span->tokens * n * planes, run->threads,
+                                          [&](uint64_t tile, Coding& own) {
     for (uint64_t p = 0; p < planes; p++) {
-      uint8_t* bytes = own.bytes + p * span->tokens * kTileColumns;
-      const uint64_t first = p * n + tile * kTileColumns, at = p * tiles + tile;
-      const uint8_t *low = part->low + first, *high = part->high + first;
-      for (uint64_t t = 0; t < span->tokens && part->low != nullptr; t++) {
-        uint8_t* row = bytes + t * kTileColumns;
-        if (!backend->planes(planes).outside(row, low, high, kTileColumns)) continue;
-        const std::lock_guard<std::mutex> lock(guard);
-        for (uint32_t j = 0; j < kTileColumns; j++) {
-          const uint8_t inside = row[j] < low[j] ? low[j] : row[j] > high[j] ? high[j] : row[j];
-          if (inside == row[j]) continue;
-          if (out->n_exceptions < out->max_exceptions)
-            out->exceptions[out->n_exceptions] = {t * planes * n + first + j, row[j], 0};
-          out->n_exceptions++;
-          row[j] = inside;
+      EncodeChain& chain = own.chains[p];
+      chain.tables = tables;
+      chain.ids = part->table_ids + p * n + tile * kTileColumns;
+      chain.n_ids = 1;
+      chain.tile = tile_at(0, kTileColumns);
+      chain.stride = kTileColumns;
+      backend->open_chain(&chain);
+    }
+    for (uint64_t last = span->tokens, from; last > 0; last = from) {
+      from = (last - 1) / kBlockTokens * kBlockTokens;
+      split(*backend, own.columns, span->first + from, last - from, own.bytes[0][0], sizeof own.bytes[0]);
+      for (uint64_t p = 0; p < planes; p++) {
+        const uint64_t first = p * n + tile * kTileColumns;
+        const uint8_t *low = part->low + first, *high = part->high + first;
+        for (uint64_t t = from; t < last && part->low != nullptr; t++) {
+          uint8_t* row = own.bytes[p][t - from];
+          if (!backend->planes(planes).outside(row, low, high, kTileColumns)) continue;
+          const std::lock_guard<std::mutex> lock(guard);
+          for (uint32_t j = 0; j < kTileColumns; j++) {
+            const uint8_t inside = row[j] < low[j] ? low[j] : row[j] > high[j] ? high[j] : row[j];
+            if (inside == row[j]) continue;
+            if (out->n_exceptions < out->max_exceptions)
+              out->exceptions[out->n_exceptions] = {t * planes * n + first + j, row[j], 0};
+            out->n_exceptions++;
+            row[j] = inside;
+          }
         }
       }
-      cg_section section = {};
-      section.tokens = span->tokens;
-      section.columns = kTileColumns;
-      section.ids_per_column = 1;
-      section.table_ids = part->table_ids + first;
-      uint64_t bytes_of = 0;
-      out->statuses[at] =
-          backend->encode_tile(section, tables, tile_at(0, kTileColumns), bytes, own.slot_end, &bytes_of);
+      for (uint64_t p = 0; p < planes; p++) {
+        own.chains[p].symbols = own.bytes[p][0];
+        if (own.chains[p].status != CG_BAD_TABLE_ID) backend->encode_rows(&own.chains[p], last - from);
+      }
+    }
+    for (uint64_t p = 0; p < planes; p++) {
+      const EncodeChain& chain = own.chains[p];
+      const uint64_t at = p * tiles + tile, bytes = chain.status ? 0 : chain.bytes();
+      out->statuses[at] = chain.status;
       uint64_t offset;
       {
         const std::lock_guard<std::mutex> lock(guard);
         offset = out->used;
-        out->used += bytes_of;
+        out->used += bytes;
       }
       out->offsets[at] = offset;
-      out->bytes[at] = bytes_of;
-      if (offset + bytes_of <= out->memory_bytes) memcpy(out->memory + offset, own.slot_end - bytes_of, bytes_of);
+      out->bytes[at] = bytes;
+      if (bytes > 0 && offset + bytes <= out->memory_bytes) backend->store_stream(chain, out->memory + offset);
     }
   });
   return done ? CG_OK : CG_FAILED;
@@ -198,7 +220,7 @@ int32_t cg_decode_planes(const cg_section* section, const uint8_t* streams, uint
   target.places = output->places;
   target.columns = n;
   target.dtype = chunk.dtype;
-  const bool done = for_each_tile(target, tokens, tokens * n * planes, run->threads, false, [&](uint64_t tile, Planes& own) {
+  const bool done = for_each_tile<Planes>(target, tokens, tokens * n * planes, run->threads, [&](uint64_t tile, Planes& own) {
     const uint64_t stride = planes * kTileColumns;
     cg_section local = *section;
     local.columns = stride;

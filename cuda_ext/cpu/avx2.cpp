@@ -10,10 +10,12 @@
 #pragma GCC target("avx2,popcnt")
 #endif
 
+#define CACHEGEN_VECTOR_BYTES 32
 #include "heads.h"
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "vector_encode.h"
 #include "vector_tiles.h"
 
 namespace cachegen {
@@ -43,6 +45,7 @@ struct Avx2 {
   static CACHEGEN_HD Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static CACHEGEN_HD Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
   static CACHEGEN_HD Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  static CACHEGEN_HD Int smaller(Int a, Int b) { return _mm256_min_epu32(a, b); }
   static CACHEGEN_HD Int both(Int a, Int b) { return _mm256_and_si256(a, b); }
   static CACHEGEN_HD Int either(Int a, Int b) { return _mm256_or_si256(a, b); }
   static CACHEGEN_HD Int left(Int x, uint32_t bits) { return _mm256_slli_epi32(x, int32_t(bits)); }
@@ -67,10 +70,10 @@ struct Avx2 {
   static CACHEGEN_HD Int is_zero(Int x) { return _mm256_cmpeq_epi32(x, _mm256_setzero_si256()); }
   static CACHEGEN_HD bool any(Int x) { return _mm256_testz_si256(x, x) == 0; }
 
-  // x / y, or one less: see Note 4 of vector_tiles.h.
-  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
+  // x / y, or one less, for x < 2^31 and x / y < 2^21: see kBelow.
+  static CACHEGEN_HD Int quotient(Int x, Int y) {
     const __m256 about = _mm256_div_ps(_mm256_cvtepi32_ps(x), _mm256_cvtepi32_ps(y));
-    return _mm256_cvttps_epi32(_mm256_mul_ps(about, _mm256_set1_ps(below)));
+    return _mm256_cvttps_epi32(_mm256_mul_ps(about, _mm256_set1_ps(kBelow)));
   }
 
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {
@@ -85,6 +88,13 @@ struct Avx2 {
     const __m256 b = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const Int*>(p + 32)));
     low = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xd8);
     high = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8);
+  }
+  // The same, the last lane first.
+  static CACHEGEN_HD void load_halves_back(const uint8_t* p, Int& low, Int& high) {
+    const __m256 a = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const Int*>(p)));
+    const __m256 b = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const Int*>(p + 32)));
+    low = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(b, a, 0x22)), 0x72);
+    high = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(b, a, 0x77)), 0x72);
   }
   static CACHEGEN_HD void store_halves(uint8_t* p, Int low, Int high) {
     const Int a = _mm256_unpacklo_epi32(low, high), b = _mm256_unpackhi_epi32(low, high);
@@ -104,24 +114,21 @@ struct Avx2 {
     return choose(low, either(left(x, kWordBits), _mm256_permutevar8x32_epi32(words, order(kOrders.to[lanes]))), x);
   }
 
-  // States from `limit` (1 to 2^31) on give a word, in lane order, to the memory below `write`.
-  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& write) {
+  // States from `limit` (0 to 2^31) on give a word, in the order of the vector, to `at`.
+  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& at) {
     const Int full = _mm256_cmpgt_epi32(x, subtract(limit, all(1)));
-    const uint32_t lanes = mask(full), count = unsigned(__builtin_popcount(lanes));
+    const uint32_t lanes = mask(full);
     const Int words = _mm256_permutevar8x32_epi32(both(x, all(0xffff)), order(kOrders.from[lanes]));
-    const Int uppermost =
-        _mm256_permutevar8x32_epi32(words, add(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(count)));
-    const __m128i packed =
-        _mm_packus_epi32(_mm256_castsi256_si128(uppermost), _mm256_extracti128_si256(uppermost, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(write - kWidth * kWordBytes), packed);
-    write -= kWordBytes * count;
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), packed);
+    at += kWordBytes * unsigned(__builtin_popcount(lanes));
     return choose(full, right(x, kWordBits), x);
   }
 };
 
 }  // namespace
 
-const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    encode_tile<Avx2>, passes, contexts, clamp,
+const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    open_chain<Avx2>, encode_rows<Avx2>, store_stream, passes, contexts, clamp,
                       count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen

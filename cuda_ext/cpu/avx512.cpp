@@ -12,10 +12,12 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#define CACHEGEN_VECTOR_BYTES 64
 #include "heads.h"
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "vector_encode.h"
 #include "vector_tiles.h"
 
 namespace cachegen {
@@ -31,6 +33,7 @@ struct Avx512 {
   static CACHEGEN_HD Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static CACHEGEN_HD Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static CACHEGEN_HD Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  static CACHEGEN_HD Int smaller(Int a, Int b) { return _mm512_min_epu32(a, b); }
   static CACHEGEN_HD Int both(Int a, Int b) { return _mm512_and_si512(a, b); }
   static CACHEGEN_HD Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
   static CACHEGEN_HD Int left(Int x, uint32_t bits) { return _mm512_slli_epi32(x, bits); }
@@ -48,12 +51,15 @@ struct Avx512 {
   static CACHEGEN_HD Int is_zero(Int x) { return _mm512_maskz_mov_epi32(_mm512_testn_epi32_mask(x, x), all(1)); }
   static CACHEGEN_HD bool any(Int x) { return _mm512_test_epi32_mask(x, x) != 0; }
 
-  // x / y, or one less: see Note 4 of vector_tiles.h.
-  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
-    const __m512 about = _mm512_div_ps(_mm512_cvtepi32_ps(x), _mm512_cvtepi32_ps(y));
-    return _mm512_cvttps_epi32(_mm512_mul_ps(about, _mm512_set1_ps(below)));
+  // x / y, or one less, for x < 2^31 and x / y < 2^21. A reciprocal of 14 bits takes a step of Newton's, which falls short by
+  // 2^-28 of it at most. All is rounded down: three times by less than 2^-23 of it.
+  static CACHEGEN_HD Int quotient(Int x, Int y) {
+    constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const __m512 divisor = _mm512_cvtepi32_ps(y), about = _mm512_rcp14_ps(divisor);
+    const __m512 error = _mm512_fnmadd_round_ps(divisor, about, _mm512_set1_ps(1), kDown);
+    const __m512 reciprocal = _mm512_fmadd_round_ps(about, error, about, kDown);
+    return _mm512_cvttps_epi32(_mm512_mul_round_ps(_mm512_cvt_roundepi32_ps(x, kDown), reciprocal, kDown));
   }
-
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {
     const Int even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
     const Int odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
@@ -64,6 +70,13 @@ struct Avx512 {
   static CACHEGEN_HD void load_halves(const uint8_t* p, Int& low, Int& high) {
     const Int a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
     const Int even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    low = _mm512_permutex2var_epi32(a, even, b);
+    high = _mm512_permutex2var_epi32(a, add(even, all(1)), b);
+  }
+  // The same, the last lane first.
+  static CACHEGEN_HD void load_halves_back(const uint8_t* p, Int& low, Int& high) {
+    const Int a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
+    const Int even = _mm512_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     low = _mm512_permutex2var_epi32(a, even, b);
     high = _mm512_permutex2var_epi32(a, add(even, all(1)), b);
   }
@@ -81,21 +94,18 @@ struct Avx512 {
     return _mm512_mask_or_epi32(x, low, left(x, kWordBits), _mm512_maskz_expand_epi32(low, words));
   }
 
-  // States from `limit` on give a word, in lane order, to the memory below `write`.
-  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& write) {
+  // States from `limit` on give a word, in the order of the vector, to `at`.
+  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& at) {
     const __mmask16 full = _mm512_cmpge_epu32_mask(x, limit);
-    const uint32_t count = unsigned(__builtin_popcount(full));
-    const Int lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Int uppermost = _mm512_permutexvar_epi32(add(lanes, all(count)), _mm512_maskz_compress_epi32(full, x));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(write - kWidth * kWordBytes), _mm512_cvtepi32_epi16(uppermost));
-    write -= kWordBytes * count;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x)));
+    at += kWordBytes * unsigned(__builtin_popcount(full));
     return _mm512_mask_srli_epi32(x, full, x, kWordBits);
   }
 };
 
 }  // namespace
 
-const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    encode_tile<Avx512>, passes, contexts, clamp,
+const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    open_chain<Avx512>, encode_rows<Avx512>, store_stream, passes, contexts, clamp,
                         count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen

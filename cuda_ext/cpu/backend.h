@@ -40,6 +40,7 @@ struct Run {
   uint64_t address, stride;
 };
 
+struct EncodeChain;
 struct LevelRows;
 struct Columns;
 struct Counter;
@@ -58,7 +59,8 @@ struct SourcePasses {
   uint32_t (*peak)(const Run& run, uint64_t token);  // bits of the largest magnitude
   void (*spread)(const Columns& columns, const cg_span& span, double* sums);  // [4, 256]
   void (*count)(const Columns& columns, const cg_span& span, uint32_t n_digits, Counter* counter);
-  bool (*symbols)(const CodeJob& job);  // false where a value has no symbol
+  // Symbols of the chunk's tokens [first, last), at most kBlockTokens; false where a value has none.
+  bool (*symbols)(const CodeJob& job, uint64_t first, uint64_t last);
   // squares [1 + n_digits, 256]; false where a symbol is too large
   bool (*fine)(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, int16_t* fine,
                double* squares);
@@ -73,9 +75,10 @@ struct Backend {
   void (*decode_tiles)(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
                        uint8_t* symbols);
   uint32_t batch;
-  // Writes the stream so that it ends at slot_end, after at most slot_bytes(tokens). Returns a value of cg_status.
-  int32_t (*encode_tile)(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
-                         uint8_t* slot_end, uint64_t* stream_bytes);
+  // Encoding: see encode_chain.h.
+  void (*open_chain)(EncodeChain* chain);
+  void (*encode_rows)(EncodeChain* chain, uint64_t rows);
+  void (*store_stream)(const EncodeChain& chain, uint8_t* to);  // chain.bytes()
   const RowPasses& (*passes)(const cg_chunk& chunk);
   void (*contexts)(const uint8_t* symbols, uint8_t zero, const uint8_t* coarser, uint64_t count, uint8_t* contexts);
   void (*clamp)(const Block& block, const uint8_t* symbols, const uint8_t* contexts, const uint8_t* low,
@@ -117,9 +120,7 @@ const Backend* backend_of(uint32_t isa);
 // nullptr too for a run that is none of the CPU's.
 const Backend* backend_for(const cg_run* run);
 
-// Tiles of any width, one symbol at a time; the vector back-ends leave narrow tiles to these.
+// Tiles of any width, one symbol at a time; the vector back-ends leave narrow tiles to this.
 void decode_scalar(const cg_section& section, const Tables& tables, const DecodeJob& job, uint8_t* symbols);
-int32_t encode_scalar(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
-                      uint8_t* slot_end, uint64_t* stream_bytes);
 
 }  // namespace cachegen

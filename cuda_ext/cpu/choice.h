@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#include <limits>
+
 #include "../core/chunk.h"
 #include "counter.h"
 
@@ -127,80 +129,140 @@ void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
   counter->rows = 0;
 }
 
-constexpr uint32_t kTogether = 32;  // entries whose sums stay in registers
-constexpr uint32_t kGroup = 8;      // columns that share the costs which are in the nearest cache
+constexpr uint32_t kTogether = 32;    // entries whose sums stay in registers
+constexpr uint32_t kPair = 2;         // columns that share the costs which are loaded
+constexpr uint32_t kNarrow = 16;      // symbols of which a list is not worth making
 
 struct Seen {
   uint32_t symbol, count;
 };
 
-// Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory.
+// Set before the inclusion: compilers do not say which instruction set a pragma chose.
+#if !defined(CACHEGEN_VECTOR_BYTES)
+#define CACHEGEN_VECTOR_BYTES 16
+#endif
+constexpr uint32_t kVectorBytes = CACHEGEN_VECTOR_BYTES;
+
+// Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory; those that are wider than the
+// machine's are ten times as slow.
 template <class Sum>
-void add_costs(const cg_costs& book, const Seen* seen, uint32_t count, uint32_t first, Sum* sums) {
-  typedef int32_t Costs __attribute__((vector_size(kTogether / 2 * sizeof(int32_t)), aligned(4)));
-  typedef Sum Sums __attribute__((vector_size(kTogether / 2 * sizeof(Sum)), aligned(sizeof(Sum))));
-  Sums low = {}, high = {};
-  for (uint32_t i = 0; i < count; i++) {
-    const auto* cost = reinterpret_cast<const Costs*>(book.costs + seen[i].symbol * book.entries + first);
-    const Sum times = Sum(seen[i].count);
-    low += __builtin_convertvector(cost[0], Sums) * times;
-    high += __builtin_convertvector(cost[1], Sums) * times;
+struct Sums {
+  static constexpr uint32_t kWidth = kVectorBytes / sizeof(Sum), kParts = kTogether / kWidth;
+  typedef int32_t Costs __attribute__((vector_size(kWidth * sizeof(int32_t))));
+  typedef Sum Part __attribute__((vector_size(kVectorBytes)));
+  Part part[kParts] = {};
+
+  CACHEGEN_HD void add(const int32_t* costs, uint32_t count) {
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < kParts; i++) {
+      Costs some;
+      memcpy(&some, costs + i * kWidth, sizeof some);
+      part[i] += __builtin_convertvector(some, Part) * Sum(count);
+    }
   }
-  memcpy(sums, &low, sizeof low);
-  memcpy(sums + kTogether / 2, &high, sizeof high);
+};
+
+// The cheapest of the entries so far from book.first on, lane by lane.
+template <class Sum>
+struct Cheapest {
+  using Part = typename Sums<Sum>::Part;
+  static constexpr uint32_t kWidth = Sums<Sum>::kWidth, kParts = Sums<Sum>::kParts;
+  Part least, entry, lane, allowed;
+
+  explicit CACHEGEN_HD Cheapest(const cg_costs& book) {
+    least = Part{} + std::numeric_limits<Sum>::max();
+    entry = Part{};
+    allowed = Part{} + Sum(book.first);
+    for (uint32_t i = 0; i < kWidth; i++) lane[i] = Sum(i);
+  }
+  CACHEGEN_HD void see(const Sums<Sum>& sums, uint32_t first) {
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < kParts; i++) {
+      const Part number = lane + Sum(first + i * kWidth);
+      const auto less = (sums.part[i] < least) & (number >= allowed);
+      least = less ? sums.part[i] : least;
+      entry = less ? number : entry;
+    }
+  }
+  void store(uint8_t* found, uint64_t* cost) const {
+    static_assert(kMaxTables == 1 << 8, "an entry is the lowest byte of a key");
+    uint64_t best = UINT64_MAX;
+    for (uint32_t i = 0; i < kWidth; i++) {
+      const uint64_t key = uint64_t(least[i]) << 8 | uint64_t(entry[i]);
+      best = key < best ? key : best;
+    }
+    *found = uint8_t(best);
+    *cost = best >> 8;
+  }
+};
+
+// kBlocks times kTogether entries, for a column's listed symbols.
+template <uint32_t kBlocks, class Sum>
+void see_listed(const cg_costs& book, const Seen* list, uint32_t seen, uint32_t first, Cheapest<Sum>* best) {
+  Sums<Sum> sums[kBlocks];
+  for (uint32_t i = 0; i < seen; i++)
+#pragma GCC unroll 2
+    for (uint32_t b = 0; b < kBlocks; b++)
+      sums[b].add(book.costs + list[i].symbol * book.entries + first + b * kTogether, list[i].count);
+  for (uint32_t b = 0; b < kBlocks; b++) best->see(sums[b], first + b * kTogether);
 }
 
-// The cheapest entry of each of up to kGroup columns, whose counts are `stride` apart, and its cost.
+// The last entries, fewer than kTogether.
 template <class Sum>
-void cheapest(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
-              uint8_t* entries, uint64_t* costs) {
-  Sum sums[kGroup][kMaxTables];
-  uint32_t seen[kGroup];
-  Seen list[kGroup][kMaxSymbols];
-  for (uint32_t j = 0; j < width; j++) {
-    seen[j] = 0;
-    if (book.entries <= kTogether) {  // listing costs more than adding zeros
-      for (uint32_t k = low; k <= high; k++) list[j][seen[j]++] = {k, counts[j * stride + k]};
-      continue;
-    }
+void see_rest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, uint32_t first, Cheapest<Sum>* best) {
+  Sums<Sum> sums;
+  for (uint32_t e = 0; e < kTogether; e++) {
+    Sum sum = 0;
+    for (uint32_t k = low; k <= high && first + e < book.entries; k++)
+      sum += Sum(counts[k]) * book.costs[k * book.entries + first + e];
+    sums.part[e / Sums<Sum>::kWidth][e % Sums<Sum>::kWidth] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
+  }
+  best->see(sums, first);
+}
+
+// The cheapest entry of each of kPair columns, whose counts are counts[j], and its cost; of equal ones, the first.
+template <class Sum>
+void cheapest(const cg_costs& book, const uint32_t* const* counts, uint32_t low, uint32_t high, uint8_t* entries,
+              uint64_t* costs) {
+  const bool listed = high - low >= kNarrow && book.entries > kTogether;
+  Cheapest<Sum> best[kPair] = {Cheapest<Sum>(book), Cheapest<Sum>(book)};
+  uint32_t first = 0;
+  for (uint32_t j = 0; j < kPair && listed; j++) {
+    Seen list[kMaxSymbols];
+    uint32_t seen = 0;
     for (uint32_t k = low; k <= high; k++) {
-      const uint32_t count = counts[j * stride + k];
-      list[j][seen[j]] = {k, count};
-      seen[j] += count > 0;
+      list[seen] = {k, counts[j][k]};
+      seen += counts[j][k] > 0;
     }
+    for (first = 0; book.entries - first >= 2 * kTogether; first += 2 * kTogether)
+      see_listed<2>(book, list, seen, first, &best[j]);
+    for (; book.entries - first >= kTogether; first += kTogether) see_listed<1>(book, list, seen, first, &best[j]);
   }
-  for (uint32_t first = 0; first < book.entries; first += kTogether) {
-    const uint32_t n = book.entries - first < kTogether ? book.entries - first : kTogether;
-    for (uint32_t j = 0; j < width; j++) {
-      if (n == kTogether) {
-        add_costs(book, list[j], seen[j], first, sums[j] + first);
-        continue;
-      }
-      for (uint32_t e = first; e < book.entries; e++) {
-        sums[j][e] = 0;
-        for (uint32_t i = 0; i < seen[j]; i++)
-          sums[j][e] += Sum(list[j][i].count) * book.costs[list[j][i].symbol * book.entries + e];
-      }
-    }
+  for (; book.entries - first >= kTogether; first += kTogether) {
+    Sums<Sum> sums[kPair];
+    for (uint32_t k = low; k <= high; k++)
+#pragma GCC unroll 2
+      for (uint32_t j = 0; j < kPair; j++) sums[j].add(book.costs + k * book.entries + first, counts[j][k]);
+    for (uint32_t j = 0; j < kPair; j++) best[j].see(sums[j], first);
   }
-  for (uint32_t j = 0; j < width; j++) {
-    Sum least = sums[j][book.first];
-    for (uint32_t e = book.first; e < book.entries; e++) least = sums[j][e] < least ? sums[j][e] : least;
-    int32_t found = kMaxTables;
-    for (uint32_t e = book.first; e < book.entries; e++) {
-      const int32_t own = sums[j][e] == least ? int32_t(e) : int32_t(kMaxTables);
-      found = own < found ? own : found;
-    }
-    entries[j] = uint8_t(found);
-    costs[j] = uint64_t(least);
+  for (uint32_t j = 0; j < kPair; j++) {
+    if (first < book.entries) see_rest(book, counts[j], low, high, first, &best[j]);
+    best[j].store(entries + j, costs + j);
   }
 }
 
 void choose(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
             bool small, uint8_t* entries, uint64_t* costs) {
-  for (uint32_t j = 0; j < width; j += kGroup) {
-    const uint32_t n = width - j < kGroup ? width - j : kGroup;
-    (small ? cheapest<int32_t> : cheapest<int64_t>)(book, counts + j * stride, stride, low, high, n, entries + j, costs + j);
+  for (uint32_t j = 0; j < width; j += kPair) {
+    const uint32_t* own[kPair];
+    uint8_t found[kPair];
+    uint64_t cost[kPair];
+    for (uint32_t i = 0; i < kPair; i++) own[i] = counts + (j + i < width ? j + i : j) * stride;
+    (small ? cheapest<int32_t> : cheapest<int64_t>)(book, own, low, high, found, cost);
+    for (uint32_t i = 0; i < kPair && j + i < width; i++) {
+      entries[j + i] = found[i];
+      costs[j + i] = cost[i];
+    }
   }
 }
 

@@ -40,7 +40,10 @@ inline void open_columns(const cg_source& source, const uint32_t* list, uint64_t
 CACHEGEN_HD uint64_t anchor_rows(const cg_source& source, const cg_span& span) {
   return source.group_tokens ? (span.tokens + source.group_tokens - 1) / source.group_tokens : 0;
 }
-CACHEGEN_HD uint64_t coded_rows(const cg_source& source, const cg_span& span) { return span.tokens - anchor_rows(source, span); }
+CACHEGEN_HD uint64_t coded_before(const cg_source& source, uint64_t tokens) {  // of a chunk
+  return source.group_tokens ? tokens - (tokens + source.group_tokens - 1) / source.group_tokens : tokens;
+}
+CACHEGEN_HD uint64_t coded_rows(const cg_source& source, const cg_span& span) { return coded_before(source, span.tokens); }
 
 // The support of a part's tables, by context and column; any: whether something is outside of it.
 struct Bounds {
@@ -48,15 +51,23 @@ struct Bounds {
   uint8_t low[kContexts][kTileColumns], high[kContexts][kTileColumns];
 };
 
-// Columns of a chunk to quantise. Matrices are [rows, 256]; of digits the ordinary rows come first, then the protected.
+constexpr uint64_t kBlockTokens = 16;  // that are quantised before they are coded, so that they stay in the nearest cache
+
+// Symbols of some tokens: matrices [rows, 256].
+struct SymbolBlock {
+  uint8_t base[kBlockTokens][kTileColumns];
+  uint8_t digits[CG_MAX_DIGITS][kBlockTokens][kTileColumns], contexts[CG_MAX_DIGITS][kBlockTokens][kTileColumns];
+};
+
+// Columns of a chunk to quantise.
 struct CodeJob {
   const Columns* columns;
   const cg_span* span;
   uint32_t n_digits;
   uint32_t parts;  // a bit for each whose exceptions are reported
-  uint64_t rows;   // coded
-  uint8_t *anchors, *base, *digits, *contexts;  // [rows], those of digits [n_digits, rows]
-  const Bounds* bounds;                         // of each part
+  SymbolBlock* block;
+  uint8_t* anchors;  // [anchors, 256], of all tokens
+  const Bounds* bounds;  // of each part
   void (*report)(void* to, const cg_exception& exception);
   void* to_report;
 };

@@ -8,13 +8,14 @@
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "vector_encode.h"
 #include "vector_tiles.h"
 
 namespace cachegen {
 namespace {
 
 // By a mask of lanes, as indices of bytes: `to` spreads the words of a vector's first bytes over these lanes' low halves, `from`
-// moves the words of these lanes to the end of 8 bytes. 0xff is a zero.
+// moves the words of these lanes to the first bytes. 0xff is a zero.
 struct WordOrders {
   uint8_t to[16][16] = {}, from[16][8] = {};
 
@@ -22,13 +23,11 @@ struct WordOrders {
     for (uint32_t mask = 0; mask < 16; mask++) {
       for (uint8_t& byte : to[mask]) byte = 0xff;
       for (uint8_t& byte : from[mask]) byte = 0xff;
-      uint32_t count = 0;
-      for (uint32_t lane = 0; lane < 4; lane++) count += mask >> lane & 1;
       for (uint32_t lane = 0, n = 0; lane < 4; lane++) {
         if ((mask >> lane & 1) == 0) continue;
         for (uint32_t i = 0; i < kWordBytes; i++) {
           to[mask][4 * lane + i] = uint8_t(kWordBytes * n + i);
-          from[mask][kWordBytes * (4 - count + n) + i] = uint8_t(4 * lane + i);
+          from[mask][kWordBytes * n + i] = uint8_t(4 * lane + i);
         }
         n++;
       }
@@ -48,6 +47,7 @@ struct Neon {
   static CACHEGEN_HD Int add(Int a, Int b) { return vaddq_u32(a, b); }
   static CACHEGEN_HD Int subtract(Int a, Int b) { return vsubq_u32(a, b); }
   static CACHEGEN_HD Int multiply(Int a, Int b) { return vmulq_u32(a, b); }
+  static CACHEGEN_HD Int smaller(Int a, Int b) { return vminq_u32(a, b); }
   static CACHEGEN_HD Int both(Int a, Int b) { return vandq_u32(a, b); }
   static CACHEGEN_HD Int either(Int a, Int b) { return vorrq_u32(a, b); }
   static CACHEGEN_HD Int left_by(Int x, Int bits) { return vshlq_u32(x, vreinterpretq_s32_u32(bits)); }
@@ -72,10 +72,10 @@ struct Neon {
   static CACHEGEN_HD bool any(Int x) { return vmaxvq_u32(x) != 0; }
   static CACHEGEN_HD uint32_t mask(Int condition) { return vaddvq_u32(both(condition, of(1, 2, 4, 8))); }
 
-  // x / y, or one less: see Note 4 of vector_tiles.h.
-  static CACHEGEN_HD Int quotient(Int x, Int y, float below) {
+  // x / y, or one less, for x < 2^31 and x / y < 2^21: see kBelow.
+  static CACHEGEN_HD Int quotient(Int x, Int y) {
     const float32x4_t about = vdivq_f32(vcvtq_f32_u32(x), vcvtq_f32_u32(y));
-    return vcvtq_u32_f32(vmulq_f32(about, vdupq_n_f32(below)));
+    return vcvtq_u32_f32(vmulq_f32(about, vdupq_n_f32(kBelow)));
   }
 
   static CACHEGEN_HD Int multiply_high(Int a, Int b) {
@@ -88,6 +88,13 @@ struct Neon {
     const Int a = vreinterpretq_u32_u8(vld1q_u8(p)), b = vreinterpretq_u32_u8(vld1q_u8(p + 16));
     low = vuzp1q_u32(a, b);
     high = vuzp2q_u32(a, b);
+  }
+  // The same, the last lane first.
+  static CACHEGEN_HD void load_halves_back(const uint8_t* p, Int& low, Int& high) {
+    Int ahead, behind;
+    load_halves(p, ahead, behind);
+    low = vextq_u32(vrev64q_u32(ahead), vrev64q_u32(ahead), 2);
+    high = vextq_u32(vrev64q_u32(behind), vrev64q_u32(behind), 2);
   }
   static CACHEGEN_HD void store_halves(uint8_t* p, Int low, Int high) {
     vst1q_u8(p, vreinterpretq_u8_u32(vzip1q_u32(low, high)));
@@ -103,19 +110,19 @@ struct Neon {
     return choose(low, either(left(x, kWordBits), vreinterpretq_u32_u8(vqtbl1q_u8(words, vld1q_u8(kOrders.to[lanes])))), x);
   }
 
-  // States from `limit` on give a word, in lane order, to the memory below `write`.
-  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& write) {
+  // States from `limit` on give a word, in the order of the vector, to `at`.
+  static CACHEGEN_HD Int give(Int x, Int limit, uint8_t*& at) {
     const Int full = vcgeq_u32(x, limit);
     const uint32_t lanes = mask(full);
-    vst1_u8(write - kWidth * kWordBytes, vqtbl1_u8(vreinterpretq_u8_u32(x), vld1_u8(kOrders.from[lanes])));
-    write -= kWordBytes * kCounts[lanes];
+    vst1_u8(at, vqtbl1_u8(vreinterpretq_u8_u32(x), vld1_u8(kOrders.from[lanes])));
+    at += kWordBytes * kCounts[lanes];
     return choose(full, right(x, kWordBits), x);
   }
 };
 
 }  // namespace
 
-const Backend kNeon = {decode_tiles<Neon, 1>, 1,    encode_tile<Neon>, passes,       contexts,
+const Backend kNeon = {decode_tiles<Neon, 1>, 1,    open_chain<Neon>, encode_rows<Neon>, store_stream, passes,       contexts,
                       clamp,                 count_digits, into, rows_into, run_contexts, levels_into,
                       levels_contexts,       source_passes, plane_passes, heads_into};
 

@@ -1,6 +1,6 @@
 // The baseline: any machine, tiles of any width, one symbol at a time.
-//
-// Note: encoding runs backwards (tokens, columns, lanes, the write position), so that the decoder reads forwards.
+#include "check_tile.h"
+#include "encode_chain.h"
 #include "heads.h"
 #include "into.h"
 #include "planes.h"
@@ -39,33 +39,30 @@ void decode_tokens(const cg_section& section, const Tables& tables, const Tile& 
   }
 }
 
-// Returns the stream's first word, or nullptr where a symbol has no frequency.
 template <uint32_t kIds>
-uint8_t* encode_tokens(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
-                       uint8_t* write, uint32_t* state) {
-  const SymbolEntry* rows[kTileColumns * kIds];
-  const uint8_t* ids = section.table_ids + tile.first_column * kIds;
-  for (uint32_t i = 0; i < tile.width * kIds; i++) rows[i] = tables.symbols_of(ids[i]);
+void encode_tokens(EncodeChain& chain, uint64_t rows) {
+  const Tile tile = chain.tile;
   bool unsupported = false;
-  for (uint64_t t = section.tokens; t-- > 0;) {
-    const uint64_t row = t * section.columns + tile.first_column;
+  uint8_t* at = chain.at;
+  for (uint64_t t = rows; t-- > 0;) {
+    const uint8_t *symbols = chain.symbols + t * chain.stride, *contexts = chain.contexts + (kIds > 1 ? t * chain.stride : 0);
     for (uint32_t c = tile.per_lane; c-- > 0;) {
       for (uint32_t lane = tile.active(c); lane-- > 0;) {
         const uint32_t column = lane * tile.per_lane + c;
-        const uint32_t which = kIds == 1 ? column : column * kIds + section.contexts[row + column];
-        const SymbolEntry& entry = rows[which][symbols[row + column]];
-        uint32_t x = state[lane];
-        // A word is always stored, and kept only if the state must give it. At most one per symbol: the slot holds it.
+        const SymbolEntry& entry = chain.rows[kIds == 1 ? column : column * kIds + contexts[column]][symbols[column]];
+        uint32_t x = chain.state[lane];
+        // A word is always stored, and kept only if the state must give it. At most one per symbol: the memory holds it.
         const bool full = x >= entry.limit;
-        store_word(write - kWordBytes, x);
-        write -= full ? kWordBytes : 0;
+        store_word(at, x);
+        at += full ? kWordBytes : 0;
         x = full ? x >> kWordBits : x;
         unsupported |= entry.limit == 0;
-        state[lane] = put(x, entry);
+        chain.state[lane] = put(x, entry);
       }
     }
   }
-  return unsupported ? nullptr : write;
+  chain.at = at;
+  if (unsupported) chain.status = CG_BAD_SYMBOL;
 }
 
 void decode_tiles(const cg_section& section, const Tables& tables, const DecodeJob* jobs, uint32_t count,
@@ -83,21 +80,20 @@ void decode_scalar(const cg_section& section, const Tables& tables, const Decode
   *job.status = decoder.finish(job.tile);
 }
 
-int32_t encode_scalar(const cg_section& section, const Tables& tables, const Tile& tile, const uint8_t* symbols,
-                      uint8_t* slot_end, uint64_t* stream_bytes) {
-  *stream_bytes = 0;
-  if (const int32_t status = check_tile(section, tables, tile)) return status;
-  uint32_t state[kLanes];
-  for (uint32_t& x : state) x = kMinState;
-  const auto encode = section.ids_per_column == 1 ? encode_tokens<1> : encode_tokens<kContexts>;
-  uint8_t* write = encode(section, tables, tile, symbols, slot_end, state);
-  if (write == nullptr) return CG_BAD_SYMBOL;
-  for (uint32_t lane = tile.lanes; lane-- > 0;) store_state(write -= kStateBytes, state[lane]);
-  *stream_bytes = uint64_t(slot_end - write);
-  return CG_OK;
+void open_scalar(EncodeChain* chain) {
+  chain->at = chain->words;
+  chain->ternary = false;
+  chain->status = check_ids(chain->tables, chain->ids, chain->tile.width * chain->n_ids);
+  chain->near = chain->turn = 0;
+  for (uint32_t& x : chain->state) x = kMinState;
+  for (uint32_t i = 0; i < chain->tile.width * chain->n_ids && chain->status == CG_OK; i++) chain->rows[i] = chain->tables.symbols_of(chain->ids[i]);
 }
 
-const Backend kScalar = {decode_tiles, 1,    encode_scalar, passes,       contexts,     clamp,
+void encode_rows_scalar(EncodeChain* chain, uint64_t rows) {
+  (chain->n_ids == 1 ? encode_tokens<1> : encode_tokens<kContexts>)(*chain, rows);
+}
+
+const Backend kScalar = {decode_tiles, 1,    open_scalar, encode_rows_scalar, store_stream, passes,       contexts,     clamp,
                         count_digits, into, rows_into,     run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
 
 }  // namespace cachegen

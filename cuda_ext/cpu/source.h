@@ -36,21 +36,30 @@ inline void quantise_anchor(const Columns& columns, const float* scales, const f
   }
 }
 
-// anchor(number, symbols) and coded(number, y less its anchor) for every row of a span.
+// anchor(number, symbols) and coded(number, y less its anchor) for every row of a span's tokens [first, last).
 template <class T, class Anchor, class Coded>
-CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, const Anchor& anchor, const Coded& coded) {
+CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint64_t first, uint64_t last, const Anchor& anchor,
+                              const Coded& coded) {
   const cg_source& source = *columns.source;
   const uint64_t group = source.group_tokens;
   alignas(64) float y[kTileColumns], value[kTileColumns];
   alignas(64) uint8_t symbols[kTileColumns];
-  uint64_t within = 0, anchors = 0, rows = 0;
-  for (uint64_t t = 0; t < span.tokens; t++) {
+  const auto read = [&](uint64_t t) {
     const uint64_t token = span.first + t;
     load_row<T>(columns, token == 0 && source.blank ? 1 : token, y);
+  };
+  const auto read_anchor = [&](uint64_t t) {
+    read(t);
+    quantise_anchor(columns, source.scales + (span.anchor + t / group) * source.n_vectors, y, symbols, value);
+  };
+  uint64_t within = group > 0 ? first % group : 0, rows = coded_before(source, first);
+  if (within > 0) read_anchor(first - within);
+  for (uint64_t t = first; t < last; t++) {
     if (group > 0 && within == 0) {
-      quantise_anchor(columns, source.scales + (span.anchor + anchors) * source.n_vectors, y, symbols, value);
-      anchor(anchors++, symbols);
+      read_anchor(t);
+      anchor(t / group, symbols);
     } else {
+      read(t);
       if (group > 0)
         for (uint32_t j = 0; j < columns.width; j++) y[j] -= value[j];
       coded(rows++, y);
@@ -61,7 +70,7 @@ CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, const
 
 template <class T>
 void spread_of(const Columns& columns, const cg_span& span, double* sums) {
-  for_each_row<T>(columns, span, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* __restrict y) {
+  for_each_row<T>(columns, span, 0, span.tokens, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* __restrict y) {
     double* __restrict total = sums + (i >= span.ordinary_first && i < span.ordinary_last ? 0 : 2 * kTileColumns);
     double* __restrict squares = total + kTileColumns;
     for (uint32_t j = 0; j < columns.width; j++) {
@@ -116,7 +125,7 @@ template <class T>
 void count_of(const Columns& columns, const cg_span& span, uint32_t n_digits, Counter* counter) {
   const Fine fine(n_digits);
   for_each_row<T>(
-      columns, span, [&](uint64_t, const uint8_t* symbols) { add_anchor(counter, columns.width, symbols); },
+      columns, span, 0, span.tokens, [&](uint64_t, const uint8_t* symbols) { add_anchor(counter, columns.width, symbols); },
       [&](uint64_t, const float* y) {
         uint16_t* row = counter->fine[counter->rows++];
         if (fine_row(columns, y, fine.bins, fine.zero, row))
@@ -171,18 +180,44 @@ void clamp_symbols(const CodeJob& job, uint32_t part, uint32_t stream, uint64_t 
   }
 }
 
+// Fine symbols to base and digits, with the contexts of these.
+template <uint32_t kDigits>
+void split_fine(const uint16_t* __restrict fine, uint32_t n, uint8_t* __restrict base, uint8_t* __restrict digits,
+               uint8_t* __restrict contexts, uint8_t* __restrict finer, uint8_t* __restrict finer_contexts) {
+  for (uint32_t j = 0; j < n; j++) {
+    uint16_t index = fine[j];
+    uint8_t last = 0;
+    if (kDigits > 1) {
+      const uint16_t coarser = uint16_t(index / 3);
+      last = uint8_t(index - 3 * coarser);
+      index = coarser;
+    }
+    if (kDigits > 0) {
+      const uint16_t coarser = uint16_t(index / 3);
+      digits[j] = uint8_t(index - 3 * coarser);
+      index = coarser;
+    }
+    if (kDigits > 1) finer[j] = last;
+    base[j] = uint8_t(index);
+  }
+  for (uint32_t j = 0; j < n && kDigits > 0; j++) {
+    const uint8_t sign = uint8_t((base[j] > kZeroIndex ? 1 : 0) | (base[j] < kZeroIndex ? 2 : 0));
+    contexts[j] = sign;
+    const uint8_t own = uint8_t((digits[j] > kDigitZero ? 1 : 0) | (digits[j] < kDigitZero ? 2 : 0));
+    if (kDigits > 1) finer_contexts[j] = sign ? sign : own;
+  }
+}
+
 template <class T>
-bool symbols_of(const CodeJob& job) {
+bool symbols_of(const CodeJob& job, uint64_t first, uint64_t last) {
   const Columns& columns = *job.columns;
   const uint32_t n_digits = job.n_digits, width = columns.width;
-  const auto quantise = n_digits == 0   ? quantise_row<Float32, false, 0>
-                        : n_digits == 1 ? quantise_row<Float32, false, 1>
-                                        : quantise_row<Float32, false, 2>;
-  const uint64_t size = job.rows * kTileColumns, a = job.span->ordinary_first, b = job.span->ordinary_last;
-  const Row scale = {0, nullptr, columns.mean, columns.step};
+  const auto split = n_digits == 0 ? split_fine<0> : n_digits == 1 ? split_fine<1> : split_fine<2>;
+  const uint64_t begin = coded_before(*columns.source, first), a = job.span->ordinary_first, b = job.span->ordinary_last;
+  const Fine bins(n_digits);
   bool sound = true;
   for_each_row<T>(
-      columns, *job.span,
+      columns, *job.span, first, last,
       [&](uint64_t i, const uint8_t* row) {
         uint8_t* symbols = job.anchors + i * kTileColumns;
         memcpy(symbols, row, width);
@@ -191,29 +226,32 @@ bool symbols_of(const CodeJob& job) {
                                [&](uint32_t j) { return symbols[j]; });
       },
       [&](uint64_t i, const float* y) {
-        const bool ordinary = i >= a && i < b;
-        const uint64_t place = ordinary ? i - a : i < a ? b - a + i : i, protect = i < a ? i : i - (b - a);
-        uint8_t *base = job.base + i * kTileColumns, *digits = job.digits + place * kTileColumns;
-        uint8_t* contexts = job.contexts + place * kTileColumns;
-        const bool wide = quantise(y, scale, width, base, digits, contexts, size);
+        SymbolBlock& block = *job.block;
+        const uint64_t r = i - begin;
+        uint8_t *base = block.base[r], *digits = block.digits[0][r], *finer = block.digits[1][r];
+        uint8_t *contexts = block.contexts[0][r], *finer_contexts = block.contexts[1][r];
+        uint16_t fine[kTileColumns];
+        const bool wide = fine_row(columns, y, bins.bins, bins.zero, fine);
+        split(fine, width, base, digits, contexts, finer, finer_contexts);
         int32_t exact[kTileColumns];
         for (uint32_t j = 0; j < width && wide; j++) {
           Digit found[CG_MAX_DIGITS];
           sound &= exact_symbols(y[j], columns.mean[j], columns.step[j], n_digits, &exact[j], found);
           for (uint32_t k = 0; k < n_digits; k++) {
-            digits[k * size + j] = found[k].index;
-            contexts[k * size + j] = found[k].context;
+            block.digits[k][r][j] = found[k].index;
+            block.contexts[k][r][j] = found[k].context;
           }
           base[j] = uint8_t(exact[j] < 0 ? 0 : exact[j] > 0xff ? 0xff : exact[j]);
         }
         if (job.parts >> CG_BASE_STREAM & 1)
           clamp_symbols<false>(job, CG_BASE_STREAM, CG_BASE_STREAM, i, base, nullptr, wide,
                                [&](uint32_t j) { return wide ? exact[j] : base[j]; });
+        const bool ordinary = i >= a && i < b;
         for (uint32_t k = 0; k < n_digits; k++)
           if (job.parts >> (CG_DIGIT_STREAM + k) & 1)
-            clamp_symbols<true>(job, CG_DIGIT_STREAM + k, CG_DIGIT_STREAM + 2 * k + !ordinary, ordinary ? i - a : protect,
-                                digits + k * size, contexts + k * size, false,
-                                [&](uint32_t j) { return digits[k * size + j]; });
+            clamp_symbols<true>(job, CG_DIGIT_STREAM + k, CG_DIGIT_STREAM + 2 * k + !ordinary,
+                                ordinary || i >= b ? i - (ordinary ? a : b - a) : i, block.digits[k][r], block.contexts[k][r],
+                                false, [&](uint32_t j) { return block.digits[k][r][j]; });
       });
   return sound;
 }
@@ -251,7 +289,7 @@ bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, con
   alignas(64) float own[(2 + CG_MAX_DIGITS) * kTileColumns] = {};
   float* finest = own + (1 + CG_MAX_DIGITS) * kTileColumns;
   uint32_t outside = 0;
-  for_each_row<T>(columns, span, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* y) {
+  for_each_row<T>(columns, span, 0, span.tokens, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* y) {
     const bool ordinary = i >= span.ordinary_first && i < span.ordinary_last;
     int16_t* row = fine + i * columns.source->columns;
     outside |= (ordinary ? levels : fine_symbols<0>)(columns, y, weights ? weights[i] : 1, row, ordinary ? own : finest);

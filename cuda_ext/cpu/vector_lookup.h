@@ -56,10 +56,9 @@ struct Compared {
     const uint32_t second = frequency(tables, id, 0);
     return second | (second + frequency(tables, id, 1)) << 16;
   }
-  // Whether every table of a tile has these three symbols alone.
-  static CACHEGEN_HD bool serves(const Tables& tables, const cg_section& section, const Tile& tile) {
-    const uint8_t* ids = section.table_ids + tile.first_column * section.ids_per_column;
-    for (uint64_t i = 0; i < tile.width * section.ids_per_column; i++)
+  // Whether all of these tables have these three symbols alone.
+  static CACHEGEN_HD bool serves(const Tables& tables, const uint8_t* ids, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
       if ((kept(tables, ids[i]) >> 16) + frequency(tables, ids[i], 2) != 1u << tables.prob_bits) return false;
     return true;
   }

@@ -9,6 +9,8 @@ A base of coarse symbols and one ternary refinement per level together cost what
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -65,8 +67,14 @@ def step_codes(steps: Tensor) -> Tensor:
     return ((steps.log2() * STEPS_PER_OCTAVE).round() + UNIT_CODE).clamp(0, 255).to(torch.uint8)
 
 
-def steps_of(codes: Tensor) -> Tensor:
-    """Return the steps, float32, equal on every machine: exact powers of two times one of four constants."""
-    quarters = codes.to(torch.int64) - UNIT_CODE
+@lru_cache(maxsize=1)
+def _steps() -> Tensor:
+    """Return the step of every code, float32 [256]: exact powers of two times one of four constants."""
+    quarters = torch.arange(256) - UNIT_CODE
     fraction = torch.tensor([2.0 ** (i / STEPS_PER_OCTAVE) for i in range(STEPS_PER_OCTAVE)])
     return torch.ldexp(fraction[quarters % STEPS_PER_OCTAVE], quarters.div(STEPS_PER_OCTAVE, rounding_mode="floor"))
+
+
+def steps_of(codes: Tensor) -> Tensor:
+    """Return the steps, float32, equal on every machine."""
+    return _steps().to(codes.device)[codes.to(torch.int64)]

@@ -162,7 +162,7 @@ class Codebook:
 
     def table_ids(self, entries: Tensor) -> Tensor:
         """Convert entries uint8 [channels] to the coder's table ids uint8 [channels, contexts]."""
-        return (entries.to(torch.int64)[:, None] * self.contexts + torch.arange(self.contexts)).to(torch.uint8)
+        return entries[:, None] * self.contexts + torch.arange(self.contexts, dtype=torch.uint8)
 
 
 def _seen(histograms: Tensor) -> slice:
