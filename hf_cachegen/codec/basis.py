@@ -15,7 +15,7 @@ Implementation notes:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -195,22 +195,16 @@ class Basis:
             base: The coefficients as the coarsest level decodes them, for a chain. None: y.
         """
         device, dtype = y.device, vectors[0].dtype
-        reads = self._reads(y if base is None else base, scores)
         narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
+        reads = self._reads(y if base is None else base, scores)
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
         matrices = self._matrices(device, narrow)
         arranging = ARRANGING_AMX if narrow and _capabilities().get("amx_bf16") else ARRANGING
         for (group, components), matrix, read in zip(self._groups(), matrices, reads, strict=True):
-            part, mean = y[:, components], None if isinstance(matrix, Narrow) else matrix[1]
-            pieces = _pieces(part, arranging) if transfer.is_host(device) else [(None, part.shape[1])]
+            mean = None if isinstance(matrix, Narrow) else matrix[1]
             with full_precision(device):
-                if len(pieces) == 1:
-                    back = _product(matrix, part[:, : pieces[0][1]], read)
-                else:
-                    back = torch.empty(len(part), group.synthesis.shape[1], dtype=dtype if narrow else torch.float32)
-                    for tokens, width in pieces:
-                        back[tokens] = _product(matrix, part[tokens, :width], read[tokens])
+                back = _multiplied(y[:, components], arranging, partial(_product, matrix), read)
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
             heads.write(back, mean, mine, (rotary, angles) if group.kind == 0 else None)
 
@@ -229,7 +223,8 @@ class Basis:
                 read = chain.read(index, scores, summaries)
                 found.append(nothing if read is None else read)
                 if chain.reach:
-                    summaries.append(chain.summary(index, base[:, components], read))
+                    summary = partial(chain.summary, index)
+                    summaries.append(_multiplied(base[:, components], ARRANGING, summary, found[-1]))
         return found
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:
@@ -295,6 +290,25 @@ def _product(matrix: Any, part: Tensor, read: Tensor) -> Tensor:
     stacked, _, rank = matrix
     part = torch.cat([read, part], 1) if rank else part
     return part @ stacked[: part.shape[1]]
+
+
+def _multiplied(part: Tensor, arranging: int, product: Callable[[Tensor, Tensor], Tensor], read: Tensor) -> Tensor:
+    """Return `product(part, read)`; on the CPU tokens are multiplied by the components that they need.
+
+    Args:
+        part: The coefficients, float32 [tokens, components].
+        arranging: As in `_pieces`.
+        product: Multiplies tokens, by all components or the leading ones.
+        read: What the prediction reads, float32 [tokens, numbers].
+    """
+    pieces = _pieces(part, arranging) if transfer.is_host(part.device) else [(None, part.shape[1])]
+    if len(pieces) == 1:
+        return product(part[:, : pieces[0][1]], read)
+    products = [(tokens, product(part[tokens, :width], read[tokens])) for tokens, width in pieces]
+    found = products[0][1].new_empty(len(part), products[0][1].shape[1])
+    for tokens, own in products:
+        found[tokens] = own
+    return found
 
 
 def _pieces(part: Tensor, arranging: int) -> list[tuple[Tensor, int]]:

@@ -94,9 +94,10 @@ class Chain:
 
         Args:
             index: Of the group.
-            base: Its coefficients as the coarsest level decodes them, float32 [tokens, components].
+            base: Its coefficients as the coarsest level decodes them, float32 [tokens, components], all or the leading
+                ones.
             read: The result of `read`.
         """
         own, known = self.maps[index]
-        found = base @ own
+        found = base @ own[: base.shape[1]]
         return found if read is None or known is None else found.addmm_(read, known)

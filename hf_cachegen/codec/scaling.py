@@ -40,20 +40,22 @@ class Scaling:
     def base(self, y: Tensor, span: Span) -> Tensor:
         """Return exact coefficients [tokens, any number] as the coarsest level decodes them, in the basis's units."""
         scaled, step = self.to_coder(y.clone(), span), self.steps[0].to(y.device)
-        return self.to_basis(self._coarsest(quantize.fine_symbols(scaled, step) * step, span, self.config.levels), span)
+        return self.to_basis(self._coarsest(quantize.fine_symbols(scaled, step) * step, span), span)
 
     def read(self, y: Tensor, span: Span, level: int) -> Tensor | None:
         """Return what the predictions of a chain read from decoded coefficients of a level; None for y itself."""
         if not self.learnt.reach or level == 1:
             return None
-        return self.to_basis(self._coarsest(y, span, level), span)
+        return self.to_basis(self._coarsest(y, span), span)
 
-    def _coarsest(self, y: Tensor, span: Span, level: int) -> Tensor:
-        """Return decoded coefficients of a level as the coarsest level decodes them."""
-        levels, found, ordinary = self.config.levels, y.clone(), span.ordinary(self.config)
-        step = self.steps[0].to(y.device)
-        symbols = quantize.fine_symbols(y[ordinary], step * quantize.step_factor(level, levels))
-        found[ordinary] = quantize.split(symbols, level)[0] * (step * quantize.step_factor(1, levels))
+    def _coarsest(self, y: Tensor, span: Span) -> Tensor:
+        """Return decoded coefficients of any level as the coarsest level decodes them.
+
+        A symbol is the nearest one of the coarsest level's: steps differ by powers of 3, so none is between two.
+        """
+        found, ordinary = y.clone(), span.ordinary(self.config)
+        step = self.steps[0].to(y.device) * quantize.step_factor(1, self.config.levels)
+        found[ordinary].div_(step).round_().mul_(step)
         return found
 
     def _scaled(self, y: Tensor, span: Span, factor: float) -> Tensor:
