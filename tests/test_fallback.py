@@ -74,14 +74,15 @@ def test_a_gpu_is_probed_once_and_the_warning_holds_its_message(
 
 
 @pytest.mark.parametrize(("shared", "tables"), [(65536, 7), (101376, 11), (48 << 10, 5)], ids=["T4", "sm_120", "least"])
-def test_chunks_whose_tables_exceed_shared_memory_are_decoded_section_by_section(
+def test_a_block_does_not_copy_tables_that_exceed_shared_memory(
     install: Callable[[int, str, int], None], shared: int, tables: int
 ) -> None:
     install(native.TileStatus.OK, "", shared)
-    assert native.batch_shared_bytes(torch.device("cuda")) == shared
-    for used, fits in ((tables, True), (tables + 1, False)):
-        assignment = SimpleNamespace(dead=(), tables_per_tile=used)
-        assert batch._fits(assignment, shared) is fits  # type: ignore[arg-type]
+    device = torch.device("cuda")
+    assert native.batch_shared_bytes(device) == shared
+    for used, copied in ((tables, tables), (tables + 1, 0)):
+        assignment = SimpleNamespace(tables_per_tile=used)
+        assert batch._tables_per_tile(assignment, device) == copied  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"transform": "identity"}, {"transform": "delta"}, {"lossless": True}, {}])
