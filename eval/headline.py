@@ -216,8 +216,8 @@ def real(
 @click.option("--profile", required=True, help="Its profile, learnt from other text than --text.")
 @click.option("--basis", help="Its joint basis (python -m eval.baselines.joint).  [default: kvtc is left out]")
 @click.option("--text", required=True, help="Text file that the needles are hidden in.")
-@click.option("--tokens", default=(500, 1000), show_default=True, multiple=True, help="Tokens around a needle.")
-@click.option("--pairs", default=(10, 40), show_default=True, multiple=True, help="Pairs of keys and values.")
+@click.option("--tokens", default=(500, 2000), show_default=True, multiple=True, help="Tokens around a needle.")
+@click.option("--pairs", type=int, multiple=True, help="Pairs of keys and values; repeatable.")
 @click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
 @click.option("--only", help="Name of one case.  [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "retrieval-smollm2", show_default=True,
