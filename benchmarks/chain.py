@@ -42,7 +42,6 @@ from hf_cachegen.codec.fit import Counts
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import Predictor
-from hf_cachegen.codec.quantize import step_factor, steps_of
 from hf_cachegen.codec.rows import gather
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.tables import shipped_codebooks
@@ -50,8 +49,9 @@ from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.profiles.learning import Sample, continuation_logits, prefill
 from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, ChainSums, chained
+from hf_cachegen.profiles.learning.chaining import chained_after, noise_of
 from hf_cachegen.profiles.learning.moments import in_frame
-from hf_cachegen.profiles.learning.predictor import FeatureSums, blank, chosen, scores_of, stated, targets_of
+from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, FeatureSums, blank, targets_of
 
 CONTINUATION = 128
 STEP_CODES = (3, 0)
@@ -120,8 +120,7 @@ class Learnt:
 
     @property
     def noise(self) -> float:
-        step = float(steps_of(torch.tensor(self.given.step_code, dtype=torch.uint8)))
-        return (step * step_factor(1, self.given.levels)) ** 2 / 12
+        return noise_of(self.given, self.given.levels)
 
     def joint(self, layers: int) -> Profile:
         """Return a profile with joint bases of that many layers."""
@@ -162,14 +161,7 @@ class Learnt:
         squares = [training.products[i, i].double() / training.count for i in range(len(self.groups))]
         for seen, unseen in zip(*self.features, strict=True):
             targets = targets_of(self.groups, shapes, means, squares, seen, unseen)
-            best = chosen(seen, unseen, targets, 256)
-            order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
-            mine = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
-            sums = training.after(order, widths), held_out.after(order, widths)
-            scores = scores_of(seen, unseen, best, targets)
-            groups, about = chained(*sums, mine, self.noise, width, scores)
-            mean = (seen.total / seen.count).float()
-            found = mean, best.directions.float(), groups, {**stated(best, seen), "chain": about}
+            found = chained_after((training, held_out), (seen, unseen), targets, DEFAULT_RANK, self.noise, width)
             predictor = blank(seen.layer, found, profile.step_code, profile.levels, DEFAULT_REACH)
             whole = self.tabled(replace(profile, predictors=(predictor,)), seen.layer)
             predictors.append(whole.predictors[0])

@@ -16,8 +16,9 @@ has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -190,18 +191,26 @@ def reference(limit: int, samples: int, only: str | None, work: Path, out: Path)
     measure(cases, out, "The reference model, 5 M parameters", common)
 
 
+def real_options(name: str) -> Callable[[Any], Any]:
+    """Return a decorator that adds the options of all suites of real weights. name: of the folder of results."""
+    options = (
+        click.option("--model", required=True, help="Folder or Hub id of the model."),
+        click.option("--profile", required=True, help="Its profile, learnt from other text than --text."),
+        click.option("--basis", help="Its joint basis (python -m eval.baselines.joint).  [default: kvtc is left out]"),
+        click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run."),
+        click.option("--only", help="Name of one case.  [default: all]"),
+        click.option("--out", type=click.Path(path_type=Path), default=RESULTS / name, show_default=True,
+                     help="Folder of runs and report."),
+    )  # fmt: skip
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
+
+
 @main.command()
-@click.option("--model", required=True, help="Folder or Hub id of the model.")
-@click.option("--profile", required=True, help="Its profile, learnt from other text than --text.")
-@click.option("--basis", help="Its joint basis (python -m eval.baselines.joint).  [default: kvtc is left out]")
+@real_options("headline-smollm2")
 @click.option("--text", required=True, help="Text file of the kind that the profile was learnt from.")
 @click.option("--conversations", default="", help='JSONL file with conversations in the field "prompt".')
 @click.option("--code", default="", help="Pattern of source files.")
 @click.option("--tokens", default=TOKENS, show_default=True, help="Tokens of a context.")
-@click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
-@click.option("--only", help="Name of one case.  [default: all]")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "headline-smollm2", show_default=True,
-              help="Folder of runs and report.")  # fmt: skip
 def real(
     model: str, profile: str, basis: str | None, text: str, conversations: str, code: str, tokens: int, limit: int,
     only: str | None, out: Path,
@@ -212,16 +221,10 @@ def real(
 
 
 @main.command()
-@click.option("--model", required=True, help="Folder or Hub id of the model.")
-@click.option("--profile", required=True, help="Its profile, learnt from other text than --text.")
-@click.option("--basis", help="Its joint basis (python -m eval.baselines.joint).  [default: kvtc is left out]")
+@real_options("retrieval-smollm2")
 @click.option("--text", required=True, help="Text file that the needles are hidden in.")
 @click.option("--tokens", default=(500, 2000), show_default=True, multiple=True, help="Tokens around a needle.")
 @click.option("--pairs", type=int, multiple=True, help="Pairs of keys and values; repeatable.")
-@click.option("--limit", default=CONTEXTS, show_default=True, help="Contexts of each run.")
-@click.option("--only", help="Name of one case.  [default: all]")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "retrieval-smollm2", show_default=True,
-              help="Folder of runs and report.")  # fmt: skip
 def retrieval(
     model: str, profile: str, basis: str | None, text: str, tokens: tuple[int, ...], pairs: tuple[int, ...],
     limit: int, only: str | None, out: Path,

@@ -45,3 +45,14 @@ def url(server: Server, folder: Path) -> str:
     from tests.streaming_support import serve
 
     return serve(server, folder)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The library's functions that are called meanwhile."""
+    from hf_cachegen.codec import native  # torch, which most tests do without
+
+    found: list[str] = []
+    real = native.call
+    monkeypatch.setattr(native, "call", lambda name, *a, **k: (found.append(name), real(name, *a, **k))[1])
+    return found

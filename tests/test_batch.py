@@ -21,15 +21,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The library's functions that are called meanwhile."""
-    found: list[str] = []
-    real = native.call
-    monkeypatch.setattr(native, "call", lambda name, *a, **k: (found.append(name), real(name, *a, **k))[1])
-    return found
-
-
 def encoded(transform: str, tokens: int = 700, **options: object) -> EncodedContext:
     keys, values = sample_kv(tokens=tokens, dim=64, **options)  # type: ignore[arg-type]
     return encode_kv(keys, values, CacheGenConfig(transform=transform, chunk_tokens=64, protect_last=64))  # type: ignore[arg-type]

@@ -42,15 +42,6 @@ def lookups_in_global_memory() -> Iterator[None]:
 LIBRARIES = {"cpu": nullcontext, "kernels": in_lockstep, "global": lookups_in_global_memory}
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The library's functions that are called meanwhile."""
-    found: list[str] = []
-    real = native.call
-    monkeypatch.setattr(native, "call", lambda name, *a, **k: (found.append(name), real(name, *a, **k))[1])
-    return found
-
-
 @contextmanager
 def by_sections() -> Iterator[None]:
     """Decode section by section in this context."""

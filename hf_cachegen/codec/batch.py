@@ -129,18 +129,13 @@ class Batches:
             return False
         self._reads.append(read)
         if len(self._reads) == abi.MAX_BATCH:
-            self._launch()
+            self.flush()
         return True
 
     def finish(self) -> None:
         """Decode the remaining chunks, and wait for all. Raises TruncatedError or CorruptError for damaged bytes."""
-        self._launch()
+        self.flush()
         self._checks.finish()
-
-    def flush(self) -> None:
-        """Launch the remaining chunks. Raises TruncatedError or CorruptError for damaged bytes of chunks before them.
-        """
-        self._launch()
 
     def _read(self, parts: Sequence[bytes | memoryview], span: Span, row: int) -> _Read | None:
         config, (anchors, values, refinements) = self._codec.config, self._codec.assignments
@@ -168,7 +163,9 @@ class Batches:
             return None
         return _Read(span.tokens, row, coded, ordinary, scales, peaks, base, digits, ends, wide)
 
-    def _launch(self) -> None:
+    def flush(self) -> None:
+        """Launch the remaining chunks. Raises TruncatedError or CorruptError for damaged bytes of chunks before them.
+        """
         if not self._reads:
             return
         # Chunks without ends have a kernel with fewer registers.

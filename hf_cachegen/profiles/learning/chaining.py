@@ -78,7 +78,7 @@ class Chaining:
 
         The noise of the base follows from the step. The step itself depends little on the bases.
         """
-        groups, about = chained(self.sums, self.held_out, self.groups, _noise(profile, levels), self.width)
+        groups, about = chained(self.sums, self.held_out, self.groups, noise_of(profile, levels), self.width)
         nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
         return replace(
             profile, groups=groups, reach=self.sums.reach, about={**profile.about, "chain": about},
@@ -89,17 +89,37 @@ class Chaining:
         self, training: FeatureSums, held_out: FeatureSums, targets: Sequence[Target], rank: int, profile: CodecProfile
     ) -> tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]]:
         """Learn a predictor whose layers are chained: what `predictor.regressed` returns for joint bases."""
-        best = chosen(training, held_out, targets, rank)
-        order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
-        sums = self.sums.after(order, widths), self.held_out.after(order, widths)
-        groups = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
-        scores = scores_of(training, held_out, best, targets)
-        found, about = chained(*sums, groups, _noise(profile, profile.levels), self.width, scores)
-        mean = (training.total / training.count).float()
-        return mean, best.directions.float(), found, {**stated(best, training), "chain": about}
+        noise, sums = noise_of(profile, profile.levels), (self.sums, self.held_out)
+        return chained_after(sums, (training, held_out), targets, rank, noise, self.width)
 
 
-def _noise(profile: CodecProfile, levels: int) -> float:
-    """Return the variance of the base's error in each coefficient."""
+def chained_after(
+    sums: tuple[ChainSums, ChainSums], features: tuple[FeatureSums, FeatureSums], targets: Sequence[Target], rank: int,
+    noise: float, width: int,
+) -> tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]]:  # fmt: skip
+    """Learn a predictor and the chain over the layers after it.
+
+    Args:
+        sums: Of the chain over all layers, of the training samples and of the held-out ones.
+        features: Of the predictor's layer, of the same samples.
+        targets: The layers after it, of the training samples.
+        rank: Largest rank of the map.
+        noise: As in `chained`.
+        width: As in `chained`.
+
+    Returns:
+        (mean, directions, groups, about), as `predictor.regressed` does.
+    """
+    best = chosen(*features, targets, rank)
+    order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
+    training, held_out = (whole.after(order, widths) for whole in sums)
+    groups = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
+    found, about = chained(training, held_out, groups, noise, width, scores_of(*features, best, targets))
+    mean = (features[0].total / features[0].count).float()
+    return mean, best.directions.float(), found, {**stated(best, features[0]), "chain": about}
+
+
+def noise_of(profile: CodecProfile, levels: int) -> float:
+    """Return the variance of the base's error in each coefficient. levels: of the artifacts."""
     step = float(steps_of(torch.tensor(profile.step_code, dtype=torch.uint8))) * step_factor(1, levels)
     return step**2 / 12
