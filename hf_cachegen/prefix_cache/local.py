@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import ArtifactError, ConfigError, PrefixCacheError
 from hf_cachegen.prefix_cache.block import Block, load
 from hf_cachegen.prefix_cache.index import ROWS_AT_ONCE, Index, Row
@@ -74,7 +74,7 @@ class LocalTier:
             raise ConfigError(f"max_bytes must be at least {MIN_BYTES} bytes, got {max_bytes}")
         if ttl is not None and not ttl > 0:
             raise ConfigError(f"ttl must be a number of seconds above 0, got {ttl!r}")
-        self.directory = Path(os.path.abspath(local_path(directory)))
+        self.directory = Path(os.path.abspath(output_path(directory)))
         self.max_bytes, self.ttl, self._parse = max_bytes, ttl, parse
         self.index = Index(self.directory / "index.sqlite")
         self._thread_lock = threading.RLock()
