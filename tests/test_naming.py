@@ -260,7 +260,7 @@ def test_a_malformed_url_is_no_location(url: str, here: Path) -> None:
         lambda: PrefixCache("prefixes", remote=url),
         lambda: PrefixCache("prefixes", shared=[url]),
     ):
-        with pytest.raises(ConfigError, match="looks like a URL"):
+        with pytest.raises(ConfigError, match="got a URL"):
             use()
     for read, error in ((open_store, ArtifactNotFoundError), (Profile.from_pretrained, ProfileError)):
         with pytest.raises(error, match="without a chain of schemes"):

@@ -65,8 +65,8 @@ def output_path(location: str | os.PathLike[str]) -> Path:
     path = local_path(location)
     if resembles_url(location):
         raise ConfigError(
-            f"expected a local path to write to, got {os.fspath(location)!r:.200}, which looks like a URL: write to a "
-            "folder and copy or push it; a path that begins so must be absolute"
+            f"expected a local path to write to, got a URL ({os.fspath(location).partition(':')[0]}:...): write to a "
+            "folder, and copy or push it; a path that begins like a URL must be absolute"
         )
     name = max(path.parts, key=lambda part: len(os.fsencode(part)), default="")
     longest, whole = len(os.fsencode(name)), len(os.fsencode(path))
