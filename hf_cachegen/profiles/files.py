@@ -93,7 +93,7 @@ class Profile(codec_profile.Profile):
             StoreError: The location cannot be reached.
             LimitError: The file is larger than the limits.
         """
-        options = Access(**access, repo_type=repo_type)
+        options = Access.from_keywords({**access, "repo_type": repo_type})
         if options.key is not None or options.public_key is not None:
             raise ConfigError("profiles are neither sealed nor signed: pass digest= instead of a key")
         data, where = fetch(place, options, limits or Limits(), digest)
