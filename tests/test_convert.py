@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "past.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CorruptError):
         load_cache(tmp_path / "past.pt")
+
+
+def test_an_archive_that_unpacks_to_more_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "past.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 24))
+        archive.writestr("archive/version", "3")
+    with pytest.raises(CorruptError, match=r"it unpacks from \d+ to 16777217 bytes"):
+        load_cache(path)
 
 
 def test_missing_files_are_an_error(tmp_path: Path) -> None:

@@ -232,6 +232,10 @@ def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactExistsError):
         seal(tmp_path / "context", sealed, OTHER)
     assert contents(sealed) == before
+    plain = contents(tmp_path / "context")
+    with pytest.raises(ArtifactExistsError, match="would stay readable"):
+        seal(tmp_path / "context", tmp_path / "context", KEY)
+    assert contents(tmp_path / "context") == plain
     base = tmp_path / "context" / "base.safetensors"
     base.write_bytes(base.read_bytes()[:-1] + b"x")
     with pytest.raises(CorruptError):

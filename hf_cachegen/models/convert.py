@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -55,6 +57,7 @@ def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]
         CorruptError: the file is damaged, or torch cannot read it without running code.
         TensorError, UnsupportedLayerError: the file does not hold such a cache.
     """
+    _require_unpacked(local_path(path))
     try:
         with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
             found = torch.load(local_path(path), map_location="cpu", weights_only=True)
@@ -121,6 +124,17 @@ def save_cache(
     finally:
         if os.path.lexists(partial):
             os.unlink(partial)
+
+
+def _require_unpacked(path: Path) -> None:
+    """Raise CorruptError where an archive unpacks to more bytes than it has: torch compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # another format, or damaged: torch's reader reports it
+    if unpacked > (size := path.stat().st_size):
+        raise CorruptError(f"{path}: expected a file that torch.save wrote; it unpacks from {size} to {unpacked} bytes")
 
 
 def _reason(error: Exception) -> str:

@@ -251,7 +251,7 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
 
     Raises:
         ConfigError: the key cannot be read, or has another length.
-        ArtifactExistsError: `out` holds sealed files already.
+        ArtifactExistsError: `out` holds sealed files, or a plain artifact, already.
         ArtifactError: the artifact is damaged.
     """
     secret = _secret(key)
@@ -265,6 +265,8 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
     there = sorted(path.name for path in target.iterdir() if path.name.endswith(SUFFIX))
     if there:
         raise ArtifactExistsError(f"{target} holds {there[0]} already; choose another folder")
+    if (target / MANIFEST_FILE).exists():
+        raise ArtifactExistsError(f"{target} holds a plain artifact, which would stay readable; choose another folder")
     made: list[Path] = []
     try:
         for name in names:
