@@ -243,7 +243,9 @@ def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("key", [b"", b"short", bytes(33), "no/such/file"], ids=["empty", "short", "long", "no file"])
+@pytest.mark.parametrize(
+    "key", [b"", b"short", bytes(33), "no/such/file", "/dev/zero"], ids=["empty", "short", "long", "no file", "device"]
+)
 def test_invalid_keys(tmp_path: Path, key: bytes | str) -> None:
     with pytest.raises(ConfigError):
         SealedStore(LocalStore(tmp_path), key)

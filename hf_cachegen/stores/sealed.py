@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
-from hf_cachegen.artifact.store import local_path, output_path
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -30,7 +30,7 @@ from hf_cachegen.errors import (
     OfflineError,
     TruncatedError,
 )
-from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.local import LocalStore, read_key_file
 from hf_cachegen.stores.segment_cache import SegmentCache
 
 SUFFIX = ".sealed"
@@ -344,10 +344,7 @@ def _cipher(key: bytes, header: bytes, name: str) -> Any:
 
 def _secret(key: Secret) -> bytes:
     if not isinstance(key, bytes):
-        try:
-            key = local_path(key).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"expected a key file at {os.fspath(key)!r}: {error.strerror}") from error
+        key = read_key_file(key)
     if len(key) != KEY_BYTES:
         raise ConfigError(
             f"expected a key of {KEY_BYTES} bytes, got {len(key)}; head -c {KEY_BYTES} /dev/urandom makes one"
