@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -238,7 +239,7 @@ def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # Python ignores SIGXFSZ, so writing fails with EFBIG
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match=f"too large: '{re.escape(str(tmp_path))}'"):
             write_artifact(
                 tmp_path, MANIFEST, [("base.safetensors", "side", bytes(300_000)), *SEGMENTS], overwrite=True
             )

@@ -105,6 +105,8 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(self._path)  # writing to an open file names no file
         for spool in self._spools.values():
             with contextlib.suppress(OSError):  # on a full disk, flushing the rest of its buffer fails
                 spool.close()

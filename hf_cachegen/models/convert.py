@@ -102,6 +102,7 @@ def save_cache(
         ArtifactExistsError: `path` exists, and `overwrite` is false.
         UnsupportedLayerError: a DynamicCache cannot hold the layers without the model's configuration.
         ArtifactError, ProfileError, NativeError: the artifact cannot be decoded.
+        OSError: the disk is full, or access is denied.
     """
     if form not in get_args(CacheFormat):
         raise ConfigError(f"form must be one of {get_args(CacheFormat)}, got {form!r}")
@@ -119,8 +120,13 @@ def save_cache(
         for index, (key, tensor) in enumerate(pairs):
             value.update(key, tensor, index)
     try:
-        torch.save(value, partial)
+        with open(partial, "wb") as file:
+            torch.save(value, file)
         os.replace(partial, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch replaces the system's error by one of its own
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
+        raise
     finally:
         if os.path.lexists(partial):
             os.unlink(partial)
