@@ -61,9 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--caches", type=Path, help="Folder of the caches (default: that of the documents).")
     options = parser.parse_args(arguments)
 
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(options.documents.glob("*.txt"))}
+    if not texts:
+        parser.error(f"expected text files (.txt) in {options.documents}, found none")
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(options.documents.glob("*.txt"))}
     caches = options.caches or options.documents
 
     start, tokens, prefilled = time.perf_counter(), 0, 0

@@ -163,6 +163,12 @@ class CacheGenConfig:
         return found
 
 
+def require_config(config: Any) -> None:
+    """Raise ConfigError for something else than a CacheGenConfig or None, such as a profile in its position."""
+    if config is not None and not isinstance(config, CacheGenConfig):
+        raise ConfigError(f"expected a CacheGenConfig or None as config, got {type(config).__name__}")
+
+
 def add_transform_name(name: str) -> None:
     """Let configurations name this transform; `hf_cachegen.codec.transforms.register` calls this."""
     _transform_names.add(name)

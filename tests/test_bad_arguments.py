@@ -13,6 +13,7 @@ import hf_cachegen
 from hf_cachegen import CacheGenCache, PrefixCache, Profile, learn_profile
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.encoded import encode_kv
+from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import (
     ArtifactNotFoundError,
     ConfigError,
@@ -34,6 +35,7 @@ from hf_cachegen.stores.survey import find, pull
 from hf_cachegen.streaming import measure
 from tests.cli_support import run_json
 from tests.http_server import Request, Server
+from tests.klt_support import make_profile
 from tests.streaming_support import CONTEXT, exact, serve, stream
 from tests.tiny_models import make, shared, tokens
 
@@ -81,6 +83,34 @@ def test_something_else_than_a_cache(cache: Any) -> None:
     ):
         with pytest.raises(ConfigError, match=f"as cache=, got {type(cache).__name__}"):
             generate(cache=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "config", [{"levels": 2}, "klt", 3, CacheGenConfig, make_profile()], ids=["dict", "str", "int", "class", "profile"]
+)
+def test_something_else_than_a_config(config: Any, tmp_path: Path) -> None:
+    kv = exact("llama").to_dynamic()
+    keys, values = [layer.keys for layer in kv.layers], [layer.values for layer in kv.layers]
+    for use in (
+        lambda: CacheGenCache.from_context(shared("llama"), CONTEXT, config),
+        lambda: CacheGenCache.from_cache(kv, CONTEXT, shared("llama"), config),
+        lambda: exact("llama").save_pretrained(tmp_path / "context", config),
+        lambda: hf_cachegen.encode_kv(keys, values, config),
+        lambda: PrefixCache(tmp_path / "prefixes", config=config),
+    ):
+        with pytest.raises(ConfigError, match="expected a CacheGenConfig or None as config, got"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_option_of_a_location(folder: Path) -> None:
+    for use in (
+        lambda **option: CacheGenCache.from_pretrained(folder, **option),
+        lambda **option: CacheGenCache.stream(folder, shared("llama"), **option),
+        lambda **option: Profile.from_pretrained(folder, **option),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'levl'; the options of a location are"):
+            use(levl=1)
 
 
 @pytest.mark.parametrize("tokenizer", [None, "runs/model", 3], ids=str)

@@ -137,8 +137,10 @@ def test_the_command_reports_as_json(texts: Path, tmp_path: Path) -> None:
         ("b.jsonl", '{"text": "x"}\n', "in the column 'context'; the columns are ['text']"),
         ("c.doc", "x", "expected a file of type"),
         ("d", None, "cannot load"),
+        ("e.jsonl", '{"context": "a"}\n{bad\n', "cannot read"),
+        ("f.json", "[" * 5000, "cannot read"),
     ],
-    ids=["blank", "other-column", "other-suffix", "empty-folder"],
+    ids=["blank", "other-column", "other-suffix", "empty-folder", "damaged", "deep"],
 )
 def test_a_file_without_texts_is_refused(name: str, text: str | None, match: str, tmp_path: Path) -> None:
     place = tmp_path / name

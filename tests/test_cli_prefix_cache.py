@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.cli import main
 from hf_cachegen.config import CacheGenConfig
+from tests.cli_support import documented
 from tests.prefix_cache_support import WIDTH, same_as_stock, small
 from tests.tiny_models import make, shared, tokens
 
@@ -24,8 +25,10 @@ def run(*arguments: Any, code: int = 0) -> str:
     return found.output
 
 
-def run_json(*arguments: Any, code: int = 0) -> Any:
-    return json.loads(run(*arguments, "--json", code=code))
+def run_json(command: str, *arguments: Any) -> Any:
+    found = json.loads(run(command, *arguments, "--json"))
+    assert documented(f"prefix-cache {command}", found)
+    return found
 
 
 @pytest.fixture(name="folder")

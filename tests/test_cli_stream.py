@@ -127,6 +127,16 @@ def test_a_fallback_takes_over(url: str, artifact: Path, model: Path) -> None:
     assert half in found["report"]["faults"][0]
 
 
+@pytest.mark.parametrize("first", ["nowhere", "http://127.0.0.1:9/context"])
+def test_a_fallback_of_a_location_that_has_nothing(first: str, artifact: Path, model: Path) -> None:
+    options = ("--model", model, "--prompt", QUESTION, "--refine", "before", "--max-new-tokens", 2)
+    found = run_json("stream", first, "--fallback", artifact, *options, "--stall-seconds", 0.2)
+    assert found["report"]["level"] == 3
+    assert first in found["report"]["faults"][0]
+    for fallback in ((), ("--fallback", "elsewhere")):
+        assert first in str(run_json("stream", first, *fallback, *options, code=3 if first == "nowhere" else 7))
+
+
 @pytest.mark.parametrize(
     "options", [("--slo", 0), ("--level", "0"), ("--level", "fine"), ("--connections", 0)], ids=str
 )

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,8 +19,8 @@ from typing import Any
 import pytest
 
 from hf_cachegen.artifact import ArtifactWriter, Reader, write_artifact
-from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError, ConfigError
-from hf_cachegen.stores import LocalStore
+from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError, ConfigError, ManifestError
+from hf_cachegen.stores import LocalStore, open_store
 from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, read_all, write
 
 # Existing files are safe.
@@ -171,25 +172,65 @@ write_artifact(sys.argv[1], MANIFEST, changed, overwrite=True)
 @pytest.mark.parametrize(
     ("call", "number", "left"),
     [("unlink", 2, "old"), ("fsync", 1, "old"), ("fsync", 4, "old"),
-     ("rename", 1, "none"), ("rename", 3, "none"), ("rename", 5, "none"),
-     ("fsync", 7, "none"), ("fsync", 8, "new")],
+     ("rename", 1, "new"), ("rename", 3, "new"), ("rename", 5, "new"),
+     ("fsync", 7, "new"), ("fsync", 8, "new")],
 )  # fmt: skip
-def test_a_killed_writer_leaves_the_old_artifact_or_none_and_the_next_one_cleans_up(
+def test_a_killed_writer_leaves_the_old_artifact_or_the_new_one_and_the_next_one_cleans_up(
     tmp_path: Path, call: str, number: int, left: str
 ) -> None:
     write(tmp_path)
     root = str(Path(__file__).parents[1])
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), call, str(number), root], check=False)
     assert killed.returncode == -signal.SIGKILL
-    if left == "none":
-        with pytest.raises(ArtifactNotFoundError):
-            Reader(LocalStore(tmp_path))
-    else:
-        assert (sorted(read_all(tmp_path)) == sorted(SEGMENTS)) == (left == "old")
-        assert Reader(LocalStore(tmp_path)).verify()
+    before = contents(tmp_path)
+    with ArtifactWriter(tmp_path, overwrite=True):  # a writer that gives up
+        pass
+    assert (sorted(read_all(tmp_path)) == sorted(SEGMENTS)) == (left == "old")
+    for path in tmp_path.iterdir():
+        path.unlink()
+    for name, data in before.items():
+        (tmp_path / name).write_bytes(data)
+    assert Reader(open_store(tmp_path)).verify()  # a reader
+    assert (sorted(read_all(tmp_path)) == sorted(SEGMENTS)) == (left == "old")
     write(tmp_path, overwrite=True)
     assert set(contents(tmp_path)) == FILES
     assert sorted(read_all(tmp_path)) == sorted(SEGMENTS)
+
+
+def killed_between_renames(folder: Path) -> None:
+    """Leave what a writer leaves that is killed before it renames a file."""
+    write(folder)
+    for path in list(folder.iterdir()):
+        path.rename(folder / f".{path.name}.partial")
+
+
+@pytest.mark.parametrize("lost", ["base", "size", "manifest", "writer"])
+def test_an_artifact_of_a_killed_writer_is_not_completed(tmp_path: Path, lost: str) -> None:
+    killed_between_renames(tmp_path)
+    with contextlib.ExitStack() as stack:
+        if lost == "base":
+            (tmp_path / ".base.safetensors.partial").unlink()
+        elif lost == "size":
+            (tmp_path / ".base.safetensors.partial").write_bytes(b"short")
+        elif lost == "manifest":
+            (tmp_path / ".cachegen.json.partial").write_bytes(b"{")
+        else:
+            folder = os.open(tmp_path, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        before = contents(tmp_path)
+        with pytest.raises(ArtifactNotFoundError):
+            Reader(open_store(tmp_path))
+        assert contents(tmp_path) == before
+
+
+def test_a_manifest_is_not_replaced_by_that_of_a_killed_writer(tmp_path: Path) -> None:
+    killed_between_renames(tmp_path)
+    (tmp_path / "cachegen.json").write_bytes(b"{}")
+    before = contents(tmp_path)
+    with pytest.raises(ManifestError):
+        Reader(open_store(tmp_path))
+    assert contents(tmp_path) == before
 
 
 def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path) -> None:
@@ -198,7 +239,7 @@ def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # Python ignores SIGXFSZ, so writing fails with EFBIG
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match=f"too large: '{re.escape(str(tmp_path))}'"):
             write_artifact(
                 tmp_path, MANIFEST, [("base.safetensors", "side", bytes(300_000)), *SEGMENTS], overwrite=True
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,29 @@ def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "past.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CorruptError):
         load_cache(tmp_path / "past.pt")
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    keys = [torch.randn(1, 2, 2000, 8)]
+    artifact.write(encode_kv(keys, keys, CacheGenConfig(lossless=True)), tmp_path / "artifact")
+    stored = artifact.Artifact(LocalStore(tmp_path / "artifact"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # Python ignores SIGXFSZ, so writing fails with EFBIG
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*past.pt'"):
+            save_cache(stored, tmp_path / "past.pt", "legacy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_an_archive_that_unpacks_to_more_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "past.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 24))
+        archive.writestr("archive/version", "3")
+    with pytest.raises(CorruptError, match=r"it unpacks from \d+ to 16777217 bytes"):
+        load_cache(path)
 
 
 def test_missing_files_are_an_error(tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_rag_many_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "prefilled 3 of 3 documents" in printed
     main(["--caches", str(tmp_path)])
     assert "prefilled 0 of 3 documents" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--documents", str(tmp_path)])
+    assert "expected text files (.txt) in" in capsys.readouterr().err
 
 
 def test_stream_from_an_object_store(own_cache: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,6 +231,10 @@ def test_a_profile_found_by_name_is_checked(server: HubServer, model, profile: P
     profile.push_to_hub(REPO)
     with pytest.raises(WrongWeightsError, match=REPO):
         context(finetuned)
+    halved = make("llama", 1).half()
+    halved.config._name_or_path = MODEL
+    with pytest.raises(WrongWeightsError, match="float16 rounds them"):
+        context(halved)
     assert context(finetuned, profile).profile is profile  # a named profile is the user's decision
     older = replace(profile, about={k: v for k, v in profile.about.items() if k != "weights"})
     older.push_to_hub(REPO)

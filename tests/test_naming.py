@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from hf_cachegen import CacheGenCache, Profile
+from hf_cachegen import CacheGenCache, PrefixCache, Profile
 from hf_cachegen.cli.encode_dataset import TextDataset
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import (
@@ -26,6 +26,7 @@ from hf_cachegen.errors import (
 from hf_cachegen.profiles.finding import find as find_profile
 from hf_cachegen.stores import Access, Patience, open_store
 from hf_cachegen.stores.naming import is_hub_id, is_repository
+from hf_cachegen.stores.sealed import seal
 from hf_cachegen.stores.survey import find, pull
 from tests.cli_support import run_json
 from tests.http_server import running
@@ -222,6 +223,61 @@ def test_urls_under_other_spellings() -> None:
         open_store(Path("https://host/report"))
     with pytest.raises(StoreError, match=r"127\.0\.0\.1:9"):
         open_store("HTTP://127.0.0.1:9/report", Access(patience=QUICKLY)).size("cachegen.json")
+
+
+MALFORMED = ["simplecache::file:/etc", "simplecache::s3://bucket/x", "s3:/bucket/x", "file:/etc"]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("url", [*MALFORMED, "s3://bucket/x", "S3://bucket/x"])
+def test_a_url_is_no_path_to_write_to(url: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder of that name is made."""
+    write(here / "report")
+    Path("words.txt").write_text("words")
+    cache = CacheGenCache.from_context(shared("llama"), tokens(20), profile=None)
+    before = sorted(here.rglob("*"))
+    for where in (url, Path(url)):
+        for use in (
+            lambda where=where: cache.save_pretrained(where),
+            lambda where=where: pull("report", where),
+            lambda where=where: seal("report", where, bytes(32)),
+            lambda where=where: PrefixCache(Path(where)),
+            lambda where=where: PrefixCache("prefixes", remote=Path(where)),
+        ):
+            with pytest.raises(ConfigError, match="expected a local path to write to"):
+                use()
+    encode = ["encode", "words.txt", "--model", "nothing", "--out"]
+    for command in (encode, ["pull", "report"], ["convert", "words.txt"]):
+        assert "expected a local path to write to" in str(run_json(*command, url, code=2))
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("url", MALFORMED)
+def test_a_malformed_url_is_no_location(url: str, here: Path) -> None:
+    for use in (
+        lambda: PrefixCache(url),
+        lambda: PrefixCache("prefixes", remote=url),
+        lambda: PrefixCache("prefixes", shared=[url]),
+    ):
+        with pytest.raises(ConfigError, match="got a URL"):
+            use()
+    for read, error in ((open_store, ArtifactNotFoundError), (Profile.from_pretrained, ProfileError)):
+        with pytest.raises(error, match="without a chain of schemes"):
+            read(url)
+    assert not list(here.glob("*:*"))
+
+
+def test_a_repository_in_capital_letters() -> None:
+    for use in (open_store, Profile.from_pretrained, PrefixCache, find):
+        with pytest.raises(ConfigError, match="hf:// in lower case"):
+            use("HF://datasets/user/report")
+
+
+def test_a_folder_with_a_colon_is_a_path(here: Path) -> None:
+    for folder in ("notes: 2025", "a:b", here / "s3:", "C:/report"):
+        write(Path(folder))
+        assert open_store(folder).size("cachegen.json")
 
 
 def test_a_revision_of_a_folder_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,23 @@ def test_an_index_with_other_values_is_made_again(change: str, tmp_path: Path) -
         (tier.index.nbytes(), tier.index.rows())
     assert tier.verify().blocks == 1
     assert [row.nbytes for row in tier.index.rows()] == [tier.index.nbytes()] == [len(data)]
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_a_block_that_is_no_regular_file_is_not_read(kind: str, tmp_path: Path) -> None:
+    """A device has no end, and a pipe may have no writer."""
+    tier = LocalTier(tmp_path, None)
+    assert tier.put(FIRST, dump(FIRST), ())
+    path = tmp_path / "blocks" / FIRST.key.hex()[:2] / FIRST.key.hex()
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(PrefixCacheError, match="not a regular file"):
+        tier.get(FIRST.key)
 
 
 @pytest.mark.parametrize("family", ["[", "{}", '{"block_tokens": "4", "model_id": "x"}', "[1]"])

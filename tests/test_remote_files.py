@@ -67,6 +67,17 @@ def moody() -> Iterator[RemoteStore]:
     Moody.store.clear()
 
 
+def test_a_filesystem_that_fails_when_its_listings_are_dropped(
+    moody: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def invalidate_cache(self: Moody, path: str | None = None) -> None:
+        raise RuntimeError("no name of this host")  # some resolve the path here, with a request
+
+    monkeypatch.setattr(Moody, "invalidate_cache", invalidate_cache)
+    with pytest.raises(StoreError, match="no name of this host, in every attempt"):
+        moody.size("data")
+
+
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_an_artifact(tmp_path: Path, scheme: str) -> None:
     write(tmp_path / "context")

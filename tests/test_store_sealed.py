@@ -232,6 +232,10 @@ def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactExistsError):
         seal(tmp_path / "context", sealed, OTHER)
     assert contents(sealed) == before
+    plain = contents(tmp_path / "context")
+    with pytest.raises(ArtifactExistsError, match="would stay readable"):
+        seal(tmp_path / "context", tmp_path / "context", KEY)
+    assert contents(tmp_path / "context") == plain
     base = tmp_path / "context" / "base.safetensors"
     base.write_bytes(base.read_bytes()[:-1] + b"x")
     with pytest.raises(CorruptError):
@@ -239,7 +243,9 @@ def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("key", [b"", b"short", bytes(33), "no/such/file"], ids=["empty", "short", "long", "no file"])
+@pytest.mark.parametrize(
+    "key", [b"", b"short", bytes(33), "no/such/file", "/dev/zero"], ids=["empty", "short", "long", "no file", "device"]
+)
 def test_invalid_keys(tmp_path: Path, key: bytes | str) -> None:
     with pytest.raises(ConfigError):
         SealedStore(LocalStore(tmp_path), key)

@@ -8,6 +8,7 @@ a default, so no caller asks for the class of a store.
 from __future__ import annotations
 
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ MAX_NAME_BYTES = 255
 """Longest name of a file or folder that file systems allow."""
 MAX_PATH_BYTES = 4000
 """Longest path of a folder: the system allows 4,095 bytes, and files in it have names."""
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:[/:]", re.IGNORECASE)
+"""The beginning of a URL, of one that went through a path object ("s3:/"), or of a chain ("simplecache::"). The scheme
+has two letters or more: one is a drive.
+"""
 
 
 def location_name(location: str | os.PathLike[str]) -> str:
@@ -45,9 +50,24 @@ def local_path(location: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(location_name(location)))
 
 
+def resembles_url(location: str | os.PathLike[str]) -> bool:
+    """Report whether a location begins like a URL, also one that is malformed or went through a path object."""
+    return _URL.match(location_name(location)) is not None
+
+
 def output_path(location: str | os.PathLike[str]) -> Path:
-    """Return the path to write to. Raise ConfigError where `location` cannot be one, or is longer than paths can be."""
+    """Return the path to write to.
+
+    Raises:
+        ConfigError: `location` cannot be a path, is longer than paths can be, or is a URL: a folder of that name would
+            be made here, and nothing be written there.
+    """
     path = local_path(location)
+    if resembles_url(location):
+        raise ConfigError(
+            f"expected a local path to write to, got a URL ({os.fspath(location).partition(':')[0]}:...): write to a "
+            "folder, and copy or push it; a path that begins like a URL must be absolute"
+        )
     name = max(path.parts, key=lambda part: len(os.fsencode(part)), default="")
     longest, whole = len(os.fsencode(name)), len(os.fsencode(path))
     if longest > MAX_NAME_BYTES or whole > MAX_PATH_BYTES:

@@ -10,9 +10,10 @@ and spool together under a temporary name, and syncs. Only when every file is on
     4. renames the manifest                          from here it holds the new one
     5. removes the old artifact's remaining files
 
-A new file is never combined with the old manifest. A crash between 1 and 4 leaves files that no reader opens.
-(Exchanging whole directories instead would remove the user's own files beside the artifact.) A failure before 1 leaves
-the old artifact unchanged. A lock on the directory excludes a second writer.
+A new file is never combined with the old manifest. A crash between 1 and 4 leaves every new file on the disk: the next
+reader or writer of the directory completes the steps (`finish_interrupted`). A failure before 1 leaves the old artifact
+unchanged. A lock on the directory excludes a second writer. (Exchanging whole directories instead would remove the
+user's own files beside the artifact.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from hf_cachegen.artifact.manifest import (
     tile,
 )
 from hf_cachegen.artifact.store import output_path
-from hf_cachegen.errors import ArtifactError, ArtifactExistsError, ConfigError, TensorError
+from hf_cachegen.errors import ArtifactError, ArtifactExistsError, TensorError
 
 _COPY_BYTES = 1 << 20
 _PARTIAL = re.compile(r"\.(.+)\.partial")
@@ -77,9 +78,6 @@ class ArtifactWriter:
         self, directory: str | os.PathLike[str], *, overwrite: bool = False, limits: Limits = DEFAULT_LIMITS
     ) -> None:
         self._path = output_path(directory)
-        if isinstance(directory, str) and "://" in directory:
-            scheme = directory.partition("://")[0]
-            raise ConfigError(f"expected a folder, got a URL ({scheme}://...): save into a folder, then push it")
         self._overwrite = overwrite
         self._limits = limits
         self._spools: dict[str, BinaryIO] = {}
@@ -107,6 +105,8 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(self._path)  # writing to an open file names no file
         for spool in self._spools.values():
             with contextlib.suppress(OSError):  # on a full disk, flushing the rest of its buffer fails
                 spool.close()
@@ -180,16 +180,14 @@ class ArtifactWriter:
         """Remove the temporary files of a killed writer, and return the data files of the readable old artifact, if
         any.
         """
+        _finish(self._directory, self._limits)
         for name in os.listdir(self._directory):
             partial = _PARTIAL.fullmatch(name)
             if partial and is_own_file(partial[1]):
                 os.unlink(name, dir_fd=self._directory)
         self._refuse_existing(MANIFEST_FILE)
         try:
-            # O_NONBLOCK: do not wait for a pipe of that name.
-            manifest = os.open(MANIFEST_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
-            with os.fdopen(manifest, "rb") as file:
-                old = loads(file.read(self._limits.max_header_bytes + 1), self._limits)
+            old = _read_manifest(self._directory, MANIFEST_FILE, self._limits)
         except (OSError, ArtifactError):
             return set()
         return {name for name in old.files if is_own_file(name)}
@@ -220,6 +218,24 @@ class ArtifactWriter:
         with contextlib.suppress(OSError):  # the user may have put files there
             for made in reversed(self._made):
                 made.rmdir()
+
+
+def finish_interrupted(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> None:
+    """Complete the artifact of a writer that was killed after it had removed the old manifest.
+
+    Nothing is changed in a directory that holds a manifest, lacks a file of the new artifact, has a writer at work, or
+    cannot be written.
+    """
+    path = Path(directory)
+    if os.path.lexists(path / MANIFEST_FILE) or not os.path.lexists(path / _partial(MANIFEST_FILE)):
+        return
+    with contextlib.suppress(OSError, ArtifactError):
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _lock(folder, path)
+            _finish(folder, limits)
+        finally:
+            os.close(folder)
 
 
 def write_artifact(
@@ -279,6 +295,34 @@ def pack_input_ids(ids: Sequence[int]) -> bytes:
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
+
+
+def _finish(directory: int, limits: Limits) -> None:
+    """Make the renames that a killed writer of this locked directory left, if all its files are there."""
+    names = os.listdir(directory)
+    if MANIFEST_FILE in names or _partial(MANIFEST_FILE) not in names:
+        return
+    try:
+        files = _read_manifest(directory, _partial(MANIFEST_FILE), limits).files
+        found = {file: _partial(file) if _partial(file) in names else file for file in files}
+        if any(os.lstat(name, dir_fd=directory).st_size != files[file].size for file, name in found.items()):
+            return
+    except (OSError, ArtifactError):
+        return  # killed before step 1: the old artifact, or none, is what the directory holds
+    for file, name in found.items():
+        os.rename(name, file, src_dir_fd=directory, dst_dir_fd=directory)
+    os.fsync(directory)
+    os.rename(_partial(MANIFEST_FILE), MANIFEST_FILE, src_dir_fd=directory, dst_dir_fd=directory)
+    os.fsync(directory)
+
+
+def _read_manifest(directory: int, name: str, limits: Limits) -> Manifest:
+    # O_NONBLOCK: do not wait for a pipe of that name.
+    manifest = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    with os.fdopen(manifest, "rb") as file:
+        if not stat.S_ISREG(os.fstat(manifest).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        return loads(file.read(limits.max_header_bytes + 1), limits)
 
 
 def _partial(name: str) -> str:

@@ -12,9 +12,8 @@ from rich.table import Table
 
 from hf_cachegen.cli.options import OUTPUT_PATH, output_options
 from hf_cachegen.cli.output import plain, print_json, size_text
+from hf_cachegen.prefix_cache.sizes import parse_size
 from hf_cachegen.stores import SegmentCache
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @click.group("cache", short_help="List or shrink the local cache of segments.")
@@ -57,15 +56,8 @@ def cache_ls(cache_dir: Path | None, as_json: bool, debug: bool) -> None:
 def cache_prune(cache_dir: Path | None, limit: str | None, as_json: bool, debug: bool) -> None:
     """Remove the least recently used segments until the rest fits the size."""
     found = SegmentCache(cache_dir)
-    removed, freed = found.prune(None if limit is None else _bytes(limit))
+    removed, freed = found.prune(None if limit is None else parse_size(limit, "--to"))
     if as_json:
         print_json({"directory": str(found.directory), "removed": removed, "freed": freed})
     else:
         click.echo(f"removed {removed:,} files, {size_text(freed)}, from {os.fspath(found.directory)}")
-
-
-def _bytes(text: str) -> int:
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    if not number.isdecimal() or unit not in _UNITS:
-        raise click.BadParameter(f"expected a size such as 500M, 20G or 0, got {text!r}", param_hint="'--to'")
-    return int(number) * _UNITS[unit]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -96,7 +96,7 @@ class TextDataset:
         except Exception as error:  # `datasets` raises whatever its readers and clients do
             raise ConfigError(f"cannot load {self.location!r}: {' '.join(str(error).split())[:300]}") from error
         column = "text" if path.suffix.lower() == ".txt" else self.column
-        for number, row in enumerate(found):
+        for number, row in enumerate(self._read(found)):
             if number == self.limit:
                 return
             text = row.get(column)
@@ -106,6 +106,13 @@ class TextDataset:
                     f"{sorted(row)}"
                 )
             yield number, text
+
+    def _read(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a data set. Raises ConfigError where its reader fails."""
+        try:
+            yield from rows
+        except Exception as error:  # `datasets` raises whatever its readers and clients do
+            raise ConfigError(f"cannot read {self.location!r}: {' '.join(str(error).split())[:300]}") from error
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
 ADVICE = {
     "pass overwrite=True": "use --overwrite",
     "pass it as profile=": "pass it with --profile",
+    "or None to use none": "or use --profile none",
     "hf_cachegen.learn_profile": f"'{PROGRAM} profile'",
 }
 """Advice for Python in the package's messages, and the same advice for the command line."""

@@ -16,13 +16,14 @@ from hf_cachegen.cli.options import LOCAL_PATH, OUTPUT_PATH, output_options
 from hf_cachegen.cli.output import plain, print_json, size_text, step
 from hf_cachegen.errors import PrefixCacheError
 from hf_cachegen.prefix_cache.cache import PrefixCache
+from hf_cachegen.prefix_cache.sizes import parse_size
 from hf_cachegen.prefix_cache.stats import stats_of
 
 SHOWN_DIGITS = 16
 """Of a key: enough to name one of billions of blocks."""
 
 
-@click.group("prefix-cache", short_help="What a prefix cache holds.")
+@click.group("prefix-cache", short_help="Look at a prefix cache, or shrink it.")
 def prefix_cache_commands() -> None:
     """Look at a prefix cache, or change what it keeps. FOLDER is the folder that hf_cachegen.PrefixCache was given."""
 
@@ -107,7 +108,7 @@ def prefix_cache_stats(folder: Path, as_json: bool, debug: bool) -> None:
 @output_options
 def prefix_cache_prune(folder: Path, limit: str, as_json: bool, debug: bool) -> None:
     """Remove the least recently used blocks of FOLDER, from the ends of their chains; pinned prefixes stay."""
-    removed, freed = opened(folder).prune(limit)
+    removed, freed = opened(folder).prune(parse_size(limit, "--to"))
     if as_json:
         print_json({"folder": str(folder), "removed": removed, "freed": freed})
     else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 from rich.console import Console
 
+from hf_cachegen.artifact import MANIFEST_FILE
 from hf_cachegen.cli.models import load_for
 from hf_cachegen.cli.options import (
     answer_options,
@@ -21,10 +24,24 @@ from hf_cachegen.cli.options import (
 from hf_cachegen.cli.output import print_json
 from hf_cachegen.cli.prompts import Asked, note_loss, token_counts
 from hf_cachegen.cli.stream_view import StreamView, chunk_table, live, streamer
-from hf_cachegen.stores import Access
+from hf_cachegen.errors import ArtifactNotFoundError, StoreError
+from hf_cachegen.stores import Access, open_store
 
 if TYPE_CHECKING:
     from hf_cachegen.streaming import StreamReport
+
+
+def _reachable(locations: Sequence[str], access: Access) -> str:
+    """Return the first location that has a manifest. Raise the first one's error where none has."""
+    first, *others = locations
+    try:
+        open_store(first, access).size(MANIFEST_FILE)
+    except (ArtifactNotFoundError, StoreError):
+        with suppress(ArtifactNotFoundError, StoreError):
+            if others:
+                return _reachable(others, access)
+        raise
+    return first
 
 
 def _level(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
@@ -68,8 +85,9 @@ def stream(
     """
     arguments, asked = sampling_arguments(options), Asked.of(prompt, context_file, chat)
     access = Access(public_key=public_key, key=key)
+    source = _reachable((artifact, *fallback), access)
     loaded, tokenizer, required = load_for(
-        artifact, access, model, profile, revision=revision, device=device, as_json=as_json
+        source, access, model, profile, revision=revision, device=device, as_json=as_json
     )
     import torch
 
@@ -78,7 +96,7 @@ def stream(
     from hf_cachegen.models.text import one_prompt
     from hf_cachegen.streaming import policy_of
 
-    inputs = one_prompt(tokenizer, asked.ids(artifact, access, tokenizer, as_json), loaded.device)
+    inputs = one_prompt(tokenizer, asked.ids(source, access, tokenizer, as_json), loaded.device)
     view = StreamView(slo)
     on_terminal = not as_json and Console(stderr=True).is_terminal
     if options["num_beams"] == 1 and not as_json:

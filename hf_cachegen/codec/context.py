@@ -22,7 +22,7 @@ from hf_cachegen.codec.rows import ContextRows, empty_kv, geometry_of, spans_of
 from hf_cachegen.codec.spread import decode_to
 from hf_cachegen.codec.transforms import Transform, transform_of
 from hf_cachegen.codec.transforms.choosing import resolved
-from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.config import CacheGenConfig, require_config
 from hf_cachegen.errors import ConfigError, CorruptError, LevelError, TruncatedError
 
 
@@ -57,6 +57,7 @@ class Encoder:
         progress: bool = False,
         measured: dict[str, Any] | None = None,
     ):
+        require_config(config)
         config = config or CacheGenConfig()
         if config.target_kl is not None:
             raise ConfigError(

@@ -14,7 +14,7 @@ from hf_cachegen.artifact import ContextText
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.predictor_choice import settled
-from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.config import CacheGenConfig, require_config
 from hf_cachegen.context.cached import CachedContext, report_of
 from hf_cachegen.errors import ConfigError, UnsupportedModelError
 from hf_cachegen.models.adapters import require_inactive
@@ -68,6 +68,7 @@ def compute_context(
     """Prefill a context. Arguments and errors are those of `CacheGenCache.from_context`."""
     if prefill_chunk_tokens < 1:
         raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}")
+    require_config(config)
     require_instance(model)
     if model.config.is_encoder_decoder:
         return _encoded_context(model, input_ids, config, profile, tokenizer, text)
@@ -198,6 +199,7 @@ def wrap_cache(
     verify: Verify,
 ) -> CachedContext:
     """Copy a cache that a model filled. Arguments and errors are those of `CacheGenCache.from_cache`."""
+    require_config(config)
     require_model(model)
     if verify == "all":
         forget(model)

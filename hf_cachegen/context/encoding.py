@@ -12,7 +12,7 @@ from hf_cachegen.artifact import Store
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.artifact.encoded import EncodedContext, encode_no_kv
 from hf_cachegen.codec.context import Encoder
-from hf_cachegen.config import AUTO_LAYERS, CacheGenConfig
+from hf_cachegen.config import AUTO_LAYERS, CacheGenConfig, require_config
 from hf_cachegen.context.cached import CachedContext
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.models.inputs import Tokens, one_row
@@ -64,6 +64,7 @@ def encoded(
     context: CachedContext, config: CacheGenConfig | None, model: PreTrainedModel | None, progress: bool
 ) -> Encoder | EncodedContext:
     """Return what `artifact.write` takes. Arguments and errors are those of `CacheGenCache.save_pretrained`."""
+    require_config(config)
     config = _as_chosen(context, config)
     if context.source is not None:
         return _copied(context, context.source, config)

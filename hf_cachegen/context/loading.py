@@ -40,7 +40,8 @@ def load_context(
 ) -> CachedContext:
     """Load an artifact whole. Arguments and errors are those of `CacheGenCache.from_pretrained`."""
     start = time.perf_counter()
-    found = validate(open_manifest(open_store(path, Access(**access), limits), limits), model, tokenizer, verify=verify)
+    store = open_store(path, Access.from_keywords(access), limits)
+    found = validate(open_manifest(store, limits), model, tokenizer, verify=verify)
     taken = profile_of(found.artifact, profile, model_folder(model))
     artifact, devices = found.artifact.with_profile(taken), found.devices
     placement: Placement = device

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -55,6 +57,7 @@ def load_cache(path: str | os.PathLike[str]) -> tuple[list[Tensor], list[Tensor]
         CorruptError: the file is damaged, or torch cannot read it without running code.
         TensorError, UnsupportedLayerError: the file does not hold such a cache.
     """
+    _require_unpacked(local_path(path))
     try:
         with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
             found = torch.load(local_path(path), map_location="cpu", weights_only=True)
@@ -99,6 +102,7 @@ def save_cache(
         ArtifactExistsError: `path` exists, and `overwrite` is false.
         UnsupportedLayerError: a DynamicCache cannot hold the layers without the model's configuration.
         ArtifactError, ProfileError, NativeError: the artifact cannot be decoded.
+        OSError: the disk is full, or access is denied.
     """
     if form not in get_args(CacheFormat):
         raise ConfigError(f"form must be one of {get_args(CacheFormat)}, got {form!r}")
@@ -116,11 +120,27 @@ def save_cache(
         for index, (key, tensor) in enumerate(pairs):
             value.update(key, tensor, index)
     try:
-        torch.save(value, partial)
+        with open(partial, "wb") as file:
+            torch.save(value, file)
         os.replace(partial, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch replaces the system's error by one of its own
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
+        raise
     finally:
         if os.path.lexists(partial):
             os.unlink(partial)
+
+
+def _require_unpacked(path: Path) -> None:
+    """Raise CorruptError where an archive unpacks to more bytes than it has: torch compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # another format, or damaged: torch's reader reports it
+    if unpacked > (size := path.stat().st_size):
+        raise CorruptError(f"{path}: expected a file that torch.save wrote; it unpacks from {size} to {unpacked} bytes")
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.prefix_cache.keys import chain, checkpoint_key
@@ -213,4 +213,4 @@ def _located(
         found = tier(where)
         found.writable = False
         behind.append(found)
-    return local_path(location), behind
+    return output_path(location), behind

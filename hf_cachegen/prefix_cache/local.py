@@ -17,10 +17,12 @@ a damaged block is removed with all blocks that are chained with it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -28,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import ArtifactError, ConfigError, PrefixCacheError
 from hf_cachegen.prefix_cache.block import Block, load
 from hf_cachegen.prefix_cache.index import ROWS_AT_ONCE, Index, Row
@@ -74,7 +76,7 @@ class LocalTier:
             raise ConfigError(f"max_bytes must be at least {MIN_BYTES} bytes, got {max_bytes}")
         if ttl is not None and not ttl > 0:
             raise ConfigError(f"ttl must be a number of seconds above 0, got {ttl!r}")
-        self.directory = Path(os.path.abspath(local_path(directory)))
+        self.directory = Path(os.path.abspath(output_path(directory)))
         self.max_bytes, self.ttl, self._parse = max_bytes, ttl, parse
         self.index = Index(self.directory / "index.sqlite")
         self._thread_lock = threading.RLock()
@@ -93,7 +95,7 @@ class LocalTier:
     def get(self, key: bytes) -> bytes | None:
         """Return the bytes of a block's file, not proved; None where it is not there."""
         try:
-            return self._path(key).read_bytes()
+            return _read(self._path(key))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -208,7 +210,7 @@ class LocalTier:
         found = []
         for path in self._files():
             try:
-                block = self._parse(path.read_bytes(), bytes.fromhex(path.name))
+                block = self._parse(_read(path), bytes.fromhex(path.name))
             except (ArtifactError, ValueError, OSError):
                 continue
             info = path.stat()
@@ -335,6 +337,14 @@ class LocalTier:
             # After a power cut the newest rows may be lost whose files are there, or the other way round.
             self._remove_strays()
             self.index.set_state("boot", boot)
+
+
+def _read(path: Path) -> bytes:
+    """Read a regular file, or the one that a link leads to. Raises OSError for another: a device has no end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(path, "rb") as file:
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def _write(path: Path, data: bytes) -> None:

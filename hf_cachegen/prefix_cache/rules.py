@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_cachegen.config import CacheGenConfig
+from hf_cachegen.config import CacheGenConfig, require_config
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.prefix_cache.sizes import parse_size
 
@@ -46,6 +46,7 @@ class Rules:
     @classmethod
     def of(cls, *, config: CacheGenConfig | None, state_budget: int | str, **options: Any) -> Rules:
         """Return the rules of the arguments of a prefix cache."""
+        require_config(config)
         # A block is decoded without its model's first layers, so nothing is predicted.
         chosen = (CacheGenConfig(lossless=True) if config is None else config).predicting(None)
         return cls(config=chosen, state_budget=parse_size(state_budget, "state_budget"), **options)

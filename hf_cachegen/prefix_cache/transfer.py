@@ -47,7 +47,7 @@ def import_artifact(prefix_cache: PrefixCache, location: str | os.PathLike[str],
         ManifestError: the artifact has no fingerprint, no checksums or no tokens.
         ArtifactError, StoreError: it cannot be read.
     """
-    artifact = Artifact(open_store(location, Access(**access)))
+    artifact = Artifact(open_store(location, Access.from_keywords(access)))
     if not (artifact.config.lossless and prefix_cache.rules.config.lossless):
         raise ConfigError(f"{location} is imported only if it is lossless, into a lossless prefix cache")
     ids = artifact.input_ids

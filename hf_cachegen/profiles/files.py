@@ -64,7 +64,14 @@ class Profile(codec_profile.Profile):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Load a file, or the one in a folder. Raises ConfigError, ProfileError, LimitError."""
-        return cls.from_bytes(fetch(local_path(path), Access(), Limits())[0])
+        return cls._from_file(path, fetch(local_path(path), Access(), Limits())[0])
+
+    @classmethod
+    def _from_file(cls, location: str | os.PathLike[str], data: bytes, place: str | None = None) -> Profile:
+        try:
+            return cls.from_bytes(data, place)
+        except ProfileError as error:
+            raise ProfileError(f"{os.fspath(location)}: {error}") from error
 
     @classmethod
     def from_pretrained(
@@ -93,11 +100,11 @@ class Profile(codec_profile.Profile):
             StoreError: The location cannot be reached.
             LimitError: The file is larger than the limits.
         """
-        options = Access(**access, repo_type=repo_type)
+        options = Access.from_keywords({**access, "repo_type": repo_type})
         if options.key is not None or options.public_key is not None:
             raise ConfigError("profiles are neither sealed nor signed: pass digest= instead of a key")
         data, where = fetch(place, options, limits or Limits(), digest)
-        return cls.from_bytes(data, where)
+        return cls._from_file(place, data, where)
 
     def push_to_hub(
         self,

@@ -28,6 +28,7 @@ from hf_cachegen.errors import (
     WrongWeightsError,
 )
 from hf_cachegen.models.fingerprint import Fingerprint
+from hf_cachegen.models.layers import dtype_name
 from hf_cachegen.models.sampled_weights import coarse_weights
 from hf_cachegen.profiles.files import Profile
 from hf_cachegen.stores import Access
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 ProfileLike = Profile | str | os.PathLike | None
 AUTO = "auto"
+_ROUNDED = ", or from the same in bfloat16 (float16 rounds them)"
 _known: WeakValueDictionary[str, Profile] = WeakValueDictionary()
 """Profiles in use, by SHA-256. Artifacts of one model share one."""
 
@@ -68,9 +70,10 @@ def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None
     weights = found.about.get("weights")
     # Older profiles in a model's folder have no checksum of the weights.
     if profile == AUTO and (weights is not None or found.place) and weights != coarse_weights(model):
+        rounded = _ROUNDED if dtype_name(model.dtype) == "float16" else ""
         raise WrongWeightsError(
             f"the profile found for this model ({found.place or 'in its folder'}) was learnt from other weights of the "
-            "same configuration: pass it as profile= to use it, or None to use none"
+            f"same configuration{rounded}: pass it as profile= to use it, or None to use none"
         )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from hf_cachegen.errors import ConfigError
@@ -50,6 +50,17 @@ class Access:
     patience: Patience | None = None
     public_key: KeyLike | None = None
     key: Secret | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Access:
+        """Make options from the further keywords of a call. Raise TypeError for one that is no option."""
+        names = [found.name for found in fields(cls)]
+        for name in keywords:
+            if name not in names:
+                raise TypeError(
+                    f"unexpected keyword argument {name!r}; the options of a location are {', '.join(names)}"
+                )
+        return cls(**keywords)
 
     def __post_init__(self) -> None:
         for name in ("revision", "subfolder"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
@@ -118,7 +119,8 @@ class FilesystemFiles(Store):
 
     def _identity(self, name: str) -> tuple[int, str]:
         """Return (size, the value that changes with the content)."""
-        self._files.invalidate_cache(self._root)  # fsspec caches listings for the whole process
+        with self._failures(f"{self.location}/{name}"):
+            self._files.invalidate_cache(self._root)  # fsspec caches listings for the whole process
         info = self._call(name, self.patience.timeout, "info", f"{self._root.rstrip('/')}/{name}")
         if info.get("type") == "directory" or type(info.get("size")) is not int:
             raise StoreError(f"{self.location}/{name} is not a regular file")
@@ -127,13 +129,19 @@ class FilesystemFiles(Store):
 
     def _call(self, name: str, seconds: float, method: str, *args: Any, **options: Any) -> Any:
         """Call a method of the filesystem within `seconds`, and raise its failures as errors of this package."""
-        location = f"{self.location}/{name}"
-        try:
+        with self._failures(f"{self.location}/{name}"):
             if self._files.async_impl:
                 coroutine = getattr(self._files, f"_{method}")
                 return fsspec.asyn.sync(self._files.loop, coroutine, *args, timeout=seconds, **options)
             with self._one_at_a_time:  # few of the synchronous filesystems may be shared by threads
                 return getattr(self._files, method)(*args, **options)
+
+    @staticmethod
+    @contextmanager
+    def _failures(location: str) -> Iterator[None]:
+        """Raise the filesystem's failures as errors of this package that name `location`."""
+        try:
+            yield
         except FileNotFoundError as error:
             raise ArtifactNotFoundError(f"there is no {location}") from error
         except PermissionError as error:

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from hf_cachegen.artifact import Segment, Store
 from hf_cachegen.artifact.store import local_path
-from hf_cachegen.errors import ArtifactNotFoundError, CorruptError, TruncatedError
+from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, CorruptError, TruncatedError
+
+MAX_KEY_FILE_BYTES = 1 << 16
+"""Above every key file. A device that is named by mistake, such as /dev/urandom, has no end."""
 
 
 class LocalStore(Store):
@@ -98,6 +101,15 @@ class LocalStore(Store):
             target = os.readlink(self.directory / name)
             return f"there is no {name} in {self.directory}: it is a link to {target}, which is not there"
         return f"there is no {name} in {self.directory}"
+
+
+def read_key_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a key file that the user named, at most MAX_KEY_FILE_BYTES. Raises ConfigError where it cannot be read."""
+    try:
+        with open(local_path(path), "rb") as file:
+            return file.read(MAX_KEY_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"expected a key file at {os.fspath(path)!r}: {error.strerror}") from error
 
 
 def published_root(directory: str | os.PathLike[str]) -> Path:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from hf_cachegen.artifact import MANIFEST_FILE, Limits, Store
 from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.writer import finish_interrupted
 from hf_cachegen.errors import ConfigError, OfflineError
 from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.cached import CachedStore
@@ -129,6 +130,7 @@ def _open(location: str | os.PathLike[str], access: Access, meter: Meter | None)
     if access.subfolder:
         path = local_path(os.path.join(path, access.subfolder))
     require_folder(path, location, access.repo_type)
+    finish_interrupted(path)
     return LocalStore(path)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_cachegen.artifact.store import resembles_url
 from hf_cachegen.errors import ArtifactNotFoundError, ProfileError, StoreError
 
 HUB = "hf://"
@@ -29,8 +30,6 @@ SUFFIXES = (".cachegen", ".sealed", ".safetensors", ".json", ".pt")
 _PART = r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})")
 _HUB_ID = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})")
-_SQUEEZED_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
-"""A URL that went through a path object, which turns "//" into "/"."""
 
 
 def is_repository(location: str | os.PathLike[str]) -> bool:
@@ -87,6 +86,6 @@ def alternative(location: str | os.PathLike[str], repo_type: str = "dataset") ->
     name = os.fspath(location)
     if isinstance(location, str) and _REPO_ID.fullmatch(name):
         return f"; if the repository on the Hub is meant, write {HUB}{repo_type}s/{name}"
-    if _SQUEEZED_URL.match(name):
-        return "; if a URL is meant, pass it as a string, with ://"
+    if resembles_url(location):
+        return "; if a URL is meant, pass it as a string, with :// and without a chain of schemes (::)"
     return ""

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 
 from hf_cachegen.artifact import Store
-from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, StoreError
 from hf_cachegen.stores.http import shown
 from hf_cachegen.stores.locations import Access, hub_location
@@ -61,7 +61,7 @@ class Objects:
         if is_url(url):
             url = lower_scheme(url)
         else:
-            url = "file://" + os.path.abspath(local_path(url))
+            url = "file://" + os.path.abspath(output_path(location))
         self.files = open_files(url, headers=headers, storage_options=storage_options, patience=patience)
         self.location, self.writable = shown(url), not url.startswith(_READ_ONLY)
         if self.writable:

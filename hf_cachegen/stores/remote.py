@@ -179,7 +179,9 @@ def open_files(
         ConfigError: the URL is not valid, or an option is for another scheme.
         MissingExtraError: the package of the filesystem is not installed.
     """
-    url = lower_scheme(url)
+    written, url = url, lower_scheme(url)
+    if url.startswith("hf://"):
+        raise ConfigError(f"expected a repository as hf:// in lower case, got {written!r:.200}")
     if not url.startswith(("http://", "https://")):
         if headers:
             raise ConfigError(f"headers are for http(s) URLs; pass storage_options for {shown(url)}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
-from hf_cachegen.artifact.store import local_path, output_path
+from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -30,7 +30,7 @@ from hf_cachegen.errors import (
     OfflineError,
     TruncatedError,
 )
-from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.local import LocalStore, read_key_file
 from hf_cachegen.stores.segment_cache import SegmentCache
 
 SUFFIX = ".sealed"
@@ -251,7 +251,7 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
 
     Raises:
         ConfigError: the key cannot be read, or has another length.
-        ArtifactExistsError: `out` holds sealed files already.
+        ArtifactExistsError: `out` holds sealed files, or a plain artifact, already.
         ArtifactError: the artifact is damaged.
     """
     secret = _secret(key)
@@ -265,6 +265,8 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
     there = sorted(path.name for path in target.iterdir() if path.name.endswith(SUFFIX))
     if there:
         raise ArtifactExistsError(f"{target} holds {there[0]} already; choose another folder")
+    if (target / MANIFEST_FILE).exists():
+        raise ArtifactExistsError(f"{target} holds a plain artifact, which would stay readable; choose another folder")
     made: list[Path] = []
     try:
         for name in names:
@@ -342,10 +344,7 @@ def _cipher(key: bytes, header: bytes, name: str) -> Any:
 
 def _secret(key: Secret) -> bytes:
     if not isinstance(key, bytes):
-        try:
-            key = local_path(key).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"expected a key file at {os.fspath(key)!r}: {error.strerror}") from error
+        key = read_key_file(key)
     if len(key) != KEY_BYTES:
         raise ConfigError(
             f"expected a key of {KEY_BYTES} bytes, got {len(key)}; head -c {KEY_BYTES} /dev/urandom makes one"

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Store
-from hf_cachegen.artifact.store import local_path
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
-from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.local import LocalStore, read_key_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -172,7 +171,7 @@ def _public(key: KeyLike) -> Ed25519PublicKey:
     ed25519, serialization = _cryptography()
     if isinstance(key, bytes):
         return _checked(key, ed25519.Ed25519PublicKey.from_public_bytes, ed25519.Ed25519PublicKey)
-    return _checked(_pem(key), serialization.load_pem_public_key, ed25519.Ed25519PublicKey)
+    return _checked(read_key_file(key), serialization.load_pem_public_key, ed25519.Ed25519PublicKey)
 
 
 def _private(key: KeyLike) -> Ed25519PrivateKey:
@@ -180,7 +179,7 @@ def _private(key: KeyLike) -> Ed25519PrivateKey:
     if isinstance(key, bytes):
         return _checked(key, ed25519.Ed25519PrivateKey.from_private_bytes, ed25519.Ed25519PrivateKey)
     load = partial(serialization.load_pem_private_key, password=None)
-    return _checked(_pem(key), load, ed25519.Ed25519PrivateKey)
+    return _checked(read_key_file(key), load, ed25519.Ed25519PrivateKey)
 
 
 def _cryptography() -> tuple[Any, Any]:
@@ -190,13 +189,6 @@ def _cryptography() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError("signatures need cryptography: pip install 'hf_cachegen[crypto]'") from error
     return ed25519, serialization
-
-
-def _pem(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return local_path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"expected a key file at {os.fspath(path)}: {error.strerror}") from error
 
 
 def _checked(data: bytes, load: Callable[[bytes], Any], kind: type) -> Any:

@@ -49,4 +49,4 @@ def locations_of(path: PathLike, options: StreamOptions) -> list[Location]:
 
 def _fallback(fallback: Fallback, common: Mapping[str, Any]) -> Location:
     path, own = fallback if isinstance(fallback, tuple) else (fallback, {})
-    return Location(path, Access(**{**common, **own}))
+    return Location(path, Access.from_keywords({**common, **own}))

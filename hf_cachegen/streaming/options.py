@@ -96,7 +96,7 @@ class StreamOptions:
         """
         names = {field.name for field in fields(cls)} - {"access"}
         own = {name: value for name, value in keywords.items() if name in names}
-        return cls(**own, access=Access(**{name: keywords[name] for name in keywords if name not in names}))
+        return cls(**own, access=Access.from_keywords({name: keywords[name] for name in keywords if name not in names}))
 
     def __post_init__(self) -> None:
         policy_of(self.policy, self.level)
