@@ -164,8 +164,7 @@ class Basis:
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Return the vectors of rows [tokens, channels], as `coefficients` takes them."""
-        shapes = [s for x in self.geometry.layers for s in ((x.heads, x.k_dim), (x.v_heads, x.v_dim))]
-        return [rows[:, part].unflatten(1, shape) for part, shape in zip(self.slices, shapes, strict=True)]
+        return heads.split(rows, self.geometry)
 
     def energies(self) -> Tensor:
         """Return the energy of each component in each vector, float64 [components, vectors], at coefficient 1."""
@@ -184,7 +183,7 @@ class Basis:
         self, y: Tensor, span: Span, vectors: Sequence[Tensor], scores: Tensor | None = None,
         base: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Convert coefficients float32 [tokens, components] to values.
+        """Convert coefficients float32 [tokens, components] to values, on the CPU (`codec.products` does on a device).
 
         Args:
             y: The coefficients.
@@ -195,7 +194,7 @@ class Basis:
             base: The coefficients as the coarsest level decodes them, for a chain. None: y.
         """
         device, dtype = y.device, vectors[0].dtype
-        narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
+        narrow = dtype == torch.bfloat16 and multiplies_bfloat16()
         reads = self._reads(y if base is None else base, scores)
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))

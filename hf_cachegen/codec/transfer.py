@@ -30,6 +30,11 @@ def is_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def stream_number(device: torch.device) -> int:
+    """Return a number of the current stream of a device."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate host memory that can be copied to or from a device asynchronously."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
