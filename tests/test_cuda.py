@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 import hf_cachegen
 from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.codec import native, passes, rans
-from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.spread import Apart
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 from hf_cachegen.models import checksum
 from hf_cachegen.streaming.layers import LayerWriter
@@ -214,11 +214,11 @@ def test_readers_get_what_was_put_before() -> None:
     pieces = [x.cuda() for pair in zip(keys, values, strict=True) for x in pair]
     for sign in (1, -1):
         writer.adopt(changed := [sign * x for x in pieces])
-        writer.put(changed, Span(0, 3000, 3000))
+        writer.put(Apart(0, changed))
         with writer.reading():
             found = [x.clone() for x in writer.keys]
         writer.adopt(nothing := [0 * x for x in pieces])
-        writer.put(nothing, Span(0, 3000, 3000))
+        writer.put(Apart(0, nothing))
         assert all(torch.equal(x.cpu(), sign * y) for x, y in zip(found, keys, strict=True))
 
 
@@ -243,10 +243,10 @@ def test_refinements_are_decoded_there(transform: str, elsewhere: str) -> None:
         for parts, span in zip(made.chunks(), made.rows.spans, strict=True):
             launch = writer.rows(made.codec, [(parts[:level], span)])
             launch.check()
-            (pieces,) = launch.pieces
-            assert pieces[0].is_cuda
+            (apart,) = launch.apart
+            assert apart.values[0].is_cuda
             assert launch.timer.seconds() > 0
-            writer.put(pieces, span)
+            writer.put(apart)
     found, expected = writer.kv(), decode_kv(encode_kv(keys, values, made.config), 3)
     for x, y in zip((*found.keys, *found.values), (*expected[0], *expected[1]), strict=True):
         assert torch.equal(x.cpu(), y)

@@ -14,11 +14,12 @@ from hf_cachegen import generate
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.batch import OUTSTANDING
+from hf_cachegen.codec.spread import APART_BYTES
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError, TruncatedError
 from hf_cachegen.streaming import ChunkFetched, ChunkReady, Event
 from hf_cachegen.streaming import loader as loading
-from hf_cachegen.streaming.layers import APART_BYTES, LayerWriter
+from hf_cachegen.streaming.layers import LayerWriter
 from hf_cachegen.streaming.sources import Source
 from tests.lockstep import needs_compiler
 from tests.separate_device import Note, separate_device
@@ -184,9 +185,9 @@ def test_refinements_are_copied_once_they_are_known_to_be_sound(
         damage(monkeypatch, (9, 1))
     put = LayerWriter.put
 
-    def checked(writer: LayerWriter, pieces: Any, span: Any) -> None:
+    def checked(writer: LayerWriter, apart: Any) -> None:
         assert order(device).count("w") == order(device).count("u")
-        put(writer, pieces, span)
+        put(writer, apart)
 
     monkeypatch.setattr(LayerWriter, "put", checked)
     cache = CacheGenCache.stream(folder, shared(MODEL), refine="while_generating")

@@ -26,6 +26,7 @@ from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.operands import Kind, listed
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.profile import Profile
+from hf_cachegen.codec.transfer import keep
 
 PART_BYTES = 128 << 10
 """Size of a part's operands and rows for each token, in bytes: 256 MB for eight chunks of 256 tokens."""
@@ -129,11 +130,13 @@ def plan_of(
     blocks, known = list[Block](), None
     if chained:
         maps = [_map(group, rank, width) for group in groups]
-        known = torch.cat([one[:rank] for one in maps], 1).to(device) if rank else None
+        known = torch.cat([one[:rank] for one in maps], 1) if rank else None
         for block in _blocks([one[rank:] for one in maps], read, widths, width):
-            blocks.append(block._replace(own=block.own.to(device), before=block.before.to(device)))
+            blocks.append(block._replace(own=keep(block.own, device), before=keep(block.before, device)))
     parts, summaries = (list(_parts(found, device)) for found in (made, chained))
-    return Plan(parts, summaries, blocks, known, rank, len(chained) * width, profile.rotary.inv_freq.to(device))
+    known = None if known is None else keep(known, device)
+    frequencies = keep(profile.rotary.inv_freq, device)
+    return Plan(parts, summaries, blocks, known, rank, len(chained) * width, frequencies)
 
 
 def _product(
@@ -211,9 +214,9 @@ def _parts(products: Sequence[_Product], device: torch.device) -> Iterator[Part]
         mine = products[first:last]
         width = max(len(product.listed) for product in mine)
         listed_, matrices = (
-            torch.stack([torch.cat([x, x.new_zeros(width - len(x), *x.shape[1:])]) for x in found]).to(device)
+            keep(torch.stack([torch.cat([x, x.new_zeros(width - len(x), *x.shape[1:])]) for x in found]), device)
             for found in ([product.listed for product in mine], [product.matrix for product in mine])
         )
         means = [product.mean for product in mine if product.mean is not None]
-        yield Part(first, listed_, matrices, torch.stack(means).to(device) if means else None)
+        yield Part(first, listed_, matrices, keep(torch.stack(means), device) if means else None)
         first = last

@@ -64,7 +64,7 @@ class Scaling:
             return None
 
         def make() -> Tensor:
-            return transfer.send(torch.ones(tokens).index_fill(0, self.sinks, 1 / FINER), device)
+            return transfer.keep(torch.ones(tokens).index_fill(0, self.sinks, 1 / FINER), device)
 
         found: Tensor = self._resident.get(device, "factors", make)
         return found

@@ -55,6 +55,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return upload(host.copy_(tensor), device)
 
 
+def keep(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, where it stays, without waiting for what the device does."""
+    return tensor.pin_memory(device).to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy tensors [n] of the host to a device together, in one copy from pinned memory."""
     if is_host(device):
@@ -71,14 +76,18 @@ def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class Download:
-    """The copy of a device's tensor to the host. It is under way until `wait` returns."""
+    """The copy of a device's tensor to the host. It is under way until `wait` returns.
+
+    Attributes:
+        host: Receives the copy.
+    """
 
     def __init__(self, tensor: Tensor):
         self._event: torch.cuda.Event | None = None
-        self._host = tensor
+        self.host = tensor
         if tensor.is_cuda:
-            self._host = pinned(tuple(tensor.shape), tensor.dtype, tensor.device)
-            self._host.copy_(tensor, non_blocking=True)
+            self.host = pinned(tuple(tensor.shape), tensor.dtype, tensor.device)
+            self.host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 
@@ -86,7 +95,7 @@ class Download:
         """Return the copy, on the host."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host
+        return self.host
 
 
 class Timer:
