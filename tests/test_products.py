@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import host_time
-from hf_cachegen import CacheGenConfig, Profile
+from hf_cachegen import CacheGenConfig, Profile, encode_kv
 from hf_cachegen.codec import abi, basis, native, plan
 from hf_cachegen.codec.chain import sources
 from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.context import codec_of as codec_of_side
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.heads import by_token
@@ -24,6 +25,7 @@ from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.codec.rows import empty_kv
 from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.errors import NativeError
+from tests import klt_support
 from tests.lockstep import in_lockstep, needs_compiler
 from tests.separate_device import separate_device
 
@@ -196,3 +198,18 @@ def test_the_product_path_takes_these_compiled_calls(level: int) -> None:
             codec.products.restore(y[:20], Span(first, 20, TOKENS), level, target, first, None)
     counts = Counter(name for name, _ in notes)
     assert counts == {GATHER: 4, "cg_write_heads": 2}
+
+
+def test_memory_of_a_launch_in_inference_mode_can_be_written_later() -> None:
+    """A call of `generate` and a thread that refines share a codec. Wide symbols are corrected in that memory."""
+    generator = torch.Generator().manual_seed(5)
+    keys, values = ([torch.randn(1, 2, 64, 8, generator=generator) for _ in range(3)] for _ in range(2))
+    for x in (*keys, *values):
+        x[:, :, [40, 41]] *= 2000
+    context = encode_kv(keys, values, klt_support.CONFIG, klt_support.make_profile())
+    codec = codec_of_side(context.geometry, context.config, context.side, context.profile)
+    rows, chunk = torch.empty(64, codec.channels), [part[1] for part in context.parts]
+    with torch.inference_mode():
+        codec.decode_into(chunk, Span(32, 32, 64), Target.matrix(rows), 0)
+    codec.decode_into(chunk, Span(32, 32, 64), Target.matrix(rows), 32)
+    assert torch.equal(rows[:32], rows[32:])

@@ -28,7 +28,7 @@ from hf_cachegen.codec.chain import Chain
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
-from hf_cachegen.codec.precision import full_precision
+from hf_cachegen.codec.precision import full_precision, without_autocast
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.transfer import Resident, send
@@ -128,6 +128,7 @@ class Basis:
         self.slices = slices_of(geometry)
         self._components = sum(len(group.synthesis) for group in self.learnt.groups)
 
+    @without_autocast()
     def coefficients(
         self, vectors: Sequence[Tensor], span: Span, scores: Tensor | None = None,
         base: Callable[[Tensor], Tensor] | None = None,
@@ -179,6 +180,7 @@ class Basis:
             _ENERGIES[self.learnt] = found
         return _ENERGIES[self.learnt]
 
+    @without_autocast()
     def restore(
         self, y: Tensor, span: Span, vectors: Sequence[Tensor], scores: Tensor | None = None,
         base: Tensor | None = None,

@@ -19,7 +19,7 @@ from hf_cachegen.codec.heads import Writer
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.operands import Coefficients, gather
 from hf_cachegen.codec.plan import Plan, plan_of
-from hf_cachegen.codec.precision import full_precision
+from hf_cachegen.codec.precision import full_precision, without_autocast
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.profile import Profile, angles_of
 from hf_cachegen.codec.scaling import Scaling
@@ -44,6 +44,7 @@ class Products:
         self._resident = Resident()
         self._writers: tuple[ref[Target], Plan, list[Writer]] | None = None
 
+    @without_autocast()
     def restore(self, y: Tensor, span: Span, level: int, target: Target, row: int, scores: Tensor | None) -> None:
         """Write the keys and values of a chunk. Nothing waits for the device.
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_cachegen.errors import NativeError
+
 _ALIGNMENT = 16
 """Alignment of the tensors that are copied together, in bytes."""
 Check = Callable[[], None]
@@ -92,9 +94,12 @@ class Download:
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> Tensor:
-        """Return the copy, on the host."""
+        """Return the copy, on the host. Raises NativeError if the device has failed since."""
         if self._event is not None:
-            self._event.synchronize()
+            try:
+                self._event.synchronize()
+            except RuntimeError as error:
+                raise NativeError(f"the device failed while it decoded: {error}") from error
         return self.host
 
 

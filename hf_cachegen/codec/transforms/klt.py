@@ -319,7 +319,8 @@ class Klt(Transform):
 
     def _room(self, tokens: int, device: torch.device) -> tuple[Tensor, Target]:
         """Return memory for the coefficients of that many tokens, and its target."""
-        y = Target.memory(tokens, self.entries.shape[1], device)
+        with torch.inference_mode(False):  # else a launch outside that mode could not write into it
+            y = Target.memory(tokens, self.entries.shape[1], device)
         return y, Target.matrix(y)
 
     def _vectors(self, target: Target, span: Span, row: int) -> list[Tensor]:
