@@ -150,27 +150,39 @@ def scaled() -> Iterator[None]:
         yield
 
 
-def products(layers: int) -> dict[str, Any]:
-    """Return the microseconds of a chunk, by level, for what follows klt's coder."""
-    shape = LayerGeometry("full", 1, WIDTH, 1, WIDTH)
+def chained_codec(layers: int, width: int, summary: int, tokens: int) -> Klt:
+    """Return the klt codec of a profile whose layers are chained, with random matrices.
+
+    Args:
+        layers: Number of layers.
+        width: Channels of a layer.
+        summary: Width of a summary.
+        tokens: Of the cache.
+    """
+    shape = LayerGeometry("full", 1, width, 1, width)
     order = [(kind, layer, 1) for layer in range(layers) for kind in (0, 1)]
     groups = [
-        Group(kind, layer, 1, torch.eye(WIDTH)[None], torch.randn(WIDTH, WIDTH),
-              torch.randn(SUMMARY * len(read), WIDTH) / WIDTH if (read := sources(order, index, REACH)) else None,
-              torch.randn(SUMMARY, WIDTH))
+        Group(kind, layer, 1, torch.eye(width)[None], torch.randn(width, width) / width**0.5,
+              torch.randn(summary * len(read), width) / width if (read := sources(order, index, REACH)) else None,
+              torch.randn(summary, width) / width**0.5)
         for index, (kind, layer, _) in enumerate(order)
     ]  # fmt: skip
-    entries = torch.full((3, 2 * layers * WIDTH), 60, dtype=torch.uint8)
-    rotary = Rotary("half", 1e-4 ** (torch.arange(WIDTH // 2, dtype=torch.float64) / (WIDTH // 2)))
+    entries = torch.full((3, 2 * layers * width), 60, dtype=torch.uint8)
+    rotary = Rotary("half", 1e-4 ** (torch.arange(width // 2, dtype=torch.float64) / (width // 2)))
     profile = Profile(
-        (shape,) * layers, rotary, torch.zeros(2 * layers * WIDTH), tuple(groups), 160, entries[0], entries[1:], {},
+        (shape,) * layers, rotary, torch.zeros(2 * layers * width), tuple(groups), 160, entries[0], entries[1:], {},
         reach=REACH,
     )  # fmt: skip
+    config = CacheGenConfig(transform="klt", protect_first=0, protect_last=0)
+    return Klt(Geometry(profile.layers, tokens, 1, "bfloat16"), config, profile)
+
+
+def products(layers: int) -> dict[str, Any]:
+    """Return the microseconds of a chunk, by level, for what follows klt's coder."""
     tokens = abi.MAX_BATCH
-    geometry = Geometry(profile.layers, 2 * tokens, 1, "bfloat16")
-    codec = Klt(geometry, CacheGenConfig(transform="klt", protect_first=0, protect_last=0), profile)
-    target = Target.layers([torch.empty(1, 1, tokens, WIDTH, dtype=torch.bfloat16) for _ in order])
-    y, span, found = torch.randn(tokens, entries.shape[1]), Span(0, tokens, 2 * tokens), {}
+    codec = chained_codec(layers, WIDTH, SUMMARY, 2 * tokens)
+    target = Target.layers([torch.empty(1, 1, tokens, WIDTH, dtype=torch.bfloat16) for _ in range(2 * layers)])
+    y, span, found = torch.randn(tokens, codec.entries.shape[1]), Span(0, tokens, 2 * tokens), {}
     for level in (1, 3):
         seconds = []
         with stand() as device, scaled():

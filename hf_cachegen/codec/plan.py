@@ -28,8 +28,10 @@ from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.transfer import keep
 
-PART_BYTES = 128 << 10
-"""Size of a part's operands and rows for each token, in bytes: 256 MB for eight chunks of 256 tokens."""
+PART_BYTES = 256 << 10
+"""Size of a part's operands and rows for each token, in bytes: 512 MB for eight chunks of 256 tokens, which is what the
+coefficients of an 8B model take.
+"""
 BLOCK_NUMBERS = 1024
 """Numbers of summaries of a block. Larger blocks are fewer launches, and more work: the inverse has no structure."""
 

@@ -59,7 +59,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def keep(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to a device, where it stays, without waiting for what the device does."""
-    return tensor.pin_memory(device).to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
