@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +153,24 @@ def test_memory_of_a_launch_in_inference_mode_can_be_written_later() -> None:
         codec.decode_into(chunk, Span(32, 32, 64), Target.matrix(rows), 0)
     codec.decode_into(chunk, Span(32, 32, 64), Target.matrix(rows), 32)
     assert torch.equal(rows[:32], rows[32:])
+
+
+def test_memory_is_kept_from_launch_to_launch_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = ([torch.randn(1, 2, 64, 8) for _ in range(3)] for _ in range(2))
+    context = encode_kv(keys, values, klt_support.CONFIG, klt_support.make_profile())
+    codec = codec_of_side(context.geometry, context.config, context.side, context.profile)
+    made, memory = list[weakref.ref[Tensor]](), Target.memory
+
+    def noted(*arguments: Any) -> Tensor:
+        found = memory(*arguments)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Target, "memory", noted)
+    rows, chunk = torch.empty(32, codec.channels), [part[0] for part in context.parts]
+    for _ in range(3):
+        codec.decode_into(chunk, Span(0, 32, 64), Target.matrix(rows))
+    assert sum(one() is not None for one in made) == 1
+    codec.release()
+    gc.collect()
+    assert not any(one() is not None for one in made)

@@ -15,6 +15,7 @@ from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.batch import OUTSTANDING
 from hf_cachegen.codec.spread import APART_BYTES
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError, TruncatedError
 from hf_cachegen.streaming import ChunkFetched, ChunkReady, Event
@@ -101,6 +102,18 @@ def test_a_chunk_is_launched_though_none_before_it_is_done(
         if name == "w":
             assert streaming[:at].count("u") - streaming[:at].count("w") == OUTSTANDING + 1
     assert same_kv(cache, at_level(folder, 2))
+
+
+def test_a_stream_that_has_ended_keeps_no_memory_of_its_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = list[object]()
+    monkeypatch.setattr(Transform, "release", lambda self: released.append(self))
+    for refine in ("off", "while_generating"):
+        cache = CacheGenCache.stream(folder, shared(MODEL), refine=refine)
+        assert cache.refinement is not None
+        assert cache.refinement.wait(60)
+        assert threads_end()
+        assert released
+        released.clear()
 
 
 def test_launches_that_are_done_are_checked_at_once(folder: Path) -> None:

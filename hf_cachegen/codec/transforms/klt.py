@@ -317,6 +317,9 @@ class Klt(Transform):
         self._rooms[key] = y, rows
         return transfer.all_of(checks)
 
+    def release(self) -> None:
+        self._rooms.clear()
+
     def _room(self, tokens: int, device: torch.device) -> tuple[Tensor, Target]:
         """Return memory for the coefficients of that many tokens, and its target."""
         with torch.inference_mode(False):  # else a launch outside that mode could not write into it
