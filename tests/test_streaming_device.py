@@ -106,7 +106,11 @@ def test_a_chunk_is_launched_though_none_before_it_is_done(
 
 def test_a_stream_that_has_ended_keeps_no_memory_of_its_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released = list[object]()
-    monkeypatch.setattr(Transform, "release", lambda self: released.append(self))
+
+    def release(self: Transform) -> None:
+        released.append(self)
+
+    monkeypatch.setattr(Transform, "release", release)
     for refine in ("off", "while_generating"):
         cache = CacheGenCache.stream(folder, shared(MODEL), refine=refine)
         assert cache.refinement is not None
