@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most 6 minutes, the most important first, on a machine that has one and Python with
+# Everything that needs a GPU, in at most 7 minutes, the most important first, on a machine that has one and Python with
 # torch, transformers and the package's other dependencies; nothing is downloaded.
 #
 #   OUT=results bash benchmarks/gpu_check.sh          PYTHON=python3.12 names another interpreter
@@ -7,10 +7,10 @@
 #
 # Both libraries are carried prebuilt (hf_cachegen/_cpu.so and hf_cachegen/_cuda.so; python setup.py build_ext --inplace makes
 # them where there is nvcc). One that is missing or does not load is compiled here, without setuptools. Then: does the GPU run
-# the library; the CUDA tests, none of which may skip; speeds; the product path on a random 8B model; the host's work; hostile
-# streams and small decodes under compute-sanitizer (memory, races in shared memory). Every step has a limit, and a failure
-# stops no other. Writes 8 files into $OUT: summary.txt, tests.txt, bench.txt, cuda.json, product.json, host.json,
-# memcheck.txt, racecheck.txt. Exits with 1 if anything failed.
+# the library, and has it all functions; the CUDA tests, none of which may skip; speeds; klt's products; the product path on
+# a random 8B model; the host's work; hostile streams and small decodes under compute-sanitizer (memory, races in shared
+# memory). Every step has a limit, and a failure stops no other. Writes 8 files into $OUT: summary.txt, tests.txt, bench.txt, cuda.json, klt.json, product.json,
+# host.json, sanitizer.txt. Exits with 1 if anything failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -20,10 +20,10 @@ mkdir -p "$OUT"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PATH=$PATH:/usr/local/cuda/bin
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8 HF_HUB_OFFLINE=1
 TESTS=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts= -o filterwarnings=default tests/test_cuda.py)
-BENCH=() PRODUCT=() HOST=()
+BENCH=() KLT=() PRODUCT=() HOST=()
 if [[ $TRY ]]; then
     BENCH=(--device cpu --tokens 512 --layers 2) PRODUCT=(--device cpu --hidden 256 --layers 2 --tokens 512 --rounds 1)
-    HOST=(--layers 2)
+    HOST=(--layers 2) KLT=(--device cpu --layers 2 --width 64 --chunk 16)
 else
     export FAIL_WITHOUT_CUDA=1
 fi
@@ -46,7 +46,7 @@ loads() {  # loads NAME: whether the library is there, of this ABI, and built fo
     "$PYTHON" -c "from hf_cachegen.codec import native; native.load(native.$1)" >>"$OUT/bench.txt" 2>&1
 }
 
-rm -f "$OUT"/{summary,tests,bench,memcheck,racecheck}.txt "$OUT"/{cuda,product,host}.json
+rm -f "$OUT"/{summary,tests,bench,sanitizer}.txt "$OUT"/{cuda,klt,product,host}.json
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv 2>&1 | tee "$OUT/summary.txt"
 if ! loads LIBRARY; then
     step build_cpu 60 bench.txt g++ -std=c++17 -O3 -DNDEBUG -fPIC -shared -fvisibility=hidden -pthread -ffp-contract=off \
@@ -62,18 +62,21 @@ step probe 30 summary.txt "$PYTHON" -c "
 import os, torch, transformers
 from hf_cachegen.codec import native
 print('torch', torch.__version__, 'transformers', transformers.__version__)
-library = native.LIBRARY if os.environ.get('TRY') else native.CUDA_LIBRARY
-found = native.probe(native.load(library))
-print(found)
-raise SystemExit(bool(found.reason))"
-step tests 80 tests.txt "${TESTS[@]}" --durations=8
+library = native.load(native.LIBRARY if os.environ.get('TRY') else native.CUDA_LIBRARY)
+found = native.probe(library)
+wanted = ('cg_decode_chunks', 'cg_write_heads', 'cg_block_sums', 'cg_gather_operands')
+missing = [] if os.environ.get('TRY') else [name for name in wanted if not hasattr(library, name)]
+print(found, 'missing functions:', missing)
+raise SystemExit(bool(found.reason or missing))"
+step tests 100 tests.txt "${TESTS[@]}" --durations=8
 step bench_cuda 60 bench.txt "$PYTHON" -m benchmarks.bench_cuda --out "$OUT/cuda.json" "${BENCH[@]}"
+step klt 45 bench.txt "$PYTHON" -m benchmarks.gpu_klt --out "$OUT/klt.json" "${KLT[@]}"
 step product 70 bench.txt "$PYTHON" -m benchmarks.gpu_product --out "$OUT/product.json" "${PRODUCT[@]}"
-step host 30 bench.txt "$PYTHON" -m benchmarks.host_time --out "$OUT/host.json" "${HOST[@]}"
+step host 25 bench.txt "$PYTHON" -m benchmarks.host_time --out "$OUT/host.json" "${HOST[@]}"
 for tool in memcheck racecheck; do  # limited to this library's kernels: torch makes calls that fail, and handles that
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 45 "$tool.txt" compute-sanitizer --tool "$tool" --launch-timeout 0 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 45 sanitizer.txt compute-sanitizer --tool "$tool" --launch-timeout 0 \
         --report-api-errors no --kernel-name kns=cachegen --error-exitcode 7 \
-        "${TESTS[@]}" -k "few_hostile or small_batch or sums_of_blocks"
+        "${TESTS[@]}" -k "few_hostile or small_batch or sums_of_blocks or products_of_chained"
 done
 cat "$OUT/summary.txt"
 if ((${#failed[@]})); then

@@ -10,8 +10,8 @@ operations, copies and the library's functions of a batch. On a GPU each takes a
 launches" adds LAUNCH for each of them. What is done once for a context is left out.
 
 For klt this is the work from coded bytes to coefficients. "klt, products" is what follows: the matrix products of a
-batch with a profile whose layers are chained, and the copies to the layers. Its matrices are small here, since only the
-calls are counted and timed.
+batch with a profile whose layers are chained, and the copies to the layers. Its matrices are SCALE times smaller here,
+and so are the limits that the number of calls depends on, since only the calls are counted and timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.bench_codec import machine, written
 from benchmarks.bench_cuda import CHUNK, DIM, HEADS, context
 from hf_cachegen import CacheGenConfig, Profile
-from hf_cachegen.codec import abi, anchors, basis, heads, native, transfer, upload
+from hf_cachegen.codec import abi, anchors, basis, heads, native, operands, plan, transfer, upload
 from hf_cachegen.codec.batch import Batches, serves
 from hf_cachegen.codec.chain import sources
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
@@ -46,8 +46,9 @@ from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.transforms.klt import Klt
 
 ROUNDS, CHUNKS = 25, 32
-WIDTH, REACH = 16, 4
-"""Channels of a layer, and the reach of the chain, of klt's products."""
+SCALE = 64
+WIDTH, SUMMARY, REACH = 1024 // SCALE, 128 // SCALE, 3
+"""Channels of a layer, width of a summary, and reach of the chain, of klt's products."""
 LAUNCH = 5.0
 """Microseconds that torch takes to launch an operation on a GPU."""
 COPIES, ANCHOR_CALLS = 2, 3
@@ -75,10 +76,15 @@ class Stand:
             self._gather(*arguments)
             self.copied += time.thread_time() - start
 
+    def bmm(self, x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Launch a product of matrices, which are too large for the host."""
+        self.calls["bmm"] += 1
+        return x.new_empty(len(x), x.shape[1], y.shape[2]) if out is None else out
+
     def call(self, name: str, *arguments: Any, **options: Any) -> None:
         """Call a function of the library, unless a device would run it."""
         self.calls[name] += 1
-        if name not in (abi.BATCH, heads.WRITE):
+        if name not in (abi.BATCH, heads.WRITE, operands.GATHER):
             self._call(name, *arguments, **options)
 
 
@@ -91,6 +97,7 @@ def stand() -> Iterator[Stand]:
         for owner, name, value in (
             (transfer, "is_host", lambda _: False), (transfer, "pinned", made.pinned),
             (transfer, "upload", lambda host, _: host), (native, "call", made.call), (upload, "_gather", made.gather),
+            (native, "offers", lambda *_: True), (torch, "bmm", made.bmm),
             (anchors.Anchors, "values", lambda self, _: self.symbols),
             (Target, "matrix", lambda rows: once.get(rows.shape) or once.setdefault(rows.shape, matrix(rows))),
         ):  # fmt: skip
@@ -134,37 +141,58 @@ def coded(transform: str, layers: int) -> tuple[LossyCodec, list[bytes], Target]
     return own, own.encode(y, Span(0, CHUNK, CHUNK)), Target.matrix(memory)
 
 
-def products(layers: int) -> dict[str, Any]:
-    """Return the microseconds of a chunk, by level, for what follows klt's coder."""
-    shape = LayerGeometry("full", 1, WIDTH, 1, WIDTH)
+@contextmanager
+def scaled() -> Iterator[None]:
+    """Divide the limits of klt's products by SCALE inside this context."""
+    with ExitStack() as patches:
+        for owner, name in ((plan, "PART_BYTES"), (plan, "BLOCK_NUMBERS"), (basis, "LEADING")):
+            patches.enter_context(mock.patch.object(owner, name, getattr(owner, name) // SCALE))
+        yield
+
+
+def chained_codec(layers: int, width: int, summary: int, tokens: int) -> Klt:
+    """Return the klt codec of a profile whose layers are chained, with random matrices.
+
+    Args:
+        layers: Number of layers.
+        width: Channels of a layer.
+        summary: Width of a summary.
+        tokens: Of the cache.
+    """
+    shape = LayerGeometry("full", 1, width, 1, width)
     order = [(kind, layer, 1) for layer in range(layers) for kind in (0, 1)]
     groups = [
-        Group(kind, layer, 1, torch.eye(WIDTH)[None], torch.randn(WIDTH, WIDTH),
-              torch.randn(WIDTH * len(read), WIDTH) if (read := sources(order, index, REACH)) else None,
-              torch.randn(WIDTH, WIDTH))
+        Group(kind, layer, 1, torch.eye(width)[None], torch.randn(width, width) / width**0.5,
+              torch.randn(summary * len(read), width) / width if (read := sources(order, index, REACH)) else None,
+              torch.randn(summary, width) / width**0.5)
         for index, (kind, layer, _) in enumerate(order)
     ]  # fmt: skip
-    entries = torch.full((3, 2 * layers * WIDTH), 60, dtype=torch.uint8)
-    rotary = Rotary("half", 1e-4 ** (torch.arange(WIDTH // 2, dtype=torch.float64) / (WIDTH // 2)))
+    entries = torch.full((3, 2 * layers * width), 60, dtype=torch.uint8)
+    rotary = Rotary("half", 1e-4 ** (torch.arange(width // 2, dtype=torch.float64) / (width // 2)))
     profile = Profile(
-        (shape,) * layers, rotary, torch.zeros(2 * layers * WIDTH), tuple(groups), 160, entries[0], entries[1:], {},
+        (shape,) * layers, rotary, torch.zeros(2 * layers * width), tuple(groups), 160, entries[0], entries[1:], {},
         reach=REACH,
     )  # fmt: skip
+    config = CacheGenConfig(transform="klt", protect_first=0, protect_last=0)
+    return Klt(Geometry(profile.layers, tokens, 1, "bfloat16"), config, profile)
+
+
+def products(layers: int) -> dict[str, Any]:
+    """Return the microseconds of a chunk, by level, for what follows klt's coder."""
     tokens = abi.MAX_BATCH
-    geometry = Geometry(profile.layers, 2 * tokens, 1, "bfloat16")
-    codec = Klt(geometry, CacheGenConfig(transform="klt", protect_first=0, protect_last=0), profile)
-    vectors = [torch.empty(tokens, 1, WIDTH, dtype=torch.bfloat16) for _ in order]
-    y, span, found = torch.randn(tokens, entries.shape[1]), Span(0, tokens, 2 * tokens), {}
+    codec = chained_codec(layers, WIDTH, SUMMARY, 2 * tokens)
+    target = Target.layers([torch.empty(1, 1, tokens, WIDTH, dtype=torch.bfloat16) for _ in range(2 * layers)])
+    y, span, found = torch.randn(tokens, codec.entries.shape[1]), Span(0, tokens, 2 * tokens), {}
     for level in (1, 3):
         seconds = []
-        with stand() as device, mock.patch.object(basis, "multiplies_bfloat16", return_value=True):
+        with stand() as device, scaled():
             for _ in range(ROUNDS):
                 start = time.thread_time()
-                codec._restore(y, span, level, vectors)
+                codec.products.restore(y, span, level, target, 0, None)
                 seconds.append(time.thread_time() - start)
             device.calls.clear()
             with Operations(device.calls):
-                codec._restore(y, span, level, vectors)
+                codec.products.restore(y, span, level, target, 0, None)
         own, calls = 1e6 * min(seconds) / abi.MAX_BATCH, device.calls.total()
         found[f"level {level}"] = {
             "work, us": round(own, 1), "calls of a batch": calls,

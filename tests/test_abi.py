@@ -28,6 +28,7 @@ STRUCTURES = {
     "cg_batch": abi.Batch,
     "cg_job": abi.Job,
     "cg_heads": abi.Heads,
+    "cg_operands": abi.Operands,
 }
 
 

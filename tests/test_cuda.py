@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,22 @@ from transformers import AutoModelForCausalLM
 import hf_cachegen
 from hf_cachegen import CacheGenCache, CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.codec import native, passes, rans
+from hf_cachegen.codec.batch import OUTSTANDING
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
+from hf_cachegen.codec.context import codec_of as codec_of_side
+from hf_cachegen.codec.heads import by_token
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.rows import empty_kv
+from hf_cachegen.codec.spread import Apart
 from hf_cachegen.errors import CorruptError, TensorError, TruncatedError
 from hf_cachegen.models import checksum
 from hf_cachegen.streaming.layers import LayerWriter
 from tests.coder_support import draw_section, laplace_tables
+from tests.klt_support import CONFIG, make_profile
 from tests.kv_samples import sample_kv
+from tests.products_support import LAYERS, chained, codec_of
+from tests.products_support import TOKENS as PRODUCT_TOKENS
 from tests.streaming_support import damage, report, same_kv
 
 READY = torch.cuda.is_available() and native.available("cuda")
@@ -183,6 +192,50 @@ def test_klt_decodes_there_to_a_rounding_of_here(level: int) -> None:
             assert float((x.float() - y.cpu().float()).norm() / x.float().norm()) < 4e-3  # 2^-8
 
 
+@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["joint", "chained", "predicted", "wide"])
+def test_products_of_chained_layers_are_those_of_here(kind: str, dtype: torch.dtype, level: int) -> None:
+    codec = codec_of(chained(kind), dtype)
+    y = torch.randn(PRODUCT_TOKENS, codec.entries.shape[1], generator=torch.Generator().manual_seed(level)) * 6
+    y, span = y.round() * codec.inner.scale(level, y.device).steps, Span(0, PRODUCT_TOKENS, PRODUCT_TOKENS)
+    expected = empty_kv(codec.geometry, ["cpu"] * LAYERS)
+    found = empty_kv(codec.geometry, ["cuda"] * LAYERS)
+    codec._restore(y.clone(), span, level, by_token(Target.layers(expected), codec.geometry))
+    codec.products.restore(y.cuda(), span, level, Target.layers(found), 0, codec._scores(span))
+    for x, mine in list(zip(expected, found, strict=True))[2 * (kind == "predicted") :]:
+        assert float((x.float() - mine.cpu().float()).norm()) <= 0.02 * float(x.float().norm())
+
+
+@pytest.mark.parametrize("transform", ["identity", "delta", "lossless", "klt"])
+def test_nothing_waits_before_the_check(transform: str) -> None:
+    """Torch raises an error for what it knows to wait, the first copy of a table included."""
+    keys, values = sample_kv(tokens=512, dim=8)
+    config = CacheGenConfig(transform="identity" if transform == "lossless" else transform, chunk_tokens=32)
+    config = replace(config, lossless=transform == "lossless", levels=3)
+    profile = make_profile() if transform == "klt" else None
+    if transform == "klt":
+        keys, values = ([x.float()[:, :2] for x in pair[:3]] for pair in (keys, values))
+        config = replace(CONFIG, chunk_tokens=32)
+    context = encode_kv(keys, values, config, profile)
+    codec = codec_of_side(context.geometry, context.config, context.side, profile)
+    found = empty_kv(context.geometry, ["cuda"] * len(keys))
+    spans = [Span(first, 32, 512) for first in range(0, 512, 32)]
+    spans = spans[:OUTSTANDING] if transform == "lossless" else spans  # a launch is a chunk
+    parts = list(zip(*context.parts, strict=True))
+    target, before = Target.layers(found), torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        check = codec.launch([(own, span, span.first) for own, span in zip(parts, spans, strict=False)], target)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    check()
+    expected = decode_kv(context)
+    tokens = slice(0, spans[-1].first + 32)
+    for x, mine in zip((*expected[0], *expected[1]), (*found[::2], *found[1::2]), strict=True):
+        assert torch.allclose(x[:, :, tokens].float(), mine[:, :, tokens].cpu().float(), atol=1e-4, rtol=1e-2)
+
+
 def test_passes_give_the_same_symbols() -> None:
     rows = torch.randn(50, 1500).to(torch.bfloat16)
     rows[3, 7] = 3e4  # fits no byte
@@ -214,11 +267,11 @@ def test_readers_get_what_was_put_before() -> None:
     pieces = [x.cuda() for pair in zip(keys, values, strict=True) for x in pair]
     for sign in (1, -1):
         writer.adopt(changed := [sign * x for x in pieces])
-        writer.put(changed, Span(0, 3000, 3000))
+        writer.put(Apart(0, changed))
         with writer.reading():
             found = [x.clone() for x in writer.keys]
         writer.adopt(nothing := [0 * x for x in pieces])
-        writer.put(nothing, Span(0, 3000, 3000))
+        writer.put(Apart(0, nothing))
         assert all(torch.equal(x.cpu(), sign * y) for x, y in zip(found, keys, strict=True))
 
 
@@ -243,10 +296,10 @@ def test_refinements_are_decoded_there(transform: str, elsewhere: str) -> None:
         for parts, span in zip(made.chunks(), made.rows.spans, strict=True):
             launch = writer.rows(made.codec, [(parts[:level], span)])
             launch.check()
-            (pieces,) = launch.pieces
-            assert pieces[0].is_cuda
+            (apart,) = launch.apart
+            assert apart.values[0].is_cuda
             assert launch.timer.seconds() > 0
-            writer.put(pieces, span)
+            writer.put(apart)
     found, expected = writer.kv(), decode_kv(encode_kv(keys, values, made.config), 3)
     for x, y in zip((*found.keys, *found.values), (*expected[0], *expected[1]), strict=True):
         assert torch.equal(x.cpu(), y)

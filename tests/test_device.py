@@ -19,7 +19,7 @@ from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.rows import gather
-from hf_cachegen.codec.spread import decoder_of, launch_apart, put_pieces
+from hf_cachegen.codec.spread import Destination, decoder_of
 from hf_cachegen.codec.transforms.klt import adjacent
 from hf_cachegen.errors import CorruptError, NativeError, TruncatedError
 from hf_cachegen.models import checksum
@@ -117,10 +117,11 @@ def test_klt_decodes_chunks_together(level: int) -> None:
     order = "".join({"cg_decode_chunks": "c", "download": "d", "wait": "w"}.get(name, "") for name, _ in notes)
     assert order == "ccd" + "cd" + "cdw" + "ccdw" + "ww", "26 chunks are four batches"
     names = Counter(name for name, _ in notes)
-    assert set(names) == {"cg_decode_chunks", "cg_write_heads", "pinned", "upload", "send", "download", "wait"}
-    assert names["cg_write_heads"] == 4 * 2, "one for each group of layers"
+    assert set(names) == {
+        "cg_decode_chunks", "cg_gather_operands", "cg_write_heads", "pinned", "upload", "download", "wait"
+    }  # fmt: skip
+    assert names["cg_gather_operands"] == names["cg_write_heads"] == 4, "one for all groups of layers"
     assert names["upload"] == names["pinned"] == 4 + 3, "the coded bytes, and wide symbols of three batches"
-    assert names["send"] == 1, "the positions of sinks in a batch"
 
 
 def test_layers_on_several_devices_get_pieces_of_one_decoding() -> None:
@@ -130,14 +131,12 @@ def test_layers_on_several_devices_get_pieces_of_one_decoding() -> None:
     parts, span = next(made.chunks()), made.rows.spans[0]
     pairs = [x for pair in zip(keys, values, strict=True) for x in pair]
     found = [torch.zeros_like(x, device=META if i in (2, 3) else CPU) for i, x in enumerate(pairs)]
-    (pieces,), check = launch_apart(made.codec, [(parts, span)], found)
-    check()
-    assert [piece.device for piece in pieces] == [x.device for x in found]
-    put_pieces(pieces, found, span.first)
+    Destination(found).launch(made.codec, [(parts, span, span.first)])()
     whole = [torch.zeros_like(x) for x in pairs]
-    (pieces,), check = launch_apart(made.codec, [(parts, span)], whole)
+    (apart,), check = Destination(whole).launch_apart(made.codec, [(parts, span, span.first)])
     check()
-    put_pieces(pieces, whole, span.first)
+    assert [x.shape[2] for x in apart.values] == [span.tokens] * len(whole)
+    Destination(whole).put(apart)
     assert all(same([x], [y]) for x, y in zip(found, whole, strict=True) if x.device == CPU)
     assert same([gather(whole[::2], whole[1::2], span)], [made.codec.decode(parts, span, torch.bfloat16)])
 
@@ -157,11 +156,11 @@ def test_nothing_is_pinned_or_sent_where_readers_wait() -> None:
     with separate_device() as notes:
         launch = writer.rows(made.codec, [(parts, span)])
         launch.check()
-        (pieces,) = launch.pieces
+        (apart,) = launch.apart
         before = len(notes)
-        writer.put(pieces, span)
+        writer.put(apart)
         assert before == len(notes) > 0
-    assert same([writer.keys[1][:, :, :64]], [pieces[2]])
+    assert same([writer.keys[1][:, :, :64]], [apart.values[2]])
 
 
 class Stream:
@@ -234,9 +233,9 @@ def test_readers_wait_for_changes_not_for_decoding_beside_them(monkeypatch: pyte
     monkeypatch.setattr(changed, "record", changes.append)
     writer._streams, writer._changed = {CUDA: own}, {CUDA: changed}  # type: ignore[dict-item]
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    pieces = writer.rows(made.codec, [chunk]).pieces[0]
+    (apart,) = writer.rows(made.codec, [chunk]).apart
     assert changes == []
-    writer.put(pieces, chunk[1])
+    writer.put(apart)
     assert changes == [own]
     writer.decode(made.codec, [chunk])
     assert changes == [own, own]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
-from hf_cachegen.codec import abi, batch, native
+from hf_cachegen.codec import abi, batch, native, transfer
 from hf_cachegen.errors import NativeError
 from tests.klt_support import CONFIG, make_profile
 from tests.kv_samples import sample_kv
@@ -97,3 +98,30 @@ def test_a_device_without_a_coder_gets_the_values_of_the_cpu(options: dict[str, 
     found = decode_kv(encoded, device="meta")
     for here, there in zip((*keys, *values), (*found[0], *found[1]), strict=True):
         assert (there.device.type, there.shape, there.dtype) == ("meta", here.shape, here.dtype)
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [("an illegal memory access was encountered", "failed before or in cg_decode: an illegal memory"), ("", "FAILED")],
+)
+def test_a_launch_that_fails_gives_the_message_of_cuda(
+    reason: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(cg_decode=lambda *_: native.TileStatus.FAILED)
+    monkeypatch.setattr(native, "_need_library", lambda _: library)
+    monkeypatch.setattr(native, "_guard", lambda _: nullcontext())
+    monkeypatch.setattr(native, "_run", lambda *_: abi.Run())
+    monkeypatch.setattr(native, "probe", lambda _: native.Probe(reason, 0))
+    with pytest.raises(NativeError, match=message):
+        native.call("cg_decode", device=torch.device("cuda", 0))
+
+
+def test_a_device_that_fails_later_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def synchronize(self) -> None:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    found = transfer.Download(torch.ones(1))
+    monkeypatch.setattr(found, "_event", Event())
+    with pytest.raises(NativeError, match="unspecified launch failure"):
+        found.wait()

@@ -14,7 +14,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 TEXT = SCRIPT.read_text()
 BUILDS = ("build_cpu", "build_cuda")
 """Steps of a machine whose libraries do not load."""
-SECONDS, FILES = 360, 8
+SECONDS, FILES = 420, 8
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -22,18 +22,17 @@ def test_the_script_parses() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
-def test_the_limits_of_all_steps_are_within_six_minutes() -> None:
+def test_the_limits_of_all_steps_are_within_seven_minutes() -> None:
     steps = {name: int(limit) for name, limit in re.findall(r'step "?\$?(\w+)"? (\d+) ', TEXT)}
     tools = len(re.findall(r"for tool in ([\w ]+);", TEXT)[0].split())
     total = sum(limit * (tools if name == "tool" else 1) for name, limit in steps.items() if name not in BUILDS)
-    assert {"probe", "tests", "bench_cuda", "product", "host", "tool"} <= set(steps)
+    assert {"probe", "tests", "bench_cuda", "klt", "product", "host", "tool"} <= set(steps)
     assert total <= SECONDS
 
 
 def test_few_files_come_back() -> None:
     named = set(re.findall(r"(?:\$OUT/|\s)(\w+)\.(?:txt|json)\b", TEXT.split("set -uo")[1]))
-    files = {name for name in named if name != "tool"} | {"memcheck", "racecheck"}
-    assert len(files) <= FILES, files
+    assert len(named) <= FILES, named
 
 
 def test_its_modules_and_tests_exist() -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 
+from hf_cachegen import decode_kv, encode_kv
+from hf_cachegen.codec import native
 from hf_cachegen.codec.precision import full_precision
+from tests.klt_support import CONFIG, make_profile
+from tests.lockstep import needs_compiler
+from tests.separate_device import separate_device
 
 CUDA = torch.device("cuda")
 SETTINGS = torch.backends.cuda.matmul
@@ -76,3 +82,25 @@ def test_the_old_setting_can_be_read_meanwhile_and_comes_back(name: str) -> None
         assert (torch.get_float32_matmul_precision(), SETTINGS.allow_tf32) == (name, known)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@needs_compiler
+@pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
+@pytest.mark.parametrize("device", ["host", "separate"])
+def test_autocast_changes_neither_bytes_nor_values(device: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    keys, values = ([torch.randn(1, 2, 100, 8, generator=generator) for _ in range(3)] for _ in range(2))
+
+    def where() -> AbstractContextManager[object]:
+        return separate_device() if device == "separate" else nullcontext()
+
+    expected = encode_kv(keys, values, CONFIG, make_profile())
+    with where():
+        plain = decode_kv(expected, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encode_kv(keys, values, CONFIG, make_profile())
+        with where():
+            decoded = decode_kv(found, 3)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.parts == expected.parts
+    assert all(torch.equal(x, y) for x, y in zip((*plain[0], *plain[1]), (*decoded[0], *decoded[1]), strict=True))

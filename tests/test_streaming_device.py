@@ -14,11 +14,13 @@ from hf_cachegen import generate
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.batch import OUTSTANDING
+from hf_cachegen.codec.spread import APART_BYTES
+from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError, TruncatedError
 from hf_cachegen.streaming import ChunkFetched, ChunkReady, Event
 from hf_cachegen.streaming import loader as loading
-from hf_cachegen.streaming.layers import APART_BYTES, LayerWriter
+from hf_cachegen.streaming.layers import LayerWriter
 from hf_cachegen.streaming.sources import Source
 from tests.lockstep import needs_compiler
 from tests.separate_device import Note, separate_device
@@ -100,6 +102,22 @@ def test_a_chunk_is_launched_though_none_before_it_is_done(
         if name == "w":
             assert streaming[:at].count("u") - streaming[:at].count("w") == OUTSTANDING + 1
     assert same_kv(cache, at_level(folder, 2))
+
+
+def test_a_stream_that_has_ended_keeps_no_memory_of_its_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = list[object]()
+
+    def release(self: Transform) -> None:
+        released.append(self)
+
+    monkeypatch.setattr(Transform, "release", release)
+    for refine in ("off", "while_generating"):
+        cache = CacheGenCache.stream(folder, shared(MODEL), refine=refine)
+        assert cache.refinement is not None
+        assert cache.refinement.wait(60)
+        assert threads_end()
+        assert released
+        released.clear()
 
 
 def test_launches_that_are_done_are_checked_at_once(folder: Path) -> None:
@@ -184,9 +202,9 @@ def test_refinements_are_copied_once_they_are_known_to_be_sound(
         damage(monkeypatch, (9, 1))
     put = LayerWriter.put
 
-    def checked(writer: LayerWriter, pieces: Any, span: Any) -> None:
+    def checked(writer: LayerWriter, apart: Any) -> None:
         assert order(device).count("w") == order(device).count("u")
-        put(writer, pieces, span)
+        put(writer, apart)
 
     monkeypatch.setattr(LayerWriter, "put", checked)
     cache = CacheGenCache.stream(folder, shared(MODEL), refine="while_generating")

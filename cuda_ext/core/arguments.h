@@ -109,6 +109,15 @@ inline bool is_heads(const cg_heads& heads) {
   return heads.rows != nullptr && heads.address != 0;
 }
 
+inline bool are_operands(const cg_operands* job) {
+  constexpr uint64_t kMost = 1u << 28;
+  if (job == nullptr || job->tokens > CG_MAX_TOKENS || job->columns > kMost || job->n_numbers > kMost) return false;
+  if (job->products > kMost || job->width > kMost || job->dtype > CG_BFLOAT16) return false;
+  if (job->tokens == 0 || job->products == 0 || job->width == 0) return true;
+  if (job->sources == nullptr || job->operands == 0 || (job->numbers == nullptr && job->n_numbers > 0)) return false;
+  return job->coefficients != nullptr || job->columns == 0;
+}
+
 // Whether so many tiles lie one after the other within the streams; offsets are the host's.
 inline bool are_offsets(const uint64_t* offsets, uint64_t tiles, uint64_t streams_bytes) {
   for (uint64_t i = 0; i < tiles; i++)

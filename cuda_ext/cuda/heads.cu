@@ -6,7 +6,7 @@ using namespace cachegen;
 
 namespace {
 
-constexpr uint32_t kMaxLayers = 16;  // of a launch, whose parameters they are
+constexpr uint32_t kMaxLayers = 40;  // of a launch, whose parameters they are: at most 4 KB
 
 struct Layers {
   cg_heads of[kMaxLayers];
@@ -32,7 +32,9 @@ CACHEGEN_DEVICE void store(const cg_heads& heads, uint64_t row, uint32_t channel
   }
 }
 
-CACHEGEN_DEVICE void write(const cg_heads& heads, uint64_t i) {
+// Index: uint32_t where it suffices, since a device divides 64-bit numbers in some hundred instructions.
+template <class Index>
+CACHEGEN_DEVICE void write(const cg_heads& heads, Index i) {
   const uint32_t units = units_of(heads), width = heads.heads * units, within = uint32_t(i % width);
   const uint32_t head = within / units, unit = within % units;
   const uint64_t t = i / width, row = heads.address + t * heads.token_stride + head * heads.head_stride;
@@ -49,6 +51,17 @@ CACHEGEN_DEVICE void write(const cg_heads& heads, uint64_t i) {
   store(heads, row, second, found.second);
 }
 
+template <class Index>
+int32_t write_all(const Layers& layers, uint64_t n, uint64_t most, const cg_run* run) {
+  return for_each(run, n * most, [=] CACHEGEN_LAMBDA(uint64_t i) {
+    const Index layer = Index(i) / Index(most), within = Index(i) % Index(most);
+    const cg_heads& own = layers.of[layer];
+    if (within < threads_of(own)) write(own, within);
+  });
+}
+
+static_assert(sizeof(Layers) <= 4000, "a kernel has 4 KB of parameters");
+
 }  // namespace
 
 int32_t cg_write_heads(const cg_heads* heads, uint64_t count, const cg_run* run) noexcept {
@@ -63,10 +76,8 @@ int32_t cg_write_heads(const cg_heads* heads, uint64_t count, const cg_run* run)
       layers.of[i] = heads[first + i];
       most = most < threads_of(layers.of[i]) ? threads_of(layers.of[i]) : most;
     }
-    const int32_t status = for_each(run, n * most, [=] CACHEGEN_LAMBDA(uint64_t i) {
-      const cg_heads& own = layers.of[i / most];
-      if (i % most < threads_of(own)) write(own, i % most);
-    });
+    const bool narrow = n * most <= UINT32_MAX;
+    const int32_t status = (narrow ? write_all<uint32_t> : write_all<uint64_t>)(layers, n, most, run);
     if (status) return status;
   }
   return CG_OK;

@@ -333,6 +333,36 @@ typedef struct cg_heads {
 /* heads [count] [host] */
 CG_API int32_t cg_write_heads(const cg_heads* heads, uint64_t count, const cg_run* run) CG_NOEXCEPT;
 
+/* Kinds of a number of an operand. */
+enum cg_operand {
+  CG_ZERO = 0,
+  CG_ONE = 1,
+  CG_NUMBER = 2,      /* of `numbers` */
+  CG_COEFFICIENT = 3, /* times its token's factor, as the others */
+  CG_ROUNDING = 4,    /* what rounding the coefficient to bfloat16 leaves of it */
+  CG_COARSEST = 5     /* in tokens [first, last) the nearest multiple of `step`, else the coefficient */
+};
+
+/* CUDA only. The left operands of matrix products, gathered from decoded coefficients and further numbers. */
+typedef struct cg_operands { /* [host] */
+  const float* coefficients; /* [tokens, columns], row_stride values from token to token */
+  uint64_t row_stride;
+  uint64_t tokens;
+  uint64_t columns;          /* at most 2^28, as n_numbers */
+  const float* factors;      /* [tokens]; NULL: all are 1 */
+  const float* numbers;      /* [tokens, n_numbers] */
+  uint64_t n_numbers;
+  uint64_t first, last;
+  const uint32_t* sources;   /* [products, width]: [31:28] of enum cg_operand  [27:0] index; others, and indices outside, are 0 */
+  uint64_t products;
+  uint64_t width;
+  uint64_t operands;         /* address of [products, tokens, width] */
+  float step;
+  uint32_t dtype;            /* of the operands: CG_FLOAT32 or CG_BFLOAT16 */
+} cg_operands;
+
+CG_API int32_t cg_gather_operands(const cg_operands* job, const cg_run* run) CG_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -190,6 +190,28 @@ class Heads(ctypes.Structure):
     ]
 
 
+class Operands(ctypes.Structure):
+    """struct cg_operands."""
+
+    _fields_ = [
+        ("coefficients", ctypes.c_void_p),
+        ("row_stride", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint64),
+        ("columns", ctypes.c_uint64),
+        ("factors", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
+        ("n_numbers", ctypes.c_uint64),
+        ("first", ctypes.c_uint64),
+        ("last", ctypes.c_uint64),
+        ("sources", ctypes.c_void_p),
+        ("products", ctypes.c_uint64),
+        ("width", ctypes.c_uint64),
+        ("operands", ctypes.c_uint64),
+        ("step", ctypes.c_float),
+        ("dtype", ctypes.c_uint32),
+    ]
+
+
 class StreamsOut(ctypes.Structure):
     """struct cg_streams_out."""
 
@@ -241,9 +263,12 @@ CPU_PROTOTYPES = {
     "cg_patch_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
     "cg_code": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER]),
     "cg_write_heads": (_STATUS, [_POINTER, _U64, _POINTER]),
+    "cg_gather_operands": (_STATUS, [_POINTER, _POINTER]),
     "cg_gather": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }
-"""Functions that a library may lack: the CUDA library has cg_write_heads and cg_block_sums alone of them."""
+"""Functions that a library may lack: the CUDA library has cg_write_heads, cg_gather_operands and cg_block_sums alone of
+them, and the CPU library has all but cg_gather_operands.
+"""
 BATCH = "cg_decode_chunks"
 """A function that a library may lack: chunks are then decoded section by section."""

@@ -28,7 +28,7 @@ from hf_cachegen.codec.chain import Chain
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.group import Group
-from hf_cachegen.codec.precision import full_precision
+from hf_cachegen.codec.precision import full_precision, without_autocast
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.transfer import Resident, send
@@ -128,6 +128,7 @@ class Basis:
         self.slices = slices_of(geometry)
         self._components = sum(len(group.synthesis) for group in self.learnt.groups)
 
+    @without_autocast()
     def coefficients(
         self, vectors: Sequence[Tensor], span: Span, scores: Tensor | None = None,
         base: Callable[[Tensor], Tensor] | None = None,
@@ -164,8 +165,7 @@ class Basis:
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Return the vectors of rows [tokens, channels], as `coefficients` takes them."""
-        shapes = [s for x in self.geometry.layers for s in ((x.heads, x.k_dim), (x.v_heads, x.v_dim))]
-        return [rows[:, part].unflatten(1, shape) for part, shape in zip(self.slices, shapes, strict=True)]
+        return heads.split(rows, self.geometry)
 
     def energies(self) -> Tensor:
         """Return the energy of each component in each vector, float64 [components, vectors], at coefficient 1."""
@@ -180,11 +180,12 @@ class Basis:
             _ENERGIES[self.learnt] = found
         return _ENERGIES[self.learnt]
 
+    @without_autocast()
     def restore(
         self, y: Tensor, span: Span, vectors: Sequence[Tensor], scores: Tensor | None = None,
         base: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Convert coefficients float32 [tokens, components] to values.
+        """Convert coefficients float32 [tokens, components] to values, on the CPU (`codec.products` does on a device).
 
         Args:
             y: The coefficients.
@@ -195,7 +196,7 @@ class Basis:
             base: The coefficients as the coarsest level decodes them, for a chain. None: y.
         """
         device, dtype = y.device, vectors[0].dtype
-        narrow = dtype == torch.bfloat16 and (device.type == "cuda" or multiplies_bfloat16())
+        narrow = dtype == torch.bfloat16 and multiplies_bfloat16()
         reads = self._reads(y if base is None else base, scores)
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))

@@ -34,7 +34,7 @@ from hf_cachegen.codec.section import Assignment, Coded, Cursor
 from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
-from hf_cachegen.codec.transfer import Check, Resident, all_of
+from hf_cachegen.codec.transfer import Check, Resident, all_of, keep
 from hf_cachegen.codec.wide import Wide, correct, split, within_bytes
 from hf_cachegen.config import CacheGenConfig
 
@@ -130,7 +130,7 @@ class LossyCodec:
 
     def vectors(self, device: torch.device) -> Tensor:
         """Return `channels.vectors` on a device. It is copied there once."""
-        found: Tensor = self._resident.get(device, "vectors", lambda: self.channels.vectors.to(device))
+        found: Tensor = self._resident.get(device, "vectors", lambda: keep(self.channels.vectors, device))
         return found
 
     def unit(self, device: torch.device) -> Grid:
@@ -139,7 +139,7 @@ class LossyCodec:
 
     def _grid(self, level: int, device: torch.device, make: Callable[[], tuple[Tensor, Tensor]]) -> Grid:
         """Return the grid of the means and steps that `make` returns, on a device. They are copied there once."""
-        means, steps = self._resident.get(device, level, lambda: tuple(x.to(device) for x in make()))
+        means, steps = self._resident.get(device, level, lambda: tuple(keep(x, device) for x in make()))
         return Grid(None, 0, means, steps)
 
     def symbols(self, rows: Tensor) -> tuple[Symbols, Anchors | None]:

@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
-from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.predictor import Known
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows, empty_kv, geometry_of, spans_of
-from hf_cachegen.codec.spread import decode_to
+from hf_cachegen.codec.spread import Destination
 from hf_cachegen.codec.transforms import Transform, transform_of
 from hf_cachegen.codec.transforms.choosing import resolved
 from hf_cachegen.config import CacheGenConfig, require_config
@@ -188,9 +187,5 @@ def decode_chunks(
     else:
         found = empty_kv(geometry, device)
     chunks = enumerate(tqdm(spans, "decode", unit="chunk", disable=not progress))
-    if len({x.device for x in found}) == 1:
-        codec.decode_many(((parts_of(index), span, span.first) for index, span in chunks), Target.layers(found))
-    else:
-        for index, span in chunks:
-            decode_to(codec, parts_of(index), span, found, span.first)
+    Destination(found).launch(codec, ((parts_of(index), span, span.first) for index, span in chunks))()
     return found[::2], found[1::2]

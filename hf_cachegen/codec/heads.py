@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from hf_cachegen.codec import abi, native
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.passes import DTYPES
 from hf_cachegen.codec.profile import Rotary
 
 WRITE = "cg_write_heads"
+_JOB = np.dtype(abi.Heads)
 
 
 def write(
@@ -41,6 +45,85 @@ def write(
         job.from_dtype, job.to_dtype = DTYPES[rows.dtype], DTYPES[own.dtype]
         at += job.heads * job.dim
     native.call(WRITE, jobs, len(jobs), device=rows.device)
+
+
+def by_token(target: Target, geometry: Geometry) -> list[Tensor]:
+    """Return views [tokens, heads, dim] of a target for caches of one context: K and V of each layer in turn."""
+    if target.kept[0].dim() == 2:
+        return split(target.kept[0], geometry)
+    return [x[0].transpose(0, 1) for x in target.kept]
+
+
+def split(rows: Tensor, geometry: Geometry) -> list[Tensor]:
+    """Return views [tokens, heads, dim] of rows [tokens, channels]: K and V of each layer in turn."""
+    shapes = [shape for x in geometry.layers for shape in ((x.heads, x.k_dim), (x.v_heads, x.v_dim))]
+    parts = rows.split([heads * dim for heads, dim in shapes], 1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class Writer:
+    """Writes the rows of several products to the layers of one target, at any row of it, in one compiled call.
+
+    Args:
+        geometry: Of the cache.
+        target: Of its keys and values.
+        vectors: What each product gives, side by side: 2 x layer + (0 for K, 1 for V).
+        means: float32 [products, channels], which are added. None: nothing is.
+        rotary: How keys are rotated.
+    """
+
+    def __init__(
+        self, geometry: Geometry, target: Target, vectors: Sequence[Sequence[int]], means: Tensor | None, rotary: Rotary
+    ):
+        self._geometry, self._vectors, self._means, self._rotary = geometry, vectors, means, rotary
+        views, device = by_token(target, geometry), target.device
+        plain = target.dtype in DTYPES and all(x.stride(-1) == 1 for x in views)
+        self._compiled = plain and native.offers(WRITE, device)
+        size, jobs = views[0].element_size(), list[abi.Heads]()
+        where = list[tuple[int, int, int]]()
+        for product, mine in enumerate(vectors):
+            channel = 0
+            for vector in mine:
+                own, turned = views[vector], vector % 2 == 0 and rotary.style != "none"
+                _, heads, dim = own.shape
+                mean = None if means is None else means[product, channel:].data_ptr()
+                jobs.append(abi.Heads(
+                    means=mean, address=own.data_ptr(), token_stride=own.stride(0) * size,
+                    head_stride=own.stride(1) * size, heads=heads, dim=dim, pairs=len(rotary.inv_freq) if turned else 0,
+                    interleaved=rotary.style == "interleaved", to_dtype=DTYPES.get(own.dtype, 0),
+                ))  # fmt: skip
+                where.append((product, channel, turned))
+                channel += heads * dim
+        self._jobs = bytes((abi.Heads * len(jobs))(*jobs))
+        self._products, self._channels, self._turned = np.array(where, np.uint64).reshape(-1, 3).T
+
+    def write(self, rows: Tensor, target: Target, row: int, angles: Tensor | None) -> None:
+        """Write rows to [row, row + tokens) of the target.
+
+        Args:
+            rows: [products, tokens, channels], float32 or bfloat16, contiguous, on the target's device.
+            target: The one that this was made for.
+            row: The first row.
+            angles: The rotation's `angles` of the tokens. None: it has none.
+        """
+        _, tokens, channels = rows.shape
+        if not self._compiled:
+            self._write_by_torch(rows, by_token(target, self._geometry), slice(row, row + tokens), angles)
+            return
+        jobs, size = np.frombuffer(bytearray(self._jobs), _JOB), rows.element_size()
+        jobs["rows"] = self._products * (tokens * channels * size) + self._channels * size + rows.data_ptr()
+        jobs["row_stride"], jobs["tokens"], jobs["from_dtype"] = channels, tokens, DTYPES[rows.dtype]
+        jobs["address"] += jobs["token_stride"] * np.uint64(row)
+        if angles is not None:
+            scaled = angles if self._rotary.scaling == 1 else angles * self._rotary.scaling
+            jobs["angles"] = self._turned * scaled.data_ptr()
+        native.call(WRITE, jobs.ctypes.data, len(jobs), device=rows.device)
+
+    def _write_by_torch(self, rows: Tensor, views: Sequence[Tensor], tokens: slice, angles: Tensor | None) -> None:
+        for product, mine in enumerate(self._vectors):
+            turn = (self._rotary, angles) if mine[0] % 2 == 0 and angles is not None else None
+            mean = None if self._means is None else self._means[product]
+            _write_by_torch(rows[product], mean, [views[vector][tokens] for vector in mine], turn)
 
 
 def _write_by_torch(

@@ -78,7 +78,8 @@ class Target:
                 element = (batch[:, None, None] + heads[:, None] + dim).ravel()
                 offsets[shape] = np.stack([element, np.full_like(element, x.stride(2) * x.element_size())], 1)
             found.append(offsets[shape] + (x.data_ptr(), 0))
-        return cls(torch.from_numpy(np.concatenate(found)).to(tensors[0].device), tensors[0].dtype, tuple(tensors))
+        places = transfer.keep(torch.from_numpy(np.concatenate(found)), tensors[0].device)
+        return cls(places, tensors[0].dtype, tuple(tensors))
 
     @staticmethod
     def memory(tokens: int, channels: int, device: torch.device) -> Tensor:

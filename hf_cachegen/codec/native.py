@@ -246,8 +246,12 @@ def call(name: str, *arguments: object, device: torch.device | None = None, isa:
         raise TensorError(f"{name}: all tensors must be contiguous and on {device}")
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in addresses]
+    library = _need_library(device)
     with _guard(device):
-        _require_ok(getattr(_need_library(device), name)(*pointers, ctypes.byref(_run(isa, device))))
+        status = getattr(library, name)(*pointers, ctypes.byref(_run(isa, device)))
+        if status == TileStatus.FAILED and device.type == "cuda" and (reason := probe(library).reason):
+            raise NativeError(f"{device} failed before or in {name}: {reason}")
+    _require_ok(status)
 
 
 def slot_bytes(tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Matrix products on CUDA at full precision, independent of the settings of the process.
+"""Matrix products at full precision, independent of the settings of the process and of its threads.
 
 A user can let torch multiply float32 as TF32, or add bfloat16 products in bfloat16. Decoded values would then be wrong
 by more than a rounding of the cache's dtype, on one device and not on another. These settings belong to the process. So
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,18 @@ def full_precision(device: torch.device) -> Iterator[None]:
             _users -= 1
             if _users == 0 and _before is not None:
                 _set(_before, _before)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Multiply tensors in their own dtype inside this context. Autocast belongs to the model that a caller runs, and
+    would multiply float32 in 16 bits here.
+    """
+    with ExitStack() as entered:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                entered.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 _settings = torch.backends.cuda.matmul

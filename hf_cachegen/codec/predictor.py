@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_cachegen.codec import chain
 from hf_cachegen.codec.described import mapping, whole
 from hf_cachegen.codec.group import Group, covered, moderate
-from hf_cachegen.codec.precision import full_precision
+from hf_cachegen.codec.precision import full_precision, without_autocast
 from hf_cachegen.codec.transfer import send
 
 MAX_PREDICTORS = 16
@@ -85,6 +85,7 @@ class Predictor:
         """Number of scores of a token."""
         return self.directions.shape[1]
 
+    @without_autocast()
     def scores(self, hidden: Tensor) -> Tensor:
         """Return the scores, float32 [tokens, rank], of hidden states [tokens, features] of any float dtype."""
         mean, directions = send(self.mean, hidden.device), send(self.directions, hidden.device)

@@ -74,8 +74,7 @@ class Rotary:
 
     def angles(self, positions: Tensor) -> Tensor:
         """Return cosines and sines at positions int64 [tokens]: float32 [2, tokens, 1, r/2]."""
-        angle = positions.to(torch.float64)[:, None, None] * send(self.inv_freq, positions.device)
-        return torch.stack([angle.cos(), angle.sin()]).float()
+        return angles_of(send(self.inv_freq, positions.device), positions)
 
     def turn(self, keys: Tensor, angles: Tensor, sign: int) -> Tensor:
         """Rotate keys float32 [tokens, heads, dim] by the given `angles` (sign 1), or back (sign -1)."""
@@ -93,6 +92,15 @@ class Rotary:
         torch.mul(a, cos, out=turned[..., first]).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=turned[..., second]).addcmul_(a, sin)
         return turned
+
+
+def angles_of(inv_freq: Tensor, positions: Tensor) -> Tensor:
+    """Return `Rotary.angles` for frequencies float64 [r/2] on the device of positions."""
+    angle = positions.to(torch.float64)[:, None, None] * inv_freq
+    found = torch.empty(2, *angle.shape, device=angle.device)
+    torch.cos(angle, out=found[0])
+    torch.sin(angle, out=found[1])
+    return found
 
 
 class FileHashes(NamedTuple):

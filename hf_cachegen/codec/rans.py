@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import native, ops, rans_reference, torchac_coder
-from hf_cachegen.codec.transfer import Resident
+from hf_cachegen.codec.transfer import Resident, keep
 from hf_cachegen.errors import ConfigError, CorruptError, TensorError, TruncatedError
 
 Backend = Literal["native", "scalar", "avx2", "avx512", "neon", "reference"]
@@ -83,7 +83,7 @@ class Tables:
 
     def on(self, device: torch.device) -> Tensor:
         """Return `native` on a device, copied there once."""
-        found: Tensor = self._resident.get(device, "native", lambda: self.native.to(device))
+        found: Tensor = self._resident.get(device, "native", lambda: keep(self.native, device))
         return found
 
 

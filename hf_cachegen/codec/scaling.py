@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hf_cachegen.codec import quantize, transfer
@@ -28,6 +30,7 @@ class Scaling:
 
     def __init__(self, config: CacheGenConfig, learnt: Profile | Predictor, steps: Tensor, sinks: Tensor):
         self.config, self.learnt, self.steps, self.sinks = config, learnt, steps, sinks
+        self._resident = transfer.Resident()
 
     def to_coder(self, y: Tensor, span: Span) -> Tensor:
         """Convert the coefficients [tokens, any number] of a chunk to the coder's units, in place."""
@@ -47,6 +50,24 @@ class Scaling:
         if not self.learnt.reach or level == 1:
             return None
         return self.to_basis(self._coarsest(y, span), span)
+
+    @cached_property
+    def coarsest_step(self) -> float:
+        """The coarsest level's step."""
+        return float(self.steps[0] * quantize.step_factor(1, self.config.levels))
+
+    def factors(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Return the factor of each token of the context that `to_basis` multiplies by, float32 [tokens]; None: all are
+        1. It is copied to a device once.
+        """
+        if not len(self.sinks):
+            return None
+
+        def make() -> Tensor:
+            return transfer.keep(torch.ones(tokens).index_fill(0, self.sinks, 1 / FINER), device)
+
+        found: Tensor = self._resident.get(device, "factors", make)
+        return found
 
     def _coarsest(self, y: Tensor, span: Span) -> Tensor:
         """Return decoded coefficients of any level as the coarsest level decodes them.

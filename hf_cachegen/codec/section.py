@@ -26,7 +26,7 @@ from torch import Tensor
 from hf_cachegen.codec import passes, rans
 from hf_cachegen.codec.quantize import LARGEST_SYMBOL
 from hf_cachegen.codec.tables import ZERO_INDEX, Codebook
-from hf_cachegen.codec.transfer import Resident
+from hf_cachegen.codec.transfer import Resident, keep
 from hf_cachegen.codec.wide import NONE_WIDE, Wide, nearest
 from hf_cachegen.errors import CorruptError, TruncatedError
 
@@ -117,7 +117,7 @@ class Assignment:
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return (tables for the compiled coder, table_ids, live, dead) on a device, copied there once."""
         own = self._resident.get(
-            device, "ids", lambda: tuple(x.to(device) for x in (self.table_ids, self.live, self.dead))
+            device, "ids", lambda: tuple(keep(x, device) for x in (self.table_ids, self.live, self.dead))
         )
         return (self.book.tables.on(device), *own)
 

@@ -1,23 +1,35 @@
-"""Decode a chunk for layers that are on several devices.
+"""Decode chunks into the tensors of a context, whose layers may be on several devices.
 
-The coded bytes go to one GPU, which decodes them. From there the values of every other layer are copied to its own
-device. So coded bytes, not values, cross the bus between the host and the GPUs. Without a GPU that can run the compiled
-coder the CPU decodes, and values are copied from pinned memory.
+Where all layers are on one device, chunks are decoded straight into them. Otherwise the coded bytes go to one GPU,
+which decodes them beside the tensors, several chunks together. From there the values of all layers of another device
+are one copy. So coded bytes, not values, cross the bus between the host and the GPUs. Without a GPU that can run the
+compiled coder the CPU decodes, and values are copied from pinned memory.
+
+Nothing waits for a device before the check of a launch. Values that were decoded beside the tensors are written when
+they are known to be sound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import native, transfer
+from hf_cachegen.codec import abi, native, transfer
+from hf_cachegen.codec.batch import OUTSTANDING
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.into import Target
-from hf_cachegen.codec.transfer import Check
+from hf_cachegen.codec.transfer import Check, Checks, Download, all_of
 from hf_cachegen.codec.transforms import Transform
+
+APART_BYTES = 256 << 20
+"""Size of the chunks that one launch decodes beside the tensors, in bytes; a larger chunk is decoded alone."""
+Placed = tuple[Sequence[bytes | memoryview], Span, int]
+"""The parts of a chunk at one level, its position in its context, and the token of the tensors that it begins at."""
 
 
 def decoder_of(devices: Sequence[torch.device]) -> torch.device:
@@ -28,62 +40,157 @@ def decoder_of(devices: Sequence[torch.device]) -> torch.device:
     return torch.device("cpu")
 
 
-def launch_apart(
-    codec: Transform, chunks: Sequence[tuple[Sequence[bytes | memoryview], Span]], found: Sequence[Tensor]
-) -> tuple[list[list[Tensor]], Check]:
-    """Start decoding chunks beside the tensors that they belong to.
+class Apart(NamedTuple):
+    """Values that were decoded beside the tensors that they belong to.
+
+    Attributes:
+        first: The token of the tensors that they begin at.
+        values: For each tensor [batch, heads, tokens, dim], on its device. Those of the CPU are there once the launch
+            was checked.
+    """
+
+    first: int
+    values: list[Tensor]
+
+
+class Destination:
+    """The tensors of a context that chunks are decoded into.
 
     Args:
-        codec: The fitted transform.
-        chunks: The bytes of parts 0..level-1 of each, all of one level, and its position in the context.
-        found: Layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim]. They are not written.
+        tensors: Layer 0's keys, its values, layer 1's keys, ..., [batch, heads, tokens, dim], one or more.
 
-    Returns:
-        For each chunk its values for each tensor [batch, heads, tokens of the chunk, dim], on its device, for
-        `put_pieces`; what waits until they are known to be sound.
-
-    Raises:
-        CorruptError, TruncatedError: The bytes are damaged; the check raises these too.
+    Attributes:
+        device: The device that decodes.
+        ahead: Most launches that should stay unchecked while others follow. Where the host decodes there is none.
     """
-    widths, tokens = [x.shape[0] * x.shape[1] * x.shape[3] for x in found], [span.tokens for _, span in chunks]
-    device = decoder_of([x.device for x in found])
-    rows = torch.empty(sum(tokens), sum(widths), dtype=found[0].dtype, device=device)
-    starts = accumulate(tokens, initial=0)
-    placed = [(parts, span, row) for (parts, span), row in zip(chunks, starts, strict=False)]
-    check = codec.launch(placed, Target.matrix(rows))
-    return [_pieces(own, widths, found) for own in rows.split(tokens)], check
 
+    def __init__(self, tensors: Sequence[Tensor]):
+        devices = [x.device for x in tensors]
+        self.device = decoder_of(devices)
+        self.ahead = 0 if transfer.is_host(self.device) else OUTSTANDING
+        self._tensors = tensors
+        self._target = Target.layers(tensors) if len(set(devices)) == 1 else None
+        self._widths = [x.shape[0] * x.shape[1] * x.shape[3] for x in tensors]
 
-def _pieces(rows: Tensor, widths: Sequence[int], found: Sequence[Tensor]) -> list[Tensor]:
-    """Return the values of a chunk's rows for each tensor, on its device."""
-    pieces, device = [], rows.device
-    for x, channels in zip(found, rows.split(list(widths), 1), strict=True):
-        piece = channels.reshape(len(rows), x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
-        if x.device != device:
-            # A copy to the CPU is read by the host: it waits.
-            waits = transfer.is_host(x.device)
-            piece = piece.to(x.device) if waits else transfer.send(piece, x.device)
-        pieces.append(piece)
-    return pieces
+    @property
+    def spread(self) -> bool:
+        """Whether the tensors are on several devices."""
+        return self._target is None
 
+    def together(self, tokens: int, *, apart: bool) -> int:
+        """Return how many chunks of that many tokens one launch should decode.
 
-def put_pieces(pieces: Sequence[Tensor], found: Sequence[Tensor], first: int) -> None:
-    """Write a chunk's values to tokens [first, ...) of the tensors. Each device copies its own memory."""
-    for x, piece in zip(found, pieces, strict=True):
-        x[:, :, first : first + piece.shape[2]] = piece
+        Args:
+            tokens: Of a chunk.
+            apart: Whether they are decoded beside the tensors, which is so in any case where these are spread.
+        """
+        if transfer.is_host(self.device):
+            return 1
+        if not apart and not self.spread:
+            return abi.MAX_BATCH
+        nbytes = sum(self._widths) * self._tensors[0].element_size() * tokens
+        return min(max(APART_BYTES // max(nbytes, 1), 1), abi.MAX_BATCH)
 
+    def launch(self, codec: Transform, chunks: Iterable[Placed]) -> Check:
+        """Start decoding chunks of one level into the tensors. After an error their values are undefined.
 
-def decode_to(
-    codec: Transform, parts: Sequence[bytes | memoryview], span: Span, found: Sequence[Tensor], first: int
-) -> None:
-    """Decode a chunk into tokens [first, ...) of these tensors: at once, or apart where they are on several devices.
+        Args:
+            codec: The fitted transform.
+            chunks: The chunks, which are taken one by one.
 
-    Raises:
-        CorruptError, TruncatedError: The bytes are damaged. The chunk's values are undefined then.
-    """
-    if len({x.device for x in found}) == 1:
-        codec.decode_into(parts, span, Target.layers(found), first)
-    else:
-        (pieces,), check = launch_apart(codec, [(parts, span)], found)
+        Returns:
+            What waits until all are in the tensors, and known to be sound.
+
+        Raises:
+            CorruptError, TruncatedError: The bytes are damaged; the check raises these too.
+        """
+        if self._target is not None:
+            return codec.launch(chunks, self._target)
+        checks = Checks(self.ahead)
+        for group in self._groups(chunks):
+            found, check = self.launch_apart(codec, group)
+            checks.add(partial(self._settle, found, check))
+        return checks.finish
+
+    def launch_apart(self, codec: Transform, chunks: Sequence[Placed]) -> tuple[list[Apart], Check]:
+        """Start decoding chunks of one level beside the tensors.
+
+        Returns:
+            The values, for `put`: adjacent chunks together; what waits until they are known to be sound.
+
+        Raises:
+            CorruptError, TruncatedError: The bytes are damaged; the check raises these too.
+        """
+        count = sum(span.tokens for _, span, _ in chunks)
+        rows = torch.empty(count, sum(self._widths), dtype=self._tensors[0].dtype, device=self.device)
+        placed, at = list[Placed](), 0
+        for parts, span, _ in chunks:
+            placed.append((parts, span, at))
+            at += span.tokens
+        checks, found = [codec.launch(placed, Target.matrix(rows))], list[Apart]()
+        for first, begin, end in _runs(chunks):
+            values, copies = self._values(rows[begin:end])
+            found.append(Apart(first, values))
+            checks += [_arrived(copy) for copy in copies]
+        return found, all_of(checks)
+
+    def put(self, apart: Apart) -> None:
+        """Write values to the tensors. Each device copies its own memory."""
+        for x, values in zip(self._tensors, apart.values, strict=True):
+            x[:, :, apart.first : apart.first + values.shape[2]] = values
+
+    def _settle(self, found: Sequence[Apart], check: Check) -> None:
         check()
-        put_pieces(pieces, found, first)
+        for apart in found:
+            self.put(apart)
+
+    def _groups(self, chunks: Iterable[Placed]) -> Iterator[list[Placed]]:
+        """Group chunks by what one launch should decode."""
+        group: list[Placed] = []
+        for chunk in chunks:
+            if group and len(group) >= self.together(max(span.tokens for _, span, _ in (*group, chunk)), apart=True):
+                yield group
+                group = []
+            group.append(chunk)
+        if group:
+            yield group
+
+    def _values(self, rows: Tensor) -> tuple[list[Tensor], list[Download]]:
+        """Return the values of rows for each tensor, on its device, and the copies to the host that are under way.
+
+        All tensors of a device that follow one another are one copy.
+        """
+        values, copies, at = list[Tensor](), list[Download](), 0
+        for device, run in groupby(zip(self._tensors, self._widths, strict=True), lambda pair: pair[0].device):
+            mine = list(run)
+            width = sum(own for _, own in mine)
+            part = rows[:, at : at + width]
+            at += width
+            if device != rows.device and transfer.is_host(device):
+                copies.append(Download(part))
+                part = copies[-1].host
+            elif device != rows.device:
+                part = transfer.send(part, device)
+            for (x, _), own in zip(mine, part.split([own for _, own in mine], 1), strict=True):
+                values.append(own.unflatten(1, (x.shape[0], x.shape[1], x.shape[3])).permute(1, 2, 0, 3))
+        return values, copies
+
+
+def _arrived(copy: Download) -> Check:
+    def check() -> None:
+        copy.wait()
+
+    return check
+
+
+def _runs(chunks: Sequence[Placed]) -> Iterator[tuple[int, int, int]]:
+    """Yield the tokens of chunks that follow one another: the first in the tensors; the first and the end of all."""
+    first, begin, end = 0, 0, 0
+    for _, span, row in chunks:
+        if row != first + end - begin:
+            if end > begin:
+                yield first, begin, end
+            first, begin = row, end
+        end += span.tokens
+    if end > begin:
+        yield first, begin, end

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_cachegen.errors import NativeError
+
 _ALIGNMENT = 16
 """Alignment of the tensors that are copied together, in bytes."""
 Check = Callable[[], None]
@@ -28,6 +30,11 @@ Check = Callable[[], None]
 def is_host(device: torch.device) -> bool:
     """Return whether a device's memory is the host's."""
     return device.type == "cpu"
+
+
+def stream_number(device: torch.device) -> int:
+    """Return a number of the current stream of a device."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -50,6 +57,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return upload(host.copy_(tensor), device)
 
 
+def keep(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, where it stays, without waiting for what the device does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy tensors [n] of the host to a device together, in one copy from pinned memory."""
     if is_host(device):
@@ -66,22 +78,29 @@ def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class Download:
-    """The copy of a device's tensor to the host. It is under way until `wait` returns."""
+    """The copy of a device's tensor to the host. It is under way until `wait` returns.
+
+    Attributes:
+        host: Receives the copy.
+    """
 
     def __init__(self, tensor: Tensor):
         self._event: torch.cuda.Event | None = None
-        self._host = tensor
+        self.host = tensor
         if tensor.is_cuda:
-            self._host = pinned(tuple(tensor.shape), tensor.dtype, tensor.device)
-            self._host.copy_(tensor, non_blocking=True)
+            self.host = pinned(tuple(tensor.shape), tensor.dtype, tensor.device)
+            self.host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> Tensor:
-        """Return the copy, on the host."""
+        """Return the copy, on the host. Raises NativeError if the device has failed since."""
         if self._event is not None:
-            self._event.synchronize()
-        return self._host
+            try:
+                self._event.synchronize()
+            except RuntimeError as error:
+                raise NativeError(f"the device failed while it decoded: {error}") from error
+        return self.host
 
 
 class Timer:

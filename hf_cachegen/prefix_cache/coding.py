@@ -6,19 +6,22 @@ that a block gives back the very bits that were computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import codec_of
 from hf_cachegen.codec.geometry import Geometry, LayerGeometry
-from hf_cachegen.codec.spread import decode_to
+from hf_cachegen.codec.spread import Destination
+from hf_cachegen.codec.transfer import Check, all_of
 from hf_cachegen.config import CacheGenConfig
-from hf_cachegen.errors import ArtifactError, ConfigError, CorruptError, LevelError, ManifestError
+from hf_cachegen.errors import CacheGenError, ConfigError, CorruptError, LevelError, ManifestError
 from hf_cachegen.prefix_cache.block import Block
 from hf_cachegen.prefix_cache.keys import Family, block_key, pack_tokens
 from hf_cachegen.profiles.files import Profile
@@ -90,20 +93,23 @@ class Coding:
             )
         return geometry
 
-    def decode_into(self, block: Block, geometry: Geometry, found: Sequence[Tensor], first: int) -> None:
-        """Decode a block into the tensors of a longer context.
+    def launch(self, block: Block, geometry: Geometry, destination: Destination | None, first: int) -> Check:
+        """Start decoding a block into the tensors of a longer context.
 
         Args:
             block: the block.
             geometry: its geometry, checked against the model's.
-            found: layer 0's keys, its values, layer 1's keys, ..., [1, heads, tokens, dim] each.
+            destination: the tensors; None for a model without keys and values.
             first: the token of these tensors that the block begins at.
 
+        Returns:
+            what waits until the block is in the tensors, and known to be sound.
+
         Raises:
-            ArtifactError: the bytes are not what an encoder writes.
+            ArtifactError: the bytes are not what an encoder writes; the check raises it too.
         """
-        if not geometry.layers:
-            return
+        if destination is None:
+            return all_of([])
         try:
             config = CacheGenConfig.from_dict(block.config)
         except (ConfigError, TypeError) as error:
@@ -115,15 +121,28 @@ class Coding:
         if (count := len(block.parts) + block.missing) != self.levels:
             raise ManifestError(f"a block of this family has {self.levels} levels, this one has {count}")
         codec = codec_of(geometry, config, block.side, self.profile)
-        span = Span(0, geometry.tokens, geometry.tokens)
-        try:
-            decode_to(codec, list(block.parts), span, found, first)
-        except ArtifactError:
-            raise
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise CorruptError(f"block {block.key.hex()[:16]} cannot be decoded: {error}") from error
+        placed = (list(block.parts), Span(0, geometry.tokens, geometry.tokens), first)
+        with _damage(block):
+            found = destination.launch(codec, [placed])
+
+        def check() -> None:
+            with _damage(block):
+                found()
+
+        return check
 
     @property
     def levels(self) -> int:
         """Levels of a stored block."""
         return self.level or (1 if self.config.lossless else self.config.levels)
+
+
+@contextmanager
+def _damage(block: Block) -> Iterator[None]:
+    """Raise CorruptError for what damaged bytes do to a decoder, and leave the errors of a device as they are."""
+    try:
+        yield
+    except (CacheGenError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise CorruptError(f"block {block.key.hex()[:16]} cannot be decoded: {error}") from error

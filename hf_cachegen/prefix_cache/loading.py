@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.rows import empty_kv
+from hf_cachegen.codec.spread import Destination
+from hf_cachegen.codec.transfer import Check, Timer
 from hf_cachegen.errors import ArtifactError, MismatchError, WrongDtypeError
 from hf_cachegen.models.requirements import require_geometry
 from hf_cachegen.prefix_cache.binding import Binding, require_member
@@ -43,6 +45,16 @@ class Loaded:
 
 
 NOTHING = Loaded(0, [])
+
+
+class _Opened(NamedTuple):
+    """A block whose decoding is launched. data: the bytes of its file if it came from elsewhere than the local tier.
+    """
+
+    block: Block
+    data: bytes | None
+    check: Check
+    timer: Timer
 
 
 class Loader:
@@ -106,33 +118,57 @@ class Loader:
     def _row(
         self, keys: Sequence[bytes], found: Found, shared: int, source: Loaded, left: Time
     ) -> Loaded:
-        rest = _after(found, shared)
-        tensors: list[Tensor] = []
+        """Load the blocks of a row after those that another row shares.
+
+        Where a device decodes, a block is launched while some before it are not checked yet.
+        """
+        rest, tensors = _after(found, shared), list[Tensor]()
         geometry: Geometry | None = None
-        count = shared
+        destination: Destination | None = None
+        opened, count, ahead, sound = deque[_Opened](), shared, 0, True
         for block, data, foreign in self.tiers.read(keys[shared:], rest, left.after(shared)):
             try:
-                checked = self._checked(block, count)
+                checked = self._checked(block, count + len(opened))
                 if geometry is None:
                     geometry = checked
                     tensors = self._room(geometry, len(keys))
+                    destination = Destination(tensors) if tensors else None
+                    ahead = 0 if destination is None else destination.ahead
                     for target, known in zip(tensors, source.tensors, strict=False):
                         target[:, :, : shared * geometry.tokens] = known[:, :, : shared * geometry.tokens]
                 if checked != geometry:
                     raise MismatchError("its geometry is not that of the block before it")
-                begun = time.perf_counter()
-                self.coding.decode_into(block, geometry, tensors, count * geometry.tokens)
-                self.decode_seconds += time.perf_counter() - begun
+                timer = Timer(torch.device("cpu") if destination is None else destination.device)
+                check = self.coding.launch(block, geometry, destination, (count + len(opened)) * geometry.tokens)
+                timer.stop()
             except (ArtifactError, MismatchError) as error:
                 self.tiers.damaged(block.key, str(error), local=not foreign)
                 break
-            if foreign:
-                self.arrived(block, data)
-            self.coarse += block.missing > 0
-            count += 1
+            opened.append(_Opened(block, data if foreign else None, check, timer))
+            if len(opened) > ahead:
+                sound = self._settled(opened.popleft())
+                count += sound
+            if not sound:
+                break
+        while sound and opened:
+            sound = self._settled(opened.popleft())
+            count += sound
         if geometry is None:
             return Loaded(shared, source.tensors) if shared else NOTHING
         return Loaded(count, [tensor[:, :, : count * geometry.tokens] for tensor in tensors])
+
+    def _settled(self, opened: _Opened) -> bool:
+        """Wait for a block. Return whether it is sound."""
+        try:
+            opened.check()
+        except ArtifactError as error:
+            self.tiers.damaged(opened.block.key, str(error), local=opened.data is None)
+            return False
+        self.decode_seconds += opened.timer.seconds()
+        if opened.data is not None:
+            self.arrived(opened.block, opened.data)
+        self.coarse += opened.block.missing > 0
+        return True
 
     def _checked(self, block: Block, depth: int) -> Geometry:
         geometry = self.coding.geometry(block)

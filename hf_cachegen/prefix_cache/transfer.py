@@ -12,8 +12,8 @@ from hf_cachegen.artifact.encoded import EncodedContext, encode_no_kv
 from hf_cachegen.artifact.tensors import NamedTensor
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.geometry import Geometry
-from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.rows import empty_kv
+from hf_cachegen.codec.spread import Destination
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, CorruptError, ManifestError
 from hf_cachegen.models.fingerprint import Fingerprint, hash_tokens
@@ -106,11 +106,11 @@ def export_artifact(prefix_cache: PrefixCache, key: str, directory: str | os.Pat
     coding, geometry = Coding(config, fields["level"], None), Geometry.from_dict(blocks[0].geometry)
     whole = Geometry(geometry.layers, geometry.tokens * len(blocks), 1, geometry.dtype)
     tensors = empty_kv(whole, [None] * len(whole.layers))
-    Target.layers(tensors)
+    destination = Destination(tensors) if tensors else None
     for number, block in enumerate(blocks):
         if coding.geometry(block) != geometry:
             raise CorruptError(f"block {block.key.hex()[:16]} has another geometry than the first of its chain")
-        coding.decode_into(block, geometry, tensors, number * geometry.tokens)
+        coding.launch(block, geometry, destination, number * geometry.tokens)()
     ids = [token for block in blocks for token in block.tokens]
     fingerprint = Fingerprint.from_dict({
         **fields["fingerprint"], "model_id": fields["model_id"], "commit": None, "tokenizer": None,

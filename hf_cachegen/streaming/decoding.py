@@ -96,8 +96,8 @@ class Decoding:
         with self.lock:
             if self.stopped:  # readers do not take the lock any more
                 return
-            for pieces, span in zip(launch.pieces, spans, strict=False):
-                self._writer.put(pieces, span)
+            for apart in launch.apart:
+                self._writer.put(apart)
             self.changes += [work.chunk for work in works]
         seconds += time.perf_counter() - start
         tokens = sum(span.tokens for span in spans)

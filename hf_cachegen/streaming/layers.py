@@ -12,24 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, transfer
-from hf_cachegen.codec.batch import OUTSTANDING
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
-from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.rows import empty_kv
-from hf_cachegen.codec.spread import decoder_of, launch_apart, put_pieces
+from hf_cachegen.codec.spread import Apart, Destination, Placed, decoder_of
 from hf_cachegen.codec.transfer import Check, Timer, all_of
 from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.models.layers import KVTensors
 
-APART_BYTES = 256 << 20
-"""Size of the chunks that one launch decodes beside the tensors, in bytes; a larger chunk is decoded alone."""
 Coded = tuple[Sequence[bytes], Span]
 """The parts of a chunk at one level, and its position."""
 
@@ -41,13 +36,12 @@ class Launch:
     Args:
         check: Waits until they are known to be sound. Raises what the codec does.
         timer: The time that the decoder's device takes.
-        pieces: Where they are decoded beside the tensors: for each chunk a piece [1, heads, tokens, dim] for each
-            tensor, on its device.
+        apart: Values that were decoded beside the tensors, for `put`.
     """
 
     check: Check
     timer: Timer
-    pieces: Sequence[Sequence[Tensor]] = ()
+    apart: Sequence[Apart] = ()
 
 
 class LayerWriter:
@@ -65,10 +59,10 @@ class LayerWriter:
         self.geometry = geometry
         self._tensors = empty_kv(geometry, devices)
         self.keys, self.values = self._tensors[::2], self._tensors[1::2]
-        self._target = Target.layers(self._tensors) if len(set(devices)) == 1 else None
+        self._destination = Destination(self._tensors) if self._tensors else None
         cuda = dict.fromkeys(device for device in devices if device.type == "cuda")
         self._decoder = decoder_of(devices)
-        self.ahead = 0 if transfer.is_host(self._decoder) else OUTSTANDING
+        self.ahead = 0 if self._destination is None else self._destination.ahead
         # The decoder's device comes last, so that its stream is the innermost context.
         order = sorted(cuda, key=lambda device: device == self._decoder)
         self._streams = {device: torch.cuda.Stream(device) for device in order}
@@ -86,29 +80,22 @@ class LayerWriter:
 
     def together(self, tokens: int, *, apart: bool) -> int:
         """Return how many chunks of that many tokens one launch may decode. apart: beside the tensors."""
-        if not self.ahead:
-            return 1
-        if not apart and self._target is not None:
-            return abi.MAX_BATCH
-        nbytes = self.geometry.nbytes * tokens // self.geometry.tokens
-        return min(max(APART_BYTES // max(nbytes, 1), 1), abi.MAX_BATCH)
+        return 1 if self._destination is None else self._destination.together(tokens, apart=apart)
 
     def decode(self, codec: Transform, chunks: Sequence[Coded]) -> Launch:
-        """Start decoding chunks of one level into the tensors. After an error their values are undefined.
+        """Start decoding chunks of one level into the tensors; beside them, for `put`, if these are on several devices.
+        After an error their values are undefined.
 
         Raises:
             ArtifactError, NativeError: The bytes are damaged; the check of the result raises these too.
         """
-        if not self._tensors:  # a model whose layers hold states alone
+        if self._destination is None:  # a model whose layers hold states alone
             return Launch(all_of([]), Timer(self._decoder))
-        if self._target is None:
-            launch = self.rows(codec, chunks)
-            for pieces, (_, span) in zip(launch.pieces, chunks, strict=True):
-                self.put(pieces, span)
-            return replace(launch, pieces=())
+        if self._destination.spread:
+            return self.rows(codec, chunks)
         with self._aside():
             timer = Timer(self._decoder)
-            check = codec.launch([(parts, span, span.first) for parts, span in chunks], self._target)
+            check = self._destination.launch(codec, _placed(chunks))
             timer.stop()
         self._note()
         return Launch(check, timer)
@@ -119,17 +106,20 @@ class LayerWriter:
         Raises:
             ArtifactError, NativeError: The bytes are damaged; the check of the result raises these too.
         """
+        if self._destination is None:
+            return Launch(all_of([]), Timer(self._decoder))
         with self._aside():
             timer = Timer(self._decoder)
-            pieces, check = launch_apart(codec, chunks, self._tensors)
+            apart, check = self._destination.launch_apart(codec, _placed(chunks))
             timer.stop()
-        return Launch(check, timer, pieces)
+        return Launch(check, timer, apart)
 
-    def put(self, pieces: Sequence[Tensor], span: Span) -> None:
-        """Copy a decoded chunk into the tensors. Only copies on the tensors' own devices are launched."""
-        with self._aside():
-            put_pieces(pieces, self._tensors, span.first)
-        self._note()
+    def put(self, apart: Apart) -> None:
+        """Copy decoded values into the tensors. Only copies on the tensors' own devices are launched."""
+        if self._destination is not None:
+            with self._aside():
+                self._destination.put(apart)
+            self._note()
 
     def settle(self) -> None:
         """Order all changes of the tensors so far before whatever the calling thread does next."""
@@ -165,3 +155,7 @@ class LayerWriter:
         for stream in self._streams.values():
             entered.enter_context(torch.cuda.stream(stream))
         return entered
+
+
+def _placed(chunks: Sequence[Coded]) -> list[Placed]:
+    return [(parts, span, span.first) for parts, span in chunks]

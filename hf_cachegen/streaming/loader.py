@@ -104,6 +104,8 @@ class Loader:
         """End all threads of the stream, and wait for them up to `wait` seconds."""
         self.decoding.stopped = True
         self.download.close(wait)
+        if self._codec is not None:  # the report of the stream keeps it
+            self._codec.release()
 
     @property
     def more(self) -> bool:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, basis, quantize, transfer
+from hf_cachegen.codec import abi, basis, heads, quantize, transfer
 from hf_cachegen.codec.batch import Launches
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
@@ -35,6 +35,7 @@ from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.kept import Kept
 from hf_cachegen.codec.predictor import Known, Predictor
+from hf_cachegen.codec.products import Products
 from hf_cachegen.codec.profile import Profile, require_layers
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.scaling import Scaling
@@ -101,7 +102,12 @@ class Klt(Transform):
         self.inner = LossyCodec(channels, config, side)
         self.basis = basis.Basis(geometry, profile, learnt)
         self.known, self._kept = known, kept
+        self._rooms: dict[tuple[torch.device, int], tuple[Tensor, Target]] = {}
+        """Memory of launches on each stream, where new memory costs as much as decoding into it. One launch has it at a
+        time; the next one on its stream follows.
+        """
         self.scaling = Scaling(config, learnt, self.inner.steps, self.sinks)
+        self.products = Products(geometry, profile, learnt, self.scaling)
         if known is not None and isinstance(learnt, Predictor):
             expected = geometry.tokens, learnt.rank
             if known.layer != learnt.layer or tuple(known.scores.shape) != expected:
@@ -253,6 +259,10 @@ class Klt(Transform):
         """
         base = self.scaling.read(y, span, level)
         self.basis.restore(self.scaling.to_basis(y, span), span, vectors, self._scores(span), base)
+        self._put_known(span, vectors)
+
+    def _put_known(self, span: Span, vectors: Sequence[Tensor]) -> None:
+        """Copy the layers of a chunk that the loader has computed itself."""
         if self.known is not None and self.known.keys:
             pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
             for own, exact in zip(vectors, pairs, strict=False):
@@ -282,30 +292,43 @@ class Klt(Transform):
         self.launch([(parts, span, row)], target)()
 
     def launch(self, chunks: Iterable[Chunk], target: Target) -> transfer.Check:
-        components, launches = self.entries.shape[1], None
-        y = Target.memory(0, components, target.device)
-        for group in adjacent(chunks, HOST_CHUNKS if transfer.is_host(target.device) else abi.MAX_BATCH):
+        device, host = target.device, transfer.is_host(target.device)
+        launches, checks = None, list[transfer.Check]()
+        key = device, transfer.stream_number(device)
+        kept = self._rooms.pop(key, None)
+        y, rows = kept or self._room(0, device)
+        for group in adjacent(chunks, HOST_CHUNKS if host else abi.MAX_BATCH):
             (parts, first, row), (_, last, _) = group[0], group[-1]
             whole = Span(first.first, last.first + last.tokens - first.first, first.total)
-            if launches is None or len(y) < whole.tokens:
-                # New memory costs as much as decoding into it, so all groups share it.
-                y = Target.memory(whole.tokens, components, target.device)
-                if launches is not None:
-                    launches.finish()
-                launches = Launches(self.inner, Target.matrix(y))
+            if len(y) < whole.tokens:
+                (y, rows), launches = self._room(whole.tokens, device), None
+            if launches is None:
+                launches = Launches(self.inner, rows)
+                checks.append(launches.finish)
             for own, span, at in group:
                 launches.add(own, span, at - row)
             launches.flush()
-            # One matrix product for all chunks of the group.
-            vectors = self._vectors(target, slice(row, row + whole.tokens))
-            self._restore(y[: whole.tokens], whole, len(parts), vectors)
-        return transfer.all_of([]) if launches is None else launches.finish
+            # The matrix products of all chunks of the group together.
+            if host:
+                self._restore(y[: whole.tokens], whole, len(parts), self._vectors(target, whole, row))
+            else:
+                self.products.restore(y[: whole.tokens], whole, len(parts), target, row, self._scores(whole))
+                self._put_known(whole, self._vectors(target, whole, row))
+        self._rooms[key] = y, rows
+        return transfer.all_of(checks)
 
-    def _vectors(self, target: Target, tokens: slice) -> list[Tensor]:
-        """Return views [tokens, heads, dim] of the target's rows: K and V of each layer in turn."""
-        if target.kept[0].dim() == 2:
-            return self.basis.split(target.kept[0][tokens])
-        return [x[0, :, tokens].transpose(0, 1) for x in target.kept]
+    def release(self) -> None:
+        self._rooms.clear()
+
+    def _room(self, tokens: int, device: torch.device) -> tuple[Tensor, Target]:
+        """Return memory for the coefficients of that many tokens, and its target."""
+        with torch.inference_mode(False):  # else a launch outside that mode could not write into it
+            y = Target.memory(tokens, self.entries.shape[1], device)
+        return y, Target.matrix(y)
+
+    def _vectors(self, target: Target, span: Span, row: int) -> list[Tensor]:
+        """Return views [tokens, heads, dim] of the target's rows of a chunk: K and V of each layer in turn."""
+        return [x[row : row + span.tokens] for x in heads.by_token(target, self.geometry)]
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         levels = self.inner.approximations(self.coefficients(rows, span), span)

@@ -208,6 +208,9 @@ class Transform(ABC):
             self.decode_into(parts, span, target, row)
         return all_of([])
 
+    def release(self) -> None:  # noqa: B027
+        """Free the memory that is kept from launch to launch. A transform that keeps none has nothing to do."""
+
     def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
         """Decode each (parts, span, row) as `decode_into` does, in the way of `launch`.
 

@@ -1,0 +1,117 @@
+"""The matrix products of klt on a device: of many groups of layers at once, so that the host launches little.
+
+A part of the products (`codec.plan`) is three launches: a compiled call gathers the left operands (`codec.operands`), a
+batched product follows, and a compiled call writes the keys and values of its layers (`codec.heads`). The values are
+those of `codec.basis` within a rounding.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+
+from hf_cachegen.codec import transfer
+from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.geometry import Geometry
+from hf_cachegen.codec.heads import Writer
+from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.operands import Coefficients, gather
+from hf_cachegen.codec.plan import Plan, plan_of
+from hf_cachegen.codec.precision import full_precision, without_autocast
+from hf_cachegen.codec.predictor import Predictor
+from hf_cachegen.codec.profile import Profile, angles_of
+from hf_cachegen.codec.scaling import Scaling
+from hf_cachegen.codec.transfer import Resident
+
+_PLANS: WeakKeyDictionary[Profile | Predictor, Resident] = WeakKeyDictionary()
+"""For each profile or predictor its matrices on every device, each made once: a Plan by whether in bfloat16."""
+
+
+class Products:
+    """Convert the coefficients of one context to keys and values, on a device.
+
+    Args:
+        geometry: Of the cache.
+        profile: Of the model.
+        learnt: The profile, or its predictor.
+        scaling: Of the context.
+    """
+
+    def __init__(self, geometry: Geometry, profile: Profile, learnt: Profile | Predictor, scaling: Scaling):
+        self._geometry, self._profile, self._learnt, self._scaling = geometry, profile, learnt, scaling
+        self._resident = Resident()
+        self._writers: tuple[ref[Target], Plan, list[Writer]] | None = None
+
+    @without_autocast()
+    def restore(self, y: Tensor, span: Span, level: int, target: Target, row: int, scores: Tensor | None) -> None:
+        """Write the keys and values of a chunk. Nothing waits for the device.
+
+        Args:
+            y: float32 [tokens, components], as decoded.
+            span: The position of the chunk.
+            level: Of the coefficients.
+            target: Receives the values in rows [row, row + tokens). Those of layers without a group stay.
+            row: The first of these rows.
+            scores: float32 [tokens, rank], of a predictor.
+        """
+        device, scaling = y.device, self._scaling
+        plan = self._plan(device, narrow=target.dtype == torch.bfloat16)
+        finer = slice(0, 0) if level == 1 else span.ordinary(scaling.config)
+        factors = scaling.factors(self._geometry.tokens, device)
+        if factors is not None:
+            factors = factors[span.first : span.first + span.tokens]
+        found = Coefficients(y, factors, scaling.coarsest_step, finer)
+        angles = None
+        if self._profile.rotary.style != "none":
+            positions = torch.arange(span.first, span.first + span.tokens, dtype=torch.float64, device=device)
+            angles = angles_of(plan.frequencies, positions)
+        with full_precision(device):
+            numbers = _numbers(plan, found, scores)
+            for part, writer in zip(plan.parts, self._written(plan, target), strict=True):
+                operands = part.matrices.new_empty(len(part.listed), span.tokens, part.listed.shape[1])
+                gather(found, numbers, part.listed, operands)
+                writer.write(torch.bmm(operands, part.matrices), target, row, angles)
+
+    def _plan(self, device: torch.device, *, narrow: bool) -> Plan:
+        found: Plan = _PLANS.setdefault(self._learnt, Resident()).get(
+            device, narrow, lambda: plan_of(self._geometry, self._profile, self._learnt, device, narrow=narrow)
+        )
+        return found
+
+    def _written(self, plan: Plan, target: Target) -> list[Writer]:
+        """Return what writes the parts' rows to a target, made once for each target."""
+        kept = self._writers
+        if kept is None or kept[0]() is not target or kept[1] is not plan:
+            groups, writers = self._learnt.groups, list[Writer]()
+            for part in plan.parts:
+                mine = groups[part.first : part.first + len(part.listed)]
+                vectors = [[2 * layer + g.kind for layer in range(g.first, g.first + g.count)] for g in mine]
+                writers.append(Writer(self._geometry, target, vectors, part.means, self._profile.rotary))
+            kept = self._writers = ref(target), plan, writers
+        return kept[2]
+
+
+def _numbers(plan: Plan, found: Coefficients, scores: Tensor | None) -> Tensor:
+    """Return what predictions read, float32 [tokens, rank + numbers]: the scores and the summaries of all groups."""
+    y = found.values
+    if not plan.numbers:
+        return y[:, :0].contiguous() if scores is None else transfer.send(scores, y.device).contiguous()
+    rank, numbers = plan.rank, y.new_empty(len(y), plan.rank + plan.numbers)
+    own = y.new_empty(len(y), plan.numbers)
+    for part in plan.chained:
+        count, width, columns = part.matrices.shape
+        operands = y.new_empty(count, len(y), width)
+        gather(found, numbers, part.listed, operands)
+        to = own[:, part.first * columns : (part.first + count) * columns].unflatten(1, (count, columns))
+        torch.bmm(operands, part.matrices, out=to.transpose(0, 1))
+    if plan.scores is not None and scores is not None:
+        numbers[:, :rank] = transfer.send(scores, y.device)
+        own.addmm_(numbers[:, :rank], plan.scores)
+    for first, last, begin, inverse, before in plan.blocks:
+        to = numbers[:, rank + first : rank + last]
+        torch.mm(own[:, first:last], inverse, out=to)
+        if begin < first:
+            to.addmm_(numbers[:, rank + begin : rank + first], before)
+    return numbers
