@@ -141,9 +141,7 @@ def plan_of(
     return Plan(parts, summaries, blocks, known, rank, len(chained) * width, frequencies)
 
 
-def _product(
-    group: Group, mean: Tensor, numbers: Tensor, own: range, narrow: bool
-) -> _Product:
+def _product(group: Group, mean: Tensor, numbers: Tensor, own: range, narrow: bool) -> _Product:
     """Return the product of a group.
 
     Args:
