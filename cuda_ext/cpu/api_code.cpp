@@ -31,6 +31,7 @@ struct Chunk {
   const cg_part* parts;
   cg_streams_out* out;
   Tables tables[kMaxParts];
+  Intervals intervals[kMaxParts];
   uint64_t tiles;
   std::mutex guard;  // of what follows
   uint64_t used = 0, exceptions = 0;
@@ -79,6 +80,7 @@ EncodeChain* open_chain(const Chunk& chunk, const Piece& piece, Scratch& scratch
   const uint32_t part = part_of(stream);
   EncodeChain* chain = &scratch.chains[stream];
   chain->tables = chunk.tables[part];
+  chain->intervals = chunk.intervals[part].get();
   chain->n_ids = chunk.contexts(part);
   chain->ids = chunk.parts[part].table_ids + piece.first * chain->n_ids;
   chain->tile = tile_at(0, piece.width);
@@ -211,6 +213,7 @@ int32_t cg_code(const cg_source* source, const cg_span* span, uint32_t n_digits,
     if (!chunk.has(part)) continue;
     if (!is_part(*source, parts[part])) return CG_BAD_ARGUMENT;
     if (!open_tables(parts[part].tables, parts[part].tables_bytes, &chunk.tables[part])) return CG_BAD_TABLES;
+    if (!(chunk.intervals[part] = intervals_of(chunk.tables[part]))) return CG_FAILED;
   }
   if (!are_streams(*out)) return CG_BAD_ARGUMENT;
   std::atomic<bool> failed{false};

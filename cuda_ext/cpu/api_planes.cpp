@@ -148,12 +148,15 @@ int32_t cg_code_planes(const cg_source* source, const cg_span* span, const cg_pa
   if ((part->low == nullptr) != (part->high == nullptr) || !are_streams(*out)) return CG_BAD_ARGUMENT;
   Tables tables;
   if (!open_tables(part->tables, part->tables_bytes, &tables)) return CG_BAD_TABLES;
+  const Intervals intervals = intervals_of(tables);
+  if (!intervals) return CG_FAILED;
   std::mutex guard;  // of used and n_exceptions
   const bool done = for_each_tile<Coding>(*source, span->tokens, span->tokens * n * planes, run->threads,
                                           [&](uint64_t tile, Coding& own) {
     for (uint64_t p = 0; p < planes; p++) {
       EncodeChain& chain = own.chains[p];
       chain.tables = tables;
+      chain.intervals = intervals.get();
       chain.ids = part->table_ids + p * n + tile * kTileColumns;
       chain.n_ids = 1;
       chain.tile = tile_at(0, kTileColumns);
