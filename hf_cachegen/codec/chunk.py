@@ -354,13 +354,12 @@ def encode_from(
     """Encode a chunk of a source to the bytes of every part; scale: (means, steps) other than the codec's."""
     scale = scale or (codec.means, codec.steps)
     base, anchors, *digits = source.encode(span, codec.config, scale, codec.assignments)
-    scales = []
+    scales, sections = b"", [base, *digits[1::2]]
     if source.group_tokens:
         first = source.anchors[span.first]
         own = source.scales[first : first + anchoring.anchor_count(span.tokens, source.group_tokens)]
-        scales.append(own.view(torch.int16).numpy().tobytes())
-    ends = [piece for section in digits[1::2] for piece in section]
-    return [b"".join([*scales, *anchors, *base, *ends]), *map(b"".join, digits[::2])]
+        scales, sections = own.view(torch.int16).numpy().tobytes(), [anchors, *sections]
+    return [source.join(sections, scales), *(source.join([section]) for section in digits[::2])]
 
 
 def without(rows: Tensor, ordinary: slice) -> Tensor:
