@@ -25,6 +25,17 @@ void load_row(const Columns& columns, uint64_t token, float* __restrict y) {
   }
 }
 
+// Asks for a row before it is loaded: rows are coded from the last one on, which the hardware does not foresee.
+CACHEGEN_HD void prefetch_row(const Columns& columns, uint64_t token) {
+  constexpr uint64_t kLine = 64;
+  const uint64_t bytes = value_bytes(columns.source->dtype);
+  for (uint32_t r = 0; r < columns.n_runs; r++) {
+    const Run& run = columns.runs[r];
+    for (uint64_t at = 0; at < run.columns * bytes; at += kLine)
+      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(run.address + token * run.stride + at)));
+  }
+}
+
 // Symbols of an anchor's row, and the values that they decode to.
 inline void quantise_anchor(const Columns& columns, const float* scales, const float* __restrict y,
                             uint8_t* __restrict symbols, float* __restrict values) {
@@ -37,7 +48,8 @@ inline void quantise_anchor(const Columns& columns, const float* scales, const f
 }
 
 // anchor(number, symbols) and coded(number, y less its anchor) for every row of a span's tokens [first, last).
-template <class T, class Anchor, class Coded>
+// kBackwards: the next call is for the tokens before these.
+template <class T, bool kBackwards = false, class Anchor, class Coded>
 CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint64_t first, uint64_t last, const Anchor& anchor,
                               const Coded& coded) {
   const cg_source& source = *columns.source;
@@ -46,6 +58,7 @@ CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint6
   alignas(64) uint8_t symbols[kTileColumns];
   const auto read = [&](uint64_t t) {
     const uint64_t token = span.first + t;
+    if (kBackwards && t >= kBlockTokens) prefetch_row(columns, token - kBlockTokens);
     load_row<T>(columns, token == 0 && source.blank ? 1 : token, y);
   };
   const auto read_anchor = [&](uint64_t t) {
@@ -216,7 +229,7 @@ bool symbols_of(const CodeJob& job, uint64_t first, uint64_t last) {
   const uint64_t begin = coded_before(*columns.source, first), a = job.span->ordinary_first, b = job.span->ordinary_last;
   const Fine bins(n_digits);
   bool sound = true;
-  for_each_row<T>(
+  for_each_row<T, true>(
       columns, *job.span, first, last,
       [&](uint64_t i, const uint8_t* row) {
         uint8_t* symbols = job.anchors + i * kTileColumns;
