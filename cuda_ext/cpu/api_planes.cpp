@@ -108,6 +108,9 @@ int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t
   if (source->columns == 0) return CG_OK;
   if (book != nullptr && (!is_book(book) || entries == nullptr || costs == nullptr)) return CG_BAD_ARGUMENT;
   const uint64_t planes = value_bytes(source->dtype), n = source->columns;
+  const SourcePasses& passes = backend->source(source->dtype);
+  int32_t bounds[kMaxSymbols * kGroups];
+  if (book != nullptr) passes.bound_costs(*book, bounds);
   uint64_t tokens = 0;
   for (uint64_t i = 0; i < n_spans; i++) tokens += spans[i].tokens;
   const bool done = for_each_tile<Planes>(*source, longest(spans, n_spans), tokens * n * planes, run->threads,
@@ -129,8 +132,8 @@ int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t
         low = any[k] && k < low ? k : low;
         high = any[k] ? k : high;
       }
-      backend->source(source->dtype).choose(*book, own.counts[p][0], kMaxSymbols, std::min(low, high), high, kTileColumns,
-                                            tokens < kSmallTokens, entries + at, costs + at);
+      passes.choose(*book, bounds, own.counts[p][0], kMaxSymbols, std::min(low, high), high, kTileColumns,
+                    tokens < kSmallTokens, entries + at, costs + at);
     }
   });
   return done ? CG_OK : CG_FAILED;
