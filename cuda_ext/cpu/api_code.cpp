@@ -65,11 +65,14 @@ struct Scratch {
 
 void open_bounds(const Chunk& chunk, uint32_t part, const Columns& columns, Bounds* found) {
   const cg_part& own = chunk.parts[part];
-  found->any = own.low != nullptr;
-  for (uint32_t k = 0; k < chunk.contexts(part) && found->any; k++)
+  found->any = false;
+  const uint8_t last = part < CG_DIGIT_STREAM ? kMaxSymbols - 1 : kDigitZero + 1;
+  for (uint32_t k = 0; k < chunk.contexts(part) && own.low != nullptr; k++)
     for (uint32_t j = 0; j < columns.width; j++) {
-      found->low[k][j] = own.low[k * chunk.source->columns + columns.column[j]];
-      found->high[k][j] = own.high[k * chunk.source->columns + columns.column[j]];
+      const uint64_t at = k * chunk.source->columns + columns.column[j];
+      found->low[k][j] = own.low[at];
+      found->high[k][j] = own.high[at];
+      found->any |= own.low[at] > 0 || own.high[at] < last;
     }
 }
 

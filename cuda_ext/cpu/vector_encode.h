@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "encode_chain.h"
-#include "vector_lookup.h"
 
 namespace cachegen {
 namespace {
@@ -198,10 +197,13 @@ void open_chain(EncodeChain* chain) {
   open_scalar(chain);
   if (chain->status || chain->tile.width != kTileColumns) return;
   chain->turn = V::kWidth - 1;
-  chain->ternary = chain->n_ids == kContexts && Compared<V>::serves(chain->tables, chain->ids, kTileColumns * kContexts);
+  chain->ternary = chain->n_ids == kContexts;
   for (uint32_t i = 0; i < kTileColumns * kContexts && chain->ternary; i++) {
     const uint32_t column = i / kContexts, lane = column / kPerLane ^ chain->turn;
-    chain->kept[column % kPerLane * kContexts + i % kContexts][lane] = Compared<V>::kept(chain->tables, chain->ids[i]);
+    const uint32_t* of = chain->intervals + chain->firsts[i];
+    const uint32_t second = of[0] >> kFrequencyShift, third = second + (of[1] >> kFrequencyShift);
+    chain->ternary = third + (of[2] >> kFrequencyShift) == 1u << chain->tables.prob_bits;
+    chain->kept[column % kPerLane * kContexts + i % kContexts][lane] = second | third << 16;
   }
 }
 

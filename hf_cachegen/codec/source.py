@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -72,11 +73,14 @@ class Section(NamedTuple):
 
 
 @dataclass
-class _Memory:
-    """What chunk after chunk is coded into."""
+class _Memory(threading.local):
+    """What chunk after chunk is coded into. Threads keep it, for the first use of new memory takes long."""
 
     streams: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     exceptions: np.ndarray = field(default_factory=lambda: np.empty(_FIRST_EXCEPTIONS, _EXCEPTION))
+
+
+_MEMORY = _Memory()
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,6 @@ class Source:
     scales: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bfloat16))
     anchors: dict[int, int] = field(default_factory=dict)
     _wide_scales: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    _memory: _Memory = field(default_factory=_Memory)
 
     @classmethod
     def of(cls, target: Target, vectors: Tensor) -> Source | None:
@@ -256,14 +259,14 @@ class Source:
     def _reserve(self, symbols: int, tiles: int) -> None:
         """Make room for streams of so many symbols in so many tiles. What they do not take is never touched."""
         most = 2 * symbols + _HEAD_BYTES * tiles
-        if len(self._memory.streams) < most:
-            self._memory.streams = np.empty(most, np.uint8)
+        if len(_MEMORY.streams) < most:
+            _MEMORY.streams = np.empty(most, np.uint8)
 
     def _code(
         self, name: str, arguments: tuple[object, ...], offsets: np.ndarray, sizes: np.ndarray, statuses: np.ndarray
     ) -> np.ndarray:
         """Call a function that encodes. Return its exceptions."""
-        memory = self._memory
+        memory = _MEMORY
         while True:
             found = memory.exceptions
             out = abi.StreamsOut(
@@ -285,7 +288,7 @@ class Source:
 
     def join(self, sections: Sequence[Section], before: bytes = b"") -> bytes:
         """Return the bytes `before`, then those of these sections."""
-        data, addresses, sizes = self._memory.streams.ctypes.data, [], []
+        data, addresses, sizes = _MEMORY.streams.ctypes.data, [], []
         for head, offsets, own in (Section(before, *np.empty((2, 0), np.int64)), *sections):
             addresses += [np.array([native.address(head)]), data + offsets]
             sizes += [np.array([len(head)]), own]

@@ -88,6 +88,13 @@ def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
     return freq
 
 
+@lru_cache(maxsize=4)
+def _symbol_costs(prob_bits: int) -> Tensor:
+    """Return the cost of a symbol by its frequency, float64 [1 + 2^prob_bits]; 0 for frequency 0."""
+    bits = [0.0, *(prob_bits - math.log2(f) for f in range(1, 1 + (1 << prob_bits)))]
+    return (torch.tensor(bits, dtype=torch.float64) * COST_SCALE).round()
+
+
 class Codebook:
     """Tables, with the costs that the encoder needs to choose among them.
 
@@ -118,8 +125,7 @@ class Codebook:
         exception.
         """
         frequencies, prob_bits = self.tables.frequencies, self.tables.prob_bits
-        bits = [[prob_bits - math.log2(f) if f else 0.0 for f in row] for row in frequencies.tolist()]
-        cost = (torch.tensor(bits, dtype=torch.float64) * COST_SCALE).round()
+        cost = _symbol_costs(prob_bits)[frequencies.long()]
         index = torch.arange(frequencies.shape[1])[None]
         inside = torch.minimum(torch.maximum(index, self.low[:, None]), self.high[:, None])
         cost = cost.gather(1, inside) + (index != inside) * float(EXCEPTION_BITS * COST_SCALE)
