@@ -176,25 +176,30 @@ struct Cheapest {
     allowed = Part{} + Sum(book.first);
     for (uint32_t i = 0; i < kWidth; i++) lane[i] = Sum(i);
   }
-  template <uint32_t kEntries>
+  // kAnyOrder: entries before these may follow.
+  template <bool kAnyOrder = false, uint32_t kEntries>
   CACHEGEN_HD void see(const Sums<Sum, kEntries>& sums, uint32_t first) {
 #pragma GCC unroll 16
     for (uint32_t i = 0; i < kEntries / kWidth; i++) {
       const Part number = lane + Sum(first + i * kWidth);
-      const auto less = ((sums.part[i] < least) | ((sums.part[i] == least) & (number < entry))) & (number >= allowed);
+      auto less = sums.part[i] < least;
+      if (kAnyOrder) less |= (sums.part[i] == least) & (number < entry);
+      less &= number >= allowed;
       least = less ? sums.part[i] : least;
       entry = less ? number : entry;
     }
   }
   void store(uint8_t* found, uint64_t* cost) const {
-    static_assert(kMaxTables == 1 << 8, "an entry is the lowest byte of a key");
-    uint64_t best = UINT64_MAX;
+    Sum sums[kWidth], entries[kWidth], lowest = std::numeric_limits<Sum>::max(), first = kMaxTables;
+    memcpy(sums, &least, sizeof sums);
+    memcpy(entries, &entry, sizeof entries);
+    for (uint32_t i = 0; i < kWidth; i++) lowest = sums[i] < lowest ? sums[i] : lowest;
     for (uint32_t i = 0; i < kWidth; i++) {
-      const uint64_t key = uint64_t(least[i]) << 8 | uint64_t(entry[i]);
-      best = key < best ? key : best;
+      const Sum own = sums[i] == lowest ? entries[i] : Sum(kMaxTables);
+      first = own < first ? own : first;
     }
-    *found = uint8_t(best);
-    *cost = best >> 8;
+    *found = uint8_t(first);
+    *cost = uint64_t(lowest);
   }
 };
 
@@ -248,12 +253,12 @@ void cheapest_bounded(const cg_costs& book, const int32_t* bounds, const uint32_
   uint32_t lowest = book.first / kGroup;
   for (uint32_t g = lowest + 1; g < groups; g++) lowest = bound[g] < bound[lowest] ? g : lowest;
   Cheapest<Sum> best(book);
-  best.see(sums_of<Sum>(book.costs + lowest * kGroup, book.entries, list, seen), lowest * kGroup);
+  best.template see<true>(sums_of<Sum>(book.costs + lowest * kGroup, book.entries, list, seen), lowest * kGroup);
   best.store(entry, cost);
   const Sum most = Sum(*cost);
   for (uint32_t g = book.first / kGroup; g < groups; g++)
     if (g != lowest && bound[g] <= most)
-      best.see(sums_of<Sum>(book.costs + g * kGroup, book.entries, list, seen), g * kGroup);
+      best.template see<true>(sums_of<Sum>(book.costs + g * kGroup, book.entries, list, seen), g * kGroup);
   best.store(entry, cost);
 }
 

@@ -25,17 +25,6 @@ void load_row(const Columns& columns, uint64_t token, float* __restrict y) {
   }
 }
 
-// Asks for a row before it is loaded: rows are coded from the last one on, which the hardware does not foresee.
-CACHEGEN_HD void prefetch_row(const Columns& columns, uint64_t token) {
-  constexpr uint64_t kLine = 64;
-  const uint64_t bytes = value_bytes(columns.source->dtype);
-  for (uint32_t r = 0; r < columns.n_runs; r++) {
-    const Run& run = columns.runs[r];
-    for (uint64_t at = 0; at < run.columns * bytes; at += kLine)
-      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(run.address + token * run.stride + at)));
-  }
-}
-
 // Symbols of an anchor's row, and the values that they decode to.
 inline void quantise_anchor(const Columns& columns, const float* scales, const float* __restrict y,
                             uint8_t* __restrict symbols, float* __restrict values) {
