@@ -37,7 +37,7 @@ inline void open_columns(const cg_source& source, const uint32_t* list, uint64_t
   }
 }
 
-// Asks for a row before it is loaded: rows are coded from the last one on, which the hardware does not foresee.
+// Asks for a row before it is loaded: the hardware does not foresee another page, nor rows that are coded from the last one on.
 CACHEGEN_HD void prefetch_row(const Columns& columns, uint64_t token) {
   constexpr uint64_t kLine = 64;
   const uint64_t bytes = value_bytes(columns.source->dtype);

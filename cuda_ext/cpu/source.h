@@ -40,7 +40,7 @@ constexpr uint32_t kRowsTogether = 4;
 
 // anchor(number, symbols) and coded(number, y less its anchor) for every row of a span's tokens [first, last). The last
 // kRowsTogether coded rows stay where they are.
-// kBackwards: the next call is for the tokens before these.
+// kBackwards: the next call is for the tokens before these, and not for those behind.
 template <class T, bool kBackwards = false, class Anchor, class Coded>
 CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint64_t first, uint64_t last, const Anchor& anchor,
                               const Coded& coded) {
@@ -51,7 +51,8 @@ CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint6
   float* y = buffers[0];
   const auto read = [&](uint64_t t) {
     const uint64_t token = span.first + t;
-    if (kBackwards && t >= kBlockTokens) prefetch_row(columns, token - kBlockTokens);
+    const uint64_t ahead = kBackwards ? t - kBlockTokens : t + kBlockTokens;
+    if (ahead < span.tokens) prefetch_row(columns, span.first + ahead);
     load_row<T>(columns, token == 0 && source.blank ? 1 : token, y);
   };
   alignas(64) float anchor_row[kTileColumns];
