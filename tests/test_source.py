@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -202,3 +204,41 @@ def test_fitting_reads_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "_with_entries", lambda *_: pytest.fail("the passes over rows ran"))
     for transform in ("delta", "identity"):
         encode_kv(*[drawn(6, torch.bfloat16, (1, 2, 90, 64))] * 2, CacheGenConfig(transform=transform, measure=False))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 3 << 20])
+def test_pieces_of_memory_are_joined(size: int) -> None:
+    data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    ends = np.array([0, size // 3, size // 3, size])  # one piece is empty
+    assert native.joined(data.ctypes.data + ends[:-1], np.diff(ends)) == data.tobytes()
+
+
+def test_two_threads_encode_two_contexts() -> None:
+    contexts = [drawn(seed, torch.bfloat16, (1, 4, 40, 64)) for seed in (4, 5)]
+    config = CacheGenConfig(transform="identity", chunk_tokens=8)
+    alone = [encoded(x, config, twin=False).parts for x in contexts]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda x: encoded(x, config, twin=False).parts, contexts * 4))
+    assert together == alone * 4
+
+
+def test_the_first_of_the_cheapest_tables_is_chosen() -> None:
+    """Of 64 entries, those of the last three groups of 16 are copies of the first one, whatever a symbol costs."""
+    x = drawn(6, torch.bfloat16, (1, 1, 200, 32))
+    layers, n, parts = Target.layers(x), 128, 1
+    source = Source.of(layers, torch.arange(4).repeat_interleave(32))
+    assert source is not None
+    costs = torch.randint(1, 1 << 12, (256, 16), dtype=torch.int32).repeat(1, 4).contiguous()
+    span, book = (abi.Span * 1)(abi.Span(0, 200, 0, 200, 0)), abi.Costs(costs.data_ptr(), 64, 1)
+    entries, found = torch.empty(parts, n, dtype=torch.uint8), torch.empty(parts, n, dtype=torch.int64)
+    refused, none = ctypes.c_uint32(), torch.empty(0, dtype=torch.uint8)
+    means, steps = torch.zeros(n), torch.full((n,), 0.1)
+    arguments = (0, book, None, entries, found, ctypes.byref(refused), none, 0, torch.empty(0, dtype=torch.int64))
+    native.call("cg_choose", source._view(means, steps), span, 1, *arguments)
+    symbols = (torch.cat([y[0, 0] for y in x], 1).float() / 0.1).round().long() + 128
+    assert symbols.min() >= 0
+    assert symbols.max() <= 255
+    sums = torch.stack([costs.long()[symbols[:, c]].sum(0) for c in range(n)])
+    sums[:, 0] = sums.max() + 1  # entries before the first are not chosen
+    assert torch.equal(found[0], sums.min(1).values)
+    assert torch.equal(entries[0].long(), sums.argmin(1))

@@ -23,13 +23,14 @@ struct Encoding {
   std::unique_ptr<uint8_t[]> words;
 };
 
-int32_t encode_tile(const Backend& backend, const cg_section& section, const Tables& tables, const Tile& tile,
-                    const uint8_t* symbols, Encoding* memory, uint8_t* slot_end, uint64_t* stream_bytes) {
+int32_t encode_tile(const Backend& backend, const cg_section& section, const Tables& tables, const uint32_t* intervals,
+                    const Tile& tile, const uint8_t* symbols, Encoding* memory, uint8_t* slot_end, uint64_t* stream_bytes) {
   *stream_bytes = 0;
-  if (memory == nullptr || !memory->words) return CG_FAILED;
+  if (memory == nullptr || !memory->words || intervals == nullptr) return CG_FAILED;
   if (const int32_t status = check_tile(section, tables, tile)) return status;
   EncodeChain* chain = &memory->chain;
   chain->tables = tables;
+  chain->intervals = intervals;
   chain->ids = section.table_ids + tile.first_column * section.ids_per_column;
   chain->n_ids = uint32_t(section.ids_per_column);
   chain->tile = tile;
@@ -66,12 +67,13 @@ int32_t cg_encode(const cg_section* section, const uint8_t* symbols, uint8_t* sl
   if (tiles == 0) return CG_OK;
   if (slots == nullptr || tile_bytes == nullptr || tile_status == nullptr) return CG_BAD_ARGUMENT;
   if (slots_bytes % stride != 0 || slots_bytes / stride != tiles) return CG_BAD_ARGUMENT;
+  const Intervals intervals = intervals_of(tables);
   for_each_with<Encoding>(
       tiles, section->tokens * section->columns, run->threads,
       [&](Encoding* memory) { memory->words.reset(new (std::nothrow) uint8_t[chain_bytes(section->tokens)]); },
       [&](uint64_t i, Encoding* memory) {
-        tile_status[i] = encode_tile(*backend, *section, tables, tile_at(i, section->columns), symbols, memory,
-                                     slots + (i + 1) * stride, &tile_bytes[i]);
+        tile_status[i] = encode_tile(*backend, *section, tables, intervals.get(), tile_at(i, section->columns), symbols,
+                                     memory, slots + (i + 1) * stride, &tile_bytes[i]);
       });
   return CG_OK;
 }

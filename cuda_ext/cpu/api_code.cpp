@@ -31,6 +31,7 @@ struct Chunk {
   const cg_part* parts;
   cg_streams_out* out;
   Tables tables[kMaxParts];
+  Intervals intervals[kMaxParts];
   uint64_t tiles;
   std::mutex guard;  // of what follows
   uint64_t used = 0, exceptions = 0;
@@ -64,11 +65,14 @@ struct Scratch {
 
 void open_bounds(const Chunk& chunk, uint32_t part, const Columns& columns, Bounds* found) {
   const cg_part& own = chunk.parts[part];
-  found->any = own.low != nullptr;
-  for (uint32_t k = 0; k < chunk.contexts(part) && found->any; k++)
+  found->any = false;
+  const uint8_t last = part < CG_DIGIT_STREAM ? kMaxSymbols - 1 : kDigitZero + 1;
+  for (uint32_t k = 0; k < chunk.contexts(part) && own.low != nullptr; k++)
     for (uint32_t j = 0; j < columns.width; j++) {
-      found->low[k][j] = own.low[k * chunk.source->columns + columns.column[j]];
-      found->high[k][j] = own.high[k * chunk.source->columns + columns.column[j]];
+      const uint64_t at = k * chunk.source->columns + columns.column[j];
+      found->low[k][j] = own.low[at];
+      found->high[k][j] = own.high[at];
+      found->any |= own.low[at] > 0 || own.high[at] < last;
     }
 }
 
@@ -79,6 +83,7 @@ EncodeChain* open_chain(const Chunk& chunk, const Piece& piece, Scratch& scratch
   const uint32_t part = part_of(stream);
   EncodeChain* chain = &scratch.chains[stream];
   chain->tables = chunk.tables[part];
+  chain->intervals = chunk.intervals[part].get();
   chain->n_ids = chunk.contexts(part);
   chain->ids = chunk.parts[part].table_ids + piece.first * chain->n_ids;
   chain->tile = tile_at(0, piece.width);
@@ -211,6 +216,7 @@ int32_t cg_code(const cg_source* source, const cg_span* span, uint32_t n_digits,
     if (!chunk.has(part)) continue;
     if (!is_part(*source, parts[part])) return CG_BAD_ARGUMENT;
     if (!open_tables(parts[part].tables, parts[part].tables_bytes, &chunk.tables[part])) return CG_BAD_TABLES;
+    if (!(chunk.intervals[part] = intervals_of(chunk.tables[part]))) return CG_FAILED;
   }
   if (!are_streams(*out)) return CG_BAD_ARGUMENT;
   std::atomic<bool> failed{false};

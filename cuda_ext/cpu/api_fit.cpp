@@ -98,6 +98,8 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
   const bool small = all / n < kSmallTokens;
   const SourcePasses& passes = backend->source(source->dtype);
   std::atomic<uint32_t> bad{0}, failed{0};
+  int32_t bounds[kMaxSymbols * kGroups];
+  passes.bound_costs(*values, bounds);
   for_each_with<Counter>(
       tiles, all, run->threads, [&](Counter* counter) { passes.clear(counter, true); },
       [&](uint64_t tile, Counter* counter) {
@@ -114,7 +116,7 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
         const auto choose = [&](uint64_t part, const cg_costs& book, const uint32_t* counts, uint32_t bins, uint32_t low,
                                 uint32_t high) {
           const uint64_t at = part * n + first;
-          passes.choose(book, counts, bins, low, high, uint32_t(width), small, entries + at, costs + at);
+          passes.choose(book, &book == values ? bounds : nullptr, counts, bins, low, high, uint32_t(width), small, entries + at, costs + at);
           for (uint64_t k = 0; k < n_others; k++)
             for (uint64_t j = 0; j < width; j++) {
               const uint64_t other = k * parts * n + at + j;

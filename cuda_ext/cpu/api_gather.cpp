@@ -1,4 +1,4 @@
-// Copies pieces of memory side by side with several threads: what brings coded bytes into pinned memory.
+// Copies pieces of memory side by side with several threads: what brings coded bytes together, and into pinned memory.
 #include <string.h>
 
 #include <vector>
@@ -9,6 +9,9 @@
 #if CACHEGEN_X86
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 using namespace cachegen;
 
@@ -17,7 +20,7 @@ namespace {
 constexpr uint64_t kShare = 1 << 18;  // bytes that a thread copies at a time
 constexpr uint64_t kBytesPerSymbol = 4;  // of a copy, in the time of decoding a symbol
 
-// The host does not read pinned memory again, so the bytes pass the caches by and leave the caller's data there.
+// The host rarely reads these bytes soon, so they pass the caches by and leave the caller's data there.
 void copy(uint8_t* to, const uint8_t* from, uint64_t bytes) {
 #if CACHEGEN_X86
   constexpr uint64_t kVector = sizeof(__m128i), kLine = 4 * kVector;
@@ -34,6 +37,15 @@ void copy(uint8_t* to, const uint8_t* from, uint64_t bytes) {
 #endif
 }
 
+// The first write to each page of new memory interrupts the program, so pages should be large.
+void use_large_pages(uint8_t* to, uint64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t first = (uintptr_t(to) + kPage - 1) / kPage * kPage, last = (uintptr_t(to) + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 int32_t cg_gather(const cg_piece* pieces, uint64_t count, uint8_t* to, uint64_t bytes, const cg_run* run) noexcept {
@@ -46,6 +58,7 @@ int32_t cg_gather(const cg_piece* pieces, uint64_t count, uint8_t* to, uint64_t 
     total += piece.bytes;
     shares += (piece.bytes - 1) / kShare + 1;
   }
+  use_large_pages(to, bytes);
   std::vector<cg_piece> cut;
   try {
     cut.reserve(shares);

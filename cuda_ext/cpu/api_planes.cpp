@@ -57,11 +57,12 @@ void split(const Backend& backend, const Columns& columns, uint64_t first, uint6
 }
 
 void count(const uint8_t* bytes, uint64_t tokens, uint32_t (*counts)[kMaxSymbols]) {
-  for (uint32_t strip = 0; strip < kTileColumns; strip += kStrip)  // whose counters stay in the nearest cache
+  constexpr uint32_t kTogether = 16;  // columns whose counters stay in the nearest cache
+  for (uint32_t strip = 0; strip < kTileColumns; strip += kTogether)
     for (uint64_t t = 0; t < tokens; t++) {
       const uint8_t* row = bytes + t * kTileColumns + strip;
-#pragma GCC unroll 32
-      for (uint32_t c = 0; c < kStrip; c++) counts[strip + c][row[c]]++;
+#pragma GCC unroll 16
+      for (uint32_t c = 0; c < kTogether; c++) counts[strip + c][row[c]]++;
     }
 }
 
@@ -108,6 +109,9 @@ int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t
   if (source->columns == 0) return CG_OK;
   if (book != nullptr && (!is_book(book) || entries == nullptr || costs == nullptr)) return CG_BAD_ARGUMENT;
   const uint64_t planes = value_bytes(source->dtype), n = source->columns;
+  const SourcePasses& passes = backend->source(source->dtype);
+  int32_t bounds[kMaxSymbols * kGroups];
+  if (book != nullptr) passes.bound_costs(*book, bounds);
   uint64_t tokens = 0;
   for (uint64_t i = 0; i < n_spans; i++) tokens += spans[i].tokens;
   const bool done = for_each_tile<Planes>(*source, longest(spans, n_spans), tokens * n * planes, run->threads,
@@ -129,8 +133,8 @@ int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t
         low = any[k] && k < low ? k : low;
         high = any[k] ? k : high;
       }
-      backend->source(source->dtype).choose(*book, own.counts[p][0], kMaxSymbols, std::min(low, high), high, kTileColumns,
-                                            tokens < kSmallTokens, entries + at, costs + at);
+      passes.choose(*book, bounds, own.counts[p][0], kMaxSymbols, std::min(low, high), high, kTileColumns,
+                    tokens < kSmallTokens, entries + at, costs + at);
     }
   });
   return done ? CG_OK : CG_FAILED;
@@ -148,12 +152,15 @@ int32_t cg_code_planes(const cg_source* source, const cg_span* span, const cg_pa
   if ((part->low == nullptr) != (part->high == nullptr) || !are_streams(*out)) return CG_BAD_ARGUMENT;
   Tables tables;
   if (!open_tables(part->tables, part->tables_bytes, &tables)) return CG_BAD_TABLES;
+  const Intervals intervals = intervals_of(tables);
+  if (!intervals) return CG_FAILED;
   std::mutex guard;  // of used and n_exceptions
   const bool done = for_each_tile<Coding>(*source, span->tokens, span->tokens * n * planes, run->threads,
                                           [&](uint64_t tile, Coding& own) {
     for (uint64_t p = 0; p < planes; p++) {
       EncodeChain& chain = own.chains[p];
       chain.tables = tables;
+      chain.intervals = intervals.get();
       chain.ids = part->table_ids + p * n + tile * kTileColumns;
       chain.n_ids = 1;
       chain.tile = tile_at(0, kTileColumns);
@@ -162,6 +169,7 @@ int32_t cg_code_planes(const cg_source* source, const cg_span* span, const cg_pa
     }
     for (uint64_t last = span->tokens, from; last > 0; last = from) {
       from = (last - 1) / kBlockTokens * kBlockTokens;
+      for (uint64_t t = from - std::min(from, kBlockTokens); t < from; t++) prefetch_row(own.columns, span->first + t);
       split(*backend, own.columns, span->first + from, last - from, own.bytes[0][0], sizeof own.bytes[0]);
       for (uint64_t p = 0; p < planes; p++) {
         const uint64_t first = p * n + tile * kTileColumns;

@@ -65,8 +65,9 @@ struct SourcePasses {
   bool (*fine)(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, int16_t* fine,
                double* squares);
   void (*clear)(Counter* counter, bool all);
-  // For `width` columns, whose counts are `stride` apart; small: sums are below 2^31.
-  void (*choose)(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+  void (*bound_costs)(const cg_costs& book, int32_t* bounds);  // [kMaxSymbols, kGroups], of a book of so many symbols
+  // For `width` columns, whose counts are `stride` apart; small: sums are below 2^31. bounds may be NULL for few symbols.
+  void (*choose)(const cg_costs& book, const int32_t* bounds, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
                  bool small, uint8_t* entries, uint64_t* costs);
 };
 

@@ -129,9 +129,10 @@ void count_rows(Counter* counter, uint32_t width, const Fine& fine) {
   counter->rows = 0;
 }
 
-constexpr uint32_t kTogether = 32;    // entries whose sums stay in registers
-constexpr uint32_t kPair = 2;         // columns that share the costs which are loaded
-constexpr uint32_t kNarrow = 16;      // symbols of which a list is not worth making
+constexpr uint32_t kTogether = 32;  // entries whose sums stay in registers
+constexpr uint32_t kPair = 2;       // columns that share the costs which are loaded
+constexpr uint32_t kNarrow = 16;    // symbols of which a list is not worth making
+static_assert(kGroups == kGroup, "the bounds of all groups are summed as costs of a group are");
 
 struct Seen {
   uint32_t symbol, count;
@@ -143,11 +144,11 @@ struct Seen {
 #endif
 constexpr uint32_t kVectorBytes = CACHEGEN_VECTOR_BYTES;
 
-// Sums of kTogether entries' costs. Vectors, for compilers leave an array in memory; those that are wider than the
+// Sums of some entries' costs. Vectors, for compilers leave an array in memory; those that are wider than the
 // machine's are ten times as slow.
-template <class Sum>
+template <class Sum, uint32_t kEntries>
 struct Sums {
-  static constexpr uint32_t kWidth = kVectorBytes / sizeof(Sum), kParts = kTogether / kWidth;
+  static constexpr uint32_t kWidth = kVectorBytes / sizeof(Sum), kParts = kEntries / kWidth;
   typedef int32_t Costs __attribute__((vector_size(kWidth * sizeof(int32_t))));
   typedef Sum Part __attribute__((vector_size(kVectorBytes)));
   Part part[kParts] = {};
@@ -165,8 +166,8 @@ struct Sums {
 // The cheapest of the entries so far from book.first on, lane by lane.
 template <class Sum>
 struct Cheapest {
-  using Part = typename Sums<Sum>::Part;
-  static constexpr uint32_t kWidth = Sums<Sum>::kWidth, kParts = Sums<Sum>::kParts;
+  using Part = typename Sums<Sum, kTogether>::Part;
+  static constexpr uint32_t kWidth = Sums<Sum, kTogether>::kWidth;
   Part least, entry, lane, allowed;
 
   explicit CACHEGEN_HD Cheapest(const cg_costs& book) {
@@ -175,47 +176,102 @@ struct Cheapest {
     allowed = Part{} + Sum(book.first);
     for (uint32_t i = 0; i < kWidth; i++) lane[i] = Sum(i);
   }
-  CACHEGEN_HD void see(const Sums<Sum>& sums, uint32_t first) {
+  // kAnyOrder: entries before these may follow.
+  template <bool kAnyOrder = false, uint32_t kEntries>
+  CACHEGEN_HD void see(const Sums<Sum, kEntries>& sums, uint32_t first) {
 #pragma GCC unroll 16
-    for (uint32_t i = 0; i < kParts; i++) {
+    for (uint32_t i = 0; i < kEntries / kWidth; i++) {
       const Part number = lane + Sum(first + i * kWidth);
-      const auto less = (sums.part[i] < least) & (number >= allowed);
+      auto less = sums.part[i] < least;
+      if (kAnyOrder) less |= (sums.part[i] == least) & (number < entry);
+      less &= number >= allowed;
       least = less ? sums.part[i] : least;
       entry = less ? number : entry;
     }
   }
   void store(uint8_t* found, uint64_t* cost) const {
-    static_assert(kMaxTables == 1 << 8, "an entry is the lowest byte of a key");
-    uint64_t best = UINT64_MAX;
+    Sum sums[kWidth], entries[kWidth], lowest = std::numeric_limits<Sum>::max(), first = kMaxTables;
+    memcpy(sums, &least, sizeof sums);
+    memcpy(entries, &entry, sizeof entries);
+    for (uint32_t i = 0; i < kWidth; i++) lowest = sums[i] < lowest ? sums[i] : lowest;
     for (uint32_t i = 0; i < kWidth; i++) {
-      const uint64_t key = uint64_t(least[i]) << 8 | uint64_t(entry[i]);
-      best = key < best ? key : best;
+      const Sum own = sums[i] == lowest ? entries[i] : Sum(kMaxTables);
+      first = own < first ? own : first;
     }
-    *found = uint8_t(best);
-    *cost = best >> 8;
+    *found = uint8_t(first);
+    *cost = uint64_t(lowest);
   }
 };
 
-// kBlocks times kTogether entries, for a column's listed symbols.
-template <uint32_t kBlocks, class Sum>
-void see_listed(const cg_costs& book, const Seen* list, uint32_t seen, uint32_t first, Cheapest<Sum>* best) {
-  Sums<Sum> sums[kBlocks];
-  for (uint32_t i = 0; i < seen; i++)
-#pragma GCC unroll 2
-    for (uint32_t b = 0; b < kBlocks; b++)
-      sums[b].add(book.costs + list[i].symbol * book.entries + first + b * kTogether, list[i].count);
-  for (uint32_t b = 0; b < kBlocks; b++) best->see(sums[b], first + b * kTogether);
+// Lower bounds of the costs of each group's entries that may be chosen, [kMaxSymbols, kGroups].
+void bound_costs(const cg_costs& book, int32_t* bounds) {
+  for (uint32_t k = 0; k < kMaxSymbols; k++)
+    for (uint32_t g = 0; g < kGroups; g++) {
+      int32_t least = std::numeric_limits<int32_t>::max();
+      for (uint32_t e = g * kGroup; e < (g + 1) * kGroup && e < book.entries; e++) {
+        const int32_t cost = book.costs[k * book.entries + e];
+        least = e >= book.first && cost < least ? cost : least;
+      }
+      bounds[k * kGroups + g] = least == std::numeric_limits<int32_t>::max() ? 0 : least;
+    }
+}
+
+// Lists the symbols that occur; most do not, and are passed over eight at a time.
+inline uint32_t list_of(const uint32_t* counts, uint32_t low, uint32_t high, Seen* list) {
+  constexpr uint32_t kStep = 8;
+  uint32_t seen = 0;
+  for (uint32_t k = low / kStep * kStep; k <= high; k += kStep) {
+    uint64_t some[kStep / 2];
+    memcpy(some, counts + k, sizeof some);
+    if ((some[0] | some[1] | some[2] | some[3]) == 0) continue;
+#pragma GCC unroll 8
+    for (uint32_t i = k; i < k + kStep; i++) {
+      list[seen] = {i, counts[i]};
+      seen += counts[i] > 0;
+    }
+  }
+  return seen;
+}
+
+template <class Sum>
+Sums<Sum, kGroup> sums_of(const int32_t* costs, uint64_t stride, const Seen* list, uint32_t seen) {
+  Sums<Sum, kGroup> sums;
+  for (uint32_t i = 0; i < seen; i++) sums.add(costs + list[i].symbol * stride, list[i].count);
+  return sums;
+}
+
+// The cheapest entry of a column of many symbols. Few groups of entries have a bound below the cost of that with the lowest one.
+template <class Sum>
+void cheapest_bounded(const cg_costs& book, const int32_t* bounds, const uint32_t* counts, uint32_t low, uint32_t high,
+                      uint8_t* entry, uint64_t* cost) {
+  Seen list[kMaxSymbols + 1];
+  const uint32_t seen = list_of(counts, low, high, list);
+  Sum bound[kGroups];
+  const auto found = sums_of<Sum>(bounds, kGroups, list, seen);
+  memcpy(bound, &found, sizeof bound);
+  const uint32_t groups = book.entries / kGroup;
+  uint32_t lowest = book.first / kGroup;
+  for (uint32_t g = lowest + 1; g < groups; g++) lowest = bound[g] < bound[lowest] ? g : lowest;
+  Cheapest<Sum> best(book);
+  best.template see<true>(sums_of<Sum>(book.costs + lowest * kGroup, book.entries, list, seen), lowest * kGroup);
+  best.store(entry, cost);
+  const Sum most = Sum(*cost);
+  for (uint32_t g = book.first / kGroup; g < groups; g++)
+    if (g != lowest && bound[g] <= most)
+      best.template see<true>(sums_of<Sum>(book.costs + g * kGroup, book.entries, list, seen), g * kGroup);
+  best.store(entry, cost);
 }
 
 // The last entries, fewer than kTogether.
 template <class Sum>
 void see_rest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32_t high, uint32_t first, Cheapest<Sum>* best) {
-  Sums<Sum> sums;
+  Sums<Sum, kTogether> sums;
+  constexpr uint32_t kWidth = Cheapest<Sum>::kWidth;
   for (uint32_t e = 0; e < kTogether; e++) {
     Sum sum = 0;
     for (uint32_t k = low; k <= high && first + e < book.entries; k++)
       sum += Sum(counts[k]) * book.costs[k * book.entries + first + e];
-    sums.part[e / Sums<Sum>::kWidth][e % Sums<Sum>::kWidth] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
+    sums.part[e / kWidth][e % kWidth] = first + e < book.entries ? sum : std::numeric_limits<Sum>::max();
   }
   best->see(sums, first);
 }
@@ -224,22 +280,10 @@ void see_rest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32
 template <class Sum>
 void cheapest(const cg_costs& book, const uint32_t* const* counts, uint32_t low, uint32_t high, uint8_t* entries,
               uint64_t* costs) {
-  const bool listed = high - low >= kNarrow && book.entries > kTogether;
   Cheapest<Sum> best[kPair] = {Cheapest<Sum>(book), Cheapest<Sum>(book)};
   uint32_t first = 0;
-  for (uint32_t j = 0; j < kPair && listed; j++) {
-    Seen list[kMaxSymbols];
-    uint32_t seen = 0;
-    for (uint32_t k = low; k <= high; k++) {
-      list[seen] = {k, counts[j][k]};
-      seen += counts[j][k] > 0;
-    }
-    for (first = 0; book.entries - first >= 2 * kTogether; first += 2 * kTogether)
-      see_listed<2>(book, list, seen, first, &best[j]);
-    for (; book.entries - first >= kTogether; first += kTogether) see_listed<1>(book, list, seen, first, &best[j]);
-  }
   for (; book.entries - first >= kTogether; first += kTogether) {
-    Sums<Sum> sums[kPair];
+    Sums<Sum, kTogether> sums[kPair];
     for (uint32_t k = low; k <= high; k++)
 #pragma GCC unroll 2
       for (uint32_t j = 0; j < kPair; j++) sums[j].add(book.costs + k * book.entries + first, counts[j][k]);
@@ -251,8 +295,14 @@ void cheapest(const cg_costs& book, const uint32_t* const* counts, uint32_t low,
   }
 }
 
-void choose(const cg_costs& book, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
-            bool small, uint8_t* entries, uint64_t* costs) {
+void choose(const cg_costs& book, const int32_t* bounds, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high,
+            uint32_t width, bool small, uint8_t* entries, uint64_t* costs) {
+  if (high - low >= kNarrow && book.entries > kTogether && book.entries % kGroup == 0) {
+    for (uint32_t j = 0; j < width; j++)
+      (small ? cheapest_bounded<int32_t> : cheapest_bounded<int64_t>)(book, bounds, counts + j * stride, low, high, entries + j,
+                                                                      costs + j);
+    return;
+  }
   for (uint32_t j = 0; j < width; j += kPair) {
     const uint32_t* own[kPair];
     uint8_t found[kPair];

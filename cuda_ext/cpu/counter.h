@@ -9,6 +9,9 @@ constexpr uint32_t kStrip = 32;                  // columns whose fine symbols a
 constexpr uint32_t kFineBins = 9 * kMaxSymbols;  // of two digits
 constexpr uint32_t kCountedRows = 512;           // below 2^16, which `seen` holds
 
+constexpr uint32_t kGroup = 16;  // entries of a book with one lower bound
+constexpr uint32_t kGroups = kMaxTables / kGroup;
+
 struct Counter {
   uint32_t rows, refused;
   uint32_t low, high;                // base symbols in use, of any column

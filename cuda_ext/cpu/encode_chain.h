@@ -4,6 +4,9 @@
 // order in which they are given, and store_stream() turns them round.
 #pragma once
 
+#include <memory>
+#include <new>
+
 #include "../core/chunk.h"
 #include "../core/tables.h"
 #include "backend.h"
@@ -11,15 +14,17 @@
 namespace cachegen {
 
 constexpr uint32_t kPerLane = kTileColumns / kLanes;  // of a whole tile
-constexpr uint32_t kNearSymbols = 16;                 // around zero, whose frequencies every lane keeps
+constexpr uint32_t kNearBits = 3, kNearSymbols = 1 << kNearBits;  // around zero, whose intervals every lane keeps
 constexpr uint32_t kSpareBytes = 64;                  // behind the words, which a vector of them may reach
 
 // A quotient of floats below 2^21 becomes too small by less than one: three roundings, of 2^-24 each, and this factor.
 constexpr float kBelow = 1 - 0x1p-22f;
 
 struct alignas(64) EncodeChain {
-  // Set before open_chain: the tile's table ids, [width, n_ids], and memory of chain_bytes().
+  // Set before open_chain: the tables and their intervals_of(), the tile's table ids, [width, n_ids], and memory of
+  // chain_bytes().
   Tables tables;
+  const uint32_t* intervals;
   const uint8_t* ids;
   uint32_t n_ids;
   Tile tile;
@@ -31,12 +36,13 @@ struct alignas(64) EncodeChain {
   uint8_t* at;
   int32_t status;  // a value of cg_status; chains of bad ids must not be encoded
   bool ternary;   // all tables have three symbols alone
-  uint32_t near;  // how many symbols `kept` has
+  bool near;      // `kept` has intervals
   uint32_t turn;  // lane i's state is state[i ^ turn]
   alignas(64) uint32_t state[kLanes];
-  const SymbolEntry* rows[kTileColumns * kContexts];
-  // Of each column of a lane. By symbol: start, and frequency << 16. By context, of ternary tables: start of the second symbol,
-  // and of the third << 16.
+  uint32_t firsts[kTileColumns * kContexts];  // the first entries of the tile's tables, among all
+  alignas(64) uint32_t copied[2][kPerLane][kLanes];  // intervals of two rows
+  // Of each column of a lane. By symbol: its interval. By context, of ternary tables: start of the second symbol, and of the
+  // third << 16.
   alignas(64) uint32_t kept[kPerLane * kNearSymbols][kLanes];
 
   uint64_t bytes() const { return tile.head_bytes() + uint64_t(at - words); }
@@ -44,6 +50,11 @@ struct alignas(64) EncodeChain {
 
 // The most that the words of so many rows take.
 inline uint64_t chain_bytes(uint64_t rows) { return slot_bytes(rows) + kSpareBytes; }
+
+// Every symbol's interval in its table, [n_tables, 256]: start, and frequency << 16. NULL without memory.
+constexpr uint32_t kFrequencyShift = 16;
+using Intervals = std::unique_ptr<uint32_t[]>;
+Intervals intervals_of(const Tables& tables);
 
 // Any tile, one symbol at a time; the vector back-ends leave narrow tiles to these.
 void open_scalar(EncodeChain* chain);

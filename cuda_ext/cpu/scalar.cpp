@@ -49,7 +49,8 @@ void encode_tokens(EncodeChain& chain, uint64_t rows) {
     for (uint32_t c = tile.per_lane; c-- > 0;) {
       for (uint32_t lane = tile.active(c); lane-- > 0;) {
         const uint32_t column = lane * tile.per_lane + c;
-        const SymbolEntry& entry = chain.rows[kIds == 1 ? column : column * kIds + contexts[column]][symbols[column]];
+        const uint32_t which = kIds == 1 ? column : column * kIds + contexts[column];
+        const SymbolEntry& entry = chain.tables.symbols[chain.firsts[which] + symbols[column]];
         uint32_t x = chain.state[lane];
         // A word is always stored, and kept only if the state must give it. At most one per symbol: the memory holds it.
         const bool full = x >= entry.limit;
@@ -80,13 +81,26 @@ void decode_scalar(const cg_section& section, const Tables& tables, const Decode
   *job.status = decoder.finish(job.tile);
 }
 
+Intervals intervals_of(const Tables& tables) {
+  const uint32_t n = tables.n_tables * kMaxSymbols, total = 1u << tables.prob_bits;
+  Intervals found(new (std::nothrow) uint32_t[n]);
+  for (uint32_t i = 0; i < n && found; i++) {
+    const SymbolEntry& entry = tables.symbols[i];
+    const uint32_t frequency = entry.limit >> (kStateBits - tables.prob_bits);
+    found[i] = (entry.bias - (frequency == 1 ? total - 1 : 0)) | frequency << kFrequencyShift;  // see symbol_entry()
+  }
+  return found;
+}
+
 void open_scalar(EncodeChain* chain) {
   chain->at = chain->words;
   chain->ternary = false;
   chain->status = check_ids(chain->tables, chain->ids, chain->tile.width * chain->n_ids);
-  chain->near = chain->turn = 0;
+  chain->near = false;
+  chain->turn = 0;
   for (uint32_t& x : chain->state) x = kMinState;
-  for (uint32_t i = 0; i < chain->tile.width * chain->n_ids && chain->status == CG_OK; i++) chain->rows[i] = chain->tables.symbols_of(chain->ids[i]);
+  for (uint32_t i = 0; i < chain->tile.width * chain->n_ids && chain->status == CG_OK; i++)
+    chain->firsts[i] = chain->ids[i] * kMaxSymbols;
 }
 
 void encode_rows_scalar(EncodeChain* chain, uint64_t rows) {

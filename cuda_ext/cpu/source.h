@@ -36,19 +36,28 @@ inline void quantise_anchor(const Columns& columns, const float* scales, const f
   }
 }
 
-// anchor(number, symbols) and coded(number, y less its anchor) for every row of a span's tokens [first, last).
-template <class T, class Anchor, class Coded>
+constexpr uint32_t kRowsTogether = 4;
+
+// anchor(number, symbols) and coded(number, y less its anchor) for every row of a span's tokens [first, last). The last
+// kRowsTogether coded rows stay where they are.
+// kBackwards: the next call is for the tokens before these, and not for those behind.
+template <class T, bool kBackwards = false, class Anchor, class Coded>
 CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint64_t first, uint64_t last, const Anchor& anchor,
                               const Coded& coded) {
   const cg_source& source = *columns.source;
   const uint64_t group = source.group_tokens;
-  alignas(64) float y[kTileColumns], value[kTileColumns];
+  alignas(64) float buffers[kRowsTogether][kTileColumns], value[kTileColumns];
   alignas(64) uint8_t symbols[kTileColumns];
+  float* y = buffers[0];
   const auto read = [&](uint64_t t) {
     const uint64_t token = span.first + t;
+    const uint64_t ahead = kBackwards ? t - kBlockTokens : t + kBlockTokens;
+    if (ahead < span.tokens) prefetch_row(columns, span.first + ahead);
     load_row<T>(columns, token == 0 && source.blank ? 1 : token, y);
   };
+  alignas(64) float anchor_row[kTileColumns];
   const auto read_anchor = [&](uint64_t t) {
+    y = anchor_row;
     read(t);
     quantise_anchor(columns, source.scales + (span.anchor + t / group) * source.n_vectors, y, symbols, value);
   };
@@ -59,6 +68,7 @@ CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint6
       read_anchor(t);
       anchor(t / group, symbols);
     } else {
+      y = buffers[rows % kRowsTogether];
       read(t);
       if (group > 0)
         for (uint32_t j = 0; j < columns.width; j++) y[j] -= value[j];
@@ -68,17 +78,39 @@ CACHEGEN_HD void for_each_row(const Columns& columns, const cg_span& span, uint6
   }
 }
 
+template <uint32_t kRows>
+void add_rows(const float* const* rows, uint32_t n, double* __restrict total, double* __restrict squares) {
+  for (uint32_t j = 0; j < n; j++) {
+    double sum = total[j], square = squares[j];
+#pragma GCC unroll 4
+    for (uint32_t r = 0; r < kRows; r++) {
+      const double value = rows[r][j];
+      sum += value;
+      square += value * value;
+    }
+    total[j] = sum;
+    squares[j] = square;
+  }
+}
+
 template <class T>
 void spread_of(const Columns& columns, const cg_span& span, double* sums) {
-  for_each_row<T>(columns, span, 0, span.tokens, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* __restrict y) {
-    double* __restrict total = sums + (i >= span.ordinary_first && i < span.ordinary_last ? 0 : 2 * kTileColumns);
-    double* __restrict squares = total + kTileColumns;
-    for (uint32_t j = 0; j < columns.width; j++) {
-      const double value = y[j];
-      total[j] += value;
-      squares[j] += value * value;
-    }
+  const float* rows[kRowsTogether];
+  uint32_t waiting = 0;
+  double* to = sums;
+  const auto add = [&] {
+    for (uint32_t r = 0; r < waiting && waiting < kRowsTogether; r++) add_rows<1>(rows + r, columns.width, to, to + kTileColumns);
+    if (waiting == kRowsTogether) add_rows<kRowsTogether>(rows, columns.width, to, to + kTileColumns);
+    waiting = 0;
+  };
+  for_each_row<T>(columns, span, 0, span.tokens, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* y) {
+    double* own = sums + (i >= span.ordinary_first && i < span.ordinary_last ? 0 : 2 * kTileColumns);
+    if (own != to) add();
+    to = own;
+    rows[waiting++] = y;
+    if (waiting == kRowsTogether) add();
   });
+  add();
 }
 
 template <class T>
@@ -109,16 +141,16 @@ inline bool exact_symbols(float y, float mean, float step, uint32_t n_digits, in
 
 // Counting: rows become fine symbols, 16 bits each, which are counted by strips of columns.
 
-inline uint32_t fine_row(const Columns& columns, const float* __restrict y, uint32_t bins, int32_t zero,
+inline bool fine_row(const Columns& columns, const float* __restrict y, uint32_t bins, int32_t zero,
                          uint16_t* __restrict fine) {
   const float *__restrict mean = columns.mean, *__restrict step = columns.step;
-  uint32_t outside = 0;
+  uint32_t most = 0;
   for (uint32_t j = 0; j < columns.width; j++) {
     const uint32_t index = uint32_t(Rounded((y[j] - mean[j]) / step[j]).integer + zero);
-    outside |= index >= bins;
+    most = index > most ? index : most;
     fine[j] = uint16_t(index);
   }
-  return outside;
+  return most >= bins;
 }
 
 template <class T>
@@ -216,7 +248,7 @@ bool symbols_of(const CodeJob& job, uint64_t first, uint64_t last) {
   const uint64_t begin = coded_before(*columns.source, first), a = job.span->ordinary_first, b = job.span->ordinary_last;
   const Fine bins(n_digits);
   bool sound = true;
-  for_each_row<T>(
+  for_each_row<T, true>(
       columns, *job.span, first, last,
       [&](uint64_t i, const uint8_t* row) {
         uint8_t* symbols = job.anchors + i * kTileColumns;
@@ -305,7 +337,7 @@ bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, con
 // By type of the values.
 
 template <class T>
-constexpr SourcePasses kSourceOf = {peak_of<T>, spread_of<T>, count_of<T>, symbols_of<T>, fine_of<T>, clear, choose};
+constexpr SourcePasses kSourceOf = {peak_of<T>, spread_of<T>, count_of<T>, symbols_of<T>, fine_of<T>, clear, bound_costs, choose};
 
 const SourcePasses& source_passes(uint32_t dtype) {
   switch (dtype) {

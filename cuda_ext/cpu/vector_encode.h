@@ -5,17 +5,16 @@
 // 2. The division by a frequency is one of floats. A state is below its limit, so the quotient is below 2^21. Three
 //    roundings, of 2^-24 each, and the factor 1 - 2^-22 leave less than one, and never too much: the remainder tells whether
 //    one is missing.
-// 3. Zen 4 takes longer for a gather than for as many loads. Frequencies of symbols near zero are in every lane's memory,
-//    from which each bit of a symbol selects half. Others are copied by scalar code.
+// 3. Zen 4 takes longer for a gather than for as many loads. Intervals of symbols near zero are in every lane's memory, from
+//    which each bit of a symbol selects half. Others are copied by scalar code.
 #pragma once
 
+#include <utility>
+
 #include "encode_chain.h"
-#include "vector_lookup.h"
 
 namespace cachegen {
 namespace {
-
-constexpr uint32_t kFewSymbols = 8;
 
 // The states of a chain.
 template <class V>
@@ -48,6 +47,9 @@ struct States {
     const Int found = V::add(V::add(V::left_by(quotient, total_bits), remainder), start);
     x[g] = V::add_where(V::at_least(remainder, frequency), found, V::subtract(total, frequency));
   }
+  CACHEGEN_HD void put_interval(uint32_t g, Int interval) {
+    put(g, V::both(interval, V::all(0xffff)), V::right(interval, kFrequencyShift));
+  }
 };
 
 // One token's bytes of a tile, 8 to a lane: half[0] the first four columns of every lane.
@@ -63,15 +65,15 @@ struct BytesBack {
 
 // Encoders: load() a row, then step() through its columns and groups of lanes.
 
-// Symbols of which the lowest kBits bits tell one from the other.
-template <class V, uint32_t kBits>
+// Symbols of which the lowest kNearBits bits tell one from the other.
+template <class V>
 struct Near {
   using Int = typename V::Int;
   const EncodeChain& chain;
   States<V> states;
   BytesBack<V> symbols;
 
-  explicit CACHEGEN_HD Near(const EncodeChain& from) : chain(from), states(from) {}
+  explicit CACHEGEN_HD Near(const EncodeChain& from, uint64_t) : chain(from), states(from) {}
   CACHEGEN_HD void load(uint64_t row) { symbols.load(chain.symbols + row * chain.stride); }
 
   template <uint32_t kLow>
@@ -82,9 +84,9 @@ struct Near {
       return V::where_bit(bytes, bit + kLow - 1, select<kLow - 1>(of + (1 << (kLow - 1)), g, bytes, bit),
                           select<kLow - 1>(of, g, bytes, bit));
   }
-  CACHEGEN_HD void step(uint32_t c, uint32_t g) {
-    const Int found = select<kBits>(chain.kept + (c << kBits), g, symbols.half[c / 4][g], 8 * (c % 4));
-    states.put(g, V::both(found, V::all(0xffff)), V::right(found, 16));
+  CACHEGEN_HD void step(uint32_t c, uint32_t g, uint64_t) {
+    const Int found = select<kNearBits>(chain.kept + (c << kNearBits), g, symbols.half[c / 4][g], 8 * (c % 4));
+    states.put_interval(g, found);
   }
 };
 
@@ -95,12 +97,12 @@ struct Ternary {
   States<V> states;
   BytesBack<V> symbols, contexts;
 
-  explicit CACHEGEN_HD Ternary(const EncodeChain& from) : chain(from), states(from) {}
+  explicit CACHEGEN_HD Ternary(const EncodeChain& from, uint64_t) : chain(from), states(from) {}
   CACHEGEN_HD void load(uint64_t row) {
     symbols.load(chain.symbols + row * chain.stride);
     contexts.load(chain.contexts + row * chain.stride);
   }
-  CACHEGEN_HD void step(uint32_t c, uint32_t g) {
+  CACHEGEN_HD void step(uint32_t c, uint32_t g, uint64_t) {
     const uint32_t bit = 8 * (c % 4), at = g * V::kWidth;
     const auto* kept = chain.kept + c * kContexts;
     const Int context = contexts.half[c / 4][g], symbol = symbols.half[c / 4][g];
@@ -113,88 +115,80 @@ struct Ternary {
   }
 };
 
-// Any symbols.
+// Any symbols: their intervals are copied one by one, those of the next row between the steps of this one, for copies keep
+// other parts of a core busy.
 template <class V, uint32_t kIds>
 struct Far {
   using Int = typename V::Int;
-  const EncodeChain& chain;
+  EncodeChain& chain;
   States<V> states;
-  alignas(64) uint64_t entries[kPerLane][kLanes];  // bias, limit << 32
+  uint32_t own = 1;
 
-  explicit CACHEGEN_HD Far(const EncodeChain& from) : chain(from), states(from) {}
-  CACHEGEN_HD void load(uint64_t row) {
-    const uint8_t *symbols = chain.symbols + row * chain.stride, *contexts = chain.contexts + (kIds > 1 ? row * chain.stride : 0);
-    for (uint32_t lane = 0; lane < kLanes; lane++)
-#pragma GCC unroll 8
-      for (uint32_t c = 0; c < kPerLane; c++) {
-        const uint32_t column = lane * kPerLane + c;
-        const SymbolEntry* of = chain.rows[kIds == 1 ? column : column * kIds + contexts[column]];
-        memcpy(&entries[c][lane ^ (V::kWidth - 1)], &of[symbols[column]].bias, sizeof entries[0][0]);
-      }
+  explicit CACHEGEN_HD Far(EncodeChain& from, uint64_t rows) : chain(from), states(from) {
+    for (uint32_t c = 0; c < kPerLane && rows > 0; c++)
+      for (uint32_t g = 0; g < kLanes / V::kWidth; g++) copy(c, g, rows - 1);
   }
-  CACHEGEN_HD void step(uint32_t c, uint32_t g) {
-    Int bias, limit;
-    V::load_halves(reinterpret_cast<const uint8_t*>(&entries[c][g * V::kWidth]), bias, limit);
-    const Int frequency = V::right_by(limit, states.limit_bits), one = V::all(1);
-    // The bias of a frequency of 1 makes up for its reciprocal.
-    const Int start = V::add_where(V::at_least(one, frequency), bias, V::subtract(one, states.total));
-    states.put(g, start, frequency);
+  CACHEGEN_HD void copy(uint32_t c, uint32_t g, uint64_t row) {
+    const uint8_t *symbols = chain.symbols + row * chain.stride, *contexts = chain.contexts + (kIds > 1 ? row * chain.stride : 0);
+    const uint32_t *intervals = chain.intervals, *firsts = chain.firsts;
+    uint32_t* to = chain.copied[own ^ 1][c];
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < V::kWidth; i++) {
+      const uint32_t lane = g * V::kWidth + i, column = (lane ^ (V::kWidth - 1)) * kPerLane + c;
+      to[lane] = intervals[firsts[kIds == 1 ? column : column * kIds + contexts[column]] + symbols[column]];
+    }
+  }
+  CACHEGEN_HD void load(uint64_t) { own ^= 1; }
+  CACHEGEN_HD void step(uint32_t c, uint32_t g, uint64_t row) {
+    copy(c, g, row > 0 ? row - 1 : 0);
+    states.put_interval(g, V::load(chain.copied[own][c] + g * V::kWidth));
   }
 };
 
+// The steps of a row. Their numbers are constants, or the states would not stay in registers.
+template <class V, class Encoder, size_t... kSteps>
+CACHEGEN_HD void take_steps(Encoder& encoder, uint64_t row, std::index_sequence<kSteps...>) {
+  constexpr uint32_t kGroups = kLanes / V::kWidth;
+  (encoder.step(uint32_t(kPerLane - 1 - kSteps / kGroups), uint32_t(kGroups - 1 - kSteps % kGroups), row), ...);
+}
+
 template <class V, class Encoder>
 void encode_with(EncodeChain& chain, uint64_t rows) {
-  constexpr uint32_t kGroups = kLanes / V::kWidth;
-  Encoder encoder(chain);
+  Encoder encoder(chain, rows);
   for (uint64_t t = rows; t-- > 0;) {
     encoder.load(t);
-#pragma GCC unroll 32
-    for (uint32_t step = 0; step < kPerLane * kGroups; step++)
-      encoder.step(kPerLane - 1 - step / kGroups, kGroups - 1 - step % kGroups);
+    take_steps<V>(encoder, t, std::make_index_sequence<kPerLane * kLanes / V::kWidth>());
   }
   encoder.states.keep(chain);
 }
 
-struct Range {
-  uint8_t low, high;
-};
-inline Range range_of(const EncodeChain& chain, uint64_t rows) {
-  uint8_t low[kTileColumns], high[kTileColumns];
-  memset(low, 0xff, sizeof low);
-  memset(high, 0, sizeof high);
-  for (uint64_t t = 0; t < rows; t++) {
-    const uint8_t* __restrict row = chain.symbols + t * chain.stride;
-    for (uint32_t j = 0; j < kTileColumns; j++) {
-      low[j] = row[j] < low[j] ? row[j] : low[j];
-      high[j] = row[j] > high[j] ? row[j] : high[j];
+// The largest of symbol - first, modulo 256, in these rows.
+inline uint8_t most_above(const EncodeChain& chain, uint64_t rows, uint8_t first) {
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+  Bytes most = {};
+  for (uint32_t j = 0; j < kTileColumns; j += kVectorBytes)
+    for (uint64_t t = 0; t < rows; t++) {
+      Bytes row;
+      memcpy(&row, chain.symbols + t * chain.stride + j, sizeof row);
+      row -= first;
+      most = row > most ? row : most;
     }
-  }
-  Range found = {0xff, 0};
-  for (uint32_t j = 0; j < kTileColumns; j++) {
-    found.low = low[j] < found.low ? low[j] : found.low;
-    found.high = high[j] > found.high ? high[j] : found.high;
-  }
+  uint8_t found = 0;
+  for (uint32_t i = 0; i < kVectorBytes; i++) found = most[i] > found ? most[i] : found;
   return found;
 }
 
-inline bool is_near(const Range& range, uint32_t symbols) {
-  const int32_t half = int32_t(symbols / 2);
-  return range.low >= kZeroIndex - half && range.high < kZeroIndex + half;
-}
+constexpr uint8_t kFirstNear = kZeroIndex - kNearSymbols / 2;
 
 // Fills `kept` for the symbols around zero.
-inline void keep_near(EncodeChain& chain, uint32_t symbols) {
-  if (chain.near == symbols) return;
-  chain.near = symbols;
+inline void keep_near(EncodeChain& chain) {
+  if (chain.near) return;
+  chain.near = true;
   for (uint32_t column = 0; column < kTileColumns; column++) {
-    const SymbolEntry* row = chain.rows[column];
-    const uint32_t lane = column / kPerLane ^ chain.turn, total = 1u << chain.tables.prob_bits;
-    for (uint32_t i = 0; i < symbols; i++) {
-      const uint32_t symbol = uint32_t(kZeroIndex) - symbols / 2 + i;
-      const uint32_t frequency = row[symbol].limit >> (kStateBits - chain.tables.prob_bits);
-      const uint32_t start = row[symbol].bias - (frequency == 1 ? total - 1 : 0);
-      chain.kept[column % kPerLane * symbols + symbol % symbols][lane] = start | frequency << 16;
-    }
+    const uint32_t* of = chain.intervals + chain.firsts[column];
+    const uint32_t lane = column / kPerLane ^ chain.turn;
+    for (uint32_t i = kFirstNear; i < kFirstNear + kNearSymbols; i++)
+      chain.kept[column % kPerLane * kNearSymbols + i % kNearSymbols][lane] = of[i];
   }
 }
 
@@ -203,24 +197,25 @@ void open_chain(EncodeChain* chain) {
   open_scalar(chain);
   if (chain->status || chain->tile.width != kTileColumns) return;
   chain->turn = V::kWidth - 1;
-  chain->ternary = chain->n_ids == kContexts && Compared<V>::serves(chain->tables, chain->ids, kTileColumns * kContexts);
+  chain->ternary = chain->n_ids == kContexts;
   for (uint32_t i = 0; i < kTileColumns * kContexts && chain->ternary; i++) {
     const uint32_t column = i / kContexts, lane = column / kPerLane ^ chain->turn;
-    chain->kept[column % kPerLane * kContexts + i % kContexts][lane] = Compared<V>::kept(chain->tables, chain->ids[i]);
+    const uint32_t* of = chain->intervals + chain->firsts[i];
+    const uint32_t second = of[0] >> kFrequencyShift, third = second + (of[1] >> kFrequencyShift);
+    chain->ternary = third + (of[2] >> kFrequencyShift) == 1u << chain->tables.prob_bits;
+    chain->kept[column % kPerLane * kContexts + i % kContexts][lane] = second | third << 16;
   }
 }
 
 template <class V>
 void encode_rows(EncodeChain* chain, uint64_t rows) {
   if (chain->tile.width != kTileColumns) return encode_rows_scalar(chain, rows);
-  const Range range = range_of(*chain, rows);
   if (chain->n_ids == kContexts)
-    return chain->ternary && range.high < 3 ? encode_with<V, Ternary<V>>(*chain, rows)
-                                            : encode_with<V, Far<V, kContexts>>(*chain, rows);
-  if (!is_near(range, kNearSymbols)) return encode_with<V, Far<V, 1>>(*chain, rows);
-  const bool few = is_near(range, kFewSymbols) && chain->near != kNearSymbols;
-  keep_near(*chain, few ? kFewSymbols : kNearSymbols);
-  few ? encode_with<V, Near<V, 3>>(*chain, rows) : encode_with<V, Near<V, 4>>(*chain, rows);
+    return chain->ternary && most_above(*chain, rows, 0) < 3 ? encode_with<V, Ternary<V>>(*chain, rows)
+                                                             : encode_with<V, Far<V, kContexts>>(*chain, rows);
+  if (most_above(*chain, rows, kFirstNear) >= kNearSymbols) return encode_with<V, Far<V, 1>>(*chain, rows);
+  keep_near(*chain);
+  encode_with<V, Near<V>>(*chain, rows);
 }
 
 }  // namespace

@@ -113,15 +113,13 @@ class LossyCodec:
         self.steps = quantize.steps_of(side.step_codes)
         unit = quantize.step_factor(1, config.levels) / quantize.MEANS_PER_STEP
         self.means = side.means.float() * (self.steps * unit)
-        self._anchors = Assignment(self.values, side.anchor_entries)
-        self._base = Assignment(self.values, side.base_entries)
-        self._refinements = [Assignment(self.digits, entries) for entries in side.refine_entries]
         self._resident = Resident()
 
-    @property
+    @cached_property
     def assignments(self) -> tuple[Assignment, Assignment, list[Assignment]]:
         """Tables of the anchors, of the base and of each refinement."""
-        return self._anchors, self._base, self._refinements
+        anchors, base = (Assignment(self.values, own) for own in (self.side.anchor_entries, self.side.base_entries))
+        return anchors, base, [Assignment(self.digits, entries) for entries in self.side.refine_entries]
 
     @cached_property
     def n_vectors(self) -> int:
@@ -160,10 +158,10 @@ class LossyCodec:
         if anchors is not None:
             indices = (anchors.symbols + ZERO_INDEX).to(torch.uint8)
             base.append(anchors.scales.view(torch.int16).numpy().tobytes())
-            base.append(section.encode(indices, self._anchors, coder=coder))
-        base.append(section.encode(symbols.base, self._base, wide=symbols.wide, coder=coder))
+            base.append(section.encode(indices, self.assignments[0], coder=coder))
+        base.append(section.encode(symbols.base, self.assignments[1], wide=symbols.wide, coder=coder))
         ordinary = span.ordinary(self.config, self.group_tokens)
-        for digits, contexts, assignment in zip(symbols.digits, symbols.contexts, self._refinements, strict=True):
+        for digits, contexts, assignment in zip(symbols.digits, symbols.contexts, self.assignments[2], strict=True):
             ends = without(digits, ordinary), without(contexts, ordinary)
             base.append(section.encode(ends[0], assignment, ends[1], coder=coder))
             parts.append(section.encode(digits[ordinary], assignment, contexts[ordinary], coder=coder))
@@ -225,14 +223,14 @@ class LossyCodec:
         n_anchors = anchoring.anchor_count(span.tokens, self.group_tokens)
         if n_anchors:
             scales = cursor.tensor(n_anchors * self.n_vectors, torch.bfloat16).reshape(n_anchors, self.n_vectors)
-            peaks = section.read_narrow(cursor, n_anchors, self._anchors)
+            peaks = section.read_narrow(cursor, n_anchors, self.assignments[0])
         ordinary, coded = span.ordinary(config, self.group_tokens), span.tokens - n_anchors
-        base = section.read(cursor, coded, self._base)
+        base = section.read(cursor, coded, self.assignments[1])
         count = ordinary.stop - ordinary.start
-        finest = [section.read_narrow(cursor, coded - count, assignment) for assignment in self._refinements]
+        finest = [section.read_narrow(cursor, coded - count, assignment) for assignment in self.assignments[2]]
         cursor.finish()
         rest = []
-        for part, assignment in zip(parts[1:], self._refinements, strict=False):
+        for part, assignment in zip(parts[1:], self.assignments[2], strict=False):
             cursor = Cursor(part)
             rest.append(section.read_narrow(cursor, count, assignment))
             cursor.finish()
@@ -354,13 +352,12 @@ def encode_from(
     """Encode a chunk of a source to the bytes of every part; scale: (means, steps) other than the codec's."""
     scale = scale or (codec.means, codec.steps)
     base, anchors, *digits = source.encode(span, codec.config, scale, codec.assignments)
-    scales = []
+    scales, sections = b"", [base, *digits[1::2]]
     if source.group_tokens:
         first = source.anchors[span.first]
         own = source.scales[first : first + anchoring.anchor_count(span.tokens, source.group_tokens)]
-        scales.append(own.view(torch.int16).numpy().tobytes())
-    ends = [piece for section in digits[1::2] for piece in section]
-    return [b"".join([*scales, *anchors, *base, *ends]), *map(b"".join, digits[::2])]
+        scales, sections = own.view(torch.int16).numpy().tobytes(), [anchors, *sections]
+    return [source.join(sections, scales), *(source.join([section]) for section in digits[::2])]
 
 
 def without(rows: Tensor, ordinary: slice) -> Tensor:

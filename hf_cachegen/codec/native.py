@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,11 @@ ABI_VERSION = 7
 """The CG_ABI_VERSION of the header that this file matches."""
 LIBRARY, CUDA_LIBRARY = (Path(__file__).parent.parent / f"_{name}.so" for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+"""Makes bytes whose values are not set when there is no address to copy from. New bytes may be written to once."""
+_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
+_address_of = ctypes.pythonapi.PyBytes_AsString
+_address_of.restype, _address_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
 
 
 class Isa(IntEnum):
@@ -252,6 +258,27 @@ def call(name: str, *arguments: object, device: torch.device | None = None, isa:
         if status == TileStatus.FAILED and device.type == "cuda" and (reason := probe(library).reason):
             raise NativeError(f"{device} failed before or in {name}: {reason}")
     _require_ok(status)
+
+
+def address(data: bytes) -> int:
+    """Return the address of these bytes."""
+    return int(_address_of(data))
+
+
+def joined(addresses: np.ndarray, sizes: np.ndarray) -> bytes:
+    """Join pieces of memory into bytes, by several threads.
+
+    Args:
+        addresses: int64 [pieces].
+        sizes: int64 [pieces]: the bytes of each piece.
+    """
+    ends = np.cumsum(sizes)
+    size = int(ends[-1])
+    pieces = np.stack([addresses, ends - sizes, sizes], 1)  # struct cg_piece
+    found: bytes = _new_bytes(None, size)
+    to, host = address(found), torch.device("cpu")
+    call("cg_gather", pieces.ctypes.data, len(pieces), to, size, device=host)
+    return found
 
 
 def slot_bytes(tokens: int) -> int:

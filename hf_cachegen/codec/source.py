@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -57,12 +58,29 @@ class Chunk(Protocol):
         """Return the range of the coded tokens that are not protected."""
 
 
+class Section(NamedTuple):
+    """A section's bytes: the head, and streams in the memory of its source.
+
+    Attributes:
+        head: Its counts, lengths and exceptions.
+        offsets: int64 [tiles]: of each stream.
+        sizes: int64 [tiles].
+    """
+
+    head: bytes
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+
 @dataclass
-class _Memory:
-    """What chunk after chunk is coded into."""
+class _Memory(threading.local):
+    """What chunk after chunk is coded into. Threads keep it, for the first use of new memory takes long."""
 
     streams: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     exceptions: np.ndarray = field(default_factory=lambda: np.empty(_FIRST_EXCEPTIONS, _EXCEPTION))
+
+
+_MEMORY = _Memory()
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,6 @@ class Source:
     scales: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bfloat16))
     anchors: dict[int, int] = field(default_factory=dict)
     _wide_scales: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    _memory: _Memory = field(default_factory=_Memory)
 
     @classmethod
     def of(cls, target: Target, vectors: Tensor) -> Source | None:
@@ -202,7 +219,7 @@ class Source:
     def encode(
         self, chunk: Chunk, config: CacheGenConfig, scale: tuple[Tensor, Tensor],
         parts: tuple[Assignment, Assignment, Sequence[Assignment]],
-    ) -> list[list[bytes | memoryview]]:  # fmt: skip
+    ) -> list[Section]:  # fmt: skip
         """Quantise and encode a chunk.
 
         Args:
@@ -212,8 +229,8 @@ class Source:
             parts: The tables of the anchors, of the base, and of each refinement.
 
         Returns:
-            The bytes of each section, in pieces: of the base, of the anchors (or nothing), then for each refinement of
-            the ordinary and of the protected tokens. They are valid until the next call.
+            The sections, for `join`: of the base, of the anchors (empty without any), then for each refinement of the
+            ordinary and of the protected tokens. They are valid until the next call.
 
         Raises:
             TensorError: A value is not finite.
@@ -232,11 +249,8 @@ class Source:
         middle = ordinary.stop - ordinary.start
         tokens = [rows, chunk.tokens - rows, *[middle, rows - middle] * (config.levels - 1)]
         assignments = [base, anchors, *(part for part in refinements for _ in range(2))]
-        sections: list[list[bytes | memoryview]] = []
+        sections = []
         for stream, (count, part) in enumerate(zip(tokens, assignments, strict=True)):
-            if stream == abi.ANCHOR_STREAM and not self.group_tokens:
-                sections.append([])
-                continue
             n = -(-len(part.live) // _TILE) if count else 0
             own = exceptions[exceptions["stream"] == stream]
             sections.append(self._section(own, offsets[stream, :n], sizes[stream, :n]))
@@ -245,14 +259,14 @@ class Source:
     def _reserve(self, symbols: int, tiles: int) -> None:
         """Make room for streams of so many symbols in so many tiles. What they do not take is never touched."""
         most = 2 * symbols + _HEAD_BYTES * tiles
-        if len(self._memory.streams) < most:
-            self._memory.streams = np.empty(most, np.uint8)
+        if len(_MEMORY.streams) < most:
+            _MEMORY.streams = np.empty(most, np.uint8)
 
     def _code(
         self, name: str, arguments: tuple[object, ...], offsets: np.ndarray, sizes: np.ndarray, statuses: np.ndarray
     ) -> np.ndarray:
         """Call a function that encodes. Return its exceptions."""
-        memory = self._memory
+        memory = _MEMORY
         while True:
             found = memory.exceptions
             out = abi.StreamsOut(
@@ -265,14 +279,20 @@ class Source:
                 return found[: out.n_exceptions]
             memory.exceptions = np.empty(out.n_exceptions, _EXCEPTION)
 
-    def _section(self, exceptions: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes | memoryview]:
-        """Return the bytes of a section, in pieces."""
-        exceptions, streams = exceptions[exceptions["position"].argsort()], self._memory.streams.data
+    def _section(self, exceptions: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> Section:
+        exceptions = exceptions[exceptions["position"].argsort()]
         pairs = np.empty((len(exceptions), 2), "<u4")  # positions wrap, as in `section.encode`
         pairs[:, 0], pairs[:, 1] = exceptions["position"], exceptions["index"].view("<u4")
-        where, lengths = offsets.tolist(), sizes.tolist()
-        head = struct.pack(f"<{1 + len(lengths)}I", len(exceptions), *lengths)
-        return [head, pairs.tobytes(), *(streams[at : at + size] for at, size in zip(where, lengths, strict=True))]
+        head = struct.pack(f"<{1 + len(sizes)}I", len(exceptions), *sizes.tolist())
+        return Section(head + pairs.tobytes(), offsets, sizes)
+
+    def join(self, sections: Sequence[Section], before: bytes = b"") -> bytes:
+        """Return the bytes `before`, then those of these sections."""
+        data, addresses, sizes = _MEMORY.streams.ctypes.data, [], []
+        for head, offsets, own in (Section(before, *np.empty((2, 0), np.int64)), *sections):
+            addresses += [np.array([native.address(head)]), data + offsets]
+            sizes += [np.array([len(head)]), own]
+        return native.joined(np.concatenate(addresses), np.concatenate(sizes))
 
     @property
     def has_whole_tiles(self) -> bool:
@@ -301,8 +321,8 @@ class Source:
     def _plain(self, chunks: Sequence[Chunk]) -> tuple[ctypes.Array[abi.Span], int]:
         return self._spans(chunks, CacheGenConfig(protect_first=0, protect_last=0)), len(chunks)
 
-    def encode_planes(self, chunk: Chunk, part: Assignment) -> list[bytes | memoryview]:
-        """Encode the bytes of a chunk's values: the section in pieces, valid until the next call."""
+    def encode_planes(self, chunk: Chunk, part: Assignment) -> Section:
+        """Encode the bytes of a chunk's values to a section, valid until the next call."""
         tiles = len(part) // _TILE
         offsets, sizes = np.empty((2, tiles), np.int64)
         statuses = np.empty(tiles, np.int32)

@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heapreplace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -52,19 +53,19 @@ def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
     frequency, which minimises the code length. At 12 bits no frequency exceeds 4095 (the decoder's entry has 12 bits
     for it).
     """
-    total, budget = sum(weights), 1 << prob_bits
-    kept = [i for i, w in enumerate(weights) if w * _SUPPORT_SHARE >= total > 0]
+    given = np.asarray(weights, np.int64)
+    total, budget = int(given.sum()), 1 << prob_bits
+    kept = np.flatnonzero((given * _SUPPORT_SHARE >= total) & (total > 0)).tolist()
     if not kept:
         raise ValueError("a histogram needs at least one count")
     low, high = kept[0], kept[-1]
     if prob_bits == 12 and low == high:  # one symbol alone would need 4096
-        low, high = (low, high + 1) if high + 1 < len(weights) else (low - 1, high)
+        low, high = (low, high + 1) if high + 1 < len(given) else (low - 1, high)
     most = min(budget - (high - low), 4095)
-    freq = [0] * len(weights)
-    for i in range(low, high + 1):
-        freq[i] = min(most, max(1, weights[i] * budget // total))
+    freq, support = [0] * len(given), range(low, high + 1)
+    freq[low : high + 1] = (given[low : high + 1] * budget // total).clip(1, most).tolist()
+    excess, weights = sum(freq) - budget, given.tolist()
     # A step changes the key of one symbol only, and away from the front: a heap finds the next best in log time.
-    excess, support = sum(freq) - budget, range(low, high + 1)
     if excess > 0:
         heap = [(weights[i] / (freq[i] - 1), i) for i in support if freq[i] > 1]
         heapify(heap)
@@ -86,6 +87,13 @@ def normalise(weights: Sequence[int], prob_bits: int) -> list[int]:
             else:
                 heappop(heap)
     return freq
+
+
+@lru_cache(maxsize=4)
+def _symbol_costs(prob_bits: int) -> Tensor:
+    """Return the cost of a symbol by its frequency, float64 [1 + 2^prob_bits]; 0 for frequency 0."""
+    bits = [0.0, *(prob_bits - math.log2(f) for f in range(1, 1 + (1 << prob_bits)))]
+    return (torch.tensor(bits, dtype=torch.float64) * COST_SCALE).round()
 
 
 class Codebook:
@@ -118,8 +126,7 @@ class Codebook:
         exception.
         """
         frequencies, prob_bits = self.tables.frequencies, self.tables.prob_bits
-        bits = [[prob_bits - math.log2(f) if f else 0.0 for f in row] for row in frequencies.tolist()]
-        cost = (torch.tensor(bits, dtype=torch.float64) * COST_SCALE).round()
+        cost = _symbol_costs(prob_bits)[frequencies.long()]
         index = torch.arange(frequencies.shape[1])[None]
         inside = torch.minimum(torch.maximum(index, self.low[:, None]), self.high[:, None])
         cost = cost.gather(1, inside) + (index != inside) * float(EXCEPTION_BITS * COST_SCALE)

@@ -144,7 +144,7 @@ class Lossless(Transform):
         source = _readable(context)
         if source is None or self.config.coder != "rans" or len(self.assignment.dead) or not span.tokens:
             return super().encode_chunk(context, span)
-        return [b"".join(source.encode_planes(span, self.assignment))]
+        return [source.join([source.encode_planes(span, self.assignment)])]
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self._launch_one(parts, span, target, row)()
