@@ -251,8 +251,8 @@ class Klt(Transform):
             level: Of the coefficients.
             vectors: Receive the values, as in `Basis.restore`.
         """
-        base = self.scaling.read(y, span, level)
-        self.basis.restore(self.scaling.to_basis(y, span), span, vectors, self._scores(span), base)
+        y, coarse = self.scaling.to_basis(y, span), self.scaling.coarse(span, level)
+        self.basis.restore(y, span, vectors, self._scores(span), coarse)
         if self.known is not None and self.known.keys:
             pairs = (x for pair in zip(self.known.keys, self.known.values, strict=True) for x in pair)
             for own, exact in zip(vectors, pairs, strict=False):
