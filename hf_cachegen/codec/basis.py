@@ -41,7 +41,7 @@ ARRANGING, ARRANGING_AMX = 64, 512
 """The time that a product takes before it begins, to arrange its matrix, in tokens that are multiplied by it. AMX
 multiplies bfloat16 faster than it arranges.
 """
-SPARSE, SPARSE_NARROW, SPARSE_AMX = 3.0, 5.5, 40.0
+SPARSE, SPARSE_NARROW, SPARSE_AMX = 4.0, 5.5, 40.0
 """The time that a sparse product takes for a coefficient that is not zero, in those of a dense product: in float32, in
 bfloat16 (measured on Zen 4), and in bfloat16 with AMX (estimated).
 """
