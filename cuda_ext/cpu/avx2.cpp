@@ -15,6 +15,7 @@
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "sparse.h"
 #include "vector_encode.h"
 #include "vector_tiles.h"
 
@@ -129,7 +130,7 @@ struct Avx2 {
 }  // namespace
 
 const Backend kAvx2 = {decode_tiles<Avx2, 2>, 2,    open_chain<Avx2>, encode_rows<Avx2>, store_stream, passes, contexts, clamp,
-                      count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
+                      count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into, multiply_sparse};
 
 }  // namespace cachegen
 

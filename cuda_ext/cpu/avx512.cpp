@@ -17,6 +17,7 @@
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "sparse.h"
 #include "vector_encode.h"
 #include "vector_tiles.h"
 
@@ -106,7 +107,7 @@ struct Avx512 {
 }  // namespace
 
 const Backend kAvx512 = {decode_tiles<Avx512, 2>, 2,    open_chain<Avx512>, encode_rows<Avx512>, store_stream, passes, contexts, clamp,
-                        count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
+                        count_digits,           into, rows_into, run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into, multiply_sparse};
 
 }  // namespace cachegen
 

@@ -46,6 +46,13 @@ struct Columns;
 struct Counter;
 struct CodeJob;
 
+// The coefficients of some tokens that are not zero: those of token t are [ends[t], ends[t + 1]).
+struct SparseRows {
+  float* values;
+  uint32_t* rows;  // of the matrix
+  uint64_t* ends;
+};
+
 // Values as bytes, for values of one size.
 struct PlanePasses {
   // Rows of a run's bits to bytes [tokens, stride] of each plane, `plane` bytes further, and back.
@@ -96,6 +103,7 @@ struct Backend {
   const SourcePasses& (*source)(uint32_t dtype);
   const PlanePasses& (*planes)(uint64_t value_bytes);
   void (*heads)(const cg_heads& heads, uint64_t first, uint64_t last);  // tokens
+  void (*sparse)(const cg_sparse& sparse, uint64_t first, uint64_t tokens, const SparseRows& found);
 };
 
 constexpr uint32_t kMaxBatch = 2;

@@ -8,6 +8,7 @@
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "sparse.h"
 #include "vector_encode.h"
 #include "vector_tiles.h"
 
@@ -124,7 +125,7 @@ struct Neon {
 
 const Backend kNeon = {decode_tiles<Neon, 1>, 1,    open_chain<Neon>, encode_rows<Neon>, store_stream, passes,       contexts,
                       clamp,                 count_digits, into, rows_into, run_contexts, levels_into,
-                      levels_contexts,       source_passes, plane_passes, heads_into};
+                      levels_contexts,       source_passes, plane_passes, heads_into, multiply_sparse};
 
 }  // namespace cachegen
 #endif

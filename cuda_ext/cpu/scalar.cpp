@@ -5,6 +5,7 @@
 #include "into.h"
 #include "planes.h"
 #include "source.h"
+#include "sparse.h"
 #include "tile_decoder.h"
 
 namespace cachegen {
@@ -108,6 +109,6 @@ void encode_rows_scalar(EncodeChain* chain, uint64_t rows) {
 }
 
 const Backend kScalar = {decode_tiles, 1,    open_scalar, encode_rows_scalar, store_stream, passes,       contexts,     clamp,
-                        count_digits, into, rows_into,     run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into};
+                        count_digits, into, rows_into,     run_contexts, levels_into, levels_contexts, source_passes, plane_passes, heads_into, multiply_sparse};
 
 }  // namespace cachegen

@@ -312,6 +312,25 @@ CG_API int32_t cg_gather(const cg_piece* pieces, uint64_t count, uint8_t* to, ui
 CG_API int32_t cg_block_sums(const uint8_t* data, uint64_t bytes, const uint64_t* keys, uint64_t block_words,
                              uint64_t* sums, const cg_run* run) CG_NOEXCEPT;
 
+/* Coefficients, most of which are zero, and a matrix: rows = start + coefficients x matrix. */
+typedef struct cg_sparse {
+  const float* coefficients;    /* [tokens, components], coefficient_stride values from token to token */
+  uint64_t coefficient_stride;
+  uint64_t tokens;
+  uint64_t components;
+  const float* steps;           /* [tokens]: coefficients are rounded to multiples of steps x factors; 0, or NULL: they are not */
+  const float* factors;         /* [tokens]; NULL if steps is */
+  const float* matrix;          /* [components, channels], matrix_stride values from component to component */
+  uint64_t matrix_stride;
+  uint64_t channels;
+  const void* start;            /* [tokens, channels]; NULL: zeros */
+  float* rows;                  /* [tokens, channels] */
+  uint32_t start_dtype;         /* CG_FLOAT32 or CG_BFLOAT16 */
+} cg_sparse;
+
+/* [host] */
+CG_API int32_t cg_multiply_sparse(const cg_sparse* sparse, const cg_run* run) CG_NOEXCEPT;
+
 /* Rows of a matrix product, and the keys or values of a layer that they become. Addresses are multiples of the values' size. */
 typedef struct cg_heads {
   const void* rows;      /* [tokens, heads * dim], row_stride values from token to token */

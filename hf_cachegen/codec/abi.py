@@ -169,6 +169,25 @@ BASE_STREAM, ANCHOR_STREAM, DIGIT_STREAM, MAX_STREAMS = 0, 1, 2, 6
 """CG_BASE_STREAM, CG_ANCHOR_STREAM, CG_DIGIT_STREAM, CG_MAX_STREAMS."""
 
 
+class Sparse(ctypes.Structure):
+    """struct cg_sparse."""
+
+    _fields_ = [
+        ("coefficients", ctypes.c_void_p),
+        ("coefficient_stride", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint64),
+        ("components", ctypes.c_uint64),
+        ("steps", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p),
+        ("matrix_stride", ctypes.c_uint64),
+        ("channels", ctypes.c_uint64),
+        ("start", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("start_dtype", ctypes.c_uint32),
+    ]
+
+
 class Heads(ctypes.Structure):
     """struct cg_heads."""
 
@@ -264,6 +283,7 @@ CPU_PROTOTYPES = {
     "cg_code": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER]),
     "cg_write_heads": (_STATUS, [_POINTER, _U64, _POINTER]),
     "cg_gather_operands": (_STATUS, [_POINTER, _POINTER]),
+    "cg_multiply_sparse": (_STATUS, [_POINTER, _POINTER]),
     "cg_gather": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }

@@ -6,8 +6,8 @@ Implementation notes:
    and sums in float32. That is several times as fast as float32. The leading components of a group have coefficients
    that are large beside their step. They take part with twice the digits (`Narrow`). Decoded rows therefore differ
    between machines by about a rounding of the cache's own dtype. Symbols never differ.
-3. Tokens whose last components are all zero, as most are at a coarse level, are multiplied by fewer rows of the matrix
-   (on the CPU). Components are ordered by their spread, so the last ones are zero most often.
+3. Components are ordered by their spread, so most of the later coefficients are zero. On the CPU they are multiplied
+   sparsely, in float32 (`codec.sparse`), and added to the product of the leading ones.
 4. A prediction adds rows to the same product: the numbers that it reads take part like coefficients.
 5. In a chain (`codec.chain`) all summaries are computed first, from the coefficients of the base: small products.
 """
@@ -15,15 +15,14 @@ Implementation notes:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import heads, transfer
+from hf_cachegen.codec import heads, sparse
 from hf_cachegen.codec.chain import Chain
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import Geometry
@@ -38,64 +37,110 @@ MEAN_TERMS = 3
 LEADING = 64
 """Number of components with twice the digits. With 0 the finest level's divergence is a fifth higher (reference model).
 """
-PIECES = (1, 2, 4, 8)
-"""Numbers of pieces that the tokens of a product are cut into, of which the cheapest is taken."""
 ARRANGING, ARRANGING_AMX = 64, 512
 """The time that a product takes before it begins, to arrange its matrix, in tokens that are multiplied by it. AMX
 multiplies bfloat16 faster than it arranges.
 """
+SPARSE, SPARSE_NARROW, SPARSE_AMX = 4.0, 5.5, 40.0
+"""The time that a sparse product takes for a coefficient that is not zero, in those of a dense product: in float32, in
+bfloat16 (measured on Zen 4), and in bfloat16 with AMX (estimated).
+"""
+
+
+class Memory:
+    """Memory that the products of a chunk share: new memory takes as long as a product of some dozen components."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory of this name, which the next call of the same name overwrites."""
+        kept, size = self._kept.get(name), shape[0] * shape[1]
+        if kept is None or len(kept) < size or kept.dtype != dtype or kept.device != device:
+            kept = self._kept[name] = torch.empty(size, dtype=dtype, device=device)
+        return kept[:size].view(shape)
 
 
 class Narrow(NamedTuple):
-    """A group's matrix U in bfloat16.
+    """A group's matrix U in bfloat16, with the mean and U itself in float32.
 
-    Its rows: the means; the prediction; for the leading components the rounding error of U, and U again (for the
-    rounding error of their coefficients); rounded U [components, channels].
+    The rows of `matrix`: the means; the prediction; for the leading components the rounding error of U, and U again
+    (for the rounding error of their coefficients); rounded U [components, channels].
     """
 
     matrix: Tensor
-    components: int
     rank: int
+    mean: Tensor
+    synthesis: Tensor
 
     @classmethod
     def of(cls, group: Group, mean: Tensor) -> Narrow:
         """Build the matrix of a group and its mean float32 [channels]."""
-        synthesis, prediction = group.synthesis, _prediction(group)
+        synthesis, prediction, exact = group.synthesis, _prediction(group), mean
         means = []
         for _ in range(MEAN_TERMS):
             means.append(_rounded(mean)[None])
             mean = mean - means[-1][0]
         rounded = _rounded(synthesis)
         rows = [*means, prediction, synthesis[:LEADING] - rounded[:LEADING], rounded[:LEADING], rounded]
-        return cls(torch.cat(rows).bfloat16(), len(synthesis), len(prediction))
+        return cls(torch.cat(rows).bfloat16(), len(prediction), exact, synthesis.contiguous())
 
-    def product(self, part: Tensor, scores: Tensor) -> Tensor:
+    def product(self, part: Tensor, scores: Tensor, memory: Memory, *, means: bool = True) -> Tensor:
         """Multiply part float32 [tokens, components], all or the leading ones, and add the prediction and the means.
 
         Args:
-            part: The coefficients.
+            part: The coefficients: none, or LEADING or more.
             scores: float32 [tokens, rank]; rank 0 without a prediction.
+            memory: Of the result.
+            means: Whether to add the means.
 
         Returns:
             bfloat16 [tokens, channels].
         """
-        extra, first = len(self.matrix) - self.components, MEAN_TERMS + self.rank
-        leading = (extra - first) // 2
-        y = torch.empty(len(part), extra + part.shape[1], dtype=torch.bfloat16, device=part.device)
-        y[:, :MEAN_TERMS] = 1
-        y[:, MEAN_TERMS:first] = scores
+        skipped = 0 if means else MEAN_TERMS
+        first = MEAN_TERMS - skipped + self.rank
+        leading = min(LEADING, len(self.synthesis)) if part.shape[1] else 0
+        extra, tokens, device = first + 2 * leading, len(part), part.device
+        y = memory.take("factor", (tokens, extra + part.shape[1]), torch.bfloat16, device)
+        y[:, : MEAN_TERMS - skipped] = 1
+        y[:, MEAN_TERMS - skipped : first] = scores
         y[:, extra:] = part
         rounded = y[:, extra : extra + leading]
         y[:, first : first + leading] = rounded
         y[:, first + leading : extra] = part[:, :leading] - rounded
-        return y @ self.matrix[: y.shape[1]]
+        found = memory.take("narrow", (tokens, self.matrix.shape[1]), torch.bfloat16, device)
+        return torch.mm(y, self.matrix[skipped : skipped + y.shape[1]], out=found)
 
 
-_OCTET = 8
-"""Bytes that are tested together for zero."""
+class Wide(NamedTuple):
+    """A group's matrix in float32, [numbers that the prediction reads and components, channels], and its mean."""
+
+    matrix: Tensor
+    rank: int
+    mean: Tensor
+
+    @classmethod
+    def of(cls, group: Group, mean: Tensor) -> Wide:
+        """Build the matrix of a group and its mean float32 [channels]."""
+        prediction = _prediction(group)
+        stacked = torch.cat([prediction, group.synthesis]) if len(prediction) else group.synthesis.contiguous()
+        return cls(stacked, len(prediction), mean)
+
+    @property
+    def synthesis(self) -> Tensor:
+        """U itself."""
+        return self.matrix[self.rank :]
+
+    def product(self, part: Tensor, scores: Tensor, memory: Memory, *, means: bool = False) -> Tensor:
+        """Multiply as `Narrow.product` does, without the means. Returns float32 [tokens, channels]."""
+        found = memory.take("wide", (len(part), self.matrix.shape[1]), torch.float32, part.device)
+        torch.mm(part, self.synthesis[: part.shape[1]], out=found)
+        return found.addmm_(scores, self.matrix[: self.rank]) if self.rank else found
+
+
 _RESIDENT: WeakKeyDictionary[Profile | Predictor, Resident] = WeakKeyDictionary()
 """For each profile or predictor its matrices on every device, each made once: its chain; (mean, analysis, prediction)
-of each group; and, by whether in bfloat16, for each group a Narrow, or (prediction above synthesis, mean, rank).
+of each group; and, by whether in bfloat16, for each group a Narrow or a Wide.
 """
 _ENERGIES: WeakKeyDictionary[Profile | Predictor, Tensor] = WeakKeyDictionary()
 """For each profile or predictor: `Basis.energies`."""
@@ -126,6 +171,7 @@ class Basis:
         self.geometry, self.profile = geometry, profile
         self.learnt = profile if learnt is None else learnt
         self.slices = slices_of(geometry)
+        self._memories: list[Memory] = []  # one for each thread that restores at the same time
         self._components = sum(len(group.synthesis) for group in self.learnt.groups)
 
     @without_autocast()
@@ -183,7 +229,7 @@ class Basis:
     @without_autocast()
     def restore(
         self, y: Tensor, span: Span, vectors: Sequence[Tensor], scores: Tensor | None = None,
-        base: Tensor | None = None,
+        coarse: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Convert coefficients float32 [tokens, components] to values, on the CPU (`codec.products` does on a device).
 
@@ -193,21 +239,23 @@ class Basis:
             vectors: K and V of each layer in turn, [tokens, heads, dim] of one float dtype, which receive the values.
                 Those that no group covers are left as they are.
             scores: float32 [tokens, rank], of a predictor.
-            base: The coefficients as the coarsest level decodes them, for a chain. None: y.
+            coarse: float32 [2, tokens]: how the coarsest level follows from y, for a chain (`sparse.coarsened`). None:
+                it is y.
         """
         device, dtype = y.device, vectors[0].dtype
         narrow = dtype == torch.bfloat16 and multiplies_bfloat16()
-        reads = self._reads(y if base is None else base, scores)
+        reads = self._reads(y, scores, coarse)
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
         matrices = self._matrices(device, narrow)
-        arranging = ARRANGING_AMX if narrow and _capabilities().get("amx_bf16") else ARRANGING
+        memory = self._memories.pop() if self._memories else Memory()
         for (group, components), matrix, read in zip(self._groups(), matrices, reads, strict=True):
-            mean = None if isinstance(matrix, Narrow) else matrix[1]
             with full_precision(device):
-                back = _multiplied(y[:, components], arranging, partial(_product, matrix), read)
+                back = _product(matrix, y[:, components], read, memory)
+            mean = None if back.dtype == torch.bfloat16 else matrix.mean
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
             heads.write(back, mean, mine, (rotary, angles) if group.kind == 0 else None)
+        self._memories.append(memory)
 
     def rows(self, y: Tensor, span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
         """Convert coefficients to rows [tokens, channels] of `dtype`, as `restore` does without a predictor."""
@@ -215,17 +263,16 @@ class Basis:
         self.restore(y, span, self.split(rows))
         return rows
 
-    def _reads(self, base: Tensor, scores: Tensor | None) -> list[Tensor]:
-        """Return what each group's prediction reads, float32 [tokens, numbers], from all coefficients of the base."""
-        chain, nothing = self._chain(base.device), base[:, :0]
-        scores, summaries, found = None if scores is None else send(scores, base.device), list[Tensor](), list[Tensor]()
-        with full_precision(base.device):
+    def _reads(self, y: Tensor, scores: Tensor | None, coarse: Tensor | None) -> list[Tensor]:
+        """Return what each group's prediction reads, float32 [tokens, numbers]. Arguments are those of `restore`."""
+        chain, nothing, device = self._chain(y.device), y[:, :0], y.device
+        scores, summaries, found = None if scores is None else send(scores, device), list[Tensor](), list[Tensor]()
+        with full_precision(device):
             for index, (_, components) in enumerate(self._groups()):
                 read = chain.read(index, scores, summaries)
                 found.append(nothing if read is None else read)
                 if chain.reach:
-                    summary = partial(chain.summary, index)
-                    summaries.append(_multiplied(base[:, components], ARRANGING, summary, found[-1]))
+                    summaries.append(chain.summary(index, y[:, components], read, coarse))
         return found
 
     def _groups(self) -> Iterator[tuple[Group, slice]]:
@@ -261,16 +308,9 @@ class Basis:
 
     def _matrices(self, device: torch.device, narrow: bool) -> list[Any]:
         def make() -> list[Any]:
-            made: list[Any] = []
-            for group in self.learnt.groups:
-                mean, prediction = self._mean(group), _prediction(group)
-                if narrow:
-                    one = Narrow.of(group, mean)
-                    made.append(one._replace(matrix=one.matrix.to(device)))
-                else:
-                    stacked = torch.cat([prediction, group.synthesis]) if len(prediction) else group.synthesis
-                    made.append((stacked.to(device), mean.to(device), len(prediction)))
-            return made
+            kind = Narrow if narrow else Wide
+            made = [kind.of(group, self._mean(group)) for group in self.learnt.groups]
+            return [one._replace(matrix=one.matrix.to(device), mean=one.mean.to(device)) for one in made]
 
         found: list[Any] = _RESIDENT.setdefault(self.learnt, Resident()).get(device, narrow, make)
         return found
@@ -284,56 +324,30 @@ def _rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def _product(matrix: Any, part: Tensor, read: Tensor) -> Tensor:
-    """Multiply part [tokens, components], all or the leading ones, by a matrix of `Basis._matrices`."""
-    if isinstance(matrix, Narrow):
-        return matrix.product(part, read)
-    stacked, _, rank = matrix
-    part = torch.cat([read, part], 1) if rank else part
-    return part @ stacked[: part.shape[1]]
-
-
-def _multiplied(part: Tensor, arranging: int, product: Callable[[Tensor, Tensor], Tensor], read: Tensor) -> Tensor:
-    """Return `product(part, read)`; on the CPU tokens are multiplied by the components that they need.
+def _product(matrix: Narrow | Wide, part: Tensor, read: Tensor, memory: Memory) -> Tensor:
+    """Multiply the coefficients of a group, and add its prediction.
 
     Args:
-        part: The coefficients, float32 [tokens, components].
-        arranging: As in `_pieces`.
-        product: Multiplies tokens, by all components or the leading ones.
+        matrix: Of `Basis._matrices`.
+        part: float32 [tokens, components].
         read: What the prediction reads, float32 [tokens, numbers].
-    """
-    pieces = _pieces(part, arranging) if transfer.is_host(part.device) else [(None, part.shape[1])]
-    if len(pieces) == 1:
-        return product(part[:, : pieces[0][1]], read)
-    products = [(tokens, product(part[tokens, :width], read[tokens])) for tokens, width in pieces]
-    found = products[0][1].new_empty(len(part), products[0][1].shape[1])
-    for tokens, own in products:
-        found[tokens] = own
-    return found
-
-
-def _pieces(part: Tensor, arranging: int) -> list[tuple[Tensor, int]]:
-    """Cut the tokens of a product into pieces by the number of leading components beyond which all are zero.
-
-    Args:
-        part: The coefficients, float32 [tokens, components].
-        arranging: The time to arrange the matrix of a piece, in tokens.
+        memory: Of the result.
 
     Returns:
-        Of each piece the tokens, int64 [n], and the number of components that they need.
+        [tokens, channels]: bfloat16 with the means, or float32 without.
     """
-    count, octets = part.shape[1], -(-part.shape[1] // _OCTET)
-    used = torch.zeros(len(part), octets * _OCTET, dtype=torch.bool)
-    np.not_equal(part.numpy(), 0, out=used.numpy()[:, :count])  # torch takes four times as long
-    last = (used.view(torch.int64) != 0) * torch.arange(1, octets + 1, dtype=torch.int16)
-    needed, order = (last.amax(1) * _OCTET).clamp(min(LEADING, count), count).sort()
-
-    def cut(pieces: int) -> list[tuple[Tensor, int]]:
-        widths = [int(part[-1]) for part in needed.tensor_split(pieces)]
-        return list(zip(order.tensor_split(pieces), widths, strict=True))
-
-    possible = [cut(pieces) for pieces in PIECES if pieces <= len(part)]
-    return min(possible, key=lambda found: sum((len(tokens) + arranging) * width for tokens, width in found))
+    if not sparse.offered(part.device):
+        return matrix.product(part, read, memory)
+    narrow = isinstance(matrix, Narrow)
+    amx = narrow and _capabilities().get("amx_bf16")
+    arranging = 1 + (ARRANGING_AMX if amx else ARRANGING) / max(len(part), 1)
+    cost = SPARSE_AMX if amx else SPARSE_NARROW if narrow else SPARSE
+    width = sparse.dense_width(part, cost / arranging, 2 * LEADING if narrow else 0)
+    if width == part.shape[1]:
+        return matrix.product(part, read, memory)
+    dense = matrix.product(part[:, :width], read, memory, means=False) if width or read.shape[1] else None
+    found = memory.take("wide", (len(part), matrix.matrix.shape[1]), torch.float32, part.device)
+    return sparse.multiply(part[:, width:], matrix.synthesis[width:], dense, out=found)
 
 
 def slices_of(geometry: Geometry) -> list[slice]:

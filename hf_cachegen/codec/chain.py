@@ -24,7 +24,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec import sparse
 from hf_cachegen.codec.group import Group
+from hf_cachegen.codec.transfer import send
 
 MAX_REACH = 16
 """Largest number of layers between the beginning of a group and of one that its prediction reads."""
@@ -76,7 +78,7 @@ class Chain:
         for group in groups if reach else ():
             if group.summary is not None:
                 known = None if group.prediction is None else (group.prediction @ group.summary.mT).to(device)
-                self.maps.append(((group.synthesis @ group.summary.mT).to(device), known))
+                self.maps.append(((group.synthesis @ group.summary.mT).contiguous().to(device), known))
 
     def read(self, index: int, scores: Tensor | None, summaries: Sequence[Tensor]) -> Tensor | None:
         """Return what the prediction of group `index` reads, float32 [tokens, numbers]; None if that is nothing.
@@ -89,15 +91,18 @@ class Chain:
         found = [*([] if scores is None else [scores]), *(summaries[i] for i in self._sources[index])]
         return torch.cat(found, 1) if found else None
 
-    def summary(self, index: int, base: Tensor, read: Tensor | None) -> Tensor:
+    def summary(self, index: int, y: Tensor, read: Tensor | None, coarse: Tensor | None = None) -> Tensor:
         """Return the summary of group `index`.
 
         Args:
             index: Of the group.
-            base: Its coefficients as the coarsest level decodes them, float32 [tokens, components], all or the leading
-                ones.
+            y: Its coefficients, float32 [tokens, components].
             read: The result of `read`.
+            coarse: float32 [2, tokens]: how the coarsest level follows from y (`sparse.coarsened`). None: it is y.
         """
         own, known = self.maps[index]
-        found = base @ own[: base.shape[1]]
+        if sparse.offered(y.device):
+            found = sparse.multiply(y, own, None, coarse)
+        else:
+            found = (y if coarse is None else sparse.coarsened(y, send(coarse, y.device))) @ own
         return found if read is None or known is None else found.addmm_(read, known)

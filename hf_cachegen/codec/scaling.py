@@ -45,11 +45,17 @@ class Scaling:
         scaled, step = self.to_coder(y.clone(), span), self.steps[0].to(y.device)
         return self.to_basis(self._coarsest(quantize.fine_symbols(scaled, step) * step, span), span)
 
-    def read(self, y: Tensor, span: Span, level: int) -> Tensor | None:
-        """Return what the predictions of a chain read from decoded coefficients of a level; None for y itself."""
+    def coarse(self, span: Span, level: int) -> Tensor | None:
+        """Return how the base of a chunk's tokens follows from decoded coefficients of a level, for `sparse.coarsened`.
+
+        None for level 1, and where nothing reads it.
+        """
         if not self.learnt.reach or level == 1:
             return None
-        return self.to_basis(self._coarsest(y, span), span)
+        found = torch.zeros(2, span.tokens)
+        found[0, span.ordinary(self.config)] = self.steps[0] * quantize.step_factor(1, self.config.levels)
+        self._scaled(found[1].fill_(1), span, 1 / FINER)
+        return found
 
     @cached_property
     def coarsest_step(self) -> float:
@@ -70,10 +76,7 @@ class Scaling:
         return found
 
     def _coarsest(self, y: Tensor, span: Span) -> Tensor:
-        """Return decoded coefficients of any level as the coarsest level decodes them.
-
-        A symbol is the nearest one of the coarsest level's: steps differ by powers of 3, so none is between two.
-        """
+        """Return coefficients of the finest level as the coarsest level decodes them (`sparse.coarsened`)."""
         found, ordinary = y.clone(), span.ordinary(self.config)
         step = self.steps[0].to(y.device) * quantize.step_factor(1, self.config.levels)
         found[ordinary].div_(step).round_().mul_(step)

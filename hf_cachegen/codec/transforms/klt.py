@@ -257,8 +257,8 @@ class Klt(Transform):
             level: Of the coefficients.
             vectors: Receive the values, as in `Basis.restore`.
         """
-        base = self.scaling.read(y, span, level)
-        self.basis.restore(self.scaling.to_basis(y, span), span, vectors, self._scores(span), base)
+        y, coarse = self.scaling.to_basis(y, span), self.scaling.coarse(span, level)
+        self.basis.restore(y, span, vectors, self._scores(span), coarse)
         self._put_known(span, vectors)
 
     def _put_known(self, span: Span, vectors: Sequence[Tensor]) -> None:
