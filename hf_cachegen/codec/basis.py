@@ -248,7 +248,10 @@ class Basis:
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
         matrices = self._matrices(device, narrow)
-        memory = self._memories.pop() if self._memories else Memory()
+        try:
+            memory = self._memories.pop()
+        except IndexError:  # all are in use by other threads
+            memory = Memory()
         for (group, components), matrix, read in zip(self._groups(), matrices, reads, strict=True):
             with full_precision(device):
                 back = _product(matrix, y[:, components], read, memory)
