@@ -57,7 +57,8 @@ class Memory:
         """Return memory of this name, which the next call of the same name overwrites."""
         kept, size = self._kept.get(name), shape[0] * shape[1]
         if kept is None or len(kept) < size or kept.dtype != dtype or kept.device != device:
-            kept = self._kept[name] = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # else a call outside that mode could not write into it
+                kept = self._kept[name] = torch.empty(size, dtype=dtype, device=device)
         return kept[:size].view(shape)
 
 
