@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.basis import multiplies_bfloat16
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.errors import TensorError
@@ -45,13 +46,31 @@ def require_sample(index: int, sample: Sample) -> None:
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
-    """Return the exact (keys, values, layers) of a context [1, tokens]."""
-    past = empty_cache(model.config)
-    with fresh_state(model):
+def prefill(
+    model: PreTrainedModel, ids: Tensor, *, narrow: bool = False
+) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
+    """Return the (keys, values, layers) of a context [1, tokens].
+
+    Args:
+        model: The model.
+        ids: int64 [1, tokens].
+        narrow: Multiply in bfloat16 where `multiplies_narrow`: two thirds of the time, and a rounding as in a cache of
+            that dtype. The tensors have the model's dtype in any case.
+    """
+    past, narrow = empty_cache(model.config), narrow and multiplies_narrow(model)
+    with fresh_state(model), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
         run(model, ids.to(model.device), past, last_logits_only=True)
+    for layer in past.layers if narrow else ():
+        for name, x in vars(layer).items():
+            if isinstance(x, Tensor) and x.is_floating_point():
+                setattr(layer, name, x.to(model.dtype))
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
+
+
+def multiplies_narrow(model: PreTrainedModel) -> bool:
+    """Return whether a float32 model runs on a CPU that multiplies bfloat16."""
+    return model.dtype == torch.float32 and model.device.type == "cpu" and multiplies_bfloat16()
 
 
 @torch.no_grad()
