@@ -61,9 +61,8 @@ def prefill(
     with fresh_state(model), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
         run(model, ids.to(model.device), past, last_logits_only=True)
     for layer in past.layers if narrow else ():
-        for name, x in vars(layer).items():
-            if isinstance(x, Tensor) and x.is_floating_point():
-                setattr(layer, name, x.to(model.dtype))
+        held = {name: x for name, x in vars(layer).items() if isinstance(x, Tensor) and x.is_floating_point()}
+        vars(layer).update({name: x.to(model.dtype) for name, x in held.items()})
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
 
