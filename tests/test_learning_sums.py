@@ -52,6 +52,26 @@ def test_only_caches_that_are_read_once_are_rounded(model, context, narrow, monk
         assert float((b - c).norm()) < 0.05 * float(c.norm())
 
 
+def test_a_model_that_cannot_be_rounded_is_not(model, context, monkeypatch) -> None:
+    """It raises for mixed dtypes, or computes something else."""
+    monkeypatch.setattr(running, "multiplies_bfloat16", lambda: True)
+    assert running.multiplies_narrow(model)
+    monkeypatch.setattr(running, "LARGEST_ROUNDING", 0.0)
+    assert not running.multiplies_narrow(model)
+    run = running.run
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected the same dtypes")
+        return run(*args, **options)
+
+    monkeypatch.setattr(running, "LARGEST_ROUNDING", 1.0)
+    monkeypatch.setattr(running, "run", failing)
+    assert not running.multiplies_narrow(model)
+    expected, found = running.prefill(model, context)[0], Exact(model).prefill(context).keys
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 @pytest.mark.parametrize("width", [1, 3, 4, 10])
 def test_symmetric_products(width: int) -> None:
     x = torch.randn(20, width, generator=torch.Generator().manual_seed(width))

@@ -17,7 +17,7 @@ from hf_cachegen.codec.predictor import Known, Predictor
 from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.first_layers import entering, first_layers
 from hf_cachegen.models.recurrent import Checkpoint
-from hf_cachegen.profiles.learning.running import Sample, prefill, states_after
+from hf_cachegen.profiles.learning.running import Sample, multiplies_narrow, prefill, states_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ class Exact:
     """
 
     def __init__(self, model: PreTrainedModel, again: Sequence[Sample] = (), predict_layers: Sequence[int] = ()):
-        self.model, self._left = model, MOST_KEPT_BYTES
+        self.model, self._left, self._narrow = model, MOST_KEPT_BYTES, multiplies_narrow(model)
         token = torch.zeros(1, 1, dtype=torch.int64)
         self.features = {layer: first_layers(model, token, layer).hidden.shape[1] for layer in predict_layers}
         self._again = {_key(context) for context, _ in again}
@@ -82,7 +82,7 @@ class Exact:
         if key in self._contexts:
             return self._contexts[key]
         with entering(self.model, self.features) as entered:
-            keys, values, layers = prefill(self.model, context, narrow=key not in self._again)
+            keys, values, layers = prefill(self.model, context, narrow=self._narrow and key not in self._again)
         found = Computed(keys, values, layers, {layer: states[-1][0] for layer, states in entered.items()})
         if key in self._again and self._fits(*keys, *values, *found.hidden.values()):
             self._contexts[key] = found

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LEAST_SENSITIVITY = 0.02
 """Lower bound on sensitivity, in units of the model's mean: the samples may not depend on a layer at all."""
-MAX_SENSITIVITY_SAMPLES = 24
+MAX_SENSITIVITY_SAMPLES = 32
 """Samples that the sensitivity is measured on, evenly drawn. It has far fewer numbers than the products, and a gradient
 takes two thirds of a prefill.
 """
