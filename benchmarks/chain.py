@@ -46,12 +46,13 @@ from hf_cachegen.codec.rows import gather
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.tables import shipped_codebooks
 from hf_cachegen.codec.transforms.klt import Klt
-from hf_cachegen.models.first_layers import known_of
+from hf_cachegen.models.first_layers import first_layers, known_of
 from hf_cachegen.profiles.learning import Sample, continuation_logits, prefill
-from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, ChainSums, chained
+from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, chained
 from hf_cachegen.profiles.learning.chaining import chained_after, noise_of
 from hf_cachegen.profiles.learning.moments import in_frame
-from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, FeatureSums, blank, targets_of
+from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, blank, targets_of
+from hf_cachegen.profiles.learning.sums import FeatureSums, GroupSums
 
 CONTINUATION = 128
 STEP_CODES = (3, 0)
@@ -104,8 +105,10 @@ class Learnt:
         empty = torch.empty(0, 0)
         self.groups = [Group(*pair, own[pair[:2]].clone(), empty) for pair in pairs]
         widths = [own[pair[:2]].shape[0] * own[pair[:2]].shape[1] for pair in pairs]
-        self.sums = [ChainSums(pairs, widths, reach) for _ in range(2)]
-        self.features = [[FeatureSums(model, layer, widths) for layer in layers] for _ in range(2)]
+        self.sums = [GroupSums(pairs, widths, reach) for _ in range(2)]
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        counts = {layer: first_layers(model, token, layer).hidden.shape[1] for layer in layers}
+        self.features = [[FeatureSums(layer, count, widths) for layer, count in counts.items()] for _ in range(2)]
         self.kept: list[tuple[Tensor, KV]] = []
         for index, context in enumerate(contexts):
             keys, values = joined(prefill(model, context)[:2], len(given.layers))
@@ -113,7 +116,7 @@ class Learnt:
             unseen = index % HELD_OUT_EVERY == 0
             self.sums[unseen].add(rows)
             for features in self.features[unseen]:
-                features.add(context, rows)
+                features.add(first_layers(model, context, features.layer).hidden, rows)
             if not unseen and len(self.kept) < TABLE_CONTEXTS:
                 self.kept.append((context, (keys, values)))
             print(f"context {index + 1} of {len(contexts)}", flush=True)
@@ -140,11 +143,11 @@ class Learnt:
                 found.append(Group(kind, first, len(which), sensitivity, synthesis))
         return self.tabled(replace(self.given, groups=tuple(found), predictors=(), reach=0))
 
-    def near(self) -> list[ChainSums]:
+    def near(self) -> list[GroupSums]:
         """Return the sums with the reach of a chain, of the training contexts and of the held-out ones."""
         found = []
         for sums in self.sums:
-            one = ChainSums(sums.order, [len(row) for row in sums.rows], 0)
+            one = GroupSums(sums.order, [len(row) for row in sums.rows], 0)
             one.reach, one.count, one.rows, one.products = DEFAULT_REACH, sums.count, sums.rows, sums.products
             found.append(one)
         return found
@@ -158,9 +161,9 @@ class Learnt:
         predictors, means = [], training.means()
         shapes = [[tuple(self.groups[2 * i + k].sensitivity.shape[:2]) for i in range(len(self.given.layers))]
                   for k in (0, 1)]  # fmt: skip
-        squares = [training.products[i, i].double() / training.count for i in range(len(self.groups))]
+        covariances = [training.product(i, i, means) for i in range(len(self.groups))]
         for seen, unseen in zip(*self.features, strict=True):
-            targets = targets_of(self.groups, shapes, means, squares, seen, unseen)
+            targets = targets_of(self.groups, shapes, means, covariances, seen, unseen)
             found = chained_after((training, held_out), (seen, unseen), targets, DEFAULT_RANK, self.noise, width)
             predictor = blank(seen.layer, found, profile.step_code, profile.levels, DEFAULT_REACH)
             whole = self.tabled(replace(profile, predictors=(predictor,)), seen.layer)

@@ -19,12 +19,12 @@ from torch import Tensor
 from benchmarks.klt_variants import BASE, Bench
 from benchmarks.rate_distortion import Curve
 from hf_cachegen.codec import codebook
-from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts, repeated
 from hf_cachegen.codec.tables import Codebook, normalise, shipped_codebooks
 from hf_cachegen.codec.transforms.klt import ENTRY_BITS, Klt
-from hf_cachegen.profiles.learning import learning
+from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.learning import HELD_OUT_EVERY
+from hf_cachegen.profiles.learning.measuring import Coded
 
 SIZES = (16, 32, 64)
 LEARNT_SIZES = (16, 64, 256)
@@ -88,10 +88,9 @@ class Seen:
     def of(cls, bench: Bench, contexts: Sequence[Tensor]) -> Seen:
         counts = [Counts(len(profile.base_entries), profile.levels) for profile in bench.profiles]
         for context in contexts:
-            rows, codec = learning._coded(bench.model, bench.profiles[0], context, BASE)
-            y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
+            coded = Coded(Exact(bench.model), bench.profiles[0], context, BASE)
             for profile, found in zip(bench.profiles, counts, strict=True):
-                found.add(Klt(codec.geometry, BASE, profile).inner.symbols(y)[0])
+                found.add(Klt(coded.codec.geometry, BASE, profile).inner.symbols(coded.coefficients)[0])
         return cls([found.parts for found in counts])
 
 

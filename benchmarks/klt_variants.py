@@ -18,10 +18,11 @@ from torch import Tensor
 
 from benchmarks.rate_distortion import KV, Point, Test, learnt, levels_of
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv
-from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.transforms.klt import Klt
-from hf_cachegen.profiles.learning import Sample, learning, moments, prefill
+from hf_cachegen.profiles.learning import Sample, moments, prefill
+from hf_cachegen.profiles.learning.exact import Exact
+from hf_cachegen.profiles.learning.measuring import Coded
 
 BASE = CacheGenConfig(transform="klt", measure=False)
 DEAD_ZONES = (0.05, 0.1)
@@ -55,8 +56,7 @@ class Bench:
         """For each group, the share of the samples' variance in its first components, in the metric of the basis."""
         profile, squares = self.profiles[0], torch.zeros(())
         for context, _ in self.mixed:
-            rows, codec = learning._coded(self.model, profile, context, BASE)
-            squares = squares + codec.coefficients(rows, Span(0, len(rows), len(rows))).square().sum(0)
+            squares = squares + Coded(Exact(self.model), profile, context, BASE).coefficients.square().sum(0)
         parts = squares.split([len(group.synthesis) for group in profile.groups])
         return [part.cumsum(0) / part.sum() for part in parts]
 
@@ -109,18 +109,18 @@ def heads_apart() -> Iterator[None]:
     groups = moments.Moments.groups
 
     def masked(self: moments.Moments, floor: float) -> Any:
-        kept = self.squares
-        self.squares = []
-        for square, (kind, first, count) in zip(kept, self.places, strict=True):
-            layers = range(first, first + count)
-            mean = torch.cat([self.sums[kind][layer] for layer in layers]) / self.count
-            outer = torch.outer(mean, mean) * self.count
-            blocks = [torch.ones(d, d) for layer in layers for h, d in [self.shapes[kind][layer]] for _ in range(h)]
-            self.squares.append((square - outer) * torch.block_diag(*blocks) + outer)
+        sums = self.training.groups
+        kept, means = sums.products, sums.means()
+        sums.products = {}
+        for index, (kind, first, count) in enumerate(self.ranges):
+            outer = torch.outer(means[index], means[index]) * sums.count
+            shapes = self.shapes[kind][first : first + count]
+            blocks = torch.block_diag(*(torch.ones(d, d) for h, d in shapes for _ in range(h)))
+            sums.products[index, index] = ((kept[index, index] - outer) * blocks + outer).float()
         try:
             return groups(self, floor)
         finally:
-            self.squares = kept
+            sums.products = kept
 
     with mock.patch.object(moments.Moments, "groups", masked):
         yield

@@ -1,11 +1,13 @@
 """Where the time of learning a profile goes, beside a prefill of the same tokens in the same run.
 
-    python -m benchmarks.learning --model MODEL --text FILE [--samples 40] [--out benchmarks/results/learning.json]
+    python -m benchmarks.learning --model MODEL --text FILE [--samples 40] [--layers 0,2,5] \
+        [--out benchmarks/results/learning.json]
 
 Times are CPU seconds of all threads, which other programs on the machine change less than the time on a clock. The
 ratio is that of all learning to a prefill of the contexts of all samples. Stages: `prefill` (of samples, whichever
-stage asks), `gradients`, `sums` (products and their sums), `bases` (eigenvectors), `step` (the search), `tables`,
-`measure`; each without the stages inside it.
+stage asks), `gradients`, `sums` (of products), `bases` (of the profile without a chain), `step` (the search), `chain`
+(maps and bases of a chain, those of the predictors too), `regression` (on hidden states), `tables`, `measure`,
+`journal`; each without the stages inside it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -25,17 +28,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cachegen import learn_profile
 from hf_cachegen.cli.samples import draw, from_text
-from hf_cachegen.profiles.learning import exact, learning, moments
+from hf_cachegen.profiles.learning import chaining, exact, journal, learning, moments, predictor
 
-CONTEXT_TOKENS, CONTINUATION_TOKENS = 1024, 128
+CONTINUATION_TOKENS = 128
 TIMED = (
     ("prefill", exact, "prefill"),
     ("gradients", moments, "gradients"),
-    ("sums", moments.Moments, "_add"),
+    ("sums", moments.Sums, "add"),
     ("bases", moments.Moments, "groups"),
     ("step", learning._Learning, "_step"),
+    ("chain", chaining, "chained"),
+    ("regression", predictor, "regressions"),
     ("tables", learning._Learning, "_entries"),
-    ("measure", learning, "measure"),
+    ("measure", learning.Measured, "of"),
+    ("journal", journal.Journal, "_write"),
 )
 """(stage, owner, name) of the functions whose time is measured."""
 
@@ -71,25 +77,29 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--context-tokens", type=int, default=1024)
+    parser.add_argument("--layers", default="", help="Values of predict_layers, separated by commas.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    cut = from_text(tokenizer, args.text.read_text(encoding="utf-8"), CONTEXT_TOKENS, CONTINUATION_TOKENS)
+    cut = from_text(tokenizer, args.text.read_text(encoding="utf-8"), args.context_tokens, CONTINUATION_TOKENS)
     samples = [tuple(torch.tensor([ids]) for ids in sample) for sample in draw([cut], args.samples, 0)]
     start = time.process_time()
     for context, _ in samples[:2]:
         exact.prefill(model, context)
     one = (time.process_time() - start) / 2
-    clock = Clock()
+    clock, layers = Clock(), [int(layer) for layer in args.layers.split(",") if layer]
     with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory())
         for stage, owner, name in TIMED:
             stack.enter_context(mock.patch.object(owner, name, clock.timed(stage, getattr(owner, name))))
         start, wall = time.process_time(), time.perf_counter()
-        profile = learn_profile(model, samples)
+        profile = learn_profile(model, samples, predict_layers=layers, journal=Path(folder) / "journal")
         total, wall = time.process_time() - start, time.perf_counter() - wall
     found = {
-        "model": args.model, "samples": len(samples), "hardware": _hardware(), "threads": torch.get_num_threads(),
+        "model": args.model, "samples": len(samples), "context_tokens": args.context_tokens, "predict_layers": layers,
+        "hardware": _hardware(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "cpu_seconds": round(total, 1), "seconds": round(wall, 1),
         "prefill_seconds": round(one, 2), "ratio": round(total / (one * len(samples)), 2),
         "stages": {stage: {"cpu_seconds": round(spent, 1), "calls": clock.calls[stage]}

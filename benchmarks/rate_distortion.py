@@ -35,7 +35,7 @@ from eval.baselines import released
 from eval.reference import CALIBRATION_SEED, HELD_OUT_SEED, MODEL_PATH, TASKS, document, sample
 from hf_cachegen import CacheGenConfig, Profile, decode_kv, encode_kv, learn_profile
 from hf_cachegen.codec import rows
-from hf_cachegen.profiles.learning import Sample, continuation_logits, learning, moments, prefill
+from hf_cachegen.profiles.learning import Sample, continuation_logits, measuring, moments, prefill
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -75,7 +75,7 @@ class Test(NamedTuple):
 def no_sinks() -> Iterator[None]:
     """Disable the detection of sinks in learning and encoding."""
     none = {"return_value": torch.empty(0, dtype=torch.int64)}
-    with mock.patch.object(learning, "find_sinks", **none), mock.patch.object(rows, "find_sinks", **none):
+    with mock.patch.object(measuring, "find_sinks", **none), mock.patch.object(rows, "find_sinks", **none):
         yield
 
 

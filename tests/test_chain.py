@@ -25,8 +25,8 @@ from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.errors import ConfigError, ProfileError, UnsupportedFormatError
 from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.profiles.learning import chaining, continuation_logits, prefill
-from hf_cachegen.profiles.learning.chain import ChainSums
 from hf_cachegen.profiles.learning.exact import Exact
+from hf_cachegen.profiles.learning.sums import GroupSums
 from hf_cachegen.stores import LocalStore
 from tests.golden_cache import (
     digests,
@@ -287,7 +287,7 @@ def test_sums_of_the_last_layers_of_groups() -> None:
     order, widths = [(0, 0, 2), (1, 0, 2), (0, 2, 2), (1, 2, 2)], [8, 4, 8, 4]
     rows = [torch.randn(30, width, generator=generator) for width in widths]
     later, kept = [(0, 1, 1), (1, 1, 1), (0, 2, 2), (1, 2, 2)], [4, 2, 8, 4]
-    whole, alone = ChainSums(order, widths, 3), ChainSums(later, kept, 3)
+    whole, alone = GroupSums(order, widths, 3), GroupSums(later, kept, 3)
     whole.add(rows)
     alone.add([x[:, -width:] for x, width in zip(rows, kept, strict=True)])
     found = whole.after(later, kept)

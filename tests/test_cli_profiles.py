@@ -112,7 +112,7 @@ def test_an_interrupted_run_continues(
     with monkeypatch.context() as patch:
         patch.setattr(journal, "SECONDS_BETWEEN", 0.0)
         patch.setattr(journal, "SHARE_OF_TIME", 0)
-        patch.setattr(learning, "measure", killed)
+        patch.setattr(learning.Measured, "of", killed)
         assert run(*command).exit_code != 0
     left = tmp_path / f"{PROFILE_FILE}.learning"
     assert list(tmp_path.iterdir()) == [left]

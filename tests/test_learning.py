@@ -93,11 +93,14 @@ def test_a_killed_run_resumes_to_the_same_profile(model, whole, stage, tmp_path,
     learn_until(model, path, stage, monkeypatch)
     seen: list[str] = []
     keep = journal.Journal.keep
-    monkeypatch.setattr(journal.Journal, "keep", lambda *args: (seen.append(args[1].split()[0]), keep(*args)))
+    monkeypatch.setattr(journal.Journal, "keep", lambda *args: (seen.append(args[1]), keep(*args)))
     assert learn_profile(model, samples(), config=CONFIG, seed=3, journal=path).digest == whole.digest
     assert seen.count("learn") == {"learn": 3}.get(stage, 0)  # of 5: 2 of 7 are held out
-    # A coarse level decides here, so the tables are counted at two steps.
-    assert seen.count("tables") == {"tables": 8}.get(stage, 10)
+    # A coarse level decides here, so the tables are counted at several steps.
+    first, *others = [seen.count(name) for name in dict.fromkeys(seen) if name.startswith("tables")]
+    assert first == {"tables": 3}.get(stage, 5)
+    assert others
+    assert set(others) == {5}
 
 
 @pytest.mark.usefixtures("eager")
@@ -148,12 +151,12 @@ def test_exact_caches_are_kept_within_a_limit(model, whole, limit, monkeypatch) 
     most = 0
     prefill = exact.prefill
 
-    def watched(*args):
+    def watched(*args, **options):
         nonlocal most
-        keys, values, layers = prefill(*args)
-        held.append(weakref.ref(keys[0]))
+        found = prefill(*args, **options)
+        held.append(weakref.ref(found[0][0]))
         most = max(most, sum(ref() is not None for ref in held))
-        return keys, values, layers
+        return found
 
     monkeypatch.setattr(exact, "prefill", watched)
     monkeypatch.setattr(exact, "MOST_KEPT_BYTES", limit)
@@ -216,7 +219,8 @@ def test_progress_is_logged_at_a_limited_rate(model, monkeypatch, caplog) -> Non
     caplog.set_level("INFO", "hf_cachegen.profiles.learning")
     learn_profile(model, samples(), config=CONFIG)
     found = [record.message for record in caplog.records]
-    assert [text.split(":")[0].split()[0] for text in found[:5]] == ["learn", "learn", "chain", "chain", "step"]
+    stages = list(dict.fromkeys(text.split(":")[0].split()[0] for text in found))
+    assert stages == ["learn", "held", "bases", "step", "chain", "tables", "measure"]
     assert found[1].startswith("learn: 5 of 5 samples, ")
     caplog.clear()
     monkeypatch.setattr(progress, "SECONDS_BETWEEN", 0.0)

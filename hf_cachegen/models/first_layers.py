@@ -8,8 +8,9 @@ module of that layer: for m = 0 the embeddings, after any scaling and with any l
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -110,7 +111,8 @@ def _parts(
     device = layer_devices(model, count)[0]
     whole = positions_change(base.config, 1, input_ids.shape[1])  # then the context must be one forward pass
     cache, states = _StoppingCache(layer), list[Tensor]()
-    with evaluation_mode(base), fresh_state(base), _watched(base, count, layer) as entered:
+    with evaluation_mode(base), fresh_state(base), entering(base, [layer]) as watched:
+        entered = watched[layer]
         for ids in input_ids.to(device).split(input_ids.shape[1] if whole else RUN_TOKENS, dim=1):
             entered.clear()
             if go_on is not None:
@@ -133,26 +135,30 @@ def _parts(
 
 
 @contextmanager
-def _watched(model: nn.Module, count: int, layer: int) -> Iterator[list[Tensor]]:
-    """Collect the hidden states [1, tokens, features] that enter a decoder layer while the block runs, in this thread.
+def entering(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Collect the hidden states [1, tokens, features] that enter decoder layers while the block runs, in this thread.
 
     Other threads may run the same model meanwhile, over other contexts.
 
-    A model of several towers may have several lists of `count` modules. The one that the forward pass enters last,
-    before the cache stops it, is the decoder.
+    A model of several towers may have several lists of as many modules as it has layers. The one that the forward pass
+    enters last is the decoder.
     """
-    entered: list[Tensor] = []
-    mine = threading.get_ident()
+    entered: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    base, mine = unwrapped(model), threading.get_ident()
+    count = len(layer_kinds(base.config)) if entered else 0
 
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enters(layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() != mine:
             return
         state = args[0] if args else kwargs.get("hidden_states")
         if isinstance(state, Tensor) and state.dim() == 3:
-            entered.append(state.detach())
+            entered[layer].append(state.detach())
 
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    handles = [stack[layer].register_forward_pre_hook(enters, with_kwargs=True) for stack in stacks if layer < count]
+    stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    handles = [
+        stack[layer].register_forward_pre_hook(partial(enters, layer), with_kwargs=True)
+        for stack in stacks for layer in entered if layer < count
+    ]  # fmt: skip
     try:
         yield entered
     finally:

@@ -331,10 +331,14 @@ class Klt(Transform):
         return [x[row : row + span.tokens] for x in heads.by_token(target, self.geometry)]
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
-        levels = self.inner.approximations(self.coefficients(rows, span), span)
+        return self.approximated(rows, self.coefficients(rows, span), span)
+
+    def approximated(self, rows: Tensor, y: Tensor, span: Span) -> list[Tensor]:
+        """Return `approximations` of rows whose coefficients are y."""
+        levels = self.inner.approximations(y, span)
         found = [torch.empty(len(rows), rows.shape[1]) for _ in levels]
-        for level, (y, own) in enumerate(zip(levels, found, strict=True), 1):
-            self._restore(y, span, level, self.basis.split(own))
+        for level, (decoded, own) in enumerate(zip(levels, found, strict=True), 1):
+            self._restore(decoded, span, level, self.basis.split(own))
         if isinstance(self.learnt, Predictor):  # a loader computes the first layers itself
             exact = self.basis.slices[2 * self.learnt.layer + 1].stop
             for own in found:

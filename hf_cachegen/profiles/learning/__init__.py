@@ -15,7 +15,8 @@ Progress is logged (`progress.py`). It can be stored in a file, from which an in
 from __future__ import annotations
 
 from hf_cachegen.models.continuation import continuation_logits
-from hf_cachegen.profiles.learning.learning import DEFAULT_TARGETS, divergence, learn_profile, measure
+from hf_cachegen.profiles.learning.learning import DEFAULT_TARGETS, learn_profile
+from hf_cachegen.profiles.learning.measuring import divergence
 from hf_cachegen.profiles.learning.running import Sample, find_rotary, prefill
 
 __all__ = [
@@ -25,6 +26,5 @@ __all__ = [
     "divergence",
     "find_rotary",
     "learn_profile",
-    "measure",
     "prefill",
 ]

@@ -15,12 +15,11 @@ from hf_cachegen.codec.profile import Profile as CodecProfile
 from hf_cachegen.codec.quantize import step_factor, steps_of
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.profiles.files import Profile
-from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, JOINT_WIDTH, ChainSums, chained
+from hf_cachegen.profiles.learning.chain import DEFAULT_REACH, DEFAULT_WIDTH, JOINT_WIDTH, chained
 from hf_cachegen.profiles.learning.exact import Exact
-from hf_cachegen.profiles.learning.journal import Journal
-from hf_cachegen.profiles.learning.moments import Moments
-from hf_cachegen.profiles.learning.predictor import FeatureSums, Target, chosen, scores_of, stated
+from hf_cachegen.profiles.learning.predictor import Target, chosen, scores_of, stated
 from hf_cachegen.profiles.learning.running import Sample
+from hf_cachegen.profiles.learning.sums import FeatureSums, GroupSums
 
 AcrossLayers = Literal["auto", "joint", "chained"]
 DEFAULT_GROUP_CHANNELS = 2048
@@ -55,23 +54,14 @@ class Chaining:
     """Learn the groups of a chain from the sums of a run.
 
     Args:
-        moments: Sums of the training samples, with those of a chain.
-        sums: The same object's `chain`.
-        groups: Its groups, for the sensitivities.
-        held_out: The held-out samples.
-        exact: What the model computes.
-        journal: Of the run.
+        training: Sums of the training samples.
+        held_out: Sums of the held-out samples.
+        groups: Joint bases of the same groups, with the sensitivities.
     """
 
-    def __init__(
-        self, moments: Moments, sums: ChainSums, groups: Sequence[Group], held_out: Sequence[Sample], exact: Exact,
-        journal: Journal,
-    ):  # fmt: skip
-        self.sums, self.groups, self.held_out = sums, groups, moments.chain_sums()
-        self.width = DEFAULT_WIDTH if moments.group_layers == 1 else JOINT_WIDTH
-        for context, _ in journal.each("chain", held_out, self.held_out.sums):
-            keys, values, _ = exact.prefill(context)
-            self.held_out.add(moments.rows_of(keys, values))
+    def __init__(self, training: GroupSums, held_out: GroupSums, groups: Sequence[Group]):
+        self.sums, self.held_out, self.groups = training, held_out, groups
+        self.width = DEFAULT_WIDTH if all(group.count == 1 for group in groups) else JOINT_WIDTH
 
     def applied(self, profile: Profile, levels: int) -> Profile:
         """Return the profile with the chain for its step, and no table entries. levels: of its artifacts.
@@ -94,7 +84,7 @@ class Chaining:
 
 
 def chained_after(
-    sums: tuple[ChainSums, ChainSums], features: tuple[FeatureSums, FeatureSums], targets: Sequence[Target], rank: int,
+    sums: tuple[GroupSums, GroupSums], features: tuple[FeatureSums, FeatureSums], targets: Sequence[Target], rank: int,
     noise: float, width: int,
 ) -> tuple[Tensor, Tensor, tuple[Group, ...], dict[str, Any]]:  # fmt: skip
     """Learn a predictor and the chain over the layers after it.
@@ -113,7 +103,7 @@ def chained_after(
     best = chosen(*features, targets, rank)
     order, widths = [(one.kind, one.first, one.count) for one in targets], [len(one.mean) for one in targets]
     training, held_out = (whole.after(order, widths) for whole in sums)
-    groups = [Group(*own, one.sensitivity, torch.empty(0, 0)) for own, one in zip(order, targets, strict=True)]
+    groups = [one.own or Group(one.kind, one.first, one.count, one.sensitivity, torch.empty(0, 0)) for one in targets]
     found, about = chained(training, held_out, groups, noise, width, scores_of(*features, best, targets))
     mean = (features[0].total / features[0].count).float()
     return mean, best.directions.float(), found, {**stated(best, features[0]), "chain": about}

@@ -1,7 +1,7 @@
 """learn_profile: moments of the training samples, then the step by the divergence of held-out ones, then the tables.
 
 The first of every five samples is held out, 8 at most. The divergence and the bits of each level that a profile states
-are measured on these. The tables come from 16 of the other samples: they need the shape of a distribution, not a basis.
+are measured on these. The tables come from 8 of the other samples: they need the shape of a distribution, not a basis.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -18,21 +18,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.fit import Counts
-from hf_cachegen.codec.geometry import Geometry
-from hf_cachegen.codec.group import Group
 from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.codec.quantize import steps_of
-from hf_cachegen.codec.rows import empty_kv, gather, scatter
-from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.codec.tables import shipped_codebooks
-from hf_cachegen.codec.transforms.klt import Klt
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, ProfileError
-from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.fingerprint import Fingerprint
-from hf_cachegen.models.first_layers import known_of
 from hf_cachegen.models.requirements import require_model, require_vocabulary
 from hf_cachegen.models.running import evaluation_mode
 from hf_cachegen.models.sampled_weights import coarse_weights
@@ -41,17 +33,19 @@ from hf_cachegen.profiles.files import Profile
 from hf_cachegen.profiles.learning.chaining import AcrossLayers, Chaining, grouping, require_across
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.journal import Journal, unknown
-from hf_cachegen.profiles.learning.moments import SUMS, Moments
+from hf_cachegen.profiles.learning.measuring import Coded, Measured
+from hf_cachegen.profiles.learning.moments import SUMS, Moments, Sums
 from hf_cachegen.profiles.learning.options import ranks_of, targets_of
-from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, FeatureSums, regressed
+from hf_cachegen.profiles.learning.predictor import DEFAULT_RANK, Target, regressed
 from hf_cachegen.profiles.learning.predictor import blank as blank_predictor
-from hf_cachegen.profiles.learning.progress import shown
+from hf_cachegen.profiles.learning.progress import shown, timed
 from hf_cachegen.profiles.learning.running import (
     NO_ROTATION,
     Sample,
     find_rotary,
     require_sample,
 )
+from hf_cachegen.profiles.learning.sums import FeatureSums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +56,9 @@ HELD_OUT_EVERY = 5
 MAX_HELD_OUT = 8
 """The mean divergence of 8 samples of 128 tokens has a standard error of about a tenth, half the distance of two codes.
 """
-MAX_TABLE_SAMPLES = 16
+MAX_PREDICTOR_HELD_OUT = 4
+"""Held-out samples that a predictor is measured on. Its ratio to the profile itself differs little between samples."""
+MAX_TABLE_SAMPLES = 8
 STEP_CODES = 256
 KEPT_PEAK = 0.25
 """A component is kept if a sample's coefficient reaches this fraction of the finest step. A symbol needs half a step,
@@ -144,8 +140,8 @@ def learn_profile(
             require_vocabulary(model, ids)
     with torch.inference_mode(False), evaluation_mode(model):  # sensitivities are gradients
         samples = [(context.clone(), continuation.clone()) for context, continuation in samples]
-        return _Learning(model, samples, config, targets, seed, journal, progress).profile(
-            floor, group_layers, across_layers, undo_rotation, predicting
+        return _Learning(model, samples, config, targets, seed, predicting, journal, progress).profile(
+            floor, group_layers, across_layers, undo_rotation
         )
 
 
@@ -154,31 +150,31 @@ class _Learning:
 
     def __init__(
         self, model: PreTrainedModel, samples: Sequence[Sample], config: CacheGenConfig, targets: tuple[float, ...],
-        seed: int, journal: str | os.PathLike[str] | None, progress: bool,
+        seed: int, predicting: dict[int, int], journal: str | os.PathLike[str] | None, progress: bool,
     ):  # fmt: skip
         self.model, self.config, self.targets, self.seed, self.progress = model, config, targets, seed, progress
-        self.samples, self.path, self.groups = samples, journal, tuple[Group, ...]()
+        self.samples, self.predicting, self.path = samples, predicting, journal
         indices = range(len(samples))[::HELD_OUT_EVERY][:MAX_HELD_OUT]
         self.held_out = [samples[index] for index in indices]
         self.training = [sample for index, sample in enumerate(samples) if index not in indices]
         self.for_tables = self.training[:: max(1, len(self.training) // MAX_TABLE_SAMPLES)][:MAX_TABLE_SAMPLES]
-        self.exact = Exact(model, [*self.held_out, *self.for_tables])
+        self.exact = Exact(model, [*self.held_out, *self.for_tables], list(predicting))
         self.fingerprint = Fingerprint.of(model, []).to_dict()
         self.chaining: Chaining | None = None
 
     def profile(
-        self, floor: float, group_layers: int | None, across_layers: AcrossLayers, undo_rotation: bool,
-        predicting: dict[int, int],
-    ) -> Profile:  # fmt: skip
+        self, floor: float, group_layers: int | None, across_layers: AcrossLayers, undo_rotation: bool
+    ) -> Profile:
         group_layers, reach = grouping(self.exact, self.samples[0], across_layers, group_layers)
         options = {"floor": floor, "target_kl": list(self.targets), "seed": self.seed, "samples": len(self.samples)}
         key = self._key({
             **options, "group_layers": group_layers, "reach": reach, "undo_rotation": undo_rotation,
-            "predict": list(predicting.items()),
+            "predict": list(self.predicting.items()),
         })  # fmt: skip
         journal = Journal(self.path, key, progress=self.progress)
         rotary = find_rotary(self.model) if undo_rotation else NO_ROTATION
-        moments = Moments(self.exact, self.training, rotary, group_layers, self.seed, journal, list(predicting), reach)
+        moments = Moments(self.exact, self.training, rotary, group_layers, self.seed, journal, reach)
+        held_out = self._held_out(moments)
         about = {
             "model": str(self.model.config.name_or_path),
             "fingerprint": self.fingerprint,
@@ -186,55 +182,69 @@ class _Learning:
             "group_layers": moments.group_layers,
             **options,
         }
-        groups = self.groups = moments.groups(floor)
-        if moments.chain is not None:
-            self.chaining = Chaining(moments, moments.chain, groups, self.held_out, self.exact, journal)
+        with timed("bases"):
+            groups = moments.groups(floor)
+        if reach:
+            self.chaining = Chaining(moments.training.groups, held_out.groups, groups)
         nothing = torch.zeros(sum(len(group.synthesis) for group in groups), dtype=torch.uint8)
         finer = nothing.expand(self.config.levels - 1, -1)
         blank = Profile(moments.layers, rotary, moments.means.float(), groups, 0, nothing, finer, about)
         # The target of the finest level almost always decides, so the others are measured at its step alone.
         profile, measured = self._at_code(blank, self._step(blank, self.targets[-1:], journal), journal)
-        if self._beyond(measured[:-1]):
+        if self._beyond(measured, self.config.levels - 1):
             profile, measured = self._at_code(blank, self._step(blank, self.targets, journal), journal)
-        while self.chaining is not None and self._beyond(measured) and profile.step_code > 1:
+        while reach and self._beyond(measured, self.config.levels) and profile.step_code > 1:
             profile, measured = self._at_code(blank, profile.step_code - 1, journal)  # it was searched without a chain
-        profile = replace(profile, about={**profile.about, "measured": measured})
-        predictors = [self._predictor(profile, moments, sums, predicting[sums.layer], journal)
-                      for sums in moments.features]  # fmt: skip
+        profile = replace(profile, about={**profile.about, "measured": measured.means()})
+        predictors = []
+        for seen, unseen in zip(moments.training.features, held_out.features, strict=True):
+            targets = moments.targets(groups, seen, unseen)
+            predictors.append(self._predictor(profile, measured, seen, unseen, targets, journal))
         return replace(profile, predictors=tuple(predictors))
 
+    def _held_out(self, moments: Moments) -> Sums:
+        """Return the sums of the held-out samples. Their caches are needed later, so they are not in the journal."""
+        found = moments.empty()
+        for context, _ in shown(self.held_out, "held out", len(self.held_out), bar=self.progress):
+            computed = self.exact.prefill(context)
+            found.add(computed, moments.rows_of(computed))
+        return found
+
     def _predictor(
-        self, profile: Profile, moments: Moments, sums: FeatureSums, rank: int, journal: Journal
-    ) -> Predictor:
-        """Learn the predictor of one layer, after the profile itself."""
-        held_out = moments.features_of(self.model, sums.layer)
-        for context, _ in journal.each(f"features {sums.layer}", self.held_out, held_out.sums):
-            keys, values, _ = self.exact.prefill(context)
-            held_out.add(context, moments.rows_of(keys, values))
-        targets = moments.targets(self.groups, sums, held_out)
-        if self.chaining is None:
-            found = regressed(sums, held_out, targets, rank)
-        else:
-            found = self.chaining.regressed(sums, held_out, targets, rank, profile)
-        predictor = blank_predictor(sums.layer, found, profile.step_code, profile.levels, profile.reach)
-        predictor = replace(predictor, **self._entries(replace(profile, predictors=(predictor,)), sums.layer, journal))
-        measured = self._measured(replace(profile, predictors=(predictor,)), sums.layer)
+        self, profile: Profile, beside: Measured, training: FeatureSums, held_out: FeatureSums,
+        targets: Sequence[Target], journal: Journal,
+    ) -> Predictor:  # fmt: skip
+        """Learn the predictor of one layer, after the profile itself, which measures `beside`."""
+        layer, rank = training.layer, self.predicting[training.layer]
+        with timed(f"regression on layer {layer}"):
+            if self.chaining is None:
+                found = regressed(training, held_out, targets, rank)
+            else:
+                found = self.chaining.regressed(training, held_out, targets, rank, profile)
+        predictor = blank_predictor(layer, found, profile.step_code, profile.levels, profile.reach)
+        predictor = replace(predictor, **self._entries(replace(profile, predictors=(predictor,)), layer, journal))
+        some = self.held_out[:MAX_PREDICTOR_HELD_OUT]
+        measured = self._measured(replace(profile, predictors=(predictor,)), some, layer).means(beside)
         return replace(predictor, about={**predictor.about, "measured": measured})
 
-    def _measured(self, profile: Profile, layer: int | None) -> list[dict[str, float]]:
-        return measure(self.model, profile, self.held_out, replace(self.config, predict_layers=layer), self.exact)
+    def _measured(self, profile: Profile, samples: Sequence[Sample], layer: int | None) -> Measured:
+        stage = "measure" if layer is None else f"measure layer {layer}"
+        shown_samples = shown(samples, stage, len(samples), bar=self.progress)
+        return Measured.of(self.exact, profile, shown_samples, replace(self.config, predict_layers=layer))
 
-    def _beyond(self, measured: Sequence[dict[str, float]]) -> bool:
-        """Return whether a divergence is larger than its target."""
-        return any(row["kl"] > target for row, target in zip(measured, self.targets, strict=False))
+    def _beyond(self, measured: Measured, levels: int) -> bool:
+        """Return whether a divergence of the first levels is larger than its target."""
+        rows = measured.means()[:levels]
+        return any(row["kl"] > target for row, target in zip(rows, self.targets, strict=False))
 
-    def _at_code(self, blank: Profile, code: int, journal: Journal) -> tuple[Profile, list[dict[str, float]]]:
+    def _at_code(self, blank: Profile, code: int, journal: Journal) -> tuple[Profile, Measured]:
         """Return the profile with this step, and what it measures."""
         profile = replace(blank, step_code=code)
         if self.chaining is not None:
-            profile = self.chaining.applied(profile, self.config.levels)
+            with timed(f"chain at {code}"):
+                profile = self.chaining.applied(profile, self.config.levels)
         profile = replace(profile, **self._entries(profile, None, journal))
-        return profile, self._measured(profile, None)
+        return profile, self._measured(profile, self.held_out, None)
 
     def _key(self, options: dict[str, object]) -> str:
         """Hash everything that the result depends on."""
@@ -252,12 +262,16 @@ class _Learning:
         known = unknown(STEP_CODES, len(self.held_out), levels)
         done = journal.restore("step", {"divergence": known})
         counted = iter(shown(count(done), "step", None, done, bar=self.progress))
+        coefficients: dict[int, Tensor] = {}  # they do not depend on the step
 
         def measured(code: int, sample: int, level: int) -> dict[int, float]:
             at, config = replace(profile, step_code=code), self.config
             if level == levels - 1:  # the symbols of the finest level alone
                 at, config = replace(at, refine_entries=at.refine_entries[:0]), replace(config, levels=1)
-            found = divergence(self.model, at, self.held_out[sample : sample + 1], config, self.exact)
+            context, continuation = self.held_out[sample]
+            coded = Coded(self.exact, at, context, config, coefficients.get(sample))
+            coefficients[sample] = coded.coefficients
+            found = coded.divergences(continuation)
             return {level: found[0]} if config.levels == 1 else dict(enumerate(found))
 
         def keep() -> None:
@@ -282,85 +296,17 @@ class _Learning:
         sums = {f"part-{index}": part for index, part in enumerate(counts.parts)} | {"peaks": peaks}
         stage = f"tables at {learnt.step_code}" + ("" if layer is None else f", layer {layer}")
         for context, _ in journal.each(stage, self.for_tables, sums):
-            rows, codec = _coded(self.exact, profile, context, config)
-            y = codec.coefficients(rows, Span(0, len(rows), len(rows)))
-            counts.add(codec.inner.symbols(y)[0])
-            torch.maximum(peaks, y.abs().amax(0), out=peaks)
+            coded = Coded(self.exact, profile, context, config)
+            counts.add(coded.codec.inner.symbols(coded.coefficients)[0])
+            torch.maximum(peaks, coded.coefficients.abs().amax(0), out=peaks)
         values, digits = shipped_codebooks(self.config.prob_bits)
         entries, _ = counts.choose(values, digits)
         widths = [len(group.synthesis) for group in learnt.groups]
         kept = peaks >= KEPT_PEAK * float(steps_of(torch.tensor(learnt.step_code, dtype=torch.uint8)))
         kept[torch.tensor([0, *widths[:-1]]).cumsum(0)] = True  # a group needs at least one component
         pairs = zip(learnt.groups, kept.split(widths), strict=True)
-        groups = [replace(group, synthesis=group.synthesis[mine]) for group, mine in pairs]
+        groups = [
+            group if bool(mine.all()) else replace(group, synthesis=group.synthesis[mine]) for group, mine in pairs
+        ]  # what a group has derived stays with it
         entries = entries[:, kept]
         return {"groups": tuple(groups), "base_entries": entries[0], "refine_entries": entries[1:]}
-
-
-def _coded(exact: Exact, profile: Profile, context: Tensor, config: CacheGenConfig) -> tuple[Tensor, Klt]:
-    """Return a context's rows [tokens, channels], on the CPU, and the profile's codec for it."""
-    keys, values, _ = exact.prefill(context)
-    return _rows(keys, values), _codec(exact.model, profile, context, keys, config)
-
-
-def _rows(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    tokens = keys[0].shape[2]
-    return gather(keys, values, Span(0, tokens, tokens)).float().cpu()
-
-
-def _codec(
-    model: PreTrainedModel, profile: Profile, context: Tensor, keys: Sequence[Tensor], config: CacheGenConfig
-) -> Klt:
-    dtype, layer = str(keys[0].dtype).removeprefix("torch."), profile.usable(config.predicted)
-    geometry = Geometry(profile.layers, tokens=keys[0].shape[2], batch=1, dtype=dtype)
-    known = None if layer is None else known_of(model, context, profile, layer)
-    return Klt(geometry, config, profile, sinks=find_sinks(keys), known=known)
-
-
-@torch.no_grad()
-def divergence(
-    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig,
-    exact: Exact | None = None,
-) -> list[float]:  # fmt: skip
-    """Return the mean KL of each level, nats per token of the continuations, of the decoded against the exact cache."""
-    totals, exact = [0.0] * config.levels, exact or Exact(model)
-    for context, continuation in samples:
-        keys, values, _ = exact.prefill(context)
-        states = exact.states(context)
-        expected = exact.log_probabilities((context, continuation))
-        for level, decoded in enumerate(_levels(model, profile, context, (keys, values), config)):
-            lossy = continuation_logits(model, *decoded, continuation, states).log_softmax(-1)
-            totals[level] += float((expected.exp() * (expected - lossy)).sum(-1).mean())
-    return [total / len(samples) for total in totals]
-
-
-def _levels(
-    model: PreTrainedModel, profile: Profile, context: Tensor, kv: tuple[list[Tensor], list[Tensor]],
-    config: CacheGenConfig,
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:  # fmt: skip
-    """Yield (keys, values) decoded at each level, on the devices of the given ones."""
-    keys, values = kv
-    codec, rows = _codec(model, profile, context, keys, config), _rows(keys, values)
-    span = Span(0, len(rows), len(rows))
-    for approximation in codec.approximations(rows, span):
-        found = empty_kv(codec.geometry, [None] * len(codec.geometry.layers))
-        scatter(approximation, found, span)
-        moved = [x.to(exact.device) for x, exact in zip(found[::2], keys, strict=True)]
-        yield moved, [x.to(exact.device) for x, exact in zip(found[1::2], values, strict=True)]
-
-
-def measure(
-    model: PreTrainedModel, profile: Profile, samples: Sequence[Sample], config: CacheGenConfig,
-    exact: Exact | None = None,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Return, for each level, its divergence on these samples and the bits per element of the chunks (without headers).
-    """
-    sizes, elements, exact = [0] * config.levels, 0, exact or Exact(model, samples)
-    for context, _ in samples:
-        rows, codec = _coded(exact, profile, context, config)
-        for part, data in enumerate(codec.encode(rows, Span(0, len(rows), len(rows)))):
-            sizes[part] += len(data)
-        elements += rows.numel()
-    bits = torch.tensor(sizes).cumsum(0).mul(8).div(elements).tolist()
-    found = divergence(model, profile, samples, config, exact)
-    return [{"kl": round(kl, 6), "bits_per_element": round(b, 4)} for kl, b in zip(found, bits, strict=True)]

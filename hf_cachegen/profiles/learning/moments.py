@@ -1,6 +1,6 @@
 """Sums over the training samples: means, second moments by group of layers, sensitivities by head; and the bases.
 
-All sums are float64 on the CPU. Products are computed on the devices of the model's layers.
+Sums are on the CPU. Products are computed on the devices of the model's layers.
 """
 
 from __future__ import annotations
@@ -17,23 +17,59 @@ from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.codec.sinks import find_sinks
 from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.recurrent import Checkpoint
-from hf_cachegen.profiles.learning.chain import ChainSums
-from hf_cachegen.profiles.learning.exact import Exact
+from hf_cachegen.profiles.learning.exact import Computed, Exact
 from hf_cachegen.profiles.learning.journal import Journal
-from hf_cachegen.profiles.learning.predictor import FeatureSums, Target, targets_of
+from hf_cachegen.profiles.learning.metric import both_sides, by_head, principal, roots
+from hf_cachegen.profiles.learning.predictor import Target, targets_of
 from hf_cachegen.profiles.learning.running import Sample
+from hf_cachegen.profiles.learning.sums import FeatureSums, GroupSums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAST_SENSITIVITY = 0.02
 """Lower bound on sensitivity, in units of the model's mean: the samples may not depend on a layer at all."""
-SUMS = 2
+MAX_SENSITIVITY_SAMPLES = 32
+"""Samples that the sensitivity is measured on, evenly drawn. It has far fewer numbers than the products, and a gradient
+takes two thirds of a prefill.
+"""
+SUMS = 3
 """Version of what the sums mean. A journal of another version is not resumed."""
+
+
+class Sums:
+    """Sums of the products of some samples' rows, for the groups of layers and for each predictor.
+
+    Args:
+        exact: What the model computes. Its features are those of the predictors.
+        ranges: (kind, first layer, layers) of each group.
+        widths: Channels of each group.
+        reach: Of the chain; 0 without one.
+    """
+
+    def __init__(self, exact: Exact, ranges: Sequence[tuple[int, int, int]], widths: Sequence[int], reach: int):
+        self.groups = GroupSums(ranges, widths, reach)
+        self.features = [FeatureSums(layer, count, widths) for layer, count in exact.features.items()]
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """All sums by name, which `add` changes in place."""
+        found = dict(self.groups.sums)
+        for features in self.features:
+            found |= features.sums
+        return found
+
+    def add(self, computed: Computed, rows: Sequence[Tensor]) -> None:
+        """Add a sample: what the model computed for its context, and `Moments.rows_of` it."""
+        self.groups.add(rows)
+        for features in self.features:
+            features.add(computed.hidden[features.layer], rows)
 
 
 class Moments:
     """Moments of a model's keys (rotation undone) and values, and of the gradients with respect to them.
+
+    All rows are less the means of the first sample, so that no product is much larger than a variance.
 
     The gradients of attention sinks do not count. They are 2 % of the tokens and have four fifths of the sensitivity.
     But klt codes them with steps of their own, so the bases are for the other tokens.
@@ -41,48 +77,43 @@ class Moments:
 
     def __init__(
         self, exact: Exact, samples: Sequence[Sample], rotary: Rotary, group_layers: int, seed: int,
-        journal: Journal, predict_layers: Sequence[int] = (), reach: int = 0,
+        journal: Journal, reach: int = 0,
     ):  # fmt: skip
-        self.rotary = rotary
+        self.exact, self.rotary, self.reach = exact, rotary, reach
         self.shapes, self.layers = exact.geometry(samples[0][0])
         self.group_layers = group_layers
         self.ranges = [part for kind in (0, 1) for part in self._group(kind)]
         if reach:
             self.ranges.sort(key=lambda part: (part[1], part[0]))  # as a loader decodes them
-        self.reach = reach
-        self.chain = self.chain_sums() if reach else None
-        self.count = torch.zeros(1, dtype=torch.int64)
-        self.sums = [[_zeros(h * d) for h, d in side] for side in self.shapes]
-        self.squares = [_zeros(self._width(part), self._width(part)) for part in self.ranges]
+        self.training = self.empty()
+        self.shifts = [torch.zeros(self._width(part)) for part in self.ranges]
         self.fisher = [[_zeros(h, d, d) for h, d in side] for side in self.shapes]
-        numbered = ((f"{kind}-{layer}", kind, layer) for kind in (0, 1) for layer in range(len(self.layers)))
-        sums = {"count": self.count} | {f"square-{index}": x for index, x in enumerate(self.squares)}
-        for name, kind, layer in numbered:
-            sums |= {f"sum-{name}": self.sums[kind][layer], f"fisher-{name}": self.fisher[kind][layer]}
-        self.features = [self.features_of(exact.model, layer) for layer in predict_layers]
-        for features in self.features:
-            sums |= features.sums
-        sums |= {} if self.chain is None else self.chain.sums
+        sums = self.training.sums | {f"shift-{index}": x for index, x in enumerate(self.shifts)}
+        for kind, side in enumerate(self.fisher):
+            sums |= {f"fisher-{kind}-{layer}": x for layer, x in enumerate(side)}
+        weighed = set(torch.linspace(0, len(samples) - 1, MAX_SENSITIVITY_SAMPLES).round().int().tolist())
         for index, (context, continuation) in journal.each("learn", list(enumerate(samples)), sums):
-            # The draws of a sample do not depend on the samples before it.
-            draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
-            self._add(exact, context, continuation, draws)
+            computed = exact.prefill(context)
+            self._add(computed)
+            if index in weighed:
+                # The draws of a sample do not depend on the samples before it.
+                draws = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
+                self._weigh(computed, context, continuation, draws)
 
-    def features_of(self, model: PreTrainedModel, layer: int) -> FeatureSums:
-        """Return empty sums of a predictor's features, for the ranges of layers of this object."""
-        return FeatureSums(model, layer, [self._width(part) for part in self.ranges])
+    def empty(self) -> Sums:
+        """Return empty sums for the groups of this object."""
+        return Sums(self.exact, self.ranges, [self._width(part) for part in self.ranges], self.reach)
 
-    def chain_sums(self) -> ChainSums:
-        """Return empty sums for a chain over the ranges of this object."""
-        return ChainSums(self.ranges, [self._width(part) for part in self.ranges], self.reach)
-
-    def rows_of(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-        """Return a context's rows, float32 [tokens, channels], of each range: keys with the rotation undone, values."""
+    def rows_of(self, computed: Computed) -> list[Tensor]:
+        """Return a context's rows, float32 [tokens, channels], of each group: keys with the rotation undone, values;
+        less `shifts`.
+        """
         found = []
-        for kind, first, count in self.ranges:
-            layers = (keys, values)[kind][first : first + count]
+        for (kind, first, count), shift in zip(self.ranges, self.shifts, strict=True):
+            layers = (computed.keys, computed.values)[kind][first : first + count]
             framed = [in_frame(x, kind, self.rotary).flatten(1) for x in layers]
-            found.append(torch.cat([x.to(framed[0].device) for x in framed], 1))
+            rows = torch.cat([x.to(framed[0].device) for x in framed], 1)
+            found.append(rows.sub_(shift.to(rows.device)))
         return found
 
     def _group(self, kind: int) -> list[tuple[int, int, int]]:
@@ -96,26 +127,30 @@ class Moments:
         return found
 
     def _width(self, part: tuple[int, int, int]) -> int:
-        kind, first, count = part
-        return sum(h * d for h, d in self.shapes[kind][first : first + count])
+        return sum(self._widths(part))
 
-    def _add(self, exact: Exact, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
-        keys, values, _ = exact.prefill(context)
-        rows = self.rows_of(keys, values)
-        self.count += context.shape[1]
-        for features in self.features:
-            features.add(context, rows)
-        if self.chain is not None:
-            self.chain.add(rows)
-        for square, part, (kind, first, count) in zip(self.squares, rows, self.ranges, strict=True):
-            widths = [h * d for h, d in self.shapes[kind][first : first + count]]
-            for layer, x in enumerate(part.split(widths, 1), first):
-                self.sums[kind][layer] += x.cpu().sum(0, dtype=torch.float64)
-            square += (part.mT @ part).cpu()
-        del rows
-        states, ordinary = exact.states(context), torch.ones(context.shape[1], dtype=torch.bool)
-        ordinary[find_sinks(keys)] = False
-        for kind, layer, gradient in gradients(exact.model, keys, values, continuation, self.rotary, draws, states):
+    def _widths(self, part: tuple[int, int, int]) -> list[int]:
+        """Return the channels of each layer of a group."""
+        kind, first, count = part
+        return [h * d for h, d in self.shapes[kind][first : first + count]]
+
+    def _add(self, computed: Computed) -> None:
+        """Add the products of a context."""
+        rows = self.rows_of(computed)
+        if not int(self.training.groups.count):
+            for shift, part in zip(self.shifts, rows, strict=True):
+                shift += part.mean(0).cpu()
+                part -= shift.to(part.device)
+        self.training.add(computed, rows)
+
+    def _weigh(self, computed: Computed, context: Tensor, continuation: Tensor, draws: torch.Generator) -> None:
+        """Add the gradients of a continuation."""
+        states, ordinary = self.exact.states(context), torch.ones(context.shape[1], dtype=torch.bool)
+        ordinary[find_sinks(computed.keys)] = False
+        found = gradients(
+            self.exact.model, computed.keys, computed.values, continuation, self.rotary, draws, states
+        )  # fmt: skip
+        for kind, layer, gradient in found:
             g = gradient[ordinary.to(gradient.device)]
             self.fisher[kind][layer] += g.permute(1, 2, 0).bmm(g.transpose(0, 1)).cpu().double() / (
                 len(g) * continuation.shape[1]
@@ -124,14 +159,17 @@ class Moments:
     @property
     def means(self) -> Tensor:
         """The means, float64 [channels], in the order of a chunk's channels."""
-        pairs = (self.sums[kind][layer] for layer in range(len(self.layers)) for kind in (0, 1))
-        return torch.cat(list(pairs)) / self.count
+        found: dict[tuple[int, int], Tensor] = {}
+        for part, shift, mean in zip(self.ranges, self.shifts, self.training.groups.means(), strict=True):
+            layers = enumerate((shift + mean).split(self._widths(part)), part[1])
+            found |= {(layer, part[0]): own for layer, own in layers}
+        return torch.cat([found[key] for key in sorted(found)])
 
     def targets(self, groups: Sequence[Group], training: FeatureSums, held_out: FeatureSums) -> list[Target]:
         """Return what a predictor of these sums predicts. groups: the profile's, one for each range."""
-        means = [torch.cat(self.sums[kind][first : first + count]) / self.count for kind, first, count in self.ranges]
-        squares = [square / self.count for square in self.squares]
-        return targets_of(groups, self.shapes, means, squares, training, held_out)
+        means = self.training.groups.means()
+        covariances = [self.training.groups.product(i, i, means) for i in range(len(groups))]
+        return targets_of(groups, self.shapes, means, covariances, training, held_out)
 
     def groups(self, floor: float) -> tuple[Group, ...]:
         """Compute the bases with all components.
@@ -143,28 +181,18 @@ class Moments:
         means = [[float(f.diagonal(dim1=1, dim2=2).mean()) for f in side] for side in self.fisher]
         # In units of their mean, so that the basis is of order 1.
         unit = max(sum(map(sum, means)) / sum(map(len, means)), 1e-30)
-        found = []
-        for (kind, first, count), square in zip(self.ranges, self.squares, strict=True):
-            layers = range(first, first + count)
+        found, centres = [], self.training.groups.means()
+        for index, (kind, first, count) in enumerate(self.ranges):
             sensitivity = torch.cat([
                 self.fisher[kind][layer] / unit
                 + (floor * means[kind][layer] / unit + LEAST_SENSITIVITY) * torch.eye(self.shapes[kind][layer][1])
-                for layer in layers
+                for layer in range(first, first + count)
             ])  # fmt: skip
-            values, vectors = torch.linalg.eigh(sensitivity)
-            root = (vectors * values.sqrt()[:, None]) @ vectors.mT
-            inverse = (vectors * values.rsqrt()[:, None]) @ vectors.mT
-            mean = torch.cat([self.sums[kind][layer] for layer in layers]) / self.count
-            covariance = square / self.count - torch.outer(mean, mean)
-            _, basis = torch.linalg.eigh(_by_head(_by_head(covariance, root).mT, root))
-            synthesis = _by_head(basis.flip(1).mT, inverse).half().float()  # rounded as in the file
+            root, inverse = roots(sensitivity)
+            covariance = self.training.groups.product(index, index, centres)
+            synthesis = by_head(principal(both_sides(covariance, root)), inverse).half().float()  # as in the file
             found.append(Group(kind, first, count, sensitivity.float(), synthesis))
         return tuple(found)
-
-
-def _by_head(x: Tensor, heads: Tensor) -> Tensor:
-    """Multiply x [n, heads * dim] by a block-diagonal matrix, given as its blocks [heads, dim, dim]."""
-    return x.reshape(len(x), len(heads), -1).transpose(0, 1).bmm(heads).transpose(0, 1).reshape(x.shape)
 
 
 def in_frame(x: Tensor, kind: int, rotary: Rotary) -> Tensor:

@@ -15,76 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec.group import Group
-from hf_cachegen.codec.predictor import Predictor, normalised
-from hf_cachegen.models.first_layers import first_layers
+from hf_cachegen.codec.predictor import Predictor
 from hf_cachegen.profiles.learning.chain import Scores
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from hf_cachegen.profiles.learning.metric import both_sides, by_head, principal, roots
+from hf_cachegen.profiles.learning.sums import FeatureSums
 
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 """Ridges to choose from, as fractions of the mean variance of a feature."""
 DEFAULT_RANK = 256
 """Largest rank. The product that decodes a chunk has as many rows more."""
-
-
-class FeatureSums:
-    """Sums over samples of one layer's features, and of their products with keys and values.
-
-    Args:
-        model: The model.
-        layer: m.
-        widths: Channels of each range of layers that `add` gets the rows of.
-    """
-
-    def __init__(self, model: PreTrainedModel, layer: int, widths: Sequence[int]):
-        features = first_layers(model, torch.zeros(1, 1, dtype=torch.int64), layer).hidden.shape[1]
-        self.model, self.layer = model, layer
-        self.count = torch.zeros(1, dtype=torch.int64)
-        self.total = torch.zeros(features, dtype=torch.float64)
-        self.square = torch.zeros(features, features, dtype=torch.float64)
-        self.cross = [torch.zeros(features, width, dtype=torch.float64) for width in widths]
-        self.rows = [torch.zeros(width, dtype=torch.float64) for width in widths]
-
-    @property
-    def sums(self) -> dict[str, Tensor]:
-        """The sums by name, which `add` changes in place."""
-        named = {"count": self.count, "total": self.total, "square": self.square}
-        for name, parts in (("cross", self.cross), ("rows", self.rows)):
-            named |= {f"{name}-{index}": part for index, part in enumerate(parts)}
-        return {f"features-{self.layer}-{name}": part for name, part in named.items()}
-
-    def add(self, context: Tensor, rows: Sequence[Tensor]) -> None:
-        """Add a sample.
-
-        Args:
-            context: int64 [1, tokens].
-            rows: float32 [tokens, channels] of each range: keys with the rotation undone, or values.
-        """
-        hidden = normalised(first_layers(self.model, context, self.layer).hidden)
-        self.count += len(hidden)
-        self.total += hidden.sum(0, dtype=torch.float64).cpu()
-        self.square += (hidden.mT @ hidden).double().cpu()
-        for cross, total, part in zip(self.cross, self.rows, rows, strict=True):
-            cross += (hidden.to(part.device).mT @ part).double().cpu()
-            total += part.sum(0, dtype=torch.float64).cpu()
-
-    def covariance(self, mean: Tensor) -> Tensor:
-        """Return the mean product of features less `mean`, float64 [features, features]."""
-        own = self.total / self.count
-        return self.square / self.count - torch.outer(own, own) + torch.outer(own - mean, own - mean)
-
-    def products(self, index: int, mean: Tensor, rows: Tensor) -> Tensor:
-        """Return the mean product of features less `mean` and a range's channels less `rows`, float64."""
-        own, other = self.total / self.count, self.rows[index] / self.count
-        return self.cross[index] / self.count - torch.outer(own, other) + torch.outer(own - mean, other - rows)
 
 
 @dataclass(frozen=True)
@@ -100,6 +47,7 @@ class Target:
         covariance: float64 [channels, channels].
         cross: Mean product of features and channels, both less their means: float64 [features, channels].
         held_out: The same of the held-out samples, about the same means.
+        own: The group itself, where all its layers are after that of the features; else None.
     """
 
     kind: int
@@ -110,12 +58,12 @@ class Target:
     covariance: Tensor
     cross: Tensor
     held_out: Tensor
+    own: Group | None
 
+    @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
-        """Return the square root of the sensitivity and its inverse, float64 [channels, channels]."""
-        values, vectors = torch.linalg.eigh(self.sensitivity.double())
-        found = [(vectors * scale[:, None]) @ vectors.mT for scale in (values.sqrt(), values.rsqrt())]
-        return torch.block_diag(*found[0]), torch.block_diag(*found[1])
+        """The square root of the sensitivity and its inverse, float64 [heads, dim, dim]."""
+        return roots(self.sensitivity)
 
 
 @dataclass(frozen=True)
@@ -180,28 +128,27 @@ def regressed(
     """
     mean = training.total / training.count
     features, best = training.covariance(mean), chosen(training, held_out, targets, rank)
-    roots = [target.roots() for target in targets]
-    cross = torch.cat([target.cross @ root for target, (root, _) in zip(targets, roots, strict=True)], 1)
+    cross = torch.cat([by_head(target.cross, target.roots[0]) for target in targets], 1)
     # Rounded as in the file, so that the residuals are those that will be coded.
     directions, inner = best.directions.float(), best.directions.mT @ features @ best.directions
     widths, groups = [len(target.mean) for target in targets], []
     parts = best.prediction.split(widths, 1), (best.directions.mT @ cross).split(widths, 1)
-    for target, (root, inverse), predicted, seen in zip(targets, roots, *parts, strict=True):
-        both = predicted.mT @ seen
-        left = root @ target.covariance @ root - both - both.mT + predicted.mT @ inner @ predicted
-        _, basis = torch.linalg.eigh(left)
-        synthesis = (basis.flip(1).mT @ inverse).half().float()
-        rounded = (predicted @ inverse).half().float()
+    for target, predicted, seen in zip(targets, *parts, strict=True):
+        root, inverse = target.roots
+        half = predicted.mT @ (inner @ predicted / 2 - seen)
+        left = both_sides(target.covariance, root) + half + half.mT
+        synthesis = by_head(principal(left), inverse).half().float()
+        rounded = by_head(predicted, inverse).half().float()
         groups.append(Group(target.kind, target.first, target.count, target.sensitivity, synthesis, rounded))
     return mean.float(), directions, tuple(groups), stated(best, training)
 
 
 def chosen(training: FeatureSums, held_out: FeatureSums, targets: Sequence[Target], rank: int) -> Regression:
     """Return the map, of those of `regressions`, that leaves the least energy of the held-out samples."""
-    mean, roots = training.total / training.count, [target.roots()[0] for target in targets]
+    mean = training.total / training.count
     features, other = training.covariance(mean), held_out.covariance(mean)
-    cross = torch.cat([target.cross @ root for target, root in zip(targets, roots, strict=True)], 1)
-    unseen = torch.cat([target.held_out @ root for target, root in zip(targets, roots, strict=True)], 1)
+    cross = torch.cat([by_head(target.cross, target.roots[0]) for target in targets], 1)
+    unseen = torch.cat([by_head(target.held_out, target.roots[0]) for target in targets], 1)
     return min(regressions(features, cross, rank), key=lambda one: one.left(other, unseen))
 
 
@@ -222,7 +169,7 @@ def scores_of(training: FeatureSums, held_out: FeatureSums, best: Regression, ta
 
 def targets_of(
     groups: Sequence[Group], shapes: Sequence[Sequence[tuple[int, int]]], means: Sequence[Tensor],
-    squares: Sequence[Tensor], training: FeatureSums, held_out: FeatureSums,
+    covariances: Sequence[Tensor], training: FeatureSums, held_out: FeatureSums,
 ) -> list[Target]:  # fmt: skip
     """Cut the sums of a profile's groups to the layers after that of the features.
 
@@ -230,7 +177,7 @@ def targets_of(
         groups: The profile's.
         shapes: (heads, dim) of each layer's K, and of its V.
         means: float64 [channels] of each group.
-        squares: Mean products of each group's channels, float64 [channels, channels].
+        covariances: Of each group's channels, float64 [channels, channels].
         training: Sums of the training samples.
         held_out: Sums of the held-out samples.
     """
@@ -246,7 +193,7 @@ def targets_of(
         centred = [sums.products(index, shift, mean)[:, part] for sums in (training, held_out)]
         found.append(Target(
             group.kind, group.first + skipped, group.count - skipped, group.sensitivity[starts[skipped] :], mean[part],
-            (squares[index] - torch.outer(mean, mean))[part, part], centred[0], centred[1],
+            covariances[index][part, part], centred[0], centred[1], None if skipped else group,
         ))  # fmt: skip
     return found
 

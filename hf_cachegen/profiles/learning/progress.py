@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -38,3 +39,12 @@ def shown(items: Iterable[Item], stage: str, total: int | None, done: int = 0, *
         else:
             left = spent / count * (total - done - count)
             LOG.info("%s: %d of %d samples, %.0f s, about %.0f s left", stage, done + count, total, spent, left)
+
+
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    """Report the beginning of a stage without samples, and the seconds that it took."""
+    start = time.monotonic()
+    LOG.info("%s: begins", stage)
+    yield
+    LOG.info("%s: done, %.0f s", stage, time.monotonic() - start)
