@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_cachegen.models.first_layers import first_layers
-from hf_cachegen.profiles.learning import metric, running
+from hf_cachegen.profiles.learning import metric
 from hf_cachegen.profiles.learning.exact import Exact
 from hf_cachegen.profiles.learning.measuring import Measured
 from hf_cachegen.profiles.learning.sums import FeatureSums, GroupSums, square
@@ -38,38 +38,6 @@ def test_one_prefill_gives_the_states_of_every_predictor(model, context) -> None
     assert sorted(found.hidden) == [0, 2]
     for layer, hidden in found.hidden.items():
         torch.testing.assert_close(hidden, first_layers(model, context, layer).hidden)
-
-
-@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "no bfloat16"])
-def test_only_caches_that_are_read_once_are_rounded(model, context, narrow, monkeypatch) -> None:
-    monkeypatch.setattr(running, "multiplies_bfloat16", lambda: narrow)
-    exact, once = Exact(model, [(context, context)]).prefill(context), Exact(model).prefill(context)
-    expected = running.prefill(model, context)[0]
-    for a, b, c in zip(exact.keys, once.keys, expected, strict=True):
-        assert torch.equal(a, c)
-        assert a.dtype == b.dtype == torch.float32
-        assert torch.equal(b, c) != narrow
-        assert float((b - c).norm()) < 0.05 * float(c.norm())
-
-
-def test_a_model_that_cannot_be_rounded_is_not(model, context, monkeypatch) -> None:
-    """It raises for mixed dtypes, or computes something else."""
-    monkeypatch.setattr(running, "multiplies_bfloat16", lambda: True)
-    assert running.multiplies_narrow(model)
-    monkeypatch.setattr(running, "LARGEST_ROUNDING", 0.0)
-    assert not running.multiplies_narrow(model)
-    run = running.run
-
-    def failing(*args: Any, **options: Any) -> Any:
-        if torch.is_autocast_enabled("cpu"):
-            raise RuntimeError("expected the same dtypes")
-        return run(*args, **options)
-
-    monkeypatch.setattr(running, "LARGEST_ROUNDING", 1.0)
-    monkeypatch.setattr(running, "run", failing)
-    assert not running.multiplies_narrow(model)
-    expected, found = running.prefill(model, context)[0], Exact(model).prefill(context).keys
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 10])

@@ -17,7 +17,7 @@ from hf_cachegen.codec.predictor import Known, Predictor
 from hf_cachegen.models.continuation import continuation_logits
 from hf_cachegen.models.first_layers import entering, first_layers
 from hf_cachegen.models.recurrent import Checkpoint
-from hf_cachegen.profiles.learning.running import Sample, multiplies_narrow, prefill, states_after
+from hf_cachegen.profiles.learning.running import Sample, prefill, states_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,12 +44,11 @@ class Computed(NamedTuple):
 
 
 class Exact:
-    """What a model computes for contexts and samples: exactly for those that are read again.
+    """What a model computes for contexts and samples.
 
     Args:
         model: The model.
-        again: Samples that will be read again: their tensors are kept, MOST_KEPT_BYTES in all. Others are read for sums
-            alone, so they may be rounded to bfloat16 (`running.prefill`).
+        again: Samples that will be read again: their tensors are kept, MOST_KEPT_BYTES in all.
         predict_layers: The layers of the predictors to learn.
 
     Raises:
@@ -60,7 +59,7 @@ class Exact:
     """
 
     def __init__(self, model: PreTrainedModel, again: Sequence[Sample] = (), predict_layers: Sequence[int] = ()):
-        self.model, self._left, self._narrow = model, MOST_KEPT_BYTES, multiplies_narrow(model)
+        self.model, self._left = model, MOST_KEPT_BYTES
         token = torch.zeros(1, 1, dtype=torch.int64)
         self.features = {layer: first_layers(model, token, layer).hidden.shape[1] for layer in predict_layers}
         self._again = {_key(context) for context, _ in again}
@@ -82,7 +81,7 @@ class Exact:
         if key in self._contexts:
             return self._contexts[key]
         with entering(self.model, self.features) as entered:
-            keys, values, layers = prefill(self.model, context, narrow=self._narrow and key not in self._again)
+            keys, values, layers = prefill(self.model, context)
         found = Computed(keys, values, layers, {layer: states[-1][0] for layer, states in entered.items()})
         if key in self._again and self._fits(*keys, *values, *found.hidden.values()):
             self._contexts[key] = found

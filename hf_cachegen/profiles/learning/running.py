@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec.basis import multiplies_bfloat16
 from hf_cachegen.codec.geometry import LayerGeometry
 from hf_cachegen.codec.profile import Rotary
 from hf_cachegen.errors import TensorError
@@ -30,9 +29,6 @@ PROBE_TOKEN = 7
 FLAT = 0.2
 """A rotation is the model's if undoing it leaves less than this share of the spread of a repeated token's keys."""
 
-LARGEST_ROUNDING = 0.05
-"""Largest relative difference of keys or values that products in bfloat16 may make: SmolLM2-135M has 0.01."""
-
 
 def require_sample(index: int, sample: Sample) -> None:
     """Raise TensorError unless the sample is a context of two or more tokens and a continuation of one or more."""
@@ -49,39 +45,13 @@ def require_sample(index: int, sample: Sample) -> None:
 
 
 @torch.no_grad()
-def prefill(
-    model: PreTrainedModel, ids: Tensor, *, narrow: bool = False
-) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
-    """Return the (keys, values, layers) of a context [1, tokens].
-
-    Args:
-        model: The model.
-        ids: int64 [1, tokens].
-        narrow: Multiply in bfloat16, on the CPU: two thirds of the time, and a rounding as in a cache of that dtype.
-            The tensors have the model's dtype in any case.
-    """
+def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[LayerGeometry, ...]]:
+    """Return the (keys, values, layers) of a context [1, tokens]."""
     past = empty_cache(model.config)
-    with fresh_state(model), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+    with fresh_state(model):
         run(model, ids.to(model.device), past, last_logits_only=True)
-    for layer in past.layers if narrow else ():
-        held = {name: x for name, x in vars(layer).items() if isinstance(x, Tensor) and x.is_floating_point()}
-        vars(layer).update({name: x.to(model.dtype) for name, x in held.items()})
     kv = capture(past, model.config)
     return list(kv.keys), list(kv.values), kv.geometry.layers
-
-
-def multiplies_narrow(model: PreTrainedModel) -> bool:
-    """Return whether `prefill(narrow=True)` serves: a float32 model on a CPU that multiplies bfloat16, which computes
-    nearly the same keys and values so. Some models cannot mix dtypes, and some route tokens to other experts.
-    """
-    if model.dtype != torch.float32 or model.device.type != "cpu" or not multiplies_bfloat16():
-        return False
-    ids = torch.arange(PROBE_TOKENS)[None] * PROBE_TOKEN % model.config.get_text_config().vocab_size
-    try:
-        pairs = zip(*([*kv[0], *kv[1]] for kv in (prefill(model, ids), prefill(model, ids, narrow=True))), strict=True)
-    except RuntimeError:
-        return False
-    return all(float((x - y).norm()) <= LARGEST_ROUNDING * float(x.norm()) for x, y in pairs)
 
 
 @torch.no_grad()
