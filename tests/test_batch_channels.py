@@ -16,6 +16,7 @@ from hf_cachegen.artifact.encoded import EncodedContext
 from hf_cachegen.codec import batch, native
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.launching import launch
 from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.wide import Wide
 from hf_cachegen.errors import CorruptError, TruncatedError
@@ -72,7 +73,7 @@ def decoded(coder: LossyCodec, parts: list[list[bytes]], level: int) -> Tensor:
     """Return the values of all chunks, in a matrix with a row before and behind them."""
     rows = Target.memory(152, len(coder.channels), torch.device("cpu")).fill_(torch.nan)
     chunks = ((own[:level], span, 1 + span.first) for own, span in zip(parts, CHUNKS, strict=True))
-    coder.launch(chunks, Target.matrix(rows))()
+    launch(coder, chunks, Target.matrix(rows))()
     assert rows[[0, -1]].isnan().all()
     return rows[1:-1]
 

@@ -115,6 +115,19 @@ def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
         assert target == own or FLOOR_OF[target] < FLOOR_OF[own], f"{own} must be above {target}"
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for types alone and in functions count: the structure is the same."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    reads = {
+        own: {module for name in imports(parse(path)) for module in (name, name.rpartition(".")[0])} & modules.keys()
+        for own, path in modules.items()
+    }
+    while free := [own for own, read in reads.items() if not read & set(reads)]:
+        for own in free:
+            del reads[own]
+    assert not reads, f"a circle, or above one: {sorted(reads)}"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
 def test_a_library_is_imported_only_in_its_packages(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(parse(path))}

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_cachegen.codec import native
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.launching import launch
 from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.tables import VALUE_SYMBOLS
 from hf_cachegen.codec.wide import Wide, correct
@@ -55,7 +56,7 @@ def test_the_numbers_are_those_of_the_stages(isa: native.Isa, level: int, monkey
     found = torch.full((TOKENS + 2, CHANNELS), torch.nan)
     with monkeypatch.context() as patch:
         patch.setattr(coder, "_rows", lambda *_: pytest.fail("decoded stage by stage"))
-        coder.decode_into(parts, SPAN, Target.matrix(found), 1)
+        launch(coder, [(parts, SPAN, 1)], Target.matrix(found))()
     assert torch.equal(found[1:-1], expected)
     assert found[[0, -1]].isnan().all()
     for token, channel in WIDE:
@@ -68,7 +69,7 @@ def test_values_that_do_not_tell_their_symbol_are_decoded_by_stages(dtype: torch
     coder = codec(mean)
     rows = drawn(coder)
     found = torch.empty(TOKENS, CHANNELS, dtype=dtype)
-    coder.decode_into(coder.encode(rows, SPAN)[:2], SPAN, Target.matrix(found))
+    launch(coder, [(coder.encode(rows, SPAN)[:2], SPAN, 0)], Target.matrix(found))()
     assert torch.equal(found, coder.approximations(rows, SPAN)[1].to(dtype))
 
 

@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, native, ops, section, transfer
 from hf_cachegen.codec.anchors import Anchors, anchor_count
+from hf_cachegen.codec.chunk import LossyCodec, Span
 from hf_cachegen.codec.into import Rows, Sections, Target
 from hf_cachegen.codec.passes import DTYPES
 from hf_cachegen.codec.section import Arrays, Assignment, Cursor
 from hf_cachegen.codec.transfer import Check, Checks, all_of
 from hf_cachegen.codec.upload import Part, Upload
 from hf_cachegen.codec.wide import NONE_WIDE, Wide
-
-if TYPE_CHECKING:
-    from hf_cachegen.codec.chunk import LossyCodec, Span
 
 OUTSTANDING = 2
 """Number of batches whose statuses are not read yet, so that the host does not wait for the batch on the device."""
@@ -266,43 +264,6 @@ class Batches:
         if first < last:
             address = ctypes.addressof(jobs) + first * ctypes.sizeof(abi.Job)
             native.call(abi.BATCH, shared, address, last - first, device=self._target.device)
-
-
-class Launches:
-    """Decode chunks of one level into a target without waiting for its device: in batches, and others one by one.
-
-    Args:
-        codec: Of the chunks.
-        target: Receives the rows.
-    """
-
-    def __init__(self, codec: LossyCodec, target: Target):
-        self._codec, self._target = codec, target
-        self._batches: Batches | None = None
-        self._alone = Checks(OUTSTANDING * abi.MAX_BATCH)
-        self._served = serves(codec, target)
-
-    def add(self, parts: Sequence[bytes | memoryview], span: Span, row: int) -> None:
-        """Take a chunk, which is written from row `row` on.
-
-        Raises:
-            TruncatedError, CorruptError: The bytes of this chunk, or of one before it, are damaged.
-        """
-        if self._served and self._batches is None:
-            self._batches = Batches(self._codec, len(parts), self._target)
-        if self._batches is None or not self._batches.add(parts, span, row):
-            self._alone.add(self._codec.launch_alone(parts, span, self._target, row))
-
-    def flush(self) -> None:
-        """Launch what was added. Raises TruncatedError or CorruptError for damaged bytes of chunks before it."""
-        if self._batches is not None:
-            self._batches.flush()
-
-    def finish(self) -> None:
-        """Launch what was added, and wait for all. Raises TruncatedError or CorruptError for damaged bytes."""
-        if self._batches is not None:
-            self._batches.finish()
-        self._alone.finish()
 
 
 def _shared(base: Assignment, refinements: Sequence[Assignment], target: Target) -> abi.Batch:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import anchors as anchoring
-from hf_cachegen.codec import batch, into, native, passes, quantize, section, transfer
+from hf_cachegen.codec import into, native, passes, quantize, section, transfer
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
@@ -35,7 +35,7 @@ from hf_cachegen.codec.side import Side
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import DIGIT_ZERO, ZERO_INDEX, shipped_codebooks
 from hf_cachegen.codec.transfer import Check, Resident, all_of, keep
-from hf_cachegen.codec.wide import Wide, correct, split, within_bytes
+from hf_cachegen.codec.wide import Wide, correct, split
 from hf_cachegen.config import CacheGenConfig
 
 
@@ -173,37 +173,6 @@ class LossyCodec:
             raise ValueError("this codec was not fitted to a source")
         return encode_from(self.source, self, span)
 
-    def decode(self, parts: Sequence[bytes | memoryview], span: Span, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Decode parts 0..level-1 to rows [tokens, channels], at level len(parts).
-
-        Raises:
-            TruncatedError, CorruptError: The bytes are damaged.
-        """
-        rows = torch.empty(span.tokens, len(self.channels), dtype=dtype)
-        self.decode_into(parts, span, Target.matrix(rows))
-        return rows
-
-    def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        """Decode parts 0..level-1 into rows [row, row + tokens) of the target. After an error these rows are undefined.
-
-        Raises:
-            TruncatedError, CorruptError: The bytes are damaged.
-        """
-        self.launch([(parts, span, row)], target)()
-
-    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
-        """Start decoding each (parts, span, row) as `decode_into` does: all at one level, in batches where the target's
-        device can. Return what waits for the last of it.
-
-        Raises:
-            TruncatedError, CorruptError: The bytes are damaged; the result raises these too.
-        """
-        launches = batch.Launches(self, target)
-        for parts, span, row in chunks:
-            launches.add(parts, span, row)
-        launches.flush()
-        return launches.finish
-
     def launch_alone(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
         """Start decoding a chunk that no batch takes, section by section, or decode it stage by stage on the CPU.
 
@@ -258,7 +227,7 @@ class LossyCodec:
             grid, finest = (g._replace(anchors=values, group_tokens=self.group_tokens) for g in (grid, finest))
             sections.anchors(grid)
         wide = read.base.wide
-        read = read._replace(base=within_bytes(read.base)) if len(wide.positions) else read
+        read = read._replace(base=read.base.within_bytes()) if len(wide.positions) else read
         middle = Rows(ordinary.start, coded)
         ends = Rows(0, ordinary.start, ordinary.stop - ordinary.start)
         refined = read.rest or any(section.tokens for section in read.finest)

@@ -15,7 +15,7 @@ information.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -240,6 +240,10 @@ class Coded:
             return NONE_WIDE
         which = (self.indices < 0) | (self.indices >= self.columns.book.tables.frequencies.shape[1])
         return Wide(self.positions[which], self.indices[which]) if bool(which.any()) else NONE_WIDE
+
+    def within_bytes(self) -> Coded:
+        """Return the section with the nearest indices that bytes hold in place of wide ones."""
+        return replace(self, indices=nearest(self.indices))
 
     def decode(self, contexts: Tensor | None = None, *, coder: str) -> Tensor:
         """Decode to uint8 [tokens, channels], on the CPU. An index that no byte holds becomes the nearest one.

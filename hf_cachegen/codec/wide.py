@@ -6,17 +6,13 @@ decoding puts their values right.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec import quantize, transfer
 from hf_cachegen.codec.tables import VALUE_SYMBOLS
-
-if TYPE_CHECKING:
-    from hf_cachegen.codec.section import Coded
 
 
 class Wide(NamedTuple):
@@ -32,11 +28,6 @@ NONE_WIDE = Wide(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.i
 def nearest(indices: Tensor) -> Tensor:
     """Return the nearest indices that a byte holds."""
     return indices.clamp(0, VALUE_SYMBOLS - 1)
-
-
-def within_bytes(section: Coded) -> Coded:
-    """Return a base section whose wide symbols are the nearest ones that a byte holds."""
-    return replace(section, indices=nearest(section.indices))
 
 
 def correct(rows: Tensor, wide: Wide, steps: Tensor, refinements: int) -> None:

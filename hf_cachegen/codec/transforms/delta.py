@@ -13,6 +13,7 @@ from hf_cachegen.codec import fit
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.launching import launch
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
@@ -69,10 +70,10 @@ class Delta(Transform):
         return super().encode_chunk(context, span) if self.inner.source is None else self.inner.encode_own(span)
 
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
-        self.inner.decode_into(parts, span, target, row)
+        self.launch([(parts, span, row)], target)()
 
     def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
-        return self.inner.launch(chunks, target)
+        return launch(self.inner, chunks, target)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:
         return self.inner.approximations(rows, span)

@@ -19,6 +19,7 @@ from hf_cachegen.codec import fit
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Target
+from hf_cachegen.codec.launching import launch
 from hf_cachegen.codec.profile import Profile
 from hf_cachegen.codec.rows import ContextRows
 from hf_cachegen.codec.section import Cursor
@@ -102,7 +103,7 @@ class Identity(Transform):
                     starts.append(row)
                 yield parts, span, row
 
-        check = self.inner.launch(watched(), target)
+        check = launch(self.inner, watched(), target)
         for row in starts:
             if self.first is not None:
                 target.put(self.first[None], row)

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, basis, heads, quantize, transfer
-from hf_cachegen.codec.batch import Launches
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.kept import Kept
+from hf_cachegen.codec.launching import Launches
 from hf_cachegen.codec.predictor import Known, Predictor
 from hf_cachegen.codec.products import Products
 from hf_cachegen.codec.profile import Profile, require_layers
