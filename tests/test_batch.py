@@ -9,7 +9,7 @@ import torch
 
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.artifact.encoded import EncodedContext
-from hf_cachegen.codec import batch, native
+from hf_cachegen.codec import launching, native
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.errors import CorruptError, TruncatedError
 from tests.kv_samples import same, sample_kv
@@ -32,7 +32,7 @@ def encoded(transform: str, tokens: int = 700, **options: object) -> EncodedCont
 def test_a_batch_gives_the_values_of_its_chunks(transform: str, level: int, tokens: int, calls: list[str]) -> None:
     context = encoded(transform, tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "serves", lambda *_: False)
+        patch.setattr(launching, "serves", lambda *_: False)
         alone = decode_kv(context, level)
     assert "cg_decode_chunks" not in calls
     own = decode_kv(context, level)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.artifact.encoded import EncodedContext
-from hf_cachegen.codec import batch, native
+from hf_cachegen.codec import batch, launching, native
 from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.launching import launch
@@ -47,7 +47,7 @@ LIBRARIES = {"cpu": nullcontext, "kernels": in_lockstep, "global": lookups_in_gl
 def by_sections() -> Iterator[None]:
     """Decode section by section in this context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "serves", lambda *_: False)
+        patch.setattr(launching, "serves", lambda *_: False)
         yield
 
 

@@ -14,7 +14,7 @@ from hf_cachegen import CacheGenCache, CacheGenConfig, Profile, decode_kv, encod
 from hf_cachegen.artifact import PROFILE_FILE
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.manifest import loads
-from hf_cachegen.codec import basis, batch, matrices
+from hf_cachegen.codec import basis, batch, launching, matrices
 from hf_cachegen.codec.chain import MAX_REACH, Chain, sources
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.context import Encoder
@@ -149,7 +149,7 @@ def test_batches_give_the_values_of_the_sections(
     assert bool((codec.entries > 0).all())
     assert batch.serves(codec.inner, Target.matrix(Target.memory(1, codec.entries.shape[1], rows.device)))
     found = [codec.decode(parts[:level], span) for level in (1, 2, 3)]
-    monkeypatch.setattr(batch, "serves", lambda *_: False)
+    monkeypatch.setattr(launching, "serves", lambda *_: False)
     for level, together in enumerate(found, 1):
         assert torch.equal(codec.decode(parts[:level], span), together)
 

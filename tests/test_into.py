@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_cachegen import CacheGenConfig
-from hf_cachegen.codec import batch, native
+from hf_cachegen.codec import launching, native
 from hf_cachegen.codec.context import Encoder
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.section import Cursor
@@ -142,7 +142,7 @@ def test_contexts_are_the_coarser_symbols(kernels: bool) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(library, "cg_decode_into", spy)
-            patch.setattr(batch, "serves", lambda *_: False)
+            patch.setattr(launching, "serves", lambda *_: False)
             direct, staged = both_ways(made, 3)
     assert all(torch.equal(x, y) for x, y in zip(direct, staged, strict=True))
     assert set(refused) == {native.TileStatus.BAD_ARGUMENT}
