@@ -37,13 +37,9 @@ MEAN_TERMS = 3
 LEADING = 64
 """Number of components with twice the digits. With 0 the finest level's divergence is a fifth higher (reference model).
 """
-ARRANGING, ARRANGING_AMX = 64, 512
-"""The time that a product takes before it begins, to arrange its matrix, in tokens that are multiplied by it. AMX
-multiplies bfloat16 faster than it arranges.
-"""
-SPARSE, SPARSE_NARROW, SPARSE_AMX = 4.0, 5.5, 40.0
-"""The time that a sparse product takes for a coefficient that is not zero, in those of a dense product: in float32, in
-bfloat16 (measured on Zen 4), and in bfloat16 with AMX (estimated).
+SPARSE, SPARSE_NARROW, SPARSE_AMX = 3.5, 5.0, 20.0
+"""The time that a sparse product takes for a coefficient that is not zero, in those of a dense product of 512 tokens:
+in float32, in bfloat16 (measured on Zen 4), and in bfloat16 with AMX (estimated).
 """
 
 
@@ -230,7 +226,7 @@ class Basis:
     @without_autocast()
     def restore(
         self, y: Tensor, span: Span, vectors: Sequence[Tensor], scores: Tensor | None = None,
-        coarse: Tensor | None = None,
+        coarse: Tensor | None = None, shares: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Convert coefficients float32 [tokens, components] to values, on the CPU (`codec.products` does on a device).
 
@@ -242,6 +238,8 @@ class Basis:
             scores: float32 [tokens, rank], of a predictor.
             coarse: float32 [2, tokens]: how the coarsest level follows from y, for a chain (`sparse.coarsened`). None:
                 it is y.
+            shares: For each component the share of coefficients that are expected not to be zero, float32
+                [components]. None: all of them.
         """
         device, dtype = y.device, vectors[0].dtype
         narrow = dtype == torch.bfloat16 and multiplies_bfloat16()
@@ -255,7 +253,7 @@ class Basis:
             memory = Memory()
         for (group, components), matrix, read in zip(self._groups(), matrices, reads, strict=True):
             with full_precision(device):
-                back = _product(matrix, y[:, components], read, memory)
+                back = _product(matrix, y[:, components], read, memory, None if shares is None else shares[components])
             mean = None if back.dtype == torch.bfloat16 else matrix.mean
             mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
             heads.write(back, mean, mine, (rotary, angles) if group.kind == 0 else None)
@@ -328,7 +326,9 @@ def _rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def _product(matrix: Narrow | Wide, part: Tensor, read: Tensor, memory: Memory) -> Tensor:
+def _product(
+    matrix: Narrow | Wide, part: Tensor, read: Tensor, memory: Memory, shares: Tensor | None
+) -> Tensor:  # fmt: skip
     """Multiply the coefficients of a group, and add its prediction.
 
     Args:
@@ -336,17 +336,17 @@ def _product(matrix: Narrow | Wide, part: Tensor, read: Tensor, memory: Memory) 
         part: float32 [tokens, components].
         read: What the prediction reads, float32 [tokens, numbers].
         memory: Of the result.
+        shares: Of the coefficients that are expected not to be zero, float32 [components]. None: all of them.
 
     Returns:
         [tokens, channels]: bfloat16 with the means, or float32 without.
     """
-    if not sparse.offered(part.device):
+    if shares is None or not sparse.offered(part.device):
         return matrix.product(part, read, memory)
     narrow = isinstance(matrix, Narrow)
     amx = narrow and _capabilities().get("amx_bf16")
-    arranging = 1 + (ARRANGING_AMX if amx else ARRANGING) / max(len(part), 1)
     cost = SPARSE_AMX if amx else SPARSE_NARROW if narrow else SPARSE
-    width = sparse.dense_width(part, cost / arranging, 2 * LEADING if narrow else 0)
+    width = sparse.dense_width(shares, cost, 2 * LEADING if narrow else 0)
     if width == part.shape[1]:
         return matrix.product(part, read, memory)
     dense = matrix.product(part[:, :width], read, memory, means=False) if width or read.shape[1] else None

@@ -121,6 +121,13 @@ class LossyCodec:
         anchors, base = (Assignment(self.values, own) for own in (self.side.anchor_entries, self.side.base_entries))
         return anchors, base, [Assignment(self.digits, entries) for entries in self.side.refine_entries]
 
+    def shares(self, level: int) -> Tensor:
+        """Return the share of each channel's symbols that should not be zero at a level, float32 [channels].
+
+        The base's tables say it for the coarsest level. At finer steps it is that of a Laplace distribution.
+        """
+        return self.assignments[1].shares ** (1 / quantize.RATIO ** (level - 1))
+
     @cached_property
     def n_vectors(self) -> int:
         """Number of vectors of the channels."""

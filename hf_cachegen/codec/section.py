@@ -114,6 +114,14 @@ class Assignment:
     def __len__(self) -> int:
         return self._length
 
+    @cached_property
+    def shares(self) -> Tensor:
+        """The share of each channel's symbols that its first table expects not to be zero, float32 [channels]."""
+        found = torch.zeros(len(self))
+        frequencies = self.book.tables.frequencies[self.table_ids[:, 0].long()].float()
+        found[self.live.long()] = 1 - frequencies[:, self.book.zero] / frequencies.sum(1)
+        return found
+
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return (tables for the compiled coder, table_ids, live, dead) on a device, copied there once."""
         own = self._resident.get(

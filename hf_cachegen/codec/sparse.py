@@ -17,8 +17,6 @@ from hf_cachegen.errors import TensorError
 MULTIPLY = "cg_multiply_sparse"
 BLOCK = 64
 """Components that are multiplied densely or sparsely together."""
-SAMPLED = 16
-"""One token of so many is counted."""
 
 
 def offered(device: torch.device) -> bool:
@@ -79,18 +77,18 @@ def coarsened(y: Tensor, coarse: Tensor) -> Tensor:
     return torch.where(steps > 0, (y / (steps * factors)).round_().mul_(steps).mul_(factors), y)
 
 
-def dense_width(part: Tensor, cost: float, fixed: float) -> int:
+def dense_width(shares: Tensor, cost: float, fixed: float) -> int:
     """Return how many leading components are cheaper to multiply densely: 0, a multiple of BLOCK, or all.
 
     Args:
-        part: The coefficients, float32 [tokens, components].
+        shares: For each component the expected share of coefficients that are not zero, float32 [components]. What was
+            decoded must not decide: sums are rounded by it, and would depend on the chunks that are decoded together.
         cost: Of a coefficient that is not zero in a sparse product, in those of a dense product.
         fixed: The cost of having a dense product at all, in components.
     """
-    sample = part[::SAMPLED]
-    blocks = (sample != 0).sum(0, dtype=torch.float32).div_(len(sample)).split(BLOCK)
+    blocks = shares.split(BLOCK)
     ratios = torch.tensor([float(block.sum()) * cost for block in blocks])
     dense = torch.tensor([float(len(block)) for block in blocks])
     zero = torch.zeros(1)
     gain = torch.cat([zero, (ratios - dense).cumsum(0) - fixed])
-    return min(int(gain.argmax()) * BLOCK, part.shape[1])
+    return min(int(gain.argmax()) * BLOCK, len(shares))
