@@ -166,6 +166,18 @@ def test_errors_are_those_of_the_step(profile: Profile, kv: tuple[list[Tensor], 
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
+def test_tables_tell_how_many_coefficients_are_zero(profile: Profile, kv: tuple[list[Tensor], list[Tensor]]) -> None:
+    """This decides which of them are multiplied densely (`sparse.dense_width`)."""
+    codec, rows, span = coded(profile, kv, replace(PLAIN, protect_first=0, protect_last=0))
+    parts, found = codec.encode(rows, span), []
+    for level in (1, 2, 3):
+        y = torch.empty(span.tokens, codec.entries.shape[1])
+        launching.launch(codec.inner, [(parts[:level], span, 0)], Target.matrix(y))()
+        found.append(float((y != 0).float().mean()))
+        assert float(codec.inner.shares(level).mean()) == pytest.approx(found[-1], abs=0.05)
+    assert found[0] < found[1] < found[2]
+
+
 def test_chunks_decode_alone(profile: Profile, kv: tuple[list[Tensor], list[Tensor]]) -> None:
     encoded = encode_kv(*kv, PLAIN, profile)
     whole = decode_kv(encoded, 2)

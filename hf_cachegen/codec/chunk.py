@@ -122,11 +122,12 @@ class LossyCodec:
         return anchors, base, [Assignment(self.digits, entries) for entries in self.side.refine_entries]
 
     def shares(self, level: int) -> Tensor:
-        """Return the share of each channel's symbols that should not be zero at a level, float32 [channels].
-
-        The base's tables say it for the coarsest level. At finer steps it is that of a Laplace distribution.
-        """
-        return self.assignments[1].shares ** (1 / quantize.RATIO ** (level - 1))
+        """Return the share of each channel's symbols that should not be zero at a level, float32 [channels]."""
+        _, base, refinements = self.assignments
+        zeros = base.zeros
+        for part in refinements[: level - 1]:
+            zeros = zeros * part.zeros
+        return 1 - zeros
 
     @cached_property
     def n_vectors(self) -> int:

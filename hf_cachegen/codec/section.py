@@ -115,11 +115,11 @@ class Assignment:
         return self._length
 
     @cached_property
-    def shares(self) -> Tensor:
-        """The share of each channel's symbols that its first table expects not to be zero, float32 [channels]."""
-        found = torch.zeros(len(self))
+    def zeros(self) -> Tensor:
+        """The share of zeros that each channel's table expects, of refinements after zeros: float32 [channels]."""
+        found = torch.ones(len(self))
         frequencies = self.book.tables.frequencies[self.table_ids[:, 0].long()].float()
-        found[self.live.long()] = 1 - frequencies[:, self.book.zero] / frequencies.sum(1)
+        found[self.live.long()] = frequencies[:, self.book.zero] / frequencies.sum(1)
         return found
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
