@@ -97,8 +97,8 @@ def decoding(made: Encoder, layers: int, tokens: int, device: torch.device) -> d
     for level in (1, codec.config.levels):
         coded: list[bytes] = parts[:level]
         figures: dict[str, float] = {}
-        many = partial(lambda coded: codec.launch(((coded, span, row) for row in rows), target)(), coded)
-        one = partial(codec.decode_into, coded, span, target, 0)
+        many = partial(lambda coded: transform.launch(((coded, span, row) for row in rows), target)(), coded)
+        one = partial(transform.decode_into, coded, span, target, 0)
         figures["whole, GB/s"] = total / seconds(many, device) / 1e9
         if device.type == "cuda":  # what the bus allows
             pinned = torch.empty(sum(map(len, coded)) * len(rows), dtype=torch.uint8, pin_memory=True)

@@ -83,11 +83,11 @@ def delta(layers: int, level: int) -> tuple[LossyCodec, list[bytes]]:
     return codec, codec.encode(rows, SPAN)[:level]
 
 
-def coefficients(codec: Klt, parts: list[bytes]) -> Tensor:
-    """Decode coefficients, float32 [tokens, components], without the matrix product."""
-    y = torch.empty(SPAN.tokens, len(codec.inner.channels))
-    launch(codec.inner, [(parts, SPAN, 0)], Target.matrix(y))()
-    return y
+def decoded(codec: LossyCodec, parts: list[bytes], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decode rows [tokens, channels]: klt's coefficients before the matrix product, or delta's values."""
+    rows = torch.empty(SPAN.tokens, len(codec.channels), dtype=dtype)
+    launch(codec, [(parts, SPAN, 0)], Target.matrix(rows))()
+    return rows
 
 
 @click.command()
@@ -105,7 +105,7 @@ def main(rounds: int, level: int, silent: float) -> None:
     )  # fmt: skip
     for layers in (1, 2, 4, 8):
         (codec, parts, _), (other, others) = klt(layers, level, silent), delta(layers, level)
-        y = coefficients(codec, parts)
+        y = decoded(codec.inner, parts)
 
         def wide(codec: Klt = codec, parts: list[bytes] = parts) -> Tensor:
             with mock.patch.object(basis, "multiplies_bfloat16", return_value=False):
@@ -114,9 +114,9 @@ def main(rounds: int, level: int, silent: float) -> None:
         seconds = best(
             {
                 "klt": lambda codec=codec, parts=parts: codec.decode(parts, SPAN, torch.bfloat16),  # type: ignore[misc]
-                "coder": lambda codec=codec, parts=parts: coefficients(codec, parts),  # type: ignore[misc]
+                "coder": lambda codec=codec, parts=parts: decoded(codec.inner, parts),  # type: ignore[misc]
                 "wide": wide,
-                "delta": lambda codec=other, parts=others: codec.decode(parts, SPAN, torch.bfloat16),  # type: ignore[misc]
+                "delta": lambda codec=other, parts=others: decoded(codec, parts, torch.bfloat16),  # type: ignore[misc]
                 "product": lambda codec=codec, y=y: codec.basis.rows(y, SPAN, torch.bfloat16),  # type: ignore[misc]
                 "float32": lambda codec=codec, y=y: codec.basis.rows(y, SPAN, torch.float32),  # type: ignore[misc]
             },

@@ -14,7 +14,7 @@ import torch
 from hf_cachegen.artifact.artifact import Artifact, write
 from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.cache import CacheGenCache
-from hf_cachegen.codec.chunk import LossyCodec
+from hf_cachegen.codec.launching import Launches
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import (
     CorruptError,
@@ -132,15 +132,14 @@ def test_a_refinement_that_is_damaged_everywhere_is_left_out(
 def test_a_segment_with_the_right_checksum_that_cannot_be_decoded_is_recomputed(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = LossyCodec.launch
+    add = Launches.add
 
-    def failing(self: Any, chunks: Any, target: Any) -> Any:
-        chunks = list(chunks)
-        if any(span.first == 16 for _, span, _ in chunks):
+    def failing(self: Any, parts: Any, span: Any, row: int) -> None:
+        if span.first == 16:
             raise CorruptError("the coder's own check failed")
-        return launch(self, chunks, target)
+        add(self, parts, span, row)
 
-    monkeypatch.setattr(LossyCodec, "launch", failing)
+    monkeypatch.setattr(Launches, "add", failing)
     cache = stream(serve(server, folder))
     assert [chunk.level for chunk in report(cache).chunks][:3] == [3, None, 3]
     assert "cannot be decoded" in report(cache).chunks[1].faults[0]
@@ -264,15 +263,14 @@ def test_a_thread_that_dies_of_a_bug_ends_the_stream(server: Server, folder: Pat
 def test_a_refinement_that_cannot_be_decoded_leaves_the_coarser_level(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = LossyCodec.launch
+    add = Launches.add
 
-    def failing(self: Any, chunks: Any, target: Any) -> Any:
-        check = launch(self, chunks := list(chunks), target)
-        if any(span.first == 16 and len(parts) > 1 for parts, span, _ in chunks):
+    def failing(self: Any, parts: Any, span: Any, row: int) -> None:
+        add(self, parts, span, row)
+        if span.first == 16 and len(parts) > 1:
             raise CorruptError("the coder's own check failed")
-        return check
 
-    monkeypatch.setattr(LossyCodec, "launch", failing)
+    monkeypatch.setattr(Launches, "add", failing)
     url = serve(server, folder)
     cache = CacheGenCache.stream(url, shared("llama"), refine="while_generating")
     assert cache.refinement is not None
