@@ -45,6 +45,13 @@ def written(figures: dict[str, Any], out: Path) -> None:
     out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def shown(figures: dict[str, Any], out: Path | None) -> None:
+    """Print figures as JSON, and write them where a path is given."""
+    print(json.dumps(figures, indent=1))
+    if out:
+        written(figures, out)
+
+
 def machine() -> dict[str, Any]:
     """Return the hardware and software of the figures."""
     info = Path("/proc/cpuinfo")

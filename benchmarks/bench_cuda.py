@@ -11,7 +11,6 @@ sections of one chunk serve for all, at rows of their own. Rates count the bf16 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.bench_codec import machine, written
+from benchmarks.bench_codec import machine, shown
 from hf_cachegen import CacheGenConfig
 from hf_cachegen.codec import abi, native
 from hf_cachegen.codec.batch import Batches, serves
@@ -178,9 +177,7 @@ def main(device: str, tokens: int, layers: int, hardware: str | None, out: Path 
             "decode": decoding(made, layers, tokens, where),
             "encode, one chunk": encoding(made, where),
         }
-    print(json.dumps(figures, indent=1))
-    if out:
-        written(figures, out)
+    shown(figures, out)
 
 
 if __name__ == "__main__":

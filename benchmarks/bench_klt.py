@@ -10,7 +10,6 @@ the machine has them, and zeros are skipped, so decoding may take less than its 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.bench_codec import machine
+from benchmarks.bench_codec import machine, shown
 from benchmarks.bench_speed import Work, best
 from hf_cachegen import CacheGenConfig, EncodedContext, Profile, decode_kv, encode_kv
 from hf_cachegen.profiles.learning import prefill
@@ -89,9 +88,7 @@ def main(model: str, profile: str, text: Path, tokens: int, dtype: str, rounds: 
             for name, s in seconds.items()
         },
     }
-    print(json.dumps(figures, indent=1))
-    if out:
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+    shown(figures, out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ zstd -3 and lz4 code the same tensors as byte planes, and ZipNN codes them by it
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.bench_codec import machine, written
+from benchmarks.bench_codec import machine, shown
 from hf_cachegen import CacheGenConfig, decode_kv, encode_kv
 from hf_cachegen.codec.context import codec_of
 from hf_cachegen.codec.into import Target
@@ -154,9 +153,7 @@ def main(rounds: int, note: str | None, out: Path | None) -> None:
         "two_threads_M_elements_per_s": {name: speed(tensors, name, 2, rounds) for name in TRANSFORMS},
         "lossless": general(tensors, rounds),
     }
-    print(json.dumps(figures, indent=1))
-    if out:
-        written(figures, out)
+    shown(figures, out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ a batch, time].
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.bench_codec import machine
+from benchmarks.bench_codec import machine, shown
 from benchmarks.bench_cuda import seconds
 from benchmarks.host_time import SCALE, SUMMARY, chained_codec
 from hf_cachegen.codec import abi
@@ -77,10 +76,7 @@ def main(device: str, layers: int, width: int, chunk: int, out: Path | None) -> 
     figures: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": {"device": name, **machine()}}
     figures["geometry"] = f"{layers} layers, {width} channels, chunks of {chunk} tokens"
     figures["us a chunk"] = measure(layers, width, chunk, where)
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if out:
-        out.write_text(text + "\n")
+    shown(figures, out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Times are seconds, the best of several rounds.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_cachegen
-from benchmarks.bench_codec import machine
+from benchmarks.bench_codec import machine, shown
 from hf_cachegen import CacheGenCache, CacheGenConfig
 from hf_cachegen.models.checksum import checksums
 
@@ -118,10 +117,7 @@ def main(device: str, hidden: int, layers: int, tokens: int, rounds: int, out: P
     figures["geometry"] = f"hidden {hidden}, {layers} layers, 8 KV heads, {tokens} tokens"
     with tempfile.TemporaryDirectory() as folder:
         figures["seconds"] = measure(model, tokens, rounds, where, Path(folder) / "cache")
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if out:
-        out.write_text(text + "\n")
+    shown(figures, out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ and so are the limits that the number of calls depends on, since only the calls 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.bench_codec import machine, written
+from benchmarks.bench_codec import machine, shown
 from benchmarks.bench_cuda import CHUNK, DIM, HEADS, context
 from hf_cachegen import CacheGenConfig, Profile
 from hf_cachegen.codec import abi, anchors, basis, heads, native, operands, plan, transfer, upload
@@ -253,9 +252,7 @@ def main(layers: int, out: Path | None) -> None:
     for transform in ("identity", "delta", "klt"):
         figures[transform] = measure(transform, layers)
     figures["klt, products"] = products(layers)
-    print(json.dumps(figures, indent=1))
-    if out:
-        written(figures, out)
+    shown(figures, out)
 
 
 if __name__ == "__main__":

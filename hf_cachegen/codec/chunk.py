@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -121,13 +123,11 @@ class LossyCodec:
         anchors, base = (Assignment(self.values, own) for own in (self.side.anchor_entries, self.side.base_entries))
         return anchors, base, [Assignment(self.digits, entries) for entries in self.side.refine_entries]
 
-    def shares(self, level: int) -> Tensor:
-        """Return the share of each channel's symbols that should not be zero at a level, float32 [channels]."""
+    @cached_property
+    def shares(self) -> list[Tensor]:
+        """The share of each channel's symbols that should not be zero, float32 [channels], at each level."""
         _, base, refinements = self.assignments
-        zeros = base.zeros
-        for part in refinements[: level - 1]:
-            zeros = zeros * part.zeros
-        return 1 - zeros
+        return [1 - zeros for zeros in accumulate([base.zeros, *(part.zeros for part in refinements)], mul)]
 
     @cached_property
     def n_vectors(self) -> int:

@@ -86,9 +86,6 @@ def dense_width(shares: Tensor, cost: float, fixed: float) -> int:
         cost: Of a coefficient that is not zero in a sparse product, in those of a dense product.
         fixed: The cost of having a dense product at all, in components.
     """
-    blocks = shares.split(BLOCK)
-    ratios = torch.tensor([float(block.sum()) * cost for block in blocks])
-    dense = torch.tensor([float(len(block)) for block in blocks])
-    zero = torch.zeros(1)
-    gain = torch.cat([zero, (ratios - dense).cumsum(0) - fixed])
-    return min(int(gain.argmax()) * BLOCK, len(shares))
+    gain = torch.cat([torch.zeros(1), (shares * cost - 1).cumsum(0) - fixed])
+    widths = torch.arange(0, len(shares) + BLOCK, BLOCK).clamp_max(len(shares))
+    return int(widths[gain[widths].argmax()])

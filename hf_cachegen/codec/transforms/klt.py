@@ -258,7 +258,7 @@ class Klt(Transform):
             vectors: Receive the values, as in `Basis.restore`.
         """
         y, coarse = self.scaling.to_basis(y, span), self.scaling.coarse(span, level)
-        self.basis.restore(y, span, vectors, self._scores(span), coarse, self.inner.shares(level))
+        self.basis.restore(y, span, vectors, self._scores(span), coarse, self.inner.shares[level - 1])
         self._put_known(span, vectors)
 
     def _put_known(self, span: Span, vectors: Sequence[Tensor]) -> None:
