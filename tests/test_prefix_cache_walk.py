@@ -17,7 +17,7 @@ import torch
 from hf_cachegen import PrefixCache
 from tests import state_models
 from tests.generation_support import ASSISTED, MODES, seeded
-from tests.prefix_cache_support import WIDTH, same_as_stock, small
+from tests.prefix_cache_support import WIDTH, in_two_parts, same_as_stock, small
 from tests.tiny_models import VOCABULARY, shared
 
 MODE_NAMES = ("greedy", "greedy", "greedy", "sampling", "beams", "num_return_sequences", "static cache", "penalties")
@@ -111,6 +111,19 @@ def disk_bytes(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+@pytest.mark.parametrize("mode", [*dict.fromkeys(MODE_NAMES)])
+def test_a_prompt_in_two_parts_gives_the_stock_tokens(mode: str) -> None:
+    """What a walk falls back on where a choice is a matter of rounding tells a wrong token from a right one."""
+    model: Any = shared("llama")
+    ids = torch.tensor([[3, 4, 5, 6, 7] * 3])
+    expected = seeded(model.generate, ids, **MODES[mode])
+    wrong = expected.clone()
+    wrong[0, -1] = (wrong[0, -1] + 1) % VOCABULARY
+    found = list(in_two_parts(model, ids, **MODES[mode]))
+    assert sum(torch.equal(expected, other) for other in found) >= len(found) - 1
+    assert not any(torch.equal(wrong, other) for other in found)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
