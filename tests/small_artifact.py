@@ -43,6 +43,12 @@ def write(directory: Path, **options: bool) -> Manifest:
     return write_artifact(directory, MANIFEST, SEGMENTS, **options)
 
 
+def killed_between_renames(folder: Path) -> None:
+    """Leave of an artifact what a writer leaves that is killed before it renames a file."""
+    for path in list(folder.iterdir()):
+        path.rename(folder / f".{path.name}.partial")
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     """Return every file of the directory, hidden ones included."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}

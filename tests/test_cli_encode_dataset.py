@@ -18,6 +18,7 @@ from hf_cachegen import CacheGenCache
 from hf_cachegen.cli.encode_dataset import INDEX_FILE, TextDataset, encode_rows, write_index
 from hf_cachegen.errors import ArtifactExistsError, ConfigError
 from tests.cli_support import documented, run, run_json, save_model
+from tests.small_artifact import killed_between_renames
 from tests.small_artifact import write as write_small
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,7 @@ def test_each_text_is_encoded_once(texts: Path, tmp_path: Path) -> None:
     assert rows[1]["bytes"] == sum(path.stat().st_size for path in (out / rows[1]["artifact"]).iterdir())
 
     before, listed = files(out), (out / INDEX_FILE).read_bytes()
+    killed_between_renames(out / rows[1]["artifact"])
     again = called(arguments(texts, out), tmp_path, LAUNCH)  # two processes, as accelerate launches them
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stderr.count(": 0 encoded") == 2

@@ -21,7 +21,7 @@ import pytest
 from hf_cachegen.artifact import ArtifactWriter, Reader, write_artifact
 from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError, ConfigError, ManifestError
 from hf_cachegen.stores import LocalStore, open_store
-from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, read_all, write
+from tests.small_artifact import FILES, MANIFEST, SEGMENTS, contents, killed_between_renames, read_all, write
 
 # Existing files are safe.
 
@@ -197,15 +197,9 @@ def test_a_killed_writer_leaves_the_old_artifact_or_the_new_one_and_the_next_one
     assert sorted(read_all(tmp_path)) == sorted(SEGMENTS)
 
 
-def killed_between_renames(folder: Path) -> None:
-    """Leave what a writer leaves that is killed before it renames a file."""
-    write(folder)
-    for path in list(folder.iterdir()):
-        path.rename(folder / f".{path.name}.partial")
-
-
 @pytest.mark.parametrize("lost", ["base", "size", "manifest", "writer"])
 def test_an_artifact_of_a_killed_writer_is_not_completed(tmp_path: Path, lost: str) -> None:
+    write(tmp_path)
     killed_between_renames(tmp_path)
     with contextlib.ExitStack() as stack:
         if lost == "base":
@@ -225,6 +219,7 @@ def test_an_artifact_of_a_killed_writer_is_not_completed(tmp_path: Path, lost: s
 
 
 def test_a_manifest_is_not_replaced_by_that_of_a_killed_writer(tmp_path: Path) -> None:
+    write(tmp_path)
     killed_between_renames(tmp_path)
     (tmp_path / "cachegen.json").write_bytes(b"{}")
     before = contents(tmp_path)

@@ -14,7 +14,9 @@ from hf_cachegen.artifact.encoded import encode_kv
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError
 from hf_cachegen.stores.publishing import publish_artifact
 from hf_cachegen.stores.sealed import seal
+from tests.cli_support import run
 from tests.hub_server import HubServer, running_hub
+from tests.small_artifact import killed_between_renames
 
 # The Hub's client uploads in a way that its HTTP library wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -55,6 +57,16 @@ def test_the_card_of_a_sealed_artifact_reveals_nothing(
     assert f"{inside}{MANIFEST_FILE}.sealed" in files
     assert "# A sealed KV cache" in files[f"{inside}README.md"].decode()
     assert "tokens" not in files[f"{inside}README.md"].decode()
+
+
+def test_an_artifact_of_a_killed_writer_is_completed_and_pushed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_hub(monkeypatch, token="owner") as server:
+        killed_between_renames(folder)
+        publish_artifact(folder, "user/book")
+        killed_between_renames(folder)
+        assert run("push", folder, "user/again").exit_code == 0
+        for name in ("book", "again"):
+            assert MANIFEST_FILE in server.repos[f"datasets/user/{name}"].files
 
 
 def test_artifacts_that_cannot_be_published(server: HubServer, folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ pytest.importorskip("cryptography", reason="cryptography is not installed (pip i
 
 from hf_cachegen.artifact import Limits, Reader, Segment
 from hf_cachegen.artifact.pin import Pin
+from hf_cachegen.artifact.writer import locked
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ArtifactNotFoundError,
@@ -33,7 +36,7 @@ from tests import http_server as faults
 from tests.cli_support import run, run_json
 from tests.http_server import Server, running
 from tests.signing_support import PUBLIC
-from tests.small_artifact import MemoryStore, contents, write
+from tests.small_artifact import MemoryStore, contents, killed_between_renames, write
 
 KEY, OTHER = bytes(range(32)), bytes(32)
 LONG = bytes(range(256)) * 1024
@@ -241,6 +244,61 @@ def test_sealing_refuses(sealed: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptError):
         seal(tmp_path / "context", tmp_path / "new", KEY)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_source_of_a_killed_writer_is_completed(tmp_path: Path) -> None:
+    write(tmp_path / "context")
+    killed_between_renames(tmp_path / "context")
+    seal(tmp_path / "context", tmp_path / "sealed", KEY)
+    assert verify(tmp_path / "sealed") == Reader(LocalStore(tmp_path / "context")).verify()
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "context")
+    (tmp_path / "sealed").mkdir()
+    (tmp_path / "sealed" / ".base.safetensors.sealed.partial").write_bytes(b"half of it")
+    (tmp_path / "sealed" / ".base.safetensors.partial").write_bytes(b"the user's own")
+    seal(tmp_path / "context", tmp_path / "sealed", KEY)
+    assert verify(tmp_path / "sealed") > 0
+    assert [name for name in contents(tmp_path / "sealed") if name.endswith(".partial")] == [
+        ".base.safetensors.partial"
+    ]
+
+
+def test_a_plain_artifact_of_a_killed_writer_is_kept(tmp_path: Path) -> None:
+    write(tmp_path / "context")
+    write(tmp_path / "out")
+    killed_between_renames(tmp_path / "out")
+    with pytest.raises(ArtifactExistsError, match="would stay readable"):
+        seal(tmp_path / "context", tmp_path / "out", KEY)
+    assert contents(tmp_path / "out") == contents(tmp_path / "context")
+
+
+def test_a_second_writer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "context")
+    (tmp_path / "sealed").mkdir()
+    (tmp_path / "sealed" / ".base.safetensors.sealed.partial").write_bytes(b"of the first writer")
+    with locked(tmp_path / "sealed"), pytest.raises(ArtifactExistsError, match="another writer"):
+        seal(tmp_path / "context", tmp_path / "sealed", KEY)
+    assert list(contents(tmp_path / "sealed").values()) == [b"of the first writer"]
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(tmp_path / "context")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="sealed"):  # the message names the folder
+        seal(tmp_path / "context", tmp_path / "sealed", KEY)
+    assert not (tmp_path / "sealed").exists()
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "context")
+    (tmp_path / "sealed").write_text("a file")
+    with pytest.raises(ArtifactExistsError, match="must be a directory"):
+        seal(tmp_path / "context", tmp_path / "sealed", KEY)
 
 
 @pytest.mark.parametrize(

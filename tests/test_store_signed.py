@@ -29,7 +29,7 @@ from hf_cachegen.stores.survey import pull, serve_check
 from tests.cli_support import run, run_json
 from tests.http_server import Server, running
 from tests.signing_support import KEY, PUBLIC, pem
-from tests.small_artifact import MANIFEST, SEGMENTS, contents, write
+from tests.small_artifact import MANIFEST, SEGMENTS, contents, killed_between_renames, write
 
 RAW = serialization.Encoding.Raw
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes(RAW, serialization.PublicFormat.Raw)
@@ -135,6 +135,13 @@ def test_a_damaged_artifact_is_not_signed(folder: Path) -> None:
     with pytest.raises(ArtifactNotFoundError):
         sign(folder / "nothing", bytes(range(32)))
     assert not (folder / SIGNATURE_FILE).exists()
+
+
+def test_an_artifact_of_a_killed_writer_is_completed_and_signed(folder: Path) -> None:
+    (folder / SIGNATURE_FILE).unlink()
+    killed_between_renames(folder)
+    sign(folder, KEY.private_bytes_raw())
+    assert verify(folder) > 0
 
 
 def test_an_artifact_that_replaces_a_signed_one_is_not_signed(folder: Path) -> None:

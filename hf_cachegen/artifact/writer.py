@@ -27,7 +27,7 @@ import shutil
 import stat
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -87,18 +87,18 @@ class ArtifactWriter:
         self._old: set[str] = set()
 
     def __enter__(self) -> ArtifactWriter:
-        self._made = _make(self._path)
+        self._made = make_folders(self._path)
         try:
             self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
-            self._unmake()
+            remove_empty(self._made)
             raise
         try:
             _lock(self._directory, self._path)
             self._old = self._take_stock()
         except BaseException:
             os.close(self._directory)
-            self._unmake()
+            remove_empty(self._made)
             raise
         return self
 
@@ -117,7 +117,7 @@ class ArtifactWriter:
                     os.unlink(name, dir_fd=self._directory)
         finally:
             os.close(self._directory)
-            self._unmake()
+            remove_empty(self._made)
 
     def add(self, file: str, name: str, data: bytes | memoryview) -> None:
         """Append the segment `name` to `file`. Files may be written in any order, and alternately."""
@@ -213,12 +213,6 @@ class ArtifactWriter:
     def _rename(self, name: str) -> None:
         os.rename(_partial(name), name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
-    def _unmake(self) -> None:
-        """Remove the directories that this writer created and did not fill."""
-        with contextlib.suppress(OSError):  # the user may have put files there
-            for made in reversed(self._made):
-                made.rmdir()
-
 
 def finish_interrupted(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> None:
     """Complete the artifact of a writer that was killed after it had removed the old manifest.
@@ -229,13 +223,45 @@ def finish_interrupted(directory: str | os.PathLike[str], limits: Limits = DEFAU
     path = Path(directory)
     if os.path.lexists(path / MANIFEST_FILE) or not os.path.lexists(path / _partial(MANIFEST_FILE)):
         return
-    with contextlib.suppress(OSError, ArtifactError):
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _lock(folder, path)
-            _finish(folder, limits)
-        finally:
-            os.close(folder)
+    with contextlib.suppress(OSError, ArtifactError), locked(path) as folder:
+        _finish(folder, limits)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Exclude other writers of a directory in the block, and yield its descriptor.
+
+    Raises:
+        ArtifactExistsError: Another writer is using the directory.
+        OSError: The directory cannot be opened.
+    """
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(folder, directory)
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Create a directory and its parents; return the created ones, outermost first.
+
+    Raises:
+        ArtifactExistsError: The path, or a part of it, is a file.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ArtifactExistsError(f"{path} must be a directory, in which the artifact's files are written") from error
+    return missing[::-1]
+
+
+def remove_empty(made: Sequence[Path]) -> None:
+    """Remove the directories that `make_folders` created and that are still empty."""
+    with contextlib.suppress(OSError):  # the user may have put files there
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 def write_artifact(
@@ -327,16 +353,6 @@ def _read_manifest(directory: int, name: str, limits: Limits) -> Manifest:
 
 def _partial(name: str) -> str:
     return f".{name}.partial"
-
-
-def _make(path: Path) -> list[Path]:
-    """Create the directory and its parents; return the created ones, outermost first."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ArtifactExistsError(f"{path} must be a directory, in which the artifact's files are written") from error
-    return missing[::-1]
 
 
 def _lock(directory: int, path: Path) -> None:

@@ -37,7 +37,7 @@ from hf_cachegen.cli.options import (
 )
 from hf_cachegen.cli.output import print_json
 from hf_cachegen.errors import ArtifactExistsError, ConfigError, MissingExtraError
-from hf_cachegen.stores import LocalStore
+from hf_cachegen.stores.local import open_folder
 from hf_cachegen.stores.naming import is_hub_id
 
 if TYPE_CHECKING:
@@ -237,9 +237,10 @@ def encode_rows(encoding: Encoding, texts: TextDataset, out: Path, rank: int, pr
         name = encoding.name(ids, text)
         if earlier.get(number, name) != name:
             raise _different_run(out, f"row {number} is a different artifact in it")
+        store = open_folder(out / name)
         if not (out / name / MANIFEST_FILE).is_file():
             made += encoding.write(text, out / name)
-        size = sum(Reader(LocalStore(out / name)).sizes.values())
+        size = sum(Reader(store).sizes.values())
         lines.append({"row": number, "artifact": name, "tokens": len(ids), "bytes": size})
     _replace(_part(out, rank), lines)
     return made

@@ -21,7 +21,8 @@ from hf_cachegen.cli.options import (
 )
 from hf_cachegen.cli.output import bars, byte_bar, print_json, printable, size_text, step
 from hf_cachegen.errors import ProfileError
-from hf_cachegen.stores import Access, LocalStore
+from hf_cachegen.stores import Access
+from hf_cachegen.stores.local import open_folder
 from hf_cachegen.stores.profiles import fetch
 from hf_cachegen.stores.sealed import sealed_names
 from hf_cachegen.stores.survey import find, serve_check
@@ -48,7 +49,7 @@ def push(
     A missing repository is created, private by default. The access token is that of "hf auth login" or HF_TOKEN.
     """
     sealed = os.path.isdir(folder) and sealed_names(folder)
-    profile_file = None if sealed else _profile_of(folder, Reader(LocalStore(folder)), profile)
+    profile_file = None if sealed else _profile_of(folder, Reader(open_folder(folder)), profile)
     from hf_cachegen.stores.publishing import publish_artifact
 
     pushed = publish_artifact(

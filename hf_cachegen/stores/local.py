@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hf_cachegen.artifact import Segment, Store
 from hf_cachegen.artifact.store import local_path
+from hf_cachegen.artifact.writer import finish_interrupted
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, CorruptError, TruncatedError
 
 MAX_KEY_FILE_BYTES = 1 << 16
@@ -101,6 +102,20 @@ class LocalStore(Store):
             target = os.readlink(self.directory / name)
             return f"there is no {name} in {self.directory}: it is a link to {target}, which is not there"
         return f"there is no {name} in {self.directory}"
+
+
+def open_folder(directory: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> LocalStore:
+    """Open a directory that the user named, and complete a save that was interrupted in it.
+
+    Args:
+        directory: the directory; "~" is expanded.
+        within: refuse links that lead out of this directory; None to follow every link.
+
+    Raises:
+        ConfigError: the directory is no path.
+    """
+    finish_interrupted(local_path(directory))
+    return LocalStore(directory, within)
 
 
 def read_key_file(path: str | os.PathLike[str]) -> bytes:

@@ -10,12 +10,11 @@ from urllib.parse import urlsplit
 
 from hf_cachegen.artifact import MANIFEST_FILE, Limits, Store
 from hf_cachegen.artifact.store import local_path
-from hf_cachegen.artifact.writer import finish_interrupted
 from hf_cachegen.errors import ConfigError, OfflineError
 from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import shown
-from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.local import open_folder
 from hf_cachegen.stores.metered import Meter, MeteredStore
 from hf_cachegen.stores.naming import (
     alternative,
@@ -130,8 +129,7 @@ def _open(location: str | os.PathLike[str], access: Access, meter: Meter | None)
     if access.subfolder:
         path = local_path(os.path.join(path, access.subfolder))
     require_folder(path, location, access.repo_type)
-    finish_interrupted(path)
-    return LocalStore(path)
+    return open_folder(path)
 
 
 def _url(url: str, access: Access, meter: Meter | None) -> Store | _Cached:

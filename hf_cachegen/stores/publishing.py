@@ -11,7 +11,7 @@ from hf_cachegen.artifact.pin import Pin
 from hf_cachegen.artifact.store import local_path
 from hf_cachegen.stores.card import card, profile_card, sealed_card
 from hf_cachegen.stores.hub import DEFAULT_REVISION, HubLocation, Token
-from hf_cachegen.stores.local import LocalStore
+from hf_cachegen.stores.local import open_folder
 from hf_cachegen.stores.profiles import REPO_TYPE
 from hf_cachegen.stores.pushing import Pushed, own_repository, push, push_profile
 from hf_cachegen.stores.sealed import SUFFIX, Secret, sealed_names
@@ -64,7 +64,7 @@ def publish_artifact(
         nbytes = sum(path.stat().st_size for path in directory.glob(f"*{SUFFIX}"))
         text = sealed_card(nbytes, repo_id, subfolder=subfolder, description=description)
     else:
-        text = card(Reader(LocalStore(directory)), repo_id, subfolder=subfolder, description=description)
+        text = card(Reader(open_folder(directory)), repo_id, subfolder=subfolder, description=description)
     return push(
         directory, HubLocation(repo_id, repo_type, subfolder, revision or DEFAULT_REVISION), text, profile=profile,
         key=key, token=token, private=private, commit_message=commit_message, create_pr=create_pr, progress=progress,

@@ -22,6 +22,7 @@ from typing import Any
 
 from hf_cachegen.artifact import MANIFEST_FILE, PROFILE_FILE, SIGNATURE_FILE, Reader, Segment, Store
 from hf_cachegen.artifact.store import output_path
+from hf_cachegen.artifact.writer import finish_interrupted, locked, make_folders, remove_empty
 from hf_cachegen.errors import (
     ArtifactExistsError,
     ConfigError,
@@ -30,10 +31,12 @@ from hf_cachegen.errors import (
     OfflineError,
     TruncatedError,
 )
-from hf_cachegen.stores.local import LocalStore, read_key_file
+from hf_cachegen.stores.local import LocalStore, open_folder, read_key_file
 from hf_cachegen.stores.segment_cache import SegmentCache
 
 SUFFIX = ".sealed"
+_PARTIAL = f"{SUFFIX}.partial"
+"""Ends the name of a file that is being written. No name of a plain file ends so."""
 KEY_BYTES = 32
 BLOCK_BYTES = 1 << 16
 TAG_BYTES = 16
@@ -251,34 +254,59 @@ def seal(directory: str | os.PathLike[str], out: str | os.PathLike[str], key: Se
 
     Raises:
         ConfigError: the key cannot be read, or has another length.
-        ArtifactExistsError: `out` holds sealed files, or a plain artifact, already.
+        ArtifactExistsError: `out` holds sealed files, or a plain artifact, or another writer is using it.
         ArtifactError: the artifact is damaged.
+        OSError: the disk is full, or access is denied.
     """
     secret = _secret(key)
     _cryptography()
-    store, target = LocalStore(directory), output_path(out)
+    store, target = open_folder(directory), output_path(out)
     reader = Reader(store)
     reader.verify()
     names = [*sorted(set(reader.sizes) - {MANIFEST_FILE}), MANIFEST_FILE]
     names = [name for name in (PROFILE_FILE, SIGNATURE_FILE) if (store.directory / name).is_file()] + names
-    target.mkdir(parents=True, exist_ok=True)
-    there = sorted(path.name for path in target.iterdir() if path.name.endswith(SUFFIX))
+    made = make_folders(target)
+    try:
+        finish_interrupted(target)
+        with locked(target):
+            _require_unused(target)
+            return _write_sealed(store, names, target, secret)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def _require_unused(target: Path) -> None:
+    """Raise ArtifactExistsError where a folder holds an artifact; remove what a killed process left in it."""
+    found = sorted(path.name for path in target.iterdir())
+    there = [name for name in found if name.endswith(SUFFIX)]
     if there:
         raise ArtifactExistsError(f"{target} holds {there[0]} already; choose another folder")
-    if (target / MANIFEST_FILE).exists():
+    if MANIFEST_FILE in found:
         raise ArtifactExistsError(f"{target} holds a plain artifact, which would stay readable; choose another folder")
+    for name in found:
+        if name.startswith(".") and name.endswith(_PARTIAL):
+            (target / name).unlink()
+
+
+def _write_sealed(store: LocalStore, names: Sequence[str], target: Path, key: bytes) -> int:
     made: list[Path] = []
     try:
         for name in names:
-            made.append(target / f".{name}.partial")
-            with open(made[-1], "xb") as file:
-                for piece in _sealed(store, name, secret):
+            partial = target / f".{name}{_PARTIAL}"
+            with open(partial, "xb") as file:
+                made.append(partial)
+                for piece in _sealed(store, name, key):
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
         total = sum(path.stat().st_size for path in made)
         for name, path in zip(names, made, strict=True):
             os.rename(path, target / f"{name}{SUFFIX}")
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(target)  # writing to an open file names no file
+        raise
     finally:
         for path in made:
             path.unlink(missing_ok=True)

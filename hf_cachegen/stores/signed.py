@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Store
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
-from hf_cachegen.stores.local import LocalStore, read_key_file
+from hf_cachegen.stores.local import open_folder, read_key_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -94,7 +94,7 @@ def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
         ArtifactError: the artifact is damaged.
     """
     key = _private(private_key)
-    store = LocalStore(directory)
+    store = open_folder(directory)
     reader = Reader(store)
     reader.verify()
     wanted = [(MANIFEST_FILE, 0, reader.sizes[MANIFEST_FILE])]
