@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -94,8 +93,13 @@ def test_a_huge_signature(folder: Path) -> None:
         verify(folder)
 
 
-def test_a_signature_of_something_else(folder: Path) -> None:
-    statement = json.dumps({"signed": "a letter", "ranges": []}).encode()
+@pytest.mark.parametrize(
+    "statement",
+    [b'{"ranges":[],"signed":"a letter"}', b"cgblock1\xff", b"[1]", b"{}", b"[" * 100_000, b'{"signed":NaN}',
+     b'{"ranges":[[1]],"signed":"hf_cachegen artifact 1"}'],
+    ids=["letter", "block", "list", "object", "deep", "NaN", "ranges"],
+)  # fmt: skip
+def test_a_signature_of_something_else(folder: Path, statement: bytes) -> None:
     (folder / SIGNATURE_FILE).write_bytes(KEY.sign(statement).hex().encode() + b"\n" + statement)
     with pytest.raises(SignatureError, match="something else"):
         verify(folder)
@@ -163,6 +167,26 @@ def test_a_signature_of_another_artifact_is_noticed_without_a_key(folder: Path) 
         (folder / SIGNATURE_FILE).write_bytes(data)
         with pytest.raises(SignatureError, match="not of this artifact"):
             require_current(folder)
+
+
+def test_a_damaged_signature_is_not_pushed(folder: Path) -> None:
+    (folder / SIGNATURE_FILE).write_bytes(b"0" * 128 + b"\n" + b"[" * 100_000)
+    with pytest.raises(SignatureError, match="sign it again"):
+        require_current(folder)
+
+
+def test_an_artifact_that_is_pulled_into_its_own_folder_stays_signed(folder: Path) -> None:
+    before = contents(folder)
+    pull(str(folder), folder, overwrite=True)
+    assert contents(folder) == before
+
+
+def test_a_signature_that_claims_to_be_huge_is_not_pulled(folder: Path, tmp_path: Path) -> None:
+    with open(folder / SIGNATURE_FILE, "r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(LimitError):
+        pull(str(folder), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_invalid_keys(folder: Path, tmp_path: Path) -> None:

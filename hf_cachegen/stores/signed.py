@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_cachegen import strict_json
 from hf_cachegen.artifact import MANIFEST_FILE, SIGNATURE_FILE, Reader, Store
 from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, LimitError, MissingExtraError, SignatureError
-from hf_cachegen.stores.local import open_folder, read_key_file
+from hf_cachegen.stores.local import LocalStore, open_folder, read_key_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -116,11 +117,24 @@ def sign(directory: str | os.PathLike[str], private_key: KeyLike) -> Path:
     return target
 
 
+def read_signature(store: Store) -> bytes:
+    """Return the bytes of `cachegen.sig`, not verified.
+
+    Raises:
+        ArtifactNotFoundError: there is none.
+        LimitError: it is longer than every signature.
+    """
+    size = store.size(SIGNATURE_FILE)
+    if size > MAX_SIGNATURE_BYTES:
+        raise LimitError(f"{store}: {SIGNATURE_FILE} has {size} bytes, the limit is {MAX_SIGNATURE_BYTES}")
+    return store.read(SIGNATURE_FILE, 0, size)
+
+
 def require_current(directory: str | os.PathLike[str]) -> None:
     """Raise SignatureError unless the signature in an artifact's folder is of this artifact; its key is not checked."""
     manifest = Path(directory, MANIFEST_FILE).read_bytes()
     try:
-        ranges = json.loads(Path(directory, SIGNATURE_FILE).read_bytes().partition(b"\n")[2])["ranges"]
+        ranges = strict_json.loads(read_signature(LocalStore(directory)).partition(b"\n")[2])["ranges"]
         current = [MANIFEST_FILE, 0, len(manifest), hashlib.sha256(manifest).hexdigest()] in ranges
     except (ValueError, LookupError, TypeError):
         current = False
@@ -148,12 +162,9 @@ def _statement(store: Store, key: Ed25519PublicKey) -> dict[tuple[str, int, int]
     from cryptography.exceptions import InvalidSignature
 
     try:
-        size = store.size(SIGNATURE_FILE)
+        data = read_signature(store)
     except ArtifactNotFoundError as error:
         raise SignatureError(f"{store} is not signed: there is no {SIGNATURE_FILE}") from error
-    if size > MAX_SIGNATURE_BYTES:
-        raise LimitError(f"{store}: {SIGNATURE_FILE} has {size} bytes, the limit is {MAX_SIGNATURE_BYTES}")
-    data = store.read(SIGNATURE_FILE, 0, size)
     head = _SIGNATURE.match(data)
     try:
         if head is None:
@@ -161,10 +172,14 @@ def _statement(store: Store, key: Ed25519PublicKey) -> dict[tuple[str, int, int]
         key.verify(bytes.fromhex(head[0].decode()), data[head.end() :])
     except InvalidSignature as error:
         raise SignatureError(f"{store} is not signed with this key") from error
-    statement = json.loads(data[head.end() :])
-    if statement.get("signed") != _SIGNED:
-        raise SignatureError(f"{store}: the key signed something else, {statement.get('signed')!r:.80}")
-    return {(name, offset, length): sha256 for name, offset, length, sha256 in statement["ranges"]}
+    try:
+        statement = strict_json.loads(data[head.end() :])
+        if statement["signed"] == _SIGNED:
+            return {(name, offset, length): sha256 for name, offset, length, sha256 in statement["ranges"]}
+        found = repr(statement["signed"])
+    except (ValueError, LookupError, TypeError):
+        found = "no statement about an artifact"
+    raise SignatureError(f"{store}: the key signed something else, {found:.80}")
 
 
 def _public(key: KeyLike) -> Ed25519PublicKey:

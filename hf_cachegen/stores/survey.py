@@ -33,6 +33,7 @@ from hf_cachegen.stores.naming import is_repository, named_both_ways, require_fo
 from hf_cachegen.stores.profiles import fetch_beside, is_kept_profile
 from hf_cachegen.stores.remote import is_url, open_files
 from hf_cachegen.stores.sealed import SUFFIX
+from hf_cachegen.stores.signed import read_signature
 
 CHECK_BYTES = 64 << 20
 """Most bytes that are fetched to measure the speed of a location."""
@@ -181,6 +182,9 @@ def pull(
     manifest = reader.manifest
     segments = manifest.segments
     reader.prefetch(segments)
+    signature = None
+    with suppress(ArtifactNotFoundError, OfflineError):
+        signature = read_signature(reader.store)  # first: the writer removes the one in `directory`
     done, total = 0, sum(segment.length for segment in segments)
     with ArtifactWriter(directory, overwrite=overwrite, limits=limits or Limits()) as writer:
         for segment in segments:
@@ -189,8 +193,7 @@ def pull(
             if progress:
                 progress(done, total)
         writer.commit(replace(manifest, files={}))
-    with suppress(ArtifactNotFoundError, OfflineError):
-        signature = reader.store.read(SIGNATURE_FILE, 0, reader.store.size(SIGNATURE_FILE))
+    if signature is not None:
         _replace(Path(directory, SIGNATURE_FILE), signature)
     if "profile" in manifest.codec:
         with suppress(ArtifactNotFoundError, OfflineError, ProfileError):
