@@ -28,7 +28,7 @@ from hf_cachegen.models.compat import CACHE_ARGUMENT
 from hf_cachegen.models.convert import load_cache, save_cache
 from hf_cachegen.stores import LocalStore
 from tests import tiny_models
-from tests.cli_support import run_json, save_model
+from tests.cli_support import LEARN, encode, run_json, save_model, text
 
 LOSSLESS = CacheGenConfig(transform="identity", lossless=True, levels=1)
 
@@ -178,6 +178,31 @@ def test_the_convert_command(tmp_path: Path) -> None:
     assert run_json("convert", tmp_path / "no.pt", tmp_path / "x", code=3)["error"]["type"] == "ArtifactNotFoundError"
 
 
+@pytest.mark.parametrize("value", [[1, 2], [], ((torch.full((1, 2, 8, 4), float("nan")),) * 2,)], ids=["1", "0", "NaN"])
+def test_a_file_without_a_cache_is_an_error_of_the_input(value: object, tmp_path: Path) -> None:
+    path = saved(value, tmp_path / "past.pt")
+    assert run_json("convert", path, tmp_path / "context", code=3)["error"]["type"] == "TensorError"
+
+
+def test_the_profile_that_an_artifact_needs_can_be_named(tmp_path: Path) -> None:
+    model, context, out = save_model(tmp_path / "model"), tmp_path / "context", tmp_path / "out.pt"
+    samples = tmp_path / "samples.txt"
+    samples.write_text(text(1200))
+    profile = tmp_path / "profile.safetensors"
+    run_json("profile", "--model", model, "--text", samples, "--out", profile, *LEARN)
+    assert encode(model, context, "--profile", profile).exit_code == 0
+    found = run_json("convert", context, out, "--to", "legacy", code=6)["error"]["message"]
+    assert "pass it with --profile" in found
+    run_json("convert", context, out, "--to", "legacy", "--profile", profile)
+    ids = CacheGenCache.from_pretrained(context, profile=profile).input_ids[0].tolist()
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    again = tmp_path / "again"
+    options = ("--model", model, "--input-ids", tmp_path / "ids.json", "--dtype", "float32", "--profile")
+    for choice in (profile, "none"):
+        run_json("convert", out, again, *options, choice, "--overwrite")
+        assert (run_json("inspect", again)["codec"]["config"]["transform"] == "klt") == (choice == profile)
+
+
 def test_the_convert_command_with_a_model(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     model = tiny_models.make("llama", 0)
@@ -191,15 +216,15 @@ def test_the_convert_command_with_a_model(tmp_path: Path) -> None:
     run_json("convert", path, tmp_path / "context", *options)
     assert CacheGenCache.from_pretrained(tmp_path / "context", model=model).input_ids.tolist() == [ids]
     (tmp_path / "ids.json").write_text("[1, 2]")
-    assert run_json("convert", path, tmp_path / "other", *options, code=1)["error"]["type"] == "TensorError"
-    for wrong in ("{}", "[1.5]", "[-1]", "no json"):
-        (tmp_path / "ids.json").write_text(wrong)
+    assert run_json("convert", path, tmp_path / "other", *options, code=3)["error"]["type"] == "TensorError"
+    for wrong in (b"{}", b"[1.5]", b"[-1]", b"no json", b"[NaN]", b"[" * 100_000, b"\xff\xfe"):
+        (tmp_path / "ids.json").write_bytes(wrong)
         assert run_json("convert", path, tmp_path / "other", *options, code=2)["error"]["type"] == "ConfigError"
 
 
 @pytest.mark.parametrize(
     "options",
-    [["--model", "x"], ["--level", "1"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
+    [["--model", "x"], ["--level", "1"], ["--profile", "x"], ["--to", "legacy", "--model", "x", "--input-ids", "-"]],
     ids=" ".join,
 )
 def test_contradictory_options_are_refused(tmp_path: Path, options: list[str]) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_cachegen import strict_json
 from hf_cachegen.artifact import Reader
 from hf_cachegen.cli.models import load_model
-from hf_cachegen.cli.options import OUTPUT_PATH, dtype_option, model_options, output_options, overwrite_option
+from hf_cachegen.cli.options import (
+    OUTPUT_PATH,
+    converting_profile_option,
+    dtype_option,
+    model_options,
+    output_options,
+    overwrite_option,
+)
 from hf_cachegen.cli.output import bars, print_json, size_text, step
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.stores import LocalStore, open_store
+
+if TYPE_CHECKING:
+    from hf_cachegen.cache import CacheGenCache
 
 
 @click.command("convert", short_help="Convert caches of other programs to artifacts and back.")
@@ -24,9 +34,10 @@ from hf_cachegen.stores import LocalStore, open_store
     help="Output format. legacy: a tuple of (key, value) pairs, dynamic: a DynamicCache, both for torch.load.",
 )  # fmt: skip
 @click.option("--level", type=click.IntRange(min=1), help="Level to decode; 1 is the coarsest.  [default: the finest]")
-@click.option("--input-ids", "ids", type=click.File("r"),
+@click.option("--input-ids", "ids", type=click.File("rb"),
               help="JSON file with the list of the context's token ids; requires --model.")  # fmt: skip
 @click.option("--model", help="Folder or Hub id of the model that filled the cache; requires --input-ids.")
+@converting_profile_option
 @model_options
 @dtype_option
 @overwrite_option("Replace an existing output.")
@@ -34,7 +45,7 @@ from hf_cachegen.stores import LocalStore, open_store
 @click.pass_context
 def convert(
     context: click.Context, /, source: str, out: Path, form: str, level: int | None, ids: Any, model: str | None,
-    revision: str | None, device: str | None, dtype: str, overwrite: bool, as_json: bool, debug: bool,
+    profile: str, revision: str | None, device: str | None, dtype: str, overwrite: bool, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Convert SOURCE to OUT: a cache that torch.save wrote (a tuple of (key, value) pairs, or a DynamicCache) to an
     artifact, or, with --to, an artifact to such a file.
@@ -48,13 +59,17 @@ def convert(
         raise click.UsageError(f"--model and --input-ids require --to artifact, got --to {form}", context)
     if form == "artifact" and level is not None:
         raise click.UsageError("--level requires --to legacy or --to dynamic", context)
+    if form == "artifact" and model is None and profile != "auto":
+        raise click.UsageError("--profile requires --model, --to legacy or --to dynamic", context)
     from hf_cachegen.artifact.artifact import write
     from hf_cachegen.models.convert import load_cache, save_cache
     from hf_cachegen.profiles.finding import open_with_profile
 
+    chosen = None if profile == "none" else profile
     if form != "artifact":
         with step("decoding", as_json):
-            save_cache(open_with_profile(open_store(source)), out, form, level=level, overwrite=overwrite)  # type: ignore[arg-type]
+            artifact = open_with_profile(open_store(source), chosen)
+            save_cache(artifact, out, form, level=level, overwrite=overwrite)  # type: ignore[arg-type]
         found = {"out": str(out), "form": form, "bytes": out.stat().st_size}
     else:
         keys, values = load_cache(source)
@@ -63,8 +78,9 @@ def convert(
 
             write(Encoder(keys, values, progress=bars(as_json)), out, overwrite=overwrite)
         else:
-            _with_model(keys, values, out, _token_ids(ids), overwrite, as_json,
-                        {"name": model, "revision": revision, "dtype": dtype, "device": device})  # fmt: skip
+            options = {"name": model, "revision": revision, "dtype": dtype, "device": device}
+            cache = _with_model(keys, values, _token_ids(ids), chosen, options, as_json)
+            cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
         found = {"out": str(out), "form": form, "bytes": Reader(LocalStore(out)).nbytes_at()}
     if as_json:
         print_json(found)
@@ -73,9 +89,8 @@ def convert(
 
 
 def _with_model(
-    keys: list[Any], values: list[Any], out: Path, ids: list[int], overwrite: bool, as_json: bool,
-    options: dict[str, Any],
-) -> None:  # fmt: skip
+    keys: list[Any], values: list[Any], ids: list[int], profile: str | None, options: dict[str, Any], as_json: bool
+) -> CacheGenCache:
     from transformers import DynamicCache
 
     from hf_cachegen.cache import CacheGenCache
@@ -85,13 +100,12 @@ def _with_model(
     past = DynamicCache()
     for index, (key, value) in enumerate(zip(keys, values, strict=True)):
         past.update(key.to(loaded.device), value.to(loaded.device), index)
-    cache = CacheGenCache.from_cache(past, ids, loaded, tokenizer=tokenizer)
-    cache.save_pretrained(out, overwrite=overwrite, progress=bars(as_json))
+    return CacheGenCache.from_cache(past, ids, loaded, profile=profile, tokenizer=tokenizer)
 
 
 def _token_ids(file: Any) -> list[int]:
     try:
-        ids = json.load(file)
+        ids = strict_json.loads(file.read())
     except ValueError as error:
         raise ConfigError(f"{file.name}: expected a JSON list of token ids: {error}") from error
     if not isinstance(ids, list) or not all(type(value) is int and 0 <= value < 1 << 40 for value in ids):

@@ -29,7 +29,10 @@ EXIT_CODES = {
         "an invalid option, options that conflict, a model that cannot be loaded, a level that does not exist, an "
         "output that already exists"
     ),
-    ARTIFACT: "the artifact or prefix cache does not exist, is damaged, or exceeds the limits",
+    ARTIFACT: (
+        "the artifact or prefix cache does not exist, is damaged, or exceeds the limits; or the tensors of a cache "
+        "cannot be encoded"
+    ),
     MISMATCH: "a valid artifact of another model, dtype, tokenizer or prompt",
     UNSUPPORTED: "a model, layer type or format that this version does not support, or a missing package",
     PROFILE: "the required profile is missing, damaged or a different one, or cannot be learnt",
@@ -47,6 +50,7 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
     (errors.ConfigError, USAGE),
     (errors.ProfileError, PROFILE),
     (errors.ArtifactError, ARTIFACT),
+    (errors.TensorError, ARTIFACT),
     (errors.PrefixCacheError, ARTIFACT),
     (errors.StoreError, STORE),
     (errors.MismatchError, MISMATCH),

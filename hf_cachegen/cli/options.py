@@ -203,6 +203,11 @@ decoding_profile_option = _profile_option(
     "Profile, if the artifact needs one. auto: search next to the artifact, in the model's folder and in profile "
     "repositories. none: search next to the artifact only. LOCATION: a file, folder, repository or URL."
 )
+converting_profile_option = _profile_option(
+    "Profile to encode with, with --model, or to decode with, if the artifact needs one. auto: search next to the "
+    "artifact, in the model's folder and in profile repositories. none: none to encode with; to decode, search next to "
+    "the artifact only. LOCATION: a file, folder, repository or URL."
+)
 pushing_profile_option = _profile_option(
     "Profile to push with the artifact, if it needs one. auto: the one in FOLDER, unless the artifact names its "
     "location on the Hub. none: no profile. LOCATION: a file, folder, repository or URL."
