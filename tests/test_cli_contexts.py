@@ -126,6 +126,7 @@ def test_encode_overwrites_only_with_the_option(tmp_path: Path, model: Path, doc
         (["--steps", 1, 2, 0], "steps"),
         (["--dtype", "float8"], "--dtype"),
         (["--device", "abacus"], "--device"),
+        (["--revision", "v2"], "a revision is for a model on the Hub"),
         (["--steps", 1, 2], "--steps"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else value,
@@ -233,6 +234,12 @@ def test_another_architecture_is_a_mismatch(tmp_path: Path, lossless: Path) -> N
     other = save_model(tmp_path / "other", "qwen3")
     found = run_json("verify", lossless, "--model", other, code=cli_errors.MISMATCH)
     assert found["error"]["type"] == "WrongModelError"
+
+
+def test_a_local_model_has_no_revision(lossless: Path, model: Path) -> None:
+    for command in (ask(lossless, model), ("verify", lossless, "--model", model)):
+        found = run_json(*command, "--revision", "v2", code=cli_errors.USAGE)
+        assert "a revision is for a model on the Hub" in found["error"]["message"]
 
 
 def test_another_tokenizer_is_a_mismatch(tmp_path: Path, lossless: Path) -> None:

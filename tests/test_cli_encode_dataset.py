@@ -216,6 +216,12 @@ def test_a_text_file_is_one_context(tmp_path: Path) -> None:
     assert row[1].startswith("First line.\n\nSecond.")
 
 
+def test_a_local_data_set_has_no_revision(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("First line.")
+    with pytest.raises(ConfigError, match="a revision is for a data set on the Hub"):
+        list(TextDataset(str(tmp_path / "book.txt"), revision="v2").rows())
+
+
 def test_wrong_arguments_are_usage_errors(tmp_path: Path) -> None:
     more = ("--transform", "klt", "--profile", "none")
     done = called(arguments(tmp_path / "no.jsonl", tmp_path / "out", *more), tmp_path)

@@ -86,6 +86,8 @@ class TextDataset:
             raise ConfigError(f"{path}: expected a file of type {', '.join(READERS)}")
         if not os.path.exists(path) and (path.suffix.lower() in READERS or not is_hub_id(self.location)):
             raise ConfigError(f"expected a data set; there is no file or folder {os.path.abspath(path)}")
+        if self.revision is not None and os.path.exists(path):
+            raise ConfigError(f"a revision is for a data set on the Hub; {self.location!r} is local")
         try:
             if os.path.isfile(path):
                 reader = READERS[path.suffix.lower()]

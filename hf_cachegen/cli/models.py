@@ -43,7 +43,7 @@ def load_model(name: str, *, revision: str | None, dtype: str, device: str | Non
 def _load_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    with _loading(name) as found:
+    with _loading(name, revision) as found:
         return AutoTokenizer.from_pretrained(found, revision=revision)
 
 
@@ -51,7 +51,7 @@ def _load_weights(name: str, revision: str | None, dtype: str, device: Any) -> A
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _loading(name) as found:
+    with _loading(name, revision) as found:
         model = AutoModelForCausalLM.from_pretrained(
             found, revision=revision, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
         )
@@ -59,12 +59,12 @@ def _load_weights(name: str, revision: str | None, dtype: str, device: Any) -> A
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[str]:
+def _loading(name: str, revision: str | None) -> Iterator[str]:
     """Yield the model's folder or id, with "~" expanded, and silence the output of Transformers.
 
     Raises:
         click.BadParameter: the model cannot be loaded; the message names the folder that was tried too. A path is
-            never looked up on the Hub.
+            never looked up on the Hub, and has no revision.
     """
     from transformers.utils import logging
 
@@ -72,6 +72,10 @@ def _loading(name: str) -> Iterator[str]:
     missing = "" if os.path.isdir(folder) else f"no folder {os.path.abspath(folder)}"
     if missing and not is_hub_id(name):
         raise click.BadParameter(f"cannot load {name!r}: {missing}", param_hint="'--model'")
+    if revision is not None and not missing:
+        raise click.BadParameter(
+            f"a revision is for a model on the Hub; {name!r} is a local folder", param_hint="'--revision'"
+        )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -121,7 +125,7 @@ def _require_configured(manifest: Manifest, name: str, revision: str | None) -> 
     from hf_cachegen.models.fingerprint import Fingerprint
 
     if manifest.fingerprint is not None:
-        with _loading(name) as found:
+        with _loading(name, revision) as found:
             config = AutoConfig.from_pretrained(found, revision=revision)
         Fingerprint.from_dict(manifest.fingerprint).check_saved_config(config)
 
