@@ -233,7 +233,7 @@ def test_a_profile_found_by_name_is_checked(server: HubServer, model, profile: P
         context(finetuned)
     halved = make("llama", 1).half()
     halved.config._name_or_path = MODEL
-    with pytest.raises(WrongWeightsError, match="float16 rounds them"):
+    with pytest.raises(WrongWeightsError, match="other weights"):
         context(halved)
     assert context(finetuned, profile).profile is profile  # a named profile is the user's decision
     older = replace(profile, about={k: v for k, v in profile.about.items() if k != "weights"})
@@ -259,6 +259,24 @@ def test_weights_are_the_same_in_every_dtype_that_holds_them(model, profile: Pro
     }
     assert found == {profile.about["weights"]}
     assert coarse_weights(make("llama", 1)) not in found
+
+
+def test_a_profile_serves_its_model_in_float16(server: HubServer) -> None:
+    model = make("llama")
+    model.config._name_or_path = MODEL
+    with torch.no_grad():  # values of bfloat16 that float16 does not hold
+        model.model.embed_tokens.weight[:8] = 1e-6
+    learnt = learn_profile(model, samples(), config=CONFIG, target_kl=0.001)
+    learnt.push_to_hub(REPO)
+    rounded = model.half()
+    assert coarse_weights(rounded) != learnt.about["weights"]
+    assert context(rounded).profile.digest == learnt.digest
+    earlier = replace(learnt, about={k: v for k, v in learnt.about.items() if k != "weights_float16"})
+    earlier.push_to_hub(REPO)
+    finding._on_hub.cache_clear()
+    with pytest.raises(WrongWeightsError, match=r"an earlier release.*learn it again"):
+        context(rounded)
+    assert context(rounded, earlier).profile is earlier
 
 
 def test_a_signature_covers_the_profile(server: HubServer, model, profile: Profile, tmp_path: Path) -> None:

@@ -22,13 +22,15 @@ PROBES = 1024
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def coarse_weights(model: PreTrainedModel) -> str:
-    """SHA-256 of names, shapes and PROBES values of every weight, rounded to bfloat16: equal for a model in the dtype
-    of its checkpoint, in float32 and in bfloat16, where a profile serves all.
+def coarse_weights(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> str:
+    """SHA-256 of names, shapes and PROBES values of every weight, rounded to a dtype.
+
+    Rounded to bfloat16, it is equal for a model in the dtype of its checkpoint, in float32 and in bfloat16. A model in
+    float16 has lost small values of a bfloat16 checkpoint, so the hash to compare it with is rounded to float16.
     """
     digest = hashlib.sha256()
     for name, tensor, values in _probes(model):
-        coarse = values.to(torch.bfloat16) if values.is_floating_point() else values
+        coarse = values.to(dtype) if values.is_floating_point() else values
         digest.update(f"{name} {list(tensor.shape)}\n".encode() + _bytes(coarse))
     return digest.hexdigest()
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import torch
+
 from hf_cachegen.artifact import PROFILE_FILE, Limits, Store, chain
 from hf_cachegen.artifact.artifact import Artifact
 from hf_cachegen.artifact.pin import Pin
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 
 ProfileLike = Profile | str | os.PathLike | None
 AUTO = "auto"
-_ROUNDED = ", or from the same in bfloat16 (float16 rounds them)"
 _known: WeakValueDictionary[str, Profile] = WeakValueDictionary()
 """Profiles in use, by SHA-256. Artifacts of one model share one."""
 
@@ -67,15 +68,26 @@ def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None
         Fingerprint.from_dict(found.about.get("fingerprint")).check_config(model)
     except ManifestError as error:
         raise ProfileError(f"this profile has no valid fingerprint of its model: {error}") from error
-    weights = found.about.get("weights")
-    # Older profiles in a model's folder have no checksum of the weights.
-    if profile == AUTO and (weights is not None or found.place) and weights != coarse_weights(model):
-        rounded = _ROUNDED if dtype_name(model.dtype) == "float16" else ""
+    if profile == AUTO and (why := _other_weights(found, model)):
         raise WrongWeightsError(
-            f"the profile found for this model ({found.place or 'in its folder'}) was learnt from other weights of the "
-            f"same configuration{rounded}: pass it as profile= to use it, or None to use none"
+            f"the profile found for this model ({found.place or 'in its folder'}) {why}: pass it as profile= to use "
+            "it, or None to use none"
         )
     return found
+
+
+def _other_weights(profile: Profile, model: PreTrainedModel) -> str:
+    """Return why a profile is not known to be of the weights of `model`; "" where it is."""
+    weights, halves = (profile.about.get(name) for name in ("weights", "weights_float16"))
+    # Older profiles in a model's folder have no checksum of the weights.
+    if (weights is None and not profile.place) or weights == coarse_weights(model):
+        return ""
+    if dtype_name(model.dtype) == "float16" and weights is not None:
+        if halves is None:
+            return "was learnt by an earlier release and cannot be compared with weights in float16 (learn it again)"
+        if halves == coarse_weights(model, torch.float16):
+            return ""
+    return "was learnt from other weights of the same configuration"
 
 
 def model_folder(model: PreTrainedModel | None) -> str:

@@ -179,6 +179,7 @@ class _Learning:
             "model": str(self.model.config.name_or_path),
             "fingerprint": self.fingerprint,
             "weights": coarse_weights(self.model),
+            "weights_float16": coarse_weights(self.model, torch.float16),
             "group_layers": moments.group_layers,
             **options,
         }
