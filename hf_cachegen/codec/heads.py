@@ -34,17 +34,15 @@ def write(
         _write_by_torch(rows, mean, targets, turn)
         return
     angles = None if turn is None else turn[1] * turn[0].scaling
-    jobs, at, tokens, size = (abi.Heads * len(targets))(), 0, len(rows), targets[0].element_size()
-    for job, own in zip(jobs, targets, strict=True):
-        _, job.heads, job.dim = own.shape
-        job.rows, job.row_stride, job.tokens = rows.data_ptr() + at * rows.element_size(), rows.stride(0), tokens
-        job.means = None if mean is None else mean.data_ptr() + at * mean.element_size()
-        if turn is not None and angles is not None:
-            job.angles, job.pairs, job.interleaved = angles.data_ptr(), angles.shape[-1], turn[0].style == "interleaved"
-        job.address, job.token_stride, job.head_stride = own.data_ptr(), own.stride(0) * size, own.stride(1) * size
-        job.from_dtype, job.to_dtype = DTYPES[rows.dtype], DTYPES[own.dtype]
+    jobs, at = list[abi.Heads](), 0
+    for own in targets:
+        job = _job(own, mean, at, None if turn is None else turn[0])
+        job.rows, job.row_stride = rows.data_ptr() + at * rows.element_size(), rows.stride(0)
+        job.tokens, job.from_dtype = len(rows), DTYPES[rows.dtype]
+        job.angles = None if angles is None else angles.data_ptr()
+        jobs.append(job)
         at += job.heads * job.dim
-    native.call(WRITE, jobs, len(jobs), device=rows.device)
+    native.call(WRITE, (abi.Heads * len(jobs))(*jobs), len(jobs), device=rows.device)
 
 
 def by_token(target: Target, geometry: Geometry) -> list[Tensor]:
@@ -79,21 +77,14 @@ class Writer:
         views, device = by_token(target, geometry), target.device
         plain = target.dtype in DTYPES and all(x.stride(-1) == 1 for x in views)
         self._compiled = plain and native.offers(WRITE, device)
-        size, jobs = views[0].element_size(), list[abi.Heads]()
-        where = list[tuple[int, int, int]]()
+        jobs, where = list[abi.Heads](), list[tuple[int, int, int]]()
         for product, mine in enumerate(vectors):
-            channel = 0
+            channel, mean = 0, None if means is None else means[product]
             for vector in mine:
-                own, turned = views[vector], vector % 2 == 0 and rotary.style != "none"
-                _, heads, dim = own.shape
-                mean = None if means is None else means[product, channel:].data_ptr()
-                jobs.append(abi.Heads(
-                    means=mean, address=own.data_ptr(), token_stride=own.stride(0) * size,
-                    head_stride=own.stride(1) * size, heads=heads, dim=dim, pairs=len(rotary.inv_freq) if turned else 0,
-                    interleaved=rotary.style == "interleaved", to_dtype=DTYPES.get(own.dtype, 0),
-                ))  # fmt: skip
+                turned = vector % 2 == 0 and rotary.style != "none"
+                jobs.append(_job(views[vector], mean, channel, rotary if turned else None))
                 where.append((product, channel, turned))
-                channel += heads * dim
+                channel += jobs[-1].heads * jobs[-1].dim
         self._jobs = bytes((abi.Heads * len(jobs))(*jobs))
         self._products, self._channels, self._turned = np.array(where, np.uint64).reshape(-1, 3).T
 
@@ -124,6 +115,25 @@ class Writer:
             turn = (self._rotary, angles) if mine[0] % 2 == 0 and angles is not None else None
             mean = None if self._means is None else self._means[product]
             _write_by_torch(rows[product], mean, [views[vector][tokens] for vector in mine], turn)
+
+
+def _job(own: Tensor, mean: Tensor | None, channel: int, rotary: Rotary | None) -> abi.Heads:
+    """Return the part of a job that is the same for all rows: the tensor, its means and its kind of rotation.
+
+    Args:
+        own: [tokens, heads, dim] of a layer, which receives the values.
+        mean: float32 [channels] of the product.
+        channel: The first one of this tensor.
+        rotary: How keys are rotated. None: they are not.
+    """
+    _, heads, dim = own.shape
+    return abi.Heads(
+        means=None if mean is None else mean.data_ptr() + channel * mean.element_size(),
+        address=own.data_ptr(), token_stride=own.stride(0) * own.element_size(),
+        head_stride=own.stride(1) * own.element_size(), heads=heads, dim=dim,
+        pairs=0 if rotary is None else len(rotary.inv_freq),
+        interleaved=rotary is not None and rotary.style == "interleaved", to_dtype=DTYPES.get(own.dtype, 0),
+    )  # fmt: skip
 
 
 def _write_by_torch(
