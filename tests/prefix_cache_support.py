@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,15 @@ from tests.generation_support import seeded
 
 WIDTH = 8
 """Tokens of a block."""
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def small(folder: Path | str, **options: Any) -> PrefixCache:

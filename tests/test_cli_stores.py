@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from tests import http_server as faults
 from tests.cli_support import run, run_json, write
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, running_hub
 from tests.small_artifact import contents
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("own_cache"),
+]
 REPO = "user/context"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +125,7 @@ def test_the_cache(web: Server, folder: Path, tmp_path: Path) -> None:
     assert run_json("cache", "ls")["origins"] == []
     run_json("verify", f"{web.url}/context")
     found = run_json("cache", "ls")
-    assert found["directory"] == str(tmp_path / "segments")
+    assert found["directory"] == str(tmp_path / "cache")
     (row,) = found["origins"]
     assert (row["origin"], row["bytes"]) == (f"{web.url}/context", size_of(folder))
     assert f"{web.url}/context" in run("cache", "ls").stdout.replace("\n", "")

@@ -30,7 +30,7 @@ from hf_cachegen.stores.pushing import Pushed
 from hf_cachegen.stores.remote import RemoteStore
 from hf_cachegen.stores.retry import Patience
 from hf_cachegen.stores.signed import sign
-from hf_cachegen.stores.survey import Found, find_artifacts
+from hf_cachegen.stores.survey import Found, find
 from tests import http_server as faults
 from tests.http_server import Server, running
 from tests.hub_server import HubServer, Repo, running_hub
@@ -152,7 +152,7 @@ def test_sealed_artifacts(server: HubServer, folder: Path, tmp_path: Path) -> No
     seal(folder, sealed, key)
     push(sealed, key=key)
     assert set(repo_of(server).files) == {*(f"{name}.sealed" for name in FILES), ".gitattributes", "README.md"}
-    assert find_artifacts("user/context", Access(token="owner"))[0].folder == ""
+    assert find("user/context", Access(token="owner"))[0].folder == ""
     access = Access(token="owner", cache_dir=tmp_path / "cache", key=key, patience=IMPATIENT)
     total = sum(map(len, contents(folder).values()))
     assert Reader(open_store("user/context", access)).verify() == total
@@ -224,7 +224,7 @@ def test_many_push_to_one_repository(server: HubServer, folder: Path) -> None:
             pool.submit(push, folder, HubLocation("user/context", subfolder=name), progress=False) for name in names
         ]
     assert len({job.result().commit for job in jobs}) == len(names)
-    assert [row.folder for row in find_artifacts("user/context", Access(token="owner"))] == ["", *names]
+    assert [row.folder for row in find("user/context", Access(token="owner"))] == ["", *names]
     assert len(repo_of(server).commits) == 2 + len(names)
 
 
@@ -280,9 +280,9 @@ def test_listing(server: HubServer, folder: Path) -> None:
     push(folder)
     for subfolder in ("b", "a/c"):
         push(folder, HubLocation("user/context", subfolder=subfolder))
-    found = find_artifacts("user/context", Access(token="owner"))
+    found = find("user/context", Access(token="owner"))
     assert found == [Found("", size), Found("a/c", size), Found("b", size)]
-    assert find_artifacts("user/context", Access(token="owner", subfolder="a")) == [Found("c", size)]
+    assert find("user/context", Access(token="owner", subfolder="a")) == [Found("c", size)]
 
 
 def test_offline(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -22,6 +21,7 @@ from hf_cachegen.prefix_cache import worker as worker_module
 from hf_cachegen.prefix_cache.block import Block, dump, load
 from hf_cachegen.prefix_cache.keys import Family, block_key, chain, pack_tokens
 from hf_cachegen.prefix_cache.local import LocalTier
+from tests.prefix_cache_support import disk_bytes
 
 FAMILY = Family({"block_tokens": 4, "model_id": "tiny", "codec": {}, "level": None})
 SIZE = 100_000
@@ -49,14 +49,6 @@ def put_or_fail(tier: LocalTier, rows: list[tuple[Block, bytes]], depth: int) ->
         return tier.put(*rows[depth], [block.key for block, _ in rows[:depth]])
     except PrefixCacheError as error:
         return "No space left" not in str(error)
-
-
-def disk_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 def require_whole(folder: Path) -> LocalTier:
@@ -215,7 +207,7 @@ def test_a_full_disk_while_the_index_is_written(tmp_path: Path, monkeypatch: pyt
 
 
 STEPS: list[tuple[Any, str]] = [
-    (os, "write"), (os, "fsync"), (os, "replace"), (os, "unlink"), (local_module, "_sync_directory"),
+    (os, "write"), (os, "fsync"), (os, "replace"), (os, "unlink"), (local_module, "sync_directory"),
 ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import sqlite3
@@ -17,7 +16,7 @@ import torch
 from hf_cachegen import PrefixCache
 from tests import state_models
 from tests.generation_support import ASSISTED, MODES, seeded
-from tests.prefix_cache_support import WIDTH, in_two_parts, same_as_stock, small
+from tests.prefix_cache_support import WIDTH, disk_bytes, in_two_parts, same_as_stock, small
 from tests.tiny_models import VOCABULARY, shared
 
 MODE_NAMES = ("greedy", "greedy", "greedy", "sampling", "beams", "num_return_sequences", "static cache", "penalties")
@@ -103,14 +102,6 @@ def walk(folder: Path, seed: int, steps: int, name: str = "llama") -> Walk:
         assert disk_bytes(folder) <= BUDGET
     found.restart()
     return found
-
-
-def disk_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 @pytest.mark.parametrize("mode", [*dict.fromkeys(MODE_NAMES)])

@@ -11,18 +11,13 @@ import pytest
 from hf_cachegen.artifact import Limits, Reader
 from hf_cachegen.errors import ArtifactExistsError, ArtifactNotFoundError, ConfigError, CorruptError, LimitError
 from hf_cachegen.stores import Access, LocalStore, Patience
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
-from hf_cachegen.stores.survey import Found, find_artifacts, pull, serve_check
+from hf_cachegen.stores.survey import Found, find, pull, serve_check
 from tests import http_server as faults
 from tests.http_server import Fault, Server, running
 from tests.small_artifact import contents, write
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 ACCESS = Access(patience=Patience(attempts=2, timeout=10, backoff=0.01))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
 
 
 @pytest.fixture
@@ -45,18 +40,18 @@ def test_artifacts_in_folders_and_filesystems(tmp_path: Path, folder: Path) -> N
     (tmp_path / "half" / "base.safetensors").write_bytes(b"no manifest")
     size = sum(map(len, contents(folder).values()))
     expected = [Found("context", size), Found("deep/inside", size)]
-    assert find_artifacts(str(tmp_path)) == expected
-    assert find_artifacts(f"file://{tmp_path}") == expected
-    assert find_artifacts(str(folder)) == [Found("", size)]
+    assert find(str(tmp_path)) == expected
+    assert find(f"file://{tmp_path}") == expected
+    assert find(str(folder)) == [Found("", size)]
     fsspec.filesystem("memory").put(str(tmp_path / "deep"), "/survey", recursive=True)
-    assert find_artifacts("memory://survey") == [Found("inside", size)]
+    assert find("memory://survey") == [Found("inside", size)]
 
 
 def test_locations_that_cannot_be_listed(tmp_path: Path, server: Server) -> None:
     with pytest.raises(ConfigError, match="lists no files"):
-        find_artifacts(f"{server.url}/context")
+        find(f"{server.url}/context")
     with pytest.raises(ArtifactNotFoundError):
-        find_artifacts(str(tmp_path / "nothing"))
+        find(str(tmp_path / "nothing"))
 
 
 def test_a_copy_is_the_same_to_the_byte(tmp_path: Path, folder: Path, server: Server) -> None:

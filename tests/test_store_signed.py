@@ -22,7 +22,6 @@ from hf_cachegen.errors import (
     SignatureError,
 )
 from hf_cachegen.stores import Access, LocalStore, Patience, open_store
-from hf_cachegen.stores.segment_cache import DIRECTORY_VARIABLE
 from hf_cachegen.stores.signed import SIGNATURE_FILE, SignedStore, require_current, sign
 from hf_cachegen.stores.survey import pull, serve_check
 from tests.cli_support import run, run_json
@@ -30,13 +29,9 @@ from tests.http_server import Server, running
 from tests.signing_support import KEY, PUBLIC, pem
 from tests.small_artifact import MANIFEST, SEGMENTS, contents, killed_between_renames, write
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 RAW = serialization.Encoding.Raw
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes(RAW, serialization.PublicFormat.Raw)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "segments"))
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ class ArtifactWriter:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file, dir_fd=self._directory)
         for made in self._made:
-            _sync_directory(made.parent)
+            sync_directory(made.parent)
         self._made, self._segments = [], {}
 
     def _take_stock(self) -> set[str]:
@@ -370,7 +370,8 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Sync the names in a directory to the disk."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)

@@ -42,12 +42,6 @@ def anchor_count(tokens: int, group_tokens: int) -> int:
     return -(-tokens // group_tokens) if group_tokens else 0
 
 
-def coded_positions(tokens: int, group_tokens: int) -> Tensor:
-    """Return the positions, within a chunk, of the tokens that are not anchors: int64."""
-    position = torch.arange(tokens)
-    return position[position % group_tokens != 0] if group_tokens else position
-
-
 def anchors_of(rows: Tensor, vectors: Tensor, group_tokens: int) -> Anchors | None:
     """Return the anchors of rows [tokens, channels] on the CPU, or None for group_tokens 0.
 

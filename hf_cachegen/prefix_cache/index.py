@@ -35,7 +35,6 @@ CREATE TABLE IF NOT EXISTS counters(name TEXT PRIMARY KEY, value REAL NOT NULL) 
 CREATE TABLE IF NOT EXISTS state(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 INSERT OR IGNORE INTO state VALUES ('nbytes', 0), ('boot', ''), ('version', 1);
 """
-VERSION = 1
 BUSY_SECONDS = 30.0
 """How long a statement waits for another process's transaction, which takes milliseconds."""
 CHECKPOINT_PAGES = 64

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_cachegen.artifact.store import output_path
+from hf_cachegen.artifact.writer import sync_directory
 from hf_cachegen.errors import ArtifactError, ConfigError, PrefixCacheError
 from hf_cachegen.prefix_cache.block import Block, load
 from hf_cachegen.prefix_cache.index import ROWS_AT_ONCE, Index, Row
@@ -194,7 +195,7 @@ class LocalTier:
             path.parent.mkdir(exist_ok=True, mode=0o700)
             _write(partial, data)
             os.replace(partial, path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
             row = Row(block.key, block.parent, block.family.salt, block.depth, len(data), now, now, False)
             self.index.add(row, block.family.text, names)
         except BaseException:
@@ -357,14 +358,6 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _boot_id() -> str:

@@ -71,11 +71,6 @@ class Check:
     detail: str
 
 
-def find_artifacts(location: str, access: Access | None = None) -> list[Found]:
-    """List the artifacts at or below a location, without the profiles. Arguments and errors are those of `find`."""
-    return [found for found in find(location, access) if not found.profile]
-
-
 def find(location: str, access: Access | None = None) -> list[Found]:
     """List the artifacts, plain and sealed, and the profiles at or below a location, each in alphabetical order.
 
