@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def test_an_existing_output_is_reported_before_the_model_is_loaded(tmp_path: Pat
         said = message("convert", *options, code=cli_errors.USAGE)
         assert "use --overwrite" in said
         assert "overwrite=True" not in said
+
+
+@pytest.mark.parametrize("command", ["encode", "profile"])
+def test_an_output_that_cannot_be_written_is_reported_before_the_model_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, model = text_file(tmp_path / "a.txt"), ("--model", tmp_path / "no model")
+    arguments = (command, document, *model) if command == "encode" else (command, "--text", document, *model)
+    said = message(*arguments, "--out", document / "inside", code=cli_errors.USAGE)
+    assert f"{document} is a file" in said
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    said = message(*arguments, "--out", tmp_path / "new" / "out", code=cli_errors.USAGE)
+    assert f"{tmp_path} cannot be written" in said
 
 
 def test_python_advice_becomes_options(capsys: pytest.CaptureFixture[str]) -> None:

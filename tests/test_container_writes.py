@@ -271,7 +271,7 @@ def test_a_read_only_directory_is_refused_and_can_be_read(tmp_path: Path, monkey
     os.seteuid(65534 if user == 0 else user)  # root may write anywhere
     try:
         for place in ("artifact", "other"):
-            with pytest.raises(PermissionError):
+            with pytest.raises(PermissionError, match=place):
                 write(Path(place), overwrite=True)
     finally:
         os.seteuid(user)

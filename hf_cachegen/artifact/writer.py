@@ -105,8 +105,11 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(self._path)  # writing to an open file names no file
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename is None:  # writing to an open file names no file
+                error.filename = str(self._path)
+            elif os.path.basename(error.filename) == error.filename:
+                error.filename = os.path.join(self._path, error.filename)
         for spool in self._spools.values():
             with contextlib.suppress(OSError):  # on a full disk, flushing the rest of its buffer fails
                 spool.close()

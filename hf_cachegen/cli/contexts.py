@@ -24,6 +24,7 @@ from hf_cachegen.cli.options import (
     output_options,
     overwrite_option,
     read_text,
+    require_writable,
     sampling_arguments,
     sampling_options,
     source_model_option,
@@ -74,6 +75,7 @@ def encode(
         raise click.UsageError(f"expected a text, but {text.name} is empty", context)
     if not overwrite and (out / MANIFEST_FILE).is_file():
         raise ArtifactExistsError(f"{out} already holds an artifact; choose another folder, or use --overwrite")
+    require_writable(out)
     # Before the model is loaded, so that an error in them does not take minutes to appear.
     config, found_profile = encoder_settings(
         options, lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT, profile, model

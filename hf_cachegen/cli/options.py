@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -12,6 +13,7 @@ import click
 from hf_cachegen.artifact.store import local_path, output_path
 from hf_cachegen.cli.models import DTYPES, find_profile
 from hf_cachegen.config import AUTO_LAYERS, CacheGenConfig, CoderName, TransformName
+from hf_cachegen.errors import ConfigError
 
 if TYPE_CHECKING:
     from hf_cachegen.profiles.files import Profile
@@ -79,6 +81,17 @@ class _OutputFolder(_LocalPath):
 
 
 LOCAL_PATH, OUTPUT_PATH, OUTPUT_FOLDER = _LocalPath(), _LocalPath(output_path), _OutputFolder(output_path)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ConfigError, before anything slow, where a folder cannot be made or written."""
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not found.is_dir():
+        raise ConfigError(f"expected a folder to write to, {found} is a file")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ConfigError(f"{found} cannot be written: it is read-only, or you have no permission; choose another")
+
+
 artifact_argument = click.argument("artifact")
 location_argument = click.argument("location")
 source_model_option = click.option("--model", required=True, help="Folder or Hub id of a causal language model.")

@@ -25,6 +25,7 @@ from hf_cachegen.cli.options import (
     overwrite_option,
     pushing_options,
     read_text,
+    require_writable,
     source_model_option,
 )
 from hf_cachegen.cli.output import bars, logged, print_json, size_text, step
@@ -123,7 +124,9 @@ def learn(
 
 
 def _output_file(model: str, out: Path | None, overwrite: bool) -> Path:
-    """Return the file to write the profile to. Raises ArtifactExistsError and UsageError, before anything slow."""
+    """Return the file to write the profile to. Raises ArtifactExistsError, ConfigError and UsageError, before
+    anything slow.
+    """
     from hf_cachegen.profiles.files import PROFILE_FILE
 
     model = os.path.expanduser(model)
@@ -137,6 +140,7 @@ def _output_file(model: str, out: Path | None, overwrite: bool) -> Path:
         raise ArtifactExistsError(
             f"{path} already exists, and artifacts may need it: choose another folder with --out, or use --overwrite"
         )
+    require_writable(path.parent)
     return path
 
 
