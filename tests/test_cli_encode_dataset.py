@@ -204,10 +204,11 @@ def test_an_index_of_another_run_is_not_replaced(tmp_path: Path) -> None:
         run_of("a", out, "w", "ww")
     assert (out / INDEX_FILE).read_bytes() == listed
     assert not list(out.glob("b-*"))
-    (out / INDEX_FILE).write_text("the user's own\n")
-    with pytest.raises(ArtifactExistsError, match="not an index"):
-        run_of("a", out, "w")
-    assert (out / INDEX_FILE).read_text() == "the user's own\n"
+    for own in (b"the user's own\n", b"[" * 100_000, b"\xff"):
+        (out / INDEX_FILE).write_bytes(own)
+        with pytest.raises(ArtifactExistsError, match="not an index"):
+            run_of("a", out, "w")
+        assert (out / INDEX_FILE).read_bytes() == own
 
 
 def test_a_text_file_is_one_context(tmp_path: Path) -> None:

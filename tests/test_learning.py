@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_cachegen import CacheGenConfig, Profile, learn_profile
 from hf_cachegen.errors import ConfigError
@@ -127,6 +128,10 @@ def test_a_journal_belongs_to_one_run(model, tmp_path, monkeypatch) -> None:
     for damaged in (b"", b"something else", kept[:-1], kept.replace(b'"F64"', b'"I64"')):
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match="journal"):
+            learn_profile(model, samples(), config=CONFIG, seed=3, journal=path)
+    for about in ("[" * 100_000, '{"key":"x","done":{"learn":Infinity}}', "{}"):
+        save_file({"x": torch.zeros(1)}, path, {"cachegen_learning": about})
+        with pytest.raises(ConfigError, match="not the journal"):
             learn_profile(model, samples(), config=CONFIG, seed=3, journal=path)
 
 

@@ -249,7 +249,11 @@ def test_measurements_that_contradict_each_other_give_no_negative_times() -> Non
     assert all((speed.seconds(0, tokens) or 0) > 0 for tokens in (1, 10, 10_000))
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[[1]]", '[["a", 1, 1]]', "[[0, 0, 1], [0, 5, -1]]"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[[1]]", '[["a", 1, 1]]', "[[0, 0, 1], [0, 5, -1]]", "[[Infinity, 1, 1]]", "[" * 100_000],
+    ids=lambda content: content[:10],
+)
 def test_an_invalid_file_of_measurements_is_ignored(tmp_path: Path, content: str) -> None:
     from hf_cachegen.streaming.prefill_speed import _read
 

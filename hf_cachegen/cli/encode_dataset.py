@@ -23,6 +23,7 @@ import xxhash
 from click.core import ParameterSource
 from tqdm import tqdm
 
+from hf_cachegen import strict_json
 from hf_cachegen.artifact import MANIFEST_FILE, Reader
 from hf_cachegen.cli.models import load_model, token_ids
 from hf_cachegen.cli.options import (
@@ -272,8 +273,8 @@ def write_index(out: Path, processes: int) -> tuple[int, int, int]:
 def _indexed(out: Path) -> dict[int, str]:
     """Return the artifact of each row in the existing index. Raises ArtifactExistsError if it is not an index."""
     try:
-        text = (out / INDEX_FILE).read_text(encoding="utf-8")
-        return {line["row"]: line["artifact"] for line in map(json.loads, text.splitlines())}
+        lines = (out / INDEX_FILE).read_bytes().splitlines()
+        return {line["row"]: line["artifact"] for line in map(strict_json.loads, lines)}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:

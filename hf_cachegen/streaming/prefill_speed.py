@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_cachegen import strict_json
 from hf_cachegen.models.compat import run, unwrapped
 from hf_cachegen.models.layers import dtype_name
 from hf_cachegen.models.requirements import require_instance
@@ -197,7 +198,7 @@ def _key(model: PreTrainedModel) -> str:
 def _read(path: Path) -> list[Sample]:
     """The samples in a file; none where it is not such a file."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = strict_json.loads(path.read_bytes())
         samples = [(int(first), int(tokens), float(seconds)) for first, tokens, seconds in rows]
     except (OSError, ValueError, TypeError):
         return []

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_cachegen import strict_json
 from hf_cachegen.artifact.store import output_path
 from hf_cachegen.errors import ConfigError
 from hf_cachegen.profiles.learning.progress import shown
@@ -58,7 +59,7 @@ class Journal:
     def _read(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["cachegen_learning"])
+                about = strict_json.loads((file.metadata() or {})["cachegen_learning"].encode())
             key, done = str(about["key"]), {str(stage): int(count) for stage, count in about["done"].items()}
             sums = load_file(path)
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
