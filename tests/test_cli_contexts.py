@@ -285,7 +285,9 @@ def test_encode_meets_a_target(tmp_path: Path, model: Path, document: Path) -> N
     shown = run("inspect", tmp_path / "aimed").output
     assert "KL in this context" in shown
     assert "was chosen for 0.01 nats" in shown.replace("\n", " ")
-    assert "was chosen for 0.01 nats" in run(*aimed, "--out", tmp_path / "again").stdout
+    said = run(*aimed, "--out", tmp_path / "again").stdout
+    assert "was chosen for 0.01 nats" in said
+    assert "(prefill and search " in said
     assert run_json(*command, "--out", tmp_path / "plain")["target_kl"] is None
     wrong = run_json(*command, "--continuation", document, "--out", tmp_path / "x", code=cli_errors.USAGE)
     assert "--continuation requires --target-kl" in wrong["error"]["message"]

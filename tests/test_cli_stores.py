@@ -52,6 +52,9 @@ def test_push_ls_pull(server: HubServer, folder: Path, tmp_path: Path) -> None:
     size = size_of(folder)
     assert run_json("ls", REPO)["artifacts"] == [{"folder": "", "bytes": size}, {"folder": "b", "bytes": size}]
     assert run("ls", REPO, "--subfolder", "b").stdout.split()[-1] == "."
+    (tmp_path / "empty").mkdir()
+    nothing = run("ls", tmp_path / "empty")
+    assert (nothing.stdout, "neither an artifact nor a profile" in nothing.stderr) == ("", True)
     pulled = run_json("pull", REPO, tmp_path / "copy", "--revision", pushed["commit"])
     assert (pulled["bytes"], contents(tmp_path / "copy")) == (size, contents(folder))
     assert run_json("pull", REPO, tmp_path / "copy", code=2)["error"]["type"] == "ArtifactExistsError"

@@ -106,7 +106,8 @@ def test_the_table_shows_both_levels_of_a_refined_chunk() -> None:
         console.print(chunk_table(StreamReport(40, 1000, chunks=chunks), bases_first=True))
     shown = captured.get()
     assert "level 3, first 1" in shown
-    assert "0-1: a reason" in shown
+    assert "chunks 0 to 1: a reason" in shown
+    assert "chunk 2: no source has it" in shown
     assert "1 of 3 chunks were refined" in shown
 
 

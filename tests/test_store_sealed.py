@@ -101,8 +101,12 @@ def test_another_key(sealed: Path) -> None:
 def test_without_the_key_there_is_no_artifact(sealed: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError):
         Reader(LocalStore(sealed))
+    with pytest.raises(ArtifactNotFoundError, match="is sealed: pass its key as key="):
+        open_store(sealed)
     with pytest.raises(ArtifactNotFoundError):
         verify(tmp_path / "context")
+    with pytest.raises(ArtifactNotFoundError, match="is not sealed: pass no key"):
+        open_store(tmp_path / "context", Access(key=KEY))
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def encode(
         print_json({"artifact": str(out), **found, "seconds": seconds})
         return
     sizes = f"{size_text(found['exact_bytes'])} -> {size_text(found['bytes'])}"
-    times = f"prefill {seconds['prefill']:.1f} s, encode {seconds['encode']:.1f} s"
+    prefill = "prefill" if config.target_kl is None else "prefill and search"
+    times = f"{prefill} {seconds['prefill']:.1f} s, encode {seconds['encode']:.1f} s"
     click.echo(f"{out}: {found['tokens']:,} tokens, {sizes} ({times})")
     for row in found["levels"]:
         size, bits = size_text(row["bytes"]), row["bits_per_element"]

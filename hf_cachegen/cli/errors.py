@@ -62,6 +62,7 @@ _CODE_OF: tuple[tuple[type[Exception], int], ...] = (
 ADVICE = {
     "pass overwrite=True": "use --overwrite",
     "pass it as profile=": "pass it with --profile",
+    "pass its key as key=": "pass its key with --key",
     "or None to use none": "or use --profile none",
     "hf_cachegen.learn_profile": f"'{PROGRAM} profile'",
 }

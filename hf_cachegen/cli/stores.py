@@ -19,7 +19,7 @@ from hf_cachegen.cli.options import (
     pushing_options,
     pushing_profile_option,
 )
-from hf_cachegen.cli.output import bars, byte_bar, print_json, printable, size_text, step
+from hf_cachegen.cli.output import bars, byte_bar, note, print_json, printable, size_text, step
 from hf_cachegen.errors import ProfileError
 from hf_cachegen.stores import Access
 from hf_cachegen.stores.local import open_folder
@@ -168,6 +168,8 @@ def ls(
         profiles = [{"folder": row.folder, "bytes": row.nbytes, "kept": row.kept} for row in found if row.profile]
         print_json({"place": location, "artifacts": artifacts, "profiles": profiles})
         return
+    if not found:
+        note(f"{location} holds neither an artifact nor a profile")
     for row in found:
         older = f", {row.kept} older" if row.kept else ""
         mark = f"  (profile{older})" if row.profile else ""

@@ -145,7 +145,8 @@ def chunk_table(report: StreamReport, bases_first: bool) -> Table:
 
 
 def _numbers(chunks: list[ChunkReport]) -> str:
-    return str(chunks[0].index) if len(chunks) == 1 else f"{chunks[0].index}-{chunks[-1].index}"
+    first, last = chunks[0].index, chunks[-1].index
+    return f"chunk {first}" if first == last else f"chunks {first} to {last}"
 
 
 def _verdict(report: StreamReport) -> str:

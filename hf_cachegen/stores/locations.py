@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from hf_cachegen.artifact import MANIFEST_FILE, Limits, Store
 from hf_cachegen.artifact.store import local_path
-from hf_cachegen.errors import ConfigError, OfflineError
+from hf_cachegen.errors import ArtifactNotFoundError, ConfigError, OfflineError
 from hf_cachegen.stores.access import Access
 from hf_cachegen.stores.cached import CachedStore
 from hf_cachegen.stores.http import shown
@@ -24,7 +26,7 @@ from hf_cachegen.stores.naming import (
     require_folder,
 )
 from hf_cachegen.stores.remote import RemoteStore, is_url, open_files
-from hf_cachegen.stores.sealed import Kept, SealedStore
+from hf_cachegen.stores.sealed import Kept, SealedStore, sealed_names
 from hf_cachegen.stores.segment_cache import SegmentCache
 from hf_cachegen.stores.signed import SignedStore
 
@@ -129,7 +131,19 @@ def _open(location: str | os.PathLike[str], access: Access, meter: Meter | None)
     if access.subfolder:
         path = local_path(os.path.join(path, access.subfolder))
     require_folder(path, location, access.repo_type)
-    return open_folder(path)
+    store = open_folder(path)
+    _require_key_for_sealed(store.directory, access.key is not None)
+    return store
+
+
+def _require_key_for_sealed(folder: Path, given: bool) -> None:
+    """Raise ArtifactNotFoundError where a folder holds a sealed artifact and no key is given, or the reverse."""
+    with suppress(PermissionError):  # reading raises
+        sealed, plain = bool(sealed_names(folder)), os.path.lexists(folder / MANIFEST_FILE)
+        if sealed and not plain and not given:
+            raise ArtifactNotFoundError(f"the artifact in {folder} is sealed: pass its key as key=")
+        if plain and not sealed and given:
+            raise ArtifactNotFoundError(f"the artifact in {folder} is not sealed: pass no key")
 
 
 def _url(url: str, access: Access, meter: Meter | None) -> Store | _Cached:

@@ -207,7 +207,7 @@ class Adaptive:
             why = "it is too late to wait" if left <= 0 else "recomputing all just fits, so it begins"
             return Plan(middle, 1, 1, whole, f"no throughput yet; {why}", True)
         if self.refines:
-            return Plan(middle, 1, 0, math.nan, "no throughput yet: the base first, then what is finer", True)
+            return Plan(middle, 1, 0, math.nan, "no throughput yet: the base first, then finer levels", True)
         return Plan(middle, middle, 0, math.nan, UNMEASURED, True)
 
 
