@@ -75,6 +75,17 @@ def test_any_filesystem_streams(folder: Path) -> None:
     assert cache.report.wire_bytes > 0
 
 
+def rounded_alike(a: CacheGenCache, b: CacheGenCache) -> bool:
+    """Return whether two caches differ by one rounding at most, in 1 of 10,000 values at most.
+
+    A product in bfloat16 rounds a few values differently, depending on how many rows it has.
+    """
+    pairs = list(zip((*a.kv.keys, *a.kv.values), (*b.kv.keys, *b.kv.values), strict=True))
+    other, count = sum(int((x != y).sum()) for x, y in pairs), sum(x.numel() for x, _ in pairs)
+    one = torch.finfo(pairs[0][0].dtype).eps
+    return other <= count * 1e-4 and all(torch.allclose(x, y, rtol=one, atol=one / 64) for x, y in pairs)
+
+
 def test_an_artifact_of_the_klt_transform_streams(server: Server, tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(ROOT / "eval" / "reference" / "model", dtype=torch.bfloat16)
     ids = torch.arange(300)[None] % 200 + 3
@@ -82,11 +93,11 @@ def test_an_artifact_of_the_klt_transform_streams(server: Server, tmp_path: Path
     CacheGenCache.from_context(model, ids, config).save_pretrained(tmp_path / "artifact")
     url = serve(server, tmp_path / "artifact")
     coarse, finest = (CacheGenCache.from_pretrained(tmp_path / "artifact", model, level) for level in (1, 3))
-    assert same_kv(CacheGenCache.stream(url, model, level=1), coarse)
+    assert rounded_alike(CacheGenCache.stream(url, model, level=1), coarse)
     cache = CacheGenCache.stream(url, model, refine="while_generating")
     assert cache.refinement is not None
     assert cache.refinement.wait(30)
-    assert same_kv(cache, finest)
+    assert rounded_alike(cache, finest)
 
 
 def test_a_callback_may_end_its_refinement(server: Server, folder: Path) -> None:
