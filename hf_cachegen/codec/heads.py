@@ -117,6 +117,20 @@ class Writer:
             _write_by_torch(rows[product], mean, [views[vector][tokens] for vector in mine], turn)
 
 
+def _write_by_torch(
+    rows: Tensor, mean: Tensor | None, targets: Sequence[Tensor], turn: tuple[Rotary, Tensor] | None
+) -> None:
+    """Do the same in torch, layer by layer: a layer's values stay in a core's cache."""
+    at = 0
+    for own in targets:
+        part = slice(at, at := at + own.shape[1] * own.shape[2])
+        values = rows[:, part] if mean is None else rows[:, part] + mean[part]
+        values = values.unflatten(1, own.shape[1:])
+        if turn is not None:
+            values = turn[0].turn(values.float(), turn[1], 1)
+        own.copy_(values)
+
+
 def _job(own: Tensor, mean: Tensor | None, channel: int, rotary: Rotary | None) -> abi.Heads:
     """Return the part of a job that is the same for all rows: the tensor, its means and its kind of rotation.
 
@@ -134,17 +148,3 @@ def _job(own: Tensor, mean: Tensor | None, channel: int, rotary: Rotary | None) 
         pairs=0 if rotary is None else len(rotary.inv_freq),
         interleaved=rotary is not None and rotary.style == "interleaved", to_dtype=DTYPES.get(own.dtype, 0),
     )  # fmt: skip
-
-
-def _write_by_torch(
-    rows: Tensor, mean: Tensor | None, targets: Sequence[Tensor], turn: tuple[Rotary, Tensor] | None
-) -> None:
-    """Do the same in torch, layer by layer: a layer's values stay in a core's cache."""
-    at = 0
-    for own in targets:
-        part = slice(at, at := at + own.shape[1] * own.shape[2])
-        values = rows[:, part] if mean is None else rows[:, part] + mean[part]
-        values = values.unflatten(1, own.shape[1:])
-        if turn is not None:
-            values = turn[0].turn(values.float(), turn[1], 1)
-        own.copy_(values)
