@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from hf_cachegen.artifact import PROFILE_FILE, Limits, Store, chain
 from hf_cachegen.artifact.artifact import Artifact
@@ -44,6 +44,10 @@ AUTO = "auto"
 _ROUNDED = ", or from the same in bfloat16 (float16 rounds them)"
 _known: WeakValueDictionary[str, Profile] = WeakValueDictionary()
 """Profiles in use, by SHA-256. Artifacts of one model share one."""
+_used: WeakKeyDictionary[PreTrainedModel, Profile] = WeakKeyDictionary()
+"""The last profile that decoded for each model, which keeps it in use: to read and check it again, and to make its
+matrices, takes longer than a short load.
+"""
 
 
 def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None:
@@ -144,6 +148,17 @@ def profile_of(artifact: Artifact, profile: ProfileLike = AUTO, model_folder: st
     """Return the profile that decoding `artifact` needs; None if it needs none. Raises the errors of `for_decoding`."""
     pin = artifact.pin
     return None if pin is None else for_decoding(profile, pin, artifact.store, model_folder, artifact.reader.limits)
+
+
+def profile_for(artifact: Artifact, profile: ProfileLike, model: PreTrainedModel | None) -> Profile | None:
+    """Return the profile that decoding `artifact` for a model needs, and keep it as long as the model exists.
+
+    Raises the errors of `for_decoding`.
+    """
+    found = profile_of(artifact, profile, model_folder(model))
+    if model is not None and found is not None:
+        _used[model] = found
+    return found
 
 
 def open_with_profile(
