@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from hf_cachegen.artifact import PROFILE_FILE, Limits, Store, chain
 from hf_cachegen.artifact.artifact import Artifact
@@ -150,15 +150,20 @@ def profile_of(artifact: Artifact, profile: ProfileLike = AUTO, model_folder: st
     return None if pin is None else for_decoding(profile, pin, artifact.store, model_folder, artifact.reader.limits)
 
 
-def profile_for(artifact: Artifact, profile: ProfileLike, model: PreTrainedModel | None) -> Profile | None:
-    """Return the profile that decoding `artifact` for a model needs, and keep it as long as the model exists.
+def finder(profile: ProfileLike, model: PreTrainedModel | None) -> Callable[[Artifact], Profile | None]:
+    """Return what finds the profile that decoding an artifact for a model needs, as `profile_of` does.
 
-    Raises the errors of `for_decoding`.
+    The profile is kept as long as the model exists. The result does not keep the model.
     """
-    found = profile_of(artifact, profile, model_folder(model))
-    if model is not None and found is not None:
-        _used[model] = found
-    return found
+    folder, of = model_folder(model), None if model is None else ref(model)
+
+    def find(artifact: Artifact) -> Profile | None:
+        found, user = profile_of(artifact, profile, folder), None if of is None else of()
+        if user is not None and found is not None:
+            _used[user] = found
+        return found
+
+    return find
 
 
 def open_with_profile(

@@ -100,10 +100,8 @@ class Response(http.client.HTTPResponse):
             buffer[: len(data)] = data
             return len(data)
         count = self.fp.readinto1(buffer[:length])
-        self.length -= count
+        self.length = (self.length or 0) - count
         self._taken += count
-        if not count or not self.length:
-            self._close_conn()
         return count
 
     def close(self) -> None:
