@@ -84,7 +84,6 @@ def _open(
     `ending` closes the download. Raises the first location's error where there is no such location.
     """
     options, first_error = session.options, None
-    likely = () if options.prompt is None else tokens_of(*options.prompt)
     for number, location in enumerate(locations):
         download = None
         try:
@@ -96,6 +95,7 @@ def _open(
             download = Download(session, artifact, sources, can_recompute=can_recompute)
             ending.callback(download.close, END_SECONDS)
             download.start()
+            likely = () if options.prompt is None else tokens_of(*options.prompt)
             return download, validate(artifact, model, options.tokenizer, likely, options.verify)
         except (ArtifactError, StoreError) as error:
             ending.pop_all()
