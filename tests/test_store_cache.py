@@ -105,6 +105,22 @@ def test_the_limit_holds_by_itself(tmp_path: Path) -> None:
     assert not cache.has(HERE, digest(bytes(10_001)), 10_001)
 
 
+def test_a_process_prunes_once_however_many_caches_it_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned: list[SegmentCache] = []
+
+    def prune(cache: SegmentCache) -> None:
+        pruned.append(cache)
+
+    monkeypatch.setattr(SegmentCache, "prune", prune)
+    first, second = (SegmentCache(tmp_path / "cache", limit=10_000) for _ in range(2))
+    for cache in (first, second, first):
+        put(cache, bytes(100))
+    assert pruned == [first]
+    put(second, bytes(600))
+    put(second, bytes(1))
+    assert pruned == [first, second]
+
+
 def test_pruning_everything_leaves_an_empty_folder(cache: SegmentCache) -> None:
     put(cache, b"one")
     put(cache, b"two", "s3://bucket")

@@ -14,7 +14,7 @@ from hf_cachegen import generate
 from hf_cachegen.cache import CacheGenCache
 from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.batch import OUTSTANDING
-from hf_cachegen.codec.spread import APART_BYTES
+from hf_cachegen.codec.spread import APART_BYTES, HOST_BYTES
 from hf_cachegen.codec.transforms import Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import CorruptError, TruncatedError
@@ -258,10 +258,13 @@ def test_launches_beside_the_tensors_are_bounded(folder: Path, device: list[Note
     assert writer.together(10**9, apart=True) == 1
 
 
-def test_the_host_decodes_a_chunk_at_a_time(folder: Path) -> None:
+def test_launches_on_the_host_are_bounded(folder: Path) -> None:
     cache = at_level(folder, 1)
     writer = LayerWriter(cache.kv.geometry, [torch.device("cpu")] * len(cache.kv.keys))
-    assert (writer.ahead, writer.together(16, apart=False), writer.together(16, apart=True)) == (0, 1, 1)
+    of_token = cache.kv.geometry.nbytes // cache.kv.geometry.tokens
+    assert (writer.ahead, writer.together(16, apart=False), writer.together(16, apart=True)) == (0, abi.MAX_BATCH, 1)
+    assert writer.together(HOST_BYTES // of_token // 3, apart=False) == 3
+    assert writer.together(10**9, apart=False) == 1
 
 
 def test_a_timer_is_two_events_of_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:

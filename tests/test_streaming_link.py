@@ -183,6 +183,18 @@ SPEED = [(0, 100, 1.1), (0, 200, 2.1), (1000, 100, 1.1 + 1.0 * 1000 / 10_000)]
 """0.1 s for a pass and 0.01 s for a token; about a ten-thousandth of that for each token that it attends to."""
 
 
+def test_a_speed_is_written_where_it_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    speed = PrefillSpeed(1e-4, SPEED, path)
+    speed.save()
+    assert not path.exists()
+    speed.add(0, 2000, 1.0)
+    speed.save()
+    path.unlink()
+    speed.save()
+    assert not path.exists()
+
+
 def test_a_models_speed_is_fitted() -> None:
     speed = PrefillSpeed(1e-4, SPEED)
     assert speed.seconds(0, 400) == pytest.approx(4.1, rel=0.05)

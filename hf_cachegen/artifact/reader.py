@@ -54,7 +54,9 @@ class Reader:
         size = store.size(MANIFEST_FILE)
         if size > limits.max_header_bytes:
             raise LimitError(f"{MANIFEST_FILE} has {size} bytes, the limit is {limits.max_header_bytes}")
-        self.manifest: Manifest = loads(store.read(MANIFEST_FILE, 0, size), limits, features)
+        data = store.read(MANIFEST_FILE, 0, size)
+        known = store.parsed(data, limits) if features == FEATURES else None
+        self.manifest: Manifest = loads(data, limits, features) if known is None else known
         self.sizes: dict[str, int] = {name: entry.size for name, entry in self.manifest.files.items()}
         self.sizes[MANIFEST_FILE] = size
         self._checked: set[str] = set()

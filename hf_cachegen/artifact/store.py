@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 from urllib.parse import urlsplit
 
-from hf_cachegen.artifact.manifest import Segment
+from hf_cachegen.artifact.manifest import Limits, Manifest, Segment
 from hf_cachegen.errors import ConfigError
 
 MAX_NAME_BYTES = 255
@@ -129,8 +129,23 @@ class Store(Protocol):
         """Return the store that this one reads through; None for the innermost."""
         return None
 
-    def open(self, name: str) -> tuple[int, bytes]:
-        """Return a file's size and the first bytes that arrived with it. By default no bytes arrive with the size."""
+    def expect(self, name: str, nbytes: int) -> None:
+        """Note that the first `nbytes` of a file, which is not open yet, will be read: one request opens the file and
+        fetches them. Innermost: do nothing.
+        """
+        inner = self.unwrap()
+        if inner is not None:
+            inner.expect(name, nbytes)
+
+    def parsed(self, data: bytes, limits: Limits) -> Manifest | None:
+        """Return the manifest that this store has parsed from these bytes within these limits. Innermost: None."""
+        inner = self.unwrap()
+        return None if inner is None else inner.parsed(data, limits)
+
+    def open(self, name: str, first: int = 0) -> tuple[int, bytes]:
+        """Return a file's size and the first bytes that arrived with it: about `first` of them are wanted. By default
+        no bytes arrive with the size.
+        """
         return self.size(name), b""
 
     def mark(self, name: str) -> str:

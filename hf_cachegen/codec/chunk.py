@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
@@ -76,12 +76,19 @@ class Channels:
     @classmethod
     def of(cls, geometry: Geometry) -> Channels:
         """Return the channels of a cache, in the order of `codec.rows`."""
-        widths = [geometry.batch * n for layer in geometry.layers for n in (layer.k_channels, layer.v_channels)]
-        vectors = torch.from_numpy(np.repeat(np.arange(len(widths)), widths))  # torch takes milliseconds
-        return cls(vectors, (vectors // 2 * 3 // len(geometry.layers)))
+        widths = tuple(geometry.batch * n for layer in geometry.layers for n in (layer.k_channels, layer.v_channels))
+        return cls(*_channels(widths))
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+
+@lru_cache(maxsize=4)
+def _channels(widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return `Channels.vectors` and `Channels.thirds` of vectors of these widths. All contexts of a model share them.
+    """
+    vectors = np.repeat(np.arange(len(widths)), widths)  # numpy: torch takes milliseconds
+    return torch.from_numpy(vectors), torch.from_numpy(vectors // 2 * 3 // (len(widths) // 2))
 
 
 class _Read(NamedTuple):

@@ -29,16 +29,12 @@ from torch import Tensor
 
 from hf_cachegen.codec.abi import BATCH, CPU_PROTOTYPES, PROTOTYPES, Run
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
+from hf_cachegen.new_bytes import address, new_bytes
 
 ABI_VERSION = 7
 """The CG_ABI_VERSION of the header that this file matches."""
 LIBRARY, CUDA_LIBRARY = (Path(__file__).parent.parent / f"_{name}.so" for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
-_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
-"""Makes bytes whose values are not set when there is no address to copy from. New bytes may be written to once."""
-_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
-_address_of = ctypes.pythonapi.PyBytes_AsString
-_address_of.restype, _address_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
 
 
 class Isa(IntEnum):
@@ -260,11 +256,6 @@ def call(name: str, *arguments: object, device: torch.device | None = None, isa:
     _require_ok(status)
 
 
-def address(data: bytes) -> int:
-    """Return the address of these bytes."""
-    return int(_address_of(data))
-
-
 def joined(addresses: np.ndarray, sizes: np.ndarray) -> bytes:
     """Join pieces of memory into bytes, by several threads.
 
@@ -275,7 +266,7 @@ def joined(addresses: np.ndarray, sizes: np.ndarray) -> bytes:
     ends = np.cumsum(sizes)
     size = int(ends[-1])
     pieces = np.stack([addresses, ends - sizes, sizes], 1)  # struct cg_piece
-    found: bytes = _new_bytes(None, size)
+    found = new_bytes(size)
     to, host = address(found), torch.device("cpu")
     call("cg_gather", pieces.ctypes.data, len(pieces), to, size, device=host)
     return found

@@ -117,10 +117,9 @@ class Assignment:
     @cached_property
     def zeros(self) -> Tensor:
         """The share of zeros that each channel's table expects, of refinements after zeros: float32 [channels]."""
-        found = torch.ones(len(self))
-        frequencies = self.book.tables.frequencies[self.table_ids[:, 0].long()].float()
-        found[self.live.long()] = frequencies[:, self.book.zero] / frequencies.sum(1)
-        return found
+        found = np.ones(len(self), np.float32)
+        found[self.live.numpy()] = self.book.zeros.numpy()[self.table_ids[:, 0].numpy()]
+        return torch.from_numpy(found)
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return (tables for the compiled coder, table_ids, live, dead) on a device, copied there once."""

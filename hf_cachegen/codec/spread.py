@@ -28,6 +28,8 @@ from hf_cachegen.codec.transforms import Transform
 
 APART_BYTES = 256 << 20
 """Size of the chunks that one launch decodes beside the tensors, in bytes; a larger chunk is decoded alone."""
+HOST_BYTES = 64 << 20
+"""Size of the chunks that one launch decodes on the host, in bytes: some 40 ms of work, in which no plan can change."""
 Placed = tuple[Sequence[bytes | memoryview], Span, int]
 """The parts of a chunk at one level, its position in its context, and the token of the tensors that it begins at."""
 
@@ -71,6 +73,7 @@ class Destination:
         self._tensors = tensors
         self._target = Target.layers(tensors) if len(set(devices)) == 1 else None
         self._widths = [x.shape[0] * x.shape[1] * x.shape[3] for x in tensors]
+        self._token_bytes = sum(self._widths) * tensors[0].element_size()
 
     @property
     def spread(self) -> bool:
@@ -84,12 +87,13 @@ class Destination:
             tokens: Of a chunk.
             apart: Whether they are decoded beside the tensors, which is so in any case where these are spread.
         """
-        if transfer.is_host(self.device):
+        host, apart = transfer.is_host(self.device), apart or self.spread
+        if host and apart:
             return 1
-        if not apart and not self.spread:
+        if not host and not apart:
             return abi.MAX_BATCH
-        nbytes = sum(self._widths) * self._tensors[0].element_size() * tokens
-        return min(max(APART_BYTES // max(nbytes, 1), 1), abi.MAX_BATCH)
+        most = HOST_BYTES if host else APART_BYTES
+        return min(max(most // max(self._token_bytes * tokens, 1), 1), abi.MAX_BATCH)
 
     def launch(self, codec: Transform, chunks: Iterable[Placed]) -> Check:
         """Start decoding chunks of one level into the tensors. After an error their values are undefined.

@@ -119,6 +119,12 @@ class Codebook:
             self.high[first] = self.zero
 
     @cached_property
+    def zeros(self) -> Tensor:
+        """The share of zeros that each table expects: float32 [tables]."""
+        frequencies = self.tables.frequencies.float()
+        return frequencies[:, self.zero] / frequencies.sum(1)
+
+    @cached_property
     def cost(self) -> Tensor:
         """The cost of each symbol, float64 [entries, contexts * symbols], in integer multiples of 1/COST_SCALE bit.
 

@@ -18,7 +18,7 @@ from hf_cachegen.models.identity import Verify
 from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.models.opening import open_manifest, validate
 from hf_cachegen.models.requirements import require_instance
-from hf_cachegen.profiles.finding import ProfileLike, model_folder, profile_of
+from hf_cachegen.profiles.finding import ProfileLike, finder
 from hf_cachegen.stores import Access, open_store
 from hf_cachegen.streaming import StreamOptions, stream_context
 
@@ -42,7 +42,7 @@ def load_context(
     start = time.perf_counter()
     store = open_store(path, Access.from_keywords(access), limits)
     found = validate(open_manifest(store, limits), model, tokenizer, verify=verify)
-    taken = profile_of(found.artifact, profile, model_folder(model))
+    taken = finder(profile, model)(found.artifact)
     artifact, devices = found.artifact.with_profile(taken), found.devices
     placement: Placement = device
     if device is None and devices:

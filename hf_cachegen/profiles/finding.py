@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 
@@ -45,6 +45,10 @@ ProfileLike = Profile | str | os.PathLike | None
 AUTO = "auto"
 _known: WeakValueDictionary[str, Profile] = WeakValueDictionary()
 """Profiles in use, by SHA-256. Artifacts of one model share one."""
+_used: WeakKeyDictionary[PreTrainedModel, Profile] = WeakKeyDictionary()
+"""The last profile that decoded for each model, which keeps it in use: to read and check it again, and to make its
+matrices, takes longer than a short load.
+"""
 
 
 def for_encoding(profile: ProfileLike, model: PreTrainedModel) -> Profile | None:
@@ -156,6 +160,22 @@ def profile_of(artifact: Artifact, profile: ProfileLike = AUTO, model_folder: st
     """Return the profile that decoding `artifact` needs; None if it needs none. Raises the errors of `for_decoding`."""
     pin = artifact.pin
     return None if pin is None else for_decoding(profile, pin, artifact.store, model_folder, artifact.reader.limits)
+
+
+def finder(profile: ProfileLike, model: PreTrainedModel | None) -> Callable[[Artifact], Profile | None]:
+    """Return what finds the profile that decoding an artifact for a model needs, as `profile_of` does.
+
+    The profile is kept as long as the model exists. The result does not keep the model.
+    """
+    folder, of = model_folder(model), None if model is None else ref(model)
+
+    def find(artifact: Artifact) -> Profile | None:
+        found, user = profile_of(artifact, profile, folder), None if of is None else of()
+        if user is not None and found is not None:
+            _used[user] = found
+        return found
+
+    return find
 
 
 def open_with_profile(

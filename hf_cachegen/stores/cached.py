@@ -44,6 +44,10 @@ class CachedStore(Store):
         if not refresh and (version is not None or store is None):
             self._kept = self._sound(cache.noted(origin, self._note))
 
+    def parsed(self, data: bytes, limits: Limits) -> Manifest | None:
+        """Return the manifest that was parsed from these bytes before they were kept."""
+        return self._manifest if data == self._kept and limits == self._limits else None
+
     def __str__(self) -> str:
         return self.origin
 
@@ -116,6 +120,7 @@ class CachedStore(Store):
 
     def _sound(self, data: bytes | None) -> bytes | None:
         """Parse a manifest and return its bytes; return None for a damaged one, which is never kept."""
+        self._manifest = None
         if data is None:
             return None
         try:

@@ -28,6 +28,7 @@ class _Reader(io.RawIOBase):
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock, self._deadline, self._silence = sock, deadline, sock.gettimeout()
         self._raw = sock.makefile("rb", buffering=0)
+        self._limit = self._silence
 
     def readable(self) -> bool:
         return True
@@ -36,7 +37,10 @@ class _Reader(io.RawIOBase):
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("too slow")
-        self._sock.settimeout(left if self._silence is None else min(left, self._silence))
+        limit = left if self._silence is None else min(left, self._silence)
+        if limit != self._limit:  # each change is a system call
+            self._sock.settimeout(limit)
+            self._limit = limit
         count: int | None = self._raw.readinto(buffer)
         return count
 
@@ -87,6 +91,18 @@ class Response(http.client.HTTPResponse):
         data = super().read1(n)
         self._taken += len(data)
         return data
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Read into `buffer` with one read of the socket. Return the number of bytes; 0 at the end of the body."""
+        length = 0 if self.fp is None or self.chunked else min(len(buffer), self.length or 0)
+        if length <= io.DEFAULT_BUFFER_SIZE:  # less is read through the reader's buffer, and so may be too much
+            data = self.read1(len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+        count = self.fp.readinto1(buffer[:length])
+        self.length = (self.length or 0) - count
+        self._taken += count
+        return count
 
     def close(self) -> None:
         """Close the response, and hand its connection to `closed_with`."""

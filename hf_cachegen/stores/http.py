@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from email.message import Message
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -35,6 +36,7 @@ from hf_cachegen.errors import (
     StoreError,
     StoreTimeoutError,
 )
+from hf_cachegen.stores.body import Body, Sink
 from hf_cachegen.stores.connections import POOL, HTTPHandler, HTTPSHandler
 from hf_cachegen.stores.deadline import Request
 from hf_cachegen.stores.retry import Again, Patience, persist
@@ -91,7 +93,7 @@ class HttpFiles(Store):
         self.url_of = url_of
         self.patience = patience or Patience()
         self._headers = _checked(headers or {})
-        self._opener = urllib.request.build_opener(_Redirects(), HTTPHandler(POOL), HTTPSHandler(POOL))
+        self._opener = _opener(tuple(sorted(urllib.request.getproxies().items())))
         self._seen: dict[str, tuple[int, str]] = {}
         self._progress = progress
         self._ranged = True
@@ -106,28 +108,29 @@ class HttpFiles(Store):
         """Return False once the server answered a range request with a whole file."""
         return self._ranged
 
-    def open(self, name: str) -> tuple[int, bytes]:
-        """Return the file's size in bytes and its first HEAD_BYTES (all of a shorter file)."""
+    def open(self, name: str, first: int = 0) -> tuple[int, bytes]:
+        """Return the file's size in bytes and its first bytes: `first` or HEAD_BYTES, all of a shorter file."""
+        length = max(first, HEAD_BYTES)
 
         def attempt() -> tuple[int, bytes]:
-            data = bytearray()
-            size = self._receive(name, 0, HEAD_BYTES, data.extend, whole=False)
-            return size, bytes(data)
+            body = Body(max(length, WHOLE_HEAD_BYTES))  # unused memory costs nothing
+            size = self._receive(name, 0, length, body, whole=False)
+            return size, body.done()
 
         self._whole.pop(name, None)  # a file is opened again when its bytes were wrong
         return persist(self.patience, attempt)
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         """Read exactly that range of a file that was opened."""
-        data = bytearray()
         if not length:
             return b""
         if self._ranged or name not in self._seen:
+            body = Body(length)
             try:
                 persist(
-                    self.patience, lambda: self._receive(name, offset + len(data), length - len(data), data.extend)
+                    self.patience, lambda: self._receive(name, offset + body.filled, length - body.filled, body)
                 )
-                return bytes(data)
+                return body.done()
             except _RangeIgnored:
                 pass
         return self._from_whole(name, offset, length)
@@ -142,7 +145,7 @@ class HttpFiles(Store):
 
     def _fetch_whole(self, name: str) -> Whole:
         whole = Whole(self._seen[name][0], shown(self.url_of(name)))
-        self._receive(name, 0, whole.size, whole.append)
+        self._receive(name, 0, whole.size, whole)
         return whole
 
     def mark(self, name: str) -> str:
@@ -151,9 +154,9 @@ class HttpFiles(Store):
         return self._seen[name][1]
 
     def _receive(
-        self, name: str, offset: int, length: int, append: Callable[[bytes], None], *, whole: bool = True
+        self, name: str, offset: int, length: int, sink: Sink, *, whole: bool = True
     ) -> int:
-        """Request a range once, pass its pieces to `append`, and return the file's size.
+        """Request a range once, receive it into `sink`, and return the file's size.
 
         Args:
             whole: require all of the range; else the file may end before the range does.
@@ -171,7 +174,7 @@ class HttpFiles(Store):
         try:
             with self._opener.open(request, timeout=self.patience.timeout) as response:
                 size, expected = self._check(name, location, response, offset, length, whole)
-                self._body(response, expected, append, location)
+                self._body(response, expected, sink, location)
                 return size
         except urllib.error.HTTPError as error:
             with error:
@@ -242,16 +245,16 @@ class HttpFiles(Store):
         if self._seen.setdefault(name, identity) != identity:
             raise ChangedError(f"{location} changed while it was being read: {self._seen[name]} became {identity}")
 
-    def _body(self, response: Any, expected: int, append: Callable[[bytes], None], location: str) -> None:
+    def _body(self, response: Any, expected: int, sink: Sink, location: str) -> None:
         left = expected
         while left:
-            piece = response.read1(min(left, _PIECE_BYTES))
-            if not piece:
+            count = response.read_into(sink.room(min(left, _PIECE_BYTES)))
+            if not count:
                 raise Again(StoreError(f"{location}: the connection ended {left} bytes early, in every attempt"))
-            append(piece)
-            left -= len(piece)
+            sink.took(count)
+            left -= count
             if self._progress is not None:
-                self._progress(len(piece))
+                self._progress(count)
 
     def _refusal(self, name: str, location: str, error: urllib.error.HTTPError) -> Exception:
         """Return the error that a status of 300 or more stands for."""
@@ -294,6 +297,13 @@ def _is_empty(error: urllib.error.HTTPError) -> bool:
     """Report whether this refuses a range because the file has no bytes."""
     match = _UNSATISFIED.fullmatch(error.headers.get("Content-Range", ""))
     return error.code == 416 and match is not None and int(match[1]) == 0
+
+
+@lru_cache(maxsize=4)
+def _opener(proxies: tuple[tuple[str, str], ...]) -> urllib.request.OpenerDirector:
+    """Return what opens URLs with these proxies. Threads may share it."""
+    handlers = urllib.request.ProxyHandler(dict(proxies)), HTTPHandler(POOL), HTTPSHandler(POOL)
+    return urllib.request.build_opener(_Redirects(), *handlers)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -43,10 +43,10 @@ class MeteredStore(Store):
         with self._meter.request():
             return self._store.size(name)
 
-    def open(self, name: str) -> tuple[int, bytes]:
+    def open(self, name: str, first: int = 0) -> tuple[int, bytes]:
         """Return a file's size and the first bytes that arrived with it."""
         with self._meter.request():
-            return self._store.open(name)
+            return self._store.open(name, first)
 
     def read(self, name: str, offset: int, length: int, xxh3: str | None = None) -> bytes:
         """Read exactly that range of a file."""

@@ -21,6 +21,8 @@ THREADS = 8
 """Connections at a time; a single one seldom uses all the bandwidth."""
 AHEAD_BYTES = 256 << 20
 """Largest number of bytes that wait for their reader."""
+MOST_FIRST_BYTES = 1 << 20
+"""Largest beginning of a file, in bytes, that is fetched with the request that opens it, and kept."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*(?=://)", re.IGNORECASE)
 _RESERVED = "%/:=&?~#+!$,;'@()*[]"
@@ -52,6 +54,7 @@ class RemoteStore(Store):
         self.location = location
         self._threads, self._ahead_bytes = threads, ahead_bytes
         self._opened: dict[str, tuple[int, bytes]] = {}
+        self._expected: dict[str, int] = {}
         self._held: dict[Range, bytes] = {}
         self._prefetcher: Prefetcher | None = None
 
@@ -108,6 +111,11 @@ class RemoteStore(Store):
             self._prefetcher.close()
             self._prefetcher = None
 
+    def expect(self, name: str, nbytes: int) -> None:
+        """Fetch these first bytes of a file with the request that opens it."""
+        if nbytes <= MOST_FIRST_BYTES:
+            self._expected[name] = nbytes
+
     def unfetched(self, segments: Sequence[Segment]) -> list[Segment]:
         """Return the segments that did not come with opening their file; none where only whole files are served."""
         if not self.files.serves_ranges():
@@ -141,7 +149,7 @@ class RemoteStore(Store):
             self.release([held for held in list(self._held) if held.file == name])
         if again or name not in self._opened:
             # The files raise ChangedError if the size or the ETag is not the first one.
-            self._opened[name] = self.files.open(name)
+            self._opened[name] = self.files.open(name, self._expected.get(name, 0))
         return self._opened[name]
 
 

@@ -149,6 +149,9 @@ class SealedStore(Store):
         """Return the store of the sealed files; None where only the local cache is read."""
         return self.store
 
+    def expect(self, name: str, nbytes: int) -> None:
+        """Do nothing: ranges of the plain files are not ranges of the sealed ones."""
+
     def unfetched(self, segments: Sequence[Segment]) -> list[Segment]:
         """Return an empty list: ranges of the plain files are not ranges of the sealed ones."""
         return []

@@ -32,6 +32,10 @@ DEFAULT_LIMIT = 32 << 30
 """Bytes."""
 _PRUNINGS_PER_LIMIT = 16
 """A process prunes after its first write, and again after each limit / 16 bytes that it has written."""
+_written: dict[tuple[Path, int], int] = {}
+"""By directory and limit: the bytes that this process has written since it pruned. Each load has a cache of its own,
+and to prune walks over all files.
+"""
 _ABANDONED_SECONDS = 3600
 """Age in seconds from which a temporary file counts as left by a killed writer."""
 _TEMPORARY = ".tmp-"
@@ -73,12 +77,11 @@ class SegmentCache:
         self.limit = _default_limit() if limit is None else limit
         if self.limit < 0:
             raise ConfigError(f"the limit of the cache must not be negative, got {self.limit}")
-        self._unpruned: int | None = None
         self._known: dict[str, Path] = {}
 
     def get(self, origin: str, xxh3: str, length: int) -> bytes | None:
         """Return the segment with that checksum, verified; None where the cache lacks it."""
-        path = self._segment(origin, xxh3, length)
+        path = Path(self._segment(origin, xxh3, length))
         data = _read(path)
         if data is not None and (len(data) != length or digest(data) != xxh3):
             with contextlib.suppress(OSError):
@@ -92,7 +95,7 @@ class SegmentCache:
 
     def put(self, origin: str, xxh3: str, data: bytes) -> None:
         """Keep a segment; the caller has verified that it hashes to `xxh3`."""
-        self._write(origin, self._segment(origin, xxh3, len(data)), data)
+        self._write(origin, Path(self._segment(origin, xxh3, len(data))), data)
 
     def note(self, origin: str, key: str, data: bytes) -> None:
         """Keep bytes under a name, such as a manifest; the reader must verify them."""
@@ -160,8 +163,9 @@ class SegmentCache:
             self._known[origin] = self.directory / hashlib.sha256(origin.encode()).hexdigest()[:32]
         return self._known[origin]
 
-    def _segment(self, origin: str, xxh3: str, length: int) -> Path:
-        return self._home(origin) / xxh3[:2] / f"{xxh3}-{length}"
+    def _segment(self, origin: str, xxh3: str, length: int) -> str:
+        # A load asks for all segments before it fetches the first. Path objects take longer than the system calls.
+        return f"{self._home(origin)}/{xxh3[:2]}/{xxh3}-{length}"
 
     def _note(self, origin: str, key: str) -> Path:
         return self._home(origin) / "notes" / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -174,8 +178,9 @@ class SegmentCache:
             if not (home / "origin").exists():
                 _replace(home / "origin", origin.encode())
             _replace(path, data)
-            due = self._unpruned is None or self._unpruned > self.limit // _PRUNINGS_PER_LIMIT
-            self._unpruned = 0 if due else (self._unpruned or 0) + len(data)
+            written = _written.get((self.directory, self.limit))
+            due = written is None or written > self.limit // _PRUNINGS_PER_LIMIT
+            _written[self.directory, self.limit] = 0 if due else (written or 0) + len(data)
             if due:
                 self.prune()
 

@@ -39,12 +39,19 @@ class Whole:
                 f"{free} free; set TMPDIR, or use a server that supports ranges (nginx, an object store, the Hub)"
             )
         self.size = size
+        self._piece = bytearray()
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
 
-    def append(self, data: bytes) -> None:
-        """Append bytes."""
-        view = memoryview(data)
+    def room(self, most: int) -> memoryview:
+        """Return memory for the next piece of the file, at most `most` bytes."""
+        if len(self._piece) < most:
+            self._piece = bytearray(most)
+        return memoryview(self._piece)[:most]
+
+    def took(self, count: int) -> None:
+        """Append the first `count` bytes of the room."""
+        view = memoryview(self._piece)[:count]
         while view:
             view = view[self._file.write(view) :]
 

@@ -2,7 +2,7 @@
 
 Chunks that are at hand together are launched together. On a device nothing waits then: at most `LayerWriter.ahead`
 launches stay open, and a chunk counts as in place once the check of its launch has found it sound. On the CPU a launch
-is one chunk, and is done when it returns.
+is done when it returns.
 
 A check does not say which chunk of a launch is damaged. So the chunks of a failed launch are decoded again, one by one.
 """

@@ -118,6 +118,8 @@ class _Piece:
 class _Preparation:
     """The task of fetching what decoding takes."""
 
+    nbytes = 0
+
 
 class Fetcher:
     """The threads of one stream. `crash` is the error that ended one of them, if it should not have ended.
@@ -147,9 +149,12 @@ class Fetcher:
         self._bandwidth, self._connections, self._stall = bandwidth, connections, stall
         self._failover = Failover([source.location for source in sources], stall)
         self._threads: list[threading.Thread] = []
+        self._started = 0
+        """The number of threads of this epoch."""
         self._unprepared, self._preparing = receiver.decodes, False
         self._waiting: deque[_Piece] = deque()
         self._under_way: dict[int, int] = {}
+        """The bytes that each thread of this epoch with a task fetches; 0 for what decoding takes."""
 
     def start(self) -> None:
         """Start fetching."""
@@ -183,13 +188,24 @@ class Fetcher:
         return self.closed or self._failover.over or epoch != self._failover.epoch
 
     def _start(self) -> None:
+        """Start the first thread of an epoch. To be called with `changed` held."""
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        epoch, source = self._failover.epoch, self._sources[self._failover.current]
-        for _ in range(self._connections):
-            # A daemon: a process that exits must not wait for a request's time limit.
-            thread = threading.Thread(target=self._run, args=(epoch, source), name="hf_cachegen-fetch", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._started = 0
+        self._add(self._failover.epoch, self._sources[self._failover.current])
+
+    def _add(self, epoch: int, source: Source) -> None:
+        """Start one more thread of an epoch, unless one has no task. To be called with `changed` held.
+
+        A thread that has got a task calls this. So few threads start where few are needed: each takes time from the
+        threads that load, first to start and then whenever something changes.
+        """
+        if self._started > len(self._under_way) or self._started == self._connections:
+            return
+        self._started += 1
+        # A daemon: a process that exits must not wait for a request's time limit.
+        thread = threading.Thread(target=self._run, args=(epoch, source), name="hf_cachegen-fetch", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _run(self, epoch: int, source: Source) -> None:
         give_up_when(lambda: self.given_up(epoch))
@@ -230,14 +246,20 @@ class Fetcher:
         with self.changed:
             self._under_way.pop(me, None)
             while not self.given_up(epoch):
-                if self._unprepared and not self._preparing:
-                    self._preparing = True
-                    return _Preparation()
-                if (piece := self._wanted(source)) is not None:
-                    self._under_way[me] = piece.nbytes
-                    return piece
+                task = self._preparation() or self._wanted(source)
+                if task is not None:
+                    self._under_way[me] = task.nbytes
+                    self._add(epoch, source)
+                    return task
                 self.changed.wait(WAKE_SECONDS)
         return None
+
+    def _preparation(self) -> _Preparation | None:
+        """The task of fetching what decoding takes, if no thread has it."""
+        if not self._unprepared or self._preparing:
+            return None
+        self._preparing = True
+        return _Preparation()
 
     def _wanted(self, source: Source) -> _Piece | None:
         """The next piece to fetch; None where enough is under way."""

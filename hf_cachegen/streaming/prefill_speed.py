@@ -67,7 +67,7 @@ class PrefillSpeed:
         self.attention, self._path = attention, path
         self.samples = list(samples or [])[-KEPT:]
         self._lock = threading.Lock()
-        self._in_doubt = 0
+        self._in_doubt, self._saved = 0, True
         self._speeds = self._fit()
 
     @property
@@ -93,7 +93,7 @@ class PrefillSpeed:
             self._in_doubt = self._in_doubt + 1 if faster or not self.samples else 0
             if 0 < self._in_doubt < (BELIEVED if faster else 2):
                 return
-            self._in_doubt = 0
+            self._in_doubt, self._saved = 0, False
             others = [sample for sample in self.samples if sample[:2] != new[:2] and sample not in faster]
             self.samples = [*(sample for sample in others if not self._warmed_up(sample, new)), new][-KEPT:]
             self._speeds = self._fit()
@@ -105,8 +105,9 @@ class PrefillSpeed:
 
     def save(self) -> None:
         """Keep the measurements for other processes. Does nothing where they cannot be written."""
-        if self._path is None or not self.samples:
+        if self._path is None or self._saved:
             return
+        self._saved = True
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle, name = tempfile.mkstemp(prefix=".tmp-", dir=self._path.parent)

@@ -118,11 +118,11 @@ class Schedule:
         following: Decode | None = work
         while following is not None and following.level == work.level:
             self.chunks[following.chunk].decoding = following.level
-            self._version += 1
             found.append(following)
             if len(found) == most:
                 break
             following = self._finer(now) if finer else self._coarse(now, rate)
+        self._version += 1
         return found
 
     def damaged(self, chunk: int, level: int) -> None:

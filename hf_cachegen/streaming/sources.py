@@ -111,7 +111,9 @@ class Source:
             ArtifactError, StoreError, ProfileError: It cannot be had.
         """
         artifact = self.open()
-        self._open_file(artifact, artifact.manifest.segment(BASE_FILE, SIDE))
+        side = artifact.manifest.segment(BASE_FILE, SIDE)
+        artifact.store.expect(BASE_FILE, side.offset + side.length)
+        self._open_file(artifact, side)
         profile = self._find_profile(artifact)
         return artifact.with_profile(profile).codec(), profile
 

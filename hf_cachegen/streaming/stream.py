@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING
 
 from hf_cachegen.artifact import MEDIA_FEATURE
@@ -20,7 +19,7 @@ from hf_cachegen.models.layers import KVTensors
 from hf_cachegen.models.opening import OpenContext, open_manifest, validate
 from hf_cachegen.models.prefix import match, tokens_of
 from hf_cachegen.models.requirements import positions_change
-from hf_cachegen.profiles.finding import model_folder, profile_of
+from hf_cachegen.profiles.finding import finder
 from hf_cachegen.stores import open_store
 from hf_cachegen.streaming.download import Download
 from hf_cachegen.streaming.events import ContextReady, StreamFinished
@@ -85,7 +84,6 @@ def _open(
     `ending` closes the download. Raises the first location's error where there is no such location.
     """
     options, first_error = session.options, None
-    likely = () if options.prompt is None else tokens_of(*options.prompt)
     for number, location in enumerate(locations):
         download = None
         try:
@@ -97,6 +95,7 @@ def _open(
             download = Download(session, artifact, sources, can_recompute=can_recompute)
             ending.callback(download.close, END_SECONDS)
             download.start()
+            likely = () if options.prompt is None else tokens_of(*options.prompt)
             return download, validate(artifact, model, options.tokenizer, likely, options.verify)
         except (ArtifactError, StoreError) as error:
             ending.pop_all()
@@ -117,7 +116,7 @@ def _open_sources(
     meters = [TransferMeter([session.bandwidth, link.bandwidth]) for link in links]
     store = open_store(locations[0].path, locations[0].access, options.limits, meters[0])
     artifact = open_manifest(store, options.limits)
-    find_profile = partial(profile_of, profile=options.profile, model_folder=model_folder(model))
+    find_profile = finder(options.profile, model)
     return artifact, [
         Source(location, link, meter, artifact, find_profile, opened=number == 0)
         for number, (location, link, meter) in enumerate(zip(locations, links, meters, strict=True))
