@@ -234,6 +234,7 @@ def decode(codec: LossyCodec, level: int, target: Target, coded: list[bytes], ro
     start, batches = time.thread_time(), Batches(codec, level, target)
     for row in rows:
         batches.add(coded, Span(0, CHUNK, CHUNK), row)
+    batches.flush()
     batches.finish()
     return time.thread_time() - start
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import anchors as anchoring
-from hf_cachegen.codec import into, native, passes, quantize, section, transfer
+from hf_cachegen.codec import headers, into, native, passes, quantize, section, transfer
 from hf_cachegen.codec.anchors import Anchors
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Rows, Sections, Target
@@ -200,16 +200,16 @@ class LossyCodec:
         n_anchors = anchoring.anchor_count(span.tokens, self.group_tokens)
         if n_anchors:
             scales = cursor.tensor(n_anchors * self.n_vectors, torch.bfloat16).reshape(n_anchors, self.n_vectors)
-            peaks = section.read_narrow(cursor, n_anchors, self.assignments[0])
+            peaks = headers.read_narrow(cursor, n_anchors, self.assignments[0])
         ordinary, coded = span.ordinary(config, self.group_tokens), span.tokens - n_anchors
-        base = section.read(cursor, coded, self.assignments[1])
+        base = headers.read(cursor, coded, self.assignments[1])
         count = ordinary.stop - ordinary.start
-        finest = [section.read_narrow(cursor, coded - count, assignment) for assignment in self.assignments[2]]
+        finest = [headers.read_narrow(cursor, coded - count, assignment) for assignment in self.assignments[2]]
         cursor.finish()
         rest = []
         for part, assignment in zip(parts[1:], self.assignments[2], strict=False):
             cursor = Cursor(part)
-            rest.append(section.read_narrow(cursor, count, assignment))
+            rest.append(headers.read_narrow(cursor, count, assignment))
             cursor.finish()
         return _Read(scales, peaks, base, finest, rest)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from hf_cachegen.errors import CorruptError, TruncatedError
 
 MAX_RUNS = 16
 LARGEST_INDEX = LARGEST_SYMBOL + ZERO_INDEX
+_WORD = np.dtype("<u4")
 
 
 class _Lent:
@@ -55,13 +55,28 @@ class Cursor:
         self.data = memoryview(data)
         self.at, self._end = 0, len(self.data)
 
+    def skip(self, count: int) -> int:
+        """Move behind the next `count` bytes, and return where they begin. Raises TruncatedError."""
+        at = self.at
+        if count > self._end - at:
+            raise TruncatedError(f"expected {count} bytes at byte {at} of a segment, which ends at byte {self._end}")
+        self.at = at + count
+        return at
+
     def take(self, count: int) -> memoryview:
         """Return the next `count` bytes. Raises TruncatedError."""
-        if count > self._end - self.at:
-            found = f"at byte {self.at} of a segment, which ends at byte {self._end}"
-            raise TruncatedError(f"expected {count} bytes {found}")
-        self.at += count
-        return self.data[self.at - count : self.at]
+        at = self.skip(count)
+        return self.data[at : at + count]
+
+    def words(self, count: int) -> np.ndarray:
+        """Return the next `count` unsigned 32-bit integers, one or more, without a copy. Raises TruncatedError."""
+        return np.frombuffer(self.data, _WORD, count, self.skip(4 * count))
+
+    @property
+    def address(self) -> int:
+        """The address of the segment, which is not empty."""
+        found: int = np.frombuffer(self.data, np.uint8).__array_interface__["data"][0]
+        return found
 
     def tensor(self, count: int, dtype: torch.dtype) -> Tensor:
         """Return the next `count` little-endian values as a writable copy. Raises TruncatedError."""
@@ -267,83 +282,3 @@ class Coded:
         symbols = assignment.open(symbols)
         symbols.view(-1)[self.positions] = self.indices.clamp(0, tables.frequencies.shape[1] - 1).to(torch.uint8)
         return symbols
-
-
-class Arrays(NamedTuple):
-    """A section in numpy arrays.
-
-    Attributes:
-        tile_bytes: uint32 [tiles]: the length of each tile's stream.
-        positions: int64 [n], ascending: the positions of the exceptions.
-        indices: int32 [n]: the indices of the exceptions.
-        streams: The streams, one after the other.
-    """
-
-    tile_bytes: np.ndarray
-    positions: np.ndarray
-    indices: np.ndarray
-    streams: memoryview
-
-    def is_wide(self, assignment: Assignment) -> bool:
-        """Return whether the index of an exception is outside its tables."""
-        if self.indices is _NO_INDICES:
-            return False
-        symbols = assignment.book.tables.frequencies.shape[1]
-        return bool(((self.indices < 0) | (self.indices >= symbols)).any())
-
-    def within_bytes(self) -> Arrays:
-        """Return the section with the nearest indices that a byte holds."""
-        return self._replace(indices=nearest(torch.from_numpy(self.indices)).numpy())
-
-
-_NO_POSITIONS, _NO_INDICES = np.empty(0, np.int64), np.empty(0, np.int32)
-_EMPTY = Arrays(np.empty(0, "<u4"), _NO_POSITIONS, _NO_INDICES, memoryview(b""))
-"""A section without tokens."""
-
-
-def read_arrays(cursor: Cursor, tokens: int, assignment: Assignment) -> Arrays:
-    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
-    count = int.from_bytes(cursor.take(4), "little")
-    if not count and not tokens:  # most chunks have no protected tokens
-        return _EMPTY
-    tiles = rans.tile_count(assignment.coded) if tokens else 0
-    tile_bytes = np.frombuffer(cursor.take(4 * tiles), "<u4")
-    found = cursor.take(8 * count)
-    streams = cursor.take(int(np.add.reduce(tile_bytes, dtype=np.int64)))
-    if not count:
-        return Arrays(tile_bytes, _NO_POSITIONS, _NO_INDICES, streams)
-    exceptions = np.frombuffer(found, "<i4").reshape(-1, 2)
-    position, index = exceptions[:, 0].astype(np.int64) & 0xFFFFFFFF, exceptions[:, 1].copy()
-    if not bool((np.diff(position) > 0).all()) or int(position[-1]) >= tokens * len(assignment):
-        raise CorruptError("positions of exceptions must ascend and be within the chunk")
-    if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-        raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
-    return Arrays(tile_bytes, position, index, streams)
-
-
-def in_tensors(found: Arrays, tokens: int, assignment: Assignment) -> Coded:
-    """Convert a section to tensors, which share the memory of the streams."""
-    tile_bytes = torch.from_numpy(found.tile_bytes.astype(np.int64))
-    positions, indices = torch.from_numpy(found.positions), torch.from_numpy(found.indices)
-    return Coded(assignment, tokens, tile_bytes, positions, indices, stream_of(found.streams))
-
-
-def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
-    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
-    return in_tensors(read_arrays(cursor, tokens, assignment), tokens, assignment)
-
-
-def read_narrow_arrays(cursor: Cursor, tokens: int, assignment: Assignment) -> Arrays:
-    """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
-    found = read_arrays(cursor, tokens, assignment)
-    if found.is_wide(assignment):
-        raise CorruptError("the index of an exception must be within its tables")
-    return found
-
-
-def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
-    """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
-    found = read(cursor, tokens, assignment)
-    if len(found.wide.positions):
-        raise CorruptError("the index of an exception must be within its tables")
-    return found
