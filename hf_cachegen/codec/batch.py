@@ -13,22 +13,22 @@ aligned. Other chunks, and those that `Batches.add` and `flush` return, are deco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import abi, headers, native, ops, transfer
+from hf_cachegen.codec import abi, native, ops, transfer
 from hf_cachegen.codec.anchors import Anchors, anchor_count
 from hf_cachegen.codec.chunk import LossyCodec, Span
-from hf_cachegen.codec.headers import Headers
-from hf_cachegen.codec.into import Rows, Sections, Target
+from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.passes import DTYPES
-from hf_cachegen.codec.section import Assignment, Cursor
-from hf_cachegen.codec.transfer import Check, Checks, all_of
-from hf_cachegen.codec.upload import JOB, Upload
+from hf_cachegen.codec.section import Assignment
+from hf_cachegen.codec.transfer import Checks
+from hf_cachegen.codec.upload import JOB, READ, Upload
 from hf_cachegen.codec.wide import Wide
+from hf_cachegen.errors import CorruptError
 
 OUTSTANDING = 2
 """Number of batches whose statuses are not read yet, so that the host does not wait for the batch on the device."""
@@ -60,31 +60,13 @@ class _Chunk(NamedTuple):
     ends: int
 
 
-class _Read(NamedTuple):
-    """The sections of a batch.
-
-    Attributes:
-        scales: The bytes of each chunk's scales of anchors.
-        peaks: The anchors' symbols. None: there are none.
-        base: The base of all coded tokens.
-        digits: One section per refinement and chunk: those of the first refinement, then those of the second. None: no
-            refinement is decoded.
-        ends: One section per chunk, for each refinement.
-    """
-
-    scales: list[memoryview]
-    peaks: Headers | None
-    base: Headers
-    digits: Headers | None
-    ends: list[Headers]
-
-
 def serves(codec: LossyCodec, target: Target) -> bool:
     """Return whether chunks of this codec can be decoded in batches into this target."""
-    config, (_, base, refinements) = codec.config, codec.assignments
+    config, (anchors, base, refinements) = codec.config, codec.assignments
     if config.coder != "rans" or config.prob_bits != abi.BATCH_PROB_BITS or config.levels > 3:
         return False
-    if not len(base) or any(len(part.dead) for part in (base, *refinements)):
+    coded = (base, *refinements, *([anchors] if codec.group_tokens else []))
+    if not len(base) or any(len(part.dead) for part in coded) or not native.offers(READ, target.device):
         return False
     return target.dtype in DTYPES and target.vectors is not None and native.batch_shared_bytes(target.device) > 0
 
@@ -112,7 +94,11 @@ class Batches:
         self._chunks: list[_Chunk] = []
         self._checks = Checks(OUTSTANDING)
         self._shared: dict[bool, abi.Batch] = {}
-        self._anchor_rows: tuple[Tensor, Target, abi.Batch | None] | None = None
+        self._anchor_rows: tuple[Target, abi.Batch] | None = None
+        self._upload = Upload(
+            target.device, len(codec.channels), level - 1, len(codec.assignments[2]),
+            codec.n_vectors if codec.group_tokens else 0,
+        )  # fmt: skip
 
     def add(self, parts: Sequence[bytes | memoryview], span: Span, row: int) -> list[Placed]:
         """Take a chunk, which is written from row `row` on. Return those, of all added, that no batch can decode.
@@ -137,123 +123,75 @@ class Batches:
         # Chunks without ends have a kernel with fewer registers.
         chunks, self._chunks = sorted(self._chunks, key=lambda chunk: chunk.ends > 0), []
         alone: list[Placed] = []
-        while chunks:
-            read = self._read(chunks)
-            wide = read.base.wide(self._codec.assignments[1])
-            if not wide.any() or self._codec.scales_alone(self._target):
-                self._launch(chunks, read)
-                break
-            which = set(read.base.which[read.base.of[wide]].tolist())
-            alone = [chunks[number].placed for number in which]
-            chunks = [chunk for number, chunk in enumerate(chunks) if number not in which]
+        while chunks and (outside := self._launch(chunks)):
+            alone += [chunks[number].placed for number in outside]
+            chunks = [chunk for number, chunk in enumerate(chunks) if number not in outside]
         return alone
 
     def finish(self) -> None:
         """Wait for all that was launched. Raises TruncatedError or CorruptError for damaged bytes."""
         self._checks.finish()
 
-    def _read(self, chunks: Sequence[_Chunk]) -> _Read:
-        anchors, values, refinements = self._codec.assignments
-        cursors, scales, peaks = [Cursor(chunk.placed[0][0]) for chunk in chunks], list[memoryview](), None
-        if self._codec.group_tokens:
-            width = 2 * self._codec.n_vectors
-            scales = [cursor.take(width * chunk.anchors) for cursor, chunk in zip(cursors, chunks, strict=True)]
-            peaks = headers.read_all_narrow(cursors, [chunk.anchors for chunk in chunks], anchors)
-        middle, ends = [chunk.middle for chunk in chunks], [chunk.ends for chunk in chunks]
-        base = headers.read_all(cursors, [chunk.middle + chunk.ends for chunk in chunks], values)
-        others = [headers.read_all_narrow(cursors, ends, part) for part in refinements]
-        finer = [Cursor(chunk.placed[0][1 + k]) for k in range(self._level - 1) for chunk in chunks]
-        # All refinements have as many tiles and symbols.
-        digits = headers.read_all_narrow(finer, middle * (self._level - 1), refinements[0]) if finer else None
-        for cursor in (*cursors, *finer):
-            cursor.finish()
-        return _Read(scales, peaks, base, digits, others)
-
-    def _launch(self, chunks: Sequence[_Chunk], read: _Read) -> None:
+    def _launch(self, chunks: Sequence[_Chunk]) -> list[int]:
+        """Launch chunks, or return the numbers of those that no batch can decode: then nothing is launched."""
         codec, device, n = self._codec, self._target.device, len(chunks)
-        channels, anchors = len(codec.channels), [chunk.anchors for chunk in chunks]
-        jobs = np.zeros(n if read.peaks is None else 2 * n, JOB)
+        anchors, channels = [chunk.anchors for chunk in chunks], len(codec.channels)
+        jobs = np.zeros(2 * n if codec.group_tokens else n, JOB)
         own, peaks = jobs[:n], jobs[n:]
-        first, middle = (np.array(x) for x in zip(*((c.ordinary.start, c.middle) for c in chunks), strict=True))
-        own["tokens"], own["row"] = [c.placed[1].tokens for c in chunks], [c.placed[2] for c in chunks]
-        own["first"], own["last"] = first, first + middle
-        upload = Upload(device, channels, jobs)
-        which = read.base.which
-        upload.add(read.base, which, 0)
-        if read.digits is not None:
-            which = read.digits.which % n
-            upload.add(read.digits, which, 1 + read.digits.which // n, first[which])
-        for k, found in enumerate(read.ends):
-            which = found.which
-            upload.add(found, which, 3 + k, 0, first[which], middle[which])
-        rows = None
-        if read.peaks is not None:
+        own["tokens"], own["row"] = [chunk.placed[1].tokens for chunk in chunks], [chunk.placed[2] for chunk in chunks]
+        own["first"], own["last"] = zip(*((c.ordinary.start, c.ordinary.stop) for c in chunks), strict=True)
+        if codec.group_tokens:
             peaks["tokens"] = peaks["last"] = anchors
-            peaks["row"][1:] = np.cumsum(anchors[:-1])
-            rows = self._anchors_of(anchors)
-            if rows[2] is not None:
-                upload.add(read.peaks, n + read.peaks.which, 0)
-        memory, scales = upload.send(read.scales)
+            peaks["row"] = np.cumsum(anchors) - anchors
+        sent = self._upload.send([chunk.placed[0][k] for k in range(self._level) for chunk in chunks], jobs)
+        if not sent.sound:
+            self._refuse(chunks)
+        wide = [number for number in range(n) if sent.wide[number]]
+        if wide and not codec.scales_alone(self._target):
+            return wide
         tiles = ops.tile_count(1, channels)
         statuses = torch.zeros(len(jobs), tiles, dtype=torch.int32, device=device)
         jobs["tile_status"] = statuses.data_ptr() + 4 * tiles * np.arange(len(jobs))
-        checks, values = list[Check](), None
-        if rows is not None and read.peaks is not None:
-            values = self._anchor_values(rows, peaks, read.peaks, scales, checks)
+        values = None
+        if codec.group_tokens:
+            rows, shared = self._anchors_of(anchors)
+            self._call(shared, peaks)
+            values = Anchors(rows.kept[0][: sum(anchors)], sent.scales).values(codec.vectors(device))
             own["anchors"] = values.data_ptr() + 4 * channels * peaks["row"]
         without = sum(not chunk.ends for chunk in chunks)
         self._call(self._values(False), own[:without])
         self._call(self._values(True), own[without:])
-        if wide := self._wide(chunks, read.base):
-            codec.correct(wide, self._level, self._target.kept[0])
-        self._checks.add(all_of([*checks, _Statuses(statuses, memory, values).check]))
+        if wide:
+            codec.correct([self._wide(chunks[number]) for number in wide], self._level, self._target.kept[0])
+        self._checks.add(_Statuses(statuses, sent.memory, values).check)
+        return []
 
-    def _wide(self, chunks: Sequence[_Chunk], base: Headers) -> list[tuple[Wide, slice, int]]:
-        """Return the wide symbols of each chunk that has some, with its ordinary tokens and its first row."""
-        found, which = [], base.wide(self._codec.assignments[1])
-        for section in np.unique(base.of[which]).tolist():
-            mine = which & (base.of == section)
-            wide = Wide(*(torch.from_numpy(x[mine]) for x in (base.positions, base.indices)))
-            chunk = chunks[int(base.which[section])]
-            found.append((wide, chunk.ordinary, chunk.placed[2]))
-        return found
+    def _refuse(self, chunks: Sequence[_Chunk]) -> NoReturn:
+        """Raise the error of damaged chunks, as reading them one by one finds it."""
+        for chunk in chunks:
+            parts, span, _ = chunk.placed
+            self._codec.read(parts, span)
+        raise CorruptError("a section of the chunks is not what an encoder writes")
 
-    def _anchors_of(self, counts: Sequence[int]) -> tuple[Tensor, Target, abi.Batch | None]:
-        """Return memory for the symbols of all anchors, float32 [anchors, channels], with what a batch needs to write
-        them: of so many anchors of each chunk.
+    def _wide(self, chunk: _Chunk) -> tuple[Wide, slice, int]:
+        """Return a chunk's wide symbols, its ordinary tokens and its first row."""
+        parts, span, row = chunk.placed
+        return self._codec.read(parts, span).base.wide, chunk.ordinary, row
+
+    def _anchors_of(self, counts: Sequence[int]) -> tuple[Target, abi.Batch]:
+        """Return memory for the symbols of so many anchors of each chunk, float32 [anchors, channels], with what a
+        batch needs to write them.
 
         Every batch takes the same memory: the launches of a stream follow one another.
         """
         codec, device = self._codec, self._target.device
-        if self._anchor_rows is None or len(self._anchor_rows[0]) < sum(counts):
-            rows = abi.MAX_BATCH * max(counts)
-            found = Target.memory(rows, len(codec.channels), device)
-            assignment, target, unit, shared = codec.assignments[0], Target.matrix(found), codec.unit(device), None
-            if not len(assignment.dead):
-                shared = _shared(assignment, [], target)
-                shared.means, shared.steps = unit.means.data_ptr(), unit.steps.data_ptr()
-                shared.end_steps = shared.steps
-            self._anchor_rows = found, target, shared
+        if self._anchor_rows is None or len(self._anchor_rows[0].kept[0]) < sum(counts):
+            found = Target.matrix(Target.memory(abi.MAX_BATCH * max(counts), len(codec.channels), device))
+            shared, unit = _shared(codec.assignments[0], [], found), codec.unit(device)
+            shared.means, shared.steps = unit.means.data_ptr(), unit.steps.data_ptr()
+            shared.end_steps = shared.steps
+            self._anchor_rows = found, shared
         return self._anchor_rows
-
-    def _anchor_values(
-        self, memory: tuple[Tensor, Target, abi.Batch | None], jobs: np.ndarray, peaks: Headers, scales: Tensor,
-        checks: list[Check],
-    ) -> Tensor:  # fmt: skip
-        """Return the anchors of all chunks, float32 [anchors, channels], one chunk after the other."""
-        codec, device = self._codec, self._target.device
-        found, target, shared = memory
-        if shared is not None:
-            self._call(shared, jobs)
-        else:
-            assignment = codec.assignments[0]
-            for section, number in enumerate(peaks.which.tolist()):
-                tokens = int(jobs["tokens"][number])
-                sections = Sections(target, int(jobs["row"][number]), tokens, tokens, len(assignment))
-                sections.values(peaks.coded(section, tokens, assignment), Rows(), [], codec.unit(device))
-                checks.append(sections.launched())
-        factors = scales.view(torch.bfloat16).view(-1, codec.n_vectors)
-        return Anchors(found[: len(factors)], factors).values(codec.vectors(device))
 
     def _values(self, with_ends: bool) -> abi.Batch:
         if with_ends not in self._shared:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from functools import lru_cache
@@ -263,6 +263,18 @@ def call(name: str, *arguments: object, device: torch.device | None = None, isa:
 def address(data: bytes) -> int:
     """Return the address of these bytes."""
     return int(_address_of(data))
+
+
+def segments_of(pieces: Sequence[bytes | memoryview]) -> np.ndarray:
+    """Return the address and the size of each piece, uint64 [pieces, 2] (struct cg_segment)."""
+    found = np.empty((len(pieces), 2), np.uint64)
+    found[:, 1] = [len(piece) for piece in pieces]
+    whole = [piece for piece in pieces if isinstance(piece, bytes)]
+    if len(whole) == len(pieces):  # one call for all of them
+        found[:, 0] = np.frombuffer(memoryview((ctypes.c_char_p * len(whole))(*whole)), np.uint64)
+    else:
+        found[:, 0] = [np.frombuffer(piece, np.uint8).ctypes.data for piece in pieces]
+    return found
 
 
 def joined(addresses: np.ndarray, sizes: np.ndarray) -> bytes:

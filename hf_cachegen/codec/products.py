@@ -96,7 +96,7 @@ class Products:
 def _numbers(plan: Plan, found: Coefficients, scores: Tensor | None) -> Tensor:
     """Return what predictions read, float32 [tokens, rank + numbers]: the scores and the summaries of all groups."""
     y = found.values
-    if not plan.numbers:
+    if plan.within is None:
         return y[:, :0].contiguous() if scores is None else transfer.send(scores, y.device).contiguous()
     rank, numbers = plan.rank, y.new_empty(len(y), plan.rank + plan.numbers)
     own = y.new_empty(len(y), plan.numbers)
@@ -104,14 +104,17 @@ def _numbers(plan: Plan, found: Coefficients, scores: Tensor | None) -> Tensor:
         count, width, columns = part.matrices.shape
         operands = y.new_empty(count, len(y), width)
         gather(found, numbers, part.listed, operands)
-        to = own[:, part.first * columns : (part.first + count) * columns].unflatten(1, (count, columns))
-        torch.bmm(operands, part.matrices, out=to.transpose(0, 1))
+        torch.bmm(operands, part.matrices, out=_by_group(own[:, part.first * columns :][:, : count * columns], columns))
     if plan.scores is not None and scores is not None:
         numbers[:, :rank] = transfer.send(scores, y.device)
         own.addmm_(numbers[:, :rank], plan.scores)
-    for first, last, begin, inverse, before in plan.blocks:
-        to = numbers[:, rank + first : rank + last]
-        torch.mm(own[:, first:last], inverse, out=to)
-        if begin < first:
-            to.addmm_(numbers[:, rank + begin : rank + first], before)
+    summaries, size = numbers[:, rank:], plan.within.shape[1]
+    torch.bmm(_by_group(own, size), plan.within, out=_by_group(summaries, size))
+    for first, last, begin, matrix in plan.before:
+        summaries[:, first:last].addmm_(summaries[:, begin:first], matrix)
     return numbers
+
+
+def _by_group(numbers: Tensor, columns: int) -> Tensor:
+    """Return a view [groups, tokens, columns] of numbers [tokens, groups x columns]."""
+    return numbers.unflatten(1, (-1, columns)).transpose(0, 1)

@@ -31,7 +31,6 @@ from hf_cachegen.errors import CorruptError, TruncatedError
 
 MAX_RUNS = 16
 LARGEST_INDEX = LARGEST_SYMBOL + ZERO_INDEX
-_WORD = np.dtype("<u4")
 
 
 class _Lent:
@@ -55,28 +54,13 @@ class Cursor:
         self.data = memoryview(data)
         self.at, self._end = 0, len(self.data)
 
-    def skip(self, count: int) -> int:
-        """Move behind the next `count` bytes, and return where they begin. Raises TruncatedError."""
-        at = self.at
-        if count > self._end - at:
-            raise TruncatedError(f"expected {count} bytes at byte {at} of a segment, which ends at byte {self._end}")
-        self.at = at + count
-        return at
-
     def take(self, count: int) -> memoryview:
         """Return the next `count` bytes. Raises TruncatedError."""
-        at = self.skip(count)
-        return self.data[at : at + count]
-
-    def words(self, count: int) -> np.ndarray:
-        """Return the next `count` unsigned 32-bit integers, one or more, without a copy. Raises TruncatedError."""
-        return np.frombuffer(self.data, _WORD, count, self.skip(4 * count))
-
-    @property
-    def address(self) -> int:
-        """The address of the segment, which is not empty."""
-        found: int = np.frombuffer(self.data, np.uint8).__array_interface__["data"][0]
-        return found
+        if count > self._end - self.at:
+            found = f"at byte {self.at} of a segment, which ends at byte {self._end}"
+            raise TruncatedError(f"expected {count} bytes {found}")
+        self.at += count
+        return self.data[self.at - count : self.at]
 
     def tensor(self, count: int, dtype: torch.dtype) -> Tensor:
         """Return the next `count` little-endian values as a writable copy. Raises TruncatedError."""
@@ -282,3 +266,31 @@ class Coded:
         symbols = assignment.open(symbols)
         symbols.view(-1)[self.positions] = self.indices.clamp(0, tables.frequencies.shape[1] - 1).to(torch.uint8)
         return symbols
+
+
+def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
+    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes.
+
+    cuda_ext/core/parts.h reads those of a batch of chunks by the same rules.
+    """
+    [count] = cursor.u32(1)
+    if count and not tokens:
+        raise CorruptError("a section without tokens must have no exceptions")
+    tile_bytes = torch.tensor(cursor.u32(rans.tile_count(assignment.coded) if tokens else 0), dtype=torch.int64)
+    found = cursor.tensor(2 * count, torch.int32).view(-1, 2)
+    streams = cursor.stream(int(tile_bytes.sum()))
+    position, index = found[:, 0].long() & 0xFFFFFFFF, found[:, 1].contiguous()
+    if count:
+        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(assignment):
+            raise CorruptError("positions of exceptions must ascend and be within the chunk")
+        if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
+            raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
+    return Coded(assignment, tokens, tile_bytes, position, index, streams)
+
+
+def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
+    """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
+    found = read(cursor, tokens, assignment)
+    if len(found.wide.positions):
+        raise CorruptError("the index of an exception must be within its tables")
+    return found

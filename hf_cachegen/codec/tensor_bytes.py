@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import headers, learnt, passes, section
+from hf_cachegen.codec import learnt, passes, section
 from hf_cachegen.codec.section import Assignment, Cursor
 from hf_cachegen.codec.tables import VALUE_SYMBOLS, ZERO_INDEX
 from hf_cachegen.errors import CorruptError, TensorError
@@ -150,7 +150,7 @@ def _decode_planes(cursor: Cursor, values: int, count: int) -> Tensor:
         rows = min(RUN, values)
         runs = -(-values // rows)
         book, entries = learnt.read(cursor, len(chosen) * runs, PROB_BITS)
-        matrix = headers.read_narrow(cursor, rows, Assignment(book, entries)).decode(coder="rans")
+        matrix = section.read_narrow(cursor, rows, Assignment(book, entries)).decode(coder="rans")
         for index, part in zip(chosen, matrix.chunk(len(chosen), 1), strict=True):
             planes[index] = part.T.reshape(-1)[:values] ^ ZERO_INDEX
     for index in sorted(set(range(count)) - set(chosen)):

@@ -6,16 +6,13 @@ decoding puts their values right.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_cachegen.codec import quantize, transfer
 from hf_cachegen.codec.tables import VALUE_SYMBOLS
-
-Indices = TypeVar("Indices", Tensor, np.ndarray)
 
 
 class Wide(NamedTuple):
@@ -28,9 +25,9 @@ class Wide(NamedTuple):
 NONE_WIDE = Wide(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32))
 
 
-def nearest(indices: Indices) -> Indices:
+def nearest(indices: Tensor) -> Tensor:
     """Return the nearest indices that a byte holds."""
-    return indices.clip(0, VALUE_SYMBOLS - 1)
+    return indices.clamp(0, VALUE_SYMBOLS - 1)
 
 
 def correct(rows: Tensor, wide: Wide, steps: Tensor, refinements: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hf_cachegen.codec import headers, into, learnt, native, passes, section, transfer
+from hf_cachegen.codec import into, learnt, native, passes, section, transfer
 from hf_cachegen.codec.chunk import Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Sections, Target
@@ -158,7 +158,7 @@ class Lossless(Transform):
     def _launch_one(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int) -> Check:
         """Decode a chunk on the target's device. Return what waits for it."""
         cursor, device = Cursor(parts[0]), target.device
-        coded = headers.read_narrow(cursor, span.tokens, self.assignment)
+        coded = section.read_narrow(cursor, span.tokens, self.assignment)
         cursor.finish()
         whole = self.channels % TILE_COLUMNS == 0 and not len(self.assignment.dead)
         if whole and self.config.coder == "rans" and native.offers("cg_decode_planes", device):
