@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, native
@@ -40,7 +42,8 @@ def write(
         job.rows, job.row_stride, job.tokens = rows.data_ptr() + at * rows.element_size(), rows.stride(0), tokens
         job.means = None if mean is None else mean.data_ptr() + at * mean.element_size()
         if turn is not None and angles is not None:
-            job.angles, job.pairs, job.interleaved = angles.data_ptr(), angles.shape[-1], turn[0].style == "interleaved"
+            job.cosines, job.sines = angles[0].data_ptr(), angles[1].data_ptr()
+            job.pairs, job.interleaved = angles.shape[-1], turn[0].style == "interleaved"
         job.address, job.token_stride, job.head_stride = own.data_ptr(), own.stride(0) * size, own.stride(1) * size
         job.from_dtype, job.to_dtype = DTYPES[rows.dtype], DTYPES[own.dtype]
         at += job.heads * job.dim
@@ -94,8 +97,9 @@ class Writer:
                 ))  # fmt: skip
                 where.append((product, channel, turned))
                 channel += heads * dim
-        self._jobs = bytes((abi.Heads * len(jobs))(*jobs))
+        self._jobs = np.frombuffer(bytes((abi.Heads * len(jobs))(*jobs)), _JOB)
         self._products, self._channels, self._turned = np.array(where, np.uint64).reshape(-1, 3).T
+        self._sized: tuple[tuple[int, torch.dtype], np.ndarray] | None = None
 
     def write(self, rows: Tensor, target: Target, row: int, angles: Tensor | None) -> None:
         """Write rows to [row, row + tokens) of the target.
@@ -104,24 +108,35 @@ class Writer:
             rows: [products, tokens, channels], float32 or bfloat16, contiguous, on the target's device.
             target: The one that this was made for.
             row: The first row.
-            angles: The rotation's `angles` of the tokens. None: it has none.
+            angles: The rotation's `angles` of the tokens, times its scaling. None: it has none.
         """
-        _, tokens, channels = rows.shape
         if not self._compiled:
-            self._write_by_torch(rows, by_token(target, self._geometry), slice(row, row + tokens), angles)
+            tokens = slice(row, row + rows.shape[1])
+            self._write_by_torch(rows, by_token(target, self._geometry), tokens, angles)
             return
-        jobs, size = np.frombuffer(bytearray(self._jobs), _JOB), rows.element_size()
-        jobs["rows"] = self._products * (tokens * channels * size) + self._channels * size + rows.data_ptr()
-        jobs["row_stride"], jobs["tokens"], jobs["from_dtype"] = channels, tokens, DTYPES[rows.dtype]
+        jobs = self._for(rows).view(np.uint64).copy().view(_JOB)  # numpy copies structures field by field
+        jobs["rows"] += np.uint64(rows.data_ptr())
         jobs["address"] += jobs["token_stride"] * np.uint64(row)
         if angles is not None:
-            scaled = angles if self._rotary.scaling == 1 else angles * self._rotary.scaling
-            jobs["angles"] = self._turned * scaled.data_ptr()
+            jobs["cosines"] = self._turned * np.uint64(angles[0].data_ptr())
+            jobs["sines"] = self._turned * np.uint64(angles[1].data_ptr())
         native.call(WRITE, jobs.ctypes.data, len(jobs), device=rows.device)
 
+    def _for(self, rows: Tensor) -> np.ndarray:
+        """Return the jobs for rows of this size, if they and the target's rows began at address 0. Most have one size.
+        """
+        _, tokens, channels = rows.shape
+        if self._sized is None or self._sized[0] != (tokens, rows.dtype):
+            jobs, size = self._jobs.copy(), rows.element_size()
+            jobs["rows"] = (self._products * np.uint64(tokens * channels) + self._channels) * np.uint64(size)
+            jobs["row_stride"], jobs["tokens"], jobs["from_dtype"] = channels, tokens, DTYPES[rows.dtype]
+            self._sized = (tokens, rows.dtype), jobs
+        return self._sized[1]
+
     def _write_by_torch(self, rows: Tensor, views: Sequence[Tensor], tokens: slice, angles: Tensor | None) -> None:
+        rotary = replace(self._rotary, scaling=1.0)
         for product, mine in enumerate(self._vectors):
-            turn = (self._rotary, angles) if mine[0] % 2 == 0 and angles is not None else None
+            turn = (rotary, angles) if mine[0] % 2 == 0 and angles is not None else None
             mean = None if self._means is None else self._means[product]
             _write_by_torch(rows[product], mean, [views[vector][tokens] for vector in mine], turn)
 

@@ -8,8 +8,8 @@ from summaries to summaries, s = l + s N. For a *block* of some groups N is stri
 
     s = (l + w M) (1 - N)^-1        w: the summaries before the block; M: their maps to those of the block
 
-with matrices that are computed once. l (1 - N)^-1 of all blocks is one batched product, and w M (1 - N)^-1 one more product
-of each block but the first. Blocks have one size: the last one is filled up with groups whose operands are zeros.
+with matrices that are computed once. l (1 - N)^-1 of all blocks is one batched product, and w M (1 - N)^-1 one more
+product of each block but the first. Blocks have one size: the last one is filled up with groups of zeros.
 """
 
 from __future__ import annotations
