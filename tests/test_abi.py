@@ -30,6 +30,8 @@ STRUCTURES = {
     "cg_sparse": abi.Sparse,
     "cg_heads": abi.Heads,
     "cg_operands": abi.Operands,
+    "cg_parts": abi.Parts,
+    "cg_staged": abi.Staged,
 }
 
 

@@ -108,20 +108,19 @@ class PartsReader {
       const uint64_t size = parts_.anchor_bytes * anchors;
       if (!reader.take(size, &scales_[i])) return CG_TRUNCATED;
       scale_bytes_ += size;
-      if (const int32_t status = read_section(reader, anchors, {parts_.chunks + i, &peaks(i).base, 0, 0, 0, 0}))
-        return status;
+      const int32_t status = read_section(reader, anchors, {parts_.chunks + i, &peaks(i).base, 0, 0, 0, 0});
+      if (status) return status;
     }
-    if (const int32_t status = read_section(reader, coded, {i, &job.base, 0, 0, 0, 0}, &staged_->wide[i]))
-      return status;
-    for (uint32_t k = 0; k < parts_.n_end_digits; k++)
-      if (const int32_t status = read_section(reader, coded - middle, {i, job.end_digits + k, k + 1, 0, job.first, middle}))
-        return status;
+    if (const int32_t status = read_section(reader, coded, {i, &job.base, 0, 0, 0, 0}, &staged_->wide[i])) return status;
+    for (uint32_t k = 0; k < parts_.n_end_digits; k++) {
+      const PartSection ends = {i, job.end_digits + k, k + 1, 0, job.first, middle};
+      if (const int32_t status = read_section(reader, coded - middle, ends)) return status;
+    }
     if (reader.left > 0) return CG_CORRUPT;
     for (uint32_t k = 0; k < parts_.n_digits; k++) {
       const cg_segment& segment = parts_.segments[(k + 1) * parts_.chunks + i];
       reader = {segment.data, segment.bytes};
-      if (const int32_t status = read_section(reader, middle, {i, job.digits + k, k + 1, job.first, 0, 0}))
-        return status;
+      if (const int32_t status = read_section(reader, middle, {i, job.digits + k, k + 1, job.first, 0, 0})) return status;
       if (reader.left > 0) return CG_CORRUPT;
     }
     return CG_OK;

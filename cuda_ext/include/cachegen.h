@@ -323,7 +323,7 @@ typedef struct cg_staged {
   uint64_t scales; /* where in `to` the scales of all anchors begin, one chunk after the other */
   uint64_t pieces;
   int32_t status;  /* of the data: CG_OK, CG_TRUNCATED or CG_CORRUPT. If it is not CG_OK, nothing was written */
-  uint32_t wide[CG_MAX_BATCH]; /* of each chunk the base's exceptions whose index no byte holds; patches have the nearest one */
+  uint32_t wide[8]; /* of each chunk the base's exceptions whose index no byte holds; their patches have the nearest one */
 } cg_staged;
 
 /* jobs [chunks] have their tokens, first and last; with anchors as many follow, which have the number of anchors as tokens and

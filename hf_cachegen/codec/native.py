@@ -273,7 +273,7 @@ def segments_of(pieces: Sequence[bytes | memoryview]) -> np.ndarray:
     if len(whole) == len(pieces):  # one call for all of them
         found[:, 0] = np.frombuffer(memoryview((ctypes.c_char_p * len(whole))(*whole)), np.uint64)
     else:
-        found[:, 0] = [np.frombuffer(piece, np.uint8).ctypes.data for piece in pieces]
+        found[:, 0] = [np.frombuffer(piece, np.uint8).__array_interface__["data"][0] for piece in pieces]
     return found
 
 
