@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../include/cachegen_parts.h"
 #include "chunk.h"
 #include "tile.h"
 

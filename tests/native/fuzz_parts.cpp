@@ -1,8 +1,9 @@
 // Reading the parts of a batch's chunks through the C ABI, under AddressSanitizer and UBSan: fuzz_parts ROUNDS SEED
 //
-// The jobs of sound parts must have what was written into them. Damaged parts may be refused; what is not refused must lie
+// The jobs of sound parts must have what was written into them. Damaged parts may be refused. The streams of all others must lie
 // within the parts and within `to`, for which the room that the contract names must do. Prints the number of rounds and of
 // back-ends, and the digest.
+#include "../../cuda_ext/include/cachegen_parts.h"
 #include "fuzz.h"
 
 namespace {
