@@ -128,6 +128,7 @@ def host_seconds(codec: LossyCodec, level: int, target: Target, coded: list[byte
         batches, start = Batches(codec, level, target), time.perf_counter()
         for row in rows:
             batches.add(coded, Span(0, CHUNK, CHUNK), row)
+        batches.flush()
         best = min(best, time.perf_counter() - start)
         batches.finish()
     return best

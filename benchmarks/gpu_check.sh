@@ -64,7 +64,7 @@ from hf_cachegen.codec import native
 print('torch', torch.__version__, 'transformers', transformers.__version__)
 library = native.load(native.LIBRARY if os.environ.get('TRY') else native.CUDA_LIBRARY)
 found = native.probe(library)
-wanted = ('cg_decode_chunks', 'cg_write_heads', 'cg_block_sums', 'cg_gather_operands')
+wanted = ('cg_decode_chunks', 'cg_write_heads', 'cg_block_sums', 'cg_gather_operands', 'cg_read_parts')
 missing = [] if os.environ.get('TRY') else [name for name in wanted if not hasattr(library, name)]
 print(found, 'missing functions:', missing)
 raise SystemExit(bool(found.reason or missing))"

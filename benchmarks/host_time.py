@@ -68,6 +68,10 @@ class Stand:
             self._buffers[shape] = torch.zeros(shape, dtype=dtype)
         return self._buffers[shape]
 
+    def memory(self, size: int, device: torch.device) -> Tensor:
+        """Return the same memory again, as torch does for a device's."""
+        return self.pinned((size,), torch.uint8, device)
+
     def gather(self, *arguments: Any) -> None:
         """Copy, and take the time, where `copies` is set."""
         if self.copies:
@@ -81,9 +85,10 @@ class Stand:
         return x.new_empty(len(x), x.shape[1], y.shape[2]) if out is None else out
 
     def call(self, name: str, *arguments: Any, **options: Any) -> None:
-        """Call a function of the library, unless a device would run it."""
-        self.calls[name] += 1
-        if name not in (abi.BATCH, heads.WRITE, operands.GATHER):
+        """Call a function of the library, unless a device would run it: that is counted."""
+        if name in (abi.BATCH, heads.WRITE, operands.GATHER):
+            self.calls[name] += 1
+        else:
             self._call(name, *arguments, **options)
 
 
@@ -95,7 +100,8 @@ def stand() -> Iterator[Stand]:
     with ExitStack() as patches:
         for owner, name, value in (
             (transfer, "is_host", lambda _: False), (transfer, "pinned", made.pinned),
-            (transfer, "upload", lambda host, _: host), (native, "call", made.call), (upload, "_gather", made.gather),
+            (transfer, "upload", lambda host, *_: host), (transfer, "memory", made.memory),
+            (native, "call", made.call), (upload, "_gather", made.gather),
             (native, "offers", lambda *_: True), (torch, "bmm", made.bmm),
             (anchors.Anchors, "values", lambda self, _: self.symbols),
             (Target, "matrix", lambda rows: once.get(rows.shape) or once.setdefault(rows.shape, matrix(rows))),
@@ -234,6 +240,7 @@ def decode(codec: LossyCodec, level: int, target: Target, coded: list[bytes], ro
     start, batches = time.thread_time(), Batches(codec, level, target)
     for row in rows:
         batches.add(coded, Span(0, CHUNK, CHUNK), row)
+    batches.flush()
     batches.finish()
     return time.thread_time() - start
 

@@ -32,9 +32,9 @@ def separate_device(*, busy: bool = False) -> Iterator[list[Note]]:
         notes.append(("pinned", found.nbytes))
         return found
 
-    def upload(host: Tensor, _: torch.device) -> Tensor:
+    def upload(host: Tensor, _: torch.device, to: Tensor | None = None) -> Tensor:
         notes.append(("upload", host.nbytes))
-        return host.clone()
+        return host.clone() if to is None else to.copy_(host)
 
     def send(tensor: Tensor, _: torch.device) -> Tensor:
         notes.append(("send", tensor.nbytes))

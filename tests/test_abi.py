@@ -10,7 +10,7 @@ import pytest
 from hf_cachegen.codec import abi
 from tests.lockstep import ROOT
 
-HEADERS = [ROOT / "cuda_ext" / "include" / name for name in ("cachegen.h", "cachegen_source.h")]
+HEADERS = [ROOT / "cuda_ext" / "include" / name for name in ("cachegen.h", "cachegen_parts.h", "cachegen_source.h")]
 HEADER = re.sub(r"/\*.*?\*/", "", "".join(path.read_text() for path in HEADERS), flags=re.DOTALL)
 INTEGERS = {
     "uint8_t": ctypes.c_uint8,
@@ -30,6 +30,8 @@ STRUCTURES = {
     "cg_sparse": abi.Sparse,
     "cg_heads": abi.Heads,
     "cg_operands": abi.Operands,
+    "cg_parts": abi.Parts,
+    "cg_staged": abi.Staged,
 }
 
 

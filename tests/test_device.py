@@ -118,7 +118,8 @@ def test_klt_decodes_chunks_together(level: int) -> None:
     assert order == "ccd" + "cd" + "cdw" + "ccdw" + "ww", "26 chunks are four batches"
     names = Counter(name for name, _ in notes)
     assert set(names) == {
-        "cg_decode_chunks", "cg_gather_operands", "cg_write_heads", "pinned", "upload", "download", "wait"
+        "cg_read_parts", "cg_decode_chunks", "cg_gather_operands", "cg_write_heads", "pinned", "upload", "download",
+        "wait",
     }  # fmt: skip
     assert names["cg_gather_operands"] == names["cg_write_heads"] == 4, "one for all groups of layers"
     assert names["upload"] == names["pinned"] == 4 + 3, "the coded bytes, and wide symbols of three batches"

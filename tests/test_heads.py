@@ -86,12 +86,13 @@ def test_a_dtype_that_the_library_lacks_is_written_by_torch() -> None:
     assert torch.equal(target.float(), (rows + means).unflatten(1, (2 * HEADS, DIM)))
 
 
-@pytest.mark.parametrize("field", ["rows", "address", "angles"])
+@pytest.mark.parametrize("field", ["rows", "address", "cosines", "sines"])
 @pytest.mark.usefixtures("compiled")
 def test_missing_memory_is_refused(field: str) -> None:
     rows, target = torch.zeros(4, 8), torch.zeros(4, 8)
     angles = torch.zeros(2, 4, 2)
-    job = abi.Heads(rows.data_ptr(), 8, 4, None, angles.data_ptr(), target.data_ptr(), 32, 32, 1, 8, 2, 0, 0, 0)
+    turn = angles[0].data_ptr(), angles[1].data_ptr()
+    job = abi.Heads(rows.data_ptr(), 8, 4, None, *turn, target.data_ptr(), 32, 32, 1, 8, 2, 0, 0, 0)
     native.call(heads.WRITE, job, 1, device=rows.device)
     setattr(job, field, 0)
     with pytest.raises(NativeError, match="BAD_ARGUMENT"):
@@ -102,7 +103,7 @@ def test_missing_memory_is_refused(field: str) -> None:
 @pytest.mark.usefixtures("compiled")
 def test_impossible_numbers_are_refused(field: str, value: int) -> None:
     rows, target = torch.zeros(4, 8), torch.zeros(4, 8)
-    job = abi.Heads(rows.data_ptr(), 8, 4, None, rows.data_ptr(), target.data_ptr(), 32, 32, 1, 8, 0, 0, 0, 0)
+    job = abi.Heads(rows.data_ptr(), 8, 4, None, None, None, target.data_ptr(), 32, 32, 1, 8, 0, 0, 0, 0)
     setattr(job, field, value)
     with pytest.raises(NativeError, match="BAD_ARGUMENT"):
         native.call(heads.WRITE, job, 1, device=rows.device)

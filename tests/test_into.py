@@ -47,7 +47,7 @@ def both_ways(made: Encoder, level: int) -> tuple[list[torch.Tensor], list[torch
         target = Target.layers(tensors)
         for span, parts in zip(made.rows.spans, made.chunks(), strict=True):
             if staged:
-                rows = inner._rows(inner._read(parts[:level], span), span, tensors[0].dtype)
+                rows = inner._rows(inner.read(parts[:level], span), span, tensors[0].dtype)
                 target.put(rows, span.first)
             else:
                 made.codec.decode_into(parts[:level], span, target, span.first)

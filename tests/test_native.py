@@ -284,6 +284,7 @@ def test_hostile_input_under_the_sanitizers(driver: str, count: int, shared: int
 @pytest.mark.timeout(1200)
 def test_hostile_batches_under_the_sanitizers(tmp_path: Path) -> None:
     fuzz(sanitized("fuzz_batch", KERNEL_SOURCES, tmp_path), 300, 1)
+    fuzz(sanitized("fuzz_parts", KERNEL_SOURCES, tmp_path), 5000, 1)
 
 
 # Instruction sets.

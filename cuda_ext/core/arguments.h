@@ -105,7 +105,7 @@ inline bool is_heads(const cg_heads& heads) {
   if (heads.tokens > CG_MAX_TOKENS || uint64_t(heads.heads) * heads.dim > CG_MAX_COLUMNS) return false;
   if (heads.tokens == 0 || heads.heads == 0 || heads.dim == 0) return true;
   if ((heads.from_dtype != CG_FLOAT32 && heads.from_dtype != CG_BFLOAT16) || heads.to_dtype > CG_FLOAT16) return false;
-  if (heads.pairs > heads.dim / 2 || (heads.pairs > 0 && heads.angles == nullptr)) return false;
+  if (heads.pairs > heads.dim / 2 || (heads.pairs > 0 && (heads.cosines == nullptr || heads.sines == nullptr))) return false;
   return heads.rows != nullptr && heads.address != 0;
 }
 

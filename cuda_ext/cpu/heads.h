@@ -49,8 +49,8 @@ template <class From, class To, bool kMeans, bool kInterleaved>
 void turn_tokens(const cg_heads& heads, uint64_t first, uint64_t last) {
   const auto* rows = static_cast<const typename From::Stored*>(heads.rows);
   for (uint64_t t = first; t < last; t++) {
-    const float* cosines = heads.pairs ? heads.angles + t * heads.pairs : nullptr;
-    const float* sines = heads.pairs ? cosines + heads.tokens * heads.pairs : nullptr;
+    const float* cosines = heads.pairs ? heads.cosines + t * heads.pairs : nullptr;
+    const float* sines = heads.pairs ? heads.sines + t * heads.pairs : nullptr;
     for (uint64_t h = 0; h < heads.heads; h++)
       turn_head<From, To, kMeans, kInterleaved>(
           rows + t * heads.row_stride + h * heads.dim, kMeans ? heads.means + h * heads.dim : nullptr, cosines, sines, heads.pairs,

@@ -43,10 +43,9 @@ CACHEGEN_DEVICE void write(const cg_heads& heads, Index i) {
     return store(heads, row, channel, load(heads, t, head * heads.dim + channel));
   }
   const uint32_t first = heads.interleaved ? 2 * unit : unit, second = first + (heads.interleaved ? 1 : heads.pairs);
-  const float* cosine = heads.angles + t * heads.pairs + unit;
-  const float* sine = cosine + heads.tokens * heads.pairs;
+  const uint64_t angle = t * heads.pairs + unit;
   const Turned found = turned(load(heads, t, head * heads.dim + first), load(heads, t, head * heads.dim + second),
-                            CACHEGEN_LOAD(cosine), CACHEGEN_LOAD(sine));
+                            CACHEGEN_LOAD(heads.cosines + angle), CACHEGEN_LOAD(heads.sines + angle));
   store(heads, row, first, found.first);
   store(heads, row, second, found.second);
 }

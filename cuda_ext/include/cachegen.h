@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised by any change of this file that an older caller cannot bear. */
-#define CG_ABI_VERSION 7
+#define CG_ABI_VERSION 8
 
 #define CG_TILE_COLUMNS 256 /* of the widest tile */
 /* With these, products of sizes stay within 64 bits. */
@@ -337,7 +337,8 @@ typedef struct cg_heads {
   uint64_t row_stride;
   uint64_t tokens;
   const float* means;    /* [heads * dim], which are added; NULL: none */
-  const float* angles;   /* cosines, then sines [tokens, pairs]: pairs of channels are turned by them; NULL for 0 pairs */
+  const float* cosines;  /* [tokens, pairs], of the angles by which pairs of channels are turned; NULL for 0 pairs */
+  const float* sines;    /* [tokens, pairs] */
   uint64_t address;      /* of the first value; strides in bytes */
   uint64_t token_stride;
   uint64_t head_stride;

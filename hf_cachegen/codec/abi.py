@@ -116,6 +116,35 @@ class Job(ctypes.Structure):
     ]
 
 
+PARTS_SECTIONS = 6
+"""CG_PARTS_SECTIONS: the largest number of sections of a chunk."""
+
+
+class Parts(ctypes.Structure):
+    """struct cg_parts."""
+
+    _fields_ = [
+        ("columns", ctypes.c_uint64),
+        ("anchor_bytes", ctypes.c_uint64),
+        ("chunks", ctypes.c_uint64),
+        ("n_digits", ctypes.c_uint32),
+        ("n_end_digits", ctypes.c_uint32),
+        ("segments", ctypes.c_void_p),
+    ]
+
+
+class Staged(ctypes.Structure):
+    """struct cg_staged."""
+
+    _fields_ = [
+        ("used", ctypes.c_uint64),
+        ("scales", ctypes.c_uint64),
+        ("pieces", ctypes.c_uint64),
+        ("status", ctypes.c_int32),
+        ("wide", ctypes.c_uint32 * MAX_BATCH),
+    ]
+
+
 class Span(ctypes.Structure):
     """struct cg_span."""
 
@@ -196,7 +225,8 @@ class Heads(ctypes.Structure):
         ("row_stride", ctypes.c_uint64),
         ("tokens", ctypes.c_uint64),
         ("means", ctypes.c_void_p),
-        ("angles", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
         ("address", ctypes.c_uint64),
         ("token_stride", ctypes.c_uint64),
         ("head_stride", ctypes.c_uint64),
@@ -284,11 +314,12 @@ CPU_PROTOTYPES = {
     "cg_write_heads": (_STATUS, [_POINTER, _U64, _POINTER]),
     "cg_gather_operands": (_STATUS, [_POINTER, _POINTER]),
     "cg_multiply_sparse": (_STATUS, [_POINTER, _POINTER]),
+    "cg_read_parts": (_STATUS, [_POINTER, _POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER]),
     "cg_gather": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
 }
-"""Functions that a library may lack: the CUDA library has cg_write_heads, cg_gather_operands and cg_block_sums alone of
-them, and the CPU library has all but cg_gather_operands.
+"""Functions that a library may lack: the CUDA library has cg_write_heads, cg_gather_operands, cg_read_parts and
+cg_block_sums alone of them, and the CPU library has all but cg_gather_operands.
 """
 BATCH = "cg_decode_chunks"
 """A function that a library may lack: chunks are then decoded section by section."""

@@ -91,7 +91,7 @@ def _channels(widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(vectors), torch.from_numpy(vectors // 2 * 3 // (len(widths) // 2))
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """The sections of a chunk's parts: anchors (if any), base, digits of the protected tokens, digits of the others."""
 
     scales: Tensor | None
@@ -194,14 +194,15 @@ class LossyCodec:
         Raises:
             TruncatedError, CorruptError: The bytes are damaged; the result raises these too.
         """
-        read = self._read(parts, span)
+        read = self.read(parts, span)
         direct = not len(read.base.wide.positions) or self.scales_alone(target)
         if direct and self.config.coder == "rans" and native.available(target.device):
             return self._write(read, span, target, row)
         target.put(self._rows(read, span, target.dtype), row)
         return all_of([])
 
-    def _read(self, parts: Sequence[bytes | memoryview], span: Span) -> _Read:
+    def read(self, parts: Sequence[bytes | memoryview], span: Span) -> Read:
+        """Read the sections of a chunk. Raises TruncatedError or CorruptError for damaged bytes."""
         config = self.config
         cursor, scales, peaks = Cursor(parts[0]), None, None
         n_anchors = anchoring.anchor_count(span.tokens, self.group_tokens)
@@ -218,7 +219,7 @@ class LossyCodec:
             cursor = Cursor(part)
             rest.append(section.read_narrow(cursor, count, assignment))
             cursor.finish()
-        return _Read(scales, peaks, base, finest, rest)
+        return Read(scales, peaks, base, finest, rest)
 
     def scale(self, level: int, device: torch.device) -> Grid:
         """Return the grid of a level without its anchors, on a device."""
@@ -231,7 +232,7 @@ class LossyCodec:
         rows, plain = target.kept[0], not self.group_tokens and not bool(self.side.means.any())
         return plain and rows.dim() == 2 and rows.dtype == torch.float32
 
-    def _write(self, read: _Read, span: Span, target: Target, row: int) -> Check:
+    def _write(self, read: Read, span: Span, target: Target, row: int) -> Check:
         """Decode a chunk directly into the target. Return what waits for it."""
         device, coded, ordinary = target.device, read.base.tokens, span.ordinary(self.config, self.group_tokens)
         sections = Sections(target, row, span.tokens, coded, len(self.channels))
@@ -274,7 +275,7 @@ class LossyCodec:
                 positions, indices = (torch.cat(x) for x in zip(*part, strict=True))
                 correct(rows, Wide(positions, indices), self.scale(at, rows.device).steps, at - 1)
 
-    def _rows(self, read: _Read, span: Span, dtype: torch.dtype) -> Tensor:
+    def _rows(self, read: Read, span: Span, dtype: torch.dtype) -> Tensor:
         """Decode stage by stage on the CPU. Takes any chunk and any coder."""
         coder, ordinary = self.config.coder, span.ordinary(self.config, self.group_tokens)
         anchors = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, native
@@ -39,7 +41,8 @@ def write(
         job = _job(own, mean, at, None if turn is None else turn[0])
         job.rows, job.row_stride = rows.data_ptr() + at * rows.element_size(), rows.stride(0)
         job.tokens, job.from_dtype = len(rows), DTYPES[rows.dtype]
-        job.angles = None if angles is None else angles.data_ptr()
+        if angles is not None:
+            job.cosines, job.sines = angles[0].data_ptr(), angles[1].data_ptr()
         jobs.append(job)
         at += job.heads * job.dim
     native.call(WRITE, (abi.Heads * len(jobs))(*jobs), len(jobs), device=rows.device)
@@ -85,8 +88,9 @@ class Writer:
                 jobs.append(_job(views[vector], mean, channel, rotary if turned else None))
                 where.append((product, channel, turned))
                 channel += jobs[-1].heads * jobs[-1].dim
-        self._jobs = bytes((abi.Heads * len(jobs))(*jobs))
+        self._jobs = np.frombuffer(bytes((abi.Heads * len(jobs))(*jobs)), _JOB)
         self._products, self._channels, self._turned = np.array(where, np.uint64).reshape(-1, 3).T
+        self._sized: tuple[tuple[int, torch.dtype], np.ndarray] | None = None
 
     def write(self, rows: Tensor, target: Target, row: int, angles: Tensor | None) -> None:
         """Write rows to [row, row + tokens) of the target.
@@ -95,24 +99,35 @@ class Writer:
             rows: [products, tokens, channels], float32 or bfloat16, contiguous, on the target's device.
             target: The one that this was made for.
             row: The first row.
-            angles: The rotation's `angles` of the tokens. None: it has none.
+            angles: The rotation's `angles` of the tokens, times its scaling. None: it has none.
         """
-        _, tokens, channels = rows.shape
         if not self._compiled:
-            self._write_by_torch(rows, by_token(target, self._geometry), slice(row, row + tokens), angles)
+            tokens = slice(row, row + rows.shape[1])
+            self._write_by_torch(rows, by_token(target, self._geometry), tokens, angles)
             return
-        jobs, size = np.frombuffer(bytearray(self._jobs), _JOB), rows.element_size()
-        jobs["rows"] = self._products * (tokens * channels * size) + self._channels * size + rows.data_ptr()
-        jobs["row_stride"], jobs["tokens"], jobs["from_dtype"] = channels, tokens, DTYPES[rows.dtype]
+        jobs = self._for(rows).view(np.uint64).copy().view(_JOB)  # numpy copies structures field by field
+        jobs["rows"] += np.uint64(rows.data_ptr())
         jobs["address"] += jobs["token_stride"] * np.uint64(row)
         if angles is not None:
-            scaled = angles if self._rotary.scaling == 1 else angles * self._rotary.scaling
-            jobs["angles"] = self._turned * scaled.data_ptr()
+            jobs["cosines"] = self._turned * np.uint64(angles[0].data_ptr())
+            jobs["sines"] = self._turned * np.uint64(angles[1].data_ptr())
         native.call(WRITE, jobs.ctypes.data, len(jobs), device=rows.device)
 
+    def _for(self, rows: Tensor) -> np.ndarray:
+        """Return the jobs for rows of this size, if they and the target's rows began at address 0. Most have one size.
+        """
+        _, tokens, channels = rows.shape
+        if self._sized is None or self._sized[0] != (tokens, rows.dtype):
+            jobs, size = self._jobs.copy(), rows.element_size()
+            jobs["rows"] = (self._products * np.uint64(tokens * channels) + self._channels) * np.uint64(size)
+            jobs["row_stride"], jobs["tokens"], jobs["from_dtype"] = channels, tokens, DTYPES[rows.dtype]
+            self._sized = (tokens, rows.dtype), jobs
+        return self._sized[1]
+
     def _write_by_torch(self, rows: Tensor, views: Sequence[Tensor], tokens: slice, angles: Tensor | None) -> None:
+        rotary = replace(self._rotary, scaling=1.0)
         for product, mine in enumerate(self._vectors):
-            turn = (self._rotary, angles) if mine[0] % 2 == 0 and angles is not None else None
+            turn = (rotary, angles) if mine[0] % 2 == 0 and angles is not None else None
             mean = None if self._means is None else self._means[product]
             _write_by_torch(rows[product], mean, [views[vector][tokens] for vector in mine], turn)
 

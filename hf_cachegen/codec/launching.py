@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hf_cachegen.codec import abi
-from hf_cachegen.codec.batch import OUTSTANDING, Batches, serves
+from hf_cachegen.codec.batch import OUTSTANDING, Batches, Placed, serves
 from hf_cachegen.codec.chunk import LossyCodec, Span
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.transfer import Check, Checks
 
 
-def launch(
-    codec: LossyCodec, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target
-) -> Check:
-    """Start decoding each (parts, span, row) into rows [row, row + tokens) of the target, all at one level.
+def launch(codec: LossyCodec, chunks: Iterable[Placed], target: Target) -> Check:
+    """Start decoding each chunk into its rows of the target, all at one level.
 
     After an error these rows are undefined.
 
@@ -53,16 +51,21 @@ class Launches:
         """
         if self._served and self._batches is None:
             self._batches = Batches(self._codec, len(parts), self._target)
-        if self._batches is None or not self._batches.add(parts, span, row):
-            self._alone.add(self._codec.launch_alone(parts, span, self._target, row))
+        self._launch_alone([(parts, span, row)] if self._batches is None else self._batches.add(parts, span, row))
 
     def flush(self) -> None:
-        """Launch what was added. Raises TruncatedError or CorruptError for damaged bytes of chunks before it."""
+        """Launch what was added. Raises TruncatedError or CorruptError for damaged bytes of it, or of chunks before it.
+        """
         if self._batches is not None:
-            self._batches.flush()
+            self._launch_alone(self._batches.flush())
 
     def finish(self) -> None:
         """Launch what was added, and wait for all. Raises TruncatedError or CorruptError for damaged bytes."""
+        self.flush()
         if self._batches is not None:
             self._batches.finish()
         self._alone.finish()
+
+    def _launch_alone(self, chunks: Sequence[Placed]) -> None:
+        for parts, span, row in chunks:
+            self._alone.add(self._codec.launch_alone(parts, span, self._target, row))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from functools import lru_cache
@@ -31,7 +31,7 @@ from hf_cachegen.codec.abi import BATCH, CPU_PROTOTYPES, PROTOTYPES, Run
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 from hf_cachegen.new_bytes import address, new_bytes
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 """The CG_ABI_VERSION of the header that this file matches."""
 LIBRARY, CUDA_LIBRARY = (Path(__file__).parent.parent / f"_{name}.so" for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
@@ -254,6 +254,18 @@ def call(name: str, *arguments: object, device: torch.device | None = None, isa:
         if status == TileStatus.FAILED and device.type == "cuda" and (reason := probe(library).reason):
             raise NativeError(f"{device} failed before or in {name}: {reason}")
     _require_ok(status)
+
+
+def segments_of(pieces: Sequence[bytes | memoryview]) -> np.ndarray:
+    """Return the address and the size of each piece, uint64 [pieces, 2] (struct cg_segment)."""
+    found = np.empty((len(pieces), 2), np.uint64)
+    found[:, 1] = [len(piece) for piece in pieces]
+    whole = [piece for piece in pieces if isinstance(piece, bytes)]
+    if len(whole) == len(pieces):  # one call for all of them
+        found[:, 0] = np.frombuffer(memoryview((ctypes.c_char_p * len(whole))(*whole)), np.uint64)
+    else:
+        found[:, 0] = [np.frombuffer(piece, np.uint8).__array_interface__["data"][0] for piece in pieces]
+    return found
 
 
 def joined(addresses: np.ndarray, sizes: np.ndarray) -> bytes:

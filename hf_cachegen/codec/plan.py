@@ -8,7 +8,8 @@ from summaries to summaries, s = l + s N. For a *block* of some groups N is stri
 
     s = (l + w M) (1 - N)^-1        w: the summaries before the block; M: their maps to those of the block
 
-with matrices that are computed once. So a chain takes two products for a block, and not some for each group.
+with matrices that are computed once. l (1 - N)^-1 of all blocks is one batched product, and w M (1 - N)^-1 one more
+product of each block but the first. Blocks have one size: the last one is filled up with groups of zeros.
 """
 
 from __future__ import annotations
@@ -52,22 +53,20 @@ class Part(NamedTuple):
     means: Tensor | None = None
 
 
-class Block(NamedTuple):
-    """The summaries of adjacent groups of a chain: numbers [first, last) of all groups.
+class Before(NamedTuple):
+    """What the summaries before a block add to it: numbers [first, last) of all summaries.
 
     Attributes:
         first: The first number.
         last: The last one, excluded.
         begin: The first number that they are predicted from.
-        own: float32 [last - first, last - first], the inverse.
-        before: float32 [first - begin, last - first], the map from the summaries before, times the inverse.
+        matrix: float32 [first - begin, last - first], the map from the summaries before, times the inverse.
     """
 
     first: int
     last: int
     begin: int
-    own: Tensor
-    before: Tensor
+    matrix: Tensor
 
 
 class Plan(NamedTuple):
@@ -76,7 +75,8 @@ class Plan(NamedTuple):
     Attributes:
         parts: The products that give keys and values.
         chained: The products that give l, for a chain.
-        blocks: What makes summaries of them.
+        within: float32 [blocks, numbers, numbers], the inverse of each block. None without a chain.
+        before: What the summaries before them add to blocks, in their order.
         scores: float32 [rank, numbers of all summaries]: what a predictor's scores add to l. None: nothing.
         rank: Number of scores.
         numbers: Number of summaries' numbers, of all groups.
@@ -85,7 +85,8 @@ class Plan(NamedTuple):
 
     parts: list[Part]
     chained: list[Part]
-    blocks: list[Block]
+    within: Tensor | None
+    before: list[Before]
     scores: Tensor | None
     rank: int
     numbers: int
@@ -129,16 +130,22 @@ def plan_of(
             summary = torch.zeros(len(own), width)
             summary[:, :own_width] = group.synthesis @ group.summary.mT
             chained.append(_Product(listed(Kind.COARSEST, own.start, len(own)), summary))
-    blocks, known = list[Block](), None
+    within, before, known = None, list[Before](), None
     if chained:
+        count = _groups_of_block(len(groups), width)
+        absent = -len(groups) % count
+        nothing = _Product(listed(Kind.ZERO, 0, 1), torch.zeros(1, width))
+        chained += [nothing] * absent
         maps = [_map(group, rank, width) for group in groups]
-        known = torch.cat([one[:rank] for one in maps], 1) if rank else None
-        for block in _blocks([one[rank:] for one in maps], read, widths, width):
-            blocks.append(block._replace(own=keep(block.own, device), before=keep(block.before, device)))
+        if rank:
+            known = torch.cat([*(one[:rank] for one in maps), torch.zeros(rank, absent * width)], 1)
+        blocks = list(_blocks([one[rank:] for one in maps], read, widths, width, count))
+        within = keep(torch.stack([own for own, _ in blocks]), device)
+        before = [part._replace(matrix=keep(part.matrix, device)) for _, part in blocks if part.begin < part.first]
     parts, summaries = (list(_parts(found, device)) for found in (made, chained))
     known = None if known is None else keep(known, device)
     frequencies = keep(profile.rotary.inv_freq, device)
-    return Plan(parts, summaries, blocks, known, rank, len(chained) * width, frequencies)
+    return Plan(parts, summaries, within, before, known, rank, len(chained) * width, frequencies)
 
 
 def _product(group: Group, mean: Tensor, numbers: Tensor, own: range, narrow: bool) -> _Product:
@@ -172,32 +179,39 @@ def _map(group: Group, rank: int, width: int) -> Tensor:
     return found
 
 
+def _groups_of_block(groups: int, width: int) -> int:
+    """Return how many groups each block has: within BLOCK_NUMBERS, and so that few are left out of the last one."""
+    most = max(BLOCK_NUMBERS // width, 1)
+    return -(-groups // -(-groups // most))
+
+
 def _blocks(
-    maps: Sequence[Tensor], read: Sequence[Sequence[int]], widths: Sequence[int], width: int
-) -> Iterator[Block]:
-    """Cut a chain into blocks.
+    maps: Sequence[Tensor], read: Sequence[Sequence[int]], widths: Sequence[int], width: int, count: int
+) -> Iterator[tuple[Tensor, Before]]:
+    """Cut a chain into blocks, and yield the inverse of each, and what is added to it.
 
     Args:
         maps: From the summaries that each group reads to its own, float32 [numbers, width].
         read: The groups that each group reads.
         widths: Of each group's summary.
         width: To which they are filled up.
+        count: Groups of a block, to which the last one is filled up.
     """
-    count = max(BLOCK_NUMBERS // width, 1)
+    size = count * width
+    unit = torch.eye(size, dtype=torch.float64)
     for first in range(0, len(maps), count):
         last = min(first + count, len(maps))
         begin = min([first, *(i for own in read[first:last] for i in own)])
-        size = (last - first) * width
-        n = torch.zeros((last - begin) * width, size, dtype=torch.float64)
+        n = torch.zeros((first - begin) * width + size, size, dtype=torch.float64)
         for index in range(first, last):
             at, to = 0, slice((index - first) * width, (index - first + 1) * width)
             for i in read[index]:
                 n[(i - begin) * width : (i - begin) * width + widths[i], to] = maps[index][at : at + widths[i]].double()
                 at += widths[i]
         before, within = n.split([(first - begin) * width, size])
-        unit = torch.eye(size, dtype=torch.float64)
         inverse = torch.linalg.solve_triangular(unit - within, unit, upper=True, unitriangular=True)
-        yield Block(first * width, last * width, begin * width, inverse.float(), (before @ inverse).float())
+        matrix = (before @ inverse).float()
+        yield inverse.float(), Before(first * width, first * width + size, begin * width, matrix)
 
 
 def _parts(products: Sequence[_Product], device: torch.device) -> Iterator[Part]:

@@ -41,9 +41,10 @@ class Products:
 
     def __init__(self, geometry: Geometry, profile: Profile, learnt: Profile | Predictor, scaling: Scaling):
         self._geometry, self._profile, self._learnt, self._scaling = geometry, profile, learnt, scaling
-        self._resident = Resident()
+        self._resident, self._plans = Resident(), _PLANS.setdefault(learnt, Resident())
         self._writers: tuple[ref[Target], Plan, list[Writer]] | None = None
 
+    @torch.inference_mode()  # views take half the time, and there are many
     @without_autocast()
     def restore(self, y: Tensor, span: Span, level: int, target: Target, row: int, scores: Tensor | None) -> None:
         """Write the keys and values of a chunk. Nothing waits for the device.
@@ -65,17 +66,27 @@ class Products:
         found = Coefficients(y, factors, scaling.coarsest_step, finer)
         angles = None
         if self._profile.rotary.style != "none":
-            positions = torch.arange(span.first, span.first + span.tokens, dtype=torch.float64, device=device)
-            angles = angles_of(plan.frequencies, positions)
+            angles = self._angles(plan.frequencies, span)
         with full_precision(device):
             numbers = _numbers(plan, found, scores)
             for part, writer in zip(plan.parts, self._written(plan, target), strict=True):
-                operands = part.matrices.new_empty(len(part.listed), span.tokens, part.listed.shape[1])
+                products, width = part.listed.shape
+                operands = part.matrices.new_empty(products, span.tokens, width)
                 gather(found, numbers, part.listed, operands)
                 writer.write(torch.bmm(operands, part.matrices), target, row, angles)
 
+    def _angles(self, frequencies: Tensor, span: Span) -> Tensor:
+        """Return the rotation's `angles` of a chunk, times its scaling. Those of all the context are computed once."""
+
+        def make() -> Tensor:
+            positions = torch.arange(span.total, dtype=torch.float64, device=frequencies.device)
+            return angles_of(frequencies, positions).mul_(self._profile.rotary.scaling)
+
+        found: Tensor = self._resident.get(frequencies.device, ("angles", span.total), make)
+        return found.narrow(1, span.first, span.tokens)
+
     def _plan(self, device: torch.device, *, narrow: bool) -> Plan:
-        found: Plan = _PLANS.setdefault(self._learnt, Resident()).get(
+        found: Plan = self._plans.get(
             device, narrow, lambda: plan_of(self._geometry, self._profile, self._learnt, device, narrow=narrow)
         )
         return found
@@ -96,22 +107,26 @@ class Products:
 def _numbers(plan: Plan, found: Coefficients, scores: Tensor | None) -> Tensor:
     """Return what predictions read, float32 [tokens, rank + numbers]: the scores and the summaries of all groups."""
     y = found.values
-    if not plan.numbers:
+    if plan.within is None:
         return y[:, :0].contiguous() if scores is None else transfer.send(scores, y.device).contiguous()
-    rank, numbers = plan.rank, y.new_empty(len(y), plan.rank + plan.numbers)
-    own = y.new_empty(len(y), plan.numbers)
+    tokens, size = y.shape[0], plan.within.shape[1]
+    numbers, own = y.new_empty(tokens, plan.rank + plan.numbers), y.new_empty(tokens, plan.numbers)
     for part in plan.chained:
         count, width, columns = part.matrices.shape
-        operands = y.new_empty(count, len(y), width)
+        operands = y.new_empty(count, tokens, width)
         gather(found, numbers, part.listed, operands)
-        to = own[:, part.first * columns : (part.first + count) * columns].unflatten(1, (count, columns))
-        torch.bmm(operands, part.matrices, out=to.transpose(0, 1))
+        to = own.narrow(1, part.first * columns, count * columns)
+        torch.bmm(operands, part.matrices, out=_by_group(to, columns))
     if plan.scores is not None and scores is not None:
-        numbers[:, :rank] = transfer.send(scores, y.device)
-        own.addmm_(numbers[:, :rank], plan.scores)
-    for first, last, begin, inverse, before in plan.blocks:
-        to = numbers[:, rank + first : rank + last]
-        torch.mm(own[:, first:last], inverse, out=to)
-        if begin < first:
-            to.addmm_(numbers[:, rank + begin : rank + first], before)
+        numbers[:, : plan.rank] = transfer.send(scores, y.device)
+        own.addmm_(numbers[:, : plan.rank], plan.scores)
+    summaries = numbers.narrow(1, plan.rank, plan.numbers)
+    torch.bmm(_by_group(own, size), plan.within, out=_by_group(summaries, size))
+    for first, last, begin, matrix in plan.before:
+        summaries.narrow(1, first, last - first).addmm_(summaries.narrow(1, begin, first - begin), matrix)
     return numbers
+
+
+def _by_group(numbers: Tensor, columns: int) -> Tensor:
+    """Return a view [groups, tokens, columns] of numbers [tokens, groups x columns]."""
+    return numbers.unflatten(1, (-1, columns)).transpose(0, 1)

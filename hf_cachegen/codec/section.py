@@ -17,7 +17,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -268,76 +267,24 @@ class Coded:
         return symbols
 
 
-class Arrays(NamedTuple):
-    """A section in numpy arrays.
-
-    Attributes:
-        tile_bytes: uint32 [tiles]: the length of each tile's stream.
-        positions: int64 [n], ascending: the positions of the exceptions.
-        indices: int32 [n]: the indices of the exceptions.
-        streams: The streams, one after the other.
-    """
-
-    tile_bytes: np.ndarray
-    positions: np.ndarray
-    indices: np.ndarray
-    streams: memoryview
-
-    def is_wide(self, assignment: Assignment) -> bool:
-        """Return whether the index of an exception is outside its tables."""
-        if self.indices is _NO_INDICES:
-            return False
-        symbols = assignment.book.tables.frequencies.shape[1]
-        return bool(((self.indices < 0) | (self.indices >= symbols)).any())
-
-    def within_bytes(self) -> Arrays:
-        """Return the section with the nearest indices that a byte holds."""
-        return self._replace(indices=nearest(torch.from_numpy(self.indices)).numpy())
-
-
-_NO_POSITIONS, _NO_INDICES = np.empty(0, np.int64), np.empty(0, np.int32)
-_EMPTY = Arrays(np.empty(0, "<u4"), _NO_POSITIONS, _NO_INDICES, memoryview(b""))
-"""A section without tokens."""
-
-
-def read_arrays(cursor: Cursor, tokens: int, assignment: Assignment) -> Arrays:
-    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
-    count = int.from_bytes(cursor.take(4), "little")
-    if not count and not tokens:  # most chunks have no protected tokens
-        return _EMPTY
-    tiles = rans.tile_count(assignment.coded) if tokens else 0
-    tile_bytes = np.frombuffer(cursor.take(4 * tiles), "<u4")
-    found = cursor.take(8 * count)
-    streams = cursor.take(int(np.add.reduce(tile_bytes, dtype=np.int64)))
-    if not count:
-        return Arrays(tile_bytes, _NO_POSITIONS, _NO_INDICES, streams)
-    exceptions = np.frombuffer(found, "<i4").reshape(-1, 2)
-    position, index = exceptions[:, 0].astype(np.int64) & 0xFFFFFFFF, exceptions[:, 1].copy()
-    if not bool((np.diff(position) > 0).all()) or int(position[-1]) >= tokens * len(assignment):
-        raise CorruptError("positions of exceptions must ascend and be within the chunk")
-    if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
-        raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
-    return Arrays(tile_bytes, position, index, streams)
-
-
-def in_tensors(found: Arrays, tokens: int, assignment: Assignment) -> Coded:
-    """Convert a section to tensors, which share the memory of the streams."""
-    tile_bytes = torch.from_numpy(found.tile_bytes.astype(np.int64))
-    positions, indices = torch.from_numpy(found.positions), torch.from_numpy(found.indices)
-    return Coded(assignment, tokens, tile_bytes, positions, indices, stream_of(found.streams))
-
-
 def read(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:
-    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes."""
-    return in_tensors(read_arrays(cursor, tokens, assignment), tokens, assignment)
+    """Read the section at the cursor. Raises TruncatedError or CorruptError for damaged bytes.
 
-
-def read_narrow_arrays(cursor: Cursor, tokens: int, assignment: Assignment) -> Arrays:
-    """Read the section at the cursor, which must have no wide indices. Raises TruncatedError or CorruptError."""
-    found = read_arrays(cursor, tokens, assignment)
-    if found.is_wide(assignment):
-        raise CorruptError("the index of an exception must be within its tables")
-    return found
+    cuda_ext/core/parts.h reads those of a batch of chunks by the same rules.
+    """
+    [count] = cursor.u32(1)
+    if count and not tokens:
+        raise CorruptError("a section without tokens must have no exceptions")
+    tile_bytes = torch.tensor(cursor.u32(rans.tile_count(assignment.coded) if tokens else 0), dtype=torch.int64)
+    found = cursor.tensor(2 * count, torch.int32).view(-1, 2)
+    streams = cursor.stream(int(tile_bytes.sum()))
+    position, index = found[:, 0].long() & 0xFFFFFFFF, found[:, 1].contiguous()
+    if count:
+        if not bool((position.diff() > 0).all()) or int(position[-1]) >= tokens * len(assignment):
+            raise CorruptError("positions of exceptions must ascend and be within the chunk")
+        if int(index.min()) < -LARGEST_INDEX or int(index.max()) > LARGEST_INDEX:
+            raise CorruptError(f"the index of an exception must be within {LARGEST_INDEX} of zero")
+    return Coded(assignment, tokens, tile_bytes, position, index, streams)
 
 
 def read_narrow(cursor: Cursor, tokens: int, assignment: Assignment) -> Coded:

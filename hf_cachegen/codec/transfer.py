@@ -42,9 +42,14 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of `pinned` to a device. Nothing waits."""
-    return host.to(device, non_blocking=True)
+def upload(host: Tensor, device: torch.device, to: Tensor | None = None) -> Tensor:
+    """Copy a tensor of `pinned` to a device, to new memory or to a tensor there. Nothing waits."""
+    return host.to(device, non_blocking=True) if to is None else to.copy_(host, non_blocking=True)
+
+
+def memory(size: int, device: torch.device) -> Tensor:
+    """Allocate memory on a device: uint8 [size]."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

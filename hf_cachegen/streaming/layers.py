@@ -59,15 +59,16 @@ class LayerWriter:
         self.geometry = geometry
         self._tensors = empty_kv(geometry, devices)
         self.keys, self.values = self._tensors[::2], self._tensors[1::2]
-        self._destination = Destination(self._tensors) if self._tensors else None
         cuda = dict.fromkeys(device for device in devices if device.type == "cuda")
         self._decoder = decoder_of(devices)
-        self.ahead = 0 if self._destination is None else self._destination.ahead
         # The decoder's device comes last, so that its stream is the innermost context.
         order = sorted(cuda, key=lambda device: device == self._decoder)
         self._streams = {device: torch.cuda.Stream(device) for device in order}
         self._changed = {device: torch.cuda.Event() for device in order}
         """The last change of the tensors on each device. Decoding beside them may follow it on the same stream."""
+        with self._aside():  # the memory that launches read is then not reused before they are done
+            self._destination = Destination(self._tensors) if self._tensors else None
+        self.ahead = 0 if self._destination is None else self._destination.ahead
         self.adopt(self._tensors)
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
