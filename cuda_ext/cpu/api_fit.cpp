@@ -134,14 +134,14 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
 }
 
 int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights, int16_t* fine,
-                double* squares, uint32_t* refused, const cg_run* run) noexcept {
+                uint64_t fine_stride, float* base, double* squares, uint32_t* refused, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
   if (backend == nullptr || span == nullptr || !is_source(source, span, 1) || !is_scaled(*source)) return CG_BAD_ARGUMENT;
   if (source->group_tokens > 0 || n_digits > CG_MAX_DIGITS || refused == nullptr) return CG_BAD_ARGUMENT;
   *refused = 0;
   const uint64_t n = source->columns, tiles = (n + kTileColumns - 1) / kTileColumns;
   if (span->tokens * n == 0) return CG_OK;
-  if (fine == nullptr) return CG_BAD_ARGUMENT;
+  if (fine == nullptr || fine_stride < n) return CG_BAD_ARGUMENT;
   const SourcePasses& passes = backend->source(source->dtype);
   std::atomic<uint32_t> bad{0};
   for_each(tiles, span->tokens * n, run->threads, [&](uint64_t tile) {
@@ -149,7 +149,8 @@ int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits,
     Columns columns;
     open_columns(*source, nullptr, first, width, &columns);
     alignas(64) double own[(1 + CG_MAX_DIGITS) * kTileColumns] = {};
-    if (!passes.fine(columns, *span, n_digits, weights, fine + first, own)) bad = 1;
+    float* own_base = base ? base + first : nullptr;
+    if (!passes.fine(columns, *span, n_digits, weights, fine + first, fine_stride, own_base, own)) bad = 1;
     for (uint32_t k = 0; k <= n_digits && squares != nullptr; k++)
       for (uint64_t j = 0; j < width; j++) squares[k * n + first + j] = own[k * kTileColumns + j];
   });

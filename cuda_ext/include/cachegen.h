@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised by any change of this file that an older caller cannot bear. */
-#define CG_ABI_VERSION 7
+#define CG_ABI_VERSION 8
 
 #define CG_TILE_COLUMNS 256 /* of the widest tile */
 /* With these, products of sizes stay within 64 bits. */

@@ -30,7 +30,7 @@ from torch import Tensor
 from hf_cachegen.codec.abi import BATCH, CPU_PROTOTYPES, PROTOTYPES, Run
 from hf_cachegen.errors import CorruptError, NativeError, TensorError, TruncatedError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 """The CG_ABI_VERSION of the header that this file matches."""
 LIBRARY, CUDA_LIBRARY = (Path(__file__).parent.parent / f"_{name}.so" for name in ("cpu", "cuda"))
 _log = logging.getLogger(__name__)
