@@ -340,7 +340,7 @@ bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, con
 // By type of the values.
 
 template <class T>
-constexpr SourcePasses kSourceOf = {peak_of<T>, spread_of<T>, count_of<T>, symbols_of<T>, fine_of<T>, clear, bound_costs, choose};
+constexpr SourcePasses kSourceOf = {peak_of<T>, spread_of<T>, count_of<T>, symbols_of<T>, fine_of<T>, clear, choose};
 
 const SourcePasses& source_passes(uint32_t dtype) {
   switch (dtype) {

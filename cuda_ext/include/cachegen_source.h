@@ -47,7 +47,7 @@ CG_API int32_t cg_peaks(const cg_source* source, const cg_span* spans, uint64_t 
 CG_API int32_t cg_spread(const cg_source* source, const cg_span* spans, uint64_t n_spans, double* sums,
                          const cg_run* run) CG_NOEXCEPT;
 
-/* Costs of a codebook's entries: costs [symbols, entries], 0 to 2^15, symbols being 256 or CG_DIGIT_BINS. A multiple of
+/* Costs of a codebook's entries: costs [symbols, entries], 0 to 2^15 - 1, symbols being 256 or CG_DIGIT_BINS. A multiple of
  * 32 entries is fastest. */
 typedef struct cg_costs {
   const int32_t* costs;

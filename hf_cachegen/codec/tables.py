@@ -38,7 +38,7 @@ SHIPPED_CODEBOOK = "cachegen-1"
 EXCEPTION_BITS = 64
 COST_SCALE = 256
 """Costs are integers in units of 1/256 bit."""
-LARGEST_COST = 1 << 15
+LARGEST_COST = (1 << 15) - 1
 """Above every cost: 12 bits and an exception."""
 COMPILED_ENTRIES = 32
 """The compiled code compares so many entries at a time."""
