@@ -3,9 +3,10 @@
     python -m benchmarks.bench_klt --model runs/smollm2-135m --profile runs/smollm2-profile --text second_half.txt
 
 One thread, processor time, and the best of some turns, since machines are shared and noisy: read the ratios. "encoding
-products" multiply random rows by the profile's matrices, in float32; "decoding products" do so with those of decoding:
-the bases, and in a chain the predictions and summaries. A bfloat16 cache is decoded with products in bfloat16 where
-the machine has them, and zeros are skipped, so decoding may take less than its products.
+products" multiply random rows by the profile's bases, in float32. "decoding products" multiply by all matrices that
+decoding needs, and encoding too: the bases, and in a chain the predictions and summaries. A bfloat16 cache is decoded
+with products in bfloat16 where the machine has them, and zeros are skipped, so decoding may take less than its
+products.
 """
 
 from __future__ import annotations

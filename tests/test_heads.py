@@ -58,6 +58,28 @@ def test_values_are_those_of_torch(
         assert torch.allclose(own.float(), other.float(), rtol=2 * torch.finfo(to).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("style", "pairs"), [("half", 10), ("half", 7), ("interleaved", 10), ("none", 10), (None, 0)])
+@pytest.mark.usefixtures("compiled")
+def test_values_are_read_as_by_torch(
+    style: RotaryStyle | None, pairs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, layers = drawn(torch.float32, dtype)
+    for own in layers:
+        own.copy_(torch.randn(own.shape, generator=torch.Generator().manual_seed(1)))
+    turned = rotary(style, pairs) if style else None
+    turn = (turned, turned.angles(torch.arange(TOKENS) + 7)) if turned else None
+    expected, found = torch.empty(2, TOKENS, 2 * HEADS * DIM)
+    heads._read_by_torch(layers, expected, turn)
+    with monkeypatch.context() as patch:
+        patch.setattr(heads, "_read_by_torch", lambda *_: pytest.fail("read by torch"))
+        heads.read(layers, found, turn)
+    torch.testing.assert_close(found, expected, rtol=2**-22, atol=1e-6)
+    heads.write(found, None, again := [torch.empty_like(own) for own in layers], turn)
+    for own, other in zip(again, layers, strict=True):
+        torch.testing.assert_close(own, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 @needs_compiler
 @pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -84,6 +106,12 @@ def test_a_dtype_that_the_library_lacks_is_written_by_torch() -> None:
     target = torch.empty(TOKENS, 2 * HEADS, DIM, dtype=torch.float64)
     heads.write(rows, means, [target])
     assert torch.equal(target.float(), (rows + means).unflatten(1, (2 * HEADS, DIM)))
+
+
+def test_a_dtype_that_the_library_lacks_is_read_by_torch() -> None:
+    own, found = torch.randn(TOKENS, HEADS, DIM).half(), torch.empty(TOKENS, HEADS * DIM)
+    heads.read([own], found)
+    assert torch.equal(found, own.float().flatten(1))
 
 
 @pytest.mark.parametrize("field", ["rows", "address", "cosines", "sines"])

@@ -103,7 +103,7 @@ def test_chunks_apart_are_not_kept() -> None:
     first, _, last = spans_of(30, 10)
     kv = drawn()
     codec = Klt(geometry_of(*kv, None), replace(CONFIG, transform="klt"), make_profile(step_code=STEP)).inner
-    assert Kept.of(codec, [first, last], lambda span: pytest.fail("computed"), torch.ones(30)) is None
+    assert Kept.of(codec, [first, last], lambda span, code: pytest.fail("computed"), torch.ones(30)) is None
 
 
 def test_fine_symbols_and_their_errors() -> None:
@@ -125,8 +125,31 @@ def test_fine_symbols_and_their_errors() -> None:
         exact = y - symbols.double() * steps
         error[:3], error[-5:] = exact[:3], exact[-5:]
         torch.testing.assert_close(squares[level], (error.square() * weights[:, None]).sum(0), rtol=1e-2, atol=1e-3)
+    within = torch.zeros(70, 310, dtype=torch.int16)
+    assert source.fine(span, config, (means, steps), weights, within[:, 4:304]) is not None
+    assert torch.equal(within[:, 4:304], fine)
+    assert not within[:, :4].any()
+    assert not within[:, 304:].any()
     rows[1, 299] = 70000
     assert source.fine(span, config, (means, steps), weights, fine) is None
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_what_the_coarsest_level_decodes(levels: int) -> None:
+    """The values may be overwritten by it."""
+    torch.manual_seed(0)
+    rows, steps = torch.randn(70, 300) * 40, torch.rand(300) + 0.5
+    config = CacheGenConfig(levels=levels, protect_first=3, protect_last=5)
+    [span], symbols = spans_of(70, 70), (rows / steps).round()
+    source = Source.of(Target.matrix(rows), torch.zeros(300, dtype=torch.int64))
+    assert source is not None
+    coarsest = 3 ** (levels - 1)
+    expected = (symbols / coarsest).round() * (steps * coarsest)
+    expected[:3], expected[-5:] = (symbols * steps)[:3], (symbols * steps)[-5:]
+    fine, scale = torch.empty(70, 300, dtype=torch.int16), (torch.zeros(300), steps)
+    assert source.fine(span, config, scale, torch.ones(70), fine, rows) is not None
+    assert torch.equal(rows, expected)
+    assert torch.equal(fine.float(), symbols)
 
 
 def test_costs_of_other_entries() -> None:
@@ -160,14 +183,15 @@ def test_bad_arguments_of_fine_symbols_are_refused() -> None:
     typed = abi.Source.from_buffer_copy(view)
     typed.dtype = 3
     for arguments in (
-        (grouped, spans, 2, None, fine, squares, out),
-        (unscaled, spans, 2, None, fine, squares, out),
-        (typed, spans, 2, None, fine, squares, out),
-        (view, None, 2, None, fine, squares, out),
-        (view, spans, 3, None, fine, squares, out),
-        (view, spans, 2, None, None, squares, out),
-        (view, spans, 2, None, fine, squares, None),
+        (grouped, spans, 2, None, fine, 8, None, squares, out),
+        (unscaled, spans, 2, None, fine, 8, None, squares, out),
+        (typed, spans, 2, None, fine, 8, None, squares, out),
+        (view, None, 2, None, fine, 8, None, squares, out),
+        (view, spans, 3, None, fine, 8, None, squares, out),
+        (view, spans, 2, None, None, 8, None, squares, out),
+        (view, spans, 2, None, fine, 7, None, squares, out),
+        (view, spans, 2, None, fine, 8, None, squares, None),
     ):
         with pytest.raises(NativeError, match="BAD_ARGUMENT"):
             native.call("cg_fine", *arguments, device=rows.device)
-    native.call("cg_fine", view, spans, 2, None, fine, None, out)
+    native.call("cg_fine", view, spans, 2, None, fine, 8, None, None, out)

@@ -20,7 +20,8 @@ from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.rows import ContextRows, geometry_of, spans_of
 from hf_cachegen.codec.source import Source
 from hf_cachegen.codec.tables import shipped_codebooks
-from hf_cachegen.codec.transforms.lossless import sample_of
+from hf_cachegen.codec.transforms import lossless
+from hf_cachegen.codec.transforms.lossless import CHOSEN_FROM, RUN, runs_of, sample_of
 from hf_cachegen.errors import NativeError, TensorError
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
@@ -150,6 +151,32 @@ def test_lossless_keeps_every_bit_of_a_sampled_context(dtype: torch.dtype) -> No
     whole = torch.int32 if dtype == torch.float32 else torch.int16
     for found, x in zip([y for pair in zip(keys, values, strict=True) for y in pair], tensors, strict=True):
         assert torch.equal(found.view(whole), x.view(whole))
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 8), (256, 100), (257, 257), (1000, 300), (5000, 700)])
+def test_runs_lie_within_the_chunks_and_spread_over_them(tokens: int, chunk: int) -> None:
+    spans = spans_of(tokens, chunk)
+    runs = runs_of(spans)
+    seen = [token for run in runs for token in range(run.first, run.first + run.tokens)]
+    assert sorted(set(seen)) == seen
+    assert set(seen) <= set(range(tokens))
+    assert all(any(span.first <= run.first < span.first + span.tokens for run in runs) for span in spans)
+    if tokens <= CHOSEN_FROM:
+        assert runs == spans
+    else:
+        assert CHOSEN_FROM // 2 <= len(seen) <= CHOSEN_FROM + RUN * len(spans)
+
+
+def test_a_long_context_is_coded_by_tables_of_some_tokens() -> None:
+    tensors = drawn(3, torch.bfloat16, (1, 2, 700, 64), layers=20)
+    config = CacheGenConfig(lossless=True, measure=False, chunk_tokens=300)
+    assert_equal(tensors, config)
+    own = encoded(tensors, config, twin=False)
+    assert all(torch.equal(x, y) for x, y in zip(decode_kv(own)[0], tensors[::2], strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lossless, "runs_of", lambda spans: spans)
+        every = encoded(tensors, config, twin=False)
+    assert every.nbytes < own.nbytes < 1.005 * every.nbytes
 
 
 def test_the_spread_is_that_of_the_rows() -> None:

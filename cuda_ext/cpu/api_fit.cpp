@@ -98,8 +98,9 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
   const bool small = all / n < kSmallTokens;
   const SourcePasses& passes = backend->source(source->dtype);
   std::atomic<uint32_t> bad{0}, failed{0};
-  int32_t bounds[kMaxSymbols * kGroups];
-  passes.bound_costs(*values, bounds);
+  const auto base_rows = rows_of(*values, kMaxSymbols, small);
+  const auto digit_rows = n_digits > 0 ? rows_of(*digits, CG_DIGIT_BINS, small) : nullptr;
+  if (!base_rows || (n_digits > 0 && !digit_rows)) return CG_FAILED;
   for_each_with<Counter>(
       tiles, all, run->threads, [&](Counter* counter) { passes.clear(counter, true); },
       [&](uint64_t tile, Counter* counter) {
@@ -113,35 +114,35 @@ int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t n_span
         passes.clear(counter, false);
         for (uint64_t s = 0; s < n_spans; s++) passes.count(columns, spans[s], n_digits, counter);
         if (counter->refused) bad = 1;
-        const auto choose = [&](uint64_t part, const cg_costs& book, const uint32_t* counts, uint32_t bins, uint32_t low,
+        const auto choose = [&](uint64_t part, const CostRows& book, const uint32_t* counts, uint32_t bins, uint32_t low,
                                 uint32_t high) {
           const uint64_t at = part * n + first;
-          passes.choose(book, &book == values ? bounds : nullptr, counts, bins, low, high, uint32_t(width), small, entries + at, costs + at);
+          passes.choose(book, counts, bins, low, high, uint32_t(width), entries + at, costs + at);
           for (uint64_t k = 0; k < n_others; k++)
             for (uint64_t j = 0; j < width; j++) {
               const uint64_t other = k * parts * n + at + j;
-              other_costs[other] = cost_of(book, counts + j * bins, low, high, others[other]);
+              other_costs[other] = cost_of(*book.book, counts + j * bins, low, high, others[other]);
             }
         };
-        choose(0, *values, counter->base[0], kMaxSymbols, counter->low, counter->high);
+        choose(0, *base_rows, counter->base[0], kMaxSymbols, counter->low, counter->high);
         for (uint32_t k = 0; k < n_digits; k++)
-          choose(1 + k, *digits, counter->digits[k][0], CG_DIGIT_BINS, 0, CG_DIGIT_BINS - 1);
+          choose(1 + k, *digit_rows, counter->digits[k][0], CG_DIGIT_BINS, 0, CG_DIGIT_BINS - 1);
         if (source->group_tokens > 0)
-          choose(1 + n_digits, *values, counter->anchors[0], kMaxSymbols, counter->anchor_low, counter->anchor_high);
+          choose(1 + n_digits, *base_rows, counter->anchors[0], kMaxSymbols, counter->anchor_low, counter->anchor_high);
       });
   *refused = bad;
   return failed ? CG_FAILED : CG_OK;
 }
 
 int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights, int16_t* fine,
-                double* squares, uint32_t* refused, const cg_run* run) noexcept {
+                uint64_t fine_stride, float* base, double* squares, uint32_t* refused, const cg_run* run) noexcept {
   const Backend* backend = backend_for(run);
   if (backend == nullptr || span == nullptr || !is_source(source, span, 1) || !is_scaled(*source)) return CG_BAD_ARGUMENT;
   if (source->group_tokens > 0 || n_digits > CG_MAX_DIGITS || refused == nullptr) return CG_BAD_ARGUMENT;
   *refused = 0;
   const uint64_t n = source->columns, tiles = (n + kTileColumns - 1) / kTileColumns;
   if (span->tokens * n == 0) return CG_OK;
-  if (fine == nullptr) return CG_BAD_ARGUMENT;
+  if (fine == nullptr || fine_stride < n) return CG_BAD_ARGUMENT;
   const SourcePasses& passes = backend->source(source->dtype);
   std::atomic<uint32_t> bad{0};
   for_each(tiles, span->tokens * n, run->threads, [&](uint64_t tile) {
@@ -149,7 +150,8 @@ int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits,
     Columns columns;
     open_columns(*source, nullptr, first, width, &columns);
     alignas(64) double own[(1 + CG_MAX_DIGITS) * kTileColumns] = {};
-    if (!passes.fine(columns, *span, n_digits, weights, fine + first, own)) bad = 1;
+    float* own_base = base ? base + first : nullptr;
+    if (!passes.fine(columns, *span, n_digits, weights, fine + first, fine_stride, own_base, own)) bad = 1;
     for (uint32_t k = 0; k <= n_digits && squares != nullptr; k++)
       for (uint64_t j = 0; j < width; j++) squares[k * n + first + j] = own[k * kTileColumns + j];
   });

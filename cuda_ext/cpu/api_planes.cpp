@@ -110,10 +110,10 @@ int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t
   if (book != nullptr && (!is_book(book) || entries == nullptr || costs == nullptr)) return CG_BAD_ARGUMENT;
   const uint64_t planes = value_bytes(source->dtype), n = source->columns;
   const SourcePasses& passes = backend->source(source->dtype);
-  int32_t bounds[kMaxSymbols * kGroups];
-  if (book != nullptr) passes.bound_costs(*book, bounds);
   uint64_t tokens = 0;
   for (uint64_t i = 0; i < n_spans; i++) tokens += spans[i].tokens;
+  const auto rows = book ? rows_of(*book, kMaxSymbols, tokens < kSmallTokens) : nullptr;
+  if (book != nullptr && !rows) return CG_FAILED;
   const bool done = for_each_tile<Planes>(*source, longest(spans, n_spans), tokens * n * planes, run->threads,
                                   [&](uint64_t tile, Planes& own) {
     memset(own.counts, 0, planes * sizeof own.counts[0]);
@@ -133,8 +133,7 @@ int32_t cg_choose_planes(const cg_source* source, const cg_span* spans, uint64_t
         low = any[k] && k < low ? k : low;
         high = any[k] ? k : high;
       }
-      passes.choose(*book, bounds, own.counts[p][0], kMaxSymbols, std::min(low, high), high, kTileColumns,
-                    tokens < kSmallTokens, entries + at, costs + at);
+      passes.choose(*rows, own.counts[p][0], kMaxSymbols, std::min(low, high), high, kTileColumns, entries + at, costs + at);
     }
   });
   return done ? CG_OK : CG_FAILED;

@@ -43,6 +43,7 @@ struct Run {
 struct EncodeChain;
 struct LevelRows;
 struct Columns;
+struct CostRows;
 struct Counter;
 struct CodeJob;
 
@@ -68,14 +69,13 @@ struct SourcePasses {
   void (*count)(const Columns& columns, const cg_span& span, uint32_t n_digits, Counter* counter);
   // Symbols of the chunk's tokens [first, last), at most kBlockTokens; false where a value has none.
   bool (*symbols)(const CodeJob& job, uint64_t first, uint64_t last);
-  // squares [1 + n_digits, 256]; false where a symbol is too large
+  // squares [1 + n_digits, 256], and base as cg_fine's; false where a symbol is too large
   bool (*fine)(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, int16_t* fine,
-               double* squares);
+               uint64_t fine_stride, float* base, double* squares);
   void (*clear)(Counter* counter, bool all);
-  void (*bound_costs)(const cg_costs& book, int32_t* bounds);  // [kMaxSymbols, kGroups], of a book of so many symbols
-  // For `width` columns, whose counts are `stride` apart; small: sums are below 2^31. bounds may be NULL for few symbols.
-  void (*choose)(const cg_costs& book, const int32_t* bounds, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
-                 bool small, uint8_t* entries, uint64_t* costs);
+  // For `width` columns, whose counts are `stride` apart.
+  void (*choose)(const CostRows& rows, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+                 uint8_t* entries, uint64_t* costs);
 };
 
 struct Backend {

@@ -134,15 +134,41 @@ constexpr uint32_t kPair = 2;       // columns that share the costs which are lo
 constexpr uint32_t kNarrow = 16;    // symbols of which a list is not worth making
 static_assert(kGroups == kGroup, "the bounds of all groups are summed as costs of a group are");
 
+// Sums of 32 bits take two symbols at a time, as machines multiply 16 bits: the first in the low half of a cost, and of a
+// count, and the second in the high half. Sums of 64 bits take one.
+template <class Sum>
+constexpr uint32_t kSymbols = sizeof(Sum) == sizeof(int32_t) ? 2 : 1;
+
 struct Seen {
-  uint32_t symbol, count;
+  uint32_t row, counts;  // symbols from row * kSymbols on
 };
+
+// high: the last symbol that has a count.
+template <class Sum>
+CACHEGEN_HD uint32_t counts_of(const uint32_t* counts, uint32_t row, uint32_t high) {
+  if (kSymbols<Sum> == 1) return counts[row];
+  return counts[2 * row] | (2 * row < high ? counts[2 * row + 1] << 16 : 0);
+}
 
 // Set before the inclusion: compilers do not say which instruction set a pragma chose.
 #if !defined(CACHEGEN_VECTOR_BYTES)
 #define CACHEGEN_VECTOR_BYTES 16
 #endif
 constexpr uint32_t kVectorBytes = CACHEGEN_VECTOR_BYTES;
+
+typedef int32_t Pairs __attribute__((vector_size(kVectorBytes)));
+
+CACHEGEN_HD Pairs multiply_pairs(const int32_t* from, uint32_t counts) {
+  Pairs costs;
+  memcpy(&costs, from, sizeof costs);
+#if CACHEGEN_VECTOR_BYTES == 64
+  return Pairs(_mm512_madd_epi16(__m512i(costs), _mm512_set1_epi32(int32_t(counts))));
+#elif CACHEGEN_VECTOR_BYTES == 32
+  return Pairs(_mm256_madd_epi16(__m256i(costs), _mm256_set1_epi32(int32_t(counts))));
+#else
+  return (costs & 0xffff) * int32_t(counts & 0xffff) + (costs >> 16) * int32_t(counts >> 16);
+#endif
+}
 
 // Sums of some entries' costs. Vectors, for compilers leave an array in memory; those that are wider than the
 // machine's are ten times as slow.
@@ -153,12 +179,19 @@ struct Sums {
   typedef Sum Part __attribute__((vector_size(kVectorBytes)));
   Part part[kParts] = {};
 
-  CACHEGEN_HD void add(const int32_t* costs, uint32_t count) {
+  CACHEGEN_HD void add(const int32_t* costs, uint32_t counts) {
 #pragma GCC unroll 16
     for (uint32_t i = 0; i < kParts; i++) {
-      Costs some;
-      memcpy(&some, costs + i * kWidth, sizeof some);
-      part[i] += __builtin_convertvector(some, Part) * Sum(count);
+      if constexpr (kSymbols<Sum> == 2) {
+        const Pairs products = multiply_pairs(costs + i * kWidth, counts);
+        Part own;
+        memcpy(&own, &products, sizeof own);
+        part[i] += own;
+      } else {
+        Costs some;
+        memcpy(&some, costs + i * kWidth, sizeof some);
+        part[i] += __builtin_convertvector(some, Part) * Sum(counts);
+      }
     }
   }
 };
@@ -203,21 +236,9 @@ struct Cheapest {
   }
 };
 
-// Lower bounds of the costs of each group's entries that may be chosen, [kMaxSymbols, kGroups].
-void bound_costs(const cg_costs& book, int32_t* bounds) {
-  for (uint32_t k = 0; k < kMaxSymbols; k++)
-    for (uint32_t g = 0; g < kGroups; g++) {
-      int32_t least = std::numeric_limits<int32_t>::max();
-      for (uint32_t e = g * kGroup; e < (g + 1) * kGroup && e < book.entries; e++) {
-        const int32_t cost = book.costs[k * book.entries + e];
-        least = e >= book.first && cost < least ? cost : least;
-      }
-      bounds[k * kGroups + g] = least == std::numeric_limits<int32_t>::max() ? 0 : least;
-    }
-}
-
 // Lists the symbols that occur; most do not, and are passed over eight at a time.
-inline uint32_t list_of(const uint32_t* counts, uint32_t low, uint32_t high, Seen* list) {
+template <class Sum>
+uint32_t list_of(const uint32_t* counts, uint32_t low, uint32_t high, Seen* list) {
   constexpr uint32_t kStep = 8;
   uint32_t seen = 0;
   for (uint32_t k = low / kStep * kStep; k <= high; k += kStep) {
@@ -225,9 +246,10 @@ inline uint32_t list_of(const uint32_t* counts, uint32_t low, uint32_t high, See
     memcpy(some, counts + k, sizeof some);
     if ((some[0] | some[1] | some[2] | some[3]) == 0) continue;
 #pragma GCC unroll 8
-    for (uint32_t i = k; i < k + kStep; i++) {
-      list[seen] = {i, counts[i]};
-      seen += counts[i] > 0;
+    for (uint32_t i = k; i < k + kStep; i += kSymbols<Sum>) {
+      const uint32_t row = i / kSymbols<Sum>;
+      list[seen] = {row, counts_of<Sum>(counts, row, kMaxSymbols)};
+      seen += list[seen].counts > 0;
     }
   }
   return seen;
@@ -236,29 +258,30 @@ inline uint32_t list_of(const uint32_t* counts, uint32_t low, uint32_t high, See
 template <class Sum>
 Sums<Sum, kGroup> sums_of(const int32_t* costs, uint64_t stride, const Seen* list, uint32_t seen) {
   Sums<Sum, kGroup> sums;
-  for (uint32_t i = 0; i < seen; i++) sums.add(costs + list[i].symbol * stride, list[i].count);
+  for (uint32_t i = 0; i < seen; i++) sums.add(costs + list[i].row * stride, list[i].counts);
   return sums;
 }
 
 // The cheapest entry of a column of many symbols. Few groups of entries have a bound below the cost of that with the lowest one.
 template <class Sum>
-void cheapest_bounded(const cg_costs& book, const int32_t* bounds, const uint32_t* counts, uint32_t low, uint32_t high,
-                      uint8_t* entry, uint64_t* cost) {
+void cheapest_bounded(const CostRows& rows, const uint32_t* counts, uint32_t low, uint32_t high, uint8_t* entry,
+                      uint64_t* cost) {
+  const cg_costs& book = *rows.book;
   Seen list[kMaxSymbols + 1];
-  const uint32_t seen = list_of(counts, low, high, list);
+  const uint32_t seen = list_of<Sum>(counts, low, high, list);
   Sum bound[kGroups];
-  const auto found = sums_of<Sum>(bounds, kGroups, list, seen);
+  const auto found = sums_of<Sum>(rows.bounds, kGroups, list, seen);
   memcpy(bound, &found, sizeof bound);
   const uint32_t groups = book.entries / kGroup;
   uint32_t lowest = book.first / kGroup;
   for (uint32_t g = lowest + 1; g < groups; g++) lowest = bound[g] < bound[lowest] ? g : lowest;
   Cheapest<Sum> best(book);
-  best.template see<true>(sums_of<Sum>(book.costs + lowest * kGroup, book.entries, list, seen), lowest * kGroup);
+  best.template see<true>(sums_of<Sum>(rows.costs + lowest * kGroup, book.entries, list, seen), lowest * kGroup);
   best.store(entry, cost);
   const Sum most = Sum(*cost);
   for (uint32_t g = book.first / kGroup; g < groups; g++)
     if (g != lowest && bound[g] <= most)
-      best.template see<true>(sums_of<Sum>(book.costs + g * kGroup, book.entries, list, seen), g * kGroup);
+      best.template see<true>(sums_of<Sum>(rows.costs + g * kGroup, book.entries, list, seen), g * kGroup);
   best.store(entry, cost);
 }
 
@@ -278,15 +301,17 @@ void see_rest(const cg_costs& book, const uint32_t* counts, uint32_t low, uint32
 
 // The cheapest entry of each of kPair columns, whose counts are counts[j], and its cost; of equal ones, the first.
 template <class Sum>
-void cheapest(const cg_costs& book, const uint32_t* const* counts, uint32_t low, uint32_t high, uint8_t* entries,
+void cheapest(const CostRows& rows, const uint32_t* const* counts, uint32_t low, uint32_t high, uint8_t* entries,
               uint64_t* costs) {
+  const cg_costs& book = *rows.book;
   Cheapest<Sum> best[kPair] = {Cheapest<Sum>(book), Cheapest<Sum>(book)};
   uint32_t first = 0;
   for (; book.entries - first >= kTogether; first += kTogether) {
     Sums<Sum, kTogether> sums[kPair];
-    for (uint32_t k = low; k <= high; k++)
+    for (uint32_t row = low / kSymbols<Sum>; row <= high / kSymbols<Sum>; row++)
 #pragma GCC unroll 2
-      for (uint32_t j = 0; j < kPair; j++) sums[j].add(book.costs + k * book.entries + first, counts[j][k]);
+      for (uint32_t j = 0; j < kPair; j++)
+        sums[j].add(rows.costs + row * book.entries + first, counts_of<Sum>(counts[j], row, high));
     for (uint32_t j = 0; j < kPair; j++) best[j].see(sums[j], first);
   }
   for (uint32_t j = 0; j < kPair; j++) {
@@ -295,12 +320,13 @@ void cheapest(const cg_costs& book, const uint32_t* const* counts, uint32_t low,
   }
 }
 
-void choose(const cg_costs& book, const int32_t* bounds, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high,
-            uint32_t width, bool small, uint8_t* entries, uint64_t* costs) {
+void choose(const CostRows& rows, const uint32_t* counts, uint32_t stride, uint32_t low, uint32_t high, uint32_t width,
+            uint8_t* entries, uint64_t* costs) {
+  const cg_costs& book = *rows.book;
   if (high - low >= kNarrow && book.entries > kTogether && book.entries % kGroup == 0) {
     for (uint32_t j = 0; j < width; j++)
-      (small ? cheapest_bounded<int32_t> : cheapest_bounded<int64_t>)(book, bounds, counts + j * stride, low, high, entries + j,
-                                                                      costs + j);
+      (rows.pairs ? cheapest_bounded<int32_t> : cheapest_bounded<int64_t>)(rows, counts + j * stride, low, high, entries + j,
+                                                                           costs + j);
     return;
   }
   for (uint32_t j = 0; j < width; j += kPair) {
@@ -308,7 +334,7 @@ void choose(const cg_costs& book, const int32_t* bounds, const uint32_t* counts,
     uint8_t found[kPair];
     uint64_t cost[kPair];
     for (uint32_t i = 0; i < kPair; i++) own[i] = counts + (j + i < width ? j + i : j) * stride;
-    (small ? cheapest<int32_t> : cheapest<int64_t>)(book, own, low, high, found, cost);
+    (rows.pairs ? cheapest<int32_t> : cheapest<int64_t>)(rows, own, low, high, found, cost);
     for (uint32_t i = 0; i < kPair && j + i < width; i++) {
       entries[j + i] = found[i];
       costs[j + i] = cost[i];

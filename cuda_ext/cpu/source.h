@@ -288,14 +288,14 @@ bool symbols_of(const CodeJob& job, uint64_t first, uint64_t last) {
   return sound;
 }
 
-// Fine symbols of a row, and the squared errors of its levels. Sums of a few rows are floats, which vectors hold twice as
+// Fine symbols of a row, what the coarsest level decodes, and the squared errors of its levels. Sums of a few rows are floats, which vectors hold twice as
 // many of.
 
 constexpr uint64_t kFloatRows = 64;
 
 template <uint32_t kDigits>
 uint32_t fine_symbols(const Columns& columns, const float* __restrict y, float weight, int16_t* __restrict fine,
-                      float* __restrict squares) {
+                      float* __restrict base, float* __restrict squares) {
   const float *__restrict mean = columns.mean, *__restrict step = columns.step;
   float *__restrict second = squares + (kDigits > 0) * kTileColumns, *__restrict third = second + (kDigits > 1) * kTileColumns;
   constexpr int32_t kLargest = 32767;
@@ -306,7 +306,9 @@ uint32_t fine_symbols(const Columns& columns, const float* __restrict y, float w
     outside |= uint32_t(f.integer + kLargest) > uint32_t(2 * kLargest);
     fine[j] = int16_t(f.integer);
     const float coarser = Rounded(f.value * (1.0f / 3)).value, coarsest = Rounded(coarser * (1.0f / 3)).value;
-    const float one = d - f.value * unit, two = d - coarser * (3 * unit), three = d - coarsest * (9 * unit);
+    const float finest = f.value * unit, middle = coarser * (3 * unit), most = coarsest * (9 * unit);
+    const float one = d - finest, two = d - middle, three = d - most;
+    base[j] = kDigits == 0 ? finest : kDigits == 1 ? middle : most;
     if (kDigits == 2) squares[j] += weight * three * three;
     if (kDigits > 0) (kDigits == 1 ? squares : second)[j] += weight * two * two;
     third[j] += weight * one * one;
@@ -316,15 +318,16 @@ uint32_t fine_symbols(const Columns& columns, const float* __restrict y, float w
 
 template <class T>
 bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, const float* weights, int16_t* fine,
-             double* squares) {
+             uint64_t fine_stride, float* base, double* squares) {
   const auto levels = n_digits == 0 ? fine_symbols<0> : n_digits == 1 ? fine_symbols<1> : fine_symbols<2>;
   alignas(64) float own[(2 + CG_MAX_DIGITS) * kTileColumns] = {};
-  float* finest = own + (1 + CG_MAX_DIGITS) * kTileColumns;
+  float *finest = own + (1 + CG_MAX_DIGITS) * kTileColumns, unread[kTileColumns];
   uint32_t outside = 0;
   for_each_row<T>(columns, span, 0, span.tokens, [](uint64_t, const uint8_t*) {}, [&](uint64_t i, const float* y) {
     const bool ordinary = i >= span.ordinary_first && i < span.ordinary_last;
-    int16_t* row = fine + i * columns.source->columns;
-    outside |= (ordinary ? levels : fine_symbols<0>)(columns, y, weights ? weights[i] : 1, row, ordinary ? own : finest);
+    int16_t* row = fine + i * fine_stride;
+    float* base_row = base ? base + i * columns.source->columns : unread;
+    outside |= (ordinary ? levels : fine_symbols<0>)(columns, y, weights ? weights[i] : 1, row, base_row, ordinary ? own : finest);
     if (i % kFloatRows != kFloatRows - 1 && i + 1 < span.tokens) return;
     for (uint32_t k = 0; k <= n_digits; k++)
       for (uint32_t j = 0; j < columns.width; j++)
@@ -337,7 +340,7 @@ bool fine_of(const Columns& columns, const cg_span& span, uint32_t n_digits, con
 // By type of the values.
 
 template <class T>
-constexpr SourcePasses kSourceOf = {peak_of<T>, spread_of<T>, count_of<T>, symbols_of<T>, fine_of<T>, clear, bound_costs, choose};
+constexpr SourcePasses kSourceOf = {peak_of<T>, spread_of<T>, count_of<T>, symbols_of<T>, fine_of<T>, clear, choose};
 
 const SourcePasses& source_passes(uint32_t dtype) {
   switch (dtype) {

@@ -29,8 +29,7 @@ inline bool is_scaled(const cg_source& source) {
   return source.columns == 0 || (has_scales(source) && source.means != nullptr && source.steps != nullptr);
 }
 
-constexpr uint64_t kLargestCost = 1 << 15;
-constexpr uint64_t kSmallTokens = (uint64_t(1) << 31) / kLargestCost;  // below it the costs of a column fit 31 bits
+constexpr uint64_t kSmallTokens = 1 << 15;  // below it counts and costs fit 15 bits, and their sums 31
 
 inline bool is_book(const cg_costs* book) {
   return book != nullptr && book->costs != nullptr && book->entries >= 1 && book->entries <= kMaxTables &&

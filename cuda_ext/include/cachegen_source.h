@@ -47,7 +47,7 @@ CG_API int32_t cg_peaks(const cg_source* source, const cg_span* spans, uint64_t 
 CG_API int32_t cg_spread(const cg_source* source, const cg_span* spans, uint64_t n_spans, double* sums,
                          const cg_run* run) CG_NOEXCEPT;
 
-/* Costs of a codebook's entries: costs [symbols, entries], 0 to 2^15, symbols being 256 or CG_DIGIT_BINS. A multiple of
+/* Costs of a codebook's entries: costs [symbols, entries], 0 to 2^15 - 1, symbols being 256 or CG_DIGIT_BINS. A multiple of
  * 32 entries is fastest. */
 typedef struct cg_costs {
   const int32_t* costs;
@@ -64,12 +64,13 @@ CG_API int32_t cg_choose(const cg_source* source, const cg_span* spans, uint64_t
                          uint32_t* refused, const uint8_t* others, uint32_t n_others, uint64_t* other_costs,
                          const cg_run* run) CG_NOEXCEPT;
 
-/* Fine symbols of a span of a source without anchors: fine [tokens, columns]. squares [1 + n_digits, columns], which may be
- * NULL, takes the sums of the squared errors of the values that each level decodes, the coarsest first; the rows that are
+/* Fine symbols of a span of a source without anchors: fine [tokens, columns], fine_stride symbols from token to token. base
+ * [tokens, columns], which may be NULL or the values themselves, takes the values that the coarsest level decodes, without
+ * the means. squares [1 + n_digits, columns], which may be NULL, takes the sums of the squared errors of the values that each level decodes, the coarsest first; the rows that are
  * not ordinary have the finest error at every level. weights [tokens], which may be NULL, multiply the squares. *refused
  * takes 1 if a symbol is not within -32767..32767, else 0; the symbols then mean nothing. */
 CG_API int32_t cg_fine(const cg_source* source, const cg_span* span, uint32_t n_digits, const float* weights, int16_t* fine,
-                       double* squares, uint32_t* refused, const cg_run* run) CG_NOEXCEPT;
+                       uint64_t fine_stride, float* base, double* squares, uint32_t* refused, const cg_run* run) CG_NOEXCEPT;
 
 /* The tables of one part of a chunk. */
 typedef struct cg_part {

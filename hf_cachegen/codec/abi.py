@@ -305,7 +305,7 @@ CPU_PROTOTYPES = {
     "cg_peaks": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
     "cg_spread": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER]),
     "cg_choose": (_STATUS, [_POINTER, _POINTER, _U64, _U32, *[_POINTER] * 6, _U32, _POINTER, _POINTER]),
-    "cg_fine": (_STATUS, [_POINTER, _POINTER, _U32, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "cg_fine": (_STATUS, [*[_POINTER] * 2, _U32, *[_POINTER] * 2, _U64, *[_POINTER] * 4]),
     "cg_choose_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "cg_code_planes": (_STATUS, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "cg_decode_planes": (_STATUS, [_POINTER, _POINTER, _U64, _POINTER, _POINTER, _POINTER, _POINTER]),

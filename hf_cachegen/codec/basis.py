@@ -43,6 +43,12 @@ in float32, in bfloat16 (measured on Zen 4), and in bfloat16 with AMX (estimated
 """
 
 
+Code = Callable[[slice, Tensor], Tensor]
+"""Takes a group's components, and its coefficients float32 [tokens, components], in memory that the next group
+overwrites. Returns these coefficients as the coarsest level decodes them, which a chain reads.
+"""
+
+
 class Memory:
     """Memory that the products of a chunk share: new memory takes as long as a product of some dozen components."""
 
@@ -168,10 +174,9 @@ class Basis:
         self.geometry, self.profile = geometry, profile
         self.learnt = profile if learnt is None else learnt
         self.slices = slices_of(geometry)
-        self._memories: list[Memory] = []  # one for each thread that restores at the same time
+        self._memories: list[Memory] = []  # one for each thread that multiplies at the same time
         self._components = sum(len(group.synthesis) for group in self.learnt.groups)
 
-    @without_autocast()
     def coefficients(
         self, vectors: Sequence[Tensor], span: Span, scores: Tensor | None = None,
         base: Callable[[Tensor], Tensor] | None = None,
@@ -184,27 +189,44 @@ class Basis:
             scores: float32 [tokens, rank], of a predictor.
             base: Returns coefficients as the coarsest level decodes them; needed in a chain.
         """
-        rotary, device = self.profile.rotary, vectors[0].device
-        angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
-        found, summaries = torch.empty(span.tokens, self._components, device=device), list[Tensor]()
+        found = torch.empty(span.tokens, self._components, device=vectors[0].device)
+
+        def code(components: slice, y: Tensor) -> Tensor:
+            found[:, components] = y
+            return y if base is None else base(y)
+
+        self.analyse(vectors, span, scores, code)
+        return found
+
+    @without_autocast()
+    def analyse(self, vectors: Sequence[Tensor], span: Span, scores: Tensor | None, code: Code) -> None:
+        """Convert the values of a chunk to coefficients, one group of layers after the other.
+
+        Args:
+            vectors: K and V of each layer in turn, [tokens, heads, dim] of any float dtype.
+            span: The position of the chunk.
+            scores: float32 [tokens, rank], of a predictor.
+            code: Is called for each group.
+        """
+        device, rotary, summaries = vectors[0].device, self.profile.rotary, list[Tensor]()
+        turn = rotary, rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
         chain, scores = self._chain(device), None if scores is None else send(scores, device)
+        memory = self._memory()
         for index, (group, components) in enumerate(self._groups()):
-            x = torch.empty(span.tokens, *group.sensitivity.shape[:2], device=device)
-            mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
-            for own, part in zip(mine, x.split([own.shape[1] for own in mine], 1), strict=True):
-                # By layers, which stay in a core's cache.
-                part.copy_(rotary.turn(own.to(device).float(), angles, -1) if group.kind == 0 else own)
-            x = x.flatten(1)
             mean, analysis, prediction = self._analyses(device)[index]
+            x = memory.take("rows", (span.tokens, len(mean)), torch.float32, device)
+            mine = [vectors[2 * layer + group.kind] for layer in range(group.first, group.first + group.count)]
+            heads.read(mine, x, turn if group.kind == 0 else None)
             x -= mean
             with full_precision(device):
                 read = chain.read(index, scores, summaries)
                 if read is not None:
                     x.addmm_(read, prediction, alpha=-1)
-                torch.mm(x, analysis, out=found[:, components])
-                if chain.reach and base is not None:
-                    summaries.append(chain.summary(index, base(found[:, components]), read))
-        return found
+                y = memory.take("coefficients", (span.tokens, analysis.shape[1]), torch.float32, device)
+                coarse = code(components, torch.mm(x, analysis, out=y))
+                if chain.reach:
+                    summaries.append(chain.summary(index, coarse, read))
+        self._memories.append(memory)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Return the vectors of rows [tokens, channels], as `coefficients` takes them."""
@@ -247,10 +269,7 @@ class Basis:
         rotary = self.profile.rotary
         angles = rotary.angles(torch.arange(span.first, span.first + span.tokens, device=device))
         matrices = self._matrices(device, narrow)
-        try:
-            memory = self._memories.pop()
-        except IndexError:  # all are in use by other threads
-            memory = Memory()
+        memory = self._memory()
         for (group, components), matrix, read in zip(self._groups(), matrices, reads, strict=True):
             with full_precision(device):
                 back = _product(matrix, y[:, components], read, memory, None if shares is None else shares[components])
@@ -264,6 +283,13 @@ class Basis:
         rows = torch.empty(len(y), len(self.profile.means), dtype=dtype, device=y.device)
         self.restore(y, span, self.split(rows))
         return rows
+
+    def _memory(self) -> Memory:
+        """Take memory out of `_memories`."""
+        try:
+            return self._memories.pop()
+        except IndexError:  # all are in use by other threads
+            return Memory()
 
     def _reads(self, y: Tensor, scores: Tensor | None, coarse: Tensor | None) -> list[Tensor]:
         """Return what each group's prediction reads, float32 [tokens, numbers]. Arguments are those of `restore`."""

@@ -48,6 +48,37 @@ def write(
     native.call(WRITE, (abi.Heads * len(jobs))(*jobs), len(jobs), device=rows.device)
 
 
+def read(sources: Sequence[Tensor], rows: Tensor, turn: tuple[Rotary, Tensor] | None = None) -> None:
+    """Read the layers' tensors to rows, keys turned back from their positions: the inverse of `write` without means.
+
+    Args:
+        sources: [tokens, heads, dim] of each layer in turn, of one float dtype.
+        rows: float32 [tokens, channels], contiguous, which receive the values.
+        turn: As in `write`.
+    """
+    turn = None if turn is None or turn[0].style == "none" else turn
+    plain = sources[0].dtype in (torch.float32, torch.bfloat16)
+    plain = plain and all(x.stride(-1) == 1 and x.device == rows.device for x in sources)
+    if not plain or not native.offers(WRITE, rows.device):
+        _read_by_torch(sources, rows, turn)
+        return
+    # To the library each head of a layer is a matrix of its own.
+    starts = [x.data_ptr() + h * x.stride(1) * x.element_size() for x in sources for h in range(x.shape[1])]
+    dims = np.repeat([x.shape[2] for x in sources], [x.shape[1] for x in sources])
+    jobs = np.zeros(len(starts), _JOB)
+    jobs["rows"], jobs["dim"], jobs["heads"], jobs["tokens"] = starts, dims, 1, len(rows)
+    jobs["row_stride"] = np.repeat([x.stride(0) for x in sources], [x.shape[1] for x in sources])
+    jobs["address"] = rows.data_ptr() + rows.element_size() * (dims.cumsum() - dims)
+    jobs["token_stride"] = rows.stride(0) * rows.element_size()
+    jobs["from_dtype"], jobs["to_dtype"] = DTYPES[sources[0].dtype], DTYPES[rows.dtype]
+    if turn is not None:
+        rotary, angles = turn
+        back = angles * angles.new_tensor([1, -1]).view(2, 1, 1, 1) / rotary.scaling
+        jobs["cosines"], jobs["sines"], jobs["pairs"] = back[0].data_ptr(), back[1].data_ptr(), back.shape[-1]
+        jobs["interleaved"] = rotary.style == "interleaved"
+    native.call(WRITE, jobs.ctypes.data, len(jobs), device=rows.device)
+
+
 def by_token(target: Target, geometry: Geometry) -> list[Tensor]:
     """Return views [tokens, heads, dim] of a target for caches of one context: K and V of each layer in turn."""
     if target.kept[0].dim() == 2:
@@ -130,6 +161,14 @@ class Writer:
             turn = (rotary, angles) if mine[0] % 2 == 0 and angles is not None else None
             mean = None if self._means is None else self._means[product]
             _write_by_torch(rows[product], mean, [views[vector][tokens] for vector in mine], turn)
+
+
+def _read_by_torch(sources: Sequence[Tensor], rows: Tensor, turn: tuple[Rotary, Tensor] | None) -> None:
+    """Do the same in torch, layer by layer: a layer's values stay in a core's cache."""
+    parts = rows.split([x.shape[1] * x.shape[2] for x in sources], 1)
+    for own, part in zip(sources, parts, strict=True):
+        values = own if turn is None else turn[0].turn(own.to(rows.device).float(), turn[1], -1)
+        part.unflatten(1, own.shape[1:]).copy_(values)
 
 
 def _write_by_torch(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_cachegen.codec.basis import Code
 from hf_cachegen.codec.chunk import LossyCodec, Span, encode_from
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.source import Source
@@ -42,14 +43,14 @@ class Kept:
 
     @classmethod
     def of(
-        cls, codec: LossyCodec, spans: Sequence[Span], coefficients: Callable[[Span], Tensor], weights: Tensor
+        cls, codec: LossyCodec, spans: Sequence[Span], analyse: Callable[[Span, Code], None], weights: Tensor
     ) -> Kept | None:
-        """Compute the coefficients of each chunk, and keep their symbols.
+        """Compute the coefficients of each chunk group by group, and keep their symbols.
 
         Args:
             codec: Quantises them.
             spans: The chunks.
-            coefficients: Returns those of a chunk, float32 [tokens, components], on the CPU.
+            analyse: Passes the coefficients of each group of a chunk to a function, in the coder's units, on the CPU.
             weights: float32 [tokens of the context]: factors of the squared errors.
 
         Returns:
@@ -64,17 +65,27 @@ class Kept:
         source = Source.of(_from(fine, spans[0].first), codec.channels.vectors)
         if source is None or codec.config.coder != "rans":
             return None
-        squares: dict[int, Tensor] = {}
+        squares = {span.first: torch.empty(codec.config.levels, components, dtype=torch.float64) for span in spans}
         for span in spans:
-            y = Source.of(_from(coefficients(span), span.first), codec.channels.vectors)
-            at = slice(span.first - spans[0].first, span.first - spans[0].first + span.tokens)
-            here = slice(span.first, span.first + span.tokens)
-            if y is None:
+            here, at = (slice(span.first - first, span.first - first + span.tokens) for first in (0, spans[0].first))
+            sound = True
+
+            def code(
+                group: slice, y: Tensor, span: Span = span, here: slice = here, at: slice = at
+            ) -> Tensor:
+                nonlocal sound
+                own = Source.of(_from(y, span.first), codec.channels.vectors[group])
+                scale = codec.means[group], codec.steps[group]
+                found = None if own is None else own.fine(span, codec.config, scale, weights[here], fine[at, group], y)
+                if found is None:
+                    sound = False
+                else:
+                    squares[span.first][:, group] = found
+                return y
+
+            analyse(span, code)
+            if not sound:
                 return None
-            found = y.fine(span, codec.config, (codec.means, codec.steps), weights[here], fine[at])
-            if found is None:
-                return None
-            squares[span.first] = found
         return cls(source, squares)
 
     def choose(self, spans: Sequence[Span], codec: LossyCodec, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:

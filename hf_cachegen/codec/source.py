@@ -197,8 +197,9 @@ class Source:
         return entries, costs.double() / COST_SCALE, other_costs.double() / COST_SCALE
 
     def fine(
-        self, chunk: Chunk, config: CacheGenConfig, scale: tuple[Tensor, Tensor], weights: Tensor, to: Tensor
-    ) -> Tensor | None:
+        self, chunk: Chunk, config: CacheGenConfig, scale: tuple[Tensor, Tensor], weights: Tensor, to: Tensor,
+        base: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """Write the fine symbols of a chunk of values without anchors.
 
         Args:
@@ -206,14 +207,17 @@ class Source:
             config: Its levels and protected tokens are used.
             scale: (means, steps), each float32 [channels].
             weights: float32 [tokens]: factors of the squared errors.
-            to: Receives the symbols: int16 [tokens, channels].
+            to: Receives the symbols: int16 [tokens, channels], which follow one another in a row.
+            base: Receives the values less the means as the coarsest level decodes them: float32 [tokens, channels],
+                contiguous. It may be the values themselves.
 
         Returns:
             The sums of the squared errors at each level, float64 [levels, channels]. None if a symbol does not fit.
         """
         squares, refused = torch.zeros(config.levels, len(self), dtype=torch.float64), ctypes.c_uint32()
-        arguments = (config.levels - 1, weights, to, squares, ctypes.byref(refused))
-        native.call("cg_fine", self._view(*scale), self._spans([chunk], config), *arguments)
+        arguments = (config.levels - 1, weights, to.data_ptr(), max(to.stride(0), len(self)), base, squares)
+        view, spans = self._view(*scale), self._spans([chunk], config)
+        native.call("cg_fine", view, spans, *arguments, ctypes.byref(refused))
         return None if refused.value else squares
 
     def encode(

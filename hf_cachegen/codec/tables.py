@@ -38,7 +38,7 @@ SHIPPED_CODEBOOK = "cachegen-1"
 EXCEPTION_BITS = 64
 COST_SCALE = 256
 """Costs are integers in units of 1/256 bit."""
-LARGEST_COST = 1 << 15
+LARGEST_COST = (1 << 15) - 1
 """Above every cost: 12 bits and an exception."""
 COMPILED_ENTRIES = 32
 """The compiled code compares so many entries at a time."""
@@ -200,16 +200,18 @@ def learn(histograms: Tensor, entries: int, prob_bits: int, rounds: int = 4) -> 
     Returns:
         int32 [tables, symbols].
     """
-    symbols = torch.arange(histograms.shape[1], dtype=torch.float64)
-    order = ((histograms.double() @ symbols) / histograms.sum(1).clamp_min(1)).argsort(stable=True)
+    counts, near = histograms.double(), _seen(histograms)  # sums of integers are exact
+    symbols = torch.arange(counts.shape[1], dtype=torch.float64)
+    order = ((counts @ symbols) / counts.sum(1).clamp_min(1)).argsort(stable=True)
     owner = torch.empty_like(order)
     owner[order] = torch.arange(len(order)) * entries // max(1, len(order))
     frequencies = torch.empty(0)
     for _ in range(rounds):
-        sums = torch.zeros(entries, histograms.shape[1], dtype=torch.int64).index_add_(0, owner, histograms.long())
+        sums = ((owner == torch.arange(entries)[:, None]).double() @ counts).long()
         sums = sums[sums.sum(1) > 0]
-        frequencies = torch.tensor([normalise(row, prob_bits) for row in sums.tolist()], dtype=torch.int32)
-        owner = Codebook(frequencies, prob_bits, 1).choose(histograms)[0].long()
+        rows = np.array([normalise(row, prob_bits) for row in sums.tolist()], np.int32)
+        frequencies = torch.from_numpy(rows)
+        owner = (counts[:, near] @ Codebook(frequencies, prob_bits, 1).cost[:, near].mT).min(1).indices
     return frequencies
 
 

@@ -145,10 +145,13 @@ class Klt(Transform):
         weights = torch.ones(self.geometry.tokens)
         weights[self.sinks] = FINER**-2
 
-        def coefficients(span: Span) -> Tensor:
-            return self._coefficients(context.vectors(span), span)
+        def analyse(span: Span, code: basis.Code) -> None:
+            def in_units(components: slice, y: Tensor) -> Tensor:
+                return self.scaling.to_basis(code(components, self.scaling.to_coder(y, span)), span)
 
-        return Kept.of(self.inner, context.spans, coefficients, weights)
+            self.basis.analyse(context.vectors(span), span, self._scores(span), in_units)
+
+        return Kept.of(self.inner, context.spans, analyse, weights)
 
     def _choices(self, context: ContextRows, kept: Kept | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the cheapest entries uint8 [components] of each part, and the bits float64 that they save."""
@@ -222,15 +225,12 @@ class Klt(Transform):
 
     def coefficients(self, rows: Tensor, span: Span) -> Tensor:
         """Return the coefficients to code: float32 [tokens, components], on the device of rows."""
-        return self._coefficients(self.basis.split(rows), span)
-
-    def _coefficients(self, vectors: Sequence[Tensor], span: Span) -> Tensor:
-        """Return the coefficients to code of a chunk: K and V of each layer in turn, [tokens, heads, dim]."""
 
         def base(y: Tensor) -> Tensor:
             return self.scaling.base(y, span)
 
-        return self.scaling.to_coder(self.basis.coefficients(vectors, span, self._scores(span), base), span)
+        found = self.basis.coefficients(self.basis.split(rows), span, self._scores(span), base)
+        return self.scaling.to_coder(found, span)
 
     def knowing(self, known: Known | None) -> Klt:
         if known is None or self.layer is None:
