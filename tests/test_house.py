@@ -22,7 +22,7 @@ MAX_LINES = 400
 
 FLOORS = (
     ("errors", "_version"),
-    ("config", "report", "strict_json"),
+    ("config", "report", "strict_json", "new_bytes"),
     ("codec",),
     ("artifact",),
     ("stores",),

@@ -27,6 +27,7 @@ from hf_cachegen.errors import (
     UnsupportedFormatError,
     WrongModelError,
 )
+from hf_cachegen.profiles import finding
 from hf_cachegen.profiles.finding import profile_of
 from hf_cachegen.profiles.learning import DEFAULT_TARGETS, divergence, find_rotary, prefill
 from hf_cachegen.stores import LocalStore
@@ -197,6 +198,7 @@ def test_profiles_are_parsed_only_under_their_digest(
         (tmp_path / "klt" / PROFILE_FILE).write_bytes(data)
         artifact = Artifact(LocalStore(tmp_path / "klt"))
         assert profile_of(artifact, model_folder=str(tmp_path / "model")).digest == profile.digest
+        monkeypatch.setattr(finding, "_known", {})  # no profile is in use
         monkeypatch.setattr(Profile, "from_bytes", lambda *_: pytest.fail("it was parsed"))
         with pytest.raises(ProfileError, match=profile.digest):
             profile_of(Artifact(LocalStore(tmp_path / "klt")))

@@ -82,8 +82,10 @@ class SecureConnection(http.client.HTTPSConnection, Connection):
 class Response(http.client.HTTPResponse):
     """A response that reports, when it is closed, whether its body was read to the last byte: to `closed_with`."""
 
-    closed_with: Callable[[bool], None] | None = None
-    _taken = 0
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.closed_with: Callable[[bool], None] | None = None
+        self._taken = 0
 
     def read1(self, n: int = -1) -> bytes:
         """Read at most `n` bytes with one read of the socket, and count them (Python 3.13 counts, earlier ones do not).
