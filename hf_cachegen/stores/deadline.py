@@ -115,4 +115,4 @@ class Response(http.client.HTTPResponse):
 
 
 def _response(deadline: float, sock: socket.socket, **options: Any) -> Response:
-    return Response(_Socket(sock, deadline), **options)  # type: ignore[arg-type]
+    return Response(_Socket(sock, deadline), **options)
