@@ -208,7 +208,7 @@ def test_an_interrupt_ends_quietly(folder: Path, monkeypatch: pytest.MonkeyPatch
         (errors.WrongTokenizerError("x"), 4), (errors.PromptMismatchError("x"), 4),
         (errors.UnsupportedFormatError("x"), 5), (errors.UnsupportedLayerError("x"), 5),
         (errors.UnsupportedModelError("x"), 5), (errors.MissingExtraError("x"), 5),
-        (errors.ProfileError("x"), 6), (errors.TensorError("x"), 1), (errors.NativeError("x"), 1), (OSError("x"), 1),
+        (errors.ProfileError("x"), 6), (errors.TensorError("x"), 3), (errors.NativeError("x"), 1), (OSError("x"), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )  # fmt: skip
