@@ -138,6 +138,13 @@ CG_API int32_t cg_decode_planes(const cg_section* section, const uint8_t* stream
 CG_API int32_t cg_patch_planes(const uint64_t* positions, const int32_t* indices, uint64_t count, const cg_output* output,
                                const cg_run* run) CG_NOEXCEPT;
 
+/* Calls work(data) in each of `threads` threads, of which the caller is one, and returns when all have: GOMP_parallel of
+ * libgomp. Fewer threads may do it. */
+typedef void (*cg_team)(void (*work)(void* data), void* data, unsigned threads, unsigned flags);
+
+/* Names the pool that this process's calls take their threads from: the address of a cg_team. NULL: each call starts its own. */
+CG_API int32_t cg_use_team(void* team) CG_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -317,6 +317,7 @@ CPU_PROTOTYPES = {
     "cg_read_parts": (_STATUS, [_POINTER, _POINTER, _POINTER, _U64, _U64, _POINTER, _POINTER, _POINTER]),
     "cg_gather": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER]),
     "cg_block_sums": (_STATUS, [_POINTER, _U64, _POINTER, _U64, _POINTER, _POINTER]),
+    "cg_use_team": (_STATUS, [_POINTER]),
 }
 """Functions that a library may lack: the CUDA library has cg_write_heads, cg_gather_operands, cg_read_parts and
 cg_block_sums alone of them, and the CPU library has all but cg_gather_operands.

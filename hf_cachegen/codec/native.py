@@ -115,7 +115,20 @@ def _library() -> ctypes.CDLL | None:
             LIBRARY.name,
         )
         return None
-    return load(LIBRARY)
+    library = load(LIBRARY)
+    library.cg_use_team(torch_team())
+    return library
+
+
+def torch_team() -> int | None:
+    """Return the address of GOMP_parallel in the library that torch's threads are from; None where torch has others."""
+    found = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")]
+    if len(found) != 1 or "backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(found[0]).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 @lru_cache(maxsize=1)
