@@ -116,7 +116,8 @@ def _library() -> ctypes.CDLL | None:
         )
         return None
     library = load(LIBRARY)
-    library.cg_use_team(torch_team())
+    if hasattr(library, "cg_use_team"):
+        library.cg_use_team(torch_team())
     return library
 
 
