@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +15,6 @@ from tests.http_server import Server, running
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the test a local cache of segments and speeds of its own."""
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def no_profile_in_use() -> None:
-    """Forget the profiles of earlier tests, which a process keeps as long as their models."""
-    if (finding := sys.modules.get("hf_cachegen.profiles.finding")) is not None:
-        finding._known.clear()
-        finding._used.clear()
 
 
 @pytest.fixture
