@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_cachegen.codec import abi, native, ops, transfer
 from hf_cachegen.codec.anchors import Anchors, anchor_count
-from hf_cachegen.codec.chunk import LossyCodec, Span
+from hf_cachegen.codec.chunk import LossyCodec, Placed, Span
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.passes import DTYPES
 from hf_cachegen.codec.section import Assignment
@@ -38,8 +38,6 @@ TABLE_BYTES = 4 << abi.BATCH_PROB_BITS
 """Shared memory for a base table, in bytes."""
 UNLIMITED = (1 << 64) - 1
 """Shared memory of the CPU, whose cores share all memory, in bytes."""
-Placed = tuple[Sequence[bytes | memoryview], Span, int]
-"""The parts of a chunk, its position, and the target's row of its first token."""
 
 
 class _Chunk(NamedTuple):

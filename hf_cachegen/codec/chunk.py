@@ -61,6 +61,10 @@ class Span:
         return slice(first, max(first, coded_before(self.total - config.protect_last)))
 
 
+Placed = tuple[Sequence[bytes | memoryview], Span, int]
+"""The parts of a chunk up to a level, its position in its context, and the target's row of its first token."""
+
+
 @dataclass(frozen=True)
 class Channels:
     """The vector and the third of the layers of each channel.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hf_cachegen.codec import abi
-from hf_cachegen.codec.batch import OUTSTANDING, Batches, Placed, serves
-from hf_cachegen.codec.chunk import LossyCodec, Span
+from hf_cachegen.codec.batch import OUTSTANDING, Batches, serves
+from hf_cachegen.codec.chunk import LossyCodec, Placed, Span
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.transfer import Check, Checks
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_cachegen.codec import abi, native, transfer
 from hf_cachegen.codec.batch import OUTSTANDING
-from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.chunk import Placed
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.transfer import Check, Checks, Download, all_of
 from hf_cachegen.codec.transforms import Transform
@@ -30,8 +30,6 @@ APART_BYTES = 256 << 20
 """Size of the chunks that one launch decodes beside the tensors, in bytes; a larger chunk is decoded alone."""
 HOST_BYTES = 64 << 20
 """Size of the chunks that one launch decodes on the host, in bytes: some 40 ms of work, in which no plan can change."""
-Placed = tuple[Sequence[bytes | memoryview], Span, int]
-"""The parts of a chunk at one level, its position in its context, and the token of the tensors that it begins at."""
 
 
 def decoder_of(devices: Sequence[torch.device]) -> torch.device:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from hf_cachegen.codec import fit
-from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Placed, Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.launching import launch
@@ -72,7 +72,7 @@ class Delta(Transform):
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.launch([(parts, span, row)], target)()
 
-    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
+    def launch(self, chunks: Iterable[Placed], target: Target) -> Check:
         return launch(self.inner, chunks, target)
 
     def approximations(self, rows: Tensor, span: Span) -> list[Tensor]:

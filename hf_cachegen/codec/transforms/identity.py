@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import fit
-from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Placed, Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.launching import launch
@@ -94,10 +94,10 @@ class Identity(Transform):
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.launch([(parts, span, row)], target)()
 
-    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
+    def launch(self, chunks: Iterable[Placed], target: Target) -> Check:
         starts: list[int] = []
 
-        def watched() -> Iterator[tuple[Sequence[bytes | memoryview], Span, int]]:
+        def watched() -> Iterator[Placed]:
             for parts, span, row in chunks:
                 if span.first == 0:
                     starts.append(row)

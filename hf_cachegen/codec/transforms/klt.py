@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import abi, basis, heads, quantize, transfer
-from hf_cachegen.codec.chunk import Channels, LossyCodec, Span
+from hf_cachegen.codec.chunk import Channels, LossyCodec, Placed, Span
 from hf_cachegen.codec.fit import Counts, repeated, require_finite
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
@@ -47,8 +47,6 @@ from hf_cachegen.codec.transforms.protocol import Fitted, Transform
 from hf_cachegen.config import CacheGenConfig
 from hf_cachegen.errors import ConfigError, CorruptError, ProfileError, TensorError
 
-Chunk = tuple[Sequence[bytes | memoryview], Span, int]
-"""The parts of a chunk, its position, and the target's row of its first token."""
 HOST_CHUNKS = 2
 """Most chunks that the CPU decodes with one matrix product. Each product begins with arranging the matrix."""
 DIGEST_BYTES = 16
@@ -291,7 +289,7 @@ class Klt(Transform):
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self.launch([(parts, span, row)], target)()
 
-    def launch(self, chunks: Iterable[Chunk], target: Target) -> transfer.Check:
+    def launch(self, chunks: Iterable[Placed], target: Target) -> transfer.Check:
         device, host = target.device, transfer.is_host(target.device)
         launches, checks = None, list[transfer.Check]()
         key = device, transfer.stream_number(device)
@@ -346,9 +344,9 @@ class Klt(Transform):
         return found
 
 
-def adjacent(chunks: Iterable[Chunk], most: int) -> Iterator[list[Chunk]]:
+def adjacent(chunks: Iterable[Placed], most: int) -> Iterator[list[Placed]]:
     """Group chunks of one level that follow one another, in the context and in their target, by up to `most`."""
-    group: list[Chunk] = []
+    group: list[Placed] = []
     for parts, span, row in chunks:
         if group:
             before, last, at = group[-1]

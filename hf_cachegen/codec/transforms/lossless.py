@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import into, learnt, native, passes, section, transfer
-from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.chunk import Placed, Span
 from hf_cachegen.codec.geometry import DTYPE_BYTES, Geometry
 from hf_cachegen.codec.into import Sections, Target
 from hf_cachegen.codec.profile import Profile
@@ -166,7 +166,7 @@ class Lossless(Transform):
     def decode_into(self, parts: Sequence[bytes | memoryview], span: Span, target: Target, row: int = 0) -> None:
         self._launch_one(parts, span, target, row)()
 
-    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
+    def launch(self, chunks: Iterable[Placed], target: Target) -> Check:
         checks = Checks(OUTSTANDING)
         for parts, span, row in chunks:
             checks.add(self._launch_one(parts, span, target, row))

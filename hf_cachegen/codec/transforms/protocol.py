@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_cachegen.codec import quantize
-from hf_cachegen.codec.chunk import Span
+from hf_cachegen.codec.chunk import Placed, Span
 from hf_cachegen.codec.geometry import Geometry
 from hf_cachegen.codec.into import Target
 from hf_cachegen.codec.predictor import Known
@@ -189,7 +189,7 @@ class Transform(ABC):
             CorruptError, TruncatedError: The bytes are damaged.
         """
 
-    def launch(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> Check:
+    def launch(self, chunks: Iterable[Placed], target: Target) -> Check:
         """Start decoding each (parts, span, row) as `decode_into` does, on the target's device.
 
         A transform should override it if it can decode several chunks together, or without waiting for the device.
@@ -211,7 +211,7 @@ class Transform(ABC):
     def release(self) -> None:  # noqa: B027
         """Free the memory that is kept from launch to launch. A transform that keeps none has nothing to do."""
 
-    def decode_many(self, chunks: Iterable[tuple[Sequence[bytes | memoryview], Span, int]], target: Target) -> None:
+    def decode_many(self, chunks: Iterable[Placed], target: Target) -> None:
         """Decode each (parts, span, row) as `decode_into` does, in the way of `launch`.
 
         Raises:
